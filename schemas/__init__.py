@@ -1,0 +1,31 @@
+"""Describe a prediction problem: sources, a view of features, a model.
+
+>>> from schemas import Source, FeatureView, Trailing, Latest, Lookup, Derived, Model, Label, TimeSplit
+"""
+
+from schemas import encoders
+from schemas.errors import DefinitionError, MillraceError
+from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.loading import Definition, load_definition
+from schemas.models import Gates, Label, Model, Search, TimeSplit
+from schemas.sources import Source
+from schemas.views import FeatureView
+
+__all__ = [
+    "Definition",
+    "DefinitionError",
+    "Derived",
+    "FeatureView",
+    "Gates",
+    "Label",
+    "Latest",
+    "Lookup",
+    "MillraceError",
+    "Model",
+    "Search",
+    "Source",
+    "TimeSplit",
+    "Trailing",
+    "encoders",
+    "load_definition",
+]

@@ -1,0 +1,85 @@
+"""Errors a person can act on: the rule, the value that broke it, the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MillraceError(Exception):
+    """A user's mistake or a refused state.  Printed without a traceback by the command line.
+
+    Args:
+        rule: what holds, in one sentence.
+        value: what was found instead.
+        fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, rule: str, value: object = None, fix: str = "") -> None:
+        self.rule, self.value, self.fix = rule, value, fix
+        parts = [rule.rstrip(".") + "."]
+        if value is not None:
+            parts.append(f"Got {value}.")
+        if fix:
+            parts.append(fix if fix.endswith("?") else fix.rstrip(".") + ".")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        return type(self), (self.rule, self.value, self.fix)
+
+
+class DefinitionError(MillraceError, ValueError):
+    """A definition that cannot mean anything, refused when it is built."""
+
+    exit_code = 2
+
+
+class ContractError(MillraceError):
+    """A file that breaks its source's contract as a whole: a column missing or of another type, unreadable bytes."""
+
+    exit_code = 3
+
+
+class DataError(MillraceError):
+    """Data that cannot be answered: an empty interval, no rows, one class only."""
+
+    exit_code = 3
+
+
+class StoreError(MillraceError):
+    """A table, a file or a registry that cannot be read or written."""
+
+    exit_code = 4
+
+
+class MismatchError(MillraceError):
+    """Two parts that were not made for each other: fingerprints or schemas differ."""
+
+    exit_code = 5
+
+
+class GateError(MillraceError):
+    """A model that was registered but did not pass its gates."""
+
+    exit_code = 6
+
+
+class AnomalyError(MillraceError):
+    """Data that breaks its reviewed schema; nothing was published."""
+
+    exit_code = 7
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A hint naming the option nearest to `name`, or all of them when none is near.
+
+    >>> nearest("orgin", ["origin", "dest"])
+    "Did you mean 'origin'?"
+    """
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"Known names: {', '.join(known) or 'none'}."

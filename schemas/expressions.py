@@ -1,0 +1,140 @@
+"""Row-local Polars expressions: what they read, whether they look at other rows, how they are written down."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import polars as pl
+
+from schemas.errors import DefinitionError, nearest
+
+# Nodes of a serialised Polars expression whose value at a row depends on that row alone.  `is_row_separable` knows the
+# functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is judged by itself.
+_PLAIN = {"BinaryExpr", "Cast", "Ternary", "Alias"}
+_CHANGES_LENGTH = {"DropNulls", "DropNans", "Explode", "Reshape", "Repeat", "ArgWhere"}
+_REASONS = {
+    "Agg": "aggregates over all rows of a batch",
+    "Over": "aggregates over groups of rows",
+    "Window": "aggregates over groups of rows",
+    "Rolling": "looks at neighbouring rows",
+    "AnonymousFunction": "calls a Python function",
+    "AnonymousAgg": "calls a Python function",
+    "Filter": "drops rows",
+    "Slice": "drops rows",
+    "Explode": "changes the number of rows",
+    "Sort": "depends on the order of rows",
+    "SortBy": "depends on the order of rows",
+    "Gather": "reads another row",
+    "Len": "counts the rows of a batch",
+}
+
+
+def canonical(expr: pl.Expr) -> str:
+    """The expression as sorted JSON: equal text, equal values."""
+    return json.dumps(_tree(expr), sort_keys=True, separators=(",", ":"))
+
+
+def passes(expr: pl.Expr, name: str) -> bool:
+    """Whether `expr` is the column `name` itself, perhaps cast."""
+    node = _tree(expr)
+    if "Cast" in node:
+        node = node["Cast"]["expr"]
+    return bool(node == {"Column": name})
+
+
+def columns_of(expr: pl.Expr) -> list[str]:
+    """Names of the columns that `expr` reads, sorted."""
+    return sorted(set(expr.meta.root_names()))
+
+
+def require_row_local(expr: pl.Expr, what: str) -> None:
+    """Refuse an expression whose value at one row depends on any other row.
+
+    Raises:
+        DefinitionError: names the part at fault and why.
+    """
+    if not isinstance(expr, pl.Expr):
+        raise DefinitionError(f"{what} is a Polars expression", repr(expr), 'Write it with pl.col("…") or pl.lit(…)')
+    if expr.meta.has_multiple_outputs():
+        raise DefinitionError(f"{what} yields one column", str(expr), "Name a single column instead of a selector")
+    try:
+        tree = _tree(expr)
+    except Exception as error:
+        raise DefinitionError(
+            f"{what} can be written down (no Python function)", f"{expr}: {error}", "Use Polars' own functions"
+        ) from None
+    for part, reason in _offences(tree):
+        raise DefinitionError(
+            f"{what} is row-local: its value at a row comes from that row alone",
+            f"{expr}, of which {part} {reason}",
+            "History belongs in Trailing or Latest, another table in Lookup",
+        )
+
+
+def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl.DataType:
+    """Type of `expr` over `columns`.
+
+    Raises:
+        DefinitionError: an unknown column, or types that do not fit.
+    """
+    for name in columns_of(expr):
+        if name not in columns:
+            raise DefinitionError(f"{what} reads columns that exist", repr(name), nearest(name, columns))
+    try:
+        return pl.DataFrame(schema=dict(columns)).lazy().select(expr.alias("_")).collect_schema()["_"]
+    except pl.exceptions.PolarsError as error:
+        raise DefinitionError(f"{what} fits the types of its columns", str(error).splitlines()[0], "Cast the columns first") from None
+
+
+def _tree(expr: pl.Expr) -> Any:
+    return json.loads(expr.meta.serialize(format="json"))
+
+
+def _offences(node: Any) -> Iterator[tuple[str, str]]:
+    """Each part of a serialised expression that looks beyond its row, innermost first."""
+    if isinstance(node, str):
+        if node in _REASONS:
+            yield node, _REASONS[node]
+        return
+    ((kind, body),) = node.items()
+    if kind == "Column":
+        return
+    if kind == "Literal":
+        if isinstance(body, dict) and "Series" in body:
+            yield "a literal Series", "carries rows of its own"
+        return
+    if kind not in _PLAIN and kind != "Function":
+        yield _text(node), _REASONS.get(kind, "is not known to be row-local")
+        return
+    for child in _children(kind, body):
+        yield from _offences(child)
+    if kind == "Function":
+        function = body["function"]
+        name = function if isinstance(function, str) else next(iter(function))
+        if name in _CHANGES_LENGTH:
+            yield _text(node), "changes the number of rows"
+        elif not _expression(node).meta.is_row_separable():
+            yield _text(node), "depends on other rows of the batch"
+
+
+def _children(kind: str, body: Any) -> Iterator[Any]:
+    if kind == "Function":
+        yield from body["input"]
+    elif kind == "Alias":
+        yield body[0]
+    else:
+        yield from (value for key, value in body.items() if key not in ("op", "dtype", "options"))
+
+
+def _expression(node: Any) -> pl.Expr:
+    return pl.Expr.deserialize(io.StringIO(json.dumps(node)), format="json")
+
+
+def _text(node: Any) -> str:
+    try:
+        return str(_expression(node))
+    except Exception:
+        return json.dumps(node)[:80]

@@ -1,0 +1,337 @@
+"""What a feature is: derived from its row, trailing over events, the latest event, looked up in a dimension."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import polars as pl
+
+from schemas.durations import microseconds
+from schemas.errors import DefinitionError, nearest
+from schemas.expressions import canonical, columns_of, dtype_of, passes, require_row_local
+from schemas.sources import Source, identifier, names
+
+STATISTICS = ("count", "sum", "mean", "std", "var", "min", "max", "median", "first", "last", "n_unique")
+QUANTILE = re.compile(r"q(0[1-9]|[1-9]\d)")
+# Read one row each rather than all of a window: their ties need an order.
+ORDERED = ("first", "last")
+
+By = str | tuple[str, ...] | Mapping[str, str]
+
+
+def stored(dtype: pl.DataType, what: str) -> pl.DataType:
+    """Type under which a feature is kept: integers Int64, other numbers Float32, strings and booleans as they are."""
+    if dtype.is_integer():
+        return pl.Int64()
+    if dtype.is_numeric():
+        return pl.Float32()
+    if dtype in (pl.String, pl.Boolean):
+        return dtype
+    raise DefinitionError(f"{what} is a number, a string or a boolean", str(dtype), "Turn a time into a number: .dt.hour(), .dt.epoch('s'), …")
+
+
+def pairs(by: By, what: str) -> tuple[tuple[str, str], ...]:
+    """Keys as (column of the spine, column of the source)."""
+    if isinstance(by, Mapping):
+        return tuple(zip(names(tuple(by), what), names(tuple(by.values()), what), strict=True))
+    return tuple((name, name) for name in names(by, what))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Derived:
+    """Row-local expressions over the spine's columns and the features above.
+
+    >>> Derived(hour=pl.col("due_at").dt.hour())
+    """
+
+    columns: Mapping[str, pl.Expr]
+
+    def __init__(self, **columns: pl.Expr) -> None:
+        if not columns:
+            raise DefinitionError("Derived names at least one column", "none", 'Write Derived(hour=pl.col("due_at").dt.hour())')
+        for name, expr in columns.items():
+            require_row_local(expr, f"Derived {name!r}")
+        object.__setattr__(self, "columns", dict(columns))
+
+    def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
+        """Stored type per feature, given the columns `known` above it."""
+        result: dict[str, pl.DataType] = {}
+        for name, expr in self.columns.items():
+            what = f"Derived {name!r}"
+            if name in known and not passes(expr, name):
+                raise DefinitionError("A feature has a name of its own", f"{what} = {expr}, beside the column {name!r} above it", "Rename the feature")
+            result[name] = stored(dtype_of(expr, known, what), what)
+        return result
+
+    def meaning(self, name: str) -> dict[str, Any]:
+        """What decides the values of the feature `name`, as JSON."""
+        return {"derived": canonical(self.columns[name])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """One column of a Trailing: `stat` of `column` over a window of `length` µs (None: all history)."""
+
+    name: str
+    column: str
+    stat: str
+    window: str
+    length: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trailing:
+    """Statistics of a source's events per key over `[t − W, t)`, to the microsecond.
+
+    Nulls and NaN are not values.  An empty window has `count` (and `n_unique`) 0 and null for the rest; `std` and `var` use n − 1
+    (null for one value); quantiles interpolate linearly (type 7 of Hyndman & Fan 1996); a null key matches nothing.
+
+    Args:
+        source: events; rows with `time < t` count.
+        by: key columns, of one name in spine and source, or `{spine column: source column}`.
+        over: window lengths, such as `("1h", "24h")`.
+        stats: column to statistic(s): count, sum, mean, std, var, min, max, median, q01…q99, first, last, n_unique;
+            `{"*": "count"}` counts rows.
+        where: row-local condition on events; needs `name`.
+        name: replaces the source's name in `{source}_by_{keys}_{column}_{stat}_{window}`.
+    """
+
+    source: Source
+    by: By
+    over: str | tuple[str, ...]
+    stats: Mapping[str, str | tuple[str, ...]]
+    where: pl.Expr | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        what = _of_events(self)
+        over = names(self.over, f"{what}: over")
+        if "all" in over:
+            raise DefinitionError(f"{what}: over is a length of time", "'all'", "Lifetime windows are not built yet: use a long window such as \"365d\"")
+        object.__setattr__(self, "over", over)
+        for window in over:
+            microseconds(window, f"{what}: a window")
+        if not isinstance(self.stats, Mapping) or not self.stats:
+            raise DefinitionError(f"{what}: stats maps columns to statistics", repr(self.stats), 'Write {"dep_delay": ("mean", "max")}')
+        object.__setattr__(self, "stats", {column: self._checked(what, column, stats) for column, stats in self.stats.items()})
+
+    def _checked(self, what: str, column: str, stats: str | tuple[str, ...]) -> tuple[str, ...]:
+        chosen = names(stats, f"{what}: the statistics of {column!r}")
+        for stat in chosen:
+            if stat not in STATISTICS and not QUANTILE.fullmatch(stat):
+                raise DefinitionError(f"{what}: a statistic is one of {', '.join(STATISTICS)} or q01 … q99", repr(stat), nearest(stat, STATISTICS))
+        if column == "*":
+            if chosen != ("count",):
+                raise DefinitionError(f'{what}: "*" stands for rows, which can only be counted', repr(chosen), "Name a column for other statistics")
+            return chosen
+        self.source.require(column, "stats")
+        dtype = self.source.schema[column]
+        for stat in chosen:
+            if dtype == pl.String and stat not in ("count", "n_unique", "first", "last"):
+                raise DefinitionError(f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Strings have count, n_unique, first and last")
+            if dtype.is_temporal() and stat not in ("count", "n_unique"):
+                raise DefinitionError(f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Times have count and n_unique")
+        return chosen
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        return pairs(self.by, "by")
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Its columns in order: by column, statistic, window."""
+        prefix = f"{self.name or self.source.name}_by_{'_'.join(spine for spine, _ in self.keys)}"
+        return tuple(
+            Statistic(
+                f"{prefix}_{stat}_{window}" if column == "*" else f"{prefix}_{column}_{stat}_{window}",
+                column, stat, window, None if window == "all" else microseconds(window),
+            )
+            for column, stats in self.stats.items()
+            for stat in stats
+            for window in self.over
+        )  # fmt: skip
+
+    def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
+        _fitting_keys(self, known)
+        return {each.name: self._dtype(each) for each in self.statistics}
+
+    def _dtype(self, statistic: Statistic) -> pl.DataType:
+        if statistic.stat in ("count", "n_unique"):
+            return pl.Int64()
+        if statistic.stat in ORDERED:
+            return stored(self.source.schema[statistic.column], statistic.name)
+        return pl.Float32()
+
+    def meaning(self, name: str) -> dict[str, Any]:
+        each = next(each for each in self.statistics if each.name == name)
+        used = [] if each.column == "*" else [each.column]
+        return {"trailing": [each.column, each.stat, each.length], **_events_meaning(self, used, each.stat in ORDERED)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Latest:
+    """Columns of the last event per key known before *t*, no older than `max_age`.
+
+    One whole row answers: a null in it stays null, and ties in time pick one row, never a mixture.
+
+    Args:
+        source: events.
+        by: key columns, as in `Trailing`.
+        columns: the columns to take.
+        max_age: an event older than this is not used; required, so that a source that has stopped is seen to have stopped.
+        where: row-local condition on events; needs `name`.
+        name: replaces the source's name in `{source}_{column}`.
+    """
+
+    source: Source
+    by: By
+    columns: str | tuple[str, ...]
+    max_age: str | None = None
+    where: pl.Expr | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        what = _of_events(self)
+        if self.max_age is None:
+            raise DefinitionError(f"{what}: max_age says how old an answer may be", "none", 'Write max_age="6h"')
+        if self.max_age == "forever":
+            raise DefinitionError(f"{what}: max_age is a length of time", "'forever'", 'Not built yet: use a long age such as "365d"')
+        microseconds(self.max_age, f"{what}: max_age")
+        object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
+        for column in self.columns:
+            self.source.require(column, "columns")
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        return pairs(self.by, "by")
+
+    @property
+    def length(self) -> int | None:
+        """Greatest age in µs."""
+        return None if self.max_age == "forever" else microseconds(self.max_age or "")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Source column to feature name."""
+        return {column: f"{self.name or self.source.name}_{column}" for column in self.columns}
+
+    def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
+        _fitting_keys(self, known)
+        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+
+    def meaning(self, name: str) -> dict[str, Any]:
+        column = next(column for column, renamed in self.renamed.items() if renamed == name)
+        return {"latest": [column, self.length], **_events_meaning(self, [column], ordered=True)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lookup:
+    """Columns of a dimension's row of the same key.  Its version is pinned for a run; a key without a row gives nulls.
+
+    Args:
+        source: a dimension (no `time`).
+        by: key columns, as in `Trailing`; they identify the dimension's rows.
+        columns: the columns to take.
+        name: replaces the source's name in `{source}_{column}`.
+    """
+
+    source: Source
+    by: By
+    columns: str | tuple[str, ...]
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Source):
+            raise DefinitionError("Lookup reads a Source", repr(self.source), "Write Lookup(planes, …)")
+        what = f"Lookup in {self.source.name!r}"
+        if self.source.time is not None:
+            raise DefinitionError(f"{what}: a dimension has no time", f"time={self.source.time!r}", "Use Latest for rows that have a time")
+        if self.name is not None:
+            identifier(self.name, f"{what}: name")
+        for _, column in pairs(self.by, f"{what}: by"):
+            self.source.require(column, "by")
+        object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
+        for column in self.columns:
+            self.source.require(column, "columns")
+
+    where = None
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        return pairs(self.by, "by")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        return {column: f"{self.name or self.source.name}_{column}" for column in self.columns}
+
+    def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
+        _fitting_keys(self, known)
+        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+
+    def meaning(self, name: str) -> dict[str, Any]:
+        column = next(column for column, renamed in self.renamed.items() if renamed == name)
+        return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+
+
+Feature = Derived | Trailing | Latest | Lookup
+
+
+def _of_events(feature: Trailing | Latest) -> str:
+    """Checks that Trailing and Latest share; returns how errors call the feature."""
+    kind = type(feature).__name__
+    if not isinstance(feature.source, Source):
+        raise DefinitionError(f"{kind} reads a Source", repr(feature.source), f"Write {kind}(departures, …)")
+    what = f"{kind} over {feature.source.name!r}"
+    if feature.source.time is None:
+        raise DefinitionError(f"{what}: its source has a time", "a dimension", "Declare Source(…, time=…), or use Lookup")
+    for _, column in pairs(feature.by, f"{what}: by"):
+        feature.source.require(column, "by")
+    if feature.name is not None:
+        identifier(feature.name, f"{what}: name")
+    if feature.where is not None:
+        if feature.name is None:
+            raise DefinitionError(f"{what}: a condition needs a name", f"where={feature.where}", 'Say what is counted: name="late_departures"')
+        require_row_local(feature.where, f"{what}: where")
+        if dtype_of(feature.where, feature.source.schema, f"{what}: where") != pl.Boolean:
+            raise DefinitionError(f"{what}: where is a condition", str(feature.where), "Compare with something: pl.col(…) > 15")
+    return what
+
+
+def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.DataType]) -> None:
+    """Keys exist above the feature and are of one kind on both sides."""
+    what = f"{type(feature).__name__} over {feature.source.name!r}: by"
+    for spine, column in feature.keys:
+        if spine not in known:
+            raise DefinitionError(f"{what} names a column of the spine or a feature above", repr(spine), nearest(spine, known))
+        left, right = known[spine], feature.source.schema[column]
+        if left.is_float() or right.is_float():
+            raise DefinitionError(f"{what} is not a float", f"{spine!r}: {left}, {column!r}: {right}", "Key by integers or strings")
+        if left != right and not (left.is_integer() and right.is_integer()):
+            raise DefinitionError(f"{what} has one type on both sides", f"{spine!r}: {left}, {column!r}: {right}", "Cast one of them")
+
+
+def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:
+    source = feature.source
+    where = None if feature.where is None else canonical(feature.where)
+    read = list(source.schema) if ordered and source.order is None else used
+    if feature.where is not None:
+        read = [*read, *columns_of(feature.where)]
+    return {
+        "source": source.name, "keys": feature.keys, "where": where, "types": _types(feature, read),
+        "time": source.time, "event_time": source.event_time, "unique": source.unique, "order": source.order if ordered else None,
+    }  # fmt: skip
+
+
+def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str, str]:
+    read = {*columns, *(column for _, column in feature.keys)}
+    return {name: str(dtype) for name, dtype in feature.source.schema.items() if name in read}
+
+
+def iter_sources(features: tuple[Feature, ...]) -> Iterator[Source]:
+    """Every source that `features` read, with repeats."""
+    for feature in features:
+        if not isinstance(feature, Derived):
+            yield feature.source

@@ -1,0 +1,74 @@
+"""Finds `view` and `model` in the file a user wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from schemas.errors import DefinitionError
+from schemas.models import Model
+from schemas.views import FeatureView
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """A loaded definition.  `path` is its file; `model` may be missing where only features are wanted."""
+
+    name: str
+    path: str
+    view: FeatureView
+    model: Model | None
+
+    def require_model(self) -> Model:
+        if self.model is None:
+            raise DefinitionError(f"{self.name} names a model", "only a view", "Write model = Model(view, …)")
+        return self.model
+
+
+def load_definition(name: str) -> Definition:
+    """Import a module (`examples.flights.definition`) or a file (`path/to/definition.py`).
+
+    Raises:
+        DefinitionError: not found, no `view` in it, or refused by the definition itself.
+    """
+    module = _file(Path(name)) if name.endswith(".py") else _module(name)
+    model = getattr(module, "model", None)
+    view = getattr(module, "view", None) or getattr(model, "view", None)
+    if not isinstance(view, FeatureView) or not isinstance(model, Model | None):
+        raise DefinitionError(f"{name} names a FeatureView `view` and a Model `model`", f"view={view!r}, model={model!r}", "Write view = FeatureView(…) and model = Model(view, …)")
+    if model is not None and model.view is not view:
+        raise DefinitionError(f"{name}: the model reads the view of the same file", f"{model.view.name!r} and {view.name!r}", "Write model = Model(view, …)")
+    return Definition(name, str(module.__file__), view, model)
+
+
+def _module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise DefinitionError("The definition is an importable module or a .py file", repr(name), f"No module {error.name!r} here: check the name, or give a path ending in .py") from None
+        raise DefinitionError(f"{name} imports what is installed", f"no module {error.name!r}", "Install it, or remove the import") from None
+    except SyntaxError as error:
+        raise DefinitionError(f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file") from None
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise DefinitionError("The definition is an importable module or a .py file", str(path), "No such file")
+    name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise DefinitionError("The definition is a Python file", str(path), "Name a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise DefinitionError(f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file") from None
+    return module

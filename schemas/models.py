@@ -1,0 +1,243 @@
+"""A model over a view: its label, split, encoders, parameters, search and gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from datetime import date, datetime, timedelta
+from typing import Any
+
+import polars as pl
+
+from schemas import encoders
+from schemas.durations import instant, microseconds
+from schemas.errors import DefinitionError, nearest
+from schemas.expressions import dtype_of, require_row_local
+from schemas.features import By, pairs
+from schemas.sources import Source, identifier
+from schemas.views import FeatureView
+
+OBJECTIVES = {
+    "binary:logistic": ("auc", "average_precision", "log_loss", "brier"),
+    "multi:softprob": ("log_loss", "accuracy"),
+    "reg:squarederror": ("rmse", "mae"),
+    "reg:absoluteerror": ("mae", "rmse"),
+    "count:poisson": ("rmse", "mae"),
+}
+# Metrics of which more is better.
+RISING = {"auc", "average_precision", "accuracy"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Label:
+    """What became of a spine row at *t*: `value` of the first row of `source` with its key, known in `[t, t + within)`.
+
+    An example may be used only once `t + within` has passed, whether or not its label came: otherwise quick outcomes
+    would be over-represented.
+
+    Args:
+        source: events.
+        on: key columns, as in `Trailing`.
+        value: row-local expression over the source's columns; null means no label.
+        within: the horizon.
+        absent: `"drop"`, or the label of a row for which none came within the horizon.
+    """
+
+    source: Source
+    on: By
+    value: pl.Expr
+    within: str
+    absent: str | float | int | bool = "drop"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Source) or self.source.time is None:
+            raise DefinitionError("Label: source is a Source with a time", repr(self.source), "Declare Source(…, time=…)")
+        what = f"Label from {self.source.name!r}"
+        for _, column in self.keys:
+            self.source.require(column, f"{what}: on")
+        require_row_local(self.value, f"{what}: value")
+        dtype = dtype_of(self.value, self.source.schema, f"{what}: value")
+        if not (dtype.is_numeric() or dtype == pl.Boolean):
+            raise DefinitionError(f"{what}: value is a number or a condition", f"{self.value}: {dtype}", "Number the classes from 0")
+        microseconds(self.within, f"{what}: within")
+        if self.absent != "drop" and (isinstance(self.absent, str) or not isinstance(self.absent, int | float | bool)):
+            raise DefinitionError(f'{what}: absent is "drop" or a value', repr(self.absent), "Write absent=0 to count silence as no")
+
+    @property
+    def keys(self) -> tuple[tuple[str, str], ...]:
+        return pairs(self.on, "on")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Resolved bounds, UTC: train `[−∞, train_end)`, validate `[validate_start, validate_end)`, test `[test_start, cutoff)`."""
+
+    train_end: datetime
+    validate_start: datetime
+    validate_end: datetime
+    test_start: datetime
+    cutoff: datetime
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSplit:
+    """Train, validate, test in order of time, `embargo` apart so that no label of one reaches into the next.
+
+    Args:
+        validate: its length, or the date it starts.
+        test: its length back from the cutoff, or the date it starts.
+        embargo: gap left before validation and before test.
+    """
+
+    validate: str | date
+    test: str | date
+    embargo: str = "0s"
+
+    def __post_init__(self) -> None:
+        for name in ("validate", "test"):
+            value = getattr(self, name)
+            instant(value, f"TimeSplit: {name}") if _is_date(value) else microseconds(value, f"TimeSplit: {name}")
+        microseconds(self.embargo, "TimeSplit: embargo", zero=True)
+        if _is_date(self.validate) and _is_date(self.test) and instant(self.validate) >= instant(self.test):
+            raise DefinitionError("TimeSplit: validation comes before test", f"{self.validate} and {self.test}", "Exchange them")
+
+    def resolve(self, cutoff: datetime) -> Split:
+        """The bounds when data ends at `cutoff`."""
+        gap = timedelta(microseconds=microseconds(self.embargo, zero=True))
+        test = _start(self.test, cutoff)
+        validate_end = test - gap
+        validate = _start(self.validate, validate_end)
+        if not validate < validate_end or not test < cutoff:
+            raise DefinitionError("TimeSplit: every part has a length", f"validate from {validate}, test from {test}, cutoff {cutoff}", "Shorten the embargo or move the dates")
+        return Split(validate - gap, validate, validate_end, test, cutoff)
+
+
+def _is_date(value: str | date) -> bool:
+    return not isinstance(value, str) or value[:4].isdigit() and "-" in value
+
+
+def _start(value: str | date, end: datetime) -> datetime:
+    return instant(value) if _is_date(value) else end - timedelta(microseconds=microseconds(str(value)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Trials over a space: `{"max_depth": [4, 6, 8], "eta": (0.02, 0.3)}` (a list of choices, or bounds, sampled in log when both are above 0).
+
+    Args:
+        trials: how many.
+        space: XGBoost parameter to choices or bounds.
+        method: `random`, `sobol` or `halving`.
+        seed: decides every trial.
+    """
+
+    trials: int
+    space: Mapping[str, Any]
+    method: str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise DefinitionError("Search: trials is at least 1", self.trials, "Raise it")
+        if self.method not in ("random", "sobol", "halving"):
+            raise DefinitionError("Search: method is random, sobol or halving", repr(self.method), nearest(self.method, ("random", "sobol", "halving")))
+        for name, values in self.space.items():
+            bounds = isinstance(values, tuple) and len(values) == 2 and all(isinstance(v, int | float) for v in values) and values[0] < values[1]
+            if not bounds and not (isinstance(values, list) and values):
+                raise DefinitionError(f"Search: {name!r} has a list of choices or a pair of bounds", repr(values), "Write [4, 6, 8] or (0.02, 0.3)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """What a model must show on the test split before it becomes champion.
+
+    Args:
+        at_least: metric to floor (for error metrics to ceiling).
+        slices: columns, or tuples of columns, by whose values metrics are also computed.
+        max_gap: metric to the most by which a slice may be worse than the whole.
+        min_slice_rows: smaller slices are shown, not judged.
+        margin: a challenger must beat the champion by this much on the same rows.
+    """
+
+    at_least: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    slices: tuple[str | tuple[str, ...], ...] = ()
+    max_gap: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    min_slice_rows: int = 500
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """An XGBoost model over a view's features and those spine columns that `encode` names.
+
+    Args:
+        view: the features.
+        label: what to predict.
+        objective: one of XGBoost's objectives listed in `OBJECTIVES`.
+        metric: chooses among trials and stops early.
+        split: how examples are divided.
+        encode: input to encoder; a string input needs one, a number without one is passed as it is.
+        params: XGBoost parameters.
+        rounds: boosting rounds, at most.
+        early_stopping: stop after so many rounds without a better `metric` on validation; 0 never stops.
+        search: trials over parameters; None trains once.
+        gates: what it must show.
+        seed: XGBoost's seed.
+        name: names the registered model and its tables; default the view's name.
+    """
+
+    view: FeatureView
+    label: Label
+    split: TimeSplit
+    objective: str = "binary:logistic"
+    metric: str = "auc"
+    encode: Mapping[str, encoders.Encoder] = dataclasses.field(default_factory=dict)
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rounds: int = 300
+    early_stopping: int = 0
+    search: Search | None = None
+    gates: Gates = dataclasses.field(default_factory=Gates)
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.view, FeatureView):
+            raise DefinitionError("A model reads a FeatureView", repr(self.view), "Write Model(view, …)")
+        object.__setattr__(self, "name", identifier(self.name or self.view.name, "The name of a model"))
+        what = f"Model {self.name!r}"
+        if self.objective not in OBJECTIVES:
+            raise DefinitionError(f"{what}: objective is one of {', '.join(OBJECTIVES)}", repr(self.objective), nearest(self.objective, OBJECTIVES))
+        for metric in (self.metric, *self.gates.at_least, *self.gates.max_gap):
+            if metric not in OBJECTIVES[self.objective]:
+                raise DefinitionError(f"{what}: {self.objective} is judged by {', '.join(OBJECTIVES[self.objective])}", repr(metric), nearest(metric, OBJECTIVES[self.objective]))
+        for group in self.gates.slices:
+            for column in (group,) if isinstance(group, str) else group:
+                self.view.require_feature(column, f"{what}: slices")
+        for column, _ in self.label.keys:
+            if column not in self.view.context and column not in self.view.columns:
+                raise DefinitionError(f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context))
+        if self.rounds < 1 or self.early_stopping < 0:
+            raise DefinitionError(f"{what}: rounds is at least 1 and early_stopping at least 0", (self.rounds, self.early_stopping), "Raise them")
+        self._check_inputs(what)
+
+    def _check_inputs(self, what: str) -> None:
+        for column, encoder in self.encode.items():
+            self.view.require_feature(column, f"{what}: encode")
+            dtype = self.inputs[column]
+            if not isinstance(encoder, encoders.Encoder):
+                raise DefinitionError(f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()")
+            if isinstance(encoder, encoders.NUMERIC) and not (dtype.is_numeric() or dtype == pl.Boolean):
+                raise DefinitionError(f"{what}: {type(encoder).__name__} encodes numbers", f"{column!r}: {dtype}", "Use Ordinal, OneHot, Native, Hashing or Target")
+        for column, dtype in self.inputs.items():
+            if column not in self.encode and not (dtype.is_numeric() or dtype == pl.Boolean):
+                raise DefinitionError(f"{what}: XGBoost takes numbers, so a string input has an encoder", repr(column), f"Add encode={{{column!r}: encoders.Ordinal()}}")
+
+    @property
+    def inputs(self) -> dict[str, pl.DataType]:
+        """Type per input: the features in order, then the spine columns that `encode` names."""
+        extra = [column for column in self.encode if column not in self.view.columns]
+        return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
+
+    @property
+    def horizon(self) -> timedelta:
+        return timedelta(microseconds=microseconds(self.label.within))

@@ -1,0 +1,202 @@
+"""A feature view: a spine and its features, and the table they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import DefinitionError, nearest
+from schemas.expressions import columns_of
+from schemas.features import Derived, Feature, Latest, Lookup, Trailing, iter_sources
+from schemas.sources import RESERVED, Source, identifier, names
+
+# Raised when a kernel computes other values from the same definition and data.
+KERNEL_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureView:
+    """Features of each row of `spine` as of that row's time.
+
+    Args:
+        name: names the table `<store>/features/<name>/<fingerprint>`.
+        spine: source with a time; one row asks one question.
+        key: columns that with the time identify a question.
+        features: computed in this order; a `Derived` may use what stands above it.
+    """
+
+    name: str
+    spine: Source
+    key: str | tuple[str, ...]
+    features: tuple[Feature, ...] | list[Feature]
+
+    def __post_init__(self) -> None:
+        identifier(self.name, "The name of a view")
+        what = f"View {self.name!r}"
+        if not isinstance(self.spine, Source) or self.spine.time is None:
+            raise DefinitionError(f"{what}: the spine is a Source with a time", getattr(self.spine, "name", self.spine), "Declare Source(…, time=…)")
+        if self.spine.event_time is not None:
+            raise DefinitionError(f"{what}: a question has one time, the moment it is asked", f"event_time={self.spine.event_time!r}", "Leave event_time out of the spine")
+        if self.spine.unique is not None or self.spine.order is not None:
+            raise DefinitionError(f"{what}: key and time identify a spine row", "unique or order on the spine", "Leave them out of the spine")
+        object.__setattr__(self, "key", names(self.key, f"{what}: key"))
+        for column in self.key:
+            self.spine.require(column, f"{what}: key")
+            if column == self.spine.time or self.spine.schema[column].is_float():
+                raise DefinitionError(f"{what}: a key is an integer, a string, a boolean or a date", repr(column), "The time belongs to a question's identity by itself")
+        object.__setattr__(self, "features", tuple(self.features))
+        if not self.features:
+            raise DefinitionError(f"{what} has at least one feature", "none", "Add Derived, Trailing, Latest or Lookup")
+        for feature in self.features:
+            if not isinstance(feature, Derived | Trailing | Latest | Lookup):
+                raise DefinitionError(f"{what}: a feature is Derived, Trailing, Latest or Lookup", repr(feature), "See docs/definition.md")
+        seen: dict[str, Source] = {}
+        for source in (self.spine, *iter_sources(self.features)):
+            if seen.setdefault(source.name, source) is not source:
+                raise DefinitionError(f"{what}: one name is one source", repr(source.name), "Rename one, or use the same Source object twice")
+        _ = self.columns
+
+    @functools.cached_property
+    def columns(self) -> dict[str, pl.DataType]:
+        """Stored type per feature, in order."""
+        known = dict(self.spine.schema)
+        result: dict[str, pl.DataType] = {}
+        made_by: dict[str, Feature] = {}
+        for feature in self.features:
+            try:
+                outputs = feature.outputs({**known, **result})
+            except DefinitionError as error:
+                later = self._made_below(feature)
+                name = str(error.value).strip("'")
+                if name in later:
+                    raise DefinitionError(f"View {self.name!r}: a feature uses only what stands above it (no cycles)", repr(name), f"Move the feature that makes {name!r} up") from None
+                raise
+            for name, dtype in outputs.items():
+                if name in result or name in RESERVED or name.startswith("__") or (name in known and not isinstance(feature, Derived)):
+                    other = made_by.get(name, "the spine" if name in known else "Millrace's own columns")
+                    raise DefinitionError(f"View {self.name!r}: a feature has a name of its own", f"{name!r} from {_short(other)} and from {_short(feature)}", "Give one of them name=…")
+                result[name], made_by[name] = dtype, feature
+        return result
+
+    def _made_below(self, feature: Feature) -> set[str]:
+        position = next(i for i, each in enumerate(self.features) if each is feature)
+        return {
+            name
+            for below in self.features[position:]
+            for name in (below.columns if isinstance(below, Derived) else [each.name for each in below.statistics] if isinstance(below, Trailing) else below.renamed.values())
+        }
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    @property
+    def time(self) -> str:
+        """Name of the time column."""
+        return str(self.spine.time)
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Spine columns carried beside the features: key, time, and whatever no feature replaces."""
+        return tuple(name for name in self.spine.schema if name not in self.columns)
+
+    @functools.cached_property
+    def sources(self) -> dict[str, Source]:
+        """Every source read beside the spine, by name.  The spine is among them when features trail over it."""
+        return {source.name: source for source in iter_sources(self.features)}
+
+    @functools.cached_property
+    def dimensions(self) -> dict[str, Source]:
+        return {name: source for name, source in self.sources.items() if source.time is None}
+
+    @functools.cached_property
+    def events(self) -> dict[str, Source]:
+        return {name: source for name, source in self.sources.items() if source.time is not None}
+
+    def reach(self, source: str) -> int:
+        """Longest look-back over `source` in µs."""
+        lengths = [0]
+        for feature in self.features:
+            if isinstance(feature, Trailing) and feature.source.name == source:
+                lengths += [each.length or 0 for each in feature.statistics]
+            elif isinstance(feature, Latest) and feature.source.name == source:
+                lengths.append(feature.length or 0)
+        return max(lengths)
+
+    def columns_read(self, source: str) -> list[str]:
+        """Columns of `source` that some feature needs, in declared order."""
+        declared = self.sources[source]
+        read: set[str] = {*(declared.unique or ()), *(declared.order or ())}
+        for feature in self.features:
+            if isinstance(feature, Derived) or feature.source.name != source:
+                continue
+            read |= {column for _, column in feature.keys}
+            if feature.where is not None:
+                read |= set(columns_of(feature.where))
+            if isinstance(feature, Trailing):
+                read |= {column for column in feature.stats if column != "*"}
+                ordered = any(each.stat in ("first", "last") for each in feature.statistics)
+            else:
+                read |= set(feature.columns)
+                ordered = True
+            if ordered and declared.time is not None and declared.order is None:
+                read |= set(declared.columns)
+        times = {name for name in (declared.time, declared.event_time) if name}
+        return [name for name in declared.schema if name in read | times]
+
+    @functools.cached_property
+    def meanings(self) -> dict[str, str]:
+        """Digest per feature of what decides its values, features above it included."""
+        digests: dict[str, str] = {}
+        for feature in self.features:
+            for name in feature.outputs({**self.spine.schema, **self.columns}) if not isinstance(feature, Derived) else feature.columns:
+                meaning: dict[str, Any] = {"kernel": KERNEL_VERSION, "type": str(self.columns[name]), **feature.meaning(name)}
+                above = columns_of(feature.columns[name]) if isinstance(feature, Derived) else [spine for spine, _ in feature.keys]
+                meaning["uses"] = {column: digests.get(column, str(self.spine.schema.get(column))) for column in above}
+                digests[name] = _digest(meaning)
+        return digests
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with whatever changes values: expressions, order, types, kernel version.
+
+        Not with labels, encoders, lateness or the text of the file.
+        """
+        return _digest({
+            "key": self.key, "time": self.time, "spine": {name: str(dtype) for name, dtype in self.spine.schema.items()},
+            "features": list(self.meanings.items()), "kernel": KERNEL_VERSION,
+        })  # fmt: skip
+
+    @functools.cached_property
+    def output_schema(self) -> pa.Schema:
+        """Arrow schema of the feature table: context, features, `row_id` (int64), `date` (UTC date of the time)."""
+        frame = pl.DataFrame(schema={name: self.spine.schema[name] for name in self.context} | self.columns)
+        fields = [pa.field(field.name, _plain(field.type)) for field in frame.to_arrow().schema]
+        return pa.schema([*fields, pa.field("row_id", pa.int64()), pa.field("date", pa.date32())])
+
+    def require_feature(self, name: str, what: str) -> None:
+        """Refuse a `name` that is neither a feature nor a spine column."""
+        if name not in self.columns and name not in self.context:
+            raise DefinitionError(f"{what} names a feature or a spine column of view {self.name!r}", repr(name), nearest(name, [*self.columns, *self.context]))
+
+
+def _plain(dtype: pa.DataType) -> pa.DataType:
+    """Polars hands strings over as large_string; tables and topics hold string."""
+    return pa.string() if pa.types.is_large_string(dtype) else dtype
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def _short(feature: object) -> str:
+    if isinstance(feature, Derived):
+        return "Derived(" + ", ".join(feature.columns) + ")"
+    source = getattr(getattr(feature, "source", None), "name", None)
+    return f"{type(feature).__name__}({source}, by={feature.by!r})" if source else str(feature)  # type: ignore[attr-defined]
