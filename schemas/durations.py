@@ -36,9 +36,13 @@ def microseconds(text: str, what: str = "a duration", zero: bool = False) -> int
         )
     length = int(match[1]) * MICROSECONDS[match[2]]
     if length == 0 and not zero:
-        raise DefinitionError(f"{what} is longer than zero", repr(text), "A window of no length sees no event; drop it or lengthen it")
+        raise DefinitionError(
+            f"{what} is longer than zero", repr(text), "A window of no length sees no event; drop it or lengthen it"
+        )
     if length > LONGEST:
-        raise DefinitionError(f"{what} is at most a century", repr(text), 'For a whole history write "all" (or max_age="forever")')
+        raise DefinitionError(
+            f"{what} is at most a century", repr(text), 'For a whole history write "all" (or max_age="forever")'
+        )
     return length
 
 

@@ -83,7 +83,9 @@ class Impute:
     value: str | float = "median"
 
     def __post_init__(self) -> None:
-        ok = self.value in ("mean", "median") or (isinstance(self.value, int | float) and not isinstance(self.value, bool))
+        ok = self.value in ("mean", "median") or (
+            isinstance(self.value, int | float) and not isinstance(self.value, bool)
+        )
         _require(ok, "Impute: value is 'mean', 'median' or a number", self.value, "Choose one")
 
 

@@ -86,7 +86,9 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
     try:
         return pl.DataFrame(schema=dict(columns)).lazy().select(expr.alias("_")).collect_schema()["_"]
     except pl.exceptions.PolarsError as error:
-        raise DefinitionError(f"{what} fits the types of its columns", str(error).splitlines()[0], "Cast the columns first") from None
+        raise DefinitionError(
+            f"{what} fits the types of its columns", str(error).splitlines()[0], "Cast the columns first"
+        ) from None
 
 
 def _tree(expr: pl.Expr) -> Any:

@@ -30,7 +30,11 @@ def stored(dtype: pl.DataType, what: str) -> pl.DataType:
         return pl.Float32()
     if dtype in (pl.String, pl.Boolean):
         return dtype
-    raise DefinitionError(f"{what} is a number, a string or a boolean", str(dtype), "Turn a time into a number: .dt.hour(), .dt.epoch('s'), …")
+    raise DefinitionError(
+        f"{what} is a number, a string or a boolean",
+        str(dtype),
+        "Turn a time into a number: .dt.hour(), .dt.epoch('s'), …",
+    )
 
 
 def pairs(by: By, what: str) -> tuple[tuple[str, str], ...]:
@@ -51,7 +55,9 @@ class Derived:
 
     def __init__(self, **columns: pl.Expr) -> None:
         if not columns:
-            raise DefinitionError("Derived names at least one column", "none", 'Write Derived(hour=pl.col("due_at").dt.hour())')
+            raise DefinitionError(
+                "Derived names at least one column", "none", 'Write Derived(hour=pl.col("due_at").dt.hour())'
+            )
         for name, expr in columns.items():
             require_row_local(expr, f"Derived {name!r}")
         object.__setattr__(self, "columns", dict(columns))
@@ -62,7 +68,11 @@ class Derived:
         for name, expr in self.columns.items():
             what = f"Derived {name!r}"
             if name in known and not passes(expr, name):
-                raise DefinitionError("A feature has a name of its own", f"{what} = {expr}, beside the column {name!r} above it", "Rename the feature")
+                raise DefinitionError(
+                    "A feature has a name of its own",
+                    f"{what} = {expr}, beside the column {name!r} above it",
+                    "Rename the feature",
+                )
             result[name] = stored(dtype_of(expr, known, what), what)
         return result
 
@@ -110,30 +120,52 @@ class Trailing:
         what = _of_events(self)
         over = names(self.over, f"{what}: over")
         if "all" in over:
-            raise DefinitionError(f"{what}: over is a length of time", "'all'", "Lifetime windows are not built yet: use a long window such as \"365d\"")
+            raise DefinitionError(
+                f"{what}: over is a length of time",
+                "'all'",
+                'Lifetime windows are not built yet: use a long window such as "365d"',
+            )
         object.__setattr__(self, "over", over)
         for window in over:
             microseconds(window, f"{what}: a window")
         if not isinstance(self.stats, Mapping) or not self.stats:
-            raise DefinitionError(f"{what}: stats maps columns to statistics", repr(self.stats), 'Write {"dep_delay": ("mean", "max")}')
-        object.__setattr__(self, "stats", {column: self._checked(what, column, stats) for column, stats in self.stats.items()})
+            raise DefinitionError(
+                f"{what}: stats maps columns to statistics", repr(self.stats), 'Write {"dep_delay": ("mean", "max")}'
+            )
+        object.__setattr__(
+            self, "stats", {column: self._checked(what, column, stats) for column, stats in self.stats.items()}
+        )
 
     def _checked(self, what: str, column: str, stats: str | tuple[str, ...]) -> tuple[str, ...]:
         chosen = names(stats, f"{what}: the statistics of {column!r}")
         for stat in chosen:
             if stat not in STATISTICS and not QUANTILE.fullmatch(stat):
-                raise DefinitionError(f"{what}: a statistic is one of {', '.join(STATISTICS)} or q01 … q99", repr(stat), nearest(stat, STATISTICS))
+                raise DefinitionError(
+                    f"{what}: a statistic is one of {', '.join(STATISTICS)} or q01 … q99",
+                    repr(stat),
+                    nearest(stat, STATISTICS),
+                )
         if column == "*":
             if chosen != ("count",):
-                raise DefinitionError(f'{what}: "*" stands for rows, which can only be counted', repr(chosen), "Name a column for other statistics")
+                raise DefinitionError(
+                    f'{what}: "*" stands for rows, which can only be counted',
+                    repr(chosen),
+                    "Name a column for other statistics",
+                )
             return chosen
         self.source.require(column, "stats")
         dtype = self.source.schema[column]
         for stat in chosen:
             if dtype == pl.String and stat not in ("count", "n_unique", "first", "last"):
-                raise DefinitionError(f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Strings have count, n_unique, first and last")
+                raise DefinitionError(
+                    f"{what}: {stat} needs numbers",
+                    f"{column!r}: {dtype}",
+                    "Strings have count, n_unique, first and last",
+                )
             if dtype.is_temporal() and stat not in ("count", "n_unique"):
-                raise DefinitionError(f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Times have count and n_unique")
+                raise DefinitionError(
+                    f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Times have count and n_unique"
+                )
         return chosen
 
     @property
@@ -198,7 +230,9 @@ class Latest:
         if self.max_age is None:
             raise DefinitionError(f"{what}: max_age says how old an answer may be", "none", 'Write max_age="6h"')
         if self.max_age == "forever":
-            raise DefinitionError(f"{what}: max_age is a length of time", "'forever'", 'Not built yet: use a long age such as "365d"')
+            raise DefinitionError(
+                f"{what}: max_age is a length of time", "'forever'", 'Not built yet: use a long age such as "365d"'
+            )
         microseconds(self.max_age, f"{what}: max_age")
         object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
         for column in self.columns:
@@ -248,7 +282,9 @@ class Lookup:
             raise DefinitionError("Lookup reads a Source", repr(self.source), "Write Lookup(planes, …)")
         what = f"Lookup in {self.source.name!r}"
         if self.source.time is not None:
-            raise DefinitionError(f"{what}: a dimension has no time", f"time={self.source.time!r}", "Use Latest for rows that have a time")
+            raise DefinitionError(
+                f"{what}: a dimension has no time", f"time={self.source.time!r}", "Use Latest for rows that have a time"
+            )
         if self.name is not None:
             identifier(self.name, f"{what}: name")
         for _, column in pairs(self.by, f"{what}: by"):
@@ -286,17 +322,25 @@ def _of_events(feature: Trailing | Latest) -> str:
         raise DefinitionError(f"{kind} reads a Source", repr(feature.source), f"Write {kind}(departures, …)")
     what = f"{kind} over {feature.source.name!r}"
     if feature.source.time is None:
-        raise DefinitionError(f"{what}: its source has a time", "a dimension", "Declare Source(…, time=…), or use Lookup")
+        raise DefinitionError(
+            f"{what}: its source has a time", "a dimension", "Declare Source(…, time=…), or use Lookup"
+        )
     for _, column in pairs(feature.by, f"{what}: by"):
         feature.source.require(column, "by")
     if feature.name is not None:
         identifier(feature.name, f"{what}: name")
     if feature.where is not None:
         if feature.name is None:
-            raise DefinitionError(f"{what}: a condition needs a name", f"where={feature.where}", 'Say what is counted: name="late_departures"')
+            raise DefinitionError(
+                f"{what}: a condition needs a name",
+                f"where={feature.where}",
+                'Say what is counted: name="late_departures"',
+            )
         require_row_local(feature.where, f"{what}: where")
         if dtype_of(feature.where, feature.source.schema, f"{what}: where") != pl.Boolean:
-            raise DefinitionError(f"{what}: where is a condition", str(feature.where), "Compare with something: pl.col(…) > 15")
+            raise DefinitionError(
+                f"{what}: where is a condition", str(feature.where), "Compare with something: pl.col(…) > 15"
+            )
     return what
 
 
@@ -305,12 +349,18 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
     what = f"{type(feature).__name__} over {feature.source.name!r}: by"
     for spine, column in feature.keys:
         if spine not in known:
-            raise DefinitionError(f"{what} names a column of the spine or a feature above", repr(spine), nearest(spine, known))
+            raise DefinitionError(
+                f"{what} names a column of the spine or a feature above", repr(spine), nearest(spine, known)
+            )
         left, right = known[spine], feature.source.schema[column]
         if left.is_float() or right.is_float():
-            raise DefinitionError(f"{what} is not a float", f"{spine!r}: {left}, {column!r}: {right}", "Key by integers or strings")
+            raise DefinitionError(
+                f"{what} is not a float", f"{spine!r}: {left}, {column!r}: {right}", "Key by integers or strings"
+            )
         if left != right and not (left.is_integer() and right.is_integer()):
-            raise DefinitionError(f"{what} has one type on both sides", f"{spine!r}: {left}, {column!r}: {right}", "Cast one of them")
+            raise DefinitionError(
+                f"{what} has one type on both sides", f"{spine!r}: {left}, {column!r}: {right}", "Cast one of them"
+            )
 
 
 def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:

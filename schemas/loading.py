@@ -39,9 +39,17 @@ def load_definition(name: str) -> Definition:
     model = getattr(module, "model", None)
     view = getattr(module, "view", None) or getattr(model, "view", None)
     if not isinstance(view, FeatureView) or not isinstance(model, Model | None):
-        raise DefinitionError(f"{name} names a FeatureView `view` and a Model `model`", f"view={view!r}, model={model!r}", "Write view = FeatureView(…) and model = Model(view, …)")
+        raise DefinitionError(
+            f"{name} names a FeatureView `view` and a Model `model`",
+            f"view={view!r}, model={model!r}",
+            "Write view = FeatureView(…) and model = Model(view, …)",
+        )
     if model is not None and model.view is not view:
-        raise DefinitionError(f"{name}: the model reads the view of the same file", f"{model.view.name!r} and {view.name!r}", "Write model = Model(view, …)")
+        raise DefinitionError(
+            f"{name}: the model reads the view of the same file",
+            f"{model.view.name!r} and {view.name!r}",
+            "Write model = Model(view, …)",
+        )
     return Definition(name, str(module.__file__), view, model)
 
 
@@ -52,10 +60,18 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise DefinitionError("The definition is an importable module or a .py file", repr(name), f"No module {error.name!r} here: check the name, or give a path ending in .py") from None
-        raise DefinitionError(f"{name} imports what is installed", f"no module {error.name!r}", "Install it, or remove the import") from None
+            raise DefinitionError(
+                "The definition is an importable module or a .py file",
+                repr(name),
+                f"No module {error.name!r} here: check the name, or give a path ending in .py",
+            ) from None
+        raise DefinitionError(
+            f"{name} imports what is installed", f"no module {error.name!r}", "Install it, or remove the import"
+        ) from None
     except SyntaxError as error:
-        raise DefinitionError(f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file") from None
+        raise DefinitionError(
+            f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
+        ) from None
 
 
 def _file(path: Path) -> ModuleType:
@@ -70,5 +86,7 @@ def _file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise DefinitionError(f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file") from None
+        raise DefinitionError(
+            f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
+        ) from None
     return module

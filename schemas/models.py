@@ -51,17 +51,23 @@ class Label:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Source) or self.source.time is None:
-            raise DefinitionError("Label: source is a Source with a time", repr(self.source), "Declare Source(…, time=…)")
+            raise DefinitionError(
+                "Label: source is a Source with a time", repr(self.source), "Declare Source(…, time=…)"
+            )
         what = f"Label from {self.source.name!r}"
         for _, column in self.keys:
             self.source.require(column, f"{what}: on")
         require_row_local(self.value, f"{what}: value")
         dtype = dtype_of(self.value, self.source.schema, f"{what}: value")
         if not (dtype.is_numeric() or dtype == pl.Boolean):
-            raise DefinitionError(f"{what}: value is a number or a condition", f"{self.value}: {dtype}", "Number the classes from 0")
+            raise DefinitionError(
+                f"{what}: value is a number or a condition", f"{self.value}: {dtype}", "Number the classes from 0"
+            )
         microseconds(self.within, f"{what}: within")
         if self.absent != "drop" and (isinstance(self.absent, str) or not isinstance(self.absent, int | float | bool)):
-            raise DefinitionError(f'{what}: absent is "drop" or a value', repr(self.absent), "Write absent=0 to count silence as no")
+            raise DefinitionError(
+                f'{what}: absent is "drop" or a value', repr(self.absent), "Write absent=0 to count silence as no"
+            )
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
@@ -99,7 +105,9 @@ class TimeSplit:
             instant(value, f"TimeSplit: {name}") if _is_date(value) else microseconds(value, f"TimeSplit: {name}")
         microseconds(self.embargo, "TimeSplit: embargo", zero=True)
         if _is_date(self.validate) and _is_date(self.test) and instant(self.validate) >= instant(self.test):
-            raise DefinitionError("TimeSplit: validation comes before test", f"{self.validate} and {self.test}", "Exchange them")
+            raise DefinitionError(
+                "TimeSplit: validation comes before test", f"{self.validate} and {self.test}", "Exchange them"
+            )
 
     def resolve(self, cutoff: datetime) -> Split:
         """The bounds when data ends at `cutoff`."""
@@ -108,7 +116,11 @@ class TimeSplit:
         validate_end = test - gap
         validate = _start(self.validate, validate_end)
         if not validate < validate_end or not test < cutoff:
-            raise DefinitionError("TimeSplit: every part has a length", f"validate from {validate}, test from {test}, cutoff {cutoff}", "Shorten the embargo or move the dates")
+            raise DefinitionError(
+                "TimeSplit: every part has a length",
+                f"validate from {validate}, test from {test}, cutoff {cutoff}",
+                "Shorten the embargo or move the dates",
+            )
         return Split(validate - gap, validate, validate_end, test, cutoff)
 
 
@@ -140,11 +152,24 @@ class Search:
         if self.trials < 1:
             raise DefinitionError("Search: trials is at least 1", self.trials, "Raise it")
         if self.method not in ("random", "sobol", "halving"):
-            raise DefinitionError("Search: method is random, sobol or halving", repr(self.method), nearest(self.method, ("random", "sobol", "halving")))
+            raise DefinitionError(
+                "Search: method is random, sobol or halving",
+                repr(self.method),
+                nearest(self.method, ("random", "sobol", "halving")),
+            )
         for name, values in self.space.items():
-            bounds = isinstance(values, tuple) and len(values) == 2 and all(isinstance(v, int | float) for v in values) and values[0] < values[1]
+            bounds = (
+                isinstance(values, tuple)
+                and len(values) == 2
+                and all(isinstance(v, int | float) for v in values)
+                and values[0] < values[1]
+            )
             if not bounds and not (isinstance(values, list) and values):
-                raise DefinitionError(f"Search: {name!r} has a list of choices or a pair of bounds", repr(values), "Write [4, 6, 8] or (0.02, 0.3)")
+                raise DefinitionError(
+                    f"Search: {name!r} has a list of choices or a pair of bounds",
+                    repr(values),
+                    "Write [4, 6, 8] or (0.02, 0.3)",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,18 +231,32 @@ class Model:
         object.__setattr__(self, "name", identifier(self.name or self.view.name, "The name of a model"))
         what = f"Model {self.name!r}"
         if self.objective not in OBJECTIVES:
-            raise DefinitionError(f"{what}: objective is one of {', '.join(OBJECTIVES)}", repr(self.objective), nearest(self.objective, OBJECTIVES))
+            raise DefinitionError(
+                f"{what}: objective is one of {', '.join(OBJECTIVES)}",
+                repr(self.objective),
+                nearest(self.objective, OBJECTIVES),
+            )
         for metric in (self.metric, *self.gates.at_least, *self.gates.max_gap):
             if metric not in OBJECTIVES[self.objective]:
-                raise DefinitionError(f"{what}: {self.objective} is judged by {', '.join(OBJECTIVES[self.objective])}", repr(metric), nearest(metric, OBJECTIVES[self.objective]))
+                raise DefinitionError(
+                    f"{what}: {self.objective} is judged by {', '.join(OBJECTIVES[self.objective])}",
+                    repr(metric),
+                    nearest(metric, OBJECTIVES[self.objective]),
+                )
         for group in self.gates.slices:
             for column in (group,) if isinstance(group, str) else group:
                 self.view.require_feature(column, f"{what}: slices")
         for column, _ in self.label.keys:
             if column not in self.view.context and column not in self.view.columns:
-                raise DefinitionError(f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context))
+                raise DefinitionError(
+                    f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context)
+                )
         if self.rounds < 1 or self.early_stopping < 0:
-            raise DefinitionError(f"{what}: rounds is at least 1 and early_stopping at least 0", (self.rounds, self.early_stopping), "Raise them")
+            raise DefinitionError(
+                f"{what}: rounds is at least 1 and early_stopping at least 0",
+                (self.rounds, self.early_stopping),
+                "Raise them",
+            )
         self._check_inputs(what)
 
     def _check_inputs(self, what: str) -> None:
@@ -225,12 +264,22 @@ class Model:
             self.view.require_feature(column, f"{what}: encode")
             dtype = self.inputs[column]
             if not isinstance(encoder, encoders.Encoder):
-                raise DefinitionError(f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()")
+                raise DefinitionError(
+                    f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()"
+                )
             if isinstance(encoder, encoders.NUMERIC) and not (dtype.is_numeric() or dtype == pl.Boolean):
-                raise DefinitionError(f"{what}: {type(encoder).__name__} encodes numbers", f"{column!r}: {dtype}", "Use Ordinal, OneHot, Native, Hashing or Target")
+                raise DefinitionError(
+                    f"{what}: {type(encoder).__name__} encodes numbers",
+                    f"{column!r}: {dtype}",
+                    "Use Ordinal, OneHot, Native, Hashing or Target",
+                )
         for column, dtype in self.inputs.items():
             if column not in self.encode and not (dtype.is_numeric() or dtype == pl.Boolean):
-                raise DefinitionError(f"{what}: XGBoost takes numbers, so a string input has an encoder", repr(column), f"Add encode={{{column!r}: encoders.Ordinal()}}")
+                raise DefinitionError(
+                    f"{what}: XGBoost takes numbers, so a string input has an encoder",
+                    repr(column),
+                    f"Add encode={{{column!r}: encoders.Ordinal()}}",
+                )
 
     @property
     def inputs(self) -> dict[str, pl.DataType]:

@@ -22,7 +22,9 @@ def names(value: str | tuple[str, ...] | list[str], what: str) -> tuple[str, ...
     """One name or several as a tuple, without repeats."""
     result = (value,) if isinstance(value, str) else tuple(value)
     if not result or not all(isinstance(name, str) and name for name in result):
-        raise DefinitionError(f"{what} is a column name or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")')
+        raise DefinitionError(
+            f"{what} is a column name or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
+        )
     if len(set(result)) != len(result):
         raise DefinitionError(f"{what} names each column once", repr(value), "Remove the repeat")
     return result
@@ -31,7 +33,9 @@ def names(value: str | tuple[str, ...] | list[str], what: str) -> tuple[str, ...
 def identifier(value: str, what: str) -> str:
     """A lower-case name usable in paths, column names and SQL."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", value):
-        raise DefinitionError(f"{what} is lower-case letters, digits and underscores", repr(value), 'Write it like "late_departures"')
+        raise DefinitionError(
+            f"{what} is lower-case letters, digits and underscores", repr(value), 'Write it like "late_departures"'
+        )
     return value
 
 
@@ -71,15 +75,23 @@ class Source:
         identifier(self.name, "The name of a source")
         what = f"Source {self.name!r}"
         if not isinstance(self.columns, Mapping) or not self.columns:
-            raise DefinitionError(f"{what}: columns maps names to Polars types", repr(self.columns), 'Write {"origin": pl.String}')
-        object.__setattr__(self, "columns", {name: _dtype(self.name, name, dtype) for name, dtype in self.columns.items()})
+            raise DefinitionError(
+                f"{what}: columns maps names to Polars types", repr(self.columns), 'Write {"origin": pl.String}'
+            )
+        object.__setattr__(
+            self, "columns", {name: _dtype(self.name, name, dtype) for name, dtype in self.columns.items()}
+        )
         for field in ("time", "event_time"):
             column = getattr(self, field)
             if column is not None and self.columns.get(column, TIME) != TIME:
                 raise DefinitionError(f"{what}: {field} is a Datetime in microseconds and UTC", f"{column!r}: {self.columns[column]}",
                                       "Leave it out of columns, it has that type by itself")  # fmt: skip
         if self.event_time is not None and self.time is None:
-            raise DefinitionError(f"{what}: event_time places a row of a source that has time", "no time", "Say when rows became known: time=…")
+            raise DefinitionError(
+                f"{what}: event_time places a row of a source that has time",
+                "no time",
+                "Say when rows became known: time=…",
+            )
         if self.event_time is not None and self.event_time == self.time:
             raise DefinitionError(f"{what}: event_time differs from time", repr(self.time), "Leave event_time out")
         microseconds(self.lateness, f"{what}: lateness", zero=True)
@@ -92,7 +104,9 @@ class Source:
             if value is None:
                 continue
             if self.time is None:
-                raise DefinitionError(f"{what}: {field} belongs to events", "a dimension (no time)", f"Drop {field}, or say time=…")
+                raise DefinitionError(
+                    f"{what}: {field} belongs to events", "a dimension (no time)", f"Drop {field}, or say time=…"
+                )
             object.__setattr__(self, field, names(value, f"{what}: {field}"))
             for column in getattr(self, field):
                 self.require(column, field)
@@ -106,20 +120,30 @@ class Source:
     def require(self, column: str, use: str) -> None:
         """Refuse a `column` this source does not declare."""
         if column not in self.schema:
-            raise DefinitionError(f"{use} of source {self.name!r} names a declared column", repr(column), nearest(column, self.schema))
+            raise DefinitionError(
+                f"{use} of source {self.name!r} names a declared column", repr(column), nearest(column, self.schema)
+            )
 
 
 def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
     if not isinstance(column, str) or not column:
         raise DefinitionError(f"Source {source!r}: a column has a name", repr(column), 'Write {"origin": pl.String}')
     if column in RESERVED or column.startswith("__"):
-        raise DefinitionError(f"Source {source!r}: {', '.join(RESERVED)} and names starting with __ are Millrace's own", repr(column), "Rename the column")
+        raise DefinitionError(
+            f"Source {source!r}: {', '.join(RESERVED)} and names starting with __ are Millrace's own",
+            repr(column),
+            "Rename the column",
+        )
     if dtype in _SIMPLE:
         return dtype() if isinstance(dtype, type) else dtype  # type: ignore[return-value]
     if dtype == TIME or (dtype is pl.Datetime):
         return TIME
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is None:
-        raise DefinitionError(f"Source {source!r}: a timestamp names its zone", f"{column!r}: {dtype}", 'Write pl.Datetime("us", "UTC") and convert the data')
+        raise DefinitionError(
+            f"Source {source!r}: a timestamp names its zone",
+            f"{column!r}: {dtype}",
+            'Write pl.Datetime("us", "UTC") and convert the data',
+        )
     raise DefinitionError(
         f"Source {source!r}: a column is a signed integer, float, String, Boolean, Date or Datetime(\"us\", \"UTC\")",
         f"{column!r}: {dtype}", "Cast it where the data is written",

@@ -14,6 +14,7 @@ DEAD_LETTERS = pa.schema([
     ("field", pa.string()),
     ("rule", pa.string()),
     ("value", pa.string()),
+    ("view", pa.string()),
     ("date", pa.date32()),
 ])  # fmt: skip
 

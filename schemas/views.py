@@ -40,26 +40,48 @@ class FeatureView:
         identifier(self.name, "The name of a view")
         what = f"View {self.name!r}"
         if not isinstance(self.spine, Source) or self.spine.time is None:
-            raise DefinitionError(f"{what}: the spine is a Source with a time", getattr(self.spine, "name", self.spine), "Declare Source(…, time=…)")
+            raise DefinitionError(
+                f"{what}: the spine is a Source with a time",
+                getattr(self.spine, "name", self.spine),
+                "Declare Source(…, time=…)",
+            )
         if self.spine.event_time is not None:
-            raise DefinitionError(f"{what}: a question has one time, the moment it is asked", f"event_time={self.spine.event_time!r}", "Leave event_time out of the spine")
+            raise DefinitionError(
+                f"{what}: a question has one time, the moment it is asked",
+                f"event_time={self.spine.event_time!r}",
+                "Leave event_time out of the spine",
+            )
         if self.spine.unique is not None or self.spine.order is not None:
-            raise DefinitionError(f"{what}: key and time identify a spine row", "unique or order on the spine", "Leave them out of the spine")
+            raise DefinitionError(
+                f"{what}: key and time identify a spine row",
+                "unique or order on the spine",
+                "Leave them out of the spine",
+            )
         object.__setattr__(self, "key", names(self.key, f"{what}: key"))
         for column in self.key:
             self.spine.require(column, f"{what}: key")
             if column == self.spine.time or self.spine.schema[column].is_float():
-                raise DefinitionError(f"{what}: a key is an integer, a string, a boolean or a date", repr(column), "The time belongs to a question's identity by itself")
+                raise DefinitionError(
+                    f"{what}: a key is an integer, a string, a boolean or a date",
+                    repr(column),
+                    "The time belongs to a question's identity by itself",
+                )
         object.__setattr__(self, "features", tuple(self.features))
         if not self.features:
             raise DefinitionError(f"{what} has at least one feature", "none", "Add Derived, Trailing, Latest or Lookup")
         for feature in self.features:
             if not isinstance(feature, Derived | Trailing | Latest | Lookup):
-                raise DefinitionError(f"{what}: a feature is Derived, Trailing, Latest or Lookup", repr(feature), "See docs/definition.md")
+                raise DefinitionError(
+                    f"{what}: a feature is Derived, Trailing, Latest or Lookup", repr(feature), "See docs/definition.md"
+                )
         seen: dict[str, Source] = {}
         for source in (self.spine, *iter_sources(self.features)):
             if seen.setdefault(source.name, source) is not source:
-                raise DefinitionError(f"{what}: one name is one source", repr(source.name), "Rename one, or use the same Source object twice")
+                raise DefinitionError(
+                    f"{what}: one name is one source",
+                    repr(source.name),
+                    "Rename one, or use the same Source object twice",
+                )
         _ = self.columns
 
     @functools.cached_property
@@ -75,12 +97,25 @@ class FeatureView:
                 later = self._made_below(feature)
                 name = str(error.value).strip("'")
                 if name in later:
-                    raise DefinitionError(f"View {self.name!r}: a feature uses only what stands above it (no cycles)", repr(name), f"Move the feature that makes {name!r} up") from None
+                    raise DefinitionError(
+                        f"View {self.name!r}: a feature uses only what stands above it (no cycles)",
+                        repr(name),
+                        f"Move the feature that makes {name!r} up",
+                    ) from None
                 raise
             for name, dtype in outputs.items():
-                if name in result or name in RESERVED or name.startswith("__") or (name in known and not isinstance(feature, Derived)):
+                if (
+                    name in result
+                    or name in RESERVED
+                    or name.startswith("__")
+                    or (name in known and not isinstance(feature, Derived))
+                ):
                     other = made_by.get(name, "the spine" if name in known else "Millrace's own columns")
-                    raise DefinitionError(f"View {self.name!r}: a feature has a name of its own", f"{name!r} from {_short(other)} and from {_short(feature)}", "Give one of them name=…")
+                    raise DefinitionError(
+                        f"View {self.name!r}: a feature has a name of its own",
+                        f"{name!r} from {_short(other)} and from {_short(feature)}",
+                        "Give one of them name=…",
+                    )
                 result[name], made_by[name] = dtype, feature
         return result
 
@@ -89,7 +124,13 @@ class FeatureView:
         return {
             name
             for below in self.features[position:]
-            for name in (below.columns if isinstance(below, Derived) else [each.name for each in below.statistics] if isinstance(below, Trailing) else below.renamed.values())
+            for name in (
+                below.columns
+                if isinstance(below, Derived)
+                else [each.name for each in below.statistics]
+                if isinstance(below, Trailing)
+                else below.renamed.values()
+            )
         }
 
     @property
@@ -155,9 +196,21 @@ class FeatureView:
         """Digest per feature of what decides its values, features above it included."""
         digests: dict[str, str] = {}
         for feature in self.features:
-            for name in feature.outputs({**self.spine.schema, **self.columns}) if not isinstance(feature, Derived) else feature.columns:
-                meaning: dict[str, Any] = {"kernel": KERNEL_VERSION, "type": str(self.columns[name]), **feature.meaning(name)}
-                above = columns_of(feature.columns[name]) if isinstance(feature, Derived) else [spine for spine, _ in feature.keys]
+            for name in (
+                feature.outputs({**self.spine.schema, **self.columns})
+                if not isinstance(feature, Derived)
+                else feature.columns
+            ):
+                meaning: dict[str, Any] = {
+                    "kernel": KERNEL_VERSION,
+                    "type": str(self.columns[name]),
+                    **feature.meaning(name),
+                }
+                above = (
+                    columns_of(feature.columns[name])
+                    if isinstance(feature, Derived)
+                    else [spine for spine, _ in feature.keys]
+                )
                 meaning["uses"] = {column: digests.get(column, str(self.spine.schema.get(column))) for column in above}
                 digests[name] = _digest(meaning)
         return digests
@@ -183,7 +236,11 @@ class FeatureView:
     def require_feature(self, name: str, what: str) -> None:
         """Refuse a `name` that is neither a feature nor a spine column."""
         if name not in self.columns and name not in self.context:
-            raise DefinitionError(f"{what} names a feature or a spine column of view {self.name!r}", repr(name), nearest(name, [*self.columns, *self.context]))
+            raise DefinitionError(
+                f"{what} names a feature or a spine column of view {self.name!r}",
+                repr(name),
+                nearest(name, [*self.columns, *self.context]),
+            )
 
 
 def _plain(dtype: pa.DataType) -> pa.DataType:

@@ -1,0 +1,10 @@
+"""The three pipelines and the command line."""
+
+import logging
+import os
+import warnings
+
+# Word of libraries about themselves, which no user of Millrace can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\..*")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+logging.getLogger().addFilter(lambda record: "crcmod package not found" not in str(record.msg))

@@ -1,0 +1,126 @@
+"""Flags of the pipelines: ours are checked, the rest go to Beam."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import uuid
+from collections.abc import Sequence
+from datetime import date, timedelta
+from typing import NoReturn
+
+from schemas.errors import DefinitionError
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argparse parser that hands unknown flags on to Beam, unless one is a near miss of ours.
+
+    >>> arguments = Arguments("millrace features", "Compute features.")
+    >>> namespace, beam_args = arguments.parse(["--definition", "d", "--store", "s", "--runner=PrismRunner"])
+    >>> beam_args
+    ['--runner=PrismRunner']
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            epilog="Any other flag goes to Beam: --runner, --job_endpoint, --project, …",
+        )
+        self.add_argument("--definition", required=True, help="module or .py file that names `view` and `model`")
+        self.add_argument(
+            "--store",
+            required=True,
+            help="folder (or gs://, s3:// address) that holds sources, tables and the registry",
+        )
+        self.add_argument(
+            "--run_id",
+            default=None,
+            type=identifier,
+            help="names this run; the same again resumes it (default: a fresh one)",
+        )
+
+    def add_interval(self, of: str) -> None:
+        """--start and --end."""
+        self.add_argument(
+            "--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first there is)"
+        )
+        self.add_argument(
+            "--end", type=day, help="the UTC day after the last (default: the day after the last there is)"
+        )
+
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Our flags, and those for Beam.
+
+        Raises:
+            DefinitionError: a flag within two letters of one of ours, a stray word, an empty interval.
+        """
+        namespace, rest = self.parse_known_args(list(argv))
+        ours = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        for word in rest:
+            name = word.split("=")[0]
+            if not name.startswith("-") and rest.index(word) == 0:
+                self.error(f"{name!r} belongs to no flag")
+            near = [
+                option
+                for option in ours
+                if name.startswith("--")
+                and name not in ours
+                and _distance(name.replace("-", "_"), option.replace("-", "_")) <= 2
+            ]
+            if near and not _known_to_beam(name):
+                self.error(f"unknown flag {name}; did you mean {near[0]}?")
+        start, end = getattr(namespace, "start", None), getattr(namespace, "end", None)
+        if start is not None and end is not None and start >= end:
+            self.error(f"--start {start} comes before --end {end}; the end is the day after the last")
+        if "://" not in namespace.store:
+            namespace.store = os.path.abspath(namespace.store)
+        if namespace.run_id is None:
+            namespace.run_id = uuid.uuid4().hex[:12]
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
+
+
+def _distance(a: str, b: str) -> int:
+    """Edits between two words, good to about two."""
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def _known_to_beam(flag: str) -> bool:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(parser)
+    return flag in parser._option_string_actions
+
+
+def day(text: str) -> date:
+    """A UTC day."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a day like 2013-01-31 (intervals are whole UTC days)"
+        ) from None
+
+
+def identifier(text: str) -> str:
+    if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
+    return text
+
+
+def next_day(value: date) -> date:
+    return value + timedelta(days=1)

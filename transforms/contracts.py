@@ -1,0 +1,189 @@
+"""What a source promises, judged: whole files by their schema, single rows by rules.  Bad rows become dead letters."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, date, datetime, timedelta
+
+import polars as pl
+import pyarrow as pa
+
+from schemas.durations import DAY, instant, microseconds
+from schemas.errors import ContractError, nearest
+from schemas.sources import Source
+
+MICROSECOND = timedelta(microseconds=1)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Columns of a dead letter, as far as they are known before its file is.
+LETTER = {"place": pl.Int64, "field": pl.String, "rule": pl.String, "value": pl.String, "time": pl.Int64}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contract:
+    """A source's rules for one use of it.
+
+    Args:
+        source: the source.
+        columns: those that are read.
+        required: columns that may not be null beside the time: a spine's key.
+        now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
+    """
+
+    source: Source
+    columns: tuple[str, ...]
+    required: tuple[str, ...] = ()
+    now: int = 2**62
+
+    @property
+    def latest(self) -> int:
+        """Times from here on are implausible, µs."""
+        return min(self.now, 2**62) + microseconds(self.source.ahead, zero=True) + 1
+
+    @property
+    def earliest(self) -> int:
+        """Times before this are implausible, µs."""
+        return (instant(self.source.not_before) - EPOCH) // MICROSECOND
+
+    def rules(self) -> list[tuple[str, str, pl.Expr]]:
+        """(field, rule, condition under which a row breaks it), the first broken one is the reason."""
+        source = self.source
+        rules: list[tuple[str, str, pl.Expr]] = []
+        for name in (source.time, source.event_time):
+            if name is None:
+                continue
+            moment = pl.col(name).dt.epoch("us")
+            rules.append((name, "a time is present", pl.col(name).is_null()))
+            rules.append(
+                (
+                    name,
+                    f"a time is not before {instant(source.not_before):%Y-%m-%d} (not_before)",
+                    moment < self.earliest,
+                )
+            )
+            rules.append(
+                (name, f"a time is at most {source.ahead} ahead of the run's clock (ahead)", moment >= self.latest)
+            )
+        if source.time is not None and source.event_time is not None:
+            rules.append(
+                (
+                    source.event_time,
+                    f"nothing is known before it happens: {source.event_time} ≤ {source.time}",
+                    pl.col(source.event_time) > pl.col(source.time),
+                )
+            )
+        for name in (*self.required, *(source.unique or ())):
+            rules.append((name, "a key is present", pl.col(name).is_null()))
+        for name in self.columns:
+            dtype = source.schema[name]
+            if dtype.is_float():
+                rules.append((name, "a number is finite", pl.col(name).is_infinite()))
+            if dtype == pl.Float64:
+                rules.append((name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).abs() > 3.4028234e38))
+        return rules
+
+    def cast(self, table: pa.Table, file: str) -> pl.DataFrame:
+        """The declared columns of a file's `table` in their declared types.
+
+        Raises:
+            ContractError: a column is missing or of a type that does not hold the declared one.
+        """
+        self.check(table.schema, file)
+        frame: pl.DataFrame = pl.from_arrow(table.select(list(self.columns)))  # type: ignore[assignment]
+        return frame.cast({name: self.source.schema[name] for name in self.columns})  # type: ignore[arg-type]
+
+    def check(self, schema: pa.Schema, file: str) -> None:
+        """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
+        what = f"Source {self.source.name!r}"
+        for name in self.columns:
+            if name not in schema.names:
+                raise ContractError(
+                    f"{what}: every file has the declared column {name!r}",
+                    f"{file} with {', '.join(schema.names)}",
+                    nearest(name, schema.names),
+                )
+            found, declared = schema.field(name).type, self.source.schema[name]
+            if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
+                raise ContractError(
+                    f"{what}: a timestamp names its time zone",
+                    f"{name!r}: {found} in {file}",
+                    "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
+                )
+            if not holds(declared, found):
+                raise ContractError(
+                    f"{what}: column {name!r} is {declared}",
+                    f"{found} in {file}",
+                    "Correct the file, or the declaration if it was wrong",
+                )
+
+
+def holds(declared: pl.DataType, found: pa.DataType) -> bool:
+    """Whether every value of Arrow type `found` is one of Polars type `declared`."""
+    if pa.types.is_dictionary(found):
+        return holds(declared, found.value_type)
+    if declared == pl.String:
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    if declared == pl.Boolean:
+        return pa.types.is_boolean(found)
+    if declared == pl.Date:
+        return pa.types.is_date(found)
+    if declared.is_temporal():
+        return pa.types.is_timestamp(found) and found.tz is not None
+    if declared.is_integer():
+        widest = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}[type(declared)]
+        return pa.types.is_integer(found) and (
+            found.bit_width < widest or (found.bit_width == widest and pa.types.is_signed_integer(found))
+        )
+    exact = 53 if declared == pl.Float64 else 24
+    if pa.types.is_integer(found):
+        return found.bit_width <= exact
+    return pa.types.is_floating(found) and found.bit_width <= (64 if declared == pl.Float64 else 32)
+
+
+def judge(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Split rows into those that keep the contract (NaN turned to null) and dead letters with the first rule broken.
+
+    Returns:
+        (rows that keep it, letters of schema `LETTER`: place in `frame`, field, rule, value, plausible time in µs or null).
+    """
+    rules = contract.rules()
+    floats = [name for name in frame.columns if frame[name].dtype.is_float()]
+    broken = (
+        frame.lazy()
+        .select(
+            pl.any_horizontal([condition.fill_null(False) for _, _, condition in rules] or [pl.lit(False)]).alias("_")
+        )
+        .collect()["_"]
+    )
+    if len(broken) != len(frame):
+        broken = pl.Series([False]).new_from_index(0, len(frame))
+    letters = pl.DataFrame(schema=LETTER)
+    if broken.any():
+        letters = _letters(contract, frame.with_row_index("place").filter(broken), rules)
+        frame = frame.filter(~broken)
+    if floats:
+        frame = frame.with_columns(pl.col(floats).fill_nan(None))
+    return frame, letters
+
+
+def _letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, str, pl.Expr]]) -> pl.DataFrame:
+    def first(what: list[pl.Expr]) -> pl.Expr:
+        return pl.coalesce(
+            [pl.when(condition).then(value) for (_, _, condition), value in zip(rules, what, strict=True)]
+        )
+
+    time = pl.lit(None, pl.Int64)
+    if contract.source.time is not None:
+        moment = pl.col(contract.source.time).dt.epoch("us")
+        time = pl.when((moment >= contract.earliest) & (moment < contract.latest)).then(moment)
+    return bad.select(
+        pl.col("place").cast(pl.Int64),
+        first([pl.lit(field) for field, _, _ in rules]).alias("field"),
+        first([pl.lit(rule) for _, rule, _ in rules]).alias("rule"),
+        first([pl.col(field).cast(pl.String).fill_null("null") for field, _, _ in rules]).alias("value"),
+        time.alias("time"),
+    ).cast(LETTER)  # type: ignore[arg-type]
+
+
+def day_of(microsecond: int) -> date:
+    """UTC date of an instant in µs."""
+    return date(1970, 1, 1) + timedelta(days=microsecond // DAY)

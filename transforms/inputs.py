@@ -1,0 +1,185 @@
+"""A block's inputs: its questions, the events they can see, the dimensions they look up; and an account of every row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import DataError
+from schemas.features import Lookup
+from schemas.tables import DEAD_LETTERS
+from schemas.views import FeatureView
+from transforms.batches import batch
+from transforms.contracts import Contract
+from transforms.plan import Block, Plan
+from transforms.sources import LETTERS, Slice, read_slices, without_repeats
+from transforms.tables import DataFile
+
+Written = list[tuple[DataFile, dict[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Rows of one source, each counted in exactly one place: read = used + outside + repeated + dead.
+
+    Of a spine `used` rows were answered; of events they lie within some window's reach; `outside` lie beyond all.
+    """
+
+    source: str
+    read: int = 0
+    used: int = 0
+    outside: int = 0
+    repeated: int = 0
+    dead: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        mine, others = dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:]
+        return Tally(self.source, *(a + b for a, b in zip(mine, others, strict=True)))
+
+    @property
+    def conserved(self) -> bool:
+        return self.read == self.used + self.outside + self.repeated + self.dead
+
+
+def add_tallies(tallies: Iterable[Tally | Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Sums per source, in any order of merging."""
+    result: dict[str, Tally] = {}
+    for each in tallies:
+        for tally in [each] if isinstance(each, Tally) else each.values():
+            result[tally.source] = result[tally.source] + tally if tally.source in result else tally
+    return result
+
+
+def conserve(files: Written, tallies: Mapping[str, Tally], spine: str) -> Written:
+    """`files` if every row read is accounted for and every question is answered in them.
+
+    Raises:
+        DataError: nothing is committed then.
+    """
+    lost = [tally for tally in tallies.values() if not tally.conserved]
+    answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
+    if lost or answered != tallies[spine].used:
+        raise DataError("Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
+                        f"{answered} answers to {tallies[spine].used} questions; {lost or 'accounts balance'}",
+                        "Nothing was committed; a source may have changed while it was read: run the same command again")  # fmt: skip
+    return files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Input:
+    """Rows to use, dead letters (schema of `read_slices`), and the account of both."""
+
+    frame: pl.DataFrame
+    letters: pl.DataFrame
+    tally: Tally
+
+
+def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
+    """The block's questions, each once, sorted by time and key."""
+    read = read_slices(plan.spine, block.spine, block.start, block.end, own=block.own)
+    spine, conflicts = distinct(read.frame, (view.time, *view.key))
+    rule = "one key asks one question at one time (the smallest row was kept)"
+    letters = _concat([read.letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
+    total = len(read.frame) + len(read.letters)
+    return Input(
+        spine, letters, Tally(view.spine.name, total, len(spine), 0, total - len(spine) - len(letters), len(letters))
+    )
+
+
+def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input:
+    """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
+    contract = plan.contracts[name]
+    # The spine's own letters are told where it is read as the spine.
+    own = (0, 0) if contract is plan.spine else block.own
+    read = read_slices(
+        contract, block.events[name], min(block.start - view.reach(name), block.own[0]), block.end, own=own
+    )
+    kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
+    moment = pl.col(str(contract.source.time)).to_physical()
+    mine = (moment >= block.own[0]) & (moment < block.own[1])
+    first, last = plan.reached
+    reached = mine & (moment >= first - view.reach(name)) & (moment < last)
+    good = int(read.frame.select(mine.sum()).item())
+    counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
+    dead = len(read.letters)
+    label = f"{name} (as events)" if contract is plan.spine else name
+    return Input(
+        kept, read.letters, Tally(label, good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead)
+    )
+
+
+def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
+    """A dimension, one row per key of each `Lookup`, its letters dated at the start of the interval."""
+    contract, slices = plan.contracts[name], plan.dimensions[name]
+    read = read_slices(contract, slices)
+    frame = read.frame.unique().sort(read.frame.columns)
+    letters = [read.letters]
+    for feature in view.features:
+        if isinstance(feature, Lookup) and feature.source.name == name:
+            key = tuple(column for _, column in feature.keys)
+            _, conflicts = distinct(frame, key)
+            letters.append(locate(contract, slices, conflicts, key, "one key has one row (the smallest was kept)"))
+    dead = (
+        _concat(letters)
+        .unique(["file", "row"], keep="first", maintain_order=True)
+        .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
+    )
+    total = len(read.frame) + len(read.letters)
+    # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
+    return Input(
+        frame,
+        dead,
+        Tally(
+            name, total, total - len(dead) - (len(read.frame) - len(frame)), 0, len(read.frame) - len(frame), len(dead)
+        ),
+    )
+
+
+def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(One row per value of `by`, sorted by it; the rows that contradict those.)
+
+    Identical rows count once; of differing ones the smallest by all columns stays.
+    """
+    frame = frame.sort(by, maintain_order=True)
+    if len(frame) < 2:
+        return frame, frame.clear()
+    same = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in by)
+    if not frame.select(same.slice(1).any()).item():
+        return frame, frame.clear()
+    frame = frame.unique().sort([*by, *(name for name in frame.columns if name not in by)])
+    kept = frame.unique(by, keep="first", maintain_order=True)
+    return kept, frame.join(kept, on=frame.columns, how="anti", nulls_equal=True)
+
+
+def locate(
+    contract: Contract, slices: Sequence[Slice], rows: pl.DataFrame, key: Sequence[str], rule: str
+) -> pl.DataFrame:
+    """Dead letters for every occurrence of `rows` in their files."""
+    parts = []
+    for each in slices if len(rows) else ():
+        found = read_slices(contract, [each], numbered=True).frame.join(
+            rows, on=rows.columns, how="semi", nulls_equal=True
+        )
+        value = pl.concat_str([pl.col(name).cast(pl.String).fill_null("null") for name in key], separator=", ")
+        time = pl.col(contract.source.time).to_physical() if contract.source.time is not None else pl.lit(0, pl.Int64)
+        parts.append(found.select(
+            pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
+            pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
+        ))  # fmt: skip
+    return _concat(parts)
+
+
+def _concat(letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat([pl.DataFrame(schema=LETTERS), *letters])
+
+
+def letters_batch(view: FeatureView, letters: Sequence[pl.DataFrame]) -> pa.RecordBatch:
+    """Dead letters as a RecordBatch of `DEAD_LETTERS`; those without any time are dated 1970-01-01."""
+    date = pl.col("time").clip(0).cast(pl.Datetime("us")).dt.date().alias("date")
+    return batch(
+        _concat(letters).with_columns(date, pl.lit(view.name).alias("view")).sort("date", "source", "file", "row"),
+        DEAD_LETTERS,
+    )

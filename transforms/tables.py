@@ -1,0 +1,398 @@
+"""Delta tables: data files written by workers, made visible by one final commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable, Field, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.schema import PrimitiveType
+from deltalake.transaction import AddAction, CommitProperties, Transaction, create_table_with_add_actions
+
+from schemas.errors import StoreError
+from transforms.batches import batch
+
+_TYPES = {
+    pa.int8(): "byte", pa.int16(): "short", pa.int32(): "integer", pa.int64(): "long", pa.float32(): "float", pa.float64(): "double",
+    pa.string(): "string", pa.bool_(): "boolean", pa.date32(): "date", pa.timestamp("us", "UTC"): "timestamp",
+}  # fmt: skip
+READ_ROWS = 250_000
+WRITERS = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
+TRIES = 20
+
+
+def features_uri(store: str, view: str, fingerprint: str) -> str:
+    return FileSystems.join(store, "features", view, fingerprint)
+
+
+def predictions_uri(store: str, model: str) -> str:
+    return FileSystems.join(store, "predictions", model)
+
+
+def dead_letters_uri(store: str, pipeline: str) -> str:
+    return FileSystems.join(store, "dead_letters", pipeline)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of a table: full path, its partition values, rows and bytes."""
+
+    path: str
+    date: date
+    rows: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """What a commit made visible.  `fresh` is False when the run had committed before."""
+
+    version: int
+    rows: int
+    files: int
+    dates: tuple[date, ...]
+    fresh: bool
+
+
+def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
+    """The table as of `version` (None: the newest), or None where there is none.
+
+    Raises:
+        StoreError: the version does not exist, or the log cannot be read.
+    """
+    try:
+        return DeltaTable(uri, version=version)
+    except TableNotFoundError:
+        return None
+    except (DeltaError, OSError) as error:
+        raise StoreError(
+            f"The table {uri} can be read{'' if version is None else f' at version {version}'}",
+            _first_line(error),
+            "List what there is with: millrace tables",
+        ) from None
+
+
+def newest(uri: str) -> int | None:
+    """The table's version now, None where there is none."""
+    table = open_table(uri)
+    return None if table is None else int(table.version())
+
+
+def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
+    """The files of the table's dates in `[start, end)`, in order of date and path."""
+    root = table.table_uri.removeprefix("file://").rstrip("/")
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+    files = [
+        DataFile(FileSystems.join(root, path), day, rows, size)
+        for path, day, rows, size in zip(
+            actions["path"], actions["partition.date"], actions["num_records"], actions["size_bytes"], strict=True
+        )
+        if (start is None or day >= start) and (end is None or day < end)
+    ]
+    return sorted(files, key=lambda file: (file.date, file.path))
+
+
+def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
+    """A data file's `columns` (None: all) with its `date`."""
+    wanted = None if columns is None else [name for name in columns if name != "date"]
+    try:
+        if "://" in file.path:
+            with FileSystems.open(file.path) as handle:
+                content = pq.read_table(handle, columns=wanted)
+        else:
+            content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(
+            "A committed data file can be read",
+            f"{file.path}: {_first_line(error)}",
+            "Restore the file, or recompute its date with --full",
+        ) from None
+    days = pa.DictionaryArray.from_arrays(
+        pa.nulls(content.num_rows, pa.int32()).fill_null(0), pa.array([file.date], pa.date32())
+    )
+    content = content.append_column("date", days.dictionary_decode())
+    return content if columns is None else content.select(columns)
+
+
+def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
+    """Neighbouring files in groups of about `rows`."""
+    group: list[DataFile] = []
+    for file in files:
+        if group and sum(each.rows for each in group) + file.rows > rows:
+            yield tuple(group)
+            group = []
+        group.append(file)
+    if group:
+        yield tuple(group)
+
+
+def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
+    """The rows of `files` as one batch."""
+    parts = list(WRITERS.map(lambda file: read_file(file, columns), files))
+    whole = pa.concat_tables(parts)
+    return batch(whole, whole.schema)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class ReadTable(beam.PTransform):  # type: ignore[misc]
+    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
+
+    files: tuple[DataFile, ...]
+    columns: tuple[str, ...] | None = None
+
+    def expand(self, begin: beam.PBegin) -> beam.PCollection:
+        columns = None if self.columns is None else list(self.columns)
+        return (
+            begin
+            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
+            | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
+        )
+
+
+def write_files(
+    rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None
+) -> list[tuple[DataFile, dict[str, str]]]:
+    """Write the batch as one Parquet file per date under `uri`, invisible until committed.
+
+    Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
+    Each is written aside and renamed, so no reader meets half a file.
+    """
+    content = pa.Table.from_batches([rows])
+    days = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
+    if len(days) and (days[1:] < days[:-1]).any():
+        content = content.sort_by("date")
+        days = content["date"].cast(pa.int32()).to_numpy()
+    starts = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0])] if len(days) else []
+    content = content.drop([name for name in ("date", *(extra or {})) if name in content.schema.names])
+    strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
+
+    def write(start: int, stop: int) -> tuple[DataFile, dict[str, str]]:
+        day = date(1970, 1, 1) + timedelta(days=int(days[start]))
+        values = {**(extra or {}), "date": day.isoformat()}
+        sink = pa.BufferOutputStream()
+        pq.write_table(content.slice(start, stop - start), sink, compression="lz4", use_dictionary=strings)
+        buffer = sink.getvalue()
+        name = f"{run_id}-{hashlib.blake2b(buffer, digest_size=8).hexdigest()}.parquet"
+        folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
+        _write_aside(folder, name, buffer)
+        return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
+
+    return list(WRITERS.map(write, starts, [*starts[1:], len(days)])) if starts else []
+
+
+def _write_aside(folder: str, name: str, content: pa.Buffer) -> None:
+    path = FileSystems.join(folder, name)
+    try:
+        if "://" in folder:
+            with FileSystems.create(
+                path, mime_type="application/octet-stream"
+            ) as handle:  # object stores show whole objects only
+                handle.write(content.to_pybytes())
+            return
+        os.makedirs(folder, exist_ok=True)
+        aside = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}")
+        with open(aside, "wb") as handle:
+            handle.write(content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise StoreError(
+            "The store can be written",
+            f"{path}: {error.strerror or error}",
+            "Free space or grant access, then run the same command again: nothing half-written is visible",
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a commit replaces.
+
+    Args:
+        uri: the table.
+        schema: its Arrow schema, partition columns included.
+        dates: every date this run answers for; rows of another date are refused.  None: all dates, the table is replaced.
+        run_id: identifies the run in file names and in the log.
+        base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
+        extra: fixed values of further partition columns, standing before `date`.
+        metadata: kept with the commit.
+    """
+
+    uri: str
+    schema: pa.Schema
+    dates: tuple[date, ...] | None
+    run_id: str
+    base: int | None = None
+    extra: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteFiles(beam.PTransform):  # type: ignore[misc]
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of (DataFile, partition values)."""
+
+    uri: str
+    run_id: str
+    extra: Mapping[str, str] | None = None
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return (
+            batches
+            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra)
+            | "Gather" >> beam.combiners.ToList()
+        )
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class CommitFiles(beam.PTransform):  # type: ignore[misc]
+    """PCollection of one list of written files → PCollection[Committed] of one element."""
+
+    target: Target
+
+    def expand(self, files: beam.PCollection) -> beam.PCollection:
+        return files | "Commit" >> beam.Map(functools.partial(commit, self.target)).with_output_types(Committed)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteTable(beam.PTransform):  # type: ignore[misc]
+    """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
+
+    Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
+    """
+
+    target: Target
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
+        return files | CommitFiles(self.target)
+
+
+def commit(target: Target, written: list[tuple[DataFile, dict[str, str]]]) -> Committed:
+    """Make `written` the content of the target's dates by one atomic commit.
+
+    Raises:
+        StoreError: a row outside the dates, the dates changed under the run, or the store refuses.
+    """
+    strays = sorted({file.date.isoformat() for file, _ in written} - {day.isoformat() for day in target.dates or ()})
+    if strays and target.dates is not None:
+        raise StoreError(
+            "A run writes only the dates it answers for",
+            ", ".join(strays[:5]),
+            "This is a defect of Millrace: please report it",
+        )
+    unique = {file.path: (file, values) for file, values in written}
+    actions = [_add(target.uri, file, values) for file, values in unique.values()]
+    done = {
+        "rows": sum(file.rows for file, _ in unique.values()),
+        "files": len(unique),
+        "dates": tuple(sorted({file.date for file, _ in unique.values()})),
+    }
+    properties = CommitProperties(
+        custom_metadata={**(target.metadata or {}), "run_id": target.run_id},
+        app_transactions=[Transaction(target.run_id, 1)],
+    )
+    schema = delta_schema(target.schema)
+    parts = [*(target.extra or {}), "date"]
+    before = _paths(open_table(target.uri, target.base), target) if target.base is not None else set()
+    for _ in range(TRIES):
+        table = open_table(target.uri)
+        try:
+            if table is None:
+                create_table_with_add_actions(
+                    target.uri, schema, actions, mode="error", partition_by=parts, commit_properties=properties
+                )
+                return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
+            # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
+            if table.transaction_version(target.run_id) is not None:
+                return Committed(_committed_version(table, target.run_id), **done, fresh=False)  # type: ignore[arg-type]
+            now = _paths(table, target)
+            if now != before:
+                raise StoreError(
+                    f"Nobody else changes the dates of a run while it works on {target.uri}",
+                    f"{len(now ^ before)} files of these dates changed since version {target.base}", "Another run won: run the same command again to build on its result",
+                )  # fmt: skip
+            if not actions and not now:
+                return Committed(table.version(), **done, fresh=False)  # type: ignore[arg-type]
+            table.create_write_transaction(
+                actions, "overwrite", schema, parts, _filters(target), commit_properties=properties
+            )
+            written_table = open_table(target.uri)
+            assert written_table is not None
+            return Committed(_committed_version(written_table, target.run_id), **done, fresh=True)  # type: ignore[arg-type]
+        except CommitFailedError:
+            continue  # somebody committed in between: look again whether our dates are untouched
+        except (DeltaError, OSError) as error:
+            if table is None and open_table(target.uri) is not None:
+                continue  # somebody created the table in between
+            raise StoreError(
+                "The store can be written",
+                f"{target.uri}: {_first_line(error)}",
+                "Check access and free space, then run the same command again",
+            ) from None
+    raise StoreError(
+        f"A commit goes through within {TRIES} tries",
+        target.uri,
+        "Too many writers at once: run the same command again",
+    )
+
+
+def _add(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
+    stats = json.dumps({"numRecords": file.rows})
+    return AddAction(file.path[len(uri.rstrip("/")) + 1 :], file.bytes, values, 0, True, stats)
+
+
+def _filters(target: Target) -> Any:
+    """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
+    filters: list[tuple[str, str, Any]] = [(name, "=", value) for name, value in (target.extra or {}).items()]
+    if target.dates is not None:
+        filters.append(("date", "in", [day.isoformat() for day in target.dates]))
+    return filters or None
+
+
+def _paths(table: DeltaTable | None, target: Target) -> set[str]:
+    """Files of the target's dates."""
+    if table is None:
+        return set()
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+    dates = None if target.dates is None else set(target.dates)
+    rows = range(len(actions["path"]))
+    extra = target.extra or {}
+    return {
+        actions["path"][i]
+        for i in rows
+        if (dates is None or actions["partition.date"][i] in dates)
+        and all(actions[f"partition.{k}"][i] == v for k, v in extra.items())
+    }
+
+
+def _committed_version(table: DeltaTable, run_id: str) -> int:
+    """The version that the run `run_id` made."""
+    for entry in table.history(200):
+        if entry.get("run_id") == run_id:
+            return int(entry["version"])
+    return int(table.version())
+
+
+def delta_schema(schema: pa.Schema) -> Schema:
+    """`schema` in Delta's own terms (pyarrow 10 has no capsule that delta-rs could read)."""
+    return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), True) for field in schema])
+
+
+def days_between(start: date, end: date) -> tuple[date, ...]:
+    """The days of `[start, end)`."""
+    return tuple(start + timedelta(days=i) for i in range((end - start).days))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,296 @@
+"""Statistics of contiguous windows of a sorted column, vectorised, each a function of the window's multiset alone.
+
+A value must not depend on the history, the block or the arrival order that led to it, to the last bit.  So nothing here
+slides or accumulates in floating point:
+
+- sums are differences of integer prefix sums over fixed-point digits (a superaccumulator, Kulisch; Neal 2015), exact and
+  associative, and are rounded once;
+- min and max come from a sparse table (Bender & Farach-Colton 2000);
+- quantiles and distinct counts from a wavelet matrix (Claude, Navarro & Ordóñez 2015).
+
+Shapes: `values` has n elements, `lo` and `hi` (int64) one per window, a window being `values[lo:hi]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# A digit holds 40 bits, which leaves 23 for the sum of a window: 8 million of the largest digits.
+DIGIT = 40
+_LOWEST, _HIGHEST = -1080, 1000
+
+
+class ExactSum:
+    """Prefix sums of `values` as fixed-point digits of 40 bits: any window's sum is exact."""
+
+    def __init__(self, *parts: Floats) -> None:
+        digits: dict[int, Ints] = {}
+        for values in parts:
+            for unit, digit in _digits(values):
+                digits[unit] = digits[unit] + digit if unit in digits else digit
+        self.units = sorted(digits)
+        self.prefix = [np.concatenate([np.zeros(1, np.int64), np.cumsum(digits[unit])]) for unit in self.units]
+
+    def _canonical(self, lo: Ints, hi: Ints) -> list[tuple[int, Floats]]:
+        """Digits of each window's sum with carries resolved, least first: one representation per exact sum."""
+        result: list[tuple[int, Floats]] = []
+        carry: Ints | None = None
+        half = np.int64(1 << (DIGIT - 1))
+        expected = None
+        for unit, prefix in zip(self.units, self.prefix, strict=True):
+            while carry is not None and expected is not None and expected < unit:
+                carry, digit = _carry(carry, half)
+                result.append((expected, digit))
+                expected += DIGIT
+            total = prefix[hi] - prefix[lo]
+            if carry is not None:
+                total += carry
+            carry, digit = _carry(total, half)
+            result.append((unit, digit))
+            expected = unit + DIGIT
+        if carry is not None and expected is not None and carry.any():
+            result.append((expected, carry.astype(np.float64)))
+        return result
+
+    def total(self, lo: Ints, hi: Ints) -> Floats:
+        """Sum per window, float64."""
+        total = np.zeros(len(lo))
+        for unit, digit in self._canonical(lo, hi):
+            total += np.ldexp(digit, unit)
+        return total
+
+    def pair(self, lo: Ints, hi: Ints) -> tuple[Floats, Floats]:
+        """Sum per window as an unevaluated sum of two float64 (106 bits)."""
+        high, low = np.zeros(len(lo)), np.zeros(len(lo))
+        for unit, digit in reversed(self._canonical(lo, hi)):
+            high, error = _two_sum(high, np.ldexp(digit, unit))
+            low += error
+        return _two_sum(high, low)
+
+
+def _digits(values: Floats) -> list[tuple[int, Ints]]:
+    """`values` as Σ digit · 2**unit, units multiples of 40, exactly; bits below 2**-1080 do not exist in float64."""
+    if not len(values):
+        return []
+    rest = values
+    _, exponents = np.frexp(np.abs(values).max())
+    unit = min(_HIGHEST, DIGIT * math.floor((int(exponents) - 1) / DIGIT))
+    result = []
+    while unit >= _LOWEST:
+        digit = np.trunc(np.ldexp(rest, -unit))
+        if digit.any():
+            result.append((unit, digit.astype(np.int64)))
+            rest = rest - np.ldexp(digit, unit)
+            if not rest.any():
+                break
+        unit -= DIGIT
+    return result
+
+
+def _carry(total: Ints, half: np.int64) -> tuple[Ints, Floats]:
+    carry = (total + half) >> DIGIT
+    return carry, (total - (carry << DIGIT)).astype(np.float64)
+
+
+def _two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """a + b and its rounding error (Knuth)."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+def _two_product(a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """a · b and its rounding error (Dekker, Veltkamp splitting)."""
+    product = a * b
+    split = 134217729.0
+    a_high = a * split - (a * split - a)
+    b_high = b * split - (b * split - b)
+    a_low, b_low = a - a_high, b - b_high
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+class SparseTable:
+    """Minimum (or maximum) of any window in two look-ups: level j holds the extreme of 2**j neighbours."""
+
+    def __init__(self, values: Floats, longest: int, largest: bool) -> None:
+        self.extreme = np.maximum if largest else np.minimum
+        self.levels = [values]
+        for level in range(1, max(longest, 1).bit_length()):
+            previous, step = self.levels[-1], 1 << (level - 1)
+            self.levels.append(self.extreme(previous[:-step], previous[step:]))
+
+    def __call__(self, lo: Ints, hi: Ints) -> Floats:
+        """Extreme per window; windows are not empty."""
+        result = np.empty(len(lo))
+        lengths = hi - lo
+        level = np.frexp(lengths.astype(np.float64))[1] - 1
+        for j in np.unique(level):
+            at = np.flatnonzero(level == j) if len(level) else np.zeros(0, np.int64)
+            table = self.levels[j]
+            result[at] = self.extreme(table[lo[at]], table[hi[at] - (1 << int(j))])
+        return result
+
+
+class WaveletMatrix:
+    """Order statistics of any window of non-negative integers, in one pass per bit."""
+
+    def __init__(self, codes: Ints) -> None:
+        self.bits = int(codes.max(initial=0)).bit_length()
+        self.zeros: list[Ints] = []
+        for bit in reversed(range(self.bits)):
+            zero = (codes >> bit & 1) == 0
+            self.zeros.append(np.concatenate([np.zeros(1, np.int64), np.cumsum(zero)]))
+            codes = np.concatenate([codes[zero], codes[~zero]])
+
+    def kth(self, lo: Ints, hi: Ints, k: Ints) -> Ints:
+        """The k-th smallest code (from 0) per window."""
+        result = np.zeros(len(lo), np.int64)
+        for zeros in self.zeros:
+            left, right = zeros[lo], zeros[hi]
+            high = k >= right - left
+            result = result << 1 | high
+            k = np.where(high, k - (right - left), k)
+            lo = np.where(high, zeros[-1] + lo - left, left)
+            hi = np.where(high, zeros[-1] + hi - right, right)
+        return result
+
+    def below(self, lo: Ints, hi: Ints, bound: Ints) -> Ints:
+        """How many codes of each window are less than its `bound`."""
+        count = np.where(bound >> self.bits > 0, hi - lo, 0)
+        inside = bound >> self.bits == 0
+        for level, zeros in enumerate(self.zeros):
+            left, right = zeros[lo], zeros[hi]
+            high = (bound >> (self.bits - 1 - level) & 1) == 1
+            count = count + np.where(inside & high, right - left, 0)
+            lo = np.where(high, zeros[-1] + lo - left, left)
+            hi = np.where(high, zeros[-1] + hi - right, right)
+        return count
+
+
+class Column:
+    """A sorted column's values that are values: nulls are taken out and windows mapped accordingly."""
+
+    def __init__(self, values: npt.NDArray[np.generic], valid: Bools | None) -> None:
+        self.kept = None
+        if valid is not None and not valid.all():
+            self.kept = np.concatenate([np.zeros(1, np.int64), np.cumsum(valid)])
+            self.positions = np.flatnonzero(valid)
+            values = values[valid]
+        self.values = values
+
+    def bounds(self, lo: Ints, hi: Ints) -> tuple[Ints, Ints]:
+        """Windows over all rows as windows over values."""
+        return (lo, hi) if self.kept is None else (self.kept[lo], self.kept[hi])
+
+    def position(self, index: Ints) -> Ints:
+        """Row of the value `index`."""
+        return index if self.kept is None else self.positions[index]
+
+    @functools.cached_property
+    def numbers(self) -> Floats:
+        # Adding zero turns −0.0 into 0.0: which of the two a minimum picks would depend on order.
+        return self.values.astype(np.float64) + 0.0
+
+    @functools.cached_property
+    def sums(self) -> ExactSum:
+        return ExactSum(self.numbers)
+
+    @functools.cached_property
+    def squares(self) -> ExactSum:
+        return ExactSum(*_two_product(self.numbers, self.numbers))
+
+    @functools.cached_property
+    def distinct(self) -> tuple[Floats, WaveletMatrix]:
+        levels, codes = np.unique(self.numbers, return_inverse=True)
+        return levels, WaveletMatrix(codes.astype(np.int64))
+
+    @functools.cached_property
+    def previous(self) -> WaveletMatrix:
+        """1 + the index of the same value's previous occurrence, 0 for none."""
+        order = np.argsort(self.values, kind="stable")
+        same = self.values[order[1:]] == self.values[order[:-1]]
+        previous = np.zeros(len(order), np.int64)
+        previous[order[1:][same]] = order[:-1][same] + 1
+        return WaveletMatrix(previous)
+
+    def extreme(self, lo: Ints, hi: Ints, largest: bool) -> Floats:
+        return SparseTable(self.numbers, int((hi - lo).max(initial=1)), largest)(lo, hi)
+
+    def quantile(self, lo: Ints, hi: Ints, q: float) -> Floats:
+        """Linear interpolation between order statistics (type 7), rounded as numpy rounds it."""
+        levels, wavelet = self.distinct
+        at = (hi - lo - 1) * q
+        below = np.floor(at).astype(np.int64)
+        a = levels[wavelet.kth(lo, hi, below)]
+        b = levels[wavelet.kth(lo, hi, np.minimum(below + 1, hi - lo - 1))]
+        t = at - below
+        return np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))
+
+    def variance(self, lo: Ints, hi: Ints) -> Floats:
+        """Unbiased variance (n − 1) of windows of at least two values."""
+        n = (hi - lo).astype(np.float64)
+        sum_high, sum_low = self.sums.pair(lo, hi)
+        square_high, square_low = self.squares.pair(lo, hi)
+        # n·Σx² − (Σx)², each to 106 bits.
+        a, a_error = _two_product(n, square_high)
+        a_error += n * square_low
+        b, b_error = _two_product(sum_high, sum_high)
+        b_error += 2 * sum_high * sum_low
+        spread = (a - b) + (a_error - b_error)
+        # Where cancellation leaves fewer than 40 good bits the window is constant, or is one of the few done the long way.
+        for i in np.flatnonzero(spread <= np.ldexp(np.abs(a), -60)):
+            window = self.numbers[lo[i] : hi[i]]
+            mean = math.fsum(window) / len(window)
+            spread[i] = 0.0 if window.min() == window.max() else math.fsum((window - mean) ** 2) * n[i]
+        return spread / n / (n - 1)
+
+
+def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArray[np.generic], Bools]:
+    """`stat` per window and whether it has a value; for `first` and `last` the row that holds it.
+
+    `lo` and `hi` are windows over all rows, nulls included.
+    """
+    lo, hi = column.bounds(lo, hi)
+    length = hi - lo
+    if stat == "count":
+        return length, np.ones(len(lo), np.bool_)
+    if stat == "n_unique":
+        return column.previous.below(lo, hi, lo + 1), np.ones(len(lo), np.bool_)
+    valid = length > (1 if stat in ("std", "var") else 0)
+    at = np.flatnonzero(valid)
+    some_lo, some_hi = lo[at], hi[at]
+    if stat in ("first", "last"):
+        rows = np.zeros(len(lo), np.int64)
+        rows[at] = column.position(some_lo if stat == "first" else some_hi - 1)
+        return rows, valid
+    result = np.zeros(len(lo))
+    result[at] = _number(column, stat, some_lo, some_hi)
+    return result, valid
+
+
+def _number(column: Column, stat: str, lo: Ints, hi: Ints) -> Floats:
+    match stat:
+        case "sum":
+            return column.sums.total(lo, hi)
+        case "mean":
+            return column.sums.total(lo, hi) / (hi - lo)
+        case "var":
+            return column.variance(lo, hi)
+        case "std":
+            return np.sqrt(column.variance(lo, hi))
+        case "min" | "max":
+            return column.extreme(lo, hi, stat == "max")
+        case "median":
+            levels, wavelet = column.distinct
+            n = hi - lo
+            return (levels[wavelet.kth(lo, hi, (n - 1) // 2)] + levels[wavelet.kth(lo, hi, n // 2)]) / 2
+        case _:
+            return column.quantile(lo, hi, int(stat[1:]) / 100)
