@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from schemas.expressions import canonical
-from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
+from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.windows import Column, Ints, statistic
+from transforms.windows import Bools, Column, Ints, statistic
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
+# numpy and Polars let go of the interpreter while they work, so threads do share the cores.
+CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
 
 
 def compute(view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -30,25 +36,47 @@ def compute(view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.Data
         The spine's context columns and the features, in the spine's order of rows.
     """
     frame = spine
-    histories: dict[tuple[str, object, str | None], History] = {}
+    waiting: list[Trailing | Latest | Lookup] = []
     for feature in view.features:
         if isinstance(feature, Derived):
-            frame = frame.with_columns(derived(feature, view.columns))
-        elif isinstance(feature, Lookup):
-            frame = frame.with_columns(looked_up(feature, frame, tables[feature.source.name]))
-        else:
-            where = None if feature.where is None else canonical(feature.where)
-            name = (feature.source.name, feature.keys, where)
-            if name not in histories:
-                events = tables[feature.source.name]
-                if feature.where is not None:
-                    events = events.filter(feature.where)
-                histories[name] = History(feature.source, feature.keys, events, frame, view.time)
-            history = histories[name]
-            frame = frame.with_columns(
-                trailing(feature, history) if isinstance(feature, Trailing) else latest(feature, history)
+            frame = frame.with_columns(gathered(view, waiting, frame, tables)).with_columns(
+                derived(feature, view.columns)
             )
+            waiting = []
+        elif any(spine_column in view.columns for spine_column, _ in feature.keys):
+            frame = frame.with_columns(gathered(view, [*waiting, feature], frame, tables))
+            waiting = []
+        else:
+            waiting.append(feature)
+    frame = frame.with_columns(gathered(view, waiting, frame, tables))
     return frame.select(*view.context, *(pl.col(name).cast(dtype) for name, dtype in view.columns.items()))
+
+
+def gathered(
+    view: FeatureView,
+    features: Sequence[Trailing | Latest | Lookup],
+    frame: pl.DataFrame,
+    tables: Mapping[str, pl.DataFrame],
+) -> list[pl.Series]:
+    """Columns of features that read other tables: those of one source, key and condition share a history, and histories share the cores."""
+    groups: dict[tuple[str, object, str | None], list[Trailing | Latest | Lookup]] = {}
+    for feature in features:
+        where = None if feature.where is None else canonical(feature.where)
+        groups.setdefault((feature.source.name, feature.keys, where), []).append(feature)
+
+    def of_group(group: list[Trailing | Latest | Lookup]) -> list[pl.Series]:
+        first, table = group[0], tables[group[0].source.name]
+        if isinstance(first, Lookup):
+            return [series for feature in group for series in looked_up(feature, frame, table)]  # type: ignore[arg-type]
+        events = table if first.where is None else table.filter(first.where)
+        history = History(first.source, first.keys, events, frame, view.time)
+        return [
+            series
+            for each in group
+            for series in (trailing(each, history) if isinstance(each, Trailing) else latest(each, history))
+        ]  # type: ignore[arg-type]
+
+    return [series for part in CORES.map(of_group, groups.values()) for series in part]
 
 
 def derived(feature: Derived, types: Mapping[str, pl.DataType]) -> list[pl.Expr]:
@@ -73,59 +101,52 @@ def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> 
 
 def latest(feature: Latest, history: History) -> list[pl.Series]:
     """Columns of the last row in `[t − max_age, t)`."""
-    result: dict[str, list[pl.Series]] = {name: [] for name in feature.renamed.values()}
-    for rows, lo, hi in history.windows(feature.length, ordered=True):
-        found = hi > lo
-        last = np.zeros(len(lo), np.int64)
-        last[found] = rows[hi[found] - 1]
-        for series in _taken(history.events, feature.renamed, last, found):
-            result[series.name].append(series)
-    return [history.restore(pl.concat(parts)) for parts in result.values()]
+    last, found = history.spread(history.windows(feature.length, ordered=True), _last)
+    return _taken(history.events, feature.renamed, last, found)
+
+
+def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
+    found = hi > lo
+    last = np.zeros(len(lo), np.int64)
+    last[found] = rows[hi[found] - 1]
+    return last, found
 
 
 def trailing(feature: Trailing, history: History) -> list[pl.Series]:
     """Every statistic of the feature."""
-    return [
-        history.restore(_statistic(history, each.name, each.column, each.stat, each.length))
-        for each in feature.statistics
-    ]
+    return [_statistic(history, each) for each in feature.statistics]
 
 
-def _statistic(history: History, name: str, column: str, stat: str, length: int | None) -> pl.Series:
-    parts = []
-    for rows, lo, hi in history.windows(length, ordered=stat in ORDERED):
-        if column == "*":
-            parts.append(pl.Series(name, hi - lo, pl.Int64))
-            continue
-        values, valid = statistic(history.column(column, rows), stat, lo, hi)
-        if stat in ORDERED:
-            parts += _taken(
-                history.events,
-                {column: name},
-                rows[np.where(valid, values, 0)] if len(rows) else np.zeros(len(lo), np.int64),
-                valid,
-            )
-        elif stat in ("count", "n_unique"):
-            parts.append(pl.Series(name, values, pl.Int64))
-        else:
-            # Beyond float32 is not a number it can hold.
-            number = pl.Series(name, values.astype(np.float64)).cast(pl.Float32)
-            parts.append(pl.select(pl.when(pl.Series(valid) & number.is_finite()).then(number).alias(name)).to_series())
-    return pl.concat(parts)
+def _statistic(history: History, wanted: Statistic) -> pl.Series:
+    def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+        if wanted.column == "*":
+            return hi - lo, np.ones(len(lo), np.bool_)
+        values, valid = statistic(history.column(wanted.column, rows), wanted.stat, lo, hi)
+        return (rows[values] if wanted.stat in ORDERED and len(rows) else values), valid
+
+    values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
+    if wanted.stat in ORDERED:
+        return _taken(history.events, {wanted.column: wanted.name}, values, valid)[0]
+    if wanted.stat in ("count", "n_unique"):
+        return pl.Series(wanted.name, values, pl.Int64)
+    with np.errstate(over="ignore"):
+        numbers = values.astype(np.float32)
+    # What is beyond float32 is not a number it can hold.
+    numbers[~(valid & np.isfinite(numbers))] = np.nan
+    return pl.Series(wanted.name, numbers, nan_to_null=True)
 
 
-def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: np.ndarray) -> list[pl.Series]:
+def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: Bools) -> list[pl.Series]:
     """`table`'s columns at `rows`, null where not found."""
-    at = pl.Series(rows).set(pl.Series(~found), None) if len(table) else pl.Series([None] * len(rows), dtype=pl.Int64)
     if not len(table):
         return [
             pl.Series(name, [None] * len(rows), dtype=_kept(table[column].dtype)) for column, name in renamed.items()
         ]
+    at = pl.Series(rows) if found.all() else pl.Series(rows).set(pl.Series(~found), None)
     taken = table.select(list(renamed)).select(pl.all().gather(at))
-    return [
-        taken.select(stored(pl.col(column), _kept(taken[column].dtype)).alias(name)).to_series()
-        for column, name in renamed.items()
-    ]
+    return taken.select(
+        stored(pl.col(column), _kept(taken[column].dtype)).alias(name) for column, name in renamed.items()
+    ).get_columns()
 
 
 def _kept(dtype: pl.DataType) -> pl.DataType:
@@ -214,11 +235,20 @@ class History:
             self._columns[key] = result
         return result
 
-    def restore(self, series: pl.Series) -> pl.Series:
-        """From the order of `sorting.spine_order` back to the spine's."""
-        back = np.empty(len(series), np.int64)
-        back[self.sorting.spine_order] = np.arange(len(series))
-        return series.gather(pl.Series(back))
+    def spread(
+        self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[npt.NDArray[Any], Bools]]
+    ) -> tuple[npt.NDArray[Any], Bools]:
+        """`function` of all windows, in the spine's order of rows."""
+        values, valid = [], np.empty(len(self.moments), np.bool_)
+        start = 0
+        for rows, lo, hi in windows:
+            value, known = function(rows, lo, hi)
+            values.append(value)
+            valid[self.sorting.spine_order[start : start + len(lo)]] = known
+            start += len(lo)
+        result = np.empty(len(self.moments), values[0].dtype)
+        result[self.sorting.spine_order] = values[0] if len(values) == 1 else np.concatenate(values)
+        return result, valid
 
 
 class Sorting:
@@ -242,6 +272,7 @@ class Sorting:
         self.sorted_codes = spine_codes[self.spine_order]
         self.sorted_moments = moments[self.spine_order]
         self.ends = self._search(self.sorted_moments)
+        self._starts: dict[int | None, Ints] = {}
 
     def _place(self, times: Ints) -> Ints:
         """Times as numbers in `[0, span)`; times before the first event are 0."""
@@ -256,10 +287,10 @@ class Sorting:
 
     def bounds(self, length: int | None) -> tuple[Ints, Ints]:
         """`[t − length, t)` per spine row, in `spine_order`."""
-        start = (
-            np.full(len(self.sorted_moments), -(2**62), np.int64) if length is None else self.sorted_moments - length
-        )
-        return self._search(start), self.ends
+        if length not in self._starts:
+            far = np.full(len(self.sorted_moments), -(2**62), np.int64)
+            self._starts[length] = self._search(far if length is None else self.sorted_moments - length)
+        return self._starts[length], self.ends
 
     def ties(self) -> Ints:
         """Places that share key and moment with a neighbour."""

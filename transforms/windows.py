@@ -36,44 +36,62 @@ class ExactSum:
         for values in parts:
             for unit, digit in _digits(values):
                 digits[unit] = digits[unit] + digit if unit in digits else digit
-        self.units = sorted(digits)
-        self.prefix = [np.concatenate([np.zeros(1, np.int64), np.cumsum(digits[unit])]) for unit in self.units]
+        # Every unit between the least and the greatest, so that a carry always has a place; None where all digits are 0.
+        self.units = range(min(digits), max(digits) + 1, DIGIT) if digits else range(0)
+        self.prefix = [_prefix(digits[unit]) if unit in digits else None for unit in self.units]
 
     def _canonical(self, lo: Ints, hi: Ints) -> list[tuple[int, Floats]]:
         """Digits of each window's sum with carries resolved, least first: one representation per exact sum."""
         result: list[tuple[int, Floats]] = []
-        carry: Ints | None = None
-        half = np.int64(1 << (DIGIT - 1))
-        expected = None
+        total = np.zeros(len(lo), np.int64)
         for unit, prefix in zip(self.units, self.prefix, strict=True):
-            while carry is not None and expected is not None and expected < unit:
-                carry, digit = _carry(carry, half)
-                result.append((expected, digit))
-                expected += DIGIT
-            total = prefix[hi] - prefix[lo]
-            if carry is not None:
-                total += carry
-            carry, digit = _carry(total, half)
-            result.append((unit, digit))
-            expected = unit + DIGIT
-        if carry is not None and expected is not None and carry.any():
-            result.append((expected, carry.astype(np.float64)))
+            if prefix is not None:
+                total += prefix[hi]
+                total -= prefix[lo]
+            if unit == self.units[-1]:
+                break
+            carry = total + (1 << (DIGIT - 1))
+            carry >>= DIGIT
+            total -= carry << DIGIT
+            result.append((unit, total.astype(np.float64)))
+            total = carry
+        if self.units:
+            result += _halves(total, self.units[-1])
         return result
 
     def total(self, lo: Ints, hi: Ints) -> Floats:
         """Sum per window, float64."""
         total = np.zeros(len(lo))
         for unit, digit in self._canonical(lo, hi):
-            total += np.ldexp(digit, unit)
+            total += _scaled(digit, unit)
         return total
 
     def pair(self, lo: Ints, hi: Ints) -> tuple[Floats, Floats]:
         """Sum per window as an unevaluated sum of two float64 (106 bits)."""
         high, low = np.zeros(len(lo)), np.zeros(len(lo))
         for unit, digit in reversed(self._canonical(lo, hi)):
-            high, error = _two_sum(high, np.ldexp(digit, unit))
+            high, error = _two_sum(high, _scaled(digit, unit))
             low += error
         return _two_sum(high, low)
+
+
+def _scaled(values: Floats, exponent: int) -> Floats:
+    """values · 2**exponent; ldexp is the slower way, for powers that are no float64."""
+    return values * 2.0**exponent if abs(exponent) < 1000 else np.ldexp(values, exponent)
+
+
+def _prefix(digit: Ints) -> Ints:
+    result = np.zeros(len(digit) + 1, np.int64)
+    np.cumsum(digit, out=result[1:])
+    return result
+
+
+def _halves(total: Ints, unit: int) -> list[tuple[int, Floats]]:
+    """A greatest digit, split where it has more bits than a float64."""
+    if not len(total) or max(abs(int(total.max())), abs(int(total.min()))) < 2**53:
+        return [(unit, total.astype(np.float64))]
+    carry = (total + (1 << (DIGIT - 1))) >> DIGIT
+    return [(unit, (total - (carry << DIGIT)).astype(np.float64)), (unit + DIGIT, carry.astype(np.float64))]
 
 
 def _digits(values: Floats) -> list[tuple[int, Ints]]:
@@ -85,19 +103,14 @@ def _digits(values: Floats) -> list[tuple[int, Ints]]:
     unit = min(_HIGHEST, DIGIT * math.floor((int(exponents) - 1) / DIGIT))
     result = []
     while unit >= _LOWEST:
-        digit = np.trunc(np.ldexp(rest, -unit))
+        digit = np.trunc(_scaled(rest, -unit))
         if digit.any():
             result.append((unit, digit.astype(np.int64)))
-            rest = rest - np.ldexp(digit, unit)
+            rest = rest - _scaled(digit, unit)
             if not rest.any():
                 break
         unit -= DIGIT
     return result
-
-
-def _carry(total: Ints, half: np.int64) -> tuple[Ints, Floats]:
-    carry = (total + half) >> DIGIT
-    return carry, (total - (carry << DIGIT)).astype(np.float64)
 
 
 def _two_sum(a: Floats, b: Floats) -> tuple[Floats, Floats]:
@@ -122,21 +135,24 @@ class SparseTable:
 
     def __init__(self, values: Floats, longest: int, largest: bool) -> None:
         self.extreme = np.maximum if largest else np.minimum
-        self.levels = [values]
-        for level in range(1, max(longest, 1).bit_length()):
-            previous, step = self.levels[-1], 1 << (level - 1)
-            self.levels.append(self.extreme(previous[:-step], previous[step:]))
+        self.rows = len(values)
+        levels = np.empty((max(longest, 1).bit_length(), self.rows))
+        levels[0] = values
+        for level in range(1, len(levels)):
+            step = 1 << (level - 1)
+            self.extreme(levels[level - 1, :-step], levels[level - 1, step:], out=levels[level, :-step])
+            levels[level, self.rows - step :] = levels[level - 1, self.rows - step :]
+        self.flat = levels.reshape(-1)
 
     def __call__(self, lo: Ints, hi: Ints) -> Floats:
         """Extreme per window; windows are not empty."""
-        result = np.empty(len(lo))
-        lengths = hi - lo
-        level = np.frexp(lengths.astype(np.float64))[1] - 1
-        for j in np.unique(level):
-            at = np.flatnonzero(level == j) if len(level) else np.zeros(0, np.int64)
-            table = self.levels[j]
-            result[at] = self.extreme(table[lo[at]], table[hi[at] - (1 << int(j))])
-        return result
+        level = np.frexp((hi - lo).astype(np.float64))[1].astype(np.int64) - 1
+        offset = level * self.rows
+        left = self.flat[offset + lo]
+        offset += hi
+        offset -= np.left_shift(1, level)
+        right = self.flat[offset]
+        return self.extreme(left, right, out=left)  # type: ignore[no-any-return]
 
 
 class WaveletMatrix:

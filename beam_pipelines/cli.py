@@ -1,0 +1,39 @@
+"""`millrace`: the three pipelines and what one asks of a store."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from beam_pipelines.reporting import guard
+from schemas.errors import DefinitionError, nearest
+
+# Command to (module, what it does); imported when called, since some bring TensorFlow or MLflow along.
+COMMANDS = {
+    "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
+    "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
+    "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
+}
+USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return guard(_main)(arguments)
+
+
+def _main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise DefinitionError(f"millrace has the commands {', '.join(COMMANDS)}", repr(command), nearest(command, COMMANDS))
+    return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
