@@ -13,12 +13,15 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import Run, execute, guard, read_json, write_json
+from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
 from transforms.contracts import day_of
 from transforms.inputs import Tally, add_tallies, conserve
-from transforms.plan import BLOCK_ROWS, Plan, make_plan
+from transforms.inventory import take_inventory
+from transforms.manifests import WriteManifest, read_manifest
+from transforms.plan import BLOCK_ROWS, Plan, cut, interval
+from transforms.staleness import Current, Stale, examine, find_stale
 from transforms.tables import (
     CommitFiles,
     Committed,
@@ -28,6 +31,7 @@ from transforms.tables import (
     dead_letters_uri,
     features_uri,
     newest,
+    open_table,
 )
 from transforms.trailing import TrailingFeatures
 
@@ -42,6 +46,8 @@ class Options:
     run_id: str
     start: date | None
     end: date | None
+    full: bool
+    refresh: bool
     block_rows: int
     now: int
     beam_args: tuple[str, ...]
@@ -65,6 +71,8 @@ def parse(argv: Sequence[str]) -> Options:
     arguments = Arguments("millrace features", "Compute a view's features and commit them to its table.")
     arguments.add_interval("questions")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
+    arguments.add_argument("--full", action="store_true", help="compute every date again")
+    arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
     arguments.add_argument(
         "--block_rows",
         type=int,
@@ -74,36 +82,81 @@ def parse(argv: Sequence[str]) -> Options:
     flags, rest = arguments.parse(argv)
     return Options(
         definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id, start=flags.start, end=flags.end, block_rows=max(flags.block_rows, 1), now=time.time_ns() // 1000, beam_args=tuple(rest),
+        run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
+        block_rows=max(flags.block_rows, 1), now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: Plan) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """What there is to do: the plan (None: nothing), why per date, and the snapshot that this was decided on."""
+
+    plan: Plan | None
+    stale: Stale
+    current: Current
+    base: int | None
+
+
+def prepare(options: Options) -> Work:
+    """Decide what to compute: the interval asked for, everything, or what is missing or stale.
+
+    Raises:
+        DataError, ContractError, StoreError: sources or table are not as they must be.
+    """
+    view = options.definition.view
+    inventory, table = take_inventory(view, options.sources, options.now), open_table(options.table)
+    manifest = read_manifest(table)
+    current, base = examine(inventory, manifest), None if table is None else int(table.version())
+    everything = False
+    if options.start is not None or options.end is not None:
+        stale = Stale({})
+        ranges = [interval(view, inventory, options.start, options.end)]
+    elif options.full or not manifest.dates:
+        stale, everything = Stale({}), True
+        ranges = [interval(view, inventory, None, None)]
+    else:
+        stale = find_stale(view, manifest, current, options.refresh)
+        ranges = stale.ranges()
+    if not ranges:
+        return Work(None, stale, current, base)
+    repeats = {name: each.first for name, each in current.repeats.items()}
+    plan = cut(
+        view,
+        inventory,
+        ranges,
+        repeats,
+        everything,
+        digest=not current.digests.get(view.spine.name),
+        block_rows=options.block_rows,
+    )
+    return Work(plan, stale, current, base)
+
+
+def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     """The graph: blocks → features, dead letters and accounts → files → one commit each."""
-    view, dead = options.definition.view, dead_letters_uri(options.store, "features")
+    view, plan, dead = options.definition.view, work.plan, dead_letters_uri(options.store, "features")
+    assert plan is not None
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint}
-    table = Target(options.table, view.output_schema, plan.dates, options.run_id, newest(options.table), None, metadata)
+    table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
     of_letters = Target(dead, DEAD_LETTERS, plan.dates, options.run_id, newest(dead), {"view": view.name}, metadata)
+    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
 
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan)
-    tallied = tallies | "Tally" >> beam.CombineGlobally(add_tallies)
+    tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
-    counted = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(tallied), view.spine.name)
-    committed = counted | "Commit" >> CommitFiles(table)
+    counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
+    committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied,))
     buried = letters | "DeadLetters" >> WriteTable(of_letters)
     account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(
-        write_account, beam.pvalue.AsSingleton(tallied), beam.pvalue.AsSingleton(buried), account
-    )
+    _ = committed | "Account" >> beam.Map(write_account, tallied, beam.pvalue.AsSingleton(buried), account)
 
 
 def write_account(committed: Committed, tallies: dict[str, Tally], buried: Committed, path: str) -> None:
     """Leave the run's figures where the launcher, on whatever machine, finds them."""
-    rows = tallies.values()
     write_json(path, {
-        "rows_in": sum(each.read for each in rows), "rows_out": committed.rows, "set_aside": buried.rows,
-        "sources": {name: {field: count for field, count in dataclasses.asdict(tally).items() if field != "source"} for name, tally in tallies.items()},
+        "rows_in": sum(each.read for each in tallies.values()), "rows_out": committed.rows, "set_aside": buried.rows,
+        "sources": {name: tally.counts for name, tally in tallies.items()},
         "files": committed.files, "dates": len(committed.dates), "commit_version": committed.version,
     })  # fmt: skip
 
@@ -113,19 +166,27 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     view = options.definition.view
     with Run("features", options.run_id, options.folder) as run:
-        plan = make_plan(view, options.sources, options.start, options.end, options.now, options.block_rows)
-        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
-        build(pipeline, options, plan)
-        execute(pipeline)
-        run.update(read_json(FileSystems.join(options.folder, "account.json")))
-        run.update(
-            {
-                "table": options.table,
-                "fingerprint": view.fingerprint,
-                "first": str(day_of(plan.start)),
-                "last": str(day_of(plan.end - 1)),
-            }
-        )
+        work = prepare(options)
+        for note in work.stale.notes:
+            log.warning(note)
+        if work.plan is None:
+            run.update(
+                {
+                    "rows_in": 0,
+                    "rows_out": 0,
+                    "set_aside": 0,
+                    "dates": 0,
+                    "commit_version": work.base,
+                    "nothing_to_do": "no date is missing or stale",
+                }
+            )
+        else:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+            build(pipeline, options, work)
+            execute(pipeline)
+            run.update(read_json(FileSystems.join(options.folder, "account.json")))
+            run.update({"first": str(day_of(work.plan.start)), "last": str(day_of(work.plan.end - 1))})
+        run.update({"table": options.table, "fingerprint": view.fingerprint})
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from schemas.errors import DefinitionError
+
 TIME = pa.timestamp("us", tz="UTC")
 
 # Rows that broke their contract.  `row` is the row's number in its file, −1 for the file as a whole; `source` may be the spine's.
@@ -18,10 +20,9 @@ DEAD_LETTERS = pa.schema([
     ("date", pa.date32()),
 ])  # fmt: skip
 
-# What a prediction adds to the key, time and `row_id` of its feature row.
+# What a prediction adds to the key, time and `row_id` of its feature row; the scores stand after `prediction_id`.
 PREDICTION = pa.schema([
     ("prediction_id", pa.int64()),
-    ("score", pa.float32()),
     ("model", pa.string()),
     ("model_version", pa.string()),
     ("arm", pa.string()),
@@ -30,6 +31,21 @@ PREDICTION = pa.schema([
 ])  # fmt: skip
 
 
-def predictions(features: pa.Schema, key: tuple[str, ...], time: str) -> pa.Schema:
-    """Schema of a prediction table over a feature table of schema `features`."""
-    return pa.schema([*(features.field(name) for name in (*key, time, "row_id")), *PREDICTION])
+def scores(classes: int) -> tuple[str, ...]:
+    """Score columns (float32): `score`, or `score_0` … of a model that gives several classes' probabilities."""
+    return ("score",) if classes == 1 else tuple(f"score_{k}" for k in range(classes))
+
+
+def predictions(features: pa.Schema, key: tuple[str, ...], time: str, classes: int = 1) -> pa.Schema:
+    """Schema of a prediction table over a feature table of schema `features`.
+
+    Raises:
+        DefinitionError: a key or the time has the name of a column of ours.
+    """
+    taken = sorted({*key, time} & {*PREDICTION.names, *scores(classes)})
+    if taken:
+        rule = f"Keys and time have other names than a prediction's own columns, {', '.join(PREDICTION.names)} and score"
+        raise DefinitionError(rule, ", ".join(taken), "Rename the column in the spine")
+    question = [features.field(name) for name in (*key, time, "row_id")]
+    numbers = [pa.field(name, pa.float32()) for name in scores(classes)]
+    return pa.schema([*question, PREDICTION.field("prediction_id"), *numbers, *list(PREDICTION)[1:]])

@@ -32,13 +32,26 @@ def hash_text(text: str) -> np.uint64:
 
 
 def hash_column(column: pl.Series) -> UInt64s:
-    """Hash per value of an integer, boolean, date, time or string column."""
+    """Hash per value of an integer, number, boolean, date, time or string column."""
     if column.dtype == pl.String:
-        result = _hash_strings(column)
+        result = _hash_strings(column) if len(column) < 1000 else _hash_levels(column)
+    elif column.dtype.is_float():
+        # Adding zero makes −0.0 the same as 0.0, and every NaN is one.
+        floats = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0
+        result = mix(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
     else:
         numbers = column.to_physical().cast(pl.Int64).fill_null(0)
         result = mix(numbers.to_numpy().view(np.uint64))
     return np.where(column.is_null().to_numpy(), _NULL, result) if column.null_count() else result
+
+
+def _hash_levels(column: pl.Series) -> UInt64s:
+    """As `_hash_strings`, of each distinct value once."""
+    coded = column.fill_null("").cast(pl.Categorical(pl.Categories.random()))
+    levels, codes = coded.unique(), coded.to_physical().to_numpy()
+    table = np.zeros(int(codes.max()) + 1, np.uint64)
+    table[levels.to_physical().to_numpy()] = _hash_strings(levels.cast(pl.String))
+    return table[codes]
 
 
 def _hash_strings(column: pl.Series) -> UInt64s:

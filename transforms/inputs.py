@@ -14,11 +14,17 @@ from schemas.tables import DEAD_LETTERS
 from schemas.views import FeatureView
 from transforms.batches import batch
 from transforms.contracts import Contract
+from transforms.digests import Digests, add
+from transforms.inventory import Slice
 from transforms.plan import Block, Plan
-from transforms.sources import LETTERS, Slice, read_slices, without_repeats
+from transforms.sources import LETTERS, read_slices, without_repeats
 from transforms.tables import DataFile
 
 Written = list[tuple[DataFile, dict[str, str]]]
+
+
+COUNTS = ("read", "used", "outside", "repeated", "dead")
+AS_EVENTS = " (as events)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Tally:
     """Rows of one source, each counted in exactly one place: read = used + outside + repeated + dead.
 
     Of a spine `used` rows were answered; of events they lie within some window's reach; `outside` lie beyond all.
+    `digests` are those of its days where a block was asked for them.
     """
 
     source: str
@@ -34,10 +41,18 @@ class Tally:
     outside: int = 0
     repeated: int = 0
     dead: int = 0
+    digests: Digests = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
-        mine, others = dataclasses.astuple(self)[1:], dataclasses.astuple(other)[1:]
-        return Tally(self.source, *(a + b for a, b in zip(mine, others, strict=True)))
+        return Tally(
+            self.source,
+            **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
+            digests=add([self.digests, other.digests]),
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in COUNTS}
 
     @property
     def conserved(self) -> bool:
@@ -68,6 +83,11 @@ def conserve(files: Written, tallies: Mapping[str, Tally], spine: str) -> Writte
     return files
 
 
+def digests_read(tallies: Mapping[str, Tally]) -> dict[str, Digests]:
+    """Digests by day per source."""
+    return {label.removesuffix(AS_EVENTS): tally.digests for label, tally in tallies.items() if tally.digests}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Input:
     """Rows to use, dead letters (schema of `read_slices`), and the account of both."""
@@ -79,14 +99,15 @@ class Input:
 
 def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
     """The block's questions, each once, sorted by time and key."""
-    read = read_slices(plan.spine, block.spine, block.start, block.end, own=block.own)
+    # A spine that is a source of events too is digested as that, once.
+    span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
+    read = read_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
     rule = "one key asks one question at one time (the smallest row was kept)"
     letters = _concat([read.letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
     total = len(read.frame) + len(read.letters)
-    return Input(
-        spine, letters, Tally(view.spine.name, total, len(spine), 0, total - len(spine) - len(letters), len(letters))
-    )
+    tally = Tally(view.spine.name, total, len(spine), 0, total - len(spine) - len(letters), len(letters), read.digests)
+    return Input(spine, letters, tally)
 
 
 def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input:
@@ -94,9 +115,9 @@ def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input
     contract = plan.contracts[name]
     # The spine's own letters are told where it is read as the spine.
     own = (0, 0) if contract is plan.spine else block.own
-    read = read_slices(
-        contract, block.events[name], min(block.start - view.reach(name), block.own[0]), block.end, own=own
-    )
+    span = block.spans.get(name)
+    low = min(block.start - view.reach(name), block.own[0], span[0] if span else block.start)
+    read = read_slices(contract, block.events[name], low, block.end, own=own, span=span)
     kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
     mine = (moment >= block.own[0]) & (moment < block.own[1])
@@ -105,10 +126,9 @@ def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input
     good = int(read.frame.select(mine.sum()).item())
     counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
     dead = len(read.letters)
-    label = f"{name} (as events)" if contract is plan.spine else name
-    return Input(
-        kept, read.letters, Tally(label, good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead)
-    )
+    label = name + AS_EVENTS if contract is plan.spine else name
+    tally = Tally(label, good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests)
+    return Input(kept, read.letters, tally)
 
 
 def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:

@@ -6,6 +6,7 @@ A plan decides where rows are computed, never what comes out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 
@@ -16,7 +17,8 @@ from schemas.durations import DAY
 from schemas.errors import DataError
 from schemas.views import FeatureView
 from transforms.contracts import EPOCH, Contract, day_of
-from transforms.sources import ALWAYS, Slice, repeats_of, slices_of
+from transforms.inventory import ALWAYS, Inventory, Slice, take_inventory
+from transforms.sources import repeats_of
 from transforms.tables import days_between
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
@@ -28,6 +30,7 @@ class Block:
     """Spine rows of `[start, end)` µs, and the slices that hold them and the events they can see.
 
     `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
+    `spans` is, per source, the span of time to digest by day.
     """
 
     index: int
@@ -36,17 +39,18 @@ class Block:
     own: tuple[int, int]
     spine: tuple[Slice, ...]
     events: Mapping[str, tuple[Slice, ...]]
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Blocks that tile an interval.
+    """Blocks that tile the ranges of a run.
 
-    `dates` are those the run answers for (None: all there are); `reached` is the span of time any window can see.
+    `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
+    of time that any window can see.
     """
 
-    start: int
-    end: int
+    ranges: tuple[tuple[int, int], ...]
     dates: tuple[date, ...] | None
     reached: tuple[int, int]
     blocks: tuple[Block, ...]
@@ -55,18 +59,13 @@ class Plan:
     contracts: Mapping[str, Contract]
     spine: Contract
 
+    @property
+    def start(self) -> int:
+        return self.ranges[0][0]
 
-def make_contracts(view: FeatureView, now: int) -> tuple[Contract, dict[str, Contract]]:
-    """The spine's contract and those of the sources.
-
-    The spine as a source of events is read under the very rules of the spine: a row is good or bad, not both.
-    """
-    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
-    sources = {
-        name: spine if source is view.spine else Contract(source, tuple(view.columns_read(name)), now=now)
-        for name, source in view.sources.items()
-    }
-    return spine, sources
+    @property
+    def end(self) -> int:
+        return self.ranges[-1][1]
 
 
 def make_plan(
@@ -78,53 +77,95 @@ def make_plan(
         DataError: no spine rows in the interval, or a source without files.
         ContractError: files that cannot be read as declared.
     """
-    spine_contract, contracts = make_contracts(view, now)
-    spine = slices_of(root, spine_contract)
-    events = {
-        name: spine if view.events[name] is view.spine else slices_of(root, contracts[name]) for name in view.events
+    inventory = take_inventory(view, root, now)
+    repeats = {
+        name: repeats_of(inventory.contracts[name], inventory.slices[name]).first
+        for name, source in view.events.items()
+        if source.unique
     }
-    dimensions = {name: tuple(slices_of(root, contracts[name])) for name in view.dimensions}
-    low, high = _extent(spine, spine_contract)
+    return cut(
+        view,
+        inventory,
+        [interval(view, inventory, start, end)],
+        repeats,
+        everything=start is None and end is None,
+        block_rows=block_rows,
+    )
+
+
+def interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
+    """`[start, end)` in µs, open ends taken from the data.
+
+    Raises:
+        DataError: there are no spine rows in it.
+    """
+    low, high = inventory.extent
     first = low if start is None else _microseconds(start)
     last = high if end is None else _microseconds(end)
-    inside = [each for each in spine if each.low < last and each.high >= first]
-    if not inside or first >= last:
+    if first >= last or not _overlapping(inventory.slices[view.spine.name], first, last):
         where = f"[{day_of(first)}, {day_of(max(last, first))})"
-        raise DataError(
-            f"Source {view.spine.name!r} has rows in the interval", f"none in {where}; there are rows from {day_of(low)} to {day_of(high - 1)}" if low < high else "no rows at all",
-            "Choose another --start and --end, or write the rows first",
-        )  # fmt: skip
-    cuts = _cuts(inside, events, first, last, block_rows)
-    unbounded = start is None and end is None
-    blocks = tuple(
-        Block(
-            index, begin, stop,
-            (ALWAYS if start is None and begin == first else begin, 2**62 if end is None and stop == last else stop),
-            _overlapping(spine, begin, stop),
-            {name: _overlapping(events[name], begin - view.reach(name), stop) for name in events},
+        there = (
+            f"none in {where}; there are rows from {day_of(low)} to {day_of(high - 1)}"
+            if low < high
+            else "no row with a plausible time"
         )
-        for index, (begin, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
-    )  # fmt: skip
-    repeats = {
-        name: repeats_of(contracts[name], [each for each in events[name] if each.low < last])
-        for name in events
-        if view.events[name].unique
-    }
-    dates = None if unbounded else days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
-    reached = (
-        max(first, min((each.low for each in inside), default=first)),
-        min(last, max((each.high for each in inside), default=last) + 1),
+        raise DataError(
+            f"Source {view.spine.name!r} has rows in the interval",
+            there,
+            "Choose another --start and --end, or write the rows first",
+        )
+    return first, last
+
+
+def cut(
+    view: FeatureView,
+    inventory: Inventory,
+    ranges: Sequence[tuple[int, int]],
+    repeats: Mapping[str, pl.DataFrame],
+    everything: bool = False,
+    digest: bool = False,
+    block_rows: int = BLOCK_ROWS,
+) -> Plan:
+    """Blocks over `ranges` of µs.
+
+    Args:
+        everything: the ranges are all there is, so rows without a plausible time belong to this run too.
+        digest: have blocks digest what they read, all of each day that the ranges' windows reach.
+    """
+    spine = inventory.slices[view.spine.name]
+    events = {name: inventory.slices[name] for name in view.events}
+    blocks: list[Block] = []
+    for first, last in ranges:
+        cuts = _cuts(_overlapping(spine, first, last), events, first, last, block_rows)
+        for begin, stop in itertools.pairwise(cuts):
+            own = (ALWAYS if everything and begin == first else begin, 2**62 if everything and stop == last else stop)
+            # A day is digested whole or not at all, so the first block reads from the midnight before its reach.
+            spans = (
+                {name: ((begin - view.reach(name)) // DAY * DAY if begin == first else begin, stop) for name in events}
+                if digest
+                else {}
+            )
+            lows = {name: spans.get(name, (begin - view.reach(name), stop))[0] for name in events}
+            spans |= {view.spine.name: (spans.get(view.spine.name, (begin, stop))[0], stop)} if digest else {}
+            reached = {
+                name: _overlapping(events[name], min(low, begin - view.reach(name)), stop) for name, low in lows.items()
+            }
+            blocks.append(Block(len(blocks), begin, stop, own, _overlapping(spine, begin, stop), reached, spans))
+    dimensions = {name: inventory.slices[name] for name in view.dimensions}
+    dates = (
+        None
+        if everything
+        else tuple(
+            day for first, last in ranges for day in days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
+        )
     )
-    return Plan(first, last, dates, reached, blocks, dimensions, repeats, contracts, spine_contract)
-
-
-def _extent(spine: Sequence[Slice], contract: Contract) -> tuple[int, int]:
-    """Whole days that hold every plausible spine row."""
-    lows = [max(each.low, contract.earliest) for each in spine if each.high >= contract.earliest]
-    highs = [min(each.high, contract.latest - 1) for each in spine if each.low < contract.latest]
-    if not lows or not highs:
-        return 0, 0
-    return min(lows) // DAY * DAY, (max(highs) // DAY + 1) * DAY
+    asked = [each for first, last in ranges for each in _overlapping(spine, first, last)]
+    first, last = ranges[0][0], ranges[-1][1]
+    reach = (
+        max(first, min((each.low for each in asked), default=first)),
+        min(last, max((each.high for each in asked), default=first) + 1),
+    )
+    return Plan(tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine)
 
 
 def _overlapping(slices: Sequence[Slice], low: int, high: int) -> tuple[Slice, ...]:

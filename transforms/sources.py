@@ -1,23 +1,20 @@
-"""Sources at rest: their files and row groups, and reads pruned to the columns and times that are needed."""
+"""Reads of sources, pruned to the columns, row groups and times that are needed; each row judged."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 
-from schemas.errors import ContractError, DataError
+from schemas.errors import ContractError
 from schemas.sources import Source
-from transforms.contracts import EPOCH, MICROSECOND, Contract, judge
-from transforms.tables import WRITERS
+from transforms.contracts import Contract, judge
+from transforms.digests import Digests, day_digests, subtract
+from transforms.inventory import ALWAYS, Slice, open_parquet, stamp_of
 
-ALWAYS = -(2**62)
 # Columns of dead letters with their place; `time` in µs decides their date.
 LETTERS = {
     "source": pl.String,
@@ -30,108 +27,13 @@ LETTERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A row group of a file: its first row's number in the file, rows, and bounds of its times in µs (both inclusive)."""
-
-    path: str
-    group: int
-    first: int
-    rows: int
-    low: int
-    high: int
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Read:
     """What came of reading slices: rows that keep the contract, and dead letters with their file and row."""
 
     frame: pl.DataFrame
     letters: pl.DataFrame
-
-
-def source_uri(root: str, source: str) -> str:
-    return FileSystems.join(root, source)
-
-
-def files_of(root: str, source: Source) -> list[str]:
-    """The source's Parquet files under `<root>/<name>`, sorted.
-
-    Raises:
-        DataError: there are none.
-    """
-    folder = source_uri(root, source.name)
-    matched = FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"])
-    paths = sorted(
-        each.path
-        for match in matched
-        for each in match.metadata_list
-        if not any(part.startswith((".", "_")) for part in each.path[len(folder) :].split("/"))
-    )
-    if not paths:
-        raise DataError(
-            f"Source {source.name!r} has Parquet files",
-            f"none under {folder}",
-            "Write its rows there, or name another folder with --sources",
-        )
-    return paths
-
-
-def slices_of(root: str, contract: Contract) -> list[Slice]:
-    """Every row group of a source, from the files' footers.
-
-    Raises:
-        ContractError: a file is not Parquet or truncated, or its columns are not those declared.
-    """
-    parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source))
-    return [each for part in parts for each in part]
-
-
-def _slices(path: str, contract: Contract) -> list[Slice]:
-    file = open_parquet(path, contract.source)
-    contract.check(file.schema_arrow, path)
-    time = contract.source.time
-    column = file.schema_arrow.names.index(time) if time is not None else None
-    result, first = [], 0
-    for group in range(file.num_row_groups):
-        meta = file.metadata.row_group(group)
-        low, high = ALWAYS, 2**62
-        if column is not None and time is not None:
-            bounds = _bounds(meta, time)
-            if bounds is None:
-                times = pl.Series(pl.from_arrow(file.read_row_group(group, [time]))[time]).drop_nulls()  # type: ignore[index]
-                bounds = (times.min(), times.max()) if len(times) else None
-            if bounds is not None:
-                low, high = (_epoch(bound) for bound in bounds)
-        result.append(Slice(path, group, first, meta.num_rows, low, high))
-        first += meta.num_rows
-    return [each for each in result if each.rows]
-
-
-def _bounds(meta: pq.RowGroupMetaData, time: str) -> tuple[datetime, datetime] | None:
-    for i in range(meta.num_columns):
-        column = meta.column(i)
-        if column.path_in_schema == time and column.is_stats_set and column.statistics.has_min_max:
-            return column.statistics.min, column.statistics.max
-    return None
-
-
-def _epoch(moment: datetime) -> int:
-    whole = moment.to_pydatetime() if hasattr(moment, "to_pydatetime") else moment
-    return ((whole if whole.tzinfo else whole.replace(tzinfo=UTC)).astimezone(UTC) - EPOCH) // MICROSECOND
-
-
-def open_parquet(path: str, source: Source) -> pq.ParquetFile:
-    """A Parquet file of `source`, local or on any Beam filesystem."""
-    try:
-        return pq.ParquetFile(path if "://" not in path else FileSystems.open(path, compression_type="uncompressed"))
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise ContractError(
-            f"Source {source.name!r}: every file is whole Parquet",
-            f"{path}: {reason}",
-            "Write the file again (aside, then rename), or remove it",
-        ) from None
+    digests: Digests = dataclasses.field(default_factory=dict)
 
 
 def read_slices(
@@ -141,6 +43,7 @@ def read_slices(
     high: int = 2**62,
     own: tuple[int, int] | None = None,
     numbered: bool = False,
+    span: tuple[int, int] | None = None,
 ) -> Read:
     """Rows of `slices` known in `[low, high)` µs, judged; repeats by `unique` are still there.
 
@@ -148,15 +51,18 @@ def read_slices(
         own: `[from, to)` µs whose dead letters are wanted (None: all).  A letter without a plausible time belongs to the
             first plausible time of its row group, so that exactly one of the runs or blocks that read the group owns it.
         numbered: add `__row`, the row's number in its file (of a single slice).
+        span: `[from, to)` µs whose rows, good or bad, are digested by day.
 
     Raises:
         ContractError: a file cannot be read as declared.
     """
-    parts = [_read_file(contract, path, groups) for path, groups in _by_file(slices)]
+    stamps = {each.path: each.stamp or None for each in slices}
+    parts = [_read_file(contract, path, groups, stamps[path]) for path, groups in _by_file(slices)]
     if not parts:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.columns})
         return Read(frame, pl.DataFrame(schema=LETTERS))
     whole = pl.concat(parts)
+    digests = {} if span is None else day_digests(contract, whole, *span)
     if numbered:
         whole = whole.with_columns(
             pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
@@ -169,7 +75,7 @@ def read_slices(
         moment = pl.col(contract.source.time).to_physical()
         if low > ALWAYS or high < 2**62:
             frame = frame.filter((moment >= low) & (moment < high))
-    return Read(frame, letters)
+    return Read(frame, letters, digests)
 
 
 def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
@@ -179,7 +85,7 @@ def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
     return files.items()
 
 
-def _read_file(contract: Contract, path: str, groups: list[int]) -> pl.DataFrame:
+def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | None = None) -> pl.DataFrame:
     file = open_parquet(path, contract.source)
     try:
         table = file.read_row_groups(groups, list(contract.columns))
@@ -189,6 +95,12 @@ def _read_file(contract: Contract, path: str, groups: list[int]) -> pl.DataFrame
             f"{path}: {str(error).splitlines()[0]}",
             "Write the file again, or remove it",
         ) from None
+    if stamp is not None and stamp_of(path) != stamp:
+        raise ContractError(
+            f"Source {contract.source.name!r}: files stay as they are while a run reads them",
+            f"{path} was replaced",
+            "Run the same command again; write new files aside and rename them",
+        )
     return contract.cast(table, path)
 
 
@@ -220,29 +132,33 @@ def _placed(letters: pl.DataFrame, slices: Sequence[Slice], whole: pl.DataFrame,
     )  # fmt: skip
 
 
-def repeats_of(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
-    """Rows of a source with `unique` columns whose values occur again: (unique columns, time) of the first known row.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repeats:
+    """Values of `unique` columns that occur more than once: `first` holds them with the time (`__known`, µs) of the row
+    that stays; `dropped` digests the others by day."""
+
+    first: pl.DataFrame
+    dropped: Digests
+
+
+def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
+    """The repeats among a source's rows.
 
     Two passes: the first reads the unique columns alone, the second only if any value repeats.
     """
     source = contract.source
     unique = list(source.unique or ())
-    narrow = dataclasses.replace(
-        contract, columns=(*(name for name in source.schema if name in (*unique, source.time)),), required=()
-    )
-    ids = pl.concat([_read_file(narrow, path, groups).select(unique) for path, groups in _by_file(slices)])
+    narrow = dataclasses.replace(contract, columns=tuple(unique), required=())
+    ids = pl.concat([_read_file(narrow, path, groups) for path, groups in _by_file(slices)])
     again = ids.lazy().group_by(unique).len().filter(pl.col("len") > 1).select(unique).collect()
     if not len(again):
-        return again.with_columns(pl.lit(None, pl.Int64).alias("__known"))
-    first = []
-    for path, groups in _by_file(slices):
-        part, _ = judge(contract, _read_file(contract, path, groups))
-        first.append(
-            part.join(again, on=unique, how="semi")
-            .group_by(unique)
-            .agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
-        )
-    return pl.concat(first).group_by(unique).agg(pl.col("__known").min())
+        return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
+    occurrences = pl.concat([
+        judge(contract, _read_file(contract, path, groups).join(again, on=unique, how="semi"))[0] for path, groups in _by_file(slices)
+    ])  # fmt: skip
+    first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
+    kept = without_repeats(source, occurrences, first)
+    return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
 
 
 def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame | None) -> pl.DataFrame:

@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any
 
 import apache_beam as beam
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
@@ -94,7 +95,7 @@ def newest(uri: str) -> int | None:
 def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
     """The files of the table's dates in `[start, end)`, in order of date and path."""
     root = table.table_uri.removeprefix("file://").rstrip("/")
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+    actions = _actions(table)
     files = [
         DataFile(FileSystems.join(root, path), day, rows, size)
         for path, day, rows, size in zip(
@@ -187,13 +188,13 @@ def write_files(
         buffer = sink.getvalue()
         name = f"{run_id}-{hashlib.blake2b(buffer, digest_size=8).hexdigest()}.parquet"
         folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
-        _write_aside(folder, name, buffer)
+        write_aside(folder, name, buffer)
         return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
 
     return list(WRITERS.map(write, starts, [*starts[1:], len(days)])) if starts else []
 
 
-def _write_aside(folder: str, name: str, content: pa.Buffer) -> None:
+def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
     path = FileSystems.join(folder, name)
     try:
         if "://" in folder:
@@ -256,12 +257,20 @@ class WriteFiles(beam.PTransform):  # type: ignore[misc]
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class CommitFiles(beam.PTransform):  # type: ignore[misc]
-    """PCollection of one list of written files → PCollection[Committed] of one element."""
+    """PCollection of one list of written files → PCollection[Committed] of one element.
+
+    `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
+    """
 
     target: Target
+    prepare: Callable[..., dict[str, str]] | None = None
+    side: tuple[Any, ...] = ()
 
     def expand(self, files: beam.PCollection) -> beam.PCollection:
-        return files | "Commit" >> beam.Map(functools.partial(commit, self.target)).with_output_types(Committed)
+        step = functools.partial(commit, self.target, prepare=self.prepare)
+        return files | "Commit" >> beam.Map(
+            lambda written, *side: step(written, side=side), *self.side
+        ).with_output_types(Committed)
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -278,7 +287,12 @@ class WriteTable(beam.PTransform):  # type: ignore[misc]
         return files | CommitFiles(self.target)
 
 
-def commit(target: Target, written: list[tuple[DataFile, dict[str, str]]]) -> Committed:
+def commit(
+    target: Target,
+    written: list[tuple[DataFile, dict[str, str]]],
+    prepare: Callable[..., dict[str, str]] | None = None,
+    side: Sequence[Any] = (),
+) -> Committed:
     """Make `written` the content of the target's dates by one atomic commit.
 
     Raises:
@@ -298,16 +312,17 @@ def commit(target: Target, written: list[tuple[DataFile, dict[str, str]]]) -> Co
         "files": len(unique),
         "dates": tuple(sorted({file.date for file, _ in unique.values()})),
     }
-    properties = CommitProperties(
-        custom_metadata={**(target.metadata or {}), "run_id": target.run_id},
-        app_transactions=[Transaction(target.run_id, 1)],
-    )
     schema = delta_schema(target.schema)
     parts = [*(target.extra or {}), "date"]
     before = _paths(open_table(target.uri, target.base), target) if target.base is not None else set()
     for _ in range(TRIES):
         table = open_table(target.uri)
         try:
+            more = prepare(table, *side) if prepare is not None else {}
+            properties = CommitProperties(
+                custom_metadata={**(target.metadata or {}), **more, "run_id": target.run_id},
+                app_transactions=[Transaction(target.run_id, 1)],
+            )
             if table is None:
                 create_table_with_add_actions(
                     target.uri, schema, actions, mode="error", partition_by=parts, commit_properties=properties
@@ -364,7 +379,7 @@ def _paths(table: DeltaTable | None, target: Target) -> set[str]:
     """Files of the target's dates."""
     if table is None:
         return set()
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+    actions = _actions(table)
     dates = None if target.dates is None else set(target.dates)
     rows = range(len(actions["path"]))
     extra = target.extra or {}
@@ -374,6 +389,15 @@ def _paths(table: DeltaTable | None, target: Target) -> set[str]:
         if (dates is None or actions["partition.date"][i] in dates)
         and all(actions[f"partition.{k}"][i] == v for k, v in extra.items())
     }
+
+
+def _actions(table: DeltaTable) -> dict[str, list[Any]]:
+    """Path, partition, rows and bytes of every file, by delta-rs's names (pyarrow 10 cannot take its tables)."""
+    known = pl.DataFrame(table.get_add_actions(flatten=True))
+    wanted = ("path", "num_records", "size_bytes")
+    return known.select(name for name in known.columns if name in wanted or name.startswith("partition.")).to_dict(
+        as_series=False
+    )
 
 
 def _committed_version(table: DeltaTable, run_id: str) -> int:
@@ -396,3 +420,11 @@ def days_between(start: date, end: date) -> tuple[date, ...]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def metadata_of(table: DeltaTable, name: str) -> str | None:
+    """The value last committed under `name` in a commit's metadata."""
+    for entry in table.history():
+        if entry.get(name) is not None:
+            return str(entry[name])
+    return None

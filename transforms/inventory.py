@@ -1,0 +1,186 @@
+"""What a source is made of: its files, their row groups and times, and how to tell that a file has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.durations import DAY
+from schemas.errors import ContractError, DataError
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.contracts import EPOCH, MICROSECOND, Contract
+from transforms.tables import WRITERS, open_table
+
+ALWAYS = -(2**62)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A row group of a file: its first row's number in the file, rows, bounds of its times in µs (both inclusive), and the
+    file's stamp, which changes with its content."""
+
+    path: str
+    group: int
+    first: int
+    rows: int
+    low: int
+    high: int
+    stamp: str = ""
+
+
+def source_uri(root: str, source: str) -> str:
+    return FileSystems.join(root, source)
+
+
+def files_of(root: str, source: Source) -> list[str]:
+    """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of its newest version.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = source_uri(root, source.name)
+    table = open_table(folder) if _has_log(folder) else None
+    if table is not None:
+        return sorted(uri.removeprefix("file://") for uri in table.file_uris())
+    matched = FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"])
+    paths = sorted(
+        each.path
+        for match in matched
+        for each in match.metadata_list
+        if not any(part.startswith((".", "_")) for part in each.path[len(folder) :].split("/"))
+    )
+    if not paths:
+        raise DataError(
+            f"Source {source.name!r} has Parquet files",
+            f"none under {folder}",
+            "Write its rows there, or name another folder with --sources",
+        )
+    return paths
+
+
+def _has_log(folder: str) -> bool:
+    return (
+        os.path.isdir(os.path.join(folder, "_delta_log"))
+        if "://" not in folder
+        else bool(FileSystems.match([f"{folder}/_delta_log/*"])[0].metadata_list)
+    )
+
+
+def stamp_of(path: str) -> str:
+    """Changes whenever the file's content does: its size, its time of change and a digest of its footer."""
+    if "://" in path:
+        (match,) = FileSystems.match([path])
+        (meta,) = match.metadata_list
+        return f"{meta.size_in_bytes}-{meta.last_updated_in_seconds}"
+    status = os.stat(path)
+    with open(path, "rb") as handle:
+        handle.seek(max(status.st_size - 8, 0))
+        length = int.from_bytes(handle.read(4), "little")
+        handle.seek(max(status.st_size - 8 - length, 0))
+        footer = hashlib.blake2b(handle.read(length), digest_size=8).hexdigest()
+    return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
+
+
+def slices_of(root: str, contract: Contract) -> list[Slice]:
+    """Every row group of a source, from the files' footers.
+
+    Raises:
+        ContractError: a file is not Parquet or truncated, or its columns are not those declared.
+    """
+    parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source))
+    return [each for part in parts for each in part]
+
+
+def _slices(path: str, contract: Contract) -> list[Slice]:
+    file, stamp = open_parquet(path, contract.source), stamp_of(path)
+    contract.check(file.schema_arrow, path)
+    time = contract.source.time
+    column = file.schema_arrow.names.index(time) if time is not None else None
+    result, first = [], 0
+    for group in range(file.num_row_groups):
+        meta = file.metadata.row_group(group)
+        low, high = ALWAYS, 2**62
+        if column is not None and time is not None:
+            bounds = _bounds(meta, time)
+            if bounds is None:
+                times = pl.Series(pl.from_arrow(file.read_row_group(group, [time]))[time]).drop_nulls()  # type: ignore[index]
+                bounds = (times.min(), times.max()) if len(times) else None
+            if bounds is not None:
+                low, high = (_epoch(bound) for bound in bounds)
+        result.append(Slice(path, group, first, meta.num_rows, low, high, stamp))
+        first += meta.num_rows
+    return [each for each in result if each.rows]
+
+
+def _bounds(meta: pq.RowGroupMetaData, time: str) -> tuple[datetime, datetime] | None:
+    for i in range(meta.num_columns):
+        column = meta.column(i)
+        if column.path_in_schema == time and column.is_stats_set and column.statistics.has_min_max:
+            return column.statistics.min, column.statistics.max
+    return None
+
+
+def _epoch(moment: datetime) -> int:
+    whole = moment.to_pydatetime() if hasattr(moment, "to_pydatetime") else moment
+    return ((whole if whole.tzinfo else whole.replace(tzinfo=UTC)).astimezone(UTC) - EPOCH) // MICROSECOND
+
+
+def open_parquet(path: str, source: Source) -> pq.ParquetFile:
+    """A Parquet file of `source`, local or on any Beam filesystem."""
+    try:
+        return pq.ParquetFile(path if "://" not in path else FileSystems.open(path, compression_type="uncompressed"))
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise ContractError(
+            f"Source {source.name!r}: every file is whole Parquet",
+            f"{path}: {reason}",
+            "Write the file again (aside, then rename), or remove it",
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inventory:
+    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name."""
+
+    spine: Contract
+    contracts: Mapping[str, Contract]
+    slices: Mapping[str, tuple[Slice, ...]]
+
+    def contract(self, source: str) -> Contract:
+        return self.spine if source == self.spine.source.name else self.contracts[source]
+
+    @functools.cached_property
+    def extent(self) -> tuple[int, int]:
+        """Whole days that hold every plausible spine row, µs; (0, 0) without any."""
+        spine, earliest, latest = self.slices[self.spine.source.name], self.spine.earliest, self.spine.latest
+        lows = [max(each.low, earliest) for each in spine if each.high >= earliest and each.low < latest]
+        highs = [min(each.high, latest - 1) for each in spine if each.high >= earliest and each.low < latest]
+        return (min(lows) // DAY * DAY, (max(highs) // DAY + 1) * DAY) if lows else (0, 0)
+
+
+def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
+    """The sources of `view` under `root`, from footers alone; `now` in µs judges stamps of the future.
+
+    The spine as a source of events is read under the very rules of the spine: a row is good or bad, not both.
+
+    Raises:
+        DataError: a source without files.
+        ContractError: files that cannot be read as declared.
+    """
+    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
+    contracts = {
+        name: spine if source is view.spine else Contract(source, tuple(view.columns_read(name)), now=now)
+        for name, source in view.sources.items()
+    }
+    every = {view.spine.name: spine, **contracts}
+    return Inventory(spine, contracts, {name: tuple(slices_of(root, contract)) for name, contract in every.items()})

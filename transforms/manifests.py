@@ -1,0 +1,56 @@
+"""Manifests at rest: written beside a feature table before the commit that names them, read back by the next run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+
+from schemas.errors import StoreError
+from schemas.views import FeatureView
+from transforms.inputs import Tally, digests_read
+from transforms.staleness import EMPTY, Current, Manifest, advance
+from transforms.tables import metadata_of, write_aside
+
+FOLDER = "_manifests"  # Delta leaves folders with an underscore alone
+
+
+def read_manifest(table: DeltaTable | None) -> Manifest:
+    """The manifest of the table's newest commit that has one; an empty one for a new table.
+
+    Raises:
+        StoreError: it is gone or spoiled.
+    """
+    name = None if table is None else metadata_of(table, "manifest")
+    if table is None or name is None:
+        return EMPTY
+    path = FileSystems.join(table.table_uri.removeprefix("file://").rstrip("/"), FOLDER, name)
+    try:
+        with FileSystems.open(path) as handle:
+            return Manifest.from_json(handle.read().decode())
+    except OSError as error:
+        raise StoreError(
+            "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteManifest:
+    """Metadata for a commit of `ranges` (µs): writes the manifest that follows from the snapshot the commit builds on."""
+
+    view: FeatureView
+    uri: str
+    run_id: str
+    ranges: tuple[tuple[int, int], ...]
+    current: Current
+    everything: bool
+
+    def __call__(self, table: DeltaTable | None, tallies: Mapping[str, Tally]) -> dict[str, str]:
+        before = EMPTY if self.everything else read_manifest(table)
+        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges)
+        name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
+        write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
+        return {"manifest": name}

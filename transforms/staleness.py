@@ -1,0 +1,321 @@
+"""Which dates of a feature table are missing or stale, and why: decided from digests of the sources, never from clocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, timedelta
+
+import numpy as np
+
+from schemas.durations import DAY
+from schemas.errors import StoreError
+from schemas.views import FeatureView
+from transforms.contracts import Contract
+from transforms.digests import Digests, add
+from transforms.ids import combine, hash_column, hash_text
+from transforms.inventory import Inventory, Slice
+from transforms.sources import Repeats, read_slices, repeats_of
+
+_MASK = 2**64 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Manifest:
+    """What a feature table was computed from; kept with its commits.
+
+    Args:
+        files: per source, path to (stamp, first day, last day).
+        covered: per source, the spans of days that have been digested.
+        digests: per source, its rows by day, as last read.
+        dropped: per source with `unique`, its repeats by day.
+        dates: per computed day of the spine, the digest of all its inputs.
+        dimensions: digest per dimension as last used; `looked_up` has it per computed day.
+    """
+
+    files: Mapping[str, Mapping[str, tuple[str, int, int]]]
+    covered: Mapping[str, Sequence[tuple[int, int]]]
+    digests: Mapping[str, Digests]
+    dropped: Mapping[str, Digests]
+    dates: Mapping[int, int]
+    dimensions: Mapping[str, int]
+    looked_up: Mapping[int, int]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """
+        Raises:
+            StoreError: not a manifest.
+        """
+        try:
+            raw = json.loads(text)
+            by_day = {
+                name: {
+                    source: {int(day): tuple(value) for day, value in days.items()}
+                    for source, days in raw[name].items()
+                }
+                for name in ("digests", "dropped")
+            }
+            files = {
+                source: {path: tuple(value) for path, value in paths.items()} for source, paths in raw["files"].items()
+            }
+            covered = {source: [(low, high) for low, high in spans] for source, spans in raw["covered"].items()}
+            return cls(
+                files,
+                covered,
+                by_day["digests"],
+                by_day["dropped"],
+                _ints(raw["dates"]),
+                raw["dimensions"],
+                _ints(raw["looked_up"]),
+            )  # type: ignore[arg-type]
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                "A feature table's manifest can be read", f"{type(error).__name__}: {error}", "Recompute with --full"
+            ) from None
+
+
+def _ints(values: Mapping[str, int]) -> dict[int, int]:
+    return {int(day): value for day, value in values.items()}
+
+
+EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Current:
+    """The sources as they are now: digests by day where they are known (all days, unless the table is new)."""
+
+    files: Mapping[str, Mapping[str, tuple[str, int, int]]]
+    digests: Mapping[str, Digests]
+    repeats: Mapping[str, Repeats]
+    dimensions: Mapping[str, int]
+
+
+def examine(inventory: Inventory, manifest: Manifest) -> Current:
+    """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others."""
+    files, digests, repeats, dimensions = {}, {}, {}, {}
+    for name, slices in inventory.slices.items():
+        contract = inventory.contract(name)
+        files[name] = _spans(slices, contract)
+        if contract.source.time is None:
+            dimensions[name] = _dimension_digest(contract, slices)
+            continue
+        if contract.source.unique is not None:
+            repeats[name] = repeats_of(contract, slices)
+        digests[name] = _digests_now(name, contract, slices, files[name], manifest) if manifest.dates else {}
+    return Current(files, digests, repeats, dimensions)
+
+
+def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
+    """Per file its stamp and the days it may hold."""
+    spans: dict[str, tuple[str, int, int]] = {}
+    for each in slices:
+        low, high = max(each.low, contract.earliest) // DAY, min(each.high, contract.latest) // DAY
+        held = spans.get(each.path)
+        spans[each.path] = (
+            (each.stamp, low, high) if held is None else (each.stamp, min(held[1], low), max(held[2], high))
+        )
+    return spans
+
+
+def _digests_now(
+    name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
+) -> Digests:
+    before, known = manifest.files.get(name, {}), manifest.digests.get(name, {})
+    covered = Days(manifest.covered.get(name, ()))
+    unread: list[tuple[int, int]] = []
+    for path, (stamp, low, high) in now.items():
+        unread += [(low, high)] if before.get(path, ("",))[0] != stamp else covered.missing(low, high)
+    unread += [(low, high) for path, (stamp, low, high) in before.items() if now.get(path, ("",))[0] != stamp]
+    if not unread:
+        return dict(known)
+    days = Days(unread)
+    parts = [
+        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
+        for each in slices
+        for low, high in days.overlapping(each.low // DAY, each.high // DAY)
+    ]
+    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+
+
+class Days:
+    """A union of spans of days, both ends included."""
+
+    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
+        self.spans: list[list[int]] = []
+        for low, high in sorted(spans):
+            if self.spans and low <= self.spans[-1][1] + 1:
+                self.spans[-1][1] = max(self.spans[-1][1], high)
+            else:
+                self.spans.append([low, high])
+
+    def __contains__(self, day: int) -> bool:
+        return any(low <= day <= high for low, high in self.spans)
+
+    def missing(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The parts of `[low, high]` outside the union."""
+        result = []
+        for a, b in self.overlapping(low, high):
+            if low < a:
+                result.append((low, a - 1))
+            low = b + 1
+        return [*result, (low, high)] if low <= high else result
+
+    def overlapping(self, low: int, high: int) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in self.spans if a <= high and b >= low]
+
+
+def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
+    frame = read_slices(contract, slices).frame
+    return int(np.add.reduce(combine([hash_column(frame[name]) for name in contract.columns]))) if len(frame) else 0
+
+
+def input_digests(
+    view: FeatureView, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
+) -> dict[int, int]:
+    """Per day of the spine the digest of everything its features may see: its questions, and its events' days within reach."""
+    wanted = sorted(days)
+    if not wanted:
+        return {}
+    total = dict.fromkeys(wanted, 0)
+    for name, back in _reaches(view).items():
+        seen = sorted({*digests.get(name, {}), *dropped.get(name, {})})
+        raw, gone = digests.get(name, {}), dropped.get(name, {})
+        # One number per day of this source; a window's is their sum, so prefix sums give every window's.
+        columns = [
+            seen,
+            *zip(*(_signed(raw.get(day, (0, 0))) + _signed(gone.get(day, (0, 0))) for day in seen), strict=True),
+        ]
+        mixed = (
+            combine([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
+            if seen
+            else np.zeros(0, np.uint64)
+        )
+        prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+        place = np.array(seen, np.int64)
+        first = np.searchsorted(place, np.array(wanted) - back, "left")
+        last = np.searchsorted(place, np.array(wanted), "right")
+        with np.errstate(over="ignore"):
+            sums = prefix[last] - prefix[first]
+        for day, value in zip(wanted, sums, strict=True):
+            total[day] = (total[day] * 31 + int(value)) & _MASK
+    return total
+
+
+def _signed(value: tuple[int, int]) -> tuple[int, int]:
+    return value[0], value[1] - 2**64 if value[1] >= 2**63 else value[1]
+
+
+def _reaches(view: FeatureView) -> dict[str, int]:
+    """Per source the number of days before its own that a day's features see; the spine at least its own."""
+    return {view.spine.name: 0, **{name: -(-view.reach(name) // DAY) for name in view.events}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stale:
+    """Days to compute, each with the reason."""
+
+    reasons: Mapping[int, str]
+    notes: tuple[str, ...] = ()
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring days as `[start, end)` µs."""
+        result: list[tuple[int, int]] = []
+        for day in sorted(self.reasons):
+            if result and result[-1][1] == day * DAY:
+                result[-1] = (result[-1][0], (day + 1) * DAY)
+            else:
+                result.append((day * DAY, (day + 1) * DAY))
+        return result
+
+
+def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh: bool = False) -> Stale:
+    """Days whose questions were never answered, or whose inputs are not those they were answered from."""
+    dropped = {name: each.dropped for name, each in current.repeats.items()}
+    asked = set(current.digests[view.spine.name])
+    now = input_digests(view, current.digests, dropped, asked | set(manifest.dates))
+    lookup = dimensions_digest(current.dimensions)
+    reasons = {}
+    for day in sorted(asked | set(manifest.dates)):
+        if day not in manifest.dates:
+            reasons[day] = "never computed"
+        elif now[day] != manifest.dates[day]:
+            reasons[day] = _why(view, manifest, current.digests, dropped, day)
+        elif refresh and manifest.looked_up.get(day) != lookup:
+            reasons[day] = "a dimension changed (--refresh)"
+    notes = tuple(
+        f"{name} changed; features computed before keep its old rows (--refresh recomputes them)"
+        for name, digest in current.dimensions.items()
+        if not refresh and manifest.dates and manifest.dimensions.get(name, digest) != digest
+    )
+    return Stale(reasons, notes)
+
+
+def dimensions_digest(dimensions: Mapping[str, int]) -> int:
+    """One number for the content of all dimensions."""
+    return int(combine([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])
+
+
+def _why(
+    view: FeatureView, manifest: Manifest, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], day: int
+) -> str:
+    causes = []
+    for name, back in _reaches(view).items():
+        for kind, now, before in (
+            ("", digests.get(name, {}), manifest.digests.get(name, {})),
+            ("repeats in ", dropped.get(name, {}), manifest.dropped.get(name, {})),
+        ):
+            changed = [each for each in range(day - back, day + 1) if now.get(each) != before.get(each)]
+            if changed:
+                more = f" and {len(changed) - 1} more days" if len(changed) > 1 else ""
+                causes.append(f"{kind}{name} changed on {as_date(changed[0])}{more}")
+    return "; ".join(causes) or "its inputs changed before the last run, which did not compute it"
+
+
+def as_date(day: int) -> date:
+    return date(1970, 1, 1) + timedelta(days=day)
+
+
+def advance(
+    view: FeatureView,
+    manifest: Manifest,
+    current: Current,
+    read: Mapping[str, Digests],
+    computed: Sequence[tuple[int, int]],
+) -> Manifest:
+    """The manifest after a run that computed the `[start, end)` ranges (µs).
+
+    Args:
+        read: for the first run, which has no manifest to start from, the digests of what it read.
+    """
+    if current.digests.get(view.spine.name):
+        digests = {name: dict(each) for name, each in current.digests.items()}
+        covered = {name: [(low, high) for _, low, high in files.values()] for name, files in current.files.items()}
+    else:
+        digests = {name: {**manifest.digests.get(name, {}), **read.get(name, {})} for name in _reaches(view)}
+        first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
+        covered = {
+            name: [*manifest.covered.get(name, ()), (first - back, last)] for name, back in _reaches(view).items()
+        }
+    covered = {name: [(low, high) for low, high in Days(spans).spans] for name, spans in covered.items()}
+    dropped = {name: each.dropped for name, each in current.repeats.items()}
+    inside = {day for start, end in computed for day in range(start // DAY, -(-end // DAY))}
+    answered = inside & set(digests[view.spine.name])
+    dates = {day: value for day, value in manifest.dates.items() if day not in inside}
+    looked_up = {day: value for day, value in manifest.looked_up.items() if day not in inside}
+    now = input_digests(view, digests, dropped, answered)
+    lookup = dimensions_digest(current.dimensions)
+    return Manifest(
+        current.files,
+        covered,
+        digests,
+        dropped,
+        {**dates, **now},
+        current.dimensions,
+        {**looked_up, **dict.fromkeys(answered, lookup)},
+    )
