@@ -7,4 +7,5 @@ import warnings
 # Word of libraries about themselves, which no user of Millrace can act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\..*")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-logging.getLogger().addFilter(lambda record: "crcmod package not found" not in str(record.msg))
+_NOISE = ("crcmod package not found", "Resource module is not available")
+logging.getLogger().addFilter(lambda record: not str(record.msg).startswith(_NOISE))

@@ -31,7 +31,9 @@ def _main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     command, *rest = argv
     if command not in COMMANDS:
-        raise DefinitionError(f"millrace has the commands {', '.join(COMMANDS)}", repr(command), nearest(command, COMMANDS))
+        raise DefinitionError(
+            f"millrace has the commands {', '.join(COMMANDS)}", repr(command), nearest(command, COMMANDS)
+        )
     return int(importlib.import_module(COMMANDS[command][0]).main(rest))
 
 

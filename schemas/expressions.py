@@ -14,7 +14,10 @@ from schemas.errors import DefinitionError, nearest
 # Nodes of a serialised Polars expression whose value at a row depends on that row alone.  `is_row_separable` knows the
 # functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is judged by itself.
 _PLAIN = {"BinaryExpr", "Cast", "Ternary", "Alias"}
-_CHANGES_LENGTH = {"DropNulls", "DropNans", "Explode", "Reshape", "Repeat", "ArgWhere"}
+_FUNCTIONS = {
+    **dict.fromkeys(("DropNulls", "DropNans", "Explode", "Reshape", "Repeat", "ArgWhere"), "changes the number of rows"),
+    "SetSortedFlag": "claims an order of rows",
+}
 _REASONS = {
     "Agg": "aggregates over all rows of a batch",
     "Over": "aggregates over groups of rows",
@@ -98,8 +101,7 @@ def _tree(expr: pl.Expr) -> Any:
 def _offences(node: Any) -> Iterator[tuple[str, str]]:
     """Each part of a serialised expression that looks beyond its row, innermost first."""
     if isinstance(node, str):
-        if node in _REASONS:
-            yield node, _REASONS[node]
+        yield node, _REASONS.get(node, "is not known to be row-local")
         return
     ((kind, body),) = node.items()
     if kind == "Column":
@@ -113,13 +115,36 @@ def _offences(node: Any) -> Iterator[tuple[str, str]]:
         return
     for child in _children(kind, body):
         yield from _offences(child)
+    if kind == "Cast" and "Categorical" in json.dumps(body["dtype"]):
+        yield _text(node), "numbers categories by their first row in a batch (use pl.Enum)"
     if kind == "Function":
-        function = body["function"]
-        name = function if isinstance(function, str) else next(iter(function))
-        if name in _CHANGES_LENGTH:
-            yield _text(node), "changes the number of rows"
-        elif not _expression(node).meta.is_row_separable():
-            yield _text(node), "depends on other rows of the batch"
+        yield from _function_offences(node)
+
+
+def _function_offences(node: Any) -> Iterator[tuple[str, str]]:
+    path = _names(node["Function"]["function"])
+    if path[0] in _FUNCTIONS:
+        yield _text(node), _FUNCTIONS[path[0]]
+    elif any(word in name for name in path for word in ("Sample", "Shuffle", "Random")):
+        yield _text(node), "draws at random"
+    else:
+        try:
+            alone = _expression(node).meta.is_row_separable()
+        except pl.exceptions.PolarsError:
+            yield _text(node), "is not known to be row-local"
+        else:
+            if not alone:
+                yield _text(node), "depends on other rows of the batch"
+
+
+def _names(function: Any) -> list[str]:
+    """`{"ListExpr": {"Sample": …}}` as its names, outermost first."""
+    if isinstance(function, str):
+        return [function]
+    if isinstance(function, dict) and len(function) == 1:
+        ((name, inner),) = function.items()
+        return [name, *_names(inner)]
+    return []
 
 
 def _children(kind: str, body: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,43 +13,47 @@ import polars as pl
 from schemas import Derived, FeatureView, Latest, Lookup, Trailing
 from schemas.sources import Source
 
-EPOCH = datetime(1970, 1, 1, tzinfo=None)
+Rows = list[dict[str, Any]]
 
 
 def features(view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
     """Every feature of every spine row by scanning every event."""
+    types = {**view.spine.schema, **view.columns}
     rows = []
     for row in spine.iter_rows(named=True):
         known = dict(row)
         for feature in view.features:
             if isinstance(feature, Derived):
-                one = pl.DataFrame([known], schema={name: dtype for name, dtype in {**view.spine.schema, **view.columns}.items() if name in known})
+                one = pl.DataFrame([known], schema={name: types[name] for name in known})
                 made = {name: one.select(expr).item() for name, expr in feature.columns.items()}
             elif isinstance(feature, Lookup):
-                matches = [each for each in tables[feature.source.name].iter_rows(named=True) if _same(known, each, feature.keys)]
+                matches = [each for each in _rows(feature, tables) if _same(known, each, feature.keys)]
                 made = {name: matches[0][column] if matches else None for column, name in feature.renamed.items()}
             else:
-                made = _windowed(feature, view, known, tables[feature.source.name])
+                made = _windowed(feature, view, known, _rows(feature, tables))
             known.update({name: _stored(value, view.columns[name]) for name, value in made.items()})
         rows.append({name: known[name] for name in (*view.context, *view.columns)})
     return rows
 
 
-def _windowed(feature: Trailing | Latest, view: FeatureView, row: dict[str, Any], events: pl.DataFrame) -> dict[str, Any]:
-    if feature.where is not None:
-        events = events.filter(feature.where)
+def _windowed(feature: Trailing | Latest, view: FeatureView, row: dict[str, Any], events: Rows) -> dict[str, Any]:
     source, t = feature.source, row[view.time]
     place = source.event_time or source.time
-    seen = [each for each in events.iter_rows(named=True) if each[source.time] < t and _same(row, each, feature.keys)]
-    seen.sort(key=lambda each: (each[place], *_tie(source, each)))
+    seen = [event for event in events if event[source.time] < t and _same(row, event, feature.keys)]
+    seen.sort(key=lambda event: (event[place], *_tie(source, event)))
+
+    def inside(length: int) -> Rows:
+        return [event for event in seen if t - timedelta(microseconds=length) <= event[place] < t]
+
     if isinstance(feature, Latest):
-        inside = [each for each in seen if t - timedelta(microseconds=feature.length) <= each[place] < t]
-        return {name: inside[-1][column] if inside else None for column, name in feature.renamed.items()}
-    made = {}
-    for each in feature.statistics:
-        inside = [event for event in seen if t - timedelta(microseconds=each.length) <= event[place] < t]
-        made[each.name] = len(inside) if each.column == "*" else statistic(each.stat, [event[each.column] for event in inside])
-    return made
+        last = inside(feature.length)[-1:]
+        return {name: last[0][column] if last else None for column, name in feature.renamed.items()}
+    return {
+        each.name: len(inside(each.length))
+        if each.column == "*"
+        else statistic(each.stat, [event[each.column] for event in inside(each.length)])
+        for each in feature.statistics
+    }
 
 
 def statistic(stat: str, values: list[Any]) -> Any:
@@ -76,7 +80,10 @@ def statistic(stat: str, values: list[Any]) -> Any:
         return variance if stat == "var" else math.sqrt(variance)
     if stat in ("min", "max"):
         return min(numbers) if stat == "min" else max(numbers)
-    return float(np.quantile(numbers, 0.5 if stat == "median" else int(stat[1:]) / 100))
+    if stat == "median":
+        middle = sorted(numbers)[(len(numbers) - 1) // 2 : len(numbers) // 2 + 1]
+        return (middle[0] + middle[-1]) / 2
+    return float(np.quantile(numbers, int(stat[1:]) / 100))
 
 
 def _same(row: dict[str, Any], event: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> bool:
@@ -86,8 +93,12 @@ def _same(row: dict[str, Any], event: dict[str, Any], keys: tuple[tuple[str, str
 def _tie(source: Source, event: dict[str, Any]) -> tuple[Any, ...]:
     """Nulls first, then by value, over the order columns and then all."""
     columns = [*(source.order or ()), *(name for name in source.schema if name in event)]
-    return tuple((event[name] is not None, "" if event[name] is None else event[name]) if not isinstance(event[name], bool | int | float)
-                 else (True, event[name]) for name in columns) if all(True for _ in columns) else ()  # fmt: skip
+    return tuple((event[name] is not None, event[name]) for name in columns)
+
+
+def _rows(feature: Trailing | Latest | Lookup, tables: Mapping[str, pl.DataFrame]) -> Rows:
+    table = tables[feature.source.name]
+    return (table if feature.where is None else table.filter(feature.where)).rows(named=True)
 
 
 def _stored(value: Any, dtype: pl.DataType) -> Any:

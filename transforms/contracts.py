@@ -78,7 +78,7 @@ class Contract:
             if dtype.is_float():
                 rules.append((name, "a number is finite", pl.col(name).is_infinite()))
             if dtype == pl.Float64:
-                rules.append((name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).abs() > 3.4028234e38))
+                rules.append((name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).cast(pl.Float32).is_infinite()))
         return rules
 
     def cast(self, table: pa.Table, file: str) -> pl.DataFrame:
@@ -140,7 +140,7 @@ def holds(declared: pl.DataType, found: pa.DataType) -> bool:
 
 
 def judge(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split rows into those that keep the contract (NaN turned to null) and dead letters with the first rule broken.
+    """Split rows into those that keep the contract (NaN turned to null, −0.0 to 0.0) and dead letters with the first rule broken.
 
     Returns:
         (rows that keep it, letters of schema `LETTER`: place in `frame`, field, rule, value, plausible time in µs or null).
@@ -161,7 +161,7 @@ def judge(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.Dat
         letters = _letters(contract, frame.with_row_index("place").filter(broken), rules)
         frame = frame.filter(~broken)
     if floats:
-        frame = frame.with_columns(pl.col(floats).fill_nan(None))
+        frame = frame.with_columns(pl.col(floats).fill_nan(None) + 0.0)
     return frame, letters
 
 

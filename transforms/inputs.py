@@ -118,7 +118,10 @@ def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input
     span = block.spans.get(name)
     low = min(block.start - view.reach(name), block.own[0], span[0] if span else block.start)
     read = read_slices(contract, block.events[name], low, block.end, own=own, span=span)
-    kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
+    if contract is plan.spine:  # one key asks one question at one time, whoever counts them
+        kept, _ = distinct(read.frame, (view.time, *view.key))
+    else:
+        kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
     mine = (moment >= block.own[0]) & (moment < block.own[1])
     first, last = plan.reached
@@ -136,11 +139,12 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
     frame = read.frame.unique().sort(read.frame.columns)
-    letters = [read.letters]
+    letters, refused = [read.letters], []
     for feature in view.features:
         if isinstance(feature, Lookup) and feature.source.name == name:
             key = tuple(column for _, column in feature.keys)
             _, conflicts = distinct(frame, key)
+            refused.append(conflicts)
             letters.append(locate(contract, slices, conflicts, key, "one key has one row (the smallest was kept)"))
     dead = (
         _concat(letters)
@@ -148,14 +152,9 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
         .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
     )
     total = len(read.frame) + len(read.letters)
+    used = len(frame) - len(pl.concat(refused).unique())
     # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
-    return Input(
-        frame,
-        dead,
-        Tally(
-            name, total, total - len(dead) - (len(read.frame) - len(frame)), 0, len(read.frame) - len(frame), len(dead)
-        ),
-    )
+    return Input(frame, dead, Tally(name, total, used, 0, total - used - len(dead), len(dead)))
 
 
 def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:

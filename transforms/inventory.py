@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -52,12 +53,10 @@ def files_of(root: str, source: Source) -> list[str]:
     table = open_table(folder) if _has_log(folder) else None
     if table is not None:
         return sorted(uri.removeprefix("file://") for uri in table.file_uris())
-    matched = FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"])
     paths = sorted(
-        each.path
-        for match in matched
-        for each in match.metadata_list
-        if not any(part.startswith((".", "_")) for part in each.path[len(folder) :].split("/"))
+        path
+        for path in _parquet_files(folder)
+        if not any(part.startswith((".", "_")) for part in path[len(folder) :].split("/")[1:])
     )
     if not paths:
         raise DataError(
@@ -66,6 +65,14 @@ def files_of(root: str, source: Source) -> list[str]:
             "Write its rows there, or name another folder with --sources",
         )
     return paths
+
+
+def _parquet_files(folder: str) -> Iterator[str]:
+    if "://" not in folder:  # whose name may hold what Beam would take for a pattern
+        yield from (str(path) for path in (*Path(folder).rglob("*.parquet"), Path(f"{folder}.parquet")) if path.is_file())
+        return
+    for match in FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"]):
+        yield from (each.path for each in match.metadata_list)
 
 
 def _has_log(folder: str) -> bool:
@@ -131,7 +138,7 @@ def _bounds(meta: pq.RowGroupMetaData, time: str) -> tuple[datetime, datetime] |
 
 
 def _epoch(moment: datetime) -> int:
-    whole = moment.to_pydatetime() if hasattr(moment, "to_pydatetime") else moment
+    whole = moment.to_pydatetime(warn=False) if hasattr(moment, "to_pydatetime") else moment
     return ((whole if whole.tzinfo else whole.replace(tzinfo=UTC)).astimezone(UTC) - EPOCH) // MICROSECOND
 
 
@@ -158,6 +165,13 @@ class Inventory:
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
+
+    def timeless(self, source: str) -> tuple[Slice, ...]:
+        """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted for."""
+        contract = self.contract(source)
+        return tuple(
+            each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
+        )
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:

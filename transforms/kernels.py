@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from schemas.errors import DataError
 from schemas.expressions import canonical
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
@@ -22,33 +24,38 @@ from transforms.windows import Bools, Column, Ints, statistic
 EXPANDED_ROWS = 4_000_000
 # numpy and Polars let go of the interpreter while they work, so threads do share the cores.
 CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+Reading = Trailing | Latest | Lookup
+Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, pl.DataFrame]], list[pl.Series]]
 
 
-def compute(view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def compute(
+    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame], gather: Gather | None = None
+) -> pl.DataFrame:
     """Features of each spine row, exactly as of its time.
 
     Args:
         spine: the spine source's columns, any order of rows.
         tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
             irrelevant), repeats by `unique` already removed; dimensions with one row per key.
+        gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
 
     Returns:
         The spine's context columns and the features, in the spine's order of rows.
     """
+    gather = gather or gathered
     frame = spine
     waiting: list[Trailing | Latest | Lookup] = []
     for feature in view.features:
+        if isinstance(feature, Derived) or any(column in view.columns for column, _ in feature.keys):
+            # It may read what is waiting.
+            frame = frame.with_columns(gather(view, waiting, frame, tables))
+            waiting = []
         if isinstance(feature, Derived):
-            frame = frame.with_columns(gathered(view, waiting, frame, tables)).with_columns(
-                derived(feature, view.columns)
-            )
-            waiting = []
-        elif any(spine_column in view.columns for spine_column, _ in feature.keys):
-            frame = frame.with_columns(gathered(view, [*waiting, feature], frame, tables))
-            waiting = []
+            with computing(f"Derived({', '.join(feature.columns)})"):
+                frame = frame.with_columns(derived(feature, view.columns))
         else:
             waiting.append(feature)
-    frame = frame.with_columns(gathered(view, waiting, frame, tables))
+    frame = frame.with_columns(gather(view, waiting, frame, tables))
     return frame.select(*view.context, *(pl.col(name).cast(dtype) for name, dtype in view.columns.items()))
 
 
@@ -68,7 +75,8 @@ def gathered(
         first, table = group[0], tables[group[0].source.name]
         if isinstance(first, Lookup):
             return [series for feature in group for series in looked_up(feature, frame, table)]  # type: ignore[arg-type]
-        events = table if first.where is None else table.filter(first.where)
+        with computing(f"where of {first.name!r}"):
+            events = table if first.where is None else table.filter(first.where)
         history = History(first.source, first.keys, events, frame, view.time)
         return [
             series
@@ -77,6 +85,19 @@ def gathered(
         ]  # type: ignore[arg-type]
 
     return [series for part in CORES.map(of_group, groups.values()) for series in part]
+
+
+@contextlib.contextmanager
+def computing(what: str) -> Iterator[None]:
+    """Turn a failure of the user's expression into one that names it."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise DataError(
+            f"{what} has an answer for every row",
+            str(error).splitlines()[0],
+            "Let what does not fit be null, as in cast(…, strict=False)",
+        ) from None
 
 
 def derived(feature: Derived, types: Mapping[str, pl.DataType]) -> list[pl.Expr]:

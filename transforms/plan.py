@@ -134,6 +134,7 @@ def cut(
     """
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
+    timeless = {name: inventory.timeless(name) if everything else () for name in (view.spine.name, *events)}
     blocks: list[Block] = []
     for first, last in ranges:
         cuts = _cuts(_overlapping(spine, first, last), events, first, last, block_rows)
@@ -150,7 +151,11 @@ def cut(
             reached = {
                 name: _overlapping(events[name], min(low, begin - view.reach(name)), stop) for name, low in lows.items()
             }
-            blocks.append(Block(len(blocks), begin, stop, own, _overlapping(spine, begin, stop), reached, spans))
+            asked = _overlapping(spine, begin, stop)
+            if not blocks:
+                asked = _joined(asked, timeless[view.spine.name])
+                reached = {name: _joined(slices, timeless[name]) for name, slices in reached.items()}
+            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans))
     dimensions = {name: inventory.slices[name] for name in view.dimensions}
     dates = (
         None
@@ -159,17 +164,21 @@ def cut(
             day for first, last in ranges for day in days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
         )
     )
-    asked = [each for first, last in ranges for each in _overlapping(spine, first, last)]
+    inside = [each for first, last in ranges for each in _overlapping(spine, first, last)]
     first, last = ranges[0][0], ranges[-1][1]
     reach = (
-        max(first, min((each.low for each in asked), default=first)),
-        min(last, max((each.high for each in asked), default=first) + 1),
+        max(first, min((each.low for each in inside), default=first)),
+        min(last, max((each.high for each in inside), default=first) + 1),
     )
     return Plan(tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine)
 
 
 def _overlapping(slices: Sequence[Slice], low: int, high: int) -> tuple[Slice, ...]:
     return tuple(each for each in slices if each.low < high and each.high >= low)
+
+
+def _joined(slices: Sequence[Slice], more: Sequence[Slice]) -> tuple[Slice, ...]:
+    return tuple(dict.fromkeys([*slices, *more]))
 
 
 def _cuts(

@@ -149,6 +149,8 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     source = contract.source
     unique = list(source.unique or ())
     narrow = dataclasses.replace(contract, columns=tuple(unique), required=())
+    if not slices:
+        return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
     ids = pl.concat([_read_file(narrow, path, groups) for path, groups in _by_file(slices)])
     again = ids.lazy().group_by(unique).len().filter(pl.col("len") > 1).select(unique).collect()
     if not len(again):

@@ -23,13 +23,13 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# A digit holds 40 bits, which leaves 23 for the sum of a window: 8 million of the largest digits.
-DIGIT = 40
-_LOWEST, _HIGHEST = -1080, 1000
+# A digit holds 32 bits, which leaves 31 for the sum of a window: 2 billion of the largest digits.
+DIGIT = 32
+_LOWEST, _HIGHEST = -1088, 992
 
 
 class ExactSum:
-    """Prefix sums of `values` as fixed-point digits of 40 bits: any window's sum is exact."""
+    """Prefix sums of `values` as fixed-point digits of 32 bits: any window's sum is exact."""
 
     def __init__(self, *parts: Floats) -> None:
         digits: dict[int, Ints] = {}
@@ -60,19 +60,28 @@ class ExactSum:
         return result
 
     def total(self, lo: Ints, hi: Ints) -> Floats:
-        """Sum per window, float64."""
-        total = np.zeros(len(lo))
-        for unit, digit in self._canonical(lo, hi):
-            total += _scaled(digit, unit)
-        return total
+        """Sum per window, correctly rounded to float64, as `math.fsum` rounds it."""
+        parts = [_scaled(digit, unit) for unit, digit in self._canonical(lo, hi)]
+        if len(parts) <= 2:  # one addition rounds once
+            return sum(parts, np.zeros(len(lo)))
+        high, low = _paired(parts, len(lo))
+        return high + low
 
     def pair(self, lo: Ints, hi: Ints) -> tuple[Floats, Floats]:
         """Sum per window as an unevaluated sum of two float64 (106 bits)."""
-        high, low = np.zeros(len(lo)), np.zeros(len(lo))
-        for unit, digit in reversed(self._canonical(lo, hi)):
-            high, error = _two_sum(high, _scaled(digit, unit))
-            low += error
-        return _two_sum(high, low)
+        parts = [_scaled(digit, unit) for unit, digit in self._canonical(lo, hi)]
+        return _two_sum(*_paired(parts, len(lo)))
+
+
+def _paired(parts: list[Floats], rows: int) -> tuple[Floats, Floats]:
+    """Σ parts (least first) as high + low; low is rounded to odd, so that rounding high + low is rounding the sum (Boldo & Melquiond 2008)."""
+    high, low = np.zeros(rows), np.zeros(rows)
+    for part in reversed(parts):
+        high, error = _two_sum(high, part)
+        low, lost = _two_sum(low, error)
+        even = np.flatnonzero((lost != 0) & (low.view(np.int64) & 1 == 0))
+        low[even] = np.nextafter(low[even], np.copysign(np.inf, lost[even]))
+    return high, low
 
 
 def _scaled(values: Floats, exponent: int) -> Floats:
@@ -95,7 +104,7 @@ def _halves(total: Ints, unit: int) -> list[tuple[int, Floats]]:
 
 
 def _digits(values: Floats) -> list[tuple[int, Ints]]:
-    """`values` as Σ digit · 2**unit, units multiples of 40, exactly; bits below 2**-1080 do not exist in float64."""
+    """`values` as Σ digit · 2**unit, units multiples of 32, exactly; bits below 2**-1074 do not exist in float64."""
     if not len(values):
         return []
     rest = values
@@ -262,10 +271,15 @@ class Column:
         b_error += 2 * sum_high * sum_low
         spread = (a - b) + (a_error - b_error)
         # Where cancellation leaves fewer than 40 good bits the window is constant, or is one of the few done the long way.
-        for i in np.flatnonzero(spread <= np.ldexp(np.abs(a), -60)):
+        doubtful = np.flatnonzero(spread <= np.ldexp(np.abs(a), -60))
+        least, most = (self.extreme(lo[doubtful], hi[doubtful], largest) for largest in (False, True))
+        spread[doubtful] = 0.0
+        for i in doubtful[least < most]:
             window = self.numbers[lo[i] : hi[i]]
-            mean = math.fsum(window) / len(window)
-            spread[i] = 0.0 if window.min() == window.max() else math.fsum((window - mean) ** 2) * n[i]
+            rest = window - math.fsum(window) / n[i]
+            spread[i] = (
+                math.fsum(rest**2) * n[i] - math.fsum(rest) ** 2
+            )  # the mean was rounded, and `rest` shows by how much
         return spread / n / (n - 1)
 
 

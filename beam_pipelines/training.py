@@ -1,0 +1,254 @@
+"""training: features and labels → examples → the best model on validation → its test → gates → the registry."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pvalue import AsSingleton
+from deltalake import DeltaTable
+
+from beam_pipelines.options import Arguments, day, next_day
+from beam_pipelines.reporting import Run, execute, guard, read_json
+from schemas import Model
+from schemas.durations import instant
+from schemas.errors import DataError, GateError, MismatchError
+from schemas.loading import Definition, load_definition
+from transforms.evaluation import Evaluate, carried
+from transforms.examples import (
+    FOLDER,
+    MakeExamples,
+    Plan,
+    add_accounts,
+    checked,
+    make_plan,
+    read_shard,
+    shards_to_judge,
+)
+from transforms.fitting import Fit, declared
+from transforms.publishing import REPORT, Publication, publish
+from transforms.registry import registry_uri
+from transforms.scoring import Pinned, Score
+from transforms.tables import data_files, features_uri, open_table
+from transforms.training import Train, require_trainable, save_best, trials
+
+LIBRARIES = ("apache-beam", "deltalake", "numpy", "polars", "pyarrow", "xgboost")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """What one run of the training pipeline does.
+
+    Args:
+        definition: of the model.
+        store: where tables, examples and runs are.
+        sources: where the label's source is.
+        run_id: registers one version.
+        features_version: of the feature table; None takes the newest.
+        start: first day of the feature table used; None takes all.
+        cutoff: the day before which everything is known; None takes the day after the feature table's last.
+        registry: MLflow tracking URI.
+        threads: of XGBoost in each trial; 0 takes every core.
+        keep_examples: whether TFRecord and Parquet examples stay.
+        now: µs since 1970, the clock by which stamps are judged.
+        beam_args: for Beam.
+    """
+
+    definition: Definition
+    store: str
+    sources: str
+    run_id: str
+    features_version: int | None
+    start: date | None
+    cutoff: date | None
+    registry: str
+    threads: int
+    keep_examples: bool
+    now: int
+    beam_args: tuple[str, ...]
+
+    @property
+    def model(self) -> Model:
+        return self.definition.require_model()
+
+    @property
+    def folder(self) -> str:
+        """Where the run's own account, its trials and its bundle go."""
+        return FileSystems.join(self.store, "runs", self.run_id)
+
+    @property
+    def bundle(self) -> str:
+        return FileSystems.join(self.folder, "model")
+
+    @property
+    def examples(self) -> str:
+        return FileSystems.join(self.store, FOLDER, self.model.name, self.run_id)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Options from flags.
+
+    Raises:
+        DefinitionError: a flag or the definition is refused.
+    """
+    arguments = Arguments("millrace training", "Train a model on a feature table, judge it, register it.")
+    arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
+    arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
+    arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
+    arguments.add_argument("--cutoff", type=day, help="UTC day before which everything is known (default: the day after the last of the feature table)")  # fmt: skip
+    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
+    arguments.add_argument("--threads", type=int, default=0, help="of XGBoost in each trial (default: every core)")
+    arguments.add_argument(
+        "--keep_examples", action=argparse.BooleanOptionalAction, default=True, help="keep TFRecord and Parquet examples (default: yes)"
+    )  # fmt: skip
+    flags, rest = arguments.parse(argv)
+    return Options(
+        definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        run_id=flags.run_id, features_version=flags.features_version, start=flags.start, cutoff=flags.cutoff,
+        registry=registry_uri(flags.store, flags.registry), threads=flags.threads, keep_examples=flags.keep_examples,
+        now=time.time_ns() // 1000, beam_args=tuple(rest),
+    )  # fmt: skip
+
+
+def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
+    """The graph; every step but the last leaves files and hands on their names."""
+    model = options.model
+    blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
+    accounts, learning = blocks | "Examples" >> MakeExamples(plan)
+    account = accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(checked, plan.alone)
+    fitted = learning | "Fit" >> Fit(declared(model))
+    tried = (
+        pipeline
+        | "Trials" >> beam.Create(trials(model))
+        | "Train" >> Train(model, options.folder, account, fitted, options.threads)
+    )
+    sides = AsSingleton(account), AsSingleton(fitted)
+    trained = (
+        tried
+        | "Gather" >> beam.combiners.ToList()
+        | "Save" >> beam.Map(save_best, model, options.bundle, provenance, *sides)
+    )
+    tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
+    scored = (
+        tests
+        | "Read" >> beam.FlatMap(read_shard)
+        | "Score" >> Score(Pinned(options.bundle), threads=options.threads, carry=carried(model.gates))
+    )
+    report = scored | "Evaluate" >> Evaluate(model)
+    _ = report | "Publish" >> beam.Map(publish, AsSingleton(trained), AsSingleton(account), publication(options))
+
+
+def publication(options: Options) -> Publication:
+    model = options.model
+    text = Path(options.definition.path).read_text(encoding="utf-8")
+    return Publication(
+        model.name, model.metric, model.gates, options.registry, options.run_id, options.folder, {"definition.py": text}
+    )
+
+
+def open_features(options: Options) -> DeltaTable:
+    """The feature table of the model's view.
+
+    Raises:
+        MismatchError: there are features of this view under another fingerprint only; both are named.
+        DataError: there are none at all.
+    """
+    view = options.model.view
+    table = open_table(features_uri(options.store, view.name, view.fingerprint), options.features_version)
+    command = f"millrace features --definition {options.definition.name} --store {options.store}"
+    if table is not None:
+        return table
+    root = FileSystems.join(options.store, "features", view.name)
+    logs = FileSystems.match([f"{root}/*/_delta_log/*.json"])[0].metadata_list
+    others = sorted({each.path.split("/")[-3] for each in logs})
+    if others:
+        raise MismatchError(
+            f"Training reads features of the definition's own fingerprint, {view.fingerprint}", f"{', '.join(others)} in {root}", f"Run: {command}"
+        )  # fmt: skip
+    raise DataError(f"View {view.name!r} has a feature table", f"none under {root}", f"Run: {command}")
+
+
+def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
+    """What the run reads, pinned: a plan, and where it all comes from.
+
+    Raises:
+        MillraceError: no features, or of another definition; see `open_features` and `make_plan`.
+    """
+    model = options.model
+    require_trainable(model)
+    table = open_features(options)
+    files = data_files(table, options.start, options.cutoff)
+    if not files:
+        raise DataError("The feature table has rows before the cutoff", f"none from {options.start or 'the first day'} to {options.cutoff or 'the last'}", "Choose other dates, or compute features")  # fmt: skip
+    cutoff = instant(options.cutoff or next_day(max(file.date for file in files)))
+    split = model.split.resolve(cutoff)
+    plan = make_plan(model, files, options.sources, options.examples, split, options.now, options.keep_examples)
+    text = Path(options.definition.path).read_bytes()
+    return plan, {
+        "feature_table": {"uri": table.table_uri, "version": table.version()},
+        "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
+        "split": {name: value.isoformat() for name, value in dataclasses.asdict(split).items()},
+        "definition": {"name": options.definition.name, "sha256": hashlib.sha256(text).hexdigest()},
+        "run_id": options.run_id,
+        "code_version": _version("millrace"),
+        "environment": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the pipeline; 0 when the model is registered and every gate holds."""
+    options = parse(argv)
+    with Run("training", options.run_id, options.folder) as run:
+        plan, provenance = resolve(options)
+        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+        build(pipeline, options, plan, provenance)
+        execute(pipeline)
+        report = read_json(FileSystems.join(options.folder, REPORT))
+        run.update(figures(report))
+        if not options.keep_examples and "://" not in options.examples:
+            shutil.rmtree(options.examples)
+    failed = [each for each in report["gates"] if not each["holds"]]
+    if failed:
+        raise GateError(
+            f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
+            "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
+            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote",
+        )  # fmt: skip
+    return 0
+
+
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` and the closing table say."""
+    splits = report["splits"].values()
+    shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}
+    return {
+        "rows_in": report["feature_rows"], "rows_out": sum(each["entered"] for each in splits), "rows_outside": report["outside"],
+        "rows_waiting": sum(each["waiting"] for each in splits), "rows_without_label": sum(each["dropped"] for each in splits),
+        **{name: each["entered"] for name, each in report["splits"].items()},
+        "rounds": report["rounds"], **shown, "gates_held": sum(each["holds"] for each in report["gates"]), "gates": len(report["gates"]),
+        "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], "trials": report["trials"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

@@ -1,0 +1,244 @@
+"""Times and peak memory of the sides of a comparison, each run in a fresh process.
+
+A side is a function named `module:function`.  Its process first imports everything the side uses, then notes its memory
+(the baseline), then starts the clock.  What is imported is not guessed: a first, unmeasured run of the side says which
+modules it ended up with.  That run also warms the file cache for both sides alike.
+
+Memory is the resident set, read from the kernel's own high-water mark (`VmHWM`, reset after the imports); children are
+sampled and added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_SECONDS = 0.25
+_stages: dict[str, dict[str, float]] = {}
+_high = [0.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what JSON can hold."""
+
+    name: str
+    function: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One run of one side.  Memory in MB (10⁶ bytes); `peak_mb` is above `baseline_mb`; `cpu_seconds` is of all threads and children."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+    baseline_mb: float
+    import_seconds: float
+    late_imports: list[str]
+    stages: dict[str, dict[str, float]]
+    result: Any
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Inside a side: seconds and peak of a part of it, shown apart."""
+    _high[0] = max(_high[0], high_water())
+    _reset_high_water()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _stages[name] = {"seconds": time.perf_counter() - start, "high_mb": high_water()}
+
+
+def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, list[str]]:
+    """Run a side in a process of its own; also the modules it ended up with.
+
+    Raises:
+        SystemExit: it failed; what it printed is shown.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer, printed = (Path(folder) / name for name in ("request.json", "answer.json", "printed"))
+        request.write_text(json.dumps({
+            "function": side.function, "modules": list(modules), "arguments": {**side.arguments, "out": str(out)},
+        }))  # fmt: skip
+        with printed.open("w") as sink:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.measure", str(request), str(answer)],
+                cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, check=False,
+            )  # fmt: skip
+        if done.returncode or not answer.exists():
+            raise SystemExit(f"{side.name} failed with exit code {done.returncode}:\n{printed.read_text()[-4000:]}")
+        content = json.loads(answer.read_text())
+    return Measurement(**content["measurement"]), content["modules"]
+
+
+def compare(
+    sides: Sequence[Side], repeats: int, folder: Path, check: Callable[[dict[str, Path]], Mapping[str, Any]] | None = None
+) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
+    """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the warm-up."""
+    modules, outputs = {}, {}
+    for side in sides:
+        outputs[side.name] = folder / f"{side.name}-warm-up"
+        _, modules[side.name] = run(side, outputs[side.name], ())
+        say(f"{side.name}: warm-up done")
+    checked = dict(check(outputs)) if check is not None else {}
+    measured: dict[str, list[Measurement]] = {side.name: [] for side in sides}
+    for repetition in range(repeats):
+        for side in sides if repetition % 2 == 0 else reversed(sides):
+            one, _ = run(side, folder / f"{side.name}-{repetition}", modules[side.name])
+            measured[side.name].append(one)
+            say(f"{side.name} {repetition + 1}/{repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB")
+    return measured, checked
+
+
+def ratios(measured: Mapping[str, Sequence[Measurement]], ours: str, theirs: str) -> dict[str, float]:
+    """`wall_vs_<theirs>` and `peak_vs_<theirs>`: ours / theirs, of medians."""
+    def median(name: str, field: str) -> float:
+        return statistics.median(getattr(each, field) for each in measured[name])
+
+    return {
+        f"wall_vs_{theirs}": median(ours, "seconds") / median(theirs, "seconds"),
+        f"peak_vs_{theirs}": median(ours, "peak_mb") / median(theirs, "peak_mb"),
+    }
+
+
+def summary(measured: Mapping[str, Sequence[Measurement]]) -> str:
+    """A table of the medians, stages included."""
+    lines = [f"{'':<22}{'seconds':>9}{'min–max':>15}{'cpu s':>8}{'peak MB':>9}{'baseline MB':>13}{'imports s':>11}"]
+    for name, runs in measured.items():
+        middle = {field: statistics.median(getattr(each, field) for each in runs) for field in ("seconds", "cpu_seconds", "peak_mb", "baseline_mb", "import_seconds")}
+        low, high = min(each.seconds for each in runs), max(each.seconds for each in runs)
+        lines.append(f"{name:<22}{middle['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{middle['cpu_seconds']:>8.2f}{middle['peak_mb']:>9.0f}{middle['baseline_mb']:>13.0f}{middle['import_seconds']:>11.2f}")
+        for part in runs[0].stages:
+            seconds = statistics.median(each.stages[part]["seconds"] for each in runs)
+            peak = statistics.median(each.stages[part]["peak_mb"] for each in runs)
+            lines.append(f"  {part:<20}{seconds:>9.2f}{'':>15}{'':>8}{peak:>9.0f}")
+    return "\n".join(lines)
+
+
+def raw(measured: Mapping[str, Sequence[Measurement]]) -> dict[str, Any]:
+    """Every run of every side, for `--json`."""
+    return {name: [dataclasses.asdict(each) for each in runs] for name, runs in measured.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    with contextlib.suppress(OSError):
+        return {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "system": platform.platform(), "python": platform.python_version()}
+    return {"cpus": os.cpu_count()}
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write ratios and raw figures there")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side (default 3)")
+    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="work there and leave everything (default: a temporary folder)")
+    return parser
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def high_water() -> float:
+    """Highest resident set since the last reset, in MB."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _reset_high_water() -> None:
+    with contextlib.suppress(OSError):  # not there, or not allowed: the mark then holds since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class _Children(threading.Thread):
+    """Greatest memory of this process's children together."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_mb = 0.0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self.stopped.wait(SAMPLE_SECONDS):
+            total = 0
+            for child in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    total += child.memory_info().rss
+            self.peak_mb = max(self.peak_mb, total / 1e6)
+
+
+def _serve(request: Path, answer: Path) -> None:
+    """In the side's process: import, note the baseline, work, write what was measured."""
+    asked = json.loads(request.read_text())
+    module, function = asked["function"].split(":")
+    start = time.perf_counter()
+    work = getattr(importlib.import_module(module), function)
+    for name in asked["modules"]:
+        with contextlib.suppress(Exception):  # made by its package while it ran, not by importing
+            importlib.import_module(name)
+    import psutil  # noqa: F401  the sampler's, part of both baselines
+
+    import_seconds = time.perf_counter() - start
+    before = set(sys.modules)
+    children = _Children()
+    children.start()
+    # The module run as __main__ is not the one a side imports: that one keeps the stages.
+    record = importlib.import_module("benchmarks.measure")
+    baseline = _status("VmRSS")
+    _reset_high_water()
+    cpu, start = sum(os.times()[:4]), time.perf_counter()
+    result = work(**asked["arguments"])
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
+    peak = max(high_water(), record._high[0], *(each["high_mb"] for each in record._stages.values()), 0.0)
+    children.stopped.set()
+    children.join()
+    stages = {
+        name: {"seconds": each["seconds"], "peak_mb": each["high_mb"] - baseline} for name, each in record._stages.items()
+    }
+    fresh = sorted(set(sys.modules) - before)
+    measurement = Measurement(
+        seconds, cpu, peak + children.peak_mb - baseline, baseline, import_seconds, sorted({name.split(".")[0] for name in fresh}), stages, result
+    )
+    modules = sorted(name for name in sys.modules if not name.startswith(("__", "benchmarks.measure", "millrace_definition")))
+    answer.write_text(json.dumps({"measurement": dataclasses.asdict(measurement), "modules": modules}))
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), Path(sys.argv[2]))

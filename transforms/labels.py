@@ -1,0 +1,188 @@
+"""What became of each spine row, and which split may know it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import polars as pl
+
+from schemas import Label
+from schemas.durations import microseconds
+from schemas.errors import DataError
+from schemas.models import Split
+from transforms.fitting import LABEL
+
+SPLITS = ("train", "validate", "test")
+# Time at which a row's label was known: that of its event, or the end of the horizon where none came.
+LABEL_TIME = "__label_time"
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of the rows of one split.  `rows = waiting + dropped + entered`.
+
+    Args:
+        rows: whose time is in the split.
+        waiting: whose horizon ends after the split does, label or no label.
+        absent: of the others, those for which no label came within the horizon.
+        dropped: the absent ones, where `absent="drop"`; else 0.
+        entered: the split's examples.
+    """
+
+    rows: int = 0
+    waiting: int = 0
+    absent: int = 0
+    dropped: int = 0
+    entered: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(mine + its for mine, its in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+
+def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:
+    """`rows` with `__label` (float64) and `__label_time`.
+
+    The label of a row asked at *t* is `label.value` of the first of `events` with its key and `t ≤ time < t + within`;
+    of one moment the first by the source's `order`, else by all columns.  Where none came, or that value is null or not
+    finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time` is `t + within`.
+
+    Args:
+        rows: with the label's spine columns and `time`; their order is kept.
+        events: clean rows of the label's source, any order.
+    """
+    source, known = label.source, str(label.source.time)
+    keys = [f"__key{i}" for i in range(len(label.keys))]
+    value = label.value.cast(pl.Float64)
+    first = (
+        _first_of_each_moment(events, [column for _, column in label.keys], known, source.order or ())
+        .select(
+            *(_key(events, column).alias(key) for key, (_, column) in zip(keys, label.keys)),
+            pl.col(known).alias("__known"),
+            pl.when(value.cast(pl.Float32).is_finite()).then(value).alias("__value"),
+        )
+        .sort("__known")
+    )
+    asked = rows.select(
+        *(_key(rows, column).alias(key) for key, (column, _) in zip(keys, label.keys)),
+        pl.col(time).alias("__asked"),
+        pl.int_range(pl.len(), dtype=pl.UInt32).alias("__place"),
+    )
+    found = (
+        asked.sort("__asked")
+        .join_asof(
+            first,
+            left_on="__asked",
+            right_on="__known",
+            by=keys,
+            strategy="forward",
+            coalesce=False,
+            check_sortedness=False,
+        )
+        .sort("__place")
+    )
+    horizon = pl.col("__asked") + horizon_of(label)
+    came = (pl.col("__known") < horizon) & pl.col("__value").is_not_null()
+    absent = None if label.absent == "drop" else float(label.absent)
+    return rows.with_columns(
+        found.select(
+            pl.when(came).then("__value").otherwise(pl.lit(absent, pl.Float64)).alias(LABEL),
+            pl.when(came).then("__known").otherwise(horizon).alias(LABEL_TIME),
+            came.fill_null(False).alias("__came"),
+        )
+    )
+
+
+def examples(
+    labelled: pl.DataFrame, label: Label, split: Split, time: str
+) -> tuple[dict[str, pl.DataFrame], dict[str, Counts]]:
+    """The examples of each split, and what became of its rows.
+
+    A row enters a split when its time lies in it, its horizon has passed by the split's end, and it has a label.
+    """
+    parts, counts = {}, {}
+    for name, (start, end) in bounds(split).items():
+        inside = pl.col(time) < end if start is None else (pl.col(time) >= start) & (pl.col(time) < end)
+        part = labelled.filter(inside)
+        ripe = part.filter(pl.col(time) + horizon_of(label) <= end)
+        entered = ripe.filter(pl.col(LABEL).is_not_null())
+        absent = int((~ripe["__came"]).sum())
+        counts[name] = Counts(len(part), len(part) - len(ripe), absent, len(ripe) - len(entered), len(entered))
+        parts[name] = entered.drop("__came")
+    return parts, counts
+
+
+def bounds(split: Split) -> dict[str, tuple[datetime | None, datetime]]:
+    """Start (None: the beginning) and end of each split."""
+    return {
+        "train": (None, split.train_end),
+        "validate": (split.validate_start, split.validate_end),
+        "test": (split.test_start, split.cutoff),
+    }
+
+
+def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Mapping[float, int]]) -> None:
+    """Refuse splits that nothing can be learnt from or judged by.
+
+    Args:
+        labels: split to label to number of examples; for classes only.
+
+    Raises:
+        DataError: a split without examples, labels that are not classes, or one class only.
+    """
+    for name in SPLITS:
+        each = counts.get(name, Counts())
+        if not each.rows:
+            raise DataError(
+                f"The {name} split has rows", "none", "Move its dates, change --cutoff, or compute more features"
+            )
+        if not each.entered:
+            reason = f"{each.rows} rows: {each.waiting} wait for their label's horizon, {each.absent} have no label"
+            raise DataError(
+                f"The {name} split has examples",
+                reason,
+                "Check the label's key and value, shorten `within`, or set `absent`",
+            )
+    if objective not in ("binary:logistic", "multi:softprob"):
+        return
+    for name in SPLITS:
+        wrong = [
+            value
+            for value in labels[name]
+            if value < 0 or value != int(value) or (objective.startswith("binary") and value > 1)
+        ]
+        if wrong:
+            rule = "0 or 1" if objective.startswith("binary") else "a class, numbered from 0"
+            raise DataError(
+                f"A label of {objective} is {rule}",
+                f"{wrong[0]:g} in the {name} split",
+                "Correct the label's value expression",
+            )
+    for name in ("train", "validate"):
+        if len(labels[name]) < 2:
+            (only,) = labels[name]
+            raise DataError(
+                f"The {name} split has examples of two classes", f"{counts[name].entered} of class {only:g} only",
+                "Check the label's value expression, or move the split's dates",
+            )  # fmt: skip
+
+
+def horizon_of(label: Label) -> pl.Expr:
+    return pl.lit(microseconds(label.within), pl.Int64).cast(pl.Duration("us"))
+
+
+def _key(frame: pl.DataFrame, column: str) -> pl.Expr:
+    """A key column, integers of any width as one type."""
+    return pl.col(column).cast(pl.Int64) if frame.schema[column].is_integer() else pl.col(column)
+
+
+def _first_of_each_moment(events: pl.DataFrame, keys: Sequence[str], time: str, order: Sequence[str]) -> pl.DataFrame:
+    """Of events of one key and moment the first by `order`, then by all columns; events without a key left out."""
+    events = events.drop_nulls(keys)
+    moment = [*keys, time]
+    again = events.select(pl.struct(moment).is_duplicated()).to_series()
+    if not again.any():
+        return events
+    first = events.filter(again).sort([*order, *events.columns]).unique(moment, keep="first", maintain_order=True)
+    return pl.concat([events.filter(~again), first])

@@ -1,0 +1,254 @@
+"""Values of messages and what they hold: Arrow IPC streams, JSON, Avro containers, told apart by their first bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas.durations import microseconds
+from schemas.errors import ContractError
+from schemas.sources import Source
+from transforms.contracts import Contract, judge
+
+HEARTBEAT = b"__heartbeat"
+# Where a row came from: columns beside the source's own.
+ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
+LETTERS = {
+    "source": pl.String, "partition": pl.Int32, "offset": pl.Int64, "place": pl.Int32,
+    "field": pl.String, "rule": pl.String, "value": pl.String, "arrived": pl.Int64,
+}  # fmt: skip
+_ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
+_READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
+_JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
+
+
+class Message(NamedTuple):
+    """A record of a topic; `timestamp` (µs) is when it arrived there."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """What messages of one partition held.
+
+    Args:
+        rows: the declared columns and `ORIGIN`, contract kept.
+        letters: rows and messages that break it, schema `LETTERS`.
+        heartbeat: greatest time up to which the partition says to have told everything, or None.
+    """
+
+    rows: pl.DataFrame
+    letters: pl.DataFrame
+    heartbeat: int | None
+
+
+def to_arrow(batch: pa.RecordBatch | pl.DataFrame) -> bytes:
+    """A value that holds the batch's rows."""
+    if isinstance(batch, pl.DataFrame):
+        sink = io.BytesIO()
+        batch.write_ipc_stream(sink, compression="lz4", compat_level=pl.CompatLevel.oldest())
+        return sink.getvalue()
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, batch.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_batch(batch)
+    return bytes(buffer.getvalue())
+
+
+def from_arrow(value: bytes) -> pa.RecordBatch:
+    """The batch of `to_arrow`."""
+    with pa.ipc.open_stream(value) as reader:
+        return reader.read_next_batch()
+
+
+def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
+    """A value per row; times as ISO 8601 in UTC."""
+    frame = batch if isinstance(batch, pl.DataFrame) else pl.DataFrame(pl.from_arrow(batch))
+    times = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime)]
+    frame = frame.with_columns(pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ"))
+    return frame.write_ndjson().encode().splitlines()
+
+
+def heartbeat(until: int) -> tuple[bytes, bytes]:
+    """Key and value of a message that says: this partition has told everything before `until` (µs since 1970)."""
+    return HEARTBEAT, str(until).encode()
+
+
+def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
+    """Rows of one partition's messages that keep the contract, and letters for the rest."""
+    beats, rows = [], []
+    for message in messages:
+        (beats if message.key == HEARTBEAT else rows).append(message)
+    frames, letters = _frames(contract, rows)
+    whole = pl.concat(frames) if frames else _empty(contract.source)
+    kept, broken = judge(contract, whole)
+    if len(broken):
+        letters.append(_located(contract, whole, broken))
+    kept, ahead = _ahead(contract, kept)
+    letters += ahead
+    until = []
+    for beat in beats:
+        try:
+            until.append(int(beat.value))
+        except ValueError:
+            letters.append(_unreadable(contract, beat, "a heartbeat is an integer, µs since 1970"))
+    return Decoded(kept, pl.concat([pl.DataFrame(schema=LETTERS), *letters]), max(until, default=None))
+
+
+def _empty(source: Source) -> pl.DataFrame:
+    return pl.DataFrame(schema={**source.schema, **ORIGIN})
+
+
+def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
+    """Frames of the readable messages, and letters of the others."""
+    frames, letters = [], []
+    for is_json, group in itertools.groupby(messages, lambda each: each.value[:1] in (b"{", b"[")):
+        some = list(group)
+        if is_json and len(some) > 1:
+            try:  # in one go; where that fails, one by one
+                frames.append(_from_json(contract, some))
+                continue
+            except (ContractError, ValueError):
+                pass
+        for message in some:
+            try:
+                frames.append(_one(contract, message))
+            except (ContractError, ValueError, OSError, KeyError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+                letters.append(_unreadable(contract, message, str(error).splitlines()[0][:300] if str(error) else _READABLE))
+    return frames, letters
+
+
+def _one(contract: Contract, message: Message) -> pl.DataFrame:
+    if message.value[:1] in (b"{", b"["):
+        return _from_json(contract, [message])
+    if message.value[:4] == _ARROW:
+        with pa.ipc.open_stream(message.value) as reader:
+            table = reader.read_all()
+    elif message.value[:4] == _AVRO:
+        table = _from_avro(contract.source, message.value)
+    else:
+        raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
+    contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
+    frame = pl.DataFrame(pl.from_arrow(table.select([name for name in contract.source.schema if name in table.schema.names])))
+    frame = frame.with_columns(
+        pl.lit(None, dtype).alias(name) for name, dtype in contract.source.schema.items() if name not in frame.columns
+    )
+    frame = frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items())
+    return _with_origin(frame, [message], [len(frame)])
+
+
+def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+    source, counts, rows = contract.source, [], []
+    for message in messages:
+        value = json.loads(message.value)
+        some = value if isinstance(value, list) else [value]
+        rows += some
+        counts.append(len(some))
+    if not all(isinstance(row, dict) for row in rows):
+        raise ContractError("A JSON message is an object or a list of them", "something else", "")
+    for name in contract.columns:
+        if rows and not any(name in row for row in rows):
+            raise ContractError(f"Source {source.name!r}: every message has the declared column {name!r}", ", ".join(rows[0]), "")
+    columns = [_column(source, name, dtype, [row.get(name) for row in rows]) for name, dtype in source.schema.items()]
+    return _with_origin(pl.DataFrame(columns), messages, counts)
+
+
+def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) -> pl.Series:
+    """JSON values as a column of exactly `dtype`."""
+    allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
+    found = set(map(type, values)) - {type(None)}
+    if not found <= allowed:
+        raise ContractError(f"Source {source.name!r}: column {name!r} is {dtype}", ", ".join(sorted(each.__name__ for each in found - allowed)), "")
+    if dtype.is_integer() or dtype.is_float():
+        try:
+            series = pl.Series(name, values, pl.Int64 if dtype.is_integer() else pl.Float64, strict=not dtype.is_float())
+            return series.cast(dtype)
+        except (OverflowError, TypeError, pl.exceptions.PolarsError):
+            raise ContractError(f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", "") from None
+    series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
+    if dtype.is_temporal():
+        parsed = series.str.to_date(strict=False) if dtype == pl.Date else series.str.to_datetime("%+", time_unit="us", time_zone="UTC", strict=False)
+        if parsed.null_count() > series.null_count():
+            bad = series.filter(parsed.is_null() & series.is_not_null())[0]
+            raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")
+        return parsed
+    return series
+
+
+def _from_avro(source: Source, value: bytes) -> pa.Table:
+    try:
+        import fastavro
+    except ImportError:
+        raise ContractError("Avro messages need fastavro", "it is not installed", "pip install fastavro") from None
+    try:
+        rows = list(fastavro.reader(io.BytesIO(value)))
+    except Exception as error:  # whatever it makes of bytes that are no Avro
+        raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
+    names = rows[0].keys() if rows else source.schema
+    return pa.table({name: pa.array([row[name] for row in rows]) for name in names if name in source.schema})
+
+
+def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:
+    lengths = np.array(counts, np.int64)
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return frame.with_columns(
+        pl.Series("__partition", np.full(len(place), messages[0].partition, np.int32)),
+        pl.Series("__offset", np.repeat(np.array([each.offset for each in messages], np.int64), lengths)),
+        pl.Series("__place", place.astype(np.int32)),
+        pl.Series("__arrived", np.repeat(np.array([each.timestamp for each in messages], np.int64), lengths)),
+    )
+
+
+def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
+    text = message.value[:200].decode("utf-8", "backslashreplace")
+    row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
+    return pl.DataFrame([row], schema=LETTERS, orient="row")
+
+
+def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
+    at = whole[broken["place"]].select("__partition", "__offset", "__place", "__arrived")
+    return broken.select(
+        pl.lit(contract.source.name).alias("source"), at["__partition"].alias("partition"), at["__offset"].alias("offset"),
+        at["__place"].alias("place"), "field", "rule", "value", at["__arrived"].alias("arrived"),
+    )  # fmt: skip
+
+
+def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """Rows without those stamped further ahead of their arrival than `ahead`: such a stamp must not touch the clock."""
+    source = contract.source
+    time = str(source.time)
+    late = rows[time].to_physical() > rows["__arrived"] + microseconds(source.ahead, zero=True)
+    if not late.any():
+        return rows, []
+    bad = rows.filter(late)
+    letter = bad.select(
+        pl.lit(source.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
+        pl.col("__place").alias("place"), pl.lit(time).alias("field"),
+        pl.lit(f"a time is at most {source.ahead} ahead of its arrival (ahead)").alias("rule"),
+        pl.col(time).cast(pl.String).alias("value"), pl.col("__arrived").alias("arrived"),
+    )  # fmt: skip
+    return rows.filter(~late), [letter]
+
+
+def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:
+    """Messages per topic and partition, each in order of offsets."""
+    groups: dict[tuple[str, int], list[Message]] = {}
+    for message in messages:
+        groups.setdefault((message.topic, message.partition), []).append(message)
+    for some in groups.values():
+        if any(b.offset < a.offset for a, b in itertools.pairwise(some)):
+            some.sort(key=lambda each: each.offset)
+    return groups

@@ -1,0 +1,48 @@
+"""Packets: what travels between live steps and lies in their state; a small JSON head and frames, as bytes.
+
+Plain bytes need no coder of their own on any runner, and one packet carries what belongs together.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+Frames = dict[str, pl.DataFrame]
+
+
+def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = None) -> bytes:
+    """Head and frames as bytes: one line of JSON, then each frame as an Arrow IPC stream (lz4).
+
+    >>> head, frames = unpack(pack({"turn": 3}, {"rows": pl.DataFrame({"a": [1]})}))
+    >>> head["turn"], frames["rows"]["a"].to_list()
+    (3, [1])
+    """
+    bodies, sizes = [], []
+    for name, frame in (frames or {}).items():
+        sink = io.BytesIO()
+        frame.write_ipc_stream(sink, compression="lz4")
+        bodies.append(sink.getvalue())
+        sizes.append((name, len(bodies[-1])))
+    line = json.dumps({"head": head, "frames": sizes}, separators=(",", ":")).encode()
+    return b"\n".join([line, b"".join(bodies)])
+
+
+def unpack(packet: bytes) -> tuple[dict[str, Any], Frames]:
+    """Head and frames of `pack`."""
+    end = packet.index(b"\n")
+    line = json.loads(packet[:end])
+    frames, start = {}, end + 1
+    for name, size in line["frames"]:
+        frames[name] = pl.read_ipc_stream(packet[start : start + size])
+        start += size
+    return line["head"], frames
+
+
+def head_of(packet: bytes) -> dict[str, Any]:
+    """The head alone."""
+    return json.loads(packet[: packet.index(b"\n")])["head"]  # type: ignore[no-any-return]

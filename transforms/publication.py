@@ -1,0 +1,232 @@
+"""Between written files and their commit: is this what the use case's schema says, and were few enough rows set aside?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import date, timedelta
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam import pvalue
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
+from transforms.inputs import Tally, Written
+from transforms.tables import Committed, Target, commit, open_table, write_aside
+from transforms.validation import Anomaly, parse_schema, parse_statistics, validate
+
+log = logging.getLogger("millrace.validation")
+
+# Delta and its readers pass over folders that begin with an underscore.
+FOLDER = "_statistics"
+# One row in ten: then it is the source that is broken, not its rows.
+MAX_DEAD_FRACTION = 0.1
+HISTORY = 1000
+_SHOWN = 10
+
+Checked = tuple[Written, Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the user asked for.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be there."""
+
+    schema: str
+    required: bool = False
+    allow_anomalies: bool = False
+    max_dead_fraction: float = MAX_DEAD_FRACTION
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """All that the last step needs to judge a run, resolved at launch.
+
+    Args:
+        rules: what the user asked for.
+        schema: text of the schema; None where there is none, and nothing is checked.
+        table, run_id: whose statistics these are.
+        first, last: the run's days, both included.
+        previous: serialised statistics of the interval before, to measure drift from; `previous_name` is their file.
+        letters: the table of dead letters.
+        command: "--definition … --store …", for messages.
+    """
+
+    rules: Rules
+    schema: str | None
+    table: str
+    run_id: str
+    first: date
+    last: date
+    previous: bytes | None
+    previous_name: str
+    letters: str
+    command: str
+
+    @property
+    def interval(self) -> str:
+        return f"[{self.first}, {self.last + timedelta(days=1)})"
+
+
+def make_check(
+    rules: Rules, table: str, base: int | None, run_id: str, first: date, last: date, letters: str, command: str
+) -> Check:
+    """Read the schema and the previous statistics.
+
+    Args:
+        base: the table's version at launch; None where there is no table.
+
+    Raises:
+        DefinitionError: the schema cannot be read.
+    """
+    schema = read_schema(rules.schema, rules.required)
+    name, previous = previous_statistics(table, base, first, run_id) if schema is not None else ("", None)
+    if schema is None:
+        log.info("no %s: statistics are kept, nothing is checked (millrace schema infer %s writes one)", rules.schema, command)
+    return Check(rules, schema, table, run_id, first, last, previous, name, letters, command)
+
+
+def read_schema(path: str, required: bool) -> str | None:
+    """The schema's text, checked to be one; None where there is no file and none is `required`."""
+    if not os.path.exists(path):
+        if required:
+            raise DefinitionError("--schema names a schema.pbtxt", path, "No such file; millrace schema infer writes one")
+        return None
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    parse_schema(text, path)
+    return text
+
+
+def statistics_path(table: str, run_id: str) -> str:
+    """Where a run's statistics are, committed or not."""
+    return FileSystems.join(table, FOLDER, f"{run_id}.pb")
+
+
+def read_statistics(path: str) -> Any:
+    """Statistics that `check_written` wrote.
+
+    Raises:
+        StoreError: they cannot be read.
+    """
+    try:
+        with FileSystems.open(path) as handle:
+            return parse_statistics(handle.read())
+    except Exception as error:  # Beam's file systems raise what they like
+        raise StoreError("A run's statistics can be read", f"{path}: {error}", "See the runs with: millrace tables") from None
+
+
+def committed_statistics(table: str, version: int | None) -> list[dict[str, Any]]:
+    """Commits up to `version` that name their statistics, newest first: what their metadata says."""
+    if version is None:
+        return []
+    opened = open_table(table, version)
+    assert opened is not None
+    return [entry for entry in opened.history(HISTORY) if entry.get("statistics")]
+
+
+def previous_statistics(table: str, version: int | None, first: date, run_id: str) -> tuple[str, bytes | None]:
+    """Statistics to compare with: of the last interval that ended before `first`; else of the newest other commit."""
+    commits = [entry for entry in committed_statistics(table, version) if entry.get("run_id") != run_id]
+    before = [entry for entry in commits if entry.get("statistics_last", "9") < first.isoformat()]
+    chosen = max(before, key=lambda entry: (entry["statistics_last"], entry["version"]), default=None) or next(iter(commits), None)
+    if chosen is None:
+        return "", None
+    name = str(chosen["statistics"])
+    try:
+        return name, read_statistics(FileSystems.join(table, *name.split("/"))).SerializeToString()
+    except StoreError as error:
+        log.warning("drift is not measured: %s", error)
+        return "", None
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Validate(beam.PTransform):  # type: ignore[misc]
+    """PCollections of one element each (files written, statistics, tallies by source, dead letters' commit) → PCollection[Checked].
+
+    Dead letters come first, so that they can be looked at whatever is found.  Anomalies fail the step, and the run.
+    """
+
+    check: Check
+
+    def expand(self, inputs: tuple[beam.PCollection, ...]) -> beam.PCollection:
+        files, *others = inputs
+        return files | "Check" >> beam.Map(check_written, self.check, *map(pvalue.AsSingleton, others))
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class CommitChecked(beam.PTransform):  # type: ignore[misc]
+    """PCollection[Checked] of one element → PCollection[Committed] of one element; what the check found is kept with the commit."""
+
+    target: Target
+
+    def expand(self, checked: beam.PCollection) -> beam.PCollection:
+        return checked | "Commit" >> beam.Map(commit_checked, self.target).with_output_types(Committed)
+
+
+def commit_checked(checked: Checked, target: Target) -> Committed:
+    files, metadata = checked
+    return commit(dataclasses.replace(target, metadata={**(target.metadata or {}), **metadata}), files)
+
+
+def check_written(files: Written, check: Check, statistics: Any, tallies: Mapping[str, Tally], letters: Committed) -> Checked:
+    """The files, if they may be committed, and what to keep with the commit.
+
+    Raises:
+        ContractError: too many rows of a source were set aside.
+        AnomalyError: the statistics break the schema and this was not allowed.
+    """
+    check_dead(check, tallies)
+    content = statistics.SerializeToString(deterministic=True)
+    write_aside(FileSystems.join(check.table, FOLDER), f"{check.run_id}.pb", pa.py_buffer(content))
+    metadata = {
+        "statistics": f"{FOLDER}/{check.run_id}.pb", "statistics_first": check.first.isoformat(),
+        "statistics_last": check.last.isoformat(), "statistics_previous": check.previous_name,
+    }  # fmt: skip
+    found: tuple[Anomaly, ...] = ()
+    if check.schema is not None:
+        previous = None if check.previous is None else parse_statistics(check.previous)
+        found = validate(statistics, parse_schema(check.schema, check.rules.schema), previous, check.interval)
+    if check.rules.allow_anomalies:
+        metadata |= {"allow_anomalies": "true", "anomalies": _json(found[:_SHOWN]), "anomalies_found": str(len(found))}
+    if found:
+        write_aside(FileSystems.join(check.table, FOLDER), f"{check.run_id}.anomalies.json", pa.py_buffer(_json(found).encode()))
+        if not check.rules.allow_anomalies:
+            raise anomaly_error(check, found)
+        log.warning("%d anomalies allowed in %s: %s", len(found), check.interval, _listed(found))
+    return files, metadata
+
+
+def check_dead(check: Check, tallies: Mapping[str, Tally]) -> None:
+    """Refuse a run that set aside more of a source than allowed."""
+    most = check.rules.max_dead_fraction
+    for tally in tallies.values():
+        if tally.dead > most * tally.read:
+            raise ContractError(
+                f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
+                f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {tally.dead / tally.read:.3g}, in {check.interval}",
+                f"Nothing was committed; {check.letters} holds the rows and the rules they broke.  Mend the source, or run again with --max_dead_fraction {tally.dead / tally.read + 0.0005:.3f}",
+            )  # fmt: skip
+
+
+def anomaly_error(check: Check, found: tuple[Anomaly, ...]) -> AnomalyError:
+    """What stops a run whose statistics break the schema."""
+    count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
+    return AnomalyError(
+        f"The features of {check.interval} keep {check.rules.schema}", f"{count}: {_listed(found)}",
+        "Nothing was committed.  If the data is right, let the schema follow it: "
+        f"millrace schema update {check.command} --run_id {check.run_id}; to publish as it is, run again with --allow_anomalies",
+    )  # fmt: skip
+
+
+def _listed(found: tuple[Anomaly, ...]) -> str:
+    rest = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(map(str, found[:_SHOWN])) + rest
+
+
+def _json(found: tuple[Anomaly, ...]) -> str:
+    return json.dumps([dataclasses.asdict(each) for each in found], ensure_ascii=False)
