@@ -14,6 +14,7 @@ COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
     "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
     "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
+    "schema": ("beam_pipelines.schema", "infer, check or update the schema.pbtxt that features must keep"),
 }
 USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
 

@@ -28,12 +28,15 @@ from transforms.tables import (
     Target,
     WriteFiles,
     WriteTable,
+    data_files,
     dead_letters_uri,
     features_uri,
     newest,
     open_table,
 )
 from transforms.trailing import TrailingFeatures
+
+PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class Options:
     full: bool
     refresh: bool
     block_rows: int
+    shuffled: bool | None
     now: int
     beam_args: tuple[str, ...]
 
@@ -79,11 +83,17 @@ def parse(argv: Sequence[str]) -> Options:
         default=BLOCK_ROWS,
         help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
     )
+    arguments.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="auto",
+        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks (default: whichever reads less)",
+    )
     flags, rest = arguments.parse(argv)
     return Options(
         definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
         run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1), now=time.time_ns() // 1000, beam_args=tuple(rest),
+        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
 
 
@@ -128,6 +138,7 @@ def prepare(options: Options) -> Work:
         everything,
         digest=not current.digests.get(view.spine.name),
         block_rows=options.block_rows,
+        shuffled=options.shuffled,
     )
     return Work(plan, stale, current, base)
 
@@ -186,7 +197,9 @@ def main(argv: Sequence[str]) -> int:
             execute(pipeline)
             run.update(read_json(FileSystems.join(options.folder, "account.json")))
             run.update({"first": str(day_of(work.plan.start)), "last": str(day_of(work.plan.end - 1))})
-        run.update({"table": options.table, "fingerprint": view.fingerprint})
+        table = open_table(options.table)
+        rows = 0 if table is None else sum(file.rows for file in data_files(table))
+        run.update({"table": options.table, "table_rows": rows, "fingerprint": view.fingerprint})
     return 0
 
 

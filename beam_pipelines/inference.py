@@ -41,7 +41,7 @@ from transforms.tables import (
     open_table,
     predictions_uri,
 )
-from transforms.tffiles import Part, ReadExamples, WriteParts, matching, publish
+from transforms.tffiles import Part, ReadExamples, WriteParts, matching, publish_parts
 
 Written = list[tuple[DataFile, dict[str, str]]] | list[Part]
 
@@ -180,6 +180,9 @@ def feature_files(
     uri = features_uri(options.store, view.name, view.fingerprint)
     again = _command("features", options)
     if (table := open_table(uri)) is None:
+        if others := fingerprints(options.store, view.name):
+            value = f"{', '.join(others)} in {FileSystems.split(uri)[0]}, {view.fingerprint} in the definition"
+            raise MismatchError("The definition's features have been computed", value, f"Compute them with: {again}")
         raise StoreError(
             "Features are computed before they are scored", f"no table at {uri}", f"Compute them with: {again}"
         )
@@ -192,6 +195,12 @@ def feature_files(
         raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
     dates = days_between(options.start or files[0].date, options.end or next_day(files[-1].date))
     return f"{uri}@{table.version()}", files, dates
+
+
+def fingerprints(store: str, view: str) -> list[str]:
+    """Of all tables there are of a view's features."""
+    (match,) = FileSystems.match([FileSystems.join(features_uri(store, view, "*"), "_delta_log", "*.json")])
+    return sorted({each.path.replace("\\", "/").split("/")[-3] for each in match.metadata_list})
 
 
 def check_target(uri: str, schema: pa.Schema) -> int | None:
@@ -221,9 +230,11 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan) -> None:
     read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
-    checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(read), plan)
+    listed = sum(file.rows for file in plan.files) if plan.files else None
+    checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(read), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
-    _ = checked | "Publish" >> beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan, account)
+    publish = beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan.target, account)
+    _ = checked | "Publish" >> publish
 
 
 def source(options: Options, plan: Plan) -> beam.PTransform:
@@ -259,20 +270,25 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def conserve(files: Written, read: int, plan: Plan) -> Written:
-    """`files`, if they hold one prediction for every feature row that the table lists and that was read.
+def conserve(files: Written, read: int, listed: int | None, where: str) -> Written:
+    """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
+
+    Args:
+        files: written.
+        read: rows, counted from what was read.
+        listed: rows by the table's log; None where there is no table.
+        where: they were read.
 
     Raises:
         DataError: nothing is published then.
     """
-    listed = sum(file.rows for file in plan.files) if plan.files else read
     written = _total(files)
-    if not listed == read == written:
-        value = f"{listed} rows listed, {read} read, {written} predictions"
+    if read != written or listed not in (read, None):
+        value = f"{read if listed is None else listed} rows listed, {read} read, {written} predictions"
         fix = "Nothing was published; files may have changed while they were read: run the same command again"
         raise DataError("Rows are conserved: one prediction for each feature row", value, fix)
     if not read:
-        raise DataError("There are rows to score", f"none in {plan.features}", "Name files that hold examples")
+        raise DataError("There are rows to score", f"none in {where}", "Name files that hold examples")
     return files
 
 
@@ -282,14 +298,14 @@ def _total(files: Written) -> int:
     return sum(each_once.values())
 
 
-def finish(files: Written, read: int, prefix: str | None, plan: Plan, account: str) -> None:
+def finish(files: Written, read: int, prefix: str | None, target: Target, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     figures: dict[str, Any] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": len(files)}
     if prefix:
-        publish(files, prefix)  # type: ignore[arg-type]
+        publish_parts(files, prefix)  # type: ignore[arg-type]
     else:
         dates = tuple(sorted({file.date for file, _ in files}))  # type: ignore[misc]
-        target = plan.target if plan.target.dates is not None else dataclasses.replace(plan.target, dates=dates)
+        target = target if target.dates is not None else dataclasses.replace(target, dates=dates)
         committed: Committed = commit(target, files)  # type: ignore[arg-type]
         figures |= {"dates": len(dates), "commit_version": committed.version}
     write_json(account, figures)

@@ -11,6 +11,9 @@ from typing import NoReturn
 
 from schemas.errors import DefinitionError
 
+# One row in ten: then it is the source that is broken, not its rows.
+MAX_DEAD_FRACTION = 0.1
+
 
 class Arguments(argparse.ArgumentParser):
     """An argparse parser that hands unknown flags on to Beam, unless one is a near miss of ours.
@@ -48,6 +51,23 @@ class Arguments(argparse.ArgumentParser):
         )
         self.add_argument(
             "--end", type=day, help="the UTC day after the last (default: the day after the last there is)"
+        )
+
+    def add_schema(self) -> None:
+        """--schema."""
+        self.add_argument("--schema", help="the use case's schema.pbtxt (default: beside the definition)")
+
+    def add_validation(self) -> None:
+        """--schema, --allow_anomalies and --max_dead_fraction: what may be published."""
+        self.add_schema()
+        self.add_argument(
+            "--allow_anomalies", action="store_true", help="publish what breaks the schema; recorded in the commit"
+        )
+        self.add_argument(
+            "--max_dead_fraction",
+            type=fraction,
+            default=MAX_DEAD_FRACTION,
+            help=f"stop when more of a source's rows break its contract (default {MAX_DEAD_FRACTION:g})",
         )
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -120,6 +140,16 @@ def identifier(text: str) -> str:
     if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
     return text
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1")
+    return value
 
 
 def next_day(value: date) -> date:

@@ -58,9 +58,9 @@ def features(sources: Path, out: Path) -> None:
         _trailing(schedule, departures, ("carrier", "flight"), delay, "dep_delay_", {"28d": ("mean", "count")}),
         _trailing(schedule, departures.filter(LATE), ("carrier", "flight"), delay, "", {"28d": ("count",)}, "late"),
         _asked_before(schedule, ("1h", "2h", "3h")),
-        _latest(schedule, schedule, "asked_at", "tailnum", ("due_minute", "block"), "24h", "planned_"),
-        _latest(schedule, departures, "departed_at", "tailnum", ("dep_delay", "departed_minute", "block"), "22h", "left_"),
-        _latest(schedule, arrivals, "arrived_at", "tailnum", ("arr_delay", "arrived_minute", "block"), "22h", "landed_"),
+        _latest(schedule, schedule, "asked_at", "tailnum", ("due_minute", "block"), "23h", "planned_"),
+        _latest(schedule, departures, "departed_at", "tailnum", ("dep_delay", "departed_minute", "block"), "21h", "left_"),
+        _latest(schedule, arrivals, "arrived_at", "tailnum", ("arr_delay", "arrived_minute", "block"), "21h", "landed_"),
         _latest(schedule, weather, "observed_at", "origin", ("humid", "wind_speed", "precip", "pressure", "visib"), "6h", "weather_"),
     ], how="horizontal")  # fmt: skip
     since = {

@@ -52,6 +52,8 @@ def instant(text: str | date | datetime, what: str = "a moment") -> datetime:
         value = datetime.fromisoformat(text) if isinstance(text, str) else text
     except ValueError:
         raise DefinitionError(f"{what} is an ISO date or moment", repr(text), 'Write it like "2013-10-01"') from None
+    if not isinstance(value, date):
+        raise DefinitionError(f"{what} is an ISO date or moment", repr(text), 'Write it like "2013-10-01"')
     if not isinstance(value, datetime):
         return datetime(value.year, value.month, value.day, tzinfo=UTC)
     if value.tzinfo is None:

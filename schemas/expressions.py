@@ -87,7 +87,8 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
         if name not in columns:
             raise DefinitionError(f"{what} reads columns that exist", repr(name), nearest(name, columns))
     try:
-        return pl.DataFrame(schema=dict(columns)).lazy().select(expr.alias("_")).collect_schema()["_"]
+        # Run on no rows: a lazy schema says a text has an hour.
+        return pl.DataFrame(schema=dict(columns)).select(expr.alias("_"))["_"].dtype
     except pl.exceptions.PolarsError as error:
         raise DefinitionError(
             f"{what} fits the types of its columns", str(error).splitlines()[0], "Cast the columns first"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import polars as pl
 
-from schemas.durations import microseconds
+from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, columns_of, dtype_of, passes, require_row_local
 from schemas.sources import Source, identifier, names
@@ -371,7 +371,7 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
         read = [*read, *columns_of(feature.where)]
     return {
         "source": source.name, "keys": feature.keys, "where": where, "types": _types(feature, read),
-        "time": source.time, "event_time": source.event_time, "unique": source.unique, "order": source.order if ordered else None,
+        "time": source.time, "event_time": source.event_time, "not_before": str(instant(source.not_before)), "unique": source.unique, "order": source.order if ordered else None,
     }  # fmt: skip
 
 
@@ -380,7 +380,7 @@ def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str,
     return {name: str(dtype) for name, dtype in feature.source.schema.items() if name in read}
 
 
-def iter_sources(features: tuple[Feature, ...]) -> Iterator[Source]:
+def iter_sources(features: Iterable[Feature]) -> Iterator[Source]:
     """Every source that `features` read, with repeats."""
     for feature in features:
         if not isinstance(feature, Derived):

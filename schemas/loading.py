@@ -6,10 +6,12 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, MillraceError
 from schemas.models import Model
 from schemas.views import FeatureView
 
@@ -56,8 +58,36 @@ def load_definition(name: str) -> Definition:
 def _module(name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    return _imported(name, lambda: importlib.import_module(name))
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise DefinitionError("The definition is an importable module or a .py file", str(path), "No such file")
+    name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise DefinitionError("The definition is a Python file", str(path), "Name a .py file")
+    loader, module = spec.loader, importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+
+    def run() -> ModuleType:
+        loader.exec_module(module)
+        return module
+
+    return _imported(str(path), run)
+
+
+def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
+    """What `load` gives; whatever goes wrong in a user's file is a user's mistake, told with its line.
+
+    Raises:
+        DefinitionError: the file's own refusals pass as they are.
+    """
     try:
-        return importlib.import_module(name)
+        return load()
+    except MillraceError:
+        raise
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise DefinitionError(
@@ -72,21 +102,12 @@ def _module(name: str) -> ModuleType:
         raise DefinitionError(
             f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
         ) from None
-
-
-def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise DefinitionError("The definition is an importable module or a .py file", str(path), "No such file")
-    name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise DefinitionError("The definition is a Python file", str(path), "Name a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
+    except Exception as error:
+        ours = (__file__, importlib.__file__, "<frozen")
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((each for each in frames if not each.filename.startswith(ours)), frames[-1])
         raise DefinitionError(
-            f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
-        ) from None
-    return module
+            f"{name} can be imported",
+            f"{type(error).__name__}: {error}, line {line.lineno} of {line.filename}",
+            "Correct the file",
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -125,7 +126,7 @@ class TimeSplit:
 
 
 def _is_date(value: str | date) -> bool:
-    return not isinstance(value, str) or value[:4].isdigit() and "-" in value
+    return not isinstance(value, str) or (value[:4].isdigit() and "-" in value)
 
 
 def _start(value: str | date, end: datetime) -> datetime:
@@ -172,6 +173,10 @@ class Search:
                 )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gates:
     """What a model must show on the test split before it becomes champion.
@@ -189,6 +194,16 @@ class Gates:
     max_gap: Mapping[str, float] = dataclasses.field(default_factory=dict)
     min_slice_rows: int = 500
     margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slices", (self.slices,) if isinstance(self.slices, str) else tuple(self.slices))
+        for field in ("at_least", "max_gap"):
+            bounds = getattr(self, field)
+            if not isinstance(bounds, Mapping) or not all(_is_number(bound) for bound in bounds.values()):
+                raise DefinitionError(f"Gates: {field} maps metrics to numbers", repr(bounds), 'Write {"auc": 0.7}')
+        for field in ("min_slice_rows", "margin"):
+            if not _is_number(getattr(self, field)) or getattr(self, field) < 0:
+                raise DefinitionError(f"Gates: {field} is at least 0", repr(getattr(self, field)), "Raise it")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,6 +261,13 @@ class Model:
         for group in self.gates.slices:
             for column in (group,) if isinstance(group, str) else group:
                 self.view.require_feature(column, f"{what}: slices")
+        known = {self.view.spine.name: self.view.spine, **self.view.sources}
+        if known.get(self.label.source.name, self.label.source) is not self.label.source:
+            raise DefinitionError(
+                f"{what}: one name is one source",
+                repr(self.label.source.name),
+                "Rename one, or use the same Source object in view and label",
+            )
         for column, _ in self.label.keys:
             if column not in self.view.context and column not in self.view.columns:
                 raise DefinitionError(

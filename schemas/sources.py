@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 import polars as pl
@@ -18,9 +18,9 @@ _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.Str
 RESERVED = ("date", "row_id")
 
 
-def names(value: str | tuple[str, ...] | list[str], what: str) -> tuple[str, ...]:
+def names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
     """One name or several as a tuple, without repeats."""
-    result = (value,) if isinstance(value, str) else tuple(value)
+    result = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
     if not result or not all(isinstance(name, str) and name for name in result):
         raise DefinitionError(
             f"{what} is a column name or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
@@ -83,6 +83,8 @@ class Source:
         )
         for field in ("time", "event_time"):
             column = getattr(self, field)
+            if column is not None:
+                _column(self.name, column)
             if column is not None and self.columns.get(column, TIME) != TIME:
                 raise DefinitionError(f"{what}: {field} is a Datetime in microseconds and UTC", f"{column!r}: {self.columns[column]}",
                                       "Leave it out of columns, it has that type by itself")  # fmt: skip
@@ -125,7 +127,7 @@ class Source:
             )
 
 
-def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
+def _column(source: str, column: object) -> None:
     if not isinstance(column, str) or not column:
         raise DefinitionError(f"Source {source!r}: a column has a name", repr(column), 'Write {"origin": pl.String}')
     if column in RESERVED or column.startswith("__"):
@@ -134,8 +136,12 @@ def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
             repr(column),
             "Rename the column",
         )
+
+
+def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
+    _column(source, column)
     if dtype in _SIMPLE:
-        return dtype() if isinstance(dtype, type) else dtype  # type: ignore[return-value]
+        return dtype() if isinstance(dtype, type) else dtype
     if dtype == TIME or (dtype is pl.Datetime):
         return TIME
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import columns_of
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing, iter_sources
-from schemas.sources import RESERVED, Source, identifier, names
+from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Raised when a kernel computes other values from the same definition and data.
 KERNEL_VERSION = 1
@@ -60,12 +60,14 @@ class FeatureView:
         object.__setattr__(self, "key", names(self.key, f"{what}: key"))
         for column in self.key:
             self.spine.require(column, f"{what}: key")
-            if column == self.spine.time or self.spine.schema[column].is_float():
+            if self.spine.schema[column].is_float() or self.spine.schema[column] == TIME:
                 raise DefinitionError(
                     f"{what}: a key is an integer, a string, a boolean or a date",
                     repr(column),
                     "The time belongs to a question's identity by itself",
                 )
+        if not isinstance(self.features, list | tuple):
+            raise DefinitionError(f"{what}: features is a list", repr(self.features), "Write features=[…]")
         object.__setattr__(self, "features", tuple(self.features))
         if not self.features:
             raise DefinitionError(f"{what} has at least one feature", "none", "Add Derived, Trailing, Latest or Lookup")
@@ -104,6 +106,12 @@ class FeatureView:
                     ) from None
                 raise
             for name, dtype in outputs.items():
+                if name in (*self.key, self.time) and not _alike(dtype, self.spine.schema[name]):
+                    raise DefinitionError(
+                        f"View {self.name!r}: key and time stay as the spine has them",
+                        f"{_short(feature)} of type {dtype}",
+                        "Give the feature another name",
+                    )
                 if (
                     name in result
                     or name in RESERVED
@@ -241,6 +249,10 @@ class FeatureView:
                 repr(name),
                 nearest(name, [*self.columns, *self.context]),
             )
+
+
+def _alike(a: pl.DataType, b: pl.DataType) -> bool:
+    return a == b or (a.is_integer() and b.is_integer())
 
 
 def _plain(dtype: pa.DataType) -> pa.DataType:

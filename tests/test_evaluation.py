@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -32,7 +33,7 @@ def binary(rows: list[tuple[float, float]]) -> Tally:
 @given(st.lists(scored, min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=3), st.randoms())
 def test_binary_metrics_are_those_of_scikit_learn(rows: list[Any], places: list[int], random: Any) -> None:
     cuts = [0, *sorted(min(place, len(rows)) for place in places), len(rows)]
-    parts = [binary(rows[low:high]) for low, high in zip(cuts, cuts[1:])]
+    parts = [binary(rows[low:high]) for low, high in itertools.pairwise(cuts)]
     random.shuffle(parts)
     found = metrics("binary:logistic", total(parts))
     assert found == metrics("binary:logistic", binary(rows))

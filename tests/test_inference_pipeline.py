@@ -276,6 +276,12 @@ def test_missing_things_name_the_command_to_run(house: House, capsys: pytest.Cap
     assert "Registered: 1" in refused(house, capsys, 4, "--model_version", "9")
     assert "matches some" in refused(house, capsys, 4, "--input_tfrecord", str(house.store / "no-*.gz"))
     assert "Leave them out" in refused(house, capsys, 2, "--input_tfrecord", "x", "--start", "2024-01-01")
+    view = house.store / "features" / "orders"
+    (table,) = view.iterdir()
+    table.rename(view / "0123456789abcdef")  # computed by another definition
+    line = refused(house, capsys, 5)
+    assert "0123456789abcdef in" in line
+    assert table.name in line
     shutil.rmtree(house.store / "features")
     assert f"millrace features --definition {house.definition}" in refused(house, capsys, 4)
     (house.store / "registry").unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import subprocess
@@ -20,22 +19,23 @@ import pytest
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.options.pipeline_options import PipelineOptions
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
+from live_fixtures import Live
 
 from deploy.streaming.kafka import Broker
 from deploy.streaming.processes import Child, Service, StartError, free_ports, listening
-from live_fixtures import Live
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parent.parent
-SHARE = {0: 0.6, 1: 0.3, 2: 0.1, 3: 0.0}  # of the records, per partition: uneven, the last one idle
 
 
 def produce(broker: Broker, topic: str, values: range) -> Counter[int]:
-    """Records with these numbers over the partitions; how many went to each."""
+    """Records with these numbers, 6 : 3 : 1 : 0 over four partitions; how many went to each."""
     producer, sent, failed = Producer({"bootstrap.servers": broker.bootstrap, "log_level": 0}), Counter[int](), []
     for value in values:
         partition = 0 if value % 10 < 6 else 1 if value % 10 < 9 else 2
-        producer.produce(topic, f"{value}".encode(), b"key", partition, on_delivery=lambda e, _: failed.append(e) if e else None)
+        producer.produce(
+            topic, f"{value}".encode(), b"key", partition, on_delivery=lambda e, _: failed.append(e) if e else None
+        )
         sent[partition] += 1
     assert producer.flush(60) == 0
     assert not failed
@@ -44,7 +44,9 @@ def produce(broker: Broker, topic: str, values: range) -> Counter[int]:
 
 @contextlib.contextmanager
 def consumer(broker: Broker, topic: str, partitions: int = 4) -> Iterator[Consumer]:
-    reader = Consumer({"bootstrap.servers": broker.bootstrap, "group.id": "test", "enable.auto.commit": False, "log_level": 0})
+    reader = Consumer(
+        {"bootstrap.servers": broker.bootstrap, "group.id": "test", "enable.auto.commit": False, "log_level": 0}
+    )
     reader.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in range(partitions)])
     try:
         yield reader
@@ -116,7 +118,9 @@ def job(live: Live, source: str, sink: str, environment: str) -> beam.runners.ru
 
 
 @pytest.mark.parametrize("environment", ["LOOPBACK", "EXTERNAL"])
-def test_kafkaio_reads_and_writes_through_prism(live: Live, broker: Broker, topic: Callable[..., str], environment: str) -> None:
+def test_kafkaio_reads_and_writes_through_prism(
+    live: Live, broker: Broker, topic: Callable[..., str], environment: str
+) -> None:
     source, sink = topic("in"), topic("out", partitions=1)
     produce(broker, source, range(2_000))
     result = job(live, source, sink, environment)
@@ -130,7 +134,9 @@ def test_kafkaio_reads_and_writes_through_prism(live: Live, broker: Broker, topi
         result.cancel()
 
 
-def test_a_broker_that_stops_and_comes_back_costs_nothing(live: Live, broker: Broker, topic: Callable[..., str]) -> None:
+def test_a_broker_that_stops_and_comes_back_costs_nothing(
+    live: Live, broker: Broker, topic: Callable[..., str]
+) -> None:
     source, sink = topic("in"), topic("out", partitions=1)
     produce(broker, source, range(1_000))
     result = job(live, source, sink, "LOOPBACK")
@@ -176,9 +182,12 @@ def test_a_taken_port_costs_a_second_try(tmp_path: Path) -> None:
 
 
 def test_a_service_that_ends_says_what_it_said(tmp_path: Path) -> None:
-    with Child([sys.executable, "-c", "print('no room'); raise SystemExit(3)"], tmp_path / "log") as child:
-        with pytest.raises(StartError, match="exit status 3: no room"):
-            child.await_ready(lambda: False, within=20)
+    mute = "print('no room'); raise SystemExit(3)"
+    with (
+        Child([sys.executable, "-c", mute], tmp_path / "log") as child,
+        pytest.raises(StartError, match="exit status 3: no room"),
+    ):
+        child.await_ready(lambda: False, within=20)
     with pytest.raises(StartError, match="no-such-program can be run"):
         Child(["no-such-program"], tmp_path / "log")
 
@@ -218,7 +227,13 @@ PARENT = """
 )
 def test_children_end_with_their_parent(tmp_path: Path, then: str, number: int | None) -> None:
     program = textwrap.dedent(PARENT).format(then=then)
-    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     with parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
@@ -248,7 +263,10 @@ def test_children_of_a_thread_outlive_it_and_stop_when_told(tmp_path: Path) -> N
 
 
 def test_a_killed_broker_comes_back_with_its_records(tmp_path: Path) -> None:
-    quick = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}  # the dead one's place is held so long
+    quick = {
+        "broker.session.timeout.ms": "3000",
+        "broker.heartbeat.interval.ms": "500",
+    }  # the dead one's place is held so long
     with Broker(tmp_path / "kafka", quick) as broker:
         broker.create("kept", partitions=4)
         produce(broker, "kept", range(1_000))
@@ -259,9 +277,3 @@ def test_a_killed_broker_comes_back_with_its_records(tmp_path: Path) -> None:
             assert len(consume(reader, 1_000)) == 1_000
         pid = broker.child.pid if broker.child else 0
     assert not alive(pid)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    yield

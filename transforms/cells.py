@@ -162,7 +162,9 @@ def _numbers(column: pa.Array) -> Numbers:
         total, squares, least, greatest = exact_sum(wide), exact_sum(wide * wide), float(wide.min()), float(wide.max())
     zeros = int(np.count_nonzero(words << np.uint32(1) == 0)) if np.isin(found, (0, _SIGN)).any() else 0
     order = np.argsort(ordered)
-    return Numbers(rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], sums[order])
+    return Numbers(
+        rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], sums[order]
+    )
 
 
 def _rounded(wide: Floats) -> Singles:

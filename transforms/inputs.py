@@ -17,7 +17,7 @@ from transforms.contracts import Contract
 from transforms.digests import Digests, add
 from transforms.inventory import Slice
 from transforms.plan import Block, Plan
-from transforms.sources import LETTERS, read_slices, without_repeats
+from transforms.sources import LETTERS, Read, read_slices, without_repeats
 from transforms.tables import DataFile
 
 Written = list[tuple[DataFile, dict[str, str]]]
@@ -76,9 +76,9 @@ def conserve(files: Written, tallies: Mapping[str, Tally], spine: str) -> Writte
     """
     lost = [tally for tally in tallies.values() if not tally.conserved]
     answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
-    if lost or answered != tallies[spine].used:
+    if lost or answered != tallies.get(spine, Tally(spine)).used:
         raise DataError("Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
-                        f"{answered} answers to {tallies[spine].used} questions; {lost or 'accounts balance'}",
+                        f"{answered} answers to {tallies.get(spine, Tally(spine)).used} questions; {lost or 'accounts balance'}",
                         "Nothing was committed; a source may have changed while it was read: run the same command again")  # fmt: skip
     return files
 
@@ -101,10 +101,16 @@ def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
     """The block's questions, each once, sorted by time and key."""
     # A spine that is a source of events too is digested as that, once.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
-    read = read_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
+    return settle_spine(
+        view, plan, block, read_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
+    )
+
+
+def settle_spine(view: FeatureView, plan: Plan, block: Block, read: Read) -> Input:
+    """Questions that were `read`, each once; contradictions are told."""
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
     rule = "one key asks one question at one time (the smallest row was kept)"
-    letters = _concat([read.letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
+    letters = concat_letters([read.letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
     total = len(read.frame) + len(read.letters)
     tally = Tally(view.spine.name, total, len(spine), 0, total - len(spine) - len(letters), len(letters), read.digests)
     return Input(spine, letters, tally)
@@ -112,12 +118,18 @@ def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
 
 def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input:
     """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
-    contract = plan.contracts[name]
+    contract, span = plan.contracts[name], block.spans.get(name)
     # The spine's own letters are told where it is read as the spine.
     own = (0, 0) if contract is plan.spine else block.own
-    span = block.spans.get(name)
     low = min(block.start - view.reach(name), block.own[0], span[0] if span else block.start)
-    read = read_slices(contract, block.events[name], low, block.end, own=own, span=span)
+    return settle_events(
+        view, plan, block, name, read_slices(contract, block.events[name], low, block.end, own=own, span=span)
+    )
+
+
+def settle_events(view: FeatureView, plan: Plan, block: Block, name: str, read: Read) -> Input:
+    """Events that were `read`, without repeats, and the account of those that the block owns."""
+    contract = plan.contracts[name]
     if contract is plan.spine:  # one key asks one question at one time, whoever counts them
         kept, _ = distinct(read.frame, (view.time, *view.key))
     else:
@@ -129,9 +141,15 @@ def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input
     good = int(read.frame.select(mine.sum()).item())
     counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
     dead = len(read.letters)
-    label = name + AS_EVENTS if contract is plan.spine else name
-    tally = Tally(label, good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests)
+    tally = Tally(
+        label(plan, name), good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests
+    )
     return Input(kept, read.letters, tally)
+
+
+def label(plan: Plan, name: str) -> str:
+    """How accounts call the events of `name`: a spine that is a source of events too is read twice."""
+    return name + AS_EVENTS if plan.contracts[name] is plan.spine else name
 
 
 def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
@@ -147,7 +165,7 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
             refused.append(conflicts)
             letters.append(locate(contract, slices, conflicts, key, "one key has one row (the smallest was kept)"))
     dead = (
-        _concat(letters)
+        concat_letters(letters)
         .unique(["file", "row"], keep="first", maintain_order=True)
         .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
     )
@@ -188,10 +206,11 @@ def locate(
             pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
             pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
         ))  # fmt: skip
-    return _concat(parts)
+    return concat_letters(parts)
 
 
-def _concat(letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
+def concat_letters(letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Letters of several reads."""
     return pl.concat([pl.DataFrame(schema=LETTERS), *letters])
 
 
@@ -199,6 +218,8 @@ def letters_batch(view: FeatureView, letters: Sequence[pl.DataFrame]) -> pa.Reco
     """Dead letters as a RecordBatch of `DEAD_LETTERS`; those without any time are dated 1970-01-01."""
     date = pl.col("time").clip(0).cast(pl.Datetime("us")).dt.date().alias("date")
     return batch(
-        _concat(letters).with_columns(date, pl.lit(view.name).alias("view")).sort("date", "source", "file", "row"),
+        concat_letters(letters)
+        .with_columns(date, pl.lit(view.name).alias("view"))
+        .sort("date", "source", "file", "row"),
         DEAD_LETTERS,
     )

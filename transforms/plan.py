@@ -23,6 +23,8 @@ from transforms.tables import days_between
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 1_600_000
+# Reading a row this often still costs less than sending it once.
+MOST_READS = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Plan:
     """Blocks that tile the ranges of a run.
 
     `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
-    of time that any window can see.
+    of time that any window can see.  If `shuffled`, each slice is read once and its rows are sent to their blocks; else each
+    block reads the slices it needs.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -58,6 +61,7 @@ class Plan:
     repeats: Mapping[str, pl.DataFrame]
     contracts: Mapping[str, Contract]
     spine: Contract
+    shuffled: bool = False
 
     @property
     def start(self) -> int:
@@ -125,12 +129,14 @@ def cut(
     everything: bool = False,
     digest: bool = False,
     block_rows: int = BLOCK_ROWS,
+    shuffled: bool | None = None,
 ) -> Plan:
     """Blocks over `ranges` of µs.
 
     Args:
         everything: the ranges are all there is, so rows without a plausible time belong to this run too.
         digest: have blocks digest what they read, all of each day that the ranges' windows reach.
+        shuffled: None chooses, by how often a row would be read without a shuffle.
     """
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
@@ -170,7 +176,22 @@ def cut(
         max(first, min((each.low for each in inside), default=first)),
         min(last, max((each.high for each in inside), default=first) + 1),
     )
-    return Plan(tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine)
+    if shuffled is None:
+        shuffled = amplification(blocks) > MOST_READS
+    return Plan(
+        tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled
+    )
+
+
+def amplification(blocks: Sequence[Block]) -> float:
+    """How often a row is read on average when each block reads its own slices: 1 and a little for sources sorted by time."""
+    read = [
+        (name, each)
+        for block in blocks
+        for name, slices in [("", block.spine), *block.events.items()]
+        for each in slices
+    ]
+    return sum(each.rows for _, each in read) / max(sum(each.rows for _, each in set(read)), 1)
 
 
 def _overlapping(slices: Sequence[Slice], low: int, high: int) -> tuple[Slice, ...]:

@@ -24,8 +24,6 @@ log = logging.getLogger("millrace.validation")
 
 # Delta and its readers pass over folders that begin with an underscore.
 FOLDER = "_statistics"
-# One row in ten: then it is the source that is broken, not its rows.
-MAX_DEAD_FRACTION = 0.1
 HISTORY = 1000
 _SHOWN = 10
 
@@ -39,7 +37,7 @@ class Rules:
     schema: str
     required: bool = False
     allow_anomalies: bool = False
-    max_dead_fraction: float = MAX_DEAD_FRACTION
+    max_dead_fraction: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Check:
         schema: text of the schema; None where there is none, and nothing is checked.
         table, run_id: whose statistics these are.
         first, last: the run's days, both included.
-        previous: serialised statistics of the interval before, to measure drift from; `previous_name` is their file.
+        previous: serialised statistics of the interval before, to measure drift from, left by the run `before`.
         letters: the table of dead letters.
         command: "--definition … --store …", for messages.
     """
@@ -63,7 +61,7 @@ class Check:
     first: date
     last: date
     previous: bytes | None
-    previous_name: str
+    before: str
     letters: str
     command: str
 
@@ -84,17 +82,23 @@ def make_check(
         DefinitionError: the schema cannot be read.
     """
     schema = read_schema(rules.schema, rules.required)
-    name, previous = previous_statistics(table, base, first, run_id) if schema is not None else ("", None)
+    before, previous = previous_statistics(table, base, first, run_id) if schema is not None else ("", None)
     if schema is None:
-        log.info("no %s: statistics are kept, nothing is checked (millrace schema infer %s writes one)", rules.schema, command)
-    return Check(rules, schema, table, run_id, first, last, previous, name, letters, command)
+        log.info(
+            "no %s: statistics are kept, nothing is checked (millrace schema infer %s writes one)",
+            rules.schema,
+            command,
+        )
+    return Check(rules, schema, table, run_id, first, last, previous, before, letters, command)
 
 
 def read_schema(path: str, required: bool) -> str | None:
     """The schema's text, checked to be one; None where there is no file and none is `required`."""
     if not os.path.exists(path):
         if required:
-            raise DefinitionError("--schema names a schema.pbtxt", path, "No such file; millrace schema infer writes one")
+            raise DefinitionError(
+                "--schema names a schema.pbtxt", path, "No such file; millrace schema infer writes one"
+            )
         return None
     with open(path, encoding="utf-8") as file:
         text = file.read()
@@ -117,7 +121,9 @@ def read_statistics(path: str) -> Any:
         with FileSystems.open(path) as handle:
             return parse_statistics(handle.read())
     except Exception as error:  # Beam's file systems raise what they like
-        raise StoreError("A run's statistics can be read", f"{path}: {error}", "See the runs with: millrace tables") from None
+        raise StoreError(
+            "A run's statistics can be read", f"{path}: {error}", "See the runs with: millrace tables"
+        ) from None
 
 
 def committed_statistics(table: str, version: int | None) -> list[dict[str, Any]]:
@@ -130,22 +136,37 @@ def committed_statistics(table: str, version: int | None) -> list[dict[str, Any]
 
 
 def previous_statistics(table: str, version: int | None, first: date, run_id: str) -> tuple[str, bytes | None]:
-    """Statistics to compare with: of the last interval that ended before `first`; else of the newest other commit."""
+    """The run to compare with, and its statistics: the last interval that ended before `first`; else the newest other commit."""
     commits = [entry for entry in committed_statistics(table, version) if entry.get("run_id") != run_id]
-    before = [entry for entry in commits if entry.get("statistics_last", "9") < first.isoformat()]
-    chosen = max(before, key=lambda entry: (entry["statistics_last"], entry["version"]), default=None) or next(iter(commits), None)
+    earlier = [entry for entry in commits if entry["statistics_last"] < first.isoformat()]
+    chosen = max(earlier, key=lambda entry: (entry["statistics_last"], entry["version"]), default=None) or next(
+        iter(commits), None
+    )
     if chosen is None:
         return "", None
-    name = str(chosen["statistics"])
     try:
-        return name, read_statistics(FileSystems.join(table, *name.split("/"))).SerializeToString()
+        before = str(chosen["run_id"])
+        return before, read_statistics(statistics_path(table, before)).SerializeToString()
     except StoreError as error:
         log.warning("drift is not measured: %s", error)
         return "", None
 
 
+def read_account(table: str, run_id: str) -> dict[str, Any]:
+    """What a run left beside its statistics: its interval, the run it was compared with, its anomalies."""
+    try:
+        with FileSystems.open(FileSystems.join(table, FOLDER, f"{run_id}.json")) as handle:
+            return json.loads(handle.read())
+    except Exception as error:  # Beam's file systems raise what they like
+        raise StoreError(
+            "A run's account of its statistics can be read",
+            f"run {run_id}: {error}",
+            "See the runs with: millrace tables",
+        ) from None
+
+
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class Validate(beam.PTransform):  # type: ignore[misc]
+class Validate(beam.PTransform):
     """PCollections of one element each (files written, statistics, tallies by source, dead letters' commit) → PCollection[Checked].
 
     Dead letters come first, so that they can be looked at whatever is found.  Anomalies fail the step, and the run.
@@ -159,7 +180,7 @@ class Validate(beam.PTransform):  # type: ignore[misc]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class CommitChecked(beam.PTransform):  # type: ignore[misc]
+class CommitChecked(beam.PTransform):
     """PCollection[Checked] of one element → PCollection[Committed] of one element; what the check found is kept with the commit."""
 
     target: Target
@@ -173,7 +194,9 @@ def commit_checked(checked: Checked, target: Target) -> Committed:
     return commit(dataclasses.replace(target, metadata={**(target.metadata or {}), **metadata}), files)
 
 
-def check_written(files: Written, check: Check, statistics: Any, tallies: Mapping[str, Tally], letters: Committed) -> Checked:
+def check_written(
+    files: Written, check: Check, statistics: Any, tallies: Mapping[str, Tally], letters: Committed
+) -> Checked:
     """The files, if they may be committed, and what to keep with the commit.
 
     Raises:
@@ -181,23 +204,27 @@ def check_written(files: Written, check: Check, statistics: Any, tallies: Mappin
         AnomalyError: the statistics break the schema and this was not allowed.
     """
     check_dead(check, tallies)
-    content = statistics.SerializeToString(deterministic=True)
-    write_aside(FileSystems.join(check.table, FOLDER), f"{check.run_id}.pb", pa.py_buffer(content))
-    metadata = {
-        "statistics": f"{FOLDER}/{check.run_id}.pb", "statistics_first": check.first.isoformat(),
-        "statistics_last": check.last.isoformat(), "statistics_previous": check.previous_name,
-    }  # fmt: skip
     found: tuple[Anomaly, ...] = ()
     if check.schema is not None:
         previous = None if check.previous is None else parse_statistics(check.previous)
         found = validate(statistics, parse_schema(check.schema, check.rules.schema), previous, check.interval)
-    if check.rules.allow_anomalies:
-        metadata |= {"allow_anomalies": "true", "anomalies": _json(found[:_SHOWN]), "anomalies_found": str(len(found))}
+    anomalies = [dataclasses.asdict(each) for each in found]
+    account = {"run_id": check.run_id, "interval": check.interval, "previous": check.before, "anomalies": anomalies}
+    folder = FileSystems.join(check.table, FOLDER)
+    write_aside(
+        folder, f"{check.run_id}.json", pa.py_buffer(json.dumps(account, ensure_ascii=False, indent=2).encode())
+    )
+    write_aside(folder, f"{check.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
+    if found and not check.rules.allow_anomalies:
+        raise anomaly_error(check, found)
     if found:
-        write_aside(FileSystems.join(check.table, FOLDER), f"{check.run_id}.anomalies.json", pa.py_buffer(_json(found).encode()))
-        if not check.rules.allow_anomalies:
-            raise anomaly_error(check, found)
-        log.warning("%d anomalies allowed in %s: %s", len(found), check.interval, _listed(found))
+        log.warning("allowed in %s: %s", check.interval, _listed(found))
+    metadata = {
+        "statistics": f"{FOLDER}/{check.run_id}.pb", "statistics_first": check.first.isoformat(),
+        "statistics_last": check.last.isoformat(), "statistics_previous": check.before,
+    }  # fmt: skip
+    if check.rules.allow_anomalies:
+        metadata |= {"allow_anomalies": "true", "anomalies": json.dumps(anomalies[:_SHOWN], ensure_ascii=False)}
     return files, metadata
 
 
@@ -226,7 +253,3 @@ def anomaly_error(check: Check, found: tuple[Anomaly, ...]) -> AnomalyError:
 def _listed(found: tuple[Anomaly, ...]) -> str:
     rest = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(map(str, found[:_SHOWN])) + rest
-
-
-def _json(found: tuple[Anomaly, ...]) -> str:
-    return json.dumps([dataclasses.asdict(each) for each in found], ensure_ascii=False)

@@ -112,7 +112,9 @@ class Description:
 
 def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """The columns among `names` that have statistics: numbers, booleans and strings."""
-    return pa.schema([schema.field(name) for name in names if _number(schema.field(name).type) or _string(schema.field(name).type)])
+    return pa.schema(
+        [schema.field(name) for name in names if _number(schema.field(name).type) or _string(schema.field(name).type)]
+    )
 
 
 def columns_of(view: FeatureView) -> pa.Schema:
@@ -123,6 +125,7 @@ def columns_of(view: FeatureView) -> pa.Schema:
 
 def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
     """Description of a RecordBatch's `columns` (see `columns_of`)."""
+
     def of_column(field: pa.Field) -> Numbers | Strings:
         column = rows.column(rows.schema.get_field_index(field.name))
         return Numbers.of(column) if _number(field.type) else Strings.of(column)
@@ -138,7 +141,7 @@ def nothing(columns: pa.Schema) -> Description:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class Statistics(beam.PTransform):  # type: ignore[misc]
+class Statistics(beam.PTransform):
     """PCollection[RecordBatch] → PCollection of one `DatasetFeatureStatisticsList` over the batches' `columns`."""
 
     columns: pa.Schema
@@ -151,7 +154,7 @@ class Statistics(beam.PTransform):  # type: ignore[misc]
         )
 
 
-class Describe(beam.CombineFn):  # type: ignore[misc]
+class Describe(beam.CombineFn):
     """RecordBatches → one Description."""
 
     def __init__(self, columns: pa.Schema) -> None:

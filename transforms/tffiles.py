@@ -188,7 +188,7 @@ def write_part(batch: pa.RecordBatch, prefix: str, run_id: str) -> Part:
     return Part(FileSystems.join(folder or ".", name), f"{first[0] if first else ''}-{digest}", batch.num_rows)
 
 
-def publish(parts: list[Part], prefix: str) -> list[str]:
+def publish_parts(parts: list[Part], prefix: str) -> list[str]:
     """Give the parts their names, `<prefix>-00000-of-00002.tfrecord.gz` and so on in order of date, and remove others.
 
     Done again after being cut short, it completes what is missing.
@@ -214,7 +214,7 @@ def publish(parts: list[Part], prefix: str) -> list[str]:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class WriteParts(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for `publish`."""
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for `publish_parts`."""
 
     prefix: str
     run_id: str

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-from apache_beam import pvalue
+from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
-from transforms.batches import batch
+from transforms.batches import batch, frame
 from transforms.ids import row_ids
-from transforms.inputs import Input, letters_batch, read_dimension, read_events, read_spine
+from transforms.inputs import (
+    Input,
+    letters_batch,
+    read_dimension,
+    read_events,
+    read_spine,
+    settle_events,
+    settle_spine,
+)
 from transforms.kernels import compute
 from transforms.plan import Block, Plan
+from transforms.routing import SPINE, Route, gathered_read, routes
 
 log = logging.getLogger("millrace.features")
 
@@ -26,19 +35,44 @@ class TrailingFeatures(beam.PTransform):  # type: ignore[misc]
     """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
     dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`inputs.Tally`).
 
-    A block reads the slices it needs and is computed in one go; nothing is shuffled.
+    A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
+    slice is read once and its rows are sent to the blocks that need them.
     """
 
     view: FeatureView
     plan: Plan
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
-        rules = dataclasses.replace(self.plan, blocks=())
-        outputs = blocks | "Compute" >> beam.ParDo(ComputeBlock(self.view, rules, len(self.plan.blocks))).with_outputs(
-            "letters", "tallies", main="features"
+        rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
+        if not self.plan.shuffled:
+            computed = blocks | "Compute" >> beam.ParDo(ComputeBlock(self.view, rules, count)).with_outputs(
+                *TAGS, main=FEATURES
+            )
+            return typed(computed)
+        slices = blocks.pipeline | "Slices" >> beam.Create(list(routes(self.plan))) | "Spread" >> beam.Reshuffle()
+        routed = slices | "Route" >> beam.ParDo(Route(self.view, self.plan)).with_outputs(*TAGS, main=FEATURES)
+        routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, pa.RecordBatch]]
+        gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
+        gather = ComputeGathered(self.view, rules, self.plan.blocks)
+        features, letters, tallies = typed(
+            gathered | "Compute" >> beam.ParDo(gather).with_outputs(*TAGS, main=FEATURES)
         )
-        outputs.features.element_type = outputs.letters.element_type = pa.RecordBatch
-        return outputs.features, outputs.letters, outputs.tallies
+        routed.letters.element_type = pa.RecordBatch
+        return (
+            features,
+            (letters, routed.letters) | "Letters" >> beam.Flatten(),
+            (tallies, routed.tallies) | "Tallies" >> beam.Flatten(),
+        )
+
+
+FEATURES, TAGS = "features", ("letters", "tallies")
+
+
+def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+    """Features, letters and tallies, the first two known to hold RecordBatches."""
+    features, letters = outputs[FEATURES], outputs.letters
+    features.element_type = letters.element_type = pa.RecordBatch
+    return features, letters, outputs.tallies
 
 
 class ComputeBlock(beam.DoFn):  # type: ignore[misc]
@@ -51,29 +85,63 @@ class ComputeBlock(beam.DoFn):  # type: ignore[misc]
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in self.plan.dimensions}
 
     def process(self, block: Block) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        features, inputs = compute_block(
-            self.view, self.plan, block, {name: read.frame for name, read in self.dimensions.items()}
+        spine = read_spine(self.view, self.plan, block)
+        yield from self.answers(
+            block, spine, {name: read_events(self.view, self.plan, block, name) for name in block.events}
         )
-        if block.index == 0:
-            inputs += self.dimensions.values()
+
+    def answers(
+        self, block: Block, spine: Input, events: Mapping[str, Input]
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        features = answer(self.view, spine, {**self.dimensions, **events})
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
-        letters = letters_batch(self.view, [each.letters for each in inputs])
-        if letters.num_rows:
-            yield pvalue.TaggedOutput("letters", letters)
-        for each in inputs:
-            yield pvalue.TaggedOutput("tallies", each.tally)
+        yield from told(self.view, [spine, *events.values(), *(self.dimensions.values() if block.index == 0 else ())])
+
+
+class ComputeGathered(ComputeBlock):
+    """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
+
+    def __init__(self, view: FeatureView, plan: Plan, blocks: Sequence[Block]) -> None:
+        super().__init__(view, plan, len(blocks))
+        self.by_index = {block.index: block for block in blocks}
+
+    def process(
+        self, element: tuple[int, Iterable[tuple[str, pa.RecordBatch]]]
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        block = self.by_index[element[0]]
+        parts: dict[str, list[pl.DataFrame]] = {name: [] for name in (SPINE, *block.events)}
+        for name, rows in element[1]:
+            parts[name].append(frame(rows))
+        reads = {name: gathered_read(self.plan, name, each) for name, each in parts.items()}
+        spine = settle_spine(self.view, self.plan, block, reads.pop(SPINE))
+        events = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
+        yield from self.answers(block, spine, events)
+
+
+def answer(view: FeatureView, spine: Input, tables: Mapping[str, Input]) -> pa.RecordBatch:
+    """The features of a block's questions."""
+    return features_batch(view, compute(view, spine.frame, {name: each.frame for name, each in tables.items()}))
+
+
+def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:
+    """The dead letters and tallies of what was read, as tagged outputs."""
+    inputs = list(inputs)
+    letters = letters_batch(view, [each.letters for each in inputs])
+    if letters.num_rows:
+        yield pvalue.TaggedOutput("letters", letters)
+    for each in inputs:
+        yield pvalue.TaggedOutput("tallies", each.tally)
 
 
 def compute_block(
-    view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, pl.DataFrame]
+    view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, Input]
 ) -> tuple[pa.RecordBatch, list[Input]]:
     """The block's features, and the inputs they were computed from."""
     spine = read_spine(view, plan, block)
     events = {name: read_events(view, plan, block, name) for name in block.events}
-    features = compute(view, spine.frame, {**dimensions, **{name: each.frame for name, each in events.items()}})
-    return features_batch(view, features), [spine, *events.values()]
+    return answer(view, spine, {**dimensions, **events}), [spine, *events.values()]
 
 
 def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:

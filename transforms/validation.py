@@ -49,7 +49,11 @@ def tfdv() -> Any:
     """TFDV's rules (`InferSchema`, `UpdateSchema`, `ValidateFeatureStatistics`), on serialised protos."""
     if _LIBRARY not in sys.modules:
         package = importlib.util.find_spec("tensorflow_data_validation")
-        found = [] if package is None or package.origin is None else sorted((Path(package.origin).parent / "pywrap").glob(f"{_LIBRARY.rsplit('.')[-1]}*.so"))
+        found = (
+            []
+            if package is None or package.origin is None
+            else sorted((Path(package.origin).parent / "pywrap").glob(f"{_LIBRARY.rsplit('.')[-1]}*.so"))
+        )
         if not found:  # laid out differently: the long way
             return importlib.import_module(_LIBRARY).validation
         loader = importlib.machinery.ExtensionFileLoader(_LIBRARY, str(found[0]))
@@ -113,7 +117,10 @@ def validate(statistics: Any, schema: Any, previous: Any = None, interval: str =
         for name, info in sorted(found.anomaly_info.items())
         for reason in info.reason
     ]
-    result += [Anomaly("(rows)", reason.short_description, _cut(reason.description), interval) for reason in found.dataset_anomaly_info.reason]
+    result += [
+        Anomaly("(rows)", reason.short_description, _cut(reason.description), interval)
+        for reason in found.dataset_anomaly_info.reason
+    ]
     if found.data_missing:
         result.append(Anomaly("(rows)", "There are rows", "none", interval))
     return tuple(result)
@@ -126,7 +133,7 @@ def _cut(text: str) -> str:
 
 def _dataset(statistics: Any) -> bytes:
     (only,) = statistics.datasets
-    return only.SerializeToString()  # type: ignore[no-any-return]
+    return only.SerializeToString()
 
 
 def parse_schema(text: str, path: str = "schema.pbtxt") -> Any:
@@ -139,7 +146,9 @@ def parse_schema(text: str, path: str = "schema.pbtxt") -> Any:
         return text_format.Parse(text, schema_pb2.Schema())
     except text_format.ParseError as error:
         raise DefinitionError(
-            f"{path} is a TensorFlow Metadata Schema", str(error), "Correct it, or write a fresh one with: millrace schema infer --force"
+            f"{path} is a TensorFlow Metadata Schema",
+            str(error),
+            "Correct it, or write a fresh one with: millrace schema infer --force",
         ) from None
 
 

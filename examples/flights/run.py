@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     summary = {
         "auc": figures["training"]["auc"],
         "seconds": {name: figures[name]["seconds"] for name in figures},
-        "feature_rows": feature_rows(store),
+        "feature_rows": figures["features"]["table_rows"],
         "prediction_rows": figures["inference"]["rows_out"],
         "model_version": figures["inference"]["model_version"],
     }
@@ -55,15 +55,6 @@ def _run(name: str, store: str, run_id: str, beam_args: Sequence[str]) -> dict[s
     if code:
         raise SystemExit(code)
     return {**read_json(os.path.join(store, "runs", run_id, "run.json")), "import_seconds": imported}
-
-
-def feature_rows(store: str) -> int:
-    """Rows of the feature table as it stands, whether this run or an earlier one computed them."""
-    from examples.flights.definition import view
-    from transforms.tables import data_files, features_uri, open_table
-
-    table = open_table(features_uri(store, view.name, view.fingerprint))
-    return 0 if table is None else sum(file.rows for file in data_files(table))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""Beam's expansion service with KafkaIO, which also runs KafkaIO's Java workers.
+
+with Expansion(folder) as expansion:
+    ReadFromKafka(…, expansion_service=expansion.address)
+"""
+
+from __future__ import annotations
+
+from deploy.streaming.processes import Service
+from deploy.streaming.toolchain import POM, java
+
+
+class Expansion(Service):
+    """See the module."""
+
+    name, ports = "expansion", ("port",)
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+    def command(self) -> list[str]:
+        main = "org.apache.beam.sdk.expansion.service.ExpansionService"
+        # The workers are this process, so there is nothing to stage; else every expansion copies the 140 MB of the class path.
+        flags = ["--alsoStartLoopbackWorker", f"--filesToStage={POM}"]
+        return java("expansion", main, str(self.port), *flags, options=["-Xmx1g", "-XX:+UseSerialGC"])

@@ -1,0 +1,78 @@
+"""Runs one command and ends it, with all it started, when whoever asked for it is gone.
+
+    python -I -S keeper.py GRACE LOG COMMAND...
+
+prints the command's process id, then waits for the first of: the command ends; standard input closes, which the kernel
+sees to however the parent died; SIGTERM.  The command's process group gets SIGTERM, GRACE seconds later SIGKILL.  The
+exit status is the command's.  Standard library only, one thread, so that it starts in 20 ms and forks safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Between fork and exec: should the keeper itself be killed, its command dies too (Linux)."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def ended(pid: int) -> bool:
+    """Whether the child is dead.  It stays a zombie, so that nobody else can be given its number yet."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM where only zombies are left
+        os.killpg(pid, number)
+
+
+def main(grace: str, log: str, *command: str) -> int:
+    stopping, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)  # SIGTERM and SIGCHLD end the select below
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(log, "ab") as out:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # safe: one thread
+        )
+    print(child.pid, flush=True)
+    sys.stdout.close()
+    asked = False
+    while not asked and not ended(child.pid):
+        readable, _, _ = select.select([0, stopping], [], [])
+        asked = 0 in readable or signal.SIGTERM in os.read(stopping, 64)
+    if asked:
+        signal_group(child.pid, signal.SIGTERM)
+        signal_group(child.pid, signal.SIGCONT)  # a stopped process hears nothing
+        deadline = time.monotonic() + float(grace)
+        while not ended(child.pid) and time.monotonic() < deadline:
+            select.select([stopping], [], [], 0.2)
+            with contextlib.suppress(BlockingIOError):
+                os.set_blocking(stopping, False)
+                os.read(stopping, 64)
+    signal_group(child.pid, signal.SIGKILL)  # and what it left behind
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

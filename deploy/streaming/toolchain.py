@@ -1,0 +1,158 @@
+"""Java class paths and Prism, got once through Maven and Go as they are set up here, then reused.
+
+    python -m deploy.streaming.toolchain      # get all of it now
+
+They are kept in `$MILLRACE_CACHE`, else in `millrace` below `$XDG_CACHE_HOME` or `~/.cache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from schemas.errors import MillraceError
+
+POM = Path(__file__).with_name("pom.xml")
+PROFILES = ("broker", "expansion")
+PRISM = "v2.77.0"
+PRISM_MODULE = "github.com/apache/beam/sdks/v2/go/cmd/prism"
+# A program, what shows that it works (macOS has a java that only says it is missing), and the way to get it.
+NEEDED = {
+    "java": ("-version", "Java 17: apt-get install openjdk-17-jre-headless (or brew install openjdk@17)"),
+    "mvn": ("-version", "Maven: apt-get install maven (or brew install maven)"),
+    "go": ("version", "Go 1.24 or later: apt-get install golang, or go.dev/dl (or brew install go)"),
+}
+
+
+class MissingTool(MillraceError):
+    """A program the live jobs need that is not here."""
+
+    exit_code = 8
+
+
+def missing() -> list[str]:
+    """Ways to get the programs that are not here; empty when all are."""
+    return [how for program, (probe, how) in NEEDED.items() if not _works(program, probe)]
+
+
+def classpath(profile: str) -> str:
+    """The class path of a profile of the pom.
+
+    Raises:
+        MissingTool: it is not kept here, and Maven is missing or failed.
+    """
+    kept = cache() / f"{profile}-{hashlib.sha256(POM.read_bytes()).hexdigest()[:16]}.classpath"
+    if _complete(kept):
+        return kept.read_text()
+    with _lock(profile):
+        if not _complete(kept):  # another process did it meanwhile
+            _require("java", "mvn")
+            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                fresh = Path(folder) / "classpath"
+                _get(
+                    f"the class path of the {profile}",
+                    "Maven",
+                    [
+                        "mvn",
+                        "-B",
+                        "-f",
+                        str(POM),
+                        "-P",
+                        profile,
+                        "dependency:build-classpath",
+                        f"-Dmdep.outputFile={fresh}",
+                    ],
+                )
+                fresh.replace(kept)
+    return kept.read_text()
+
+
+def prism() -> Path:
+    """The Prism program.
+
+    Raises:
+        MissingTool: it is not kept here, and Go is missing or failed.
+    """
+    kept = cache() / f"prism-{PRISM}"
+    if not kept.exists():
+        with _lock("prism"):
+            if not kept.exists():
+                _require("go")
+                with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                    env = {**os.environ, "GOBIN": folder, "CGO_ENABLED": "0"}
+                    _get("Go", ["go", "install", f"{PRISM_MODULE}@{PRISM}"], env)
+                    (Path(folder) / "prism").replace(kept)
+    return kept
+
+
+def java(profile: str, main: str, *arguments: str, options: Sequence[str] = ()) -> list[str]:
+    """The command that runs a Java class."""
+    _require("java")
+    return ["java", *options, "-cp", classpath(profile), main, *arguments]
+
+
+def cache() -> Path:
+    """The folder of what was got; made when missing."""
+    named = os.environ.get("MILLRACE_CACHE")
+    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _complete(kept: Path) -> bool:
+    return kept.exists() and all(os.path.exists(jar) for jar in kept.read_text().split(os.pathsep))
+
+
+def _works(program: str, probe: str) -> bool:
+    return shutil.which(program) is not None and subprocess.run([program, probe], capture_output=True).returncode == 0
+
+
+def _require(*programs: str) -> None:
+    lacking = [NEEDED[program][1] for program in programs if shutil.which(program) is None]
+    if lacking:
+        raise MissingTool("The live jobs have Java, Maven and Go", "none on PATH", "; ".join(lacking))
+
+
+def _get(who: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        wrong = [line for line in said if "ERROR" in line] or said
+        raise MissingTool(
+            f"{who} gets what the live jobs need",
+            "\n  ".join(["", *wrong[:6]]),
+            f"Run it to see: {' '.join(command[:6])} …",
+        )
+
+
+@contextlib.contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """One process at a time; the kernel lets go when it ends."""
+    with open(cache() / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    """Get what is not kept here yet, saying so; silent when all is."""
+    try:
+        for profile in PROFILES:
+            classpath(profile)
+        prism()
+    except MissingTool as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

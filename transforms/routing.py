@@ -1,0 +1,91 @@
+"""Rows sent to the blocks that need them: for sources that are not sorted by time, or where reading is dear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import apache_beam as beam
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from apache_beam import pvalue
+
+from schemas.views import FeatureView
+from transforms.contracts import Contract
+from transforms.inputs import Tally, label, letters_batch
+from transforms.inventory import Slice
+from transforms.plan import Plan
+from transforms.sources import LETTERS, Read, read_slices
+
+SPINE = ""
+
+
+def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
+    """(source, slice), each once, for every slice that some block needs."""
+    spine = plan.spine.source.name
+    needed = {(spine, each) for block in plan.blocks for each in block.spine}
+    needed |= {(name, each) for block in plan.blocks for name, slices in block.events.items() for each in slices}
+    yield from sorted(needed, key=lambda route: (route[0], route[1].path, route[1].group))
+
+
+class Route(beam.DoFn):  # type: ignore[misc]
+    """(source, slice) → (block, (source or SPINE, RecordBatch)) per block that needs rows of it; tagged: the slice's dead letters
+    and what of its account no block can give."""
+
+    def __init__(self, view: FeatureView, plan: Plan) -> None:
+        self.view, self.plan = view, plan
+
+    def process(
+        self, route: tuple[str, Slice]
+    ) -> Iterator[tuple[int, tuple[str, pa.RecordBatch]] | pvalue.TaggedOutput]:
+        name, piece = route
+        plan, spine = self.plan, self.plan.spine.source.name
+        contract = plan.spine if name == spine else plan.contracts[name]
+        spans = [block.spans[name] for block in plan.blocks if name in block.spans]
+        span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
+        read = read_slices(contract, [piece], span=span)
+        moments = read.frame[str(contract.source.time)].to_physical().to_numpy()
+        rows = read.frame
+        if (moments[1:] < moments[:-1]).any():
+            rows = rows.sort(str(contract.source.time))
+            moments = np.sort(moments)
+        wanted = [(SPINE, 0)] if name == spine else []
+        wanted += [(name, self.view.reach(name))] if name in plan.contracts else []
+        for tag, reach in wanted:
+            seen = np.zeros(len(moments), np.bool_)
+            for block in plan.blocks:
+                first, last = np.searchsorted(moments, [block.start - reach, block.end])
+                if last > first:
+                    seen[first:last] = True
+                    yield block.index, (tag, _batch(rows[int(first) : int(last)]))
+            told = name if tag == SPINE else label(plan, name)
+            dead = _owned(read.letters, plan) if tag == SPINE or name != spine else read.letters.clear()
+            stray = int(_own(moments[~seen], plan).sum()) if tag != SPINE else 0
+            digests = read.digests if tag != SPINE or name not in plan.contracts else {}
+            yield pvalue.TaggedOutput("tallies", Tally(told, stray + len(dead), 0, stray, 0, len(dead), digests))
+            if len(dead):
+                yield pvalue.TaggedOutput("letters", letters_batch(self.view, [dead]))
+
+
+def _batch(rows: pl.DataFrame) -> pa.RecordBatch:
+    (only,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
+    return only
+
+
+def _own(moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: Plan) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which moments some block accounts for."""
+    inside = np.zeros(len(moments), np.bool_)
+    for block in plan.blocks:
+        inside |= (moments >= block.own[0]) & (moments < block.own[1])
+    return inside
+
+
+def _owned(letters: pl.DataFrame, plan: Plan) -> pl.DataFrame:
+    return letters.filter(pl.Series(_own(letters["time"].to_numpy(), plan), dtype=pl.Boolean))
+
+
+def gathered_read(plan: Plan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
+    """What a block was sent, as if it had read it; letters were told where the slices were read."""
+    contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
+    schema = {column: contract.source.schema[column] for column in contract.columns}
+    return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=LETTERS))
