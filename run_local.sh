@@ -162,6 +162,7 @@ test)
         shift
         lacking=$(missing_for_live 2>&1)
         [ -z "$lacking" ] || die "the live tests need Kafka and Prism; missing here:" "$lacking"
+        python -m deploy.streaming.toolchain  # minutes, once; outside any test's time limit
         set -- -m "not slow" "$@"
     fi
     exec python -m pytest "$@"

@@ -177,6 +177,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     view = options.definition.view
     with Run("features", options.run_id, options.folder) as run:
+        run.where = options.table
         work = prepare(options)
         for note in work.stale.notes:
             log.warning(note)
@@ -192,6 +193,7 @@ def main(argv: Sequence[str]) -> int:
                 }
             )
         else:
+            run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
             pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
             build(pipeline, options, work)
             execute(pipeline)

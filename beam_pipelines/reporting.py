@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas import errors
 from schemas.errors import MillraceError
+from transforms.running import mark, unmark
 
 log = logging.getLogger("millrace")
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
@@ -34,6 +37,7 @@ class Run:
     def __init__(self, pipeline: str, run_id: str, folder: str) -> None:
         self.pipeline, self.folder = pipeline, folder
         self.figures: dict[str, Any] = {"pipeline": pipeline, "run_id": run_id}
+        self.where = ""  # what it works on, for messages
         progress()
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -44,9 +48,14 @@ class Run:
 
     def __enter__(self) -> Run:
         self.start = time.perf_counter()
+        mark(self.folder, self.pipeline, str(self.figures["run_id"]))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            error.run = self  # type: ignore[attr-defined]  # for `guard`, which says how to go on
+        if error is None or isinstance(error, MillraceError):
+            unmark(self.folder)  # after anything else the job may still be at work elsewhere
         if error is not None:
             return
         seconds = time.perf_counter() - self.start
@@ -187,17 +196,40 @@ def _traceback_of_mistake(record: logging.LogRecord) -> bool:
 
 
 def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """`main` with a user's mistake printed as one message, and its exit code returned."""
+    """`main` with a user's mistake printed as one message, its exit code returned, and the command that goes on from there."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
         try:
             return main(argv)
         except MillraceError as error:
-            print(f"millrace: {error}", file=sys.stderr, flush=True)
+            print(f"millrace: {error}{resume(error, argv)}", file=sys.stderr, flush=True)
             return error.exit_code
-        except KeyboardInterrupt:
-            print("millrace: stopped; nothing half-done is visible, run the same command again", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            how = resume(error, argv) or "\n  run the same command again"
+            print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
             return 130
+        except Exception as error:
+            if how := resume(error, argv):
+                traceback.print_exc()
+                print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
+                return 70
+            raise
 
     return guarded
+
+
+def resume(error: BaseException, argv: Sequence[str]) -> str:
+    """Lines that name the run in which `error` came up, its table and dates, and the command that resumes it."""
+    run = getattr(error, "run", None)
+    if run is None:
+        return ""
+    command, run_id = run.pipeline.split()[0], str(run.figures["run_id"])
+    words = list(argv[1:] if argv and argv[0] == command else argv)
+    kept = [
+        word
+        for i, word in enumerate(words)
+        if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
+    ]
+    where = f": {run.where}" if run.where else ""
+    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {shlex.join(['millrace', command, *kept, '--run_id', run_id])}"

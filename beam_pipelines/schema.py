@@ -59,14 +59,9 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     # Arguments names every run; here a name is only meant if it was given.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     return Options(
-        definition, flags.store, flags.schema or schema_beside(definition), flags.run_id if named else None,
+        definition, flags.store, flags.schema or definition.schema_path, flags.run_id if named else None,
         flags.start, flags.end, getattr(flags, "force", False),
     )  # fmt: skip
-
-
-def schema_beside(definition: Definition) -> str:
-    """The default place of a use case's schema."""
-    return os.path.join(os.path.dirname(definition.path), "schema.pbtxt")
 
 
 def infer(options: Options) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -225,8 +224,8 @@ def main(argv: Sequence[str]) -> int:
         execute(pipeline)
         report = read_json(FileSystems.join(options.folder, REPORT))
         run.update(figures(report))
-        if not options.keep_examples and "://" not in options.examples:
-            shutil.rmtree(options.examples)
+        if not options.keep_examples:
+            FileSystems.delete([options.examples])
     failed = [each for each in report["gates"] if not each["holds"]]
     if failed:
         raise GateError(

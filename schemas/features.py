@@ -16,6 +16,8 @@ from schemas.sources import Source, identifier, names
 
 STATISTICS = ("count", "sum", "mean", "std", "var", "min", "max", "median", "first", "last", "n_unique")
 QUANTILE = re.compile(r"q(0[1-9]|[1-9]\d)")
+# Those that a compact summary of all history can carry.
+COMPACT = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
 # Read one row each rather than all of a window: their ties need an order.
 ORDERED = ("first", "last")
 
@@ -119,15 +121,12 @@ class Trailing:
     def __post_init__(self) -> None:
         what = _of_events(self)
         over = names(self.over, f"{what}: over")
-        if "all" in over:
-            raise DefinitionError(
-                f"{what}: over is a length of time",
-                "'all'",
-                'Lifetime windows are not built yet: use a long window such as "365d"',
-            )
         object.__setattr__(self, "over", over)
         for window in over:
-            microseconds(window, f"{what}: a window")
+            if window == "all":
+                _lifetime(self.source, f'{what}: over="all"')
+            else:
+                microseconds(window, f"{what}: a window")
         if not isinstance(self.stats, Mapping) or not self.stats:
             raise DefinitionError(
                 f"{what}: stats maps columns to statistics", repr(self.stats), 'Write {"dep_delay": ("mean", "max")}'
@@ -154,6 +153,13 @@ class Trailing:
                 )
             return chosen
         self.source.require(column, "stats")
+        for stat in chosen:
+            if "all" in names(self.over, f"{what}: over") and stat not in COMPACT:
+                raise DefinitionError(
+                    f"{what}: a lifetime window keeps a summary per key, which has {', '.join(COMPACT)}",
+                    repr(stat),
+                    'Give this statistic a window of its own, such as "365d"',
+                )
         dtype = self.source.schema[column]
         for stat in chosen:
             if dtype == pl.String and stat not in ("count", "n_unique", "first", "last"):
@@ -230,10 +236,9 @@ class Latest:
         if self.max_age is None:
             raise DefinitionError(f"{what}: max_age says how old an answer may be", "none", 'Write max_age="6h"')
         if self.max_age == "forever":
-            raise DefinitionError(
-                f"{what}: max_age is a length of time", "'forever'", 'Not built yet: use a long age such as "365d"'
-            )
-        microseconds(self.max_age, f"{what}: max_age")
+            _lifetime(self.source, f'{what}: max_age="forever"')
+        else:
+            microseconds(self.max_age, f"{what}: max_age")
         object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
         for column in self.columns:
             self.source.require(column, "columns")
@@ -342,6 +347,15 @@ def _of_events(feature: Trailing | Latest) -> str:
                 f"{what}: where is a condition", str(feature.where), "Compare with something: pl.col(…) > 15"
             )
     return what
+
+
+def _lifetime(source: Source, what: str) -> None:
+    if source.event_time is not None:
+        raise DefinitionError(
+            f"{what} follows the time at which rows become known",
+            f"event_time={source.event_time!r}",
+            "Use a window of some length, or a source without event_time",
+        )
 
 
 def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.DataType]) -> None:

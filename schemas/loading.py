@@ -25,6 +25,11 @@ class Definition:
     view: FeatureView
     model: Model | None
 
+    @property
+    def schema_path(self) -> str:
+        """Where the schema of its features stands, if there is one: beside the definition."""
+        return str(Path(self.path).with_name("schema.pbtxt"))
+
     def require_model(self) -> Model:
         if self.model is None:
             raise DefinitionError(f"{self.name} names a model", "only a view", "Write model = Model(view, …)")

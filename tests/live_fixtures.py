@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deploy.streaming.expansion import Expansion
@@ -40,11 +41,15 @@ class Live:
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """Broker, expansion service, Prism and pool, all up."""
+    """Broker, expansion service, Prism and pool, all up; nothing of them is left when the session ends."""
     folder = tmp_path_factory.mktemp("live")
     parts = Broker(folder), Expansion(folder), Prism(folder), WorkerPool(folder, [TESTS])
     with running(*parts):
         yield Live(*parts, folder)
+        ours = [psutil.Process(part.child.pid) for part in parts if part.running and part.child]
+        ours += [worker for process in ours for worker in process.children(recursive=True)]
+    left = [process for process in ours if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"still there: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What the pages for people show runs: the Python blocks of README.md and docs/, each page from top to bottom."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, object] = {"__name__": "docs"}
     for line, file, code in blocks(page):
         if file:
             (tmp_path / file).write_text(code, encoding="utf-8")
+            monkeypatch.delitem(sys.modules, file.removesuffix(".py"), raising=False)
         # Blank lines in front make a traceback show the line of the page.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
 

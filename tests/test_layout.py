@@ -80,7 +80,9 @@ def faults(source: str, path: str) -> list[str]:
         top = name.split(".")[0]
         here = f"{path}:{line}: imports {name}"
         if top in ROOMS:
-            allowed = MAY_IMPORT.get(room, set(ROOMS)) | ({"beam_pipelines", "deploy"} if path in ENTRY_POINTS else set())
+            allowed = MAY_IMPORT.get(room, set(ROOMS)) | (
+                {"beam_pipelines", "deploy"} if path in ENTRY_POINTS else set()
+            )
             if top not in allowed:
                 found.append(f"{here}; {room}/ may import only {', '.join(sorted(allowed))} of ours")
             this = path.removesuffix(".py").replace("/", ".")

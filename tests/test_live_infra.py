@@ -21,6 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from live_fixtures import Live
 
+from deploy.streaming import toolchain
 from deploy.streaming.kafka import Broker
 from deploy.streaming.processes import Child, Service, StartError, free_ports, listening
 
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 
 def produce(broker: Broker, topic: str, values: range) -> Counter[int]:
     """Records with these numbers, 6 : 3 : 1 : 0 over four partitions; how many went to each."""
-    producer, sent, failed = Producer({"bootstrap.servers": broker.bootstrap, "log_level": 0}), Counter[int](), []
+    settings = {"bootstrap.servers": broker.bootstrap, "enable.idempotence": True, "log_level": 0}
+    producer, sent, failed = Producer(settings), Counter[int](), []  # without idempotence a retry may change the order
     for value in values:
         partition = 0 if value % 10 < 6 else 1 if value % 10 < 9 else 2
         producer.produce(
@@ -196,6 +198,26 @@ def test_ports_are_free_and_differ() -> None:
     ports = free_ports(50)
     assert len(set(ports)) == 50
     assert not any(map(listening, ports))
+
+
+def test_two_processes_get_the_class_paths_once(tmp_path: Path) -> None:
+    env = {**os.environ, "MILLRACE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    program = "import logging; logging.basicConfig(level='INFO'); from deploy.streaming.toolchain import classpath; print(classpath('broker'))"
+    both = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+    (first, said), (second, also_said) = [process.communicate(timeout=200) for process in both]
+    assert first == second
+    assert all(Path(jar).is_file() for jar in first.strip().split(":"))
+    assert (said + also_said).count("getting the broker's class path") == 1
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert len(toolchain.missing()) == 3
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path))
+    with pytest.raises(toolchain.MissingTool, match="apt-get install maven"):
+        toolchain.classpath("broker")
+    with pytest.raises(toolchain.MissingTool, match=r"Go 1\.24 or later: apt-get install golang"):
+        toolchain.prism()
 
 
 # A parent that starts a broker's worth of processes: one that listens to SIGTERM, one that is deaf to it, one with a child.

@@ -1,8 +1,11 @@
 """Bundles and the registry: nothing altered is loaded, nothing is registered twice, every refusal says the way out."""
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,3 +262,31 @@ def test_mlflow_is_quiet_and_imported_only_when_spoken_to(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "1\n"
     assert not [line for line in done.stderr.splitlines() if "mlflow" in line or "alembic" in line]
+
+
+@pytest.mark.slow
+def test_a_server_that_proxies_files_does_as_sqlite_does(tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts",
+        "--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", str(tmp_path / "files"),
+    ]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        registry = Registry(f"http://127.0.0.1:{port}")
+        for _ in range(120):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        assert registry.champion("delay") is None
+        assert registry.register(trained(0), "a", {"p": 1}, {"auc": 0.5}) == "1"
+        assert registry.register(trained(0), "a") == "1"
+        assert registry.register(trained(1), "b") == "2"
+        registry.promote("delay", "2", "better")
+        version, folder = registry.resolve("delay")
+        assert (version, load(folder).booster) == ("2", trained(1).booster)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

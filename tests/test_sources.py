@@ -14,9 +14,11 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from transforms.batches import batch
 from transforms.contracts import EPOCH, MICROSECOND, Contract, holds, judge
 from transforms.inventory import ALWAYS, slices_of
 from transforms.sources import read_slices, repeats_of, without_repeats
+from transforms.tables import Target, commit, write_files
 
 T0 = datetime(2020, 1, 1, tzinfo=UTC)
 NOW = (datetime(2021, 1, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
@@ -441,3 +443,13 @@ def test_dates_are_read_as_dates(tmp_path: Path) -> None:
     dated = Source("sales", time="at", columns={"day": pl.Date})
     write(tmp_path, pl.DataFrame({"at": [T0], "day": [date(1969, 12, 31)]}, schema=dated.schema))
     assert read(tmp_path, Contract(dated, tuple(dated.schema), now=NOW))[0]["day"][0] == date(1969, 12, 31)
+
+
+def test_a_delta_table_is_a_source_as_of_its_newest_version(tmp_path: Path) -> None:
+    folder = str(tmp_path / "my sources" / "sales")
+    schema = pa.schema([("at", pa.timestamp("us", "UTC")), ("id", pa.int64()), ("k", pa.string()), ("v", pa.float32()), ("w", pa.float64()), ("date", pa.date32())])  # fmt: skip
+    for i, frame in enumerate((rows({"id": 1}), rows({"id": 2}, {"id": 3}))):
+        dated = batch(frame.with_columns(date=pl.lit(date(2020, 1, 1))), schema)
+        target = Target(folder, schema, None, f"run-{i}", i - 1 if i else None)
+        commit(target, write_files(dated, folder, target.run_id))
+    assert sorted(read(tmp_path / "my sources")[0]["id"]) == [2, 3]

@@ -11,12 +11,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.reporting import execute
 from schemas.errors import AnomalyError, ContractError, DefinitionError
 from transforms.inputs import Tally
 from transforms.publication import (
-    CommitChecked,
+    AlsoChecked,
+    Check,
     Rules,
     Validate,
     check_dead,
@@ -28,7 +30,7 @@ from transforms.publication import (
     statistics_path,
 )
 from transforms.statistics import Statistics, describe, described, proto
-from transforms.tables import Committed, Target, WriteFiles, newest
+from transforms.tables import CommitFiles, Committed, Target, WriteFiles, newest
 from transforms.validation import infer_schema, parse_schema, schema_text, tfdv, update_schema, validate
 
 SCHEMA = pa.schema([
@@ -171,7 +173,7 @@ class Shop:
     table: str
     schema: Path
 
-    def check(self, run_id: str, day: date, **rules: object) -> object:
+    def check(self, run_id: str, day: date, **rules: object) -> Check:
         asked = Rules(str(self.schema), **rules)  # type: ignore[arg-type]
         return make_check(
             asked, self.table, newest(self.table), run_id, day, day, "out/dead", "--definition d --store s"
@@ -182,11 +184,13 @@ class Shop:
         target = Target(self.table, SCHEMA, (day,), run_id, newest(self.table), metadata={"view": "departure_delay"})
         pipeline = beam.Pipeline()
         features = pipeline | beam.Create([batch.slice(0, 400), batch.slice(400)], reshuffle=False)
-        written = features | WriteFiles(self.table, run_id)
-        described = features | Statistics(COLUMNS)
         tallies = pipeline | "Tallies" >> beam.Create([{"schedule": Tally("schedule", 1000 + dead, 1000, dead=dead)}])
         letters = pipeline | "Letters" >> beam.Create([Committed(0, 0, 0, (), False)])
-        _ = (written, described, tallies, letters) | Validate(check) | CommitChecked(target)  # type: ignore[arg-type]
+        checked = features | Statistics(COLUMNS) | Validate(check, AsSingleton(tallies), AsSingleton(letters))
+        commit = CommitFiles(
+            target, AlsoChecked(lambda table, tallies: {"mine": "too"}), (AsSingleton(tallies), AsSingleton(checked))
+        )
+        _ = features | WriteFiles(self.table, run_id) | commit
         execute(pipeline)
 
     def visible(self) -> int:
@@ -237,7 +241,7 @@ def test_allowed_anomalies_are_recorded_in_the_commit(shop: Shop) -> None:
     (entry,) = shop.commits()
     assert entry["allow_anomalies"] == "true"
     assert [each["feature"] for each in json.loads(str(entry["anomalies"]))] == ["carrier"]
-    assert entry["view"] == "departure_delay"
+    assert (entry["view"], entry["mine"]) == ("departure_delay", "too")
 
 
 def test_statistics_stand_beside_the_table_and_are_named_in_its_commit(shop: Shop) -> None:

@@ -27,7 +27,7 @@ class RecordBatchCoder(coders.Coder):
         return True
 
     def estimate_size(self, value: pa.RecordBatch) -> int:
-        return int(value.get_total_buffer_size() if value.num_rows == 0 else value.nbytes)
+        return int(value.nbytes)
 
     def to_type_hint(self) -> type:
         return pa.RecordBatch  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND, Contract
-from transforms.tables import WRITERS, open_table
+from transforms.tables import WRITERS, open_table, paths_of
 
 ALWAYS = -(2**62)
 
@@ -52,7 +52,7 @@ def files_of(root: str, source: Source) -> list[str]:
     folder = source_uri(root, source.name)
     table = open_table(folder) if _has_log(folder) else None
     if table is not None:
-        return sorted(uri.removeprefix("file://") for uri in table.file_uris())
+        return paths_of(table)
     paths = sorted(
         path
         for path in _parquet_files(folder)

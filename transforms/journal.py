@@ -55,22 +55,29 @@ class Turn:
     entry: bytes
 
 
-def micro_packet(parts: Sequence[tuple[str, int, int, int, int, Decoded]], index: int | None = None) -> bytes:
-    """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet."""
+def micro_packet(parts: Sequence[tuple[str, int, int, int, int, Decoded]], arrived: int, index: int | None = None, came: int = 0) -> bytes:
+    """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet.
+
+    Args:
+        parts: see above.
+        arrived: when the last of the messages did, µs.
+        index: place in the order of a replay.
+        came: when Millrace got them, µs; a hole before them is waited on from then.
+    """
     head, frames = [], {}
     for i, (source, partition, first, after, messages, held) in enumerate(parts):
         head.append([source, partition, first, after, messages, held.heartbeat])
         frames[f"{i}r"] = held.rows
         if len(held.letters):
             frames[f"{i}l"] = held.letters
-    return pack({"kind": "micro", "index": index, "parts": head}, frames)
+    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head}, frames)
 
 
-def micros(packet: bytes, came: int) -> list[Micro]:
+def micros(packet: bytes) -> list[Micro]:
     head, frames = unpack(packet)
     none = pl.DataFrame(schema=LETTERS)
     return [
-        Micro(*part, rows=frames[f"{i}r"], letters=frames.get(f"{i}l", none), came=came)
+        Micro(*part, rows=frames[f"{i}r"], letters=frames.get(f"{i}l", none), came=head["came"])
         for i, part in enumerate(head["parts"])
     ]
 
@@ -83,7 +90,7 @@ class Journal:
         self.groups = groups_of(view)
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
         self.clock = Clock({name: Rule.of(source) for name, source in self.sources.items()})
-        self.turn_number = 0
+        self.turn_number, self.began = 0, 1
         self.sent = [0] * shards
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.horizon = ALWAYS
@@ -98,12 +105,13 @@ class Journal:
 
     def head(self) -> dict[str, Any]:
         return {
-            "turn": self.turn_number, "sent": self.sent, "clock": self.clock.to_json(), "horizon": self.horizon, "counts": self.counts,
+            "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.clock.to_json(), "horizon": self.horizon, "counts": self.counts,
             "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
         }  # fmt: skip
 
     def load(self, head: Mapping[str, Any]) -> None:
-        self.turn_number, self.sent, self.horizon = head["turn"], list(head["sent"]), head["horizon"]
+        self.turn_number, self.began, self.horizon = head["turn"], head["began"], head["horizon"]
+        self.sent = list(head["sent"])
         self.clock.load(head["clock"])
         self.counts = {name: dict(each) for name, each in head["counts"].items()}
         self.next = {name: {int(k): v for k, v in each.items()} for name, each in head["next"].items()}
@@ -283,6 +291,11 @@ class Journal:
         """Questions up to this time can be answered."""
         return min([FOREVER, *(self.clock.complete(name, now) for name in self.view.events)])
 
+    def answerable(self, now: int) -> bool:
+        """Whether some waiting question can be answered as things stand."""
+        oldest = self.oldest_pending()
+        return oldest is not None and oldest <= self.bound(now)
+
     def _ready(self, now: int) -> pl.DataFrame:
         taken = self.stores[PENDING].take_before(self.bound(now))
         if not taken:
@@ -307,6 +320,11 @@ class Journal:
         oldest = [int(frame[self.view.time].to_physical().min()) for frame in self.stores[PENDING].all()]  # type: ignore[arg-type]
         return min(oldest, default=None)
 
+    @property
+    def last(self) -> bool:
+        """Whether every partition says that nothing follows."""
+        return all(each and all(one.promise >= FOREVER for one in each.values()) for each in self.clock.partitions.values())
+
     def cut(self) -> str:
         """Next offset per partition, `source/partition:offset` in order, as text."""
         return ",".join(
@@ -330,7 +348,7 @@ class Journal:
                 shards[number] = pack({"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames)
                 self.sent[number] += 1
         entry = pack({
-            "turn": self.turn_number, "questions": len(ready), "next": self.head()["next"], "clock": self.clock.to_json(),
+            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "next": self.head()["next"], "clock": self.clock.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
         return Turn(self.turn_number, shards, questions, entry)

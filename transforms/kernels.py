@@ -18,6 +18,7 @@ from schemas.expressions import canonical
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.lifetime import Carried, Summary, is_lifetime, summary_name
 from transforms.windows import Bools, Column, Ints, statistic
 
 # Rows that the general path (event_time) may hold at once.
@@ -37,6 +38,8 @@ def compute(
         spine: the spine source's columns, any order of rows.
         tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
             irrelevant), repeats by `unique` already removed; dimensions with one row per key.
+            For windows over all history they hold all of it; or, under `lifetime.summary_name`, the `Summary` of what came
+            before the events that they hold.
         gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
 
     Returns:
@@ -77,7 +80,10 @@ def gathered(
             return [series for feature in group for series in looked_up(feature, frame, table)]  # type: ignore[arg-type]
         with computing(f"where of {first.name!r}"):
             events = table if first.where is None else table.filter(first.where)
-        history = History(first.source, first.keys, events, frame, view.time)
+        lifetime = any(map(is_lifetime, group)) and tables.get(
+            summary_name(first.source.name, first.keys, None if first.where is None else canonical(first.where))
+        )
+        history = History(first.source, first.keys, events, frame, view.time, lifetime or None)
         return [
             series
             for each in group
@@ -123,7 +129,19 @@ def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> 
 def latest(feature: Latest, history: History) -> list[pl.Series]:
     """Columns of the last row in `[t − max_age, t)`."""
     last, found = history.spread(history.windows(feature.length, ordered=True), _last)
-    return _taken(history.events, feature.renamed, last, found)
+    own = _taken(history.events, feature.renamed, last, found)
+    if feature.length is not None or history.carried is None:
+        return own
+    before = history.restored(history.carried.value("latest")).struct.unnest()
+    return [
+        pl.select(
+            pl.when(pl.Series(found))
+            .then(series)
+            .otherwise(stored(pl.lit(before[column]), series.dtype))
+            .alias(series.name)
+        ).to_series()
+        for column, series in zip(feature.renamed, own, strict=True)
+    ]
 
 
 def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
@@ -139,7 +157,11 @@ def trailing(feature: Trailing, history: History) -> list[pl.Series]:
 
 
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
+    carried = history.carried if wanted.length is None else None
+
     def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+        if carried is not None and wanted.stat not in ORDERED:
+            return carried.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
         if wanted.column == "*":
             return hi - lo, np.ones(len(lo), np.bool_)
         values, valid = statistic(history.column(wanted.column, rows), wanted.stat, lo, hi)
@@ -147,7 +169,13 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
 
     values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
     if wanted.stat in ORDERED:
-        return _taken(history.events, {wanted.column: wanted.name}, values, valid)[0]
+        (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
+        if carried is None:
+            return own
+        before = stored(pl.lit(history.restored(carried.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        return pl.select(
+            pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
+        ).to_series()
     if wanted.stat in ("count", "n_unique"):
         return pl.Series(wanted.name, values, pl.Int64)
     with np.errstate(over="ignore"):
@@ -178,7 +206,13 @@ class History:
     """A source's events grouped by key and sorted by position in time, and where each spine row's windows lie in them."""
 
     def __init__(
-        self, source: Source, keys: Sequence[tuple[str, str]], events: pl.DataFrame, spine: pl.DataFrame, time: str
+        self,
+        source: Source,
+        keys: Sequence[tuple[str, str]],
+        events: pl.DataFrame,
+        spine: pl.DataFrame,
+        time: str,
+        summary: Summary | None = None,
     ) -> None:
         left, right = codes(spine, events, keys)
         if (right < 0).any():
@@ -191,6 +225,15 @@ class History:
         self.events = events
         self.known = None if source.event_time is None else known
         self._columns: dict[tuple[str, bool], Column] = {}
+        self.until, self.carried = None, None
+        if summary is not None:
+            mine, theirs = codes(spine, summary.frame, keys)
+            row = np.full(int(theirs.max(initial=0)) + 2, -1, np.int64)
+            row[theirs] = np.arange(len(theirs))
+            self.until, self.carried = (
+                summary.until,
+                Carried(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
+            )
 
     @functools.cached_property
     def rows(self) -> Ints:
@@ -213,7 +256,7 @@ class History:
     def windows(self, length: int | None, ordered: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
         """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `sorting.spine_order`."""
         rows = self.ordered_rows if ordered else self.rows
-        lo, hi = self.sorting.bounds(length)
+        lo, hi = self.sorting.bounds(length, self.until)
         if self.known is None:
             yield rows, lo, hi
             return
@@ -271,6 +314,12 @@ class History:
         result[self.sorting.spine_order] = values[0] if len(values) == 1 else np.concatenate(values)
         return result, valid
 
+    def restored(self, series: pl.Series) -> pl.Series:
+        """A series in the order of windows, in the spine's order of rows."""
+        back = np.empty(len(series), np.int64)
+        back[self.sorting.spine_order] = np.arange(len(series))
+        return series.gather(pl.Series(back))
+
 
 class Sorting:
     """Events and spine rows under one integer key, code · span + time, so that a window is two binary searches."""
@@ -306,10 +355,10 @@ class Sorting:
         found = np.searchsorted(self.sorted_keys, self.sorted_codes * self.span + self._place(times), "left")
         return np.where(self.sorted_codes < 0, 0, found).astype(np.int64)
 
-    def bounds(self, length: int | None) -> tuple[Ints, Ints]:
-        """`[t − length, t)` per spine row, in `spine_order`."""
+    def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
+        """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
         if length not in self._starts:
-            far = np.full(len(self.sorted_moments), -(2**62), np.int64)
+            far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
             self._starts[length] = self._search(far if length is None else self.sorted_moments - length)
         return self._starts[length], self.ends
 

@@ -13,7 +13,7 @@ from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.inputs import Tally, digests_read
 from transforms.staleness import EMPTY, Current, Manifest, advance
-from transforms.tables import metadata_of, write_aside
+from transforms.tables import metadata_of, root_of, write_aside
 
 FOLDER = "_manifests"  # Delta leaves folders with an underscore alone
 
@@ -27,7 +27,7 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
     name = None if table is None else metadata_of(table, "manifest")
     if table is None or name is None:
         return EMPTY
-    path = FileSystems.join(table.table_uri.removeprefix("file://").rstrip("/"), FOLDER, name)
+    path = FileSystems.join(root_of(table), FOLDER, name)
     try:
         with FileSystems.open(path) as handle:
             return Manifest.from_json(handle.read().decode())

@@ -1,23 +1,25 @@
-"""Between written files and their commit: is this what the use case's schema says, and were few enough rows set aside?"""
+"""Before features are committed: are they what the use case's schema says, and were few enough rows set aside?"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, timedelta
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam import pvalue
 from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
 
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
-from transforms.inputs import Tally, Written
-from transforms.tables import Committed, Target, commit, open_table, write_aside
+from transforms.commits import commits
+from transforms.inputs import Tally
+from transforms.tables import Committed, write_aside
 from transforms.validation import Anomaly, parse_schema, parse_statistics, validate
 
 log = logging.getLogger("millrace.validation")
@@ -26,8 +28,6 @@ log = logging.getLogger("millrace.validation")
 FOLDER = "_statistics"
 HISTORY = 1000
 _SHOWN = 10
-
-Checked = tuple[Written, Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def statistics_path(table: str, run_id: str) -> str:
 
 
 def read_statistics(path: str) -> Any:
-    """Statistics that `check_written` wrote.
+    """Statistics that `check_statistics` wrote.
 
     Raises:
         StoreError: they cannot be read.
@@ -130,9 +130,7 @@ def committed_statistics(table: str, version: int | None) -> list[dict[str, Any]
     """Commits up to `version` that name their statistics, newest first: what their metadata says."""
     if version is None:
         return []
-    opened = open_table(table, version)
-    assert opened is not None
-    return [entry for entry in opened.history(HISTORY) if entry.get("statistics")]
+    return [entry for entry in itertools.islice(commits(table, version), HISTORY) if entry.get("statistics")]
 
 
 def previous_statistics(table: str, version: int | None, first: date, run_id: str) -> tuple[str, bytes | None]:
@@ -167,37 +165,38 @@ def read_account(table: str, run_id: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Validate(beam.PTransform):
-    """PCollections of one element each (files written, statistics, tallies by source, dead letters' commit) → PCollection[Checked].
+    """PCollection of one `DatasetFeatureStatisticsList` → PCollection of one dict: metadata for the commit that may follow.
 
-    Dead letters come first, so that they can be looked at whatever is found.  Anomalies fail the step, and the run.
+    Anomalies, or too many dead rows, fail the step and the run.  A commit that takes the dict as a side input waits for it.
+
+    Args:
+        tallies: per source, as a side input.
+        letters: the dead letters' commit, as a side input: they can be looked at whatever is found.
     """
 
     check: Check
+    tallies: beam.pvalue.AsSideInput
+    letters: beam.pvalue.AsSideInput
 
-    def expand(self, inputs: tuple[beam.PCollection, ...]) -> beam.PCollection:
-        files, *others = inputs
-        return files | "Check" >> beam.Map(check_written, self.check, *map(pvalue.AsSingleton, others))
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class CommitChecked(beam.PTransform):
-    """PCollection[Checked] of one element → PCollection[Committed] of one element; what the check found is kept with the commit."""
-
-    target: Target
-
-    def expand(self, checked: beam.PCollection) -> beam.PCollection:
-        return checked | "Commit" >> beam.Map(commit_checked, self.target).with_output_types(Committed)
+    def expand(self, statistics: beam.PCollection) -> beam.PCollection:
+        return statistics | "Check" >> beam.Map(check_statistics, self.check, self.tallies, self.letters)
 
 
-def commit_checked(checked: Checked, target: Target) -> Committed:
-    files, metadata = checked
-    return commit(dataclasses.replace(target, metadata={**(target.metadata or {}), **metadata}), files)
+@dataclasses.dataclass(frozen=True)
+class AlsoChecked:
+    """`prepare` of a `CommitFiles` whose last side input is what `Validate` found: its own metadata and that."""
+
+    prepare: Callable[..., Mapping[str, str]]
+
+    def __call__(self, table: DeltaTable | None, *side: Any) -> dict[str, str]:
+        *own, checked = side
+        return {**self.prepare(table, *own), **checked}
 
 
-def check_written(
-    files: Written, check: Check, statistics: Any, tallies: Mapping[str, Tally], letters: Committed
-) -> Checked:
-    """The files, if they may be committed, and what to keep with the commit.
+def check_statistics(
+    statistics: Any, check: Check, tallies: Mapping[str, Tally], letters: Committed | None = None
+) -> dict[str, str]:
+    """What to keep with the commit, if there may be one.  Statistics and account are written whatever is found.
 
     Raises:
         ContractError: too many rows of a source were set aside.
@@ -225,7 +224,7 @@ def check_written(
     }  # fmt: skip
     if check.rules.allow_anomalies:
         metadata |= {"allow_anomalies": "true", "anomalies": json.dumps(anomalies[:_SHOWN], ensure_ascii=False)}
-    return files, metadata
+    return metadata
 
 
 def check_dead(check: Check, tallies: Mapping[str, Tally]) -> None:

@@ -133,7 +133,7 @@ class Registry:
                     repr(str(version)),
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
-            folder = _local(client.get_model_version_download_uri(name, str(version)))
+            folder = _local(client.get_model_version_download_uri(name, str(version)), self.uri)
         if (expected := found.tags.get(DIGEST)) is None:
             value = f"version {version} of {name!r} without the tag {DIGEST}"
             raise StoreError(
@@ -260,11 +260,14 @@ _MLFLOW_TYPES = {
 
 def _mlflow() -> Any:
     """MLflow, without its telemetry, its advice and the minutes it would wait for a server that is not there."""
-    for name, value in {
+    settings = {
         "DISABLE_TELEMETRY": "true",
+        "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "HTTP_REQUEST_MAX_RETRIES": "3",
         "HTTP_REQUEST_TIMEOUT": "30",
-    }.items():
+    }
+    for name, value in settings.items():
         os.environ.setdefault(f"MLFLOW_{name}", value)
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
@@ -308,14 +311,14 @@ def _require_sqlite(path: Path, write: bool) -> None:
         raise StoreError("The model registry is a SQLite file that can be used", f"{path}: {error}", fix) from None
 
 
-def _local(uri: str) -> str:
+def _local(uri: str, tracking_uri: str) -> str:
     """Where `load` reads the artifacts at `uri`."""
     parts = urlparse(uri)
     if parts.scheme in ("", "file"):
         return unquote(parts.path)
     if parts.scheme in ("gs", "s3", "hdfs", "abfss"):
         return uri
-    return str(_mlflow().artifacts.download_artifacts(uri))
+    return str(_mlflow().artifacts.download_artifacts(uri, tracking_uri=tracking_uri))
 
 
 def _user() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any
+from urllib.parse import unquote
 
 import apache_beam as beam
 import polars as pl
@@ -25,12 +27,15 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 
 from schemas.errors import StoreError
 from transforms.batches import batch
+from transforms.commits import commits
 
 _TYPES = {
     pa.int8(): "byte", pa.int16(): "short", pa.int32(): "integer", pa.int64(): "long", pa.float32(): "float", pa.float64(): "double",
     pa.string(): "string", pa.bool_(): "boolean", pa.date32(): "date", pa.timestamp("us", "UTC"): "timestamp",
 }  # fmt: skip
 READ_ROWS = 250_000
+# By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
+_KEPT = {"delta.enableExpiredLogCleanup": "false"}
 WRITERS = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 TRIES = 20
 
@@ -92,12 +97,22 @@ def newest(uri: str) -> int | None:
     return None if table is None else int(table.version())
 
 
+def root_of(table: DeltaTable) -> str:
+    """The table's folder; delta-rs writes it, and paths below it, as URIs do, with %20 for a space."""
+    uri = table.table_uri.rstrip("/")
+    return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else str(uri)
+
+
+def paths_of(table: DeltaTable) -> list[str]:
+    """Where every file of the table lies, sorted."""
+    return sorted(FileSystems.join(root_of(table), unquote(path)) for path in _actions(table)["path"])
+
+
 def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
     """The files of the table's dates in `[start, end)`, in order of date and path."""
-    root = table.table_uri.removeprefix("file://").rstrip("/")
-    actions = _actions(table)
+    root, actions = root_of(table), _actions(table)
     files = [
-        DataFile(FileSystems.join(root, path), day, rows, size)
+        DataFile(FileSystems.join(root, unquote(path)), day, rows, size)
         for path, day, rows, size in zip(
             actions["path"], actions["partition.date"], actions["num_records"], actions["size_bytes"], strict=True
         )
@@ -325,7 +340,7 @@ def commit(
             )
             if table is None:
                 create_table_with_add_actions(
-                    target.uri, schema, actions, mode="error", partition_by=parts, commit_properties=properties
+                    target.uri, schema, actions, mode="error", partition_by=parts, configuration=_KEPT, commit_properties=properties
                 )
                 return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
             # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
@@ -402,7 +417,7 @@ def _actions(table: DeltaTable) -> dict[str, list[Any]]:
 
 def _committed_version(table: DeltaTable, run_id: str) -> int:
     """The version that the run `run_id` made."""
-    for entry in table.history(200):
+    for entry in itertools.islice(commits(table.table_uri, table.version()), 200):
         if entry.get("run_id") == run_id:
             return int(entry["version"])
     return int(table.version())
@@ -423,8 +438,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def metadata_of(table: DeltaTable, name: str) -> str | None:
-    """The value last committed under `name` in a commit's metadata."""
-    for entry in table.history():
+    """The value last committed under `name` in a commit's metadata, as of the handle's version."""
+    for entry in commits(table.table_uri, table.version()):
         if entry.get(name) is not None:
             return str(entry[name])
     return None

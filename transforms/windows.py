@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+# Exponent of two to one digit per window.
+Digits = dict[int, Ints]
 
 # A digit holds 32 bits, which leaves 31 for the sum of a window: 2 billion of the largest digits.
 DIGIT = 32
@@ -32,45 +36,72 @@ class ExactSum:
     """Prefix sums of `values` as fixed-point digits of 32 bits: any window's sum is exact."""
 
     def __init__(self, *parts: Floats) -> None:
-        digits: dict[int, Ints] = {}
-        for values in parts:
-            for unit, digit in _digits(values):
-                digits[unit] = digits[unit] + digit if unit in digits else digit
-        # Every unit between the least and the greatest, so that a carry always has a place; None where all digits are 0.
-        self.units = range(min(digits), max(digits) + 1, DIGIT) if digits else range(0)
-        self.prefix = [_prefix(digits[unit]) if unit in digits else None for unit in self.units]
+        self.prefix = {unit: _prefix(digit) for unit, digit in decompose(*parts).items()}
 
-    def _canonical(self, lo: Ints, hi: Ints) -> list[tuple[int, Floats]]:
-        """Digits of each window's sum with carries resolved, least first: one representation per exact sum."""
-        result: list[tuple[int, Floats]] = []
-        total = np.zeros(len(lo), np.int64)
-        for unit, prefix in zip(self.units, self.prefix, strict=True):
-            if prefix is not None:
-                total += prefix[hi]
-                total -= prefix[lo]
-            if unit == self.units[-1]:
-                break
-            carry = total + (1 << (DIGIT - 1))
-            carry >>= DIGIT
-            total -= carry << DIGIT
-            result.append((unit, total.astype(np.float64)))
-            total = carry
-        if self.units:
-            result += _halves(total, self.units[-1])
-        return result
+    def digits(self, lo: Ints, hi: Ints) -> Digits:
+        """Sum per window as digits, carries not resolved: adding the digits of two windows adds their sums."""
+        return {unit: prefix[hi] - prefix[lo] for unit, prefix in self.prefix.items()}
 
     def total(self, lo: Ints, hi: Ints) -> Floats:
-        """Sum per window, correctly rounded to float64, as `math.fsum` rounds it."""
-        parts = [_scaled(digit, unit) for unit, digit in self._canonical(lo, hi)]
-        if len(parts) <= 2:  # one addition rounds once
-            return sum(parts, np.zeros(len(lo)))
-        high, low = _paired(parts, len(lo))
-        return high + low
+        """Sum per window, float64."""
+        return total(self.digits(lo, hi), len(lo))
 
-    def pair(self, lo: Ints, hi: Ints) -> tuple[Floats, Floats]:
-        """Sum per window as an unevaluated sum of two float64 (106 bits)."""
-        parts = [_scaled(digit, unit) for unit, digit in self._canonical(lo, hi)]
-        return _two_sum(*_paired(parts, len(lo)))
+
+def _canonical(digits: Digits) -> list[Floats]:
+    """Digits with carries resolved, least first, scaled: one representation per exact sum."""
+    result: list[tuple[int, Floats]] = []
+    carry: Ints | int = 0
+    # Every unit between the least and the greatest, so that a carry always has a place.
+    units = range(min(digits), max(digits) + 1, DIGIT) if digits else range(0)
+    for unit in units:
+        total = digits[unit] + carry if unit in digits else np.asarray(carry) + np.zeros_like(digits[units[0]])
+        if unit == units[-1]:
+            result += _halves(total, unit)
+            break
+        carry = (total + (1 << (DIGIT - 1))) >> DIGIT
+        result.append((unit, (total - (carry << DIGIT)).astype(np.float64)))
+    return [_scaled(digit, unit) for unit, digit in result]
+
+
+def total(digits: Digits, rows: int) -> Floats:
+    """Sum per window, correctly rounded to float64, as `math.fsum` rounds it."""
+    parts = _canonical(digits)
+    if len(parts) <= 2:  # one addition rounds once
+        return sum(parts, np.zeros(rows))
+    high, low = _paired(parts, rows)
+    return high + low
+
+
+def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
+    """Sum per window as an unevaluated sum of two float64 (106 bits)."""
+    return _two_sum(*_paired(_canonical(digits), rows))
+
+
+def variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
+    """Unbiased variance (n − 1) of windows of `n` ≥ 2 values, from the digits of Σx and Σx².
+
+    `extreme` gives the least (or largest) values of the windows it is asked for.
+    """
+    count = n.astype(np.float64)
+    sum_high, sum_low = pair(sums, len(n))
+    square_high, square_low = pair(squares, len(n))
+    # n·Σx² − (Σx)², each to 106 bits.
+    a, a_error = _two_product(count, square_high)
+    a_error += count * square_low
+    b, b_error = _two_product(sum_high, sum_high)
+    b_error += 2 * sum_high * sum_low
+    spread = (a - b) + (a_error - b_error)
+    # Where cancellation leaves fewer than 40 good bits the window is constant, or is one of the few done in integers.
+    doubtful = np.flatnonzero(spread <= np.ldexp(np.abs(a), -60))
+    varied = doubtful[extreme(doubtful, False) < extreme(doubtful, True)]
+    spread[doubtful] = 0.0
+    for i in varied:
+        spread[i] = float(int(n[i]) * _exact(squares, i) - _exact(sums, i) ** 2)
+    return spread / count / (count - 1)
+
+
+def _exact(digits: Digits, i: np.int64) -> Fraction:
+    return sum((Fraction(int(digit[i])) * Fraction(2) ** unit for unit, digit in digits.items()), Fraction(0))
 
 
 def _paired(parts: list[Floats], rows: int) -> tuple[Floats, Floats]:
@@ -101,6 +132,20 @@ def _halves(total: Ints, unit: int) -> list[tuple[int, Floats]]:
         return [(unit, total.astype(np.float64))]
     carry = (total + (1 << (DIGIT - 1))) >> DIGIT
     return [(unit, (total - (carry << DIGIT)).astype(np.float64)), (unit + DIGIT, carry.astype(np.float64))]
+
+
+def decompose(*parts: Floats) -> Digits:
+    """Per value the digits of the sum of its `parts`."""
+    digits: Digits = {}
+    for values in parts:
+        for unit, digit in _digits(values):
+            digits[unit] = digits[unit] + digit if unit in digits else digit
+    return digits
+
+
+def squared(values: Floats) -> tuple[Floats, Floats]:
+    """x² and its rounding error."""
+    return _two_product(values, values)
 
 
 def _digits(values: Floats) -> list[tuple[int, Ints]]:
@@ -230,7 +275,7 @@ class Column:
 
     @functools.cached_property
     def squares(self) -> ExactSum:
-        return ExactSum(*_two_product(self.numbers, self.numbers))
+        return ExactSum(*squared(self.numbers))
 
     @functools.cached_property
     def distinct(self) -> tuple[Floats, WaveletMatrix]:
@@ -260,27 +305,12 @@ class Column:
         return np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))
 
     def variance(self, lo: Ints, hi: Ints) -> Floats:
-        """Unbiased variance (n − 1) of windows of at least two values."""
-        n = (hi - lo).astype(np.float64)
-        sum_high, sum_low = self.sums.pair(lo, hi)
-        square_high, square_low = self.squares.pair(lo, hi)
-        # n·Σx² − (Σx)², each to 106 bits.
-        a, a_error = _two_product(n, square_high)
-        a_error += n * square_low
-        b, b_error = _two_product(sum_high, sum_high)
-        b_error += 2 * sum_high * sum_low
-        spread = (a - b) + (a_error - b_error)
-        # Where cancellation leaves fewer than 40 good bits the window is constant, or is one of the few done the long way.
-        doubtful = np.flatnonzero(spread <= np.ldexp(np.abs(a), -60))
-        least, most = (self.extreme(lo[doubtful], hi[doubtful], largest) for largest in (False, True))
-        spread[doubtful] = 0.0
-        for i in doubtful[least < most]:
-            window = self.numbers[lo[i] : hi[i]]
-            rest = window - math.fsum(window) / n[i]
-            spread[i] = (
-                math.fsum(rest**2) * n[i] - math.fsum(rest) ** 2
-            )  # the mean was rounded, and `rest` shows by how much
-        return spread / n / (n - 1)
+        """Unbiased variance of windows of at least two values."""
+
+        def extreme(at: Ints, largest: bool) -> Floats:
+            return self.extreme(lo[at], hi[at], largest)
+
+        return variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
 
 
 def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArray[np.generic], Bools]:
@@ -312,10 +342,9 @@ def _number(column: Column, stat: str, lo: Ints, hi: Ints) -> Floats:
             return column.sums.total(lo, hi)
         case "mean":
             return column.sums.total(lo, hi) / (hi - lo)
-        case "var":
-            return column.variance(lo, hi)
-        case "std":
-            return np.sqrt(column.variance(lo, hi))
+        case "var" | "std":
+            spread = column.variance(lo, hi)
+            return spread if stat == "var" else np.sqrt(spread)
         case "min" | "max":
             return column.extreme(lo, hi, stat == "max")
         case "median":

@@ -63,7 +63,7 @@ class Broker(Service):
     ) -> None:
         super().__init__(folder)
         self.properties, self.jvm = {**PROPERTIES, **(properties or {})}, jvm
-        self.cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self.cluster = "K" + urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]  # a dash in front would be a flag
 
     @property
     def bootstrap(self) -> str:

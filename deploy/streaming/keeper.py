@@ -23,7 +23,6 @@ PR_SET_PDEATHSIG = 1
 
 def die_with_parent() -> None:
     """Between fork and exec: should the keeper itself be killed, its command dies too (Linux)."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -39,6 +38,7 @@ def signal_group(pid: int, number: int) -> None:
 
 
 def main(grace: str, log: str, *command: str) -> int:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the parent blocked is nothing to us
     stopping, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)  # SIGTERM and SIGCHLD end the select below

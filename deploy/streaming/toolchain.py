@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from schemas.errors import MillraceError
 
+log = logging.getLogger("millrace.setup")
 POM = Path(__file__).with_name("pom.xml")
 PROFILES = ("broker", "expansion")
 PRISM = "v2.77.0"
@@ -58,20 +61,8 @@ def classpath(profile: str) -> str:
             _require("java", "mvn")
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
                 fresh = Path(folder) / "classpath"
-                _get(
-                    f"the class path of the {profile}",
-                    "Maven",
-                    [
-                        "mvn",
-                        "-B",
-                        "-f",
-                        str(POM),
-                        "-P",
-                        profile,
-                        "dependency:build-classpath",
-                        f"-Dmdep.outputFile={fresh}",
-                    ],
-                )
+                goal = ["dependency:build-classpath", f"-Dmdep.outputFile={fresh}"]
+                _get(f"the {profile}'s class path", "Maven", ["mvn", "-B", "-f", str(POM), "-P", profile, *goal])
                 fresh.replace(kept)
     return kept.read_text()
 
@@ -89,7 +80,7 @@ def prism() -> Path:
                 _require("go")
                 with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
                     env = {**os.environ, "GOBIN": folder, "CGO_ENABLED": "0"}
-                    _get("Go", ["go", "install", f"{PRISM_MODULE}@{PRISM}"], env)
+                    _get("Prism", "Go", ["go", "install", f"{PRISM_MODULE}@{PRISM}"], env)
                     (Path(folder) / "prism").replace(kept)
     return kept
 
@@ -122,16 +113,15 @@ def _require(*programs: str) -> None:
         raise MissingTool("The live jobs have Java, Maven and Go", "none on PATH", "; ".join(lacking))
 
 
-def _get(who: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+def _get(what: str, through: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    log.info("getting %s through %s, once", what, through)
+    began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        wrong = [line for line in said if "ERROR" in line] or said
-        raise MissingTool(
-            f"{who} gets what the live jobs need",
-            "\n  ".join(["", *wrong[:6]]),
-            f"Run it to see: {' '.join(command[:6])} …",
-        )
+        wrong = "".join(f"\n  {line}" for line in ([line for line in said if "ERROR" in line] or said)[:6])
+        raise MissingTool(f"{through} gets {what}", wrong, f"Run it to see: {shlex.join(command)}")
+    log.info("got %s in %.0f s", what, time.perf_counter() - began)
 
 
 @contextlib.contextmanager
@@ -144,6 +134,7 @@ def _lock(name: str) -> Iterator[None]:
 
 def main() -> int:
     """Get what is not kept here yet, saying so; silent when all is."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         for profile in PROFILES:
             classpath(profile)

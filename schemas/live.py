@@ -1,0 +1,52 @@
+"""Arrow schemas of what live jobs write: accepted rows with their origin, answers with what they could see, dead letters."""
+
+from __future__ import annotations
+
+import polars as pl
+import pyarrow as pa
+
+from schemas.sources import Source
+from schemas.tables import TIME
+from schemas.views import FeatureView
+
+# Where a row came from: topic partition, offset of its message, place in the message; and when it arrived.
+ORIGIN = pa.schema([
+    ("__partition", pa.int32()),
+    ("__offset", pa.int64()),
+    ("__place", pa.int32()),
+    ("__arrived", TIME),
+])  # fmt: skip
+
+# Beside the features of an answer: the next offset per partition it could see (`source/partition:offset,…`), whether the
+# question came late, where the question came from, when it was answered, and the dimensions' versions as JSON.
+ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string())])  # fmt: skip
+
+# Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.
+LIVE_LETTERS = pa.schema([
+    ("source", pa.string()),
+    ("partition", pa.int32()),
+    ("offset", pa.int64()),
+    ("place", pa.int32()),
+    ("field", pa.string()),
+    ("rule", pa.string()),
+    ("value", pa.string()),
+    ("view", pa.string()),
+    ("arrived", TIME),
+    ("date", pa.date32()),
+])  # fmt: skip
+
+
+def accepted(source: Source) -> pa.Schema:
+    """Rows of a source as a live job keeps them: its columns, `ORIGIN`, and `date`, the UTC date of their time.
+
+    A source with `unique` adds what became of the row: whether it counted, and which row (`__instead`) it replaced.
+    """
+    arrow = pl.DataFrame(schema=source.schema).to_arrow().schema
+    fields = [pa.field(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in arrow]
+    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if source.unique else []
+    return pa.schema([*fields, *ORIGIN, *decided, pa.field("date", pa.date32())])
+
+
+def live_schema(view: FeatureView) -> pa.Schema:
+    """Answers: the view's feature table with `ANSWER` beside."""
+    return pa.schema([*view.output_schema, *ANSWER])

@@ -1,0 +1,247 @@
+"""What a store no longer needs: files that no commit named, and files that no kept version names.
+
+Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work, and is
+in no version that readers may still ask for: the newest, those younger than the retention, those a model was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from urllib.parse import unquote
+
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import StoreError
+from transforms.commits import LOG, commits, file_actions, versions
+from transforms.running import Running
+from transforms.tables import open_table, paths_of
+
+MANIFESTS, STATISTICS = "_manifests", "_statistics"
+# Where tables lie in a store, and how many folders below.
+PLACES = {"features": 2, "features_live": 2, "predictions": 1, "dead_letters": 1, "sources": 1}
+# Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
+DATA = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
+ASIDE = re.compile(r"\..+\.\d+-\d+|.+\.json\.part")
+LOG_ASIDE = re.compile(r".*(\.tmp|#\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A file of a store."""
+
+    path: str
+    bytes: int
+    changed: datetime
+
+
+@dataclasses.dataclass(frozen=True)
+class Waste:
+    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest` or `statistics`."""
+
+    file: Stored
+    table: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """A version of a feature table that must stay readable, and for whom.  `table`: its path within the store."""
+
+    table: str
+    version: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What stays: files younger than `orphans`, versions younger than `retention`, both counted back from `now`."""
+
+    now: datetime
+    orphans: timedelta
+    retention: timedelta
+    pins: tuple[Pin, ...] = ()
+    at_work: tuple[Running, ...] = ()
+
+    def owner(self, path: str) -> Running | None:
+        """The run at work that the file may belong to: file names begin with their run's id."""
+        name = path.rsplit("/", 1)[-1].removeprefix(".")
+        return next((run for run in self.at_work if name.startswith((f"{run.run_id}-", f"{run.run_id}."))), None)
+
+
+def at_work(every: Iterable[Running], now: datetime, longest: timedelta) -> tuple[Running, ...]:
+    """Runs that may still be writing: started within `longest`, or launched by a process that lives."""
+    return tuple(each for each in every if now - each.started < longest or each.launcher_lives)
+
+
+def files_below(folder: str) -> Iterator[Stored]:
+    """Every file below `folder`, hidden ones too."""
+    if "://" in folder:
+        for each in FileSystems.match([f"{folder}/**"])[0].metadata_list:
+            yield Stored(each.path, each.size_in_bytes, datetime.fromtimestamp(each.last_updated_in_seconds, UTC))
+        return
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:  # renamed or removed by its writer meanwhile
+                continue
+            yield Stored(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+def tables_below(store: str) -> list[str]:
+    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit yet."""
+    return [
+        f"{place}/{'/'.join(parts)}"
+        for place, depth in PLACES.items()
+        for parts in _folders(FileSystems.join(store, place), depth)
+        if place != "sources" or versions(FileSystems.join(store, place, *parts))
+    ]
+
+
+def _folders(folder: str, depth: int) -> list[tuple[str, ...]]:
+    if "://" in folder:
+        found = (each.path[len(folder) + 1 :] for each in FileSystems.match([f"{folder}/**"])[0].metadata_list)
+        return sorted({tuple(path.split("/")[:depth]) for path in found if path.count("/") >= depth})
+    if not os.path.isdir(folder):
+        return []
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if depth == 1:
+        return [(name,) for name in names]
+    return [(name, *rest) for name in names for rest in _folders(os.path.join(folder, name), depth - 1)]
+
+
+def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
+    """Files of one table that may go.
+
+    Raises:
+        StoreError: the log, or a version that must stay, cannot be read; nothing can be said to be unneeded then.
+    """
+    uri = FileSystems.join(store, *table.split("/"))
+    # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
+    listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
+    needed, once = _paths(uri, table, rules)
+    manifests, runs = _named(uri, table, rules)
+    found = []
+    for file in listed:
+        inside = file.path[len(uri) + 1 :]
+        folder, name = inside.split("/")[0], inside.split("/")[-1]
+        age = rules.now - file.changed
+        if folder == LOG:
+            kind = "aside" if LOG_ASIDE.fullmatch(name) else None
+        elif ASIDE.fullmatch(name):
+            kind = "aside"
+        elif folder == MANIFESTS:
+            kind = "manifest" if name not in manifests else None
+        elif folder == STATISTICS:
+            kind = "statistics" if name.rsplit(".", 1)[0] not in runs else None
+        elif not name.endswith(".parquet") or inside in needed:
+            kind = None
+        elif inside in once:
+            # Whose rows a source's owner may want back is not ours to say.
+            kind = "expired" if not table.startswith("sources/") else None
+        else:
+            kind = "orphan" if DATA.fullmatch(name) else None
+        if kind is not None and age >= rules.orphans:
+            found.append(Waste(file, table, kind))
+    return found
+
+
+def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
+    """Half-written files of runs and examples."""
+    return [
+        Waste(file, place, "aside")
+        for place in ("runs", "examples")
+        for file in files_below(FileSystems.join(store, place))
+        if ASIDE.fullmatch(file.path.rsplit("/", 1)[-1])
+        and rules.now - file.changed >= rules.orphans
+        and not any(f"/{run.run_id}/" in file.path for run in rules.at_work)
+    ]
+
+
+def _kept_versions(uri: str, table: str, rules: Rules) -> tuple[list[int], list[int]]:
+    """(Versions within the retention, with the one they began from; versions older than that which are pinned.)"""
+    every = versions(uri)
+    young: list[int] = []
+    for version in reversed(every):
+        young.insert(0, version)
+        made = next(commits(uri, version)).get("timestamp")
+        if made is not None and rules.now - datetime.fromtimestamp(made / 1000, UTC) >= rules.retention:
+            break
+    newest = every[-1] if every else -1
+    # A version above the newest is of a table that was here before: its files are gone.
+    pinned = {pin.version for pin in rules.pins if pin.table == table and pin.version <= newest}
+    return young, sorted(pinned - set(young))
+
+
+def _paths(uri: str, table: str, rules: Rules) -> tuple[set[str], set[str]]:
+    """(Paths that some kept version names, paths that any commit named)."""
+    young, pinned = _kept_versions(uri, table, rules)
+    if not young:
+        return set(), set()
+    needed: set[str] = set()
+    for version in (young[0], *pinned):
+        opened = open_table(uri, version)
+        if opened is None:
+            raise StoreError("A version that must stay can be read", f"version {version} of {uri}", "Restore its log; nothing was removed")
+        needed |= {path[len(uri.rstrip("/")) + 1 :] for path in paths_of(opened)}
+    once = set(needed)
+    for version in versions(uri):
+        added, removed = file_actions(uri, version)
+        once |= added | removed
+        needed |= added if version in young else set()
+    return needed, once
+
+
+def _named(uri: str, table: str, rules: Rules) -> tuple[set[str], set[str]]:
+    """(Manifests that kept versions and the newest need, runs that committed)."""
+    young, pinned = _kept_versions(uri, table, rules)
+    manifests: set[str] = set()
+    runs: set[str] = set()
+    wanted = {*young, *pinned}
+    # A version's manifest is the last one named up to it.
+    open_ends: set[int] = set(wanted)
+    for entry in commits(uri):
+        runs.add(str(entry.get("run_id")))
+        due = {version for version in open_ends if version >= entry["version"]}
+        if due and entry.get("manifest"):
+            manifests.add(str(entry["manifest"]))
+            open_ends -= due
+    return manifests, runs
+
+
+def remove(waste: Iterable[Waste]) -> tuple[int, int]:
+    """Delete the files; how many and how many bytes.  One that is gone already counts as removed.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    count = size = 0
+    for each in waste:
+        try:
+            if "://" in each.file.path:
+                FileSystems.delete([each.file.path])
+            else:
+                os.remove(each.file.path)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # Beam's file systems raise what they like
+            raise StoreError("The store can be written", f"{each.file.path}: {error}", f"{count} files were removed; grant access, then run the same command again") from None
+        count, size = count + 1, size + each.file.bytes
+    return count, size
+
+
+def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
+    """What must stay for `models`, whose manifests they are by name and version ("buying 3")."""
+    pins = []
+    for name, manifest in models.items():
+        table = manifest.get("feature_table")
+        if isinstance(table, Mapping) and "uri" in table and "version" in table:
+            # Stores may be moved: a table is known by its place in the store.
+            place = "/".join(unquote(str(table["uri"])).rstrip("/").split("/")[-3:])
+            pins.append(Pin(place, int(str(table["version"])), name))
+    return tuple(pins)
