@@ -14,6 +14,7 @@ REQUIRES = [
     "polars>=2.1,<3",
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
+    "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
     "tensorflow>=2.16,<3",
     "tensorflow-data-validation>=1.16.1,<2",

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from beam_pipelines.reporting import guard
 from schemas.errors import DefinitionError, nearest
 
-# Command to (module, what it does); imported when called, since some bring TensorFlow or MLflow along.
+# Command to (module, or module:function, and what it does); imported when called, since some bring TensorFlow or MLflow along.
 COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
     "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
     "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
     "schema": ("beam_pipelines.schema", "infer, check or update the schema.pbtxt that features must keep"),
+    "plan": ("beam_pipelines.plan", "print what `features` would do, and run nothing"),
+    "tables": ("beam_pipelines.store:tables", "list every table of a store"),
+    "trace": ("beam_pipelines.store:trace", "follow a feature row or a prediction back to what it was made from"),
+    "vacuum": ("beam_pipelines.store:vacuum", "remove what no commit names and no kept version needs"),
+    "new": ("beam_pipelines.new", "write a definition that runs"),
 }
 USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
 
@@ -35,7 +40,8 @@ def _main(argv: Sequence[str]) -> int:
         raise DefinitionError(
             f"millrace has the commands {', '.join(COMMANDS)}", repr(command), nearest(command, COMMANDS)
         )
-    return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+    module, _, function = COMMANDS[command][0].partition(":")
+    return int(getattr(importlib.import_module(module), function or "main")(rest))
 
 
 if __name__ == "__main__":

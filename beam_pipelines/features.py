@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 
 import apache_beam as beam
@@ -16,12 +16,13 @@ from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
+from transforms.carrying import CarrySummaries, Segment, Snapshot, segments, snapshots
 from transforms.contracts import day_of
 from transforms.inputs import Tally, add_tallies, conserve
 from transforms.inventory import take_inventory
 from transforms.manifests import WriteManifest, read_manifest
 from transforms.plan import BLOCK_ROWS, Plan, cut, interval
-from transforms.staleness import Current, Stale, examine, find_stale
+from transforms.staleness import Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
 from transforms.tables import (
     CommitFiles,
     Committed,
@@ -105,6 +106,8 @@ class Work:
     stale: Stale
     current: Current
     base: int | None
+    segments: tuple[Segment, ...] = ()
+    since: Mapping[int, Snapshot | None] = dataclasses.field(default_factory=dict)
 
 
 def prepare(options: Options) -> Work:
@@ -139,8 +142,14 @@ def prepare(options: Options) -> Work:
         digest=not current.digests.get(view.spine.name),
         block_rows=options.block_rows,
         shuffled=options.shuffled,
+        summarised=lifetime_sources(view),
     )
-    return Work(plan, stale, current, base)
+    if not lifetime_sources(view):
+        return Work(plan, stale, current, base)
+    usable = {first: None if everything else usable_snapshot(view, manifest, current, first) for first, _ in ranges}
+    since = {first: found and Snapshot(found[0], tuple(found[1])) for first, found in usable.items()}
+    timeless = {name: inventory.timeless(name) for name in view.events if everything}
+    return Work(plan, stale, current, base, segments(view, plan, since, inventory.slices, timeless), since)
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
@@ -150,10 +159,21 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint}
     table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
     of_letters = Target(dead, DEAD_LETTERS, plan.dates, options.run_id, newest(dead), {"view": view.name}, metadata)
-    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
+    left = {each.until: each.files for each in snapshots(view, plan, options.run_id)}
+    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None, left)
 
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
-    features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan)
+    if work.segments:
+        summarise = CarrySummaries(view, plan, options.table, options.run_id, work.since)
+        carried, old_letters, old_tallies = (
+            pipeline | "Segments" >> beam.Create(list(work.segments)) | "History" >> summarise
+        )
+        compute = TrailingFeatures(view, plan, beam.pvalue.AsSingleton(carried), options.table)
+        features, letters, tallies = blocks | "Features" >> compute
+        letters = (letters, old_letters) | "AllLetters" >> beam.Flatten()
+        tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
+    else:
+        features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan)
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)

@@ -7,23 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Sequence
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
 
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import Run, execute, write_json
+from beam_pipelines.reporting import Run, execute, guard, write_json
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.contracts import EPOCH, MICROSECOND
-from transforms.live import DecodeChunks, Live, LiveFeatures
+from transforms.live import DecodeBundles, DecodeChunks, Live, LiveFeatures
 from transforms.live_tables import features_live_uri, last_told, sources_root
-from transforms.replay import Replay, SendChunks
+from transforms.packets import pack, unpack
+from transforms.replay import Replay, SendChunks, sources_of
+from transforms.resume import Start, find_start
 from transforms.shards import groups_of
 from transforms.tables import open_table
+from transforms.topics import Broker, ReadTopics, WriteTopic, answer_messages, begin_offsets, letter_messages, letters_topic, stand, topic_of
+
+log = logging.getLogger("millrace.live")
+ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +47,8 @@ class Options:
     run_id: str
     live: Live
     replay: Replay | None
+    broker: Broker | None
+    sinks: tuple[str, ...]
     beam_args: tuple[str, ...]
 
     @property
@@ -89,22 +104,41 @@ def parse(argv: Sequence[str]) -> Options:
     )  # fmt: skip
     span = {name: (day - EPOCH.date()) // MICROSECOND for name in ("start", "end") if (day := getattr(flags, name)) is not None}
     replay = Replay(sources, **span, partitions=max(flags.partitions, 1), disorder=lengths["disorder"], seed=flags.seed, chunk=max(lengths["chunk"], 1)) if replaying else None
+    if not replaying and flags.bootstrap is None:
+        raise DefinitionError("Live from Kafka, a broker is named", "no --bootstrap", "Add --bootstrap HOST:PORT, or --source replay")
+    broker = Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None
+    if sink != "table" and broker is None:
+        raise DefinitionError("A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table")
     groups_of(definition.view)
-    return Options(definition, flags.run_id, live, replay, tuple(rest))
+    return Options(definition, flags.run_id, live, replay, broker, ("table", "topic") if sink == "both" else (sink,), tuple(rest))
 
 
-def build(pipeline: beam.Pipeline, options: Options) -> None:
-    """The graph: messages → packets → turns → answers → tables."""
-    view = options.definition.view
-    assert options.replay is not None
-    packets = (
-        pipeline
-        | "Start" >> beam.Impulse()
-        | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
-        | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes)
-    )
-    made = packets | "Live" >> LiveFeatures(view, options.live)
+def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None, group: str = "") -> None:
+    """The graph: messages → packets → turns → answers → tables and topics."""
+    view, live = options.definition.view, options.live
+    if options.replay is not None:
+        chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
+        packets = chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes)
+    else:
+        assert options.broker is not None
+        assert start is not None
+        topics = tuple(f"{live.prefix}{name}" for name in sources_of(view))
+        first = pipeline | "Start" >> beam.Create([pack({"kind": "start", "index": None, "start": start.to_json()})])
+        messages = pipeline | "Topics" >> ReadTopics(options.broker, topics, group)
+        decoded = messages | "Decode" >> beam.ParDo(DecodeBundles(view, live.prefix)).with_output_types(bytes)
+        packets = (first, decoded) | "Both" >> beam.Flatten()
+    made = packets | "Live" >> LiveFeatures(view, live)
     _ = made["commits"] | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
+    if "topic" in options.sinks:
+        assert options.broker is not None
+        answers = made["features"] | "AnswerMessages" >> beam.FlatMap(answer_messages, view.fingerprint)
+        _ = answers | "Answers" >> WriteTopic(options.broker, topic_of(view, live.prefix))
+        letters = made["letters"] | "LetterMessages" >> beam.FlatMap(_letter_messages)
+        _ = letters | "Letters" >> WriteTopic(options.broker, letters_topic(view, live.prefix))
+
+
+def _letter_messages(pair: tuple[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    yield from letter_messages(unpack(pair[1])[1]["letters"])
 
 
 def write_status(commit: tuple[bytes, bytes], path: str) -> None:
@@ -112,14 +146,75 @@ def write_status(commit: tuple[bytes, bytes], path: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job until it ends."""
+    """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
     options = parse(argv)
     with Run("features --streaming", options.run_id, options.folder) as run:
-        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
-        build(pipeline, options)
-        execute(pipeline)
+        if options.replay is not None:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+            build(pipeline, options)
+            execute(pipeline)
+        else:
+            run_live(options)
         run.update(summary(options))
     return 0
+
+
+def run_live(options: Options) -> None:
+    """Place the consumers where the tables end, run, and cancel when all is told or somebody says stop."""
+    view, live, broker = options.definition.view, options.live, options.broker
+    assert broker is not None
+    names = list(sources_of(view))
+    begin = begin_offsets(broker, [f"{live.prefix}{name}" for name in names])
+    start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
+    _warn_of_loss(names, begin, start, live.prefix)
+    group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
+    stand(broker, group, {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names})
+    pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
+    build(pipeline, options, start, group)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = pipeline.run()
+        log.info("running: turn %d, reading on from %s", start.turn, json.dumps(start.next))
+        watch(result, os.path.join(options.folder, "status.json"), start.turn)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def watch(result: Any, status: str, turn: int) -> None:
+    """Wait until the job ends, all is told, or a signal comes.
+
+    Raises:
+        StoreError: the job failed.
+    """
+    try:
+        while result.state not in ENDED:
+            time.sleep(0.2)
+            if _told_all(status, turn):
+                break
+        else:
+            if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
+                result.wait_until_finish()
+            return
+    except KeyboardInterrupt:
+        log.info("stopping: what is not committed will be read again")
+    result.cancel()
+
+
+def _told_all(status: str, turn: int) -> bool:
+    try:
+        with open(status) as handle:
+            told = json.load(handle)
+    except (OSError, ValueError):
+        return False
+    return bool(told["last"]) and int(told["turn"]) > turn
+
+
+def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], start: Start, prefix: str) -> None:
+    for name in names:
+        for number, offset in begin[f"{prefix}{name}"].items():
+            due = start.next[name][str(number)]
+            if due < offset:
+                log.warning("%s/%d: the broker no longer has offsets %d to %d; they are counted as skipped", name, number, due, offset - 1)
 
 
 def summary(options: Options) -> dict[str, object]:
@@ -133,3 +228,7 @@ def summary(options: Options) -> dict[str, object]:
         "turns": told.get("turn"), "counts": counts, "table": options.table, "fingerprint": options.definition.view.fingerprint,
         "commit_version": None if table is None else table.version(),
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

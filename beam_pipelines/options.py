@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import NoReturn
 
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, nearest
 
 # One row in ten: then it is the source that is broken, not its rows.
 MAX_DEAD_FRACTION = 0.1
@@ -22,27 +22,30 @@ class Arguments(argparse.ArgumentParser):
     >>> namespace, beam_args = arguments.parse(["--definition", "d", "--store", "s", "--runner=PrismRunner"])
     >>> beam_args
     ['--runner=PrismRunner']
+
+    Args:
+        definition: whether --definition must be given; None: there is no such flag.
+        beam: whether it launches a pipeline, and so has a --run_id and flags for Beam.
     """
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            epilog="Any other flag goes to Beam: --runner, --job_endpoint, --project, …",
-        )
-        self.add_argument("--definition", required=True, help="module or .py file that names `view` and `model`")
+    def __init__(self, prog: str, description: str, definition: bool | None = True, beam: bool = True) -> None:
+        beyond = "Any other flag goes to Beam: --runner, --job_endpoint, --project, …" if beam else None
+        super().__init__(prog=prog, description=description, allow_abbrev=False, epilog=beyond)
+        if definition is not None:
+            text = "module or .py file that names `view` and `model`"
+            self.add_argument("--definition", required=definition, help=text)
         self.add_argument(
             "--store",
             required=True,
             help="folder (or gs://, s3:// address) that holds sources, tables and the registry",
         )
-        self.add_argument(
-            "--run_id",
-            default=None,
-            type=identifier,
-            help="names this run; the same again resumes it (default: a fresh one)",
-        )
+        if beam:
+            self.add_argument(
+                "--run_id",
+                default=None,
+                type=identifier,
+                help="names this run; the same again resumes it (default: a fresh one)",
+            )
 
     def add_interval(self, of: str) -> None:
         """--start and --end."""
@@ -96,9 +99,17 @@ class Arguments(argparse.ArgumentParser):
             self.error(f"--start {start} comes before --end {end}; the end is the day after the last")
         if "://" not in namespace.store:
             namespace.store = os.path.abspath(namespace.store)
-        if namespace.run_id is None:
+        if getattr(namespace, "run_id", "") is None:
             namespace.run_id = uuid.uuid4().hex[:12]
         return namespace, rest
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Our flags, where none goes to Beam."""
+        namespace, rest = self.parse(argv)
+        if rest:
+            ours = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown flag {rest[0]}; {nearest(rest[0].split('=')[0], ours)}")
+        return namespace
 
     def error(self, message: str) -> NoReturn:
         raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")

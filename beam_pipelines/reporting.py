@@ -17,6 +17,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import TestOptions
 
 from schemas import errors
 from schemas.errors import MillraceError
@@ -25,6 +26,10 @@ from transforms.running import mark, unmark
 log = logging.getLogger("millrace")
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
 STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
+
+
+class Translated(Exception):
+    """A dry run (Beam's `--dry_run`) came to where the job would be submitted.  Not an error: the command line says so and ends well."""
 
 
 class Run:
@@ -158,6 +163,7 @@ def execute(pipeline: beam.Pipeline) -> Any:
 
     Raises:
         MillraceError: the one that a step raised, wherever it ran.
+        Translated: `--dry_run` was asked for.
     """
     result = None
     try:
@@ -171,6 +177,8 @@ def execute(pipeline: beam.Pipeline) -> Any:
     finally:
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
+    if (job := getattr(result, "job", None)) is not None and pipeline.options.view_as(TestOptions).dry_run:
+        raise Translated(f"translated {len(job.proto_pipeline.components.transforms)} steps; a dry run submits nothing")
     return result
 
 
@@ -202,6 +210,9 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
     def guarded(argv: Sequence[str]) -> int:
         try:
             return main(argv)
+        except Translated as done:
+            print(f"millrace: {done}", flush=True)
+            return 0
         except MillraceError as error:
             print(f"millrace: {error}{resume(error, argv)}", file=sys.stderr, flush=True)
             return error.exit_code

@@ -12,12 +12,16 @@ from typing import Any
 
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import guard
+from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
 from schemas.loading import Definition, load_definition
 from transforms.publication import committed_statistics, read_account, read_schema, read_statistics, statistics_path
 from transforms.statistics import columns_of, describe, nothing, proto
-from transforms.tables import data_files, features_uri, groups, newest, open_table, read_group
+from transforms.tables import DataFile, data_files, features_uri, groups, newest, open_table, read_group
 from transforms.validation import Anomaly, infer_schema, parse_schema, schema_text, update_schema, validate
+
+# More intervals than that say little more about how far two of them lie apart.
+PIECES = 60
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +34,7 @@ class Options:
     run_id: str | None
     start: date | None
     end: date | None
+    every: int
     force: bool
 
     @property
@@ -51,6 +56,11 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     arguments.add_interval("questions")
     arguments.add_schema()
     if action == "infer":
+        arguments.add_argument(
+            "--every",
+            default="1d",
+            help="the interval that a run loads: bounds on drift are set by how far such intervals lie apart (default 1d)",
+        )
         arguments.add_argument("--force", action="store_true", help="write over a schema that is there")
     flags, rest = arguments.parse(argv)
     if rest:
@@ -60,8 +70,15 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     return Options(
         definition, flags.store, flags.schema or definition.schema_path, flags.run_id if named else None,
-        flags.start, flags.end, getattr(flags, "force", False),
+        flags.start, flags.end, _days(getattr(flags, "every", "1d")), getattr(flags, "force", False),
     )  # fmt: skip
+
+
+def _days(text: str) -> int:
+    length = microseconds(text, "--every")
+    if length % DAY:
+        raise DefinitionError("--every is whole days", repr(text), "Write it like 1d or 4w")
+    return length // DAY
 
 
 def infer(options: Options) -> int:
@@ -69,8 +86,14 @@ def infer(options: Options) -> int:
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError("infer writes a first schema", f"{options.schema} is there", "Change it with update, or write over it with --force")  # fmt: skip
     columns = columns_of(options.definition.view)
-    write(options.schema, schema_text(infer_schema(statistics_of_rows(options), columns)))
-    print(f"{options.schema}: {len(columns)} columns.  Review it, tighten it, keep it beside the definition.")
+    statistics, pieces = statistics_of_rows(options), statistics_of_pieces(options)
+    write(options.schema, schema_text(infer_schema(statistics, columns, pieces)))
+    drift = (
+        f"drift as between {len(pieces)} intervals of {options.every} d"
+        if len(pieces) > 1
+        else "drift not measured, for want of intervals"
+    )
+    print(f"{options.schema}: {len(columns)} columns, {drift}.  Review it, tighten it, keep it beside the definition.")
     return 0
 
 
@@ -87,7 +110,7 @@ def update(options: Options) -> int:
     """Change the schema as little as makes the statistics keep it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
-    changed = update_schema(schema, statistics, columns_of(options.definition.view))
+    changed = update_schema(schema, statistics, columns_of(options.definition.view), previous)
     if changed == schema:
         print(f"{options.schema}: nothing to change for {meant}")
     else:
@@ -99,9 +122,7 @@ def update(options: Options) -> int:
         print("".join(lines), end="")
     left = validate(statistics, changed, previous, meant)
     if left:
-        print(
-            f"{listed(left, meant, options.schema)}\n  update leaves these: raise a threshold by hand, or run once with --allow_anomalies"
-        )
+        print(f"{listed(left, meant, options.schema)}\n  No schema allows these: run once with --allow_anomalies")
     return 0
 
 
@@ -137,13 +158,35 @@ def statistics_of_rows(options: Options) -> Any:
     Raises:
         DataError: there are none.
     """
-    table, columns = open_table(options.table), columns_of(options.definition.view)
+    return statistics_of_files(options, files_of(options))
+
+
+def statistics_of_pieces(options: Options) -> list[Any]:
+    """Statistics of the newest whole intervals of `every` days, at most `PIECES`, oldest first."""
+    pieces: dict[int, list[DataFile]] = {}
+    files = files_of(options)
+    for file in files:
+        pieces.setdefault((file.date - files[0].date).days // options.every, []).append(file)
+    last = (files[-1].date - files[0].date).days + 1
+    whole = [index for index in sorted(pieces) if (index + 1) * options.every <= last]
+    return [statistics_of_files(options, pieces[index]) for index in whole[-PIECES:]]
+
+
+def files_of(options: Options) -> list[DataFile]:
+    """The table's files in the interval, by date."""
+    table = open_table(options.table)
     files = [] if table is None else data_files(table, options.start, options.end)
     if not files:
         raise DataError(
             f"The feature table of {options.definition.view.name!r} has rows{' in the interval' if options.start or options.end else ''}",
             "none", f"Compute them first: millrace features {options.command}",
         )  # fmt: skip
+    return files
+
+
+def statistics_of_files(options: Options, files: Sequence[DataFile]) -> Any:
+    """Statistics of the files' rows."""
+    columns = columns_of(options.definition.view)
     total = nothing(columns)
     for group in groups(files):
         total = total + describe(read_group(group, columns.names), columns)

@@ -61,11 +61,11 @@ def stage(name: str) -> Iterator[None]:
     """Inside a side: seconds and peak of a part of it, shown apart."""
     _high[0] = max(_high[0], high_water())
     _reset_high_water()
-    start = time.perf_counter()
+    cpu, start = _cpu_seconds(), time.perf_counter()
     try:
         yield
     finally:
-        _stages[name] = {"seconds": time.perf_counter() - start, "high_mb": high_water()}
+        _stages[name] = {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - cpu, "high_mb": high_water()}
 
 
 def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, list[str]]:
@@ -128,9 +128,10 @@ def summary(measured: Mapping[str, Sequence[Measurement]]) -> str:
         low, high = min(each.seconds for each in runs), max(each.seconds for each in runs)
         lines.append(f"{name:<22}{middle['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{middle['cpu_seconds']:>8.2f}{middle['peak_mb']:>9.0f}{middle['baseline_mb']:>13.0f}{middle['import_seconds']:>11.2f}")
         for part in runs[0].stages:
-            seconds = statistics.median(each.stages[part]["seconds"] for each in runs)
-            peak = statistics.median(each.stages[part]["peak_mb"] for each in runs)
-            lines.append(f"  {part:<20}{seconds:>9.2f}{'':>15}{'':>8}{peak:>9.0f}")
+            seconds, cpu, peak = (
+                statistics.median(each.stages[part][field] for each in runs) for field in ("seconds", "cpu_seconds", "peak_mb")
+            )
+            lines.append(f"  {part:<20}{seconds:>9.2f}{'':>15}{cpu:>8.2f}{peak:>9.0f}")
     return "\n".join(lines)
 
 
@@ -162,6 +163,10 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def high_water() -> float:
@@ -223,15 +228,13 @@ def _serve(request: Path, answer: Path) -> None:
     record = importlib.import_module("benchmarks.measure")
     baseline = _status("VmRSS")
     _reset_high_water()
-    cpu, start = sum(os.times()[:4]), time.perf_counter()
+    cpu, start = _cpu_seconds(), time.perf_counter()
     result = work(**asked["arguments"])
-    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
+    seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
     peak = max(high_water(), record._high[0], *(each["high_mb"] for each in record._stages.values()), 0.0)
     children.stopped.set()
     children.join()
-    stages = {
-        name: {"seconds": each["seconds"], "peak_mb": each["high_mb"] - baseline} for name, each in record._stages.items()
-    }
+    stages = {name: {**each, "peak_mb": each["high_mb"] - baseline} for name, each in record._stages.items()}
     fresh = sorted(set(sys.modules) - before)
     measurement = Measurement(
         seconds, cpu, peak + children.peak_mb - baseline, baseline, import_seconds, sorted({name.split(".")[0] for name in fresh}), stages, result

@@ -140,18 +140,23 @@ class Search:
     Args:
         trials: how many.
         space: XGBoost parameter to choices or bounds.
-        method: `random`, `sobol` or `halving`.
+        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials of few rounds, of which
+            one in `factor` goes on with `factor` times the rounds, until one is left.
         seed: decides every trial.
+        factor: of halving.
     """
 
     trials: int
     space: Mapping[str, Any]
     method: str = "random"
     seed: int = 0
+    factor: int = 3
 
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise DefinitionError("Search: trials is at least 1", self.trials, "Raise it")
+        if self.factor < 2:
+            raise DefinitionError("Search: factor is at least 2", self.factor, "Raise it")
         if self.method not in ("random", "sobol", "halving"):
             raise DefinitionError(
                 "Search: method is random, sobol or halving",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
+import polars as pl
 import pytest
+import shop
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.options.pipeline_options import PipelineOptions
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
@@ -102,6 +107,68 @@ def test_records_older_than_the_retention_stay(broker: Broker, topic: Callable[.
     producer.flush(10)
     with consumer(broker, name, 1) as reader:
         assert [value for _, _, value in consume(reader, 3)] == [b"2009", b"2013", b"2026"]
+
+
+def test_the_producer_tells_every_row_once_in_order_and_how_far_it_is(broker: Broker, tmp_path: Path) -> None:
+    shop.write(tmp_path, rows=3000)
+    prefix, status = f"shop-{os.getpid()}-", tmp_path / "status.json"
+    flags = [
+        "--definition",
+        str(tmp_path / "definition.py"),
+        "--sources",
+        str(tmp_path / "sources"),
+        "--bootstrap",
+        broker.bootstrap,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.streaming.producer",
+        *flags,
+        "--topic_prefix",
+        prefix,
+        "--status",
+        str(status),
+        "--rows=50",
+    ]
+    began = time.monotonic()
+    # Ten days in four seconds.
+    with Child(
+        [*command, "--start=2024-01-11", "--end=2024-01-21", "--speed=216000"], tmp_path / "log", cwd=ROOT
+    ) as child:
+        assert child.wait(timeout=60) == 0, child.output()
+    assert time.monotonic() - began > 4
+    told = json.loads(status.read_text())
+    assert told["done"]
+    start, end = datetime(2024, 1, 11, tzinfo=UTC), datetime(2024, 1, 21, tzinfo=UTC)
+    for source, time_column in (("visits", "asked"), ("sales", "sold")):
+        moment = pl.col(time_column)
+        wanted = pl.read_parquet(tmp_path / "sources" / source / "*.parquet").filter((moment >= start) & (moment < end))
+        with consumer(broker, prefix + source) as reader:
+            ends = [reader.get_watermark_offsets(TopicPartition(prefix + source, p), timeout=10)[1] for p in range(4)]
+            messages: list[Any] = []
+            while len(messages) < sum(ends):
+                messages += reader.consume(1000, timeout=5)
+        found = []
+        for partition in range(4):
+            until = datetime.min.replace(tzinfo=UTC)
+            for message in (each for each in messages if each.partition() == partition):
+                if message.key() == b"__heartbeat":
+                    told_until = int(message.value())
+                    continue
+                rows = pl.read_ipc_stream(message.value())
+                assert len(rows) <= 50
+                assert rows[time_column].is_sorted()
+                assert rows[time_column].min() >= until
+                until = rows[time_column].max()
+                assert abs(message.timestamp()[1] - until.timestamp() * 1000) < 1
+                found.append(rows)
+            assert told_until == 2**62
+        assert len(wanted) == sum(told["sent"][source])
+        assert pl.concat(found).sort("visit").select(wanted.columns).equals(wanted.sort("visit"))
+        assert (
+            told["sent"][source][0] > told["sent"][source][1] > told["sent"][source][2] > told["sent"][source][3] == 0
+        )
 
 
 def seen(record: tuple[bytes, bytes]) -> tuple[bytes, bytes]:

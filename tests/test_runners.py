@@ -16,6 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from live_fixtures import Live
 
 from beam_pipelines import features, inference, training
+from beam_pipelines.reporting import guard
 from transforms.tables import data_files, features_uri, open_table, predictions_uri
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,15 @@ def test_dataflow_takes_the_batch_graph_without_credentials(store: Path) -> None
     images = [environment.payload.decode(errors="replace") for environment in proto.components.environments.values()]
     assert len(images) == 1
     assert "beam_python3.11_sdk:2.72.0" in images[0]
+
+
+def test_a_dry_run_says_so_and_leaves_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guard(features.main)(flags(store, "dry", *DATAFLOW, "--dry_run=True")) == 0
+    assert re.search(r"translated \d+ steps; a dry run submits nothing", capsys.readouterr().out)
+    assert (
+        open_table(features_uri(str(store), "buying", features.parse(flags(store, "x")).definition.view.fingerprint))
+        is None
+    )
 
 
 def test_no_pipeline_has_code_for_one_runner() -> None:

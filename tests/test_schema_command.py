@@ -81,7 +81,7 @@ def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
 def test_an_inferred_schema_is_kept_by_the_rows_it_came_from(call) -> None:  # type: ignore[no-untyped-def]
     code, said, _ = call("infer")
     assert code == 0
-    assert "5 columns.  Review it" in said
+    assert "5 columns, drift as between 60 intervals of 1 d.  Review it" in said
     text = call.path.read_text()
     assert text.startswith("# What the features of this use case look like")
     found = parse_schema(text)
@@ -133,6 +133,17 @@ def test_update_follows_a_stopped_run_and_shows_how(store: Path, call) -> None: 
     assert "nothing to change for run stopped, [2024-03-01, 2024-03-03)" in said
 
 
+def test_bounds_on_drift_are_looser_between_days_than_between_weeks(call) -> None:  # type: ignore[no-untyped-def]
+    bounds = []
+    for every in ("1d", "2w"):
+        code, said, _ = call("infer", "--force", "--every", every)
+        assert code == 0
+        found = {each.name: each.drift_comparator for each in parse_schema(call.path.read_text()).feature}
+        bounds.append(found["age"].jensen_shannon_divergence.threshold)
+    assert "between 4 intervals of 14 d" in said  # 60 days hold four whole ones
+    assert bounds[0] > bounds[1] >= 0.1
+
+
 def test_rows_of_an_interval_can_be_meant(call) -> None:  # type: ignore[no-untyped-def]
     assert call("infer", "--start", "2024-01-05", "--end", "2024-01-20")[0] == 0
     code, said, _ = call("check", "--start", "2024-01-05", "--end", "2024-01-20")
@@ -151,6 +162,7 @@ def test_rows_of_an_interval_can_be_meant(call) -> None:  # type: ignore[no-unty
             "has rows in the interval. Got none. Compute them first: millrace features",
         ),
         ("inferr", (), 2, "Did you mean 'infer'?"),
+        ("infer", ("--every", "36h"), 2, "--every is whole days. Got '36h'"),
         ("infer", ("--forse",), 2, "did you mean --force?"),
         ("infer", ("--runner=Prism",), 2, "unknown flag --runner=Prism"),
     ],

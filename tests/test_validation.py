@@ -1,6 +1,7 @@
 """Nothing is published that breaks the reviewed schema, and the message says what, where and what to do."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -31,7 +32,7 @@ from transforms.publication import (
 )
 from transforms.statistics import Statistics, describe, described, proto
 from transforms.tables import CommitFiles, Committed, Target, WriteFiles, newest
-from transforms.validation import infer_schema, parse_schema, schema_text, tfdv, update_schema, validate
+from transforms.validation import infer_schema, measured, parse_schema, schema_text, tfdv, update_schema, validate
 
 SCHEMA = pa.schema([
     ("delay", pa.float32()), ("full", pa.float32()), ("hour", pa.int64()), ("late", pa.bool_()), ("carrier", pa.string()), ("date", pa.date32()),
@@ -110,7 +111,7 @@ def test_drift_is_detected(changed: dict[str, object], feature: str) -> None:
     (found,) = validate(statistics(rows(seed=1, **changed)), REVIEWED, USUAL, "[2013-03-01, 2013-03-02)")
     assert found.feature == feature
     assert ("Linfty" if feature == "carrier" else "Jensen-Shannon") in found.rule
-    assert "above the threshold 0.3" in found.value
+    assert "above the threshold 0.5" in found.value
     assert found.interval == "[2013-03-01, 2013-03-02)"
     assert texts(rows(seed=1, **changed), previous=None) == []  # nothing to drift from
 
@@ -137,14 +138,35 @@ def test_an_inferred_schema_leaves_integers_free_and_binds_booleans() -> None:
 
 
 def test_update_changes_what_must_and_keeps_the_rest() -> None:
-    schema = parse_schema(schema_text(REVIEWED).replace("threshold: 0.3", "threshold: 0.7"))
+    schema = parse_schema(schema_text(REVIEWED).replace("threshold: 0.5", "threshold: 0.7"))
     now = statistics(rows(carrier=pa.array(["AA", "XX"] * 500), wind=pa.array(np.zeros(1000))))
     after = update_schema(schema, now, COLUMNS)
     assert list(after.string_domain[0].value) == ["AA", "B6", "UA", "XX"]
     thresholds = [each.drift_comparator.jensen_shannon_divergence.threshold for each in after.feature if each.type != 1]
-    assert thresholds == [0.7, 0.7, 0.7, 0.7, 0.3]  # ours, and that of the new column
+    assert thresholds == [0.7, 0.7, 0.7, 0.7, 0.5]  # ours, and that of the new column
     assert validate(now, after) == ()
     assert update_schema(after, now, COLUMNS) == after
+
+
+def test_update_raises_a_bound_on_drift_only_as_far_as_it_was_passed() -> None:
+    now = statistics(rows(seed=1, hour=pa.array(np.full(1000, 6))))
+    assert validate(now, REVIEWED, USUAL)
+    after = update_schema(REVIEWED, now, COLUMNS, USUAL)
+    assert validate(now, after, USUAL) == ()
+    raised = {each.name: each.drift_comparator.jensen_shannon_divergence.threshold for each in after.feature}
+    assert 0.5 < raised.pop("hour") <= 1.0
+    assert raised == {"delay": 0.5, "full": 0.5, "late": 0.5, "carrier": 0.0}
+
+
+def test_bounds_on_drift_follow_what_was_measured() -> None:
+    pieces = [statistics(rows(seed, full=pa.array(np.full(1000, seed), pa.float32()))) for seed in range(5)]
+    schema = infer_schema(USUAL, COLUMNS, pieces)
+    by_name = {each.name: each for each in schema.feature}
+    moved = [measured(REVIEWED, now, before)["delay"] for before, now in itertools.pairwise(pieces)]
+    bound = by_name["delay"].drift_comparator.jensen_shannon_divergence.threshold
+    assert bound == pytest.approx(max(1.5 * max(moved), 0.1), abs=0.01)
+    assert 0.1 <= by_name["carrier"].drift_comparator.infinity_norm.threshold < 0.2
+    assert not by_name["full"].HasField("drift_comparator")  # another value each day: there is nothing to bound
 
 
 def test_a_schema_that_is_none_is_refused() -> None:

@@ -31,6 +31,7 @@ _NOT_FINITE = 255 << _PREFIX
 _LARGEST = float(np.finfo(np.float32).max)
 # Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
 ROWS = 1 << 24
+FEW = CELLS // 16
 # `sums.exact_sum` counts in 2^−1126; a float32 is a multiple of 2^−149, its square of 2^−298.
 _SUM, _SQUARE = 1126 - 149, 1126 - 298
 
@@ -141,18 +142,19 @@ def _numbers(column: pa.Array) -> Numbers:
     single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
     words = np.ascontiguousarray(single).view(np.uint32)
     low, names = words & _LOW_BITS, (words >> np.uint32(LOW)).astype(np.int64)
-    counts = np.bincount(names, minlength=CELLS)
+    # Few rows do not pay for an array of all cells.
+    found, place = (np.arange(CELLS), names) if rows > FEW else np.unique(names, return_inverse=True)
     lows = low.astype(np.float64)
-    found = np.flatnonzero(counts)
-    finite = found & (_SIGN - 1) < _NOT_FINITE
-    strange = int(counts[found[~finite]].sum()) - missing
-    found = found[finite]
-    if not len(found):
-        return Numbers(rows, missing, strange)
-    count = counts[found]
-    sums = np.bincount(names, lows, CELLS)[found].astype(np.int64)
+    counts, sums = np.bincount(place, minlength=len(found)), np.bincount(place, lows, len(found))
     np.multiply(lows, lows, out=lows)
-    squared = np.bincount(names, lows, CELLS)[found].astype(np.int64)
+    squared = np.bincount(place, lows, len(found))
+    finite = found & (_SIGN - 1) < _NOT_FINITE
+    strange = int(counts[~finite].sum()) - missing
+    there = np.flatnonzero(finite & (counts > 0))
+    if not len(there):
+        return Numbers(rows, missing, strange)
+    found, count = found[there], counts[there]
+    sums, squared = sums[there].astype(np.int64), squared[there].astype(np.int64)
     ordered = _named(found)
     if raw.dtype == np.float32 or np.array_equal(single, raw, equal_nan=True):
         total, squares = _moments(found, count, sums, squared)

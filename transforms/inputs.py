@@ -120,8 +120,8 @@ def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input
     """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
     contract, span = plan.contracts[name], block.spans.get(name)
     # The spine's own letters are told where it is read as the spine.
-    own = (0, 0) if contract is plan.spine else block.own
-    low = min(block.start - view.reach(name), block.own[0], span[0] if span else block.start)
+    own = (0, 0) if contract is plan.spine else block.owns(name)
+    low = min(block.start - view.reach(name), block.owns(name)[0], span[0] if span else block.start)
     return settle_events(
         view, plan, block, name, read_slices(contract, block.events[name], low, block.end, own=own, span=span)
     )
@@ -135,7 +135,8 @@ def settle_events(view: FeatureView, plan: Plan, block: Block, name: str, read: 
     else:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
-    mine = (moment >= block.own[0]) & (moment < block.own[1])
+    since, until = block.owns(name)
+    mine = (moment >= since) & (moment < until)
     first, last = plan.reached
     reached = mine & (moment >= first - view.reach(name)) & (moment < last)
     good = int(read.frame.select(mine.sum()).item())

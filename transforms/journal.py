@@ -53,6 +53,7 @@ class Turn:
     shards: Mapping[int, bytes]
     questions: bytes | None
     entry: bytes
+    letters: bytes | None
 
 
 def micro_packet(parts: Sequence[tuple[str, int, int, int, int, Decoded]], arrived: int, index: int | None = None, came: int = 0) -> bytes:
@@ -147,6 +148,15 @@ class Journal:
         accepted = {name: pl.concat(parts) for name, parts in rows.items() if parts}
         return self._turn(accepted, letters, floors, now)
 
+    def seed(self, name: str, rows: pl.DataFrame) -> Turn:
+        """A turn that gives the shards rows accepted before; nothing is counted, no clock moves."""
+        self.turn_number += 1
+        to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        for frames, mine in zip(to_shards, route_events(self.groups, name, rows, self.shards), strict=True):
+            if mine.any():
+                frames[f"rows:{name}"] = rows if mine.all() else rows.filter(pl.Series(mine))
+        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+
     def _admit_one(self, micro: Micro, rows: dict[str, list[pl.DataFrame]], letters: list[pl.DataFrame], now: int) -> None:
         due = self.next[micro.source].get(micro.partition, micro.first)
         fresh, bad = micro.rows, micro.letters
@@ -177,7 +187,7 @@ class Journal:
         for name in self.sources:
             self.clock.settled(name, now)
         ready = self._ready(now)
-        self._advance(now)
+        self.advance(now)
         return self._packets(ready, to_shards, accepted, pl.concat(letters))
 
     def _events(self, name: str, rows: pl.DataFrame, floor: int, to_shards: list[Frames]) -> pl.DataFrame:
@@ -304,7 +314,7 @@ class Journal:
         self._count(self.view.spine.name, "answered", len(ready))
         return ready
 
-    def _advance(self, now: int) -> None:
+    def advance(self, now: int) -> None:
         """Let go of what neither a waiting question nor one that may still come can reach."""
         floor = self.clock.settled(self.view.spine.name, now)
         if floor == ALWAYS:
@@ -351,7 +361,7 @@ class Journal:
             "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "next": self.head()["next"], "clock": self.clock.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
-        return Turn(self.turn_number, shards, questions, entry)
+        return Turn(self.turn_number, shards, questions, entry, pack({}, {"letters": letters}) if len(letters) else None)
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]

@@ -26,11 +26,11 @@ EXPANDED_ROWS = 4_000_000
 # numpy and Polars let go of the interpreter while they work, so threads do share the cores.
 CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
 Reading = Trailing | Latest | Lookup
-Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, pl.DataFrame]], list[pl.Series]]
+Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, Any]], list[pl.Series]]
 
 
 def compute(
-    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame], gather: Gather | None = None
+    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, Any], gather: Gather | None = None
 ) -> pl.DataFrame:
     """Features of each spine row, exactly as of its time.
 
@@ -66,7 +66,7 @@ def gathered(
     view: FeatureView,
     features: Sequence[Trailing | Latest | Lookup],
     frame: pl.DataFrame,
-    tables: Mapping[str, pl.DataFrame],
+    tables: Mapping[str, Any],
 ) -> list[pl.Series]:
     """Columns of features that read other tables: those of one source, key and condition share a history, and histories share the cores."""
     groups: dict[tuple[str, object, str | None], list[Trailing | Latest | Lookup]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-from apache_beam import pvalue
+from apache_beam import pvalue, typehints
 from apache_beam.coders import BytesCoder
 from apache_beam.metrics import Metrics
 from apache_beam.transforms.timeutil import TimeDomain
@@ -75,8 +75,8 @@ class Live:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class LiveFeatures(beam.PTransform):  # type: ignore[misc]
-    """PCollection of packets (bytes, see `Decode…`) → tagged PCollections: `features` (RecordBatch of `live_schema(view)`, one per turn)
-    and `commits` (what the tables were told, JSON text, one per commit).
+    """PCollection of packets (bytes, see `Decode…`) → tagged PCollections: `features` (RecordBatch of `live_schema(view)`, one per turn),
+    `commits` (what the tables were told as JSON, one per commit) and `letters` (packets of dead letters); the latter two keyed.
 
     Args:
         view: what to compute.
@@ -92,15 +92,20 @@ class LiveFeatures(beam.PTransform):  # type: ignore[misc]
         journal = (
             packets
             | "ToJournal" >> beam.Map(_keyed).with_output_types(Keyed)
-            | "Journal" >> _keyed_step(step(view, live), "shards", "questions", "entries")
+            | "Journal" >> _keyed_step(step(view, live), "shards", "questions", "entries", "letters")
         )
-        answers = journal.shards | "Shard" >> _keyed_step(ShardStep(view, live))
-        asked = (journal.questions, answers) | "Parts" >> beam.Flatten()
+        answers = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
+        asked = (_pairs(journal.questions), answers) | "Parts" >> beam.Flatten()
         assembled = asked | "Assemble" >> _keyed_step(AssembleStep(view, live), "answers")
-        features = assembled.answers | "Features" >> beam.Map(_features, live_schema(view)).with_output_types(pa.RecordBatch)
-        ledger = (journal.entries, assembled.answers) | "Turns" >> beam.Flatten()
+        features = _pairs(assembled.answers) | "Features" >> beam.Map(_features, live_schema(view)).with_output_types(pa.RecordBatch)
+        ledger = (_pairs(journal.entries), _pairs(assembled.answers)) | "Turns" >> beam.Flatten()
         commits = ledger | "Commit" >> _keyed_step(CommitStep(view, live))
-        return {"features": features, "commits": commits}
+        return {"features": features, "commits": commits, "letters": _pairs(journal.letters)}
+
+
+def _pairs(pairs: beam.PCollection) -> beam.PCollection:
+    pairs.element_type = typehints.Tuple[bytes, bytes]
+    return pairs
 
 
 def _keyed(packet: bytes) -> Keyed:
@@ -298,6 +303,8 @@ class JournalStep(beam.DoFn):  # type: ignore[misc]
         if turn.questions is not None:
             yield pvalue.TaggedOutput("questions", (_assembler(turn.number), turn.questions))
         yield pvalue.TaggedOutput("entries", (ONE, turn.entry))
+        if turn.letters is not None:
+            yield pvalue.TaggedOutput("letters", (ONE, turn.letters))
 
     def save(self, key: bytes, told: dict[str, Any], held: HeldJournal, head: Any, bag: Any, cells: Sequence[Any], left: Iterable[bytes]) -> None:
         """Write the journal down; `left` are the packets that still wait."""
@@ -339,7 +346,17 @@ class TimedJournalStep(JournalStep):
         cells = (c0, c1, c2, c3, c4, c5, c6, c7)
         told, now = _read(head), _now()
         held = self.held(key, told, _Nothing(), cells)
-        held.inbox = [each for packet in bag.read() for each in micros(packet)]
+        packets = list(bag.read())
+        starts = [each for each in packets if head_of(each)["kind"] == "start"]
+        if starts and "journal" not in told:
+            for turn in resume(held.journal, self.live.store, start_of(head_of(starts[0])["start"]), now):
+                yield from self.sent(turn)
+        elif "journal" not in told:  # what the tables say comes first
+            told["wake"] = now + self.live.pace
+            wake.set(told["wake"] / 1e6)
+            _write(head, told)
+            return
+        held.inbox = [each for packet in packets if packet not in starts for each in micros(packet)]
         admitted, waiting = held.journal.admit(held.inbox, now)
         if admitted or held.journal.answerable(now):
             yield from self.sent(held.journal.turn(admitted, now))

@@ -199,7 +199,7 @@ class Ledger:
                 rows.setdefault(name, []).append(frame)
             if number in self.answers:
                 rows.setdefault("answers", []).append(unpack(self.answers[number])[1]["rows"])
-        told = {name: head[name] for name in ("turn", "next", "clock", "pending", "oldest_pending", "horizon", "counts")}
+        told = {name: head[name] for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")}
         whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
         if "letters" in whole:
             self.rows["letters"] += self._letters(whole["letters"], told)

@@ -47,10 +47,11 @@ class WriteManifest:
     ranges: tuple[tuple[int, int], ...]
     current: Current
     everything: bool
+    snapshots: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, table: DeltaTable | None, tallies: Mapping[str, Tally]) -> dict[str, str]:
         before = EMPTY if self.everything else read_manifest(table)
-        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges)
+        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, self.snapshots)
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
         write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
         return {"manifest": name}

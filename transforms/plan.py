@@ -32,7 +32,7 @@ class Block:
     """Spine rows of `[start, end)` µs, and the slices that hold them and the events they can see.
 
     `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
-    `spans` is, per source, the span of time to digest by day.
+    `spans` is, per source, the span of time to digest by day; `summarised` sources come with a summary of their past.
     """
 
     index: int
@@ -42,6 +42,11 @@ class Block:
     spine: tuple[Slice, ...]
     events: Mapping[str, tuple[Slice, ...]]
     spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    summarised: tuple[str, ...] = ()
+
+    def owns(self, source: str) -> tuple[int, int]:
+        """The span of events of `source` that this block accounts for; what came before is the summaries' affair."""
+        return (self.start, self.own[1]) if source in self.summarised else self.own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,12 +135,14 @@ def cut(
     digest: bool = False,
     block_rows: int = BLOCK_ROWS,
     shuffled: bool | None = None,
+    summarised: tuple[str, ...] = (),
 ) -> Plan:
     """Blocks over `ranges` of µs.
 
     Args:
         everything: the ranges are all there is, so rows without a plausible time belong to this run too.
         digest: have blocks digest what they read, all of each day that the ranges' windows reach.
+        summarised: sources whose past is summarised and digested apart (see `carrying`).
         shuffled: None chooses, by how often a row would be read without a shuffle.
     """
     spine = inventory.slices[view.spine.name]
@@ -148,7 +155,13 @@ def cut(
             own = (ALWAYS if everything and begin == first else begin, 2**62 if everything and stop == last else stop)
             # A day is digested whole or not at all, so the first block reads from the midnight before its reach.
             spans = (
-                {name: ((begin - view.reach(name)) // DAY * DAY if begin == first else begin, stop) for name in events}
+                {
+                    name: (
+                        (begin - view.reach(name)) // DAY * DAY if begin == first and name not in summarised else begin,
+                        stop,
+                    )
+                    for name in events
+                }
                 if digest
                 else {}
             )
@@ -160,8 +173,11 @@ def cut(
             asked = _overlapping(spine, begin, stop)
             if not blocks:
                 asked = _joined(asked, timeless[view.spine.name])
-                reached = {name: _joined(slices, timeless[name]) for name, slices in reached.items()}
-            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans))
+                reached = {
+                    name: slices if name in summarised else _joined(slices, timeless[name])
+                    for name, slices in reached.items()
+                }
+            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans, summarised))
     dimensions = {name: inventory.slices[name] for name in view.dimensions}
     dates = (
         None

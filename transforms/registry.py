@@ -142,6 +142,21 @@ class Registry:
         check_digest(folder, MANIFEST, read_bytes(folder, MANIFEST), expected)
         return str(version), folder
 
+    def models(self) -> list[tuple[str, str]]:
+        """(Name, version) of everything Millrace registered here, in order."""
+        with self._client() as client:
+            names, page = [], "" if client is not None else None
+            while page is not None:
+                found = client.search_registered_models(max_results=1000, page_token=page or None)
+                names += [model.name for model in found]
+                page = found.token or None
+            return [
+                (name, version)
+                for name in sorted(names)
+                for version, each in self._versions(client, name).items()
+                if DIGEST in each.tags
+            ]
+
     def promote(self, name: str, version: str | int, why: str, who: str | None = None) -> str | None:
         """Make `version` the champion, write down who did it and why, and return the version it replaces.
 

@@ -59,8 +59,8 @@ class Route(beam.DoFn):  # type: ignore[misc]
                     seen[first:last] = True
                     yield block.index, (tag, _batch(rows[int(first) : int(last)]))
             told = name if tag == SPINE else label(plan, name)
-            dead = _owned(read.letters, plan) if tag == SPINE or name != spine else read.letters.clear()
-            stray = int(_own(moments[~seen], plan).sum()) if tag != SPINE else 0
+            dead = _owned(read.letters, plan, tag) if tag == SPINE or name != spine else read.letters.clear()
+            stray = int(_own(moments[~seen], plan, tag).sum()) if tag != SPINE else 0
             digests = read.digests if tag != SPINE or name not in plan.contracts else {}
             yield pvalue.TaggedOutput("tallies", Tally(told, stray + len(dead), 0, stray, 0, len(dead), digests))
             if len(dead):
@@ -72,16 +72,19 @@ def _batch(rows: pl.DataFrame) -> pa.RecordBatch:
     return only
 
 
-def _own(moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: Plan) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _own(
+    moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: Plan, name: str
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Which moments some block accounts for."""
     inside = np.zeros(len(moments), np.bool_)
     for block in plan.blocks:
-        inside |= (moments >= block.own[0]) & (moments < block.own[1])
+        since, until = block.owns(name)
+        inside |= (moments >= since) & (moments < until)
     return inside
 
 
-def _owned(letters: pl.DataFrame, plan: Plan) -> pl.DataFrame:
-    return letters.filter(pl.Series(_own(letters["time"].to_numpy(), plan), dtype=pl.Boolean))
+def _owned(letters: pl.DataFrame, plan: Plan, name: str) -> pl.DataFrame:
+    return letters.filter(pl.Series(_own(letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
 
 
 def gathered_read(plan: Plan, name: str, parts: Sequence[pl.DataFrame]) -> Read:

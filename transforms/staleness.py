@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
@@ -16,9 +17,13 @@ from transforms.contracts import Contract
 from transforms.digests import Digests, add
 from transforms.ids import combine, hash_column, hash_text
 from transforms.inventory import Inventory, Slice
+from transforms.lifetime import is_lifetime
 from transforms.sources import Repeats, read_slices, repeats_of
 
 _MASK = 2**64 - 1
+# Days back of a window over all history.
+EVER = 1_000_000
+MOST_SNAPSHOTS = 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +37,7 @@ class Manifest:
         dropped: per source with `unique`, its repeats by day.
         dates: per computed day of the spine, the digest of all its inputs.
         dimensions: digest per dimension as last used; `looked_up` has it per computed day.
+        snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -41,6 +47,7 @@ class Manifest:
     dates: Mapping[int, int]
     dimensions: Mapping[str, int]
     looked_up: Mapping[int, int]
+    snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -72,6 +79,7 @@ class Manifest:
                 _ints(raw["dates"]),
                 raw["dimensions"],
                 _ints(raw["looked_up"]),
+                {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
             )  # type: ignore[arg-type]
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(
@@ -211,9 +219,33 @@ def _signed(value: tuple[int, int]) -> tuple[int, int]:
     return value[0], value[1] - 2**64 if value[1] >= 2**63 else value[1]
 
 
+def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
+    """Sources over which some window has no beginning."""
+    return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]
+
+
+def history_digest(
+    sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
+) -> int:
+    """Digest of everything known of `sources` before `until` (µs, a midnight)."""
+    day = until // DAY
+    parts = [
+        f"{name} {each} {value}"
+        for name in sources
+        for known in (digests.get(name, {}), dropped.get(name, {}))
+        for each, value in sorted(known.items())
+        if each < day
+    ]
+    return int.from_bytes(hashlib.blake2b("\n".join(parts).encode(), digest_size=8).digest(), "big")
+
+
 def _reaches(view: FeatureView) -> dict[str, int]:
     """Per source the number of days before its own that a day's features see; the spine at least its own."""
-    return {view.spine.name: 0, **{name: -(-view.reach(name) // DAY) for name in view.events}}
+    lifetime = lifetime_sources(view)
+    return {
+        view.spine.name: 0,
+        **{name: EVER if name in lifetime else -(-view.reach(name) // DAY) for name in view.events},
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +302,9 @@ def _why(
             ("", digests.get(name, {}), manifest.digests.get(name, {})),
             ("repeats in ", dropped.get(name, {}), manifest.dropped.get(name, {})),
         ):
-            changed = [each for each in range(day - back, day + 1) if now.get(each) != before.get(each)]
+            changed = sorted(
+                each for each in {*now, *before} if day - back <= each <= day and now.get(each) != before.get(each)
+            )
             if changed:
                 more = f" and {len(changed) - 1} more days" if len(changed) > 1 else ""
                 causes.append(f"{kind}{name} changed on {as_date(changed[0])}{more}")
@@ -287,11 +321,13 @@ def advance(
     current: Current,
     read: Mapping[str, Digests],
     computed: Sequence[tuple[int, int]],
+    left: Mapping[int, Sequence[str]] | None = None,
 ) -> Manifest:
     """The manifest after a run that computed the `[start, end)` ranges (µs).
 
     Args:
         read: for the first run, which has no manifest to start from, the digests of what it read.
+        left: files of summaries of all history per µs until which they reach.
     """
     if current.digests.get(view.spine.name):
         digests = {name: dict(each) for name, each in current.digests.items()}
@@ -310,6 +346,11 @@ def advance(
     looked_up = {day: value for day, value in manifest.looked_up.items() if day not in inside}
     now = input_digests(view, digests, dropped, answered)
     lookup = dimensions_digest(current.dimensions)
+    sources = lifetime_sources(view)
+    made = {
+        until: (tuple(files), history_digest(sources, digests, dropped, until)) for until, files in (left or {}).items()
+    }
+    snapshots = dict(sorted({**manifest.snapshots, **made}.items())[-MOST_SNAPSHOTS:])
     return Manifest(
         current.files,
         covered,
@@ -318,4 +359,17 @@ def advance(
         {**dates, **now},
         current.dimensions,
         {**looked_up, **dict.fromkeys(answered, lookup)},
+        snapshots,
     )
+
+
+def usable_snapshot(
+    view: FeatureView, manifest: Manifest, current: Current, before: int
+) -> tuple[int, Sequence[str]] | None:
+    """The newest snapshot (µs, files) not after `before` µs whose history is still as it was; None where there is none."""
+    sources = lifetime_sources(view)
+    dropped = {name: each.dropped for name, each in current.repeats.items()}
+    for until, (files, digest) in sorted(manifest.snapshots.items(), reverse=True):
+        if until <= before and current.digests and history_digest(sources, current.digests, dropped, until) == digest:
+            return until, files
+    return None

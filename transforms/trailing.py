@@ -13,6 +13,7 @@ from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
 from transforms.batches import batch, frame
+from transforms.carrying import load_summaries
 from transforms.ids import row_ids
 from transforms.inputs import (
     Input,
@@ -24,6 +25,7 @@ from transforms.inputs import (
     settle_spine,
 )
 from transforms.kernels import compute
+from transforms.lifetime import Summary
 from transforms.plan import Block, Plan
 from transforms.routing import SPINE, Route, gathered_read, routes
 
@@ -36,26 +38,28 @@ class TrailingFeatures(beam.PTransform):  # type: ignore[misc]
     dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`inputs.Tally`).
 
     A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
-    slice is read once and its rows are sent to the blocks that need them.
+    slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
+    per block the summaries that `carrying.CarrySummaries` left under `uri`.
     """
 
     view: FeatureView
     plan: Plan
+    carried: pvalue.AsSingleton | None = None
+    uri: str = ""
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
+        side = () if self.carried is None else (self.carried,)
         if not self.plan.shuffled:
-            computed = blocks | "Compute" >> beam.ParDo(ComputeBlock(self.view, rules, count)).with_outputs(
-                *TAGS, main=FEATURES
-            )
-            return typed(computed)
+            compute_block = ComputeBlock(self.view, rules, count, self.uri)
+            return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
         slices = blocks.pipeline | "Slices" >> beam.Create(list(routes(self.plan))) | "Spread" >> beam.Reshuffle()
         routed = slices | "Route" >> beam.ParDo(Route(self.view, self.plan)).with_outputs(*TAGS, main=FEATURES)
         routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, pa.RecordBatch]]
         gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
-        gather = ComputeGathered(self.view, rules, self.plan.blocks)
+        gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri)
         features, letters, tallies = typed(
-            gathered | "Compute" >> beam.ParDo(gather).with_outputs(*TAGS, main=FEATURES)
+            gathered | "Compute" >> beam.ParDo(gather, *side).with_outputs(*TAGS, main=FEATURES)
         )
         routed.letters.element_type = pa.RecordBatch
         return (
@@ -65,6 +69,8 @@ class TrailingFeatures(beam.PTransform):  # type: ignore[misc]
         )
 
 
+# Per block the files of its summaries.
+Carried = Mapping[int, tuple[str, ...]]
 FEATURES, TAGS = "features", ("letters", "tallies")
 
 
@@ -78,22 +84,22 @@ def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PColle
 class ComputeBlock(beam.DoFn):  # type: ignore[misc]
     """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
 
-    def __init__(self, view: FeatureView, plan: Plan, blocks: int) -> None:
-        self.view, self.plan, self.blocks = view, plan, blocks
+    def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "") -> None:
+        self.view, self.plan, self.blocks, self.uri = view, plan, blocks, uri
 
     def setup(self) -> None:
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in self.plan.dimensions}
 
-    def process(self, block: Block) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+    def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         spine = read_spine(self.view, self.plan, block)
-        yield from self.answers(
-            block, spine, {name: read_events(self.view, self.plan, block, name) for name in block.events}
-        )
+        events = {name: read_events(self.view, self.plan, block, name) for name in block.events}
+        yield from self.answers(block, spine, events, carried)
 
     def answers(
-        self, block: Block, spine: Input, events: Mapping[str, Input]
+        self, block: Block, spine: Input, events: Mapping[str, Input], carried: Carried | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        features = answer(self.view, spine, {**self.dimensions, **events})
+        summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
+        features = answer(self.view, spine, {**self.dimensions, **events}, summaries)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
@@ -103,12 +109,12 @@ class ComputeBlock(beam.DoFn):  # type: ignore[misc]
 class ComputeGathered(ComputeBlock):
     """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
 
-    def __init__(self, view: FeatureView, plan: Plan, blocks: Sequence[Block]) -> None:
-        super().__init__(view, plan, len(blocks))
+    def __init__(self, view: FeatureView, plan: Plan, blocks: Sequence[Block], uri: str = "") -> None:
+        super().__init__(view, plan, len(blocks), uri)
         self.by_index = {block.index: block for block in blocks}
 
     def process(
-        self, element: tuple[int, Iterable[tuple[str, pa.RecordBatch]]]
+        self, element: tuple[int, Iterable[tuple[str, pa.RecordBatch]]], carried: Carried | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
         parts: dict[str, list[pl.DataFrame]] = {name: [] for name in (SPINE, *block.events)}
@@ -117,12 +123,16 @@ class ComputeGathered(ComputeBlock):
         reads = {name: gathered_read(self.plan, name, each) for name, each in parts.items()}
         spine = settle_spine(self.view, self.plan, block, reads.pop(SPINE))
         events = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
-        yield from self.answers(block, spine, events)
+        yield from self.answers(block, spine, events, carried)
 
 
-def answer(view: FeatureView, spine: Input, tables: Mapping[str, Input]) -> pa.RecordBatch:
+def answer(
+    view: FeatureView, spine: Input, tables: Mapping[str, Input], summaries: Mapping[str, Summary] | None = None
+) -> pa.RecordBatch:
     """The features of a block's questions."""
-    return features_batch(view, compute(view, spine.frame, {name: each.frame for name, each in tables.items()}))
+    return features_batch(
+        view, compute(view, spine.frame, {**{name: each.frame for name, each in tables.items()}, **(summaries or {})})
+    )
 
 
 def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:

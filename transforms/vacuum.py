@@ -16,9 +16,9 @@ from urllib.parse import unquote
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
-from transforms.commits import LOG, commits, file_actions, versions
+from transforms.commits import LOG, commit_at, commits, file_actions, versions
 from transforms.running import Running
-from transforms.tables import open_table, paths_of
+from transforms.tables import open_table, paths_of, root_of
 
 MANIFESTS, STATISTICS = "_manifests", "_statistics"
 # Where tables lie in a store, and how many folders below.
@@ -124,8 +124,8 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
     uri = FileSystems.join(store, *table.split("/"))
     # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
     listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
-    needed, once = _paths(uri, table, rules)
-    manifests, runs = _named(uri, table, rules)
+    kept = _kept(uri, table, rules)
+    (needed, once), (manifests, runs) = _paths(uri, kept), _named(uri, kept)
     found = []
     for file in listed:
         inside = file.path[len(uri) + 1 :]
@@ -163,54 +163,62 @@ def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
     ]
 
 
-def _kept_versions(uri: str, table: str, rules: Rules) -> tuple[list[int], list[int]]:
-    """(Versions within the retention, with the one they began from; versions older than that which are pinned.)"""
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Versions that stay readable: `young` ones, from the one that the retention began with, and older `pinned` ones."""
+
+    young: tuple[int, ...]
+    pinned: tuple[int, ...]
+
+
+def _kept(uri: str, table: str, rules: Rules) -> _Kept:
     every = versions(uri)
     young: list[int] = []
     for version in reversed(every):
         young.insert(0, version)
-        made = next(commits(uri, version)).get("timestamp")
+        made = commit_at(uri, version).get("timestamp")
         if made is not None and rules.now - datetime.fromtimestamp(made / 1000, UTC) >= rules.retention:
             break
-    newest = every[-1] if every else -1
-    # A version above the newest is of a table that was here before: its files are gone.
-    pinned = {pin.version for pin in rules.pins if pin.table == table and pin.version <= newest}
-    return young, sorted(pinned - set(young))
+    # A pin above the newest is of a table that was here before: its files are gone.
+    pinned = {pin.version for pin in rules.pins if pin.table == table and every and pin.version <= every[-1]}
+    return _Kept(tuple(young), tuple(sorted(pinned - set(young))))
 
 
-def _paths(uri: str, table: str, rules: Rules) -> tuple[set[str], set[str]]:
-    """(Paths that some kept version names, paths that any commit named)."""
-    young, pinned = _kept_versions(uri, table, rules)
-    if not young:
+def _paths(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+    """(Paths that some kept version names, paths that any commit named), within the table."""
+    needed = _paths_at(uri, None)
+    if needed is None:
         return set(), set()
-    needed: set[str] = set()
-    for version in (young[0], *pinned):
-        opened = open_table(uri, version)
-        if opened is None:
-            raise StoreError("A version that must stay can be read", f"version {version} of {uri}", "Restore its log; nothing was removed")
-        needed |= {path[len(uri.rstrip("/")) + 1 :] for path in paths_of(opened)}
+    for version in (*kept.young[:1], *kept.pinned):
+        needed |= _paths_at(uri, version) or set()
     once = set(needed)
     for version in versions(uri):
         added, removed = file_actions(uri, version)
         once |= added | removed
-        needed |= added if version in young else set()
+        needed |= added if version in kept.young else set()
     return needed, once
 
 
-def _named(uri: str, table: str, rules: Rules) -> tuple[set[str], set[str]]:
-    """(Manifests that kept versions and the newest need, runs that committed)."""
-    young, pinned = _kept_versions(uri, table, rules)
+def _paths_at(uri: str, version: int | None) -> set[str] | None:
+    opened = open_table(uri, version)
+    if opened is None and version is not None:
+        raise StoreError(
+            "A version that must stay can be read", f"version {version} of {uri}", "Restore its log; nothing was removed"
+        )
+    return None if opened is None else {path[len(root_of(opened)) + 1 :] for path in paths_of(opened)}
+
+
+def _named(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+    """(Manifests that kept versions need, runs that committed).  A version's manifest is the last one named up to it."""
     manifests: set[str] = set()
     runs: set[str] = set()
-    wanted = {*young, *pinned}
-    # A version's manifest is the last one named up to it.
-    open_ends: set[int] = set(wanted)
+    without = {*kept.young, *kept.pinned}
     for entry in commits(uri):
         runs.add(str(entry.get("run_id")))
-        due = {version for version in open_ends if version >= entry["version"]}
-        if due and entry.get("manifest"):
+        served = {version for version in without if version >= entry["version"]} if entry.get("manifest") else set()
+        if served:
             manifests.add(str(entry["manifest"]))
-            open_ends -= due
+            without -= served
     return manifests, runs
 
 

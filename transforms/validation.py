@@ -10,7 +10,10 @@ import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from tensorflow_metadata.proto.v0 import anomalies_pb2, schema_pb2, statistics_p
 
 from schemas.errors import DefinitionError
 
-# What `infer` allows a feature to move between intervals: Jensen–Shannon divergence (0 … 1) of numbers, greatest change
-# of a value's share (0 … 1) of strings.  To be reviewed like everything in the schema.
-DRIFT = 0.3
+# How far a feature may move between intervals, where nothing was measured: Jensen–Shannon divergence of numbers, greatest
+# change of a value's share of strings, both from 0 to 1.
+DRIFT = 0.5
+# Where it was measured: so many times the most it moved, and never less than the least.
+MARGIN, LEAST_DRIFT = 1.5, 0.1
 # Strings of more distinct values are no categories, and get no domain.
 CATEGORIES = 100
 
@@ -65,57 +70,81 @@ def tfdv() -> Any:
     return sys.modules[_LIBRARY].validation
 
 
-def infer_schema(statistics: Any, columns: pa.Schema) -> Any:
-    """What the statistics look like as a schema, each column's drift bounded by `DRIFT`.
+def infer_schema(statistics: Any, columns: pa.Schema, pieces: Sequence[Any] = ()) -> Any:
+    """What the statistics look like as a schema.
 
     Args:
         statistics: `DatasetFeatureStatisticsList`.
         columns: the columns' Arrow types: only booleans are limited to 0 and 1, whatever was seen.
+        pieces: statistics of consecutive intervals.  How far they lie apart bounds each column's drift; a column that
+            moves all the way (the weekday, from day to day) gets no bound.
     """
     serialised = tfdv().InferSchema(_dataset(statistics), CATEGORIES, True)
-    schema = schema_pb2.Schema.FromString(serialised)
-    return _completed(schema, columns, {feature.name for feature in schema.feature})
+    schema = _completed(schema_pb2.Schema.FromString(serialised), columns, set())
+    pairs = [measured(schema, now, before) for before, now in itertools.pairwise(pieces)]
+    for feature in schema.feature if pairs else ():
+        bound = max(MARGIN * max(pair.get(feature.name, 0.0) for pair in pairs), LEAST_DRIFT)
+        if bound < 1:
+            _bound(feature).threshold = _up(bound)
+        else:
+            feature.ClearField("drift_comparator")
+    return schema
 
 
-def update_schema(schema: Any, statistics: Any, columns: pa.Schema) -> Any:
-    """The schema, changed as little as makes the statistics keep it; new columns as `infer_schema` has them.
-
-    A bound on drift that was passed is not loosened: it compares with an interval that will be another one next time.
-    """
+def update_schema(schema: Any, statistics: Any, columns: pa.Schema, previous: Any = None) -> Any:
+    """The schema, changed as little as makes the statistics keep it, bounds on drift from `previous` included."""
     known = {feature.name for feature in schema.feature}
     serialised = tfdv().UpdateSchema(schema.SerializeToString(), _dataset(statistics), CATEGORIES)
-    updated = schema_pb2.Schema.FromString(serialised)
-    return _completed(updated, columns, {feature.name for feature in updated.feature} - known)
+    updated = _completed(schema_pb2.Schema.FromString(serialised), columns, known)
+    moved = {} if previous is None else measured(updated, statistics, previous)
+    for feature in updated.feature:
+        if feature.name in known & set(moved) and moved[feature.name] > _bound(feature).threshold:
+            _bound(feature).threshold = _up(moved[feature.name])
+    return updated
 
 
-def _completed(schema: Any, columns: pa.Schema, names: set[str]) -> Any:
+def measured(schema: Any, statistics: Any, previous: Any) -> dict[str, float]:
+    """How far each feature moved, of those whose drift the schema bounds."""
+    found = _anomalies(schema, statistics, previous).drift_skew_info
+    return {".".join(each.path.step): max(drift.value for drift in each.drift_measurements) for each in found}
+
+
+def _completed(schema: Any, columns: pa.Schema, known: set[str]) -> Any:
+    """The schema, its features that are not `known` free of chance bounds and with one on drift."""
     for feature in schema.feature:
-        if feature.name not in names:
+        if feature.name in known:
             continue
         if feature.name in columns.names and not pa.types.is_boolean(columns.field(feature.name).type):
             feature.ClearField("bool_domain")
-        drift = feature.drift_comparator
-        if feature.type == schema_pb2.BYTES:
-            drift.infinity_norm.threshold = DRIFT
-        else:
+        _bound(feature).threshold = DRIFT
+        if feature.type != schema_pb2.BYTES:
             # Over equal widths, TFDV's default, one outlier moves everything else into one bucket: 0.98 where nothing
-            # else changed, and 1.0 where a column that was mostly 0 is all 0.  Over quantiles: 0.10 and 0.31.
-            drift.jensen_shannon_divergence.threshold = DRIFT
-            drift.jensen_shannon_divergence.source.type = schema_pb2.HistogramSelection.QUANTILES
+            # else changed, and 1.0 where a column that was mostly 0 is all 0.  Over quantiles: 0.10 and 0.01.
+            feature.drift_comparator.jensen_shannon_divergence.source.type = schema_pb2.HistogramSelection.QUANTILES
     return schema
+
+
+def _bound(feature: Any) -> Any:
+    drift = feature.drift_comparator
+    if drift.HasField("infinity_norm"):  # somebody may have chosen it for a number
+        return drift.infinity_norm
+    return drift.infinity_norm if feature.type == schema_pb2.BYTES else drift.jensen_shannon_divergence
+
+
+def _up(value: float) -> float:
+    """To the next hundredth."""
+    return min(math.ceil(value * 100) / 100, 1.0)
 
 
 def validate(statistics: Any, schema: Any, previous: Any = None, interval: str = "") -> tuple[Anomaly, ...]:
     """Where the statistics break the schema; against `previous` statistics where it bounds drift."""
-    serialised = tfdv().ValidateFeatureStatistics(
-        _dataset(statistics), schema.SerializeToString(), b"", b"" if previous is None else _dataset(previous),
-        b"", b"", b"", b"", False,
-    )  # fmt: skip
-    found = anomalies_pb2.Anomalies.FromString(serialised)
+    found = _anomalies(schema, statistics, previous)
     result = [
         Anomaly(name, reason.short_description, _cut(reason.description), interval)
         for name, info in sorted(found.anomaly_info.items())
         for reason in info.reason
+        # Values of a table are single: its shape is lost exactly when rows miss it, which is told by itself.
+        if reason.type != anomalies_pb2.AnomalyInfo.INVALID_FEATURE_SHAPE or len(info.reason) == 1
     ]
     result += [
         Anomaly("(rows)", reason.short_description, _cut(reason.description), interval)
@@ -124,6 +153,14 @@ def validate(statistics: Any, schema: Any, previous: Any = None, interval: str =
     if found.data_missing:
         result.append(Anomaly("(rows)", "There are rows", "none", interval))
     return tuple(result)
+
+
+def _anomalies(schema: Any, statistics: Any, previous: Any) -> Any:
+    before = b"" if previous is None else _dataset(previous)
+    serialised = tfdv().ValidateFeatureStatistics(
+        _dataset(statistics), schema.SerializeToString(), b"", before, b"", b"", b"", b"", False
+    )
+    return anomalies_pb2.Anomalies.FromString(serialised)
 
 
 def _cut(text: str) -> str:

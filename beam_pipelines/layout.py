@@ -1,0 +1,61 @@
+"""Text for terminals: columns where they fit, a paragraph per row where they do not."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+
+def terminal_width() -> int:
+    """Of the terminal; without one there is room."""
+    return shutil.get_terminal_size((160, 24)).columns
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", width: int | None = None, indent: int = 2) -> str:
+    """`rows` under `head`, each column as wide as it must be.
+
+    Args:
+        right: names of columns of numbers, separated by spaces, set to the right.
+        width: of the terminal; where the rows do not fit, the first column has a line and the others follow below it.
+    """
+    width = terminal_width() if width is None else width
+    empty = [i for i in range(1, len(head)) if not any(row[i] for row in rows)]
+    head = [name for i, name in enumerate(head) if i not in empty]
+    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+    wide = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    pad = " " * indent
+    if indent + sum(wide) + 2 * (len(wide) - 1) <= width:
+        lines = ["  ".join(cell.rjust(size) if name in right.split() else cell.ljust(size) for name, cell, size in zip(head, row, wide, strict=True)) for row in [head, *rows]]
+        return "\n".join(pad + line.rstrip() for line in lines)
+    blocks = []
+    for row in rows:
+        told = [_told(name, cell) for name, cell in zip(head[1:], row[1:], strict=True) if cell]
+        blocks.append("\n".join([pad + row[0], wrapped(", ".join(told), indent + 4, width)]) if told else pad + row[0])
+    return "\n".join(blocks)
+
+
+def _told(name: str, cell: str) -> str:
+    """`3,000 rows`, `version 2`, `1.2 MB` (of bytes)."""
+    return cell if name == "bytes" else f"{cell} {name}" if name.endswith("s") and cell[0].isdigit() and "–" not in cell else f"{name} {cell}"
+
+
+def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:
+    """`text` in lines of the terminal's width; words longer than a line stay whole, so that they can be copied."""
+    width = terminal_width() if width is None else width
+    return textwrap.fill(text, max(width, indent + hanging + 20), initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging), break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def size(count: int) -> str:
+    """Bytes as people read them.
+
+    >>> size(1_234_567)
+    '1.2 MB'
+    """
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        if unit != "TB":
+            value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,166 @@
+"""Example files as XGBoost's histogram bins, row group by row group: no more rows in memory than one group."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import Model
+from transforms.encoders import Fitted, Matrix
+from transforms.examples import Account, Shard, read_shard
+from transforms.fitting import LABEL
+from transforms.hindsight import Hindsight, hindsight
+from transforms.labels import Fold, ripe
+
+# Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
+KEPT = 256 << 20
+# Encoded values of a split above which its bins go to disk, and of a page of them there.  Measured in docs/training.md.
+EXTERNAL = 1 << 62
+PAGE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrices:
+    """What one trial learns from and is judged by; trials of one process share it, since training only reads it.
+
+    Args:
+        learn, judge: XGBoost's matrices of the train and validate splits.
+        shared: whether trials may read it at once: not where it comes from disk.
+        folder: of its pages on disk, kept as long as it is.
+    """
+
+    learn: Any
+    judge: Any
+    shared: bool = True
+    folder: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of some shards: those in `[start, end)` whose label's horizon has passed by the end; all without bounds."""
+
+    shards: tuple[Shard, ...]
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[Part, Part]:
+    """What is learnt from and judged by; `fold` None is the split itself."""
+    train = tuple(account.of("train"))
+    if fold is None:
+        return Part(train), Part(tuple(account.of("validate")))
+    return Part(train, None, fold.train_end), Part(train, fold.validate_start, fold.validate_end)
+
+
+def matrices(
+    model: Model, fitted: Fitted, account: Account, threads: int, max_bin: int | None = None, fold: Fold | None = None
+) -> Matrices:
+    """The binned rows of train and validate.
+
+    Args:
+        threads: that bin.
+        max_bin: of XGBoost; None takes its default.
+    """
+    learning, judging = parts_of(model, account, fold)
+    columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
+    if max_bin is not None:
+        columns["max_bin"] = max_bin
+    external = sum(each.rows for each in learning.shards) * len(fitted.names) > EXTERNAL
+    folder = tempfile.TemporaryDirectory(prefix="millrace-bins-") if external else None
+    known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
+    learn = _matrix(model, fitted, learning, known, folder and f"{folder.name}/learn", **columns)
+    judge = _matrix(model, fitted, judging, None, folder and f"{folder.name}/judge", ref=learn, **columns)
+    return Matrices(learn, judge, not external, folder)
+
+
+def _ledger(model: Model, fitted: Fitted) -> list[str]:
+    return list(dict.fromkeys([*fitted.inputs, LABEL, "__label_time"]))
+
+
+def _matrix(
+    model: Model, fitted: Fitted, part: Part, known: Hindsight | None, cache: str | None, **options: Any
+) -> Any:
+    import xgboost
+
+    class Rows(xgboost.DataIter):
+        """XGBoost reads all rows several times over; what fits into `KEPT` is encoded once."""
+
+        def __init__(self) -> None:
+            self.kept: list[tuple[Any, Any]] = []
+            self.keeps = sum(each.rows for each in part.shards) * 4 * (len(fitted.names) + 1) <= KEPT
+            self.complete = False
+            self.source: Iterator[tuple[Any, Any]] = iter(())
+            super().__init__(cache_prefix=cache)
+
+        def reset(self) -> None:
+            if not self.complete:
+                self.kept.clear()
+            found = encoded(model, fitted, part, known)
+            self.source = iter(self.kept) if self.complete else _pages(found) if cache else found
+
+        def next(self, input_data: Any) -> bool:
+            rows = next(self.source, None)
+            if rows is None:
+                self.complete = self.keeps
+                return False
+            if self.keeps and not self.complete:
+                self.kept.append(rows)
+            matrix, label = rows
+            input_data(data=matrix, label=label, feature_names=fitted.names, feature_types=fitted.types)
+            return True
+
+    rows = Rows()
+    matrix = (xgboost.ExtMemQuantileDMatrix if cache else xgboost.QuantileDMatrix)(rows, **options)
+    rows.kept.clear()
+    return matrix
+
+
+def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """`columns` of the part's rows."""
+    if part.end is None:
+        for shard in part.shards:
+            yield from read_shard(shard, columns)
+        return
+    time = model.view.time
+    for shard in part.shards:
+        for batch in read_shard(shard, list(dict.fromkeys([*columns, time]))):
+            inside = ripe(model.label, batch.column(batch.schema.get_field_index(time)), part.start, part.end)
+            if pc.any(inside).as_py():
+                yield pa.RecordBatch.from_arrays(
+                    [batch.column(batch.schema.get_field_index(name)).filter(inside) for name in columns], list(columns)
+                )
+
+
+def encoded(
+    model: Model, fitted: Fitted, part: Part, known: Hindsight | None = None
+) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
+    """(matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
+    time = [model.view.time] if known is not None else []
+    for batch in batches(model, part, list(dict.fromkeys([*fitted.inputs, *time, LABEL]))):
+        matrix = fitted.apply(batch)
+        if known is not None:
+            known.write(batch, matrix)
+        yield matrix, batch.column(batch.schema.get_field_index(LABEL)).to_numpy(zero_copy_only=False)
+
+
+def _pages(rows: Iterable[tuple[Matrix, np.ndarray[Any, Any]]]) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
+    """Neighbouring groups as pages of about `PAGE` values: every level of every tree reads every page."""
+    held: list[tuple[Matrix, np.ndarray[Any, Any]]] = []
+    for each in rows:
+        held.append(each)
+        if sum(matrix.size for matrix, _ in held) >= PAGE:
+            yield _joined(held)
+            held.clear()
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[Matrix, np.ndarray[Any, Any]]]) -> tuple[Matrix, np.ndarray[Any, Any]]:
+    return np.concatenate([matrix for matrix, _ in held]), np.concatenate([label for _, label in held])
