@@ -156,7 +156,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     """The graph: blocks → features, dead letters and accounts → files → one commit each."""
     view, plan, dead = options.definition.view, work.plan, dead_letters_uri(options.store, "features")
     assert plan is not None
-    metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint}
+    metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint, "definition_sha256": options.definition.digest}  # fmt: skip
     table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
     of_letters = Target(dead, DEAD_LETTERS, plan.dates, options.run_id, newest(dead), {"view": view.name}, metadata)
     left = {each.until: each.files for each in snapshots(view, plan, options.run_id)}

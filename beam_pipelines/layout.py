@@ -12,7 +12,9 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((160, 24)).columns
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", width: int | None = None, indent: int = 2) -> str:
+def columns(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", width: int | None = None, indent: int = 2
+) -> str:
     """`rows` under `head`, each column as wide as it must be.
 
     Args:
@@ -26,7 +28,13 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "",
     wide = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = " " * indent
     if indent + sum(wide) + 2 * (len(wide) - 1) <= width:
-        lines = ["  ".join(cell.rjust(size) if name in right.split() else cell.ljust(size) for name, cell, size in zip(head, row, wide, strict=True)) for row in [head, *rows]]
+        lines = [
+            "  ".join(
+                cell.rjust(size) if name in right.split() else cell.ljust(size)
+                for name, cell, size in zip(head, row, wide, strict=True)
+            )
+            for row in [head, *rows]
+        ]
         return "\n".join(pad + line.rstrip() for line in lines)
     blocks = []
     for row in rows:
@@ -37,13 +45,27 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "",
 
 def _told(name: str, cell: str) -> str:
     """`3,000 rows`, `version 2`, `1.2 MB` (of bytes)."""
-    return cell if name == "bytes" else f"{cell} {name}" if name.endswith("s") and cell[0].isdigit() and "–" not in cell else f"{name} {cell}"
+    return (
+        cell
+        if name == "bytes"
+        else f"{cell} {name.removesuffix('s') if cell == '1' else name}"
+        if name.endswith("s") and cell[0].isdigit() and "–" not in cell
+        else f"{name} {cell}"
+    )
 
 
 def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:
     """`text` in lines of the terminal's width; words longer than a line stay whole, so that they can be copied."""
     width = terminal_width() if width is None else width
     return textwrap.fill(text, max(width, indent + hanging + 20), initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging), break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def many(count: int, what: str) -> str:
+    """
+    >>> many(1, "file"), many(2000, "file")
+    ('1 file', '2,000 files')
+    """
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def size(count: int) -> str:

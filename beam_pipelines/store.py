@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import sys
@@ -11,13 +11,16 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from beam_pipelines.layout import columns, size, wrapped
+from apache_beam.io.filesystems import FileSystems
+
+from beam_pipelines.layout import columns, many, size, wrapped
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import guard, read_json
 from schemas.durations import instant, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.bundles import MANIFEST
+from transforms.commits import root_of as root_of_uri
 from transforms.inspection import (
     Origin,
     Seen,
@@ -29,11 +32,12 @@ from transforms.inspection import (
     origin,
     view_table,
 )
+from transforms.manifests import read_manifest
 from transforms.registry import Registry, registry_uri
 from transforms.running import running
 from transforms.staleness import as_date
 from transforms.tables import open_table, root_of
-from transforms.vacuum import Rules, Waste, at_work, pins_of, remove, tables_below, waste_of, waste_of_runs
+from transforms.vacuum import Rules, Waste, at_work, pins_of, place_of, remove, tables_below, waste_of, waste_of_runs
 
 HOUR = timedelta(hours=1)
 DAYS_SHOWN = 8
@@ -52,20 +56,33 @@ def tables(argv: Sequence[str]) -> int:
         count = "" if each.rows is None else f"{each.rows:,}"
         rows.append((each.table, version, dates, count, size(each.bytes), f"{each.files:,}", each.fingerprint, run))
     if not rows:
-        raise DataError("A store has tables", f"none in {flags.store}", "Write sources there, then run: millrace features")
-    print(columns(("table", "version", "dates", "rows", "bytes", "files", "fingerprint", "last run (UTC)"), rows, "version rows bytes files", indent=0))
+        raise DataError(
+            "A store has tables", f"none in {flags.store}", "Write sources there, then run: millrace features"
+        )
+    print(
+        columns(
+            ("table", "version", "dates", "rows", "bytes", "files", "fingerprint", "last run (UTC)"),
+            rows,
+            "version rows bytes files",
+            indent=0,
+        )
+    )
     return 0
 
 
 def trace(argv: Sequence[str]) -> int:
     """Follow a feature row or a prediction back to what it was made from."""
     arguments = Arguments("millrace trace", trace.__doc__ or "", definition=False, beam=False)
-    arguments.add_argument("--key", action="append", metavar="COLUMN=VALUE", help="the question's key; once per column of it")
+    arguments.add_argument(
+        "--key", action="append", metavar="COLUMN=VALUE", help="the question's key; once per column of it"
+    )
     arguments.add_argument("--time", help="the question's time, or its UTC day (default: every time of the key)")
     arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
     arguments.add_argument("--live", action="store_true", help="of the live feature table")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    arguments.add_argument("--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})")
+    arguments.add_argument(
+        "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
+    )
     flags = arguments.parse_all(argv)
     definition = load_definition(flags.definition) if flags.definition else None
     if (flags.prediction is None) == (not flags.key):
@@ -89,8 +106,14 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
     exact = {} if moment is None or whole_day else {view.time: moment}
     found = find_rows(table, {**key, **exact}, None if moment is None else moment.date())
     if not found:
-        value = ", ".join(f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items())
-        raise DataError("The row is in the feature table", f"{value}: not in version {table.version()} of {root_of(table)}", "See its dates with: millrace tables")
+        value = ", ".join(
+            f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
+        )
+        raise DataError(
+            "The row is in the feature table",
+            f"{value}: not in version {table.version()} of {root_of(table)}",
+            "See its dates with: millrace tables",
+        )
     found.sort(key=lambda each: each[1][view.time])
     if len(found) > 1:
         print(f"{len(found)} rows of this key, the last of them below; choose one with --time")
@@ -110,15 +133,26 @@ def _print_origin(found: Origin, definition: Definition, days: bool) -> None:
     print(wrapped(f"{found.table} version {found.version}", hanging=2))
     print(wrapped(f"file {found.file.path}", hanging=2))
     if found.commit:
-        print(wrapped(f"committed as version {found.commit['version']} {_when(found.commit)} by run {found.commit.get('run_id')}", hanging=2))
+        print(
+            wrapped(
+                f"committed as version {found.commit['version']} {_when(found.commit)} by run {found.commit.get('run_id')}",
+                hanging=2,
+            )
+        )
     _print_sources(found.seen, days)
     print("\ndefinition")
     _print_definition(definition, str(found.commit.get("definition_sha256", "")))
 
 
 def _print_definition(definition: Definition, recorded: str) -> None:
-    digest = _digest(definition.path)
-    told = "" if not recorded else ", as when it was computed" if recorded == digest else f", changed since it was computed (then {recorded[:16]})"
+    digest = definition.digest
+    told = (
+        ""
+        if not recorded
+        else ", as when it was computed"
+        if recorded == digest
+        else f", changed since it was computed (then {recorded[:16]})"
+    )
     print(wrapped(f"{definition.path}, SHA-256 {digest[:16]}{told}", hanging=2))
     print(wrapped(f"view {definition.view.name}, fingerprint {definition.view.fingerprint}", hanging=2))
 
@@ -131,39 +165,64 @@ def _print_sources(seen: Sequence[Seen], days: bool) -> None:
         elif len(each.days) > DAYS_SHOWN and not days:
             rows = sum(count for _, count, _ in each.days)
             total = sum(digest for _, _, digest in each.days) % 2**64
-            print(wrapped(f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {rows:,} rows in {len(each.days)} days, digests add up to {total:016x} (--days lists them)", hanging=2))  # fmt: skip
+            print(wrapped(f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)", hanging=2))  # fmt: skip
         else:
-            print(f"  {each.source}: {'no rows in reach' if not each.days else ''}")
+            print(f"  {each.source}:{'' if each.days else ' no rows in reach'}")
             for day, count, digest in each.days:
                 print(f"    {as_date(day)}  {count:>9,} rows  digest {digest % 2**64:016x}")
         for path, stamp, since in each.files[:DAYS_SHOWN]:
             print(wrapped(f"{path}  {since} (stamp {stamp})", 4, hanging=2))
         if len(each.files) > DAYS_SHOWN:
-            print(f"    and {len(each.files) - DAYS_SHOWN} more files, {sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since")
+            print(
+                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, {sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
+            )
 
 
 def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
     name, table, file, row = find_prediction(flags.store, flags.prediction, model, day)
     entry = commit_of(table, file)
     print(f"prediction {row['prediction_id']} of {name}")
-    print(columns(("column", "value"), [(column, _text(value)) for column, value in row.items() if column != "prediction_id"]))
+    print(
+        columns(
+            ("column", "value"), [(column, _text(value)) for column, value in row.items() if column != "prediction_id"]
+        )
+    )
     print("\ntable")
     print(wrapped(f"{root_of(table)} version {table.version()}", hanging=2))
     if entry:
-        print(wrapped(f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}, from {entry.get('features', 'unknown features')}", hanging=2))
+        print(
+            wrapped(
+                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}, from {entry.get('features', 'unknown features')}",
+                hanging=2,
+            )
+        )
     version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(name, row["model_version"])
     manifest = read_json(os.path.join(folder, MANIFEST))
     trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
     print("\nmodel")
-    print(wrapped(f"version {version} of {name} in {flags.registry or 'the registry of the store'}, {folder}", hanging=2))
-    print(wrapped(f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split {', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}", hanging=2))
-    print(wrapped(f"on {trained.get('uri')} version {trained.get('version')}, fingerprint {manifest['fingerprint']}", hanging=2))
+    print(
+        wrapped(f"version {version} of {name} in {flags.registry or 'the registry of the store'}, {folder}", hanging=2)
+    )
+    print(
+        wrapped(
+            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split {', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
+            hanging=2,
+        )
+    )
+    print(
+        wrapped(
+            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint {manifest['fingerprint']}",
+            hanging=2,
+        )
+    )
     print("\ndefinition")
     kept = os.path.join(os.path.dirname(folder.rstrip("/")), "definition.py")
     where = kept if os.path.exists(kept) else made_by.get("name")
     print(wrapped(f"{where}, SHA-256 {str(made_by.get('sha256'))[:16]}", hanging=2))
     _print_label_files(manifest.get("label_files", []))
-    _print_trained(flags, trained, definition, row)
+    _print_trained(flags.store, trained)
+    if definition is not None:
+        _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
 def _print_label_files(files: Sequence[str]) -> None:
@@ -173,36 +232,50 @@ def _print_label_files(files: Sequence[str]) -> None:
             stamp, _, path = each.partition(" ")
             print(wrapped(f"{path} (stamp {stamp})", hanging=2))
         if len(files) > DAYS_SHOWN:
-            print(f"  and {len(files) - DAYS_SHOWN} more files")
+            print(f"  and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_trained(flags: Any, trained: Mapping[str, Any], definition: Definition | None, row: Mapping[str, Any]) -> None:
-    """What the training table was made from; with a definition, also where the scored row came from."""
-    from transforms.manifests import read_manifest
+def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
+    """What the training table was made from."""
+    table = (
+        open_table(FileSystems.join(store, *place_of(trained["uri"]).split("/")), int(trained["version"]))
+        if trained
+        else None
+    )
+    if table is None:
+        return
+    manifest = read_manifest(table)
+    print("\nsources of the training features")
+    for source, files in sorted(manifest.files.items()):
+        rows = sum(count for count, _ in manifest.digests.get(source, {}).values())
+        print(f"  {source}: {many(rows, 'row') + ', ' if rows else ''}{many(len(files), 'file')}")
+        for path, (stamp, _, _) in sorted(files.items())[:DAYS_SHOWN]:
+            print(wrapped(f"{path} (stamp {stamp})", 4, hanging=2))
+        if len(files) > DAYS_SHOWN:
+            print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
-    table = open_table(str(trained["uri"]), int(trained["version"])) if trained else None
-    manifest = None if table is None else read_manifest(table)
-    if manifest is not None:
-        print("\nsources of the training features")
-        for source, files in sorted(manifest.files.items()):
-            rows = sum(count for count, _ in manifest.digests.get(source, {}).values())
-            told = f"{rows:,} rows, " if rows else ""
-            print(f"  {source}: {told}{len(files)} files")
-            for path, (stamp, _, _) in sorted(files.items())[:DAYS_SHOWN]:
-                print(wrapped(f"{path} (stamp {stamp})", 4, hanging=2))
-            if len(files) > DAYS_SHOWN:
-                print(f"    and {len(files) - DAYS_SHOWN} more")
-    if definition is not None:
-        features = view_table(flags.store, definition.view)
-        for file, found in find_rows(features, {"row_id": row["row_id"]}, row["date"]):
-            print("\nthe row that was scored, as the feature table has it now")
-            _print_origin(origin(definition.view, features, file, found), definition, flags.days)
+
+def _print_scored(flags: Any, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
+    """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
+    uri, _, version = features.rpartition("@")
+    table = None
+    if version.isdigit() and place_of(uri).startswith(f"features/{definition.view.name}/{definition.view.fingerprint}"):
+        with contextlib.suppress(StoreError):
+            table = view_table(flags.store, definition.view, int(version))
+    print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
+    table = table or view_table(flags.store, definition.view)
+    for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
+        _print_origin(origin(definition.view, table, file, found), definition, flags.days)
 
 
 def vacuum(argv: Sequence[str]) -> int:
     """Remove what no commit names and no kept version needs."""
     arguments = Arguments("millrace vacuum", vacuum.__doc__ or "", definition=None, beam=False)
-    arguments.add_argument("--older_than", default="2d", help="how long a run may take: younger files stay, whoever wrote them (default 2d)")
+    arguments.add_argument(
+        "--older_than",
+        default="2d",
+        help="how long a run may take: younger files stay, whoever wrote them (default 2d)",
+    )
     arguments.add_argument("--retention", default="7d", help="how long replaced versions stay readable (default 7d); those that a registered model was trained on always do")  # fmt: skip
     arguments.add_argument("--dry_run", action="store_true", help="list what would go, remove nothing")
     arguments.add_argument("--force", action="store_true", help="allow --older_than under an hour")
@@ -211,7 +284,11 @@ def vacuum(argv: Sequence[str]) -> int:
     longest = timedelta(microseconds=microseconds(flags.older_than, "--older_than", zero=True))
     retention = max(longest, timedelta(microseconds=microseconds(flags.retention, "--retention", zero=True)))
     if longest < HOUR and not flags.force:
-        raise DefinitionError("--older_than is at least 1h: a run's files are not committed until it ends", flags.older_than, "If no run is at work, repeat it with --force")
+        raise DefinitionError(
+            "--older_than is at least 1h: a run's files are not committed until it ends",
+            flags.older_than,
+            "If no run is at work, repeat it with --force",
+        )
     now = datetime.now(UTC)
     busy = at_work(running(flags.store), now, longest)
     pins = pins_of(trained(flags.store, flags.registry))
@@ -241,12 +318,22 @@ def trained(store: str, registry: str | None) -> dict[str, Mapping[str, object]]
         try:
             found.setdefault(f"run {path.parts[-3]}", json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise StoreError("The manifest of a trained model can be read", f"{path}: {error}", "Restore it, or delete its run's folder") from None
+            raise StoreError(
+                "The manifest of a trained model can be read",
+                f"{path}: {error}",
+                "Restore it, or delete its run's folder",
+            ) from None
     return found
 
 
 def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry: bool) -> None:
-    kinds = {"orphan": "orphans", "expired": "expired", "aside": "half-written", "manifest": "manifests", "statistics": "statistics"}
+    kinds = {
+        "orphan": "orphans",
+        "expired": "expired",
+        "aside": "half-written",
+        "manifest": "manifests",
+        "statistics": "statistics",
+    }
     rows = []
     for name in sorted({*names, *(each.table for each in waste)}):
         mine = [each for each in waste if each.table == name]
@@ -258,7 +345,13 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
         models = sorted({pin.reason for pin in rules.pins if (pin.table, pin.version) == (table, version)})
         print(wrapped(f"kept: version {version} of {table}, on which {', '.join(models)} was trained", 0, hanging=2))
     for run in rules.at_work:
-        print(wrapped(f"kept: files of run {run.run_id} ({run.pipeline}), started {run.started:%Y-%m-%d %H:%M} UTC and not ended", 0, hanging=2))
+        print(
+            wrapped(
+                f"kept: files of run {run.run_id} ({run.pipeline}), started {run.started:%Y-%m-%d %H:%M} UTC and not ended",
+                0,
+                hanging=2,
+            )
+        )
     if dry:
         for each in waste:
             print(f"would remove {each.kind} {each.file.path}")
@@ -266,15 +359,15 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
 
 
 def _when(entry: Mapping[str, Any]) -> str:
-    return f"on {datetime.fromtimestamp(entry['timestamp'] / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC" if "timestamp" in entry else ""
+    return (
+        f"on {datetime.fromtimestamp(entry['timestamp'] / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        if "timestamp" in entry
+        else ""
+    )
 
 
 def _text(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else "null" if value is None else str(value)
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import platform
 import sys
 import time
@@ -38,11 +39,13 @@ from transforms.examples import (
     shards_to_judge,
 )
 from transforms.fitting import Fit, declared
+from transforms.matrices import until
 from transforms.publishing import REPORT, Publication, publish
 from transforms.registry import registry_uri
 from transforms.scoring import Pinned, Score
 from transforms.tables import data_files, features_uri, open_table
-from transforms.training import Train, require_trainable, save_best, trials
+from transforms.searching import trials
+from transforms.training import Study, Train, save_best
 
 LIBRARIES = ("apache-beam", "deltalake", "numpy", "polars", "pyarrow", "xgboost")
 
@@ -60,7 +63,8 @@ class Options:
         start: first day of the feature table used; None takes all.
         cutoff: the day before which everything is known; None takes the day after the feature table's last.
         registry: MLflow tracking URI.
-        threads: of XGBoost in each trial; 0 takes every core.
+        cores: that the trials of one worker share.
+        device: of XGBoost: cpu, or cuda.
         keep_examples: whether TFRecord and Parquet examples stay.
         now: µs since 1970, the clock by which stamps are judged.
         beam_args: for Beam.
@@ -74,7 +78,8 @@ class Options:
     start: date | None
     cutoff: date | None
     registry: str
-    threads: int
+    cores: int
+    device: str
     keep_examples: bool
     now: int
     beam_args: tuple[str, ...]
@@ -109,7 +114,8 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
     arguments.add_argument("--cutoff", type=day, help="UTC day before which everything is known (default: the day after the last of the feature table)")  # fmt: skip
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    arguments.add_argument("--threads", type=int, default=0, help="of XGBoost in each trial (default: every core)")
+    arguments.add_argument("--threads", type=int, default=0, help="cores that the trials of one worker share (default: as many as here)")
+    arguments.add_argument("--device", default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
     arguments.add_argument(
         "--keep_examples", action=argparse.BooleanOptionalAction, default=True, help="keep TFRecord and Parquet examples (default: yes)"
     )  # fmt: skip
@@ -117,7 +123,7 @@ def parse(argv: Sequence[str]) -> Options:
     return Options(
         definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
         run_id=flags.run_id, features_version=flags.features_version, start=flags.start, cutoff=flags.cutoff,
-        registry=registry_uri(flags.store, flags.registry), threads=flags.threads, keep_examples=flags.keep_examples,
+        registry=registry_uri(flags.store, flags.registry), cores=flags.threads or os.cpu_count() or 1, device=flags.device, keep_examples=flags.keep_examples,
         now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
 
@@ -128,13 +134,14 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dic
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     accounts, learning = blocks | "Examples" >> MakeExamples(plan)
     account = accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(checked, plan.alone)
-    fitted = learning | "Fit" >> Fit(declared(model))
-    tried = (
-        pipeline
-        | "Trials" >> beam.Create(trials(model))
-        | "Train" >> Train(model, options.folder, account, fitted, options.threads)
-    )
-    sides = AsSingleton(account), AsSingleton(fitted)
+    fitted = [
+        learning | f"Fold{i}" >> beam.Map(until, model, fold) | f"FitFold{i}" >> Fit(declared(model))
+        for i, fold in enumerate(plan.split.folds)
+    ]
+    fitted.append(learning | "Fit" >> Fit(declared(model)))
+    study = Study(model, plan.split, options.folder, options.cores, options.device)
+    tried = pipeline | "Trials" >> beam.Create(trials(model)) | "Train" >> Train(study, account, fitted)
+    sides = AsSingleton(account), AsSingleton(fitted[-1])
     trained = (
         tried
         | "Gather" >> beam.combiners.ToList()
@@ -144,7 +151,7 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dic
     scored = (
         tests
         | "Read" >> beam.FlatMap(read_shard)
-        | "Score" >> Score(Pinned(options.bundle), threads=options.threads, carry=carried(model.gates))
+        | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
     )
     report = scored | "Evaluate" >> Evaluate(model)
     _ = report | "Publish" >> beam.Map(publish, AsSingleton(trained), AsSingleton(account), publication(options))
@@ -187,7 +194,7 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
         MillraceError: no features, or of another definition; see `open_features` and `make_plan`.
     """
     model = options.model
-    require_trainable(model)
+    trials(model)  # refuses what it must before anything is read
     table = open_features(options)
     files = data_files(table, options.start, options.cutoff)
     if not files:

@@ -7,8 +7,9 @@ from schemas import encoders
 from schemas.errors import DefinitionError, MillraceError
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.loading import Definition, load_definition
-from schemas.models import Gates, Label, Model, Search, TimeSplit
+from schemas.models import Gates, Label, Model, Search
 from schemas.sources import Source
+from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
 from schemas.views import FeatureView
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "Derived",
     "FeatureView",
     "Gates",
+    "GroupSplit",
     "Label",
     "Latest",
     "Lookup",
     "MillraceError",
     "Model",
+    "RollingOrigin",
     "Search",
     "Source",
     "TimeSplit",

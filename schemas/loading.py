@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -29,6 +30,11 @@ class Definition:
     def schema_path(self) -> str:
         """Where the schema of its features stands, if there is one: beside the definition."""
         return str(Path(self.path).with_name("schema.pbtxt"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file's text."""
+        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
 
     def require_model(self) -> Model:
         if self.model is None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from datetime import date, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import polars as pl
 
 from schemas import encoders
-from schemas.durations import instant, microseconds
+from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import dtype_of, require_row_local
 from schemas.features import By, pairs
 from schemas.sources import Source, identifier
+from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
 from schemas.views import FeatureView
 
 OBJECTIVES = {
@@ -73,64 +74,6 @@ class Label:
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.on, "on")
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Resolved bounds, UTC: train `[−∞, train_end)`, validate `[validate_start, validate_end)`, test `[test_start, cutoff)`."""
-
-    train_end: datetime
-    validate_start: datetime
-    validate_end: datetime
-    test_start: datetime
-    cutoff: datetime
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSplit:
-    """Train, validate, test in order of time, `embargo` apart so that no label of one reaches into the next.
-
-    Args:
-        validate: its length, or the date it starts.
-        test: its length back from the cutoff, or the date it starts.
-        embargo: gap left before validation and before test.
-    """
-
-    validate: str | date
-    test: str | date
-    embargo: str = "0s"
-
-    def __post_init__(self) -> None:
-        for name in ("validate", "test"):
-            value = getattr(self, name)
-            instant(value, f"TimeSplit: {name}") if _is_date(value) else microseconds(value, f"TimeSplit: {name}")
-        microseconds(self.embargo, "TimeSplit: embargo", zero=True)
-        if _is_date(self.validate) and _is_date(self.test) and instant(self.validate) >= instant(self.test):
-            raise DefinitionError(
-                "TimeSplit: validation comes before test", f"{self.validate} and {self.test}", "Exchange them"
-            )
-
-    def resolve(self, cutoff: datetime) -> Split:
-        """The bounds when data ends at `cutoff`."""
-        gap = timedelta(microseconds=microseconds(self.embargo, zero=True))
-        test = _start(self.test, cutoff)
-        validate_end = test - gap
-        validate = _start(self.validate, validate_end)
-        if not validate < validate_end or not test < cutoff:
-            raise DefinitionError(
-                "TimeSplit: every part has a length",
-                f"validate from {validate}, test from {test}, cutoff {cutoff}",
-                "Shorten the embargo or move the dates",
-            )
-        return Split(validate - gap, validate, validate_end, test, cutoff)
-
-
-def _is_date(value: str | date) -> bool:
-    return not isinstance(value, str) or (value[:4].isdigit() and "-" in value)
-
-
-def _start(value: str | date, end: datetime) -> datetime:
-    return instant(value) if _is_date(value) else end - timedelta(microseconds=microseconds(str(value)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +176,7 @@ class Model:
 
     view: FeatureView
     label: Label
-    split: TimeSplit
+    split: TimeSplit | GroupSplit | RollingOrigin
     objective: str = "binary:logistic"
     metric: str = "auc"
     encode: Mapping[str, encoders.Encoder] = dataclasses.field(default_factory=dict)
@@ -277,6 +220,11 @@ class Model:
             if column not in self.view.context and column not in self.view.columns:
                 raise DefinitionError(
                     f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context)
+                )
+        for column in self.split.by if isinstance(self.split, GroupSplit) else ():
+            if column not in self.view.context:
+                raise DefinitionError(
+                    f"{what}: groups are named by spine columns", repr(column), nearest(column, self.view.context)
                 )
         if self.rounds < 1 or self.early_stopping < 0:
             raise DefinitionError(

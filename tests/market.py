@@ -57,7 +57,7 @@ def sources(rows: int = 120, seed: int = 3) -> dict[str, pl.DataFrame]:
     moment = pl.Datetime("us", "UTC")
 
     def times(n: int) -> list[datetime]:
-        return [at(float(t)) for t in np.sort(np.round(random.random(n) * DAYS * 24) / 24 + 1e-6 * random.integers(0, 2, n))]  # fmt: skip
+        return [at(float(t)) for t in np.sort(np.round(random.random(n) * (DAYS * 24 - 1)) / 24 + 1e-6 * random.integers(0, 2, n))]  # fmt: skip
 
     def shop(n: int) -> list[str | None]:
         return [(None, 'a/"', "é", "", "c=d e")[i] for i in random.integers(0, 5, n)]

@@ -117,7 +117,7 @@ def test_no_label_enters_before_its_horizon_has_passed() -> None:
         {"key": asked["key"].cast(pl.Int32), "known": asked["asked"].dt.offset_by("1s"), "value": [1.0] * len(times)}
     ).with_columns(side=pl.lit(""), rank=pl.lit(0, pl.Int64)).select(list(EVENTS)).filter(pl.col("key") != 2)  # fmt: skip
     parts, counts = labels.examples(labels.attach(asked, known, label, "asked"), label, split, "asked")
-    for name, (start, end) in labels.bounds(split).items():
+    for name, (start, end) in split.bounds.items():
         inside = [t for t in times if (start is None or t >= start) and t < end]
         ripe = [t for t in inside if t + timedelta(days=1) <= end]
         missing = 1 if name == "train" else 0

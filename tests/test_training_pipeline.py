@@ -133,7 +133,6 @@ def test_features_of_another_definition_are_refused(store: Path) -> None:
         ),
         (('value=pl.col("amount") > 0', 'value=pl.col("amount")'), DataError, "is 0 or 1"),
         (('"12d", "12d"', '"12d", "2024-02-29"'), DataError, "wait for their label's horizon"),
-        (("encoders.OneHot()", "encoders.Target()"), DefinitionError, "labels known before it"),
         (('"eta": 0.3', '"eta": 0.3, "seed": 3'), DefinitionError, "leaves .*seed.* to the model"),
         (('"eta": 0.3', '"eta": -3'), DataError, "A trial succeeds"),
     ],

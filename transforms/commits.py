@@ -32,7 +32,9 @@ def versions(uri: str) -> list[int]:
         names = os.listdir(folder) if os.path.isdir(folder) else []
     else:
         names = [each.path.rsplit("/", 1)[-1] for each in FileSystems.match([f"{folder}/*.json"])[0].metadata_list]
-    return sorted(int(name[:20]) for name in names if len(name) == 25 and name.endswith(".json") and name[:20].isdigit())
+    return sorted(
+        int(name[:20]) for name in names if len(name) == 25 and name.endswith(".json") and name[:20].isdigit()
+    )
 
 
 def commits(uri: str, version: int | None = None) -> Iterator[dict[str, Any]]:

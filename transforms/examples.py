@@ -16,7 +16,7 @@ from schemas import Model
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, StoreError
 from schemas.expressions import columns_of
-from schemas.models import Split
+from schemas.splits import GroupSplit, Split
 from transforms import labels
 from transforms.batches import batch, frame
 from transforms.contracts import EPOCH, Contract
@@ -155,10 +155,11 @@ def _columns_read(model: Model) -> tuple[str, ...]:
 
 
 def schema_of(model: Model) -> pa.Schema:
-    """Schema of the examples: key, time, inputs, columns of slices, `row_id`, `date`, `__label` and `__label_time`."""
+    """Schema of the examples: key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`."""
     view = model.view
     sliced = [name for group in model.gates.slices for name in ((group,) if isinstance(group, str) else group)]
-    names = dict.fromkeys([*view.key, view.time, *model.inputs, *sliced, "row_id", "date"])
+    groups = model.split.by if isinstance(model.split, GroupSplit) else ()
+    names = dict.fromkeys([*view.key, view.time, *model.inputs, *groups, *sliced, "row_id", "date"])
     fields = [view.output_schema.field(name) for name in names]
     return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
 

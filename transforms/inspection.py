@@ -46,7 +46,9 @@ def describe(store: str) -> list[Description]:
     """
     tables = [_table(store, name) for name in tables_below(store)]
     known = {each.table for each in tables}
-    return sorted([*tables, *(each for each in _folders(store) if each.table not in known)], key=lambda each: each.table)
+    return sorted(
+        [*tables, *(each for each in _folders(store) if each.table not in known)], key=lambda each: each.table
+    )
 
 
 def _table(store: str, name: str) -> Description:
@@ -118,11 +120,17 @@ def view_table(store: str, view: FeatureView, version: int | None = None, place:
     if table is None:
         others = [name.split("/")[2] for name in tables_below(store) if name.startswith(f"{place}/{view.name}/")]
         there = f"; there are {', '.join(others)}" if others else ""
-        raise StoreError("The definition's features have been computed", f"no table at {uri}{there}", "Compute them with: millrace features")
+        raise StoreError(
+            "The definition's features have been computed",
+            f"no table at {uri}{there}",
+            "Compute them with: millrace features",
+        )
     return table
 
 
-def find_rows(table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None) -> list[tuple[DataFile, dict[str, Any]]]:
+def find_rows(
+    table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None
+) -> list[tuple[DataFile, dict[str, Any]]]:
     """Rows with these values, with the file that each is in; of other dates' files nothing is read if `day` is given."""
     found = []
     columns = list(dict.fromkeys(conditions))
@@ -130,7 +138,11 @@ def find_rows(table: DeltaTable, conditions: Mapping[str, Any], day: date | None
         if day is not None and file.date != day:
             continue
         part = pl.DataFrame(pl.from_arrow(read_file(file, columns)))
-        hit = part.select(pl.all_horizontal(pl.col(name) == value for name, value in conditions.items())).to_series().fill_null(False)
+        hit = (
+            part.select(pl.all_horizontal(pl.col(name) == value for name, value in conditions.items()))
+            .to_series()
+            .fill_null(False)
+        )
         if hit.any():
             whole = pl.DataFrame(pl.from_arrow(read_file(file)))
             found += [(file, row) for row in whole.filter(hit).iter_rows(named=True)]
@@ -146,14 +158,28 @@ def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, Any]:
     example = " ".join(f"--key {name}=…" for name in view.key)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if len(given) != len(words) or set(given) != set(view.key):
-        raise DefinitionError(f"A row of view {view.name!r} is named by {', '.join(view.key)}", " ".join(words) or "no --key", f"Write {example}")
+        raise DefinitionError(
+            f"A row of view {view.name!r} is named by {', '.join(view.key)}",
+            " ".join(words) or "no --key",
+            f"Write {example}",
+        )
     values = {}
     for name, text in given.items():
         dtype = view.spine.schema[name]
         try:
-            series = pl.Series([text]) if dtype == pl.String else pl.Series([text]).str.to_date() if dtype == pl.Date else None
+            series = (
+                pl.Series([text])
+                if dtype == pl.String
+                else pl.Series([text]).str.to_date()
+                if dtype == pl.Date
+                else None
+            )
             if series is None:
-                series = pl.Series([{"true": True, "false": False}[text.lower()]]) if dtype == pl.Boolean else pl.Series([int(text)]).cast(dtype)
+                series = (
+                    pl.Series([{"true": True, "false": False}[text.lower()]])
+                    if dtype == pl.Boolean
+                    else pl.Series([int(text)]).cast(dtype)
+                )
         except (pl.exceptions.PolarsError, ValueError, KeyError):
             raise DefinitionError(f"{name!r} is {dtype}", repr(text), f"Write {example}") from None
         values[name] = series[0]
@@ -201,7 +227,9 @@ def _since(path: str, stamp: str) -> str:
         return "gone"
 
 
-def find_prediction(store: str, prediction: int, model: str | None = None, day: date | None = None) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
+def find_prediction(
+    store: str, prediction: int, model: str | None = None, day: date | None = None
+) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
     """(Model, predictions table, file, row) of a prediction.
 
     Raises:
@@ -210,13 +238,21 @@ def find_prediction(store: str, prediction: int, model: str | None = None, day: 
     looked = []
     for name in tables_below(store):
         place, _, of = name.partition("/")
-        table = open_table(FileSystems.join(store, *name.split("/"))) if place == "predictions" and model in (None, of) else None
+        table = (
+            open_table(FileSystems.join(store, *name.split("/")))
+            if place == "predictions" and model in (None, of)
+            else None
+        )
         if table is None:
             continue
         looked.append(name)
         for file, row in find_rows(table, {"prediction_id": prediction}, day):
             return of, table, file, row
-    raise DataError("The prediction is in the store", f"{prediction} not in {', '.join(looked) or 'any table: there are no predictions'}", "See the tables with: millrace tables")
+    raise DataError(
+        "The prediction is in the store",
+        f"{prediction} not in {', '.join(looked) or 'any table: there are no predictions'}",
+        "See the tables with: millrace tables",
+    )
 
 
 def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Traili
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.lifetime import Carried, Summary, is_lifetime, summary_name
-from transforms.windows import Bools, Column, Ints, statistic
+from transforms.sorting import Sorting, codes
+from transforms.windows import Bools, Column, Ints, lazy, statistic
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
@@ -74,23 +74,39 @@ def gathered(
         where = None if feature.where is None else canonical(feature.where)
         groups.setdefault((feature.source.name, feature.keys, where), []).append(feature)
 
-    def of_group(group: list[Trailing | Latest | Lookup]) -> list[pl.Series]:
-        first, table = group[0], tables[group[0].source.name]
+    def history_of(group: list[Reading]) -> History | None:
+        first = group[0]
         if isinstance(first, Lookup):
-            return [series for feature in group for series in looked_up(feature, frame, table)]  # type: ignore[arg-type]
+            return None
+        where = None if first.where is None else canonical(first.where)
         with computing(f"where of {first.name!r}"):
-            events = table if first.where is None else table.filter(first.where)
-        lifetime = any(map(is_lifetime, group)) and tables.get(
-            summary_name(first.source.name, first.keys, None if first.where is None else canonical(first.where))
-        )
-        history = History(first.source, first.keys, events, frame, view.time, lifetime or None)
-        return [
-            series
-            for each in group
-            for series in (trailing(each, history) if isinstance(each, Trailing) else latest(each, history))
-        ]  # type: ignore[arg-type]
+            events = tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.where)
+        name = summary_name(first.source.name, first.keys, where)
+        summary = tables.get(name) if any(map(is_lifetime, group)) else None
+        return History(first.source, first.keys, events, frame, view.time, summary)
 
-    return [series for part in CORES.map(of_group, groups.values()) for series in part]
+    def work(task: tuple[Reading, History | None, list[Statistic]]) -> list[pl.Series]:
+        feature, history, wanted = task
+        if isinstance(feature, Lookup):
+            return looked_up(feature, frame, tables[feature.source.name])
+        assert history is not None
+        return (
+            latest(feature, history) if isinstance(feature, Latest) else [_statistic(history, each) for each in wanted]
+        )
+
+    histories = zip(groups.values(), CORES.map(history_of, groups.values()), strict=True)
+    tasks = [(feature, history, part) for group, history in histories for feature in group for part in _parts(feature)]
+    return [series for part in CORES.map(work, tasks) for series in part]
+
+
+def _parts(feature: Reading) -> list[list[Statistic]]:
+    """The statistics of a Trailing, those together that share their work; one part without any for other features."""
+    if not isinstance(feature, Trailing):
+        return [[]]
+    parts: dict[tuple[str, str], list[Statistic]] = {}
+    for each in feature.statistics:
+        parts.setdefault((each.column, each.stat), []).append(each)
+    return list(parts.values())
 
 
 @contextlib.contextmanager
@@ -149,11 +165,6 @@ def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
     last = np.zeros(len(lo), np.int64)
     last[found] = rows[hi[found] - 1]
     return last, found
-
-
-def trailing(feature: Trailing, history: History) -> list[pl.Series]:
-    """Every statistic of the feature."""
-    return [_statistic(history, each) for each in feature.statistics]
 
 
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
@@ -235,12 +246,12 @@ class History:
                 Carried(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
             )
 
-    @functools.cached_property
+    @lazy
     def rows(self) -> Ints:
         """Row of `events` per place in sorted order."""
         return self.sorting.order
 
-    @functools.cached_property
+    @lazy
     def ordered_rows(self) -> Ints:
         """As `rows`, places of one key and moment put in order by `order`, then by all columns."""
         tied = self.sorting.ties()
@@ -319,111 +330,6 @@ class History:
         back = np.empty(len(series), np.int64)
         back[self.sorting.spine_order] = np.arange(len(series))
         return series.gather(pl.Series(back))
-
-
-class Sorting:
-    """Events and spine rows under one integer key, code · span + time, so that a window is two binary searches."""
-
-    def __init__(self, positions: Ints, codes: Ints, moments: Ints, spine_codes: Ints) -> None:
-        self.base = int(min(positions.min(initial=2**62), moments.min(initial=2**62)))
-        last = int(max(positions.max(initial=-(2**62)), moments.max(initial=-(2**62))))
-        self.positions, self.codes, self.moments, self.spine_codes = positions, codes, moments, spine_codes
-        self.span = max(last - self.base + 2, 2)
-        self.unique: Ints | None = None
-        groups = int(max(codes.max(initial=0), spine_codes.max(initial=0))) + 1
-        if groups * self.span >= 2**62:
-            self.unique = np.unique(positions)
-            self.span = len(self.unique) + 1
-        keys = codes * self.span + self._place(positions)
-        self.order = pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
-        self.sorted_keys = keys[self.order]
-        spine_keys = spine_codes * self.span + self._place(moments)
-        self.spine_order = pl.Series(spine_keys).arg_sort().to_numpy().astype(np.int64)
-        self.sorted_codes = spine_codes[self.spine_order]
-        self.sorted_moments = moments[self.spine_order]
-        self.ends = self._search(self.sorted_moments)
-        self._starts: dict[int | None, Ints] = {}
-
-    def _place(self, times: Ints) -> Ints:
-        """Times as numbers in `[0, span)`; times before the first event are 0."""
-        if self.unique is not None:
-            return np.searchsorted(self.unique, times, "left").astype(np.int64)
-        return np.clip(times - self.base, 0, None)
-
-    def _search(self, times: Ints) -> Ints:
-        """Place of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
-        found = np.searchsorted(self.sorted_keys, self.sorted_codes * self.span + self._place(times), "left")
-        return np.where(self.sorted_codes < 0, 0, found).astype(np.int64)
-
-    def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
-        """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
-        if length not in self._starts:
-            far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
-            self._starts[length] = self._search(far if length is None else self.sorted_moments - length)
-        return self._starts[length], self.ends
-
-    def ties(self) -> Ints:
-        """Places that share key and moment with a neighbour."""
-        same = self.sorted_keys[1:] == self.sorted_keys[:-1]
-        edge = np.zeros(1, np.bool_)
-        return np.flatnonzero(np.concatenate([edge, same]) | np.concatenate([same, edge]))
-
-
-def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
-    """Equal keys as equal small integers on both sides; −1 for a null key, and for a spine row whose key is not in `table`."""
-    left, right = np.zeros(len(spine), np.int64), np.zeros(len(table), np.int64)
-    for spine_column, table_column in keys:
-        a, b = _column_codes(spine[spine_column], table[table_column])
-        size = int(max(a.max(initial=0), b.max(initial=0))) + 1
-        if int(max(left.max(initial=0), right.max(initial=0)) + 1) * size >= 2**62:
-            left, right = _dense(left, right)
-        left = np.where((left < 0) | (a < 0), -1, left * size + a)
-        right = np.where((right < 0) | (b < 0), -1, right * size + b)
-    return _dense(left, right)
-
-
-def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:
-    if left.dtype == pl.String:
-        shared = pl.Categorical(pl.Categories.random())
-        # Both live until both have codes: Polars forgets the categories with the last column that uses them.
-        pair = right.cast(shared), left.cast(shared)
-        right, left = (side.to_physical() for side in pair)
-    else:
-        left, right = left.to_physical().cast(pl.Int64), right.to_physical().cast(pl.Int64)
-        lows = [low for low in (left.min(), right.min()) if low is not None]
-        highs = [high for high in (left.max(), right.max()) if high is not None]
-        if lows and max(highs) - min(lows) < 2**40:  # type: ignore[type-var, operator]
-            left, right = left - min(lows), right - min(lows)  # type: ignore[type-var]
-        else:
-            levels = right.drop_nulls().unique().sort()
-            left, right = (_positions(levels, side) for side in (left, right))
-    return tuple(side.cast(pl.Int64).fill_null(-1).to_numpy() for side in (left, right))  # type: ignore[return-value]
-
-
-def _positions(levels: pl.Series, side: pl.Series) -> pl.Series:
-    if not len(levels):
-        return pl.Series([None] * len(side), dtype=pl.Int64)
-    at = levels.search_sorted(side).clip(0, len(levels) - 1).cast(pl.Int64)
-    return at.set(~levels.gather(at).eq_missing(side), None)
-
-
-def _dense(left: Ints, right: Ints) -> tuple[Ints, Ints]:
-    """The codes that occur on the right renumbered without gaps; others on the left become −1."""
-    top = int(max(left.max(initial=-1), right.max(initial=-1))) + 1
-    if top <= 8 * (len(left) + len(right)) + 1024:
-        used = np.zeros(top + 1, np.bool_)
-        used[right[right >= 0]] = True
-        number = np.where(used, np.cumsum(used) - 1, -1)
-        number[-1] = -1  # where −1 points
-        return number[left], number[right]
-    levels = np.unique(right[right >= 0])
-    at = np.searchsorted(levels, left)
-    known = (
-        (left >= 0) & (levels[np.minimum(at, len(levels) - 1)] == left)
-        if len(levels)
-        else np.zeros(len(left), np.bool_)
-    )
-    return np.where(known, at, -1), np.where(right < 0, -1, np.searchsorted(levels, right))
 
 
 def _microseconds(series: pl.Series) -> Ints:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from schemas import Label
 from schemas.durations import microseconds
 from schemas.errors import DataError
-from schemas.models import Split
+from schemas.splits import GroupSplit, Split
 from transforms.fitting import LABEL
+from transforms.ids import row_ids
 
 SPLITS = ("train", "validate", "test")
 # Time at which a row's label was known: that of its event, or the end of the horizon where none came.
@@ -102,9 +105,10 @@ def examples(
     A row enters a split when its time lies in it, its horizon has passed by the split's end, and it has a label.
     """
     parts, counts = {}, {}
-    for name, (start, end) in bounds(split).items():
+    part_of = None if split.groups is None else groups_of(labelled, split.groups)
+    for name, (start, end) in split.bounds.items():
         inside = pl.col(time) < end if start is None else (pl.col(time) >= start) & (pl.col(time) < end)
-        part = labelled.filter(inside)
+        part = labelled.filter(inside if part_of is None else inside & (part_of == name))
         ripe = part.filter(pl.col(time) + horizon_of(label) <= end)
         entered = ripe.filter(pl.col(LABEL).is_not_null())
         absent = int((~ripe["__came"]).sum())
@@ -113,13 +117,20 @@ def examples(
     return parts, counts
 
 
-def bounds(split: Split) -> dict[str, tuple[datetime | None, datetime]]:
-    """Start (None: the beginning) and end of each split."""
-    return {
-        "train": (None, split.train_end),
-        "validate": (split.validate_start, split.validate_end),
-        "test": (split.test_start, split.cutoff),
-    }
+def groups_of(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
+    """Part of each row by a hash of its group."""
+    salt = f"GroupSplit {split.salt}"
+    hashed = row_ids(salt, [rows[name] for name in split.by]).to_numpy().view(np.uint64)
+    share = hashed / 2.0**64
+    names = np.where(share < split.test, "test", np.where(share < split.test + split.validate, "validate", "train"))
+    return pl.Series("part", names, pl.String)
+
+
+def ripe(label: Label, times: pa.Array, start: datetime | None, end: datetime) -> pa.Array:
+    """Whether each of `times` lies in `[start, end)` and its label's horizon has passed by `end`."""
+    stamps = pl.Series("time", pl.from_arrow(times))
+    done = stamps + timedelta(microseconds=microseconds(label.within)) <= end
+    return (done if start is None else done & (stamps >= start)).to_arrow()
 
 
 def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Mapping[float, int]]) -> None:

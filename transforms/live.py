@@ -36,6 +36,7 @@ from transforms.live_tables import Ledger
 from transforms.messages import Decoded, Message, by_partition, decode
 from transforms.packets import head_of, pack, unpack
 from transforms.panes import CELLS, Panes, cell_of, take_changes
+from transforms.resume import resume, start_of
 from transforms.shards import Shard, assemble, groups_of, versions_text
 
 ONE = b"0"

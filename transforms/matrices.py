@@ -13,16 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas import Model
+from schemas.errors import DataError
+from schemas.splits import Fold
 from transforms.encoders import Fitted, Matrix
 from transforms.examples import Account, Shard, read_shard
 from transforms.fitting import LABEL
 from transforms.hindsight import Hindsight, hindsight
-from transforms.labels import Fold, ripe
+from transforms.labels import ripe
 
 # Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
 KEPT = 256 << 20
 # Encoded values of a split above which its bins go to disk, and of a page of them there.  Measured in docs/training.md.
-EXTERNAL = 1 << 62
+EXTERNAL = 250_000_000
 PAGE = 1 << 24
 
 
@@ -72,12 +74,23 @@ def matrices(
     columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
     if max_bin is not None:
         columns["max_bin"] = max_bin
-    external = sum(each.rows for each in learning.shards) * len(fitted.names) > EXTERNAL
+    for part in (learning, judging) if fold is not None else ():
+        if next(batches(model, part, [LABEL]), None) is None:
+            raise DataError(
+                "Every fold has examples to learn from and to be judged by", f"none before {part.end:%Y-%m-%d %H:%M}",
+                "Take fewer or shorter folds, or compute more features",
+            )  # fmt: skip
+    external = is_external(fitted, account)
     folder = tempfile.TemporaryDirectory(prefix="millrace-bins-") if external else None
     known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
     learn = _matrix(model, fitted, learning, known, folder and f"{folder.name}/learn", **columns)
     judge = _matrix(model, fitted, judging, None, folder and f"{folder.name}/judge", ref=learn, **columns)
     return Matrices(learn, judge, not external, folder)
+
+
+def is_external(fitted: Fitted, account: Account) -> bool:
+    """Whether the bins of the training split go to disk."""
+    return sum(each.rows for each in account.of("train")) * len(fitted.names) > EXTERNAL
 
 
 def _ledger(model: Model, fitted: Fitted) -> list[str]:
@@ -133,9 +146,15 @@ def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.Rec
         for batch in read_shard(shard, list(dict.fromkeys([*columns, time]))):
             inside = ripe(model.label, batch.column(batch.schema.get_field_index(time)), part.start, part.end)
             if pc.any(inside).as_py():
-                yield pa.RecordBatch.from_arrays(
-                    [batch.column(batch.schema.get_field_index(name)).filter(inside) for name in columns], list(columns)
-                )
+                found = [batch.column(batch.schema.get_field_index(name)).filter(inside) for name in columns]
+                yield pa.RecordBatch.from_arrays(found, list(columns))
+
+
+def until(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
+    """The rows of training examples that a fold learns from."""
+    times = batch.column(batch.schema.get_field_index(model.view.time))
+    inside = ripe(model.label, times, None, fold.train_end)
+    return pa.RecordBatch.from_arrays([column.filter(inside) for column in batch.columns], schema=batch.schema)
 
 
 def encoded(

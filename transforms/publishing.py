@@ -16,8 +16,9 @@ from transforms.bundles import load
 from transforms.evaluation import Report, Verdict, as_json, verdicts
 from transforms.examples import Account
 from transforms.registry import Registry
+from transforms.searching import Result
 from transforms.tables import write_aside
-from transforms.training import Result, Trained
+from transforms.training import Trained
 
 REPORT = "training.json"
 

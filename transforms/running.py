@@ -53,7 +53,13 @@ def mark(folder: str, pipeline: str, run_id: str) -> None:
         StoreError: the store cannot be written.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {"run_id": run_id, "pipeline": pipeline, "started": started, "host": socket.gethostname(), "pid": os.getpid()}
+    entry = {
+        "run_id": run_id,
+        "pipeline": pipeline,
+        "started": started,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
     write_aside(folder, MARK, pa.py_buffer(json.dumps(entry, indent=2).encode()))
 
 
@@ -88,6 +94,10 @@ def _read(path: str) -> Running:
     try:
         with FileSystems.open(path, "application/octet-stream") as file:
             entry = json.loads(file.read())
-        return Running(entry["run_id"], entry["pipeline"], datetime.fromisoformat(entry["started"]), entry["host"], entry["pid"])
+        return Running(
+            entry["run_id"], entry["pipeline"], datetime.fromisoformat(entry["started"]), entry["host"], entry["pid"]
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise StoreError("The mark of a run can be read", f"{path}: {error!r}", "If that run has ended, delete the file") from None
+        raise StoreError(
+            "The mark of a run can be read", f"{path}: {error!r}", "If that run has ended, delete the file"
+        ) from None

@@ -194,12 +194,20 @@ def write_files(
     starts = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0])] if len(days) else []
     content = content.drop([name for name in ("date", *(extra or {})) if name in content.schema.names])
     strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
+    # Bounds help readers to skip keys and times; of a day's floats they tell nothing and cost a tenth of the writing.
+    bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
 
     def write(start: int, stop: int) -> tuple[DataFile, dict[str, str]]:
         day = date(1970, 1, 1) + timedelta(days=int(days[start]))
         values = {**(extra or {}), "date": day.isoformat()}
         sink = pa.BufferOutputStream()
-        pq.write_table(content.slice(start, stop - start), sink, compression="lz4", use_dictionary=strings)
+        pq.write_table(
+            content.slice(start, stop - start),
+            sink,
+            compression="lz4",
+            use_dictionary=strings,
+            write_statistics=bounded,
+        )
         buffer = sink.getvalue()
         name = f"{run_id}-{hashlib.blake2b(buffer, digest_size=8).hexdigest()}.parquet"
         folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
@@ -340,7 +348,13 @@ def commit(
             )
             if table is None:
                 create_table_with_add_actions(
-                    target.uri, schema, actions, mode="error", partition_by=parts, configuration=_KEPT, commit_properties=properties
+                    target.uri,
+                    schema,
+                    actions,
+                    mode="error",
+                    partition_by=parts,
+                    configuration=_KEPT,
+                    commit_properties=properties,
                 )
                 return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
             # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.

@@ -1,27 +1,30 @@
-"""Trains XGBoost over example files: one trial an element, rows through an iterator, the best trial saved as a bundle."""
+"""Trains XGBoost over example files: trials are elements that share a worker's cores, the best is saved as a bundle."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import MIN_TIMESTAMP
+from apache_beam.utils.windowed_value import WindowedValue
 
-from schemas import Model, encoders
-from schemas.errors import DataError, DefinitionError
-from schemas.models import RISING
+from schemas import Model
+from schemas.splits import Split
 from transforms.bundles import Bundle, save
 from transforms.encoders import Fitted
-from transforms.examples import Account, Shard, read_shard
-from transforms.fitting import LABEL
+from transforms.examples import Account
+from transforms.matrices import Matrices, is_external, matrices
+from transforms.searching import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
 from transforms.tables import write_aside
 
 log = logging.getLogger("millrace.training")
@@ -31,104 +34,30 @@ EVALUATED = {
     "auc": "auc", "average_precision": "aucpr", "log_loss": "logloss", "brier": "rmse", "rmse": "rmse", "mae": "mae",
     "accuracy": "merror",
 }  # fmt: skip
-# What the model fixes and `params` may not.
-FIXED = ("objective", "num_class", "eval_metric", "seed", "random_state", "verbosity", "process_type", "updater")
-# Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
-KEPT = 256 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One set of XGBoost parameters to try."""
-
-    index: int
-    params: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of a trial.
-
-    Args:
-        trial: which.
-        value: the model's metric on validation at the best round; NaN where the trial failed.
-        rounds: up to and including the best.
-        history: the metric on validation after each round.
-        booster: path of its UBJSON.
-        seconds: it took.
-        error: why it failed.
-    """
-
-    trial: Trial
-    value: float
-    rounds: int = 0
-    history: tuple[float, ...] = ()
-    booster: str = ""
-    seconds: float = 0.0
-    error: str = ""
-
-
-def trials(model: Model) -> list[Trial]:
-    """The trials of a model's search, decided by its seed; one with `model.params` where there is none.
-
-    Raises:
-        DefinitionError: a parameter that the model itself decides, or a method not built yet.
-    """
-    search = model.search
-    for name in (*model.params, *(search.space if search else ())):
-        if name in FIXED:
-            raise DefinitionError(
-                f"params leaves {', '.join(FIXED)} to the model",
-                repr(name),
-                "Say it in Model(objective=…, metric=…, seed=…)",
-            )
-    if search is None:
-        return [Trial(0, dict(model.params))]
-    if search.method != "random":
-        raise DefinitionError("A search is random so far", repr(search.method), 'Write Search(…, method="random")')
-    return [
-        Trial(i, {**model.params, **{name: _drawn(values, np.random.default_rng((search.seed, i, j))) for j, (name, values) in enumerate(search.space.items())}})
-        for i in range(search.trials)
-    ]  # fmt: skip
-
-
-def _drawn(values: Any, random: np.random.Generator) -> Any:
-    if isinstance(values, list):
-        return values[int(random.integers(len(values)))]
-    low, high = values
-    share = float(random.random())
-    if all(isinstance(value, int) for value in values):
-        return low + int(share * (high + 1 - low))
-    if low > 0:
-        return float(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
-    return low + share * (high - low)
 
 
 def train(
-    model: Model, trial: Trial, fitted: Fitted, account: Account, threads: int = 0
+    model: Model, trial: Trial, data: Matrices, threads: int, classes: int = 1, device: str = "cpu"
 ) -> tuple[bytes, list[float], int]:
     """Train one booster.
 
     Args:
-        threads: of XGBoost; 0 takes every core.
+        threads: of XGBoost; another number may change the last bits of what comes out.
+        classes: see `classes_of`.
+        device: `cpu`, or `cuda` as XGBoost has it.
 
     Returns:
         (UBJSON of the best rounds, the metric on validation after each round, number of rounds in the booster).
     """
     import xgboost
 
-    classes = classes_of(model, account)
     params = {
-        "tree_method": "hist", "nthread": threads or os.cpu_count(), "verbosity": 0, **trial.params, "objective": model.objective,
+        "tree_method": "hist", "nthread": threads, "verbosity": 0, **trial.params, "objective": model.objective, "device": device,
         "eval_metric": EVALUATED[model.metric], "seed": model.seed, **({"num_class": classes} if classes > 1 else {}),
     }  # fmt: skip
-    bins = {"max_bin": int(params["max_bin"])} if "max_bin" in params else {}
-    columns = {"enable_categorical": "c" in fitted.types, "nthread": params["nthread"], **bins}
-    learn = _matrix(fitted, account.of("train"), **columns)
-    judge = _matrix(fitted, account.of("validate"), ref=learn, **columns)
     history: dict[str, dict[str, list[float]]] = {}
     booster = xgboost.train(
-        params, learn, model.rounds, evals=[(judge, "validate")], evals_result=history, verbose_eval=False,
+        params, data.learn, trial.rounds or model.rounds, evals=[(data.judge, "validate")], evals_result=history, verbose_eval=False,
         early_stopping_rounds=model.early_stopping or None, callbacks=[_progress(model, trial)],
     )  # fmt: skip
     values = [_ours(model.metric, value) for value in history["validate"][EVALUATED[model.metric]]]
@@ -149,49 +78,6 @@ def _ours(metric: str, value: float) -> float:
     return value * value if metric == "brier" else 1.0 - value if metric == "accuracy" else value
 
 
-def _matrix(fitted: Fitted, shards: Sequence[Shard], **options: Any) -> Any:
-    """The encoded rows of `shards`, in XGBoost's histogram bins."""
-    import xgboost
-
-    class Rows(xgboost.DataIter):
-        """XGBoost reads all rows several times over; what fits into `KEPT` is encoded once."""
-
-        def __init__(self) -> None:
-            self.kept: list[tuple[Any, Any]] = []
-            self.keeps = sum(each.rows for each in shards) * 4 * (len(fitted.names) + 1) <= KEPT
-            self.complete = False
-            self.source: Iterator[tuple[Any, Any]] = iter(())
-            super().__init__()
-
-        def reset(self) -> None:
-            if not self.complete:
-                self.kept.clear()
-            self.source = iter(self.kept) if self.complete else encoded(fitted, shards)
-
-        def next(self, input_data: Any) -> bool:
-            part = next(self.source, None)
-            if part is None:
-                self.complete = self.keeps
-                return False
-            if self.keeps and not self.complete:
-                self.kept.append(part)
-            matrix, label = part
-            input_data(data=matrix, label=label, feature_names=fitted.names, feature_types=fitted.types)
-            return True
-
-    rows = Rows()
-    matrix = xgboost.QuantileDMatrix(rows, **options)
-    rows.kept.clear()
-    return matrix
-
-
-def encoded(fitted: Fitted, shards: Iterable[Shard]) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """(matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
-    for shard in shards:
-        for batch in read_shard(shard, [*fitted.inputs, LABEL]):
-            yield fitted.apply(batch), batch.column(batch.num_columns - 1).to_numpy(zero_copy_only=False)
-
-
 def _progress(model: Model, trial: Trial) -> Any:
     import xgboost
 
@@ -204,50 +90,84 @@ def _progress(model: Model, trial: Trial) -> Any:
             if time.monotonic() - self.said > 5:
                 self.said = time.monotonic()
                 value = _ours(model.metric, evals_log["validate"][EVALUATED[model.metric]][-1])
-                log.info("trial %d: round %d of %d, %s %.4f", trial.index, epoch + 1, model.rounds, model.metric, value)
+                log.info("trial %d: round %d of %d, %s %.4f", trial.index, epoch + 1, trial.rounds or model.rounds, model.metric, value)
             return False
 
     return Progress()
 
 
-def run_trial(trial: Trial, model: Model, folder: str, threads: int, account: Account, fitted: Fitted) -> Result:
-    """Train one trial, leave its booster in `folder`, return where and how good it is.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """What the trials of one run have in common.
 
-    A trial that XGBoost refuses is a result with an error, not the end of the search.
+    Args:
+        model: what to train.
+        split: its bounds; trials run on each fold.
+        folder: where boosters go.
+        cores: that trials of one worker share.  Fixed at launch, for sums differ in their last bits with the threads at work.
+        device: of XGBoost.
     """
-    import xgboost
 
-    start = time.perf_counter()
-    try:
-        booster, history, rounds = train(model, trial, fitted, account, threads)
-    except xgboost.core.XGBoostError as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "Check failed" in line or "Invalid" in line),
-            str(error).splitlines()[0],
-        )
-        return Result(trial, math.nan, error=reason.strip()[:300], seconds=time.perf_counter() - start)
-    name = f"trial-{trial.index:03d}.ubj"
-    write_aside(folder, name, pa.py_buffer(booster))
-    value = history[rounds - 1]
-    return Result(trial, value, rounds, tuple(history), FileSystems.join(folder, name), time.perf_counter() - start)
+    model: Model
+    split: Split
+    folder: str
+    cores: int
+    device: str = "cpu"
+
+    @property
+    def folds(self) -> int:
+        return len(self.split.folds) + 1
 
 
-def choose(model: Model, results: Iterable[Result]) -> Result:
-    """The trial with the best metric on validation; of equals the first.
+class Bench:
+    """Trials at work in one process, side by side: one thread each where there are as many as cores.
 
-    Raises:
-        DataError: every trial failed.
+    They share the binned rows, which are made once for each number of bins and fold.
     """
-    rising = model.metric in RISING
-    ordered = sorted(results, key=lambda each: each.trial.index)
-    worked = [each for each in ordered if not math.isnan(each.value)]
-    if not worked:
-        raise DataError(
-            "A trial succeeds",
-            f"{len(ordered)} failed, the first with: {ordered[0].error or 'an undefined metric'}",
-            "Correct the model's params",
-        )
-    return max(worked, key=lambda each: each.value if rising else -each.value)
+
+    def __init__(self, study: Study, account: Account, fitted: Sequence[Fitted], trials: int) -> None:
+        self.study, self.account, self.fitted = study, account, fitted
+        alone = study.device != "cpu" or is_external(fitted[-1], account)
+        self.side = 1 if alone else max(1, min(study.cores, trials))
+        self.threads = max(1, study.cores // self.side)
+        self.lock, self.held = threading.Lock(), dict[tuple[int | None, int], Matrices]()
+
+    def matrices(self, trial: Trial) -> Matrices:
+        bins = int(trial.params["max_bin"]) if "max_bin" in trial.params else None
+        with self.lock:
+            if (bins, trial.fold) not in self.held:
+                while len(self.held) >= self.side:
+                    del self.held[next(iter(self.held))]
+                folds = self.study.split.folds
+                fold = folds[trial.fold] if trial.fold < len(folds) else None
+                self.held[bins, trial.fold] = matrices(
+                    self.study.model, self.fitted[trial.fold], self.account, self.study.cores, bins, fold
+                )
+            return self.held[bins, trial.fold]
+
+    def run(self, trial: Trial) -> Result:
+        """Train one trial, leave its booster in the study's folder, return where and how good it is.
+
+        A trial that XGBoost refuses is a result with an error, not the end of the search.
+        """
+        import xgboost
+
+        model, start = self.study.model, time.perf_counter()
+        try:
+            classes = classes_of(model, self.account)
+            booster, history, rounds = train(model, trial, self.matrices(trial), self.threads, classes, self.study.device)
+        except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
+            return Result(trial, math.nan, error=_reason(error), seconds=time.perf_counter() - start)
+        name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
+        write_aside(self.study.folder, name, pa.py_buffer(booster))
+        value = history[rounds - 1]
+        booster_path = FileSystems.join(self.study.folder, name)
+        return Result(trial, value, rounds, tuple(history), booster_path, time.perf_counter() - start)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if "Check failed" in line or "Invalid" in line), lines[0]).strip()[:300]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +195,13 @@ def save_best(
     account: Account,
     fitted: Fitted,
 ) -> Trained:
-    """Save the best trial's booster with the encoders and a manifest as a bundle in `folder`."""
+    """Save the best trial's booster with the encoders and a manifest as a bundle in `folder`.
+
+    Args:
+        results: of every rung and fold.
+        fitted: on the training split.
+    """
+    results = over_folds(model, results)
     best = choose(model, results)
     with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
         booster = handle.read()
@@ -286,46 +212,68 @@ def save_best(
         "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, **provenance,
     }  # fmt: skip
     digest = save(Bundle(booster, fitted, manifest), folder)
-    return Trained(folder, digest, best, tuple(sorted(results, key=lambda each: each.trial.index)))
-
-
-def require_trainable(model: Model) -> None:
-    """Refuse what this version cannot train honestly, before anything is read.
-
-    Raises:
-        DefinitionError: naming the input or the parameter.
-    """
-    trials(model)
-    for column, encoder in model.encode.items():
-        if isinstance(encoder, encoders.Target):
-            raise DefinitionError(
-                "A target encoder shows each training row only labels known before it, which is not built yet",
-                f"{column!r}: {encoder}", "Use Ordinal, OneHot, Native or Hashing",
-            )  # fmt: skip
+    return Trained(folder, digest, best, last_of_each(results))
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Train(beam.PTransform):
-    """PCollection[Trial] → PCollection[Result], each trial where a worker is free.
+    """PCollection[Trial] → PCollection[Result], one for each rung and fold that a trial went through.
+
+    Trials spread over workers; those of one bundle run side by side.
 
     Args:
-        model: what to train.
-        folder: where boosters go.
+        study: what they have in common.
         account: one `Account`, of the examples.
-        fitted: one `Fitted`.
-        threads: of XGBoost in each trial; 0 takes every core.
+        fitted: one `Fitted` for each fold.
     """
 
-    model: Model
-    folder: str
+    study: Study
     account: beam.PCollection
-    fitted: beam.PCollection
-    threads: int = 0
+    fitted: Sequence[beam.PCollection]
 
     def expand(self, trials: beam.PCollection) -> beam.PCollection:
-        sides = beam.pvalue.AsSingleton(self.account), beam.pvalue.AsSingleton(self.fitted)
-        return (
-            trials
-            | "Spread" >> beam.Reshuffle()
-            | "Trial" >> beam.Map(run_trial, self.model, self.folder, self.threads, *sides)
-        )
+        sides = [beam.pvalue.AsSingleton(each) for each in (self.account, *self.fitted)]
+        results = []
+        for rung in range(len(budgets(self.study.model))):
+            name = f"Rung{rung}" if rung else ""
+            if rung:
+                trials = results[-1] | f"Gather{name}" >> beam.combiners.ToList() | f"Promote{name}" >> beam.FlatMap(_on, self.study, rung)
+            spread = trials | f"Folds{name}" >> beam.FlatMap(_folds, self.study.folds) | f"Spread{name}" >> beam.Reshuffle()
+            results.append(spread | f"Trial{name}" >> beam.ParDo(_Trials(self.study), *sides))
+        return results | beam.Flatten()
+
+
+def _folds(trial: Trial, folds: int) -> list[Trial]:
+    return [dataclasses.replace(trial, fold=fold) for fold in range(folds)]
+
+
+def _on(results: list[Result], study: Study, rung: int) -> list[Trial]:
+    return promoted(study.model, over_folds(study.model, results), rung - 1)
+
+
+class _Trials(beam.DoFn):
+    """Starts trials as they come and waits for them at the end of the bundle."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def start_bundle(self) -> None:
+        self.waiting: list[Trial] = []
+
+    def process(self, trial: Trial, account: Account, *fitted: Fitted) -> None:
+        self.waiting.append(trial)
+        self.sides = account, fitted
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self.waiting:
+            for result in side_by_side(self.study, *self.sides, self.waiting):
+                yield WindowedValue(result, MIN_TIMESTAMP, [GlobalWindow()])
+
+
+def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trials: Sequence[Trial]) -> list[Result]:
+    """Results of trials, in order, as many at a time as there are cores."""
+    bench = Bench(study, account, fitted, len(trials))
+    ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
+    with ThreadPoolExecutor(bench.side, "trial") as pool:
+        futures: list[Future[Result]] = [pool.submit(bench.run, trial) for trial in ordered]
+        return [future.result() for future in futures]

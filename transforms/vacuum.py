@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from urllib.parse import unquote
 
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from transforms.commits import LOG, commit_at, commits, file_actions, versions
+from transforms.commits import root_of as root_of_uri
 from transforms.running import Running
 from transforms.tables import open_table, paths_of, root_of
 
@@ -203,7 +203,9 @@ def _paths_at(uri: str, version: int | None) -> set[str] | None:
     opened = open_table(uri, version)
     if opened is None and version is not None:
         raise StoreError(
-            "A version that must stay can be read", f"version {version} of {uri}", "Restore its log; nothing was removed"
+            "A version that must stay can be read",
+            f"version {version} of {uri}",
+            "Restore its log; nothing was removed",
         )
     return None if opened is None else {path[len(root_of(opened)) + 1 :] for path in paths_of(opened)}
 
@@ -238,7 +240,11 @@ def remove(waste: Iterable[Waste]) -> tuple[int, int]:
         except FileNotFoundError:
             pass
         except Exception as error:  # Beam's file systems raise what they like
-            raise StoreError("The store can be written", f"{each.file.path}: {error}", f"{count} files were removed; grant access, then run the same command again") from None
+            raise StoreError(
+                "The store can be written",
+                f"{each.file.path}: {error}",
+                f"{count} files were removed; grant access, then run the same command again",
+            ) from None
         count, size = count + 1, size + each.file.bytes
     return count, size
 
@@ -249,7 +255,10 @@ def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
     for name, manifest in models.items():
         table = manifest.get("feature_table")
         if isinstance(table, Mapping) and "uri" in table and "version" in table:
-            # Stores may be moved: a table is known by its place in the store.
-            place = "/".join(unquote(str(table["uri"])).rstrip("/").split("/")[-3:])
-            pins.append(Pin(place, int(str(table["version"])), name))
+            pins.append(Pin(place_of(str(table["uri"])), int(str(table["version"])), name))
     return tuple(pins)
+
+
+def place_of(uri: str) -> str:
+    """A feature table's path within its store: stores may be moved."""
+    return "/".join(root_of_uri(uri).split("/")[-3:])

@@ -13,10 +13,10 @@ Shapes: `values` has n elements, `lo` and `hi` (int64) one per window, a window 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,21 @@ Digits = dict[int, Ints]
 # A digit holds 32 bits, which leaves 31 for the sum of a window: 2 billion of the largest digits.
 DIGIT = 32
 _LOWEST, _HIGHEST = -1088, 992
+
+
+class lazy:
+    """A value made when first asked for.  Unlike `functools.cached_property` (before 3.12) it takes no lock, which would make
+    threads that work on different columns wait for each other; two that ask at once both make it."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make, self.name = make, make.__name__
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return self
+        value = owner.__dict__[self.name] = self.make(owner)
+        return value
 
 
 class ExactSum:
@@ -68,8 +83,20 @@ def total(digits: Digits, rows: int) -> Floats:
     parts = _canonical(digits)
     if len(parts) <= 2:  # one addition rounds once
         return sum(parts, np.zeros(rows))
+    if len(parts) == 3 and min(digits) > -900:
+        return parts[2] + _odd(parts[0], parts[1], min(digits))
     high, low = _paired(parts, rows)
     return high + low
+
+
+def _odd(low: Floats, high: Floats, unit: int) -> Floats:
+    """low + high of two neighbouring digits, rounded to odd: 64 bits, so added as integers."""
+    whole = (low * 2.0**-unit).astype(np.int64) + (high * 2.0**-unit).astype(np.int64)
+    result = whole.astype(np.float64)
+    lost = whole - result.astype(np.int64)
+    even = np.flatnonzero((lost != 0) & (result.view(np.int64) & 1 == 0))
+    result[even] = np.nextafter(result[even], np.copysign(np.inf, lost[even]))
+    return result * 2.0**unit  # type: ignore[no-any-return]
 
 
 def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
@@ -264,25 +291,25 @@ class Column:
         """Row of the value `index`."""
         return index if self.kept is None else self.positions[index]
 
-    @functools.cached_property
+    @lazy
     def numbers(self) -> Floats:
         # Adding zero turns −0.0 into 0.0: which of the two a minimum picks would depend on order.
         return self.values.astype(np.float64) + 0.0
 
-    @functools.cached_property
+    @lazy
     def sums(self) -> ExactSum:
         return ExactSum(self.numbers)
 
-    @functools.cached_property
+    @lazy
     def squares(self) -> ExactSum:
         return ExactSum(*squared(self.numbers))
 
-    @functools.cached_property
+    @lazy
     def distinct(self) -> tuple[Floats, WaveletMatrix]:
         levels, codes = np.unique(self.numbers, return_inverse=True)
         return levels, WaveletMatrix(codes.astype(np.int64))
 
-    @functools.cached_property
+    @lazy
     def previous(self) -> WaveletMatrix:
         """1 + the index of the same value's previous occurrence, 0 for none."""
         order = np.argsort(self.values, kind="stable")
@@ -325,7 +352,8 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
     if stat == "n_unique":
         return column.previous.below(lo, hi, lo + 1), np.ones(len(lo), np.bool_)
     valid = length > (1 if stat in ("std", "var") else 0)
-    at = np.flatnonzero(valid)
+    everywhere = bool(valid.all())
+    at = slice(None) if everywhere else np.flatnonzero(valid)
     some_lo, some_hi = lo[at], hi[at]
     if stat in ("first", "last"):
         rows = np.zeros(len(lo), np.int64)

@@ -1,0 +1,392 @@
+"""The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with batch.
+
+    ./run_local.sh stream                 # Kafka and Prism where Java, Maven and Go are present, else a replay in one process
+
+Everything it starts runs on free ports of loopback and ends with it, on Ctrl-C too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from beam_pipelines.reporting import guard, progress, read_json, write_json
+from schemas.errors import DataError, GateError
+from schemas.loading import load_definition
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFINITION = "examples.flights.definition"
+# The model that takes over halfway: the same with fewer rounds.
+SECOND = "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\nmodel = dataclasses.replace(first, rounds=150)\n"
+SHARE = "6,3,1,0"  # of the rows, per partition: uneven, the last one idle
+DRAIN = 180.0  # seconds within which the rest is answered and scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One live run: `store` holds the sources and the models, `folder` what comes of it."""
+
+    store: Path
+    folder: Path
+    start: str
+    end: str
+    seconds: float
+    first: str
+    second: str
+
+    @property
+    def live(self) -> Path:
+        return self.folder / "store"
+
+    @functools.cached_property
+    def view(self) -> Any:
+        return load_definition(DEFINITION).view
+
+    @property
+    def common(self) -> list[str]:
+        return ["--definition", DEFINITION, "--store", str(self.live)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run it all; 0 when every question was answered and scored once, and live equals batch to the bit."""
+    parser = argparse.ArgumentParser(prog="./run_local.sh stream", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--out", default="out", help="folder of the store that ./run_local.sh made, or makes (default: out)"
+    )
+    parser.add_argument("--month", default="2013-03", help="the month to replay (default: 2013-03)")
+    parser.add_argument("--seconds", type=float, default=90, help="how long its replay takes (default: 90)")
+    parser.add_argument("--embedded", action="store_true", help="a replay in one process, without Kafka and Prism")
+    parser.add_argument("--features_only", action="store_true", help="no model, no predictions")
+    flags = parser.parse_args(argv)
+    from deploy.streaming.toolchain import missing
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is running ends as on Ctrl-C
+    progress()
+    lacking = missing()
+    embedded = flags.embedded or bool(lacking)
+    print(
+        f"live through {'a replay in one process' if embedded else 'Kafka and Prism'}"
+        + (f"; missing: {'; '.join(lacking)}" if lacking else ""),
+        flush=True,
+    )
+    from examples.flights import data
+
+    out, year, month = Path(flags.out).resolve(), int(flags.month[:4]), int(flags.month[5:])
+    start, end = f"{flags.month}-01", f"{year + month // 12}-{month % 12 + 1:02}-01"
+    data.write(str(out / "store"))  # leaves what is there as it is
+    first, second = ("", "") if flags.features_only else models(out / "store")
+    case = Case(
+        out / "store", out / "stream" / time.strftime("%Y%m%d-%H%M%S"), start, end, flags.seconds, first, second
+    )
+    case.folder.mkdir(parents=True)
+    figures = (in_process if embedded else through_kafka)(case)
+    figures["parity"] = parity(case)
+    write_json(str(case.folder / "run.json"), figures)
+    print(
+        f"\n{json.dumps(figures, indent=2)}\n\nwritten to {case.folder / 'run.json'}; what each process said is beside it"
+    )
+    return judge(figures)
+
+
+def judge(figures: dict[str, Any]) -> int:
+    """0 when nothing is missing, doubled or different.
+
+    Raises:
+        DataError: something is.
+    """
+    asked = figures["questions"]
+    for what in ("answered", "predicted", "predictions"):
+        if figures.get(what, asked) != asked:
+            raise DataError(
+                f"Every question is {what} once",
+                f"{figures[what]:,} of {asked:,}",
+                "Please report it, with the folder above",
+            )
+    return 0
+
+
+# -- before: the sources and two models ----------------------------------------------------------------------------
+
+
+def models(store: Path) -> tuple[str, str]:
+    """Two registered versions, the champion first; whatever is missing for them is made."""
+    from transforms.registry import Registry, registry_uri
+
+    name, registry = load_definition(DEFINITION).require_model().name, Registry(registry_uri(str(store)))
+    for definition in (DEFINITION, str(second_definition(store))):
+        if len(versions(registry, name)) < (1 if definition == DEFINITION else 2):
+            from beam_pipelines import features, training
+
+            if definition == DEFINITION:
+                features.main(["--definition", DEFINITION, "--store", str(store)])
+            with contextlib.suppress(GateError):  # it is registered all the same
+                training.main(["--definition", definition, "--store", str(store)])
+    champion, known = registry.champion(name), versions(registry, name)
+    first = champion or known[0]
+    return first, next(version for version in reversed(known) if version != first)
+
+
+def versions(registry: Any, name: str) -> list[str]:
+    return [version for model, version in registry.models() if model == name]
+
+
+def second_definition(store: Path) -> Path:
+    path = store / "second_definition.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(SECOND)
+    return path
+
+
+@contextlib.contextmanager
+def swapping(case: Case) -> Iterator[Callable[[], None]]:
+    """A function that makes the second version champion; afterwards the first is it again."""
+    from transforms.registry import Registry, registry_uri
+
+    if not case.first:
+        yield lambda: None
+        return
+    name, registry = load_definition(DEFINITION).require_model().name, Registry(registry_uri(str(case.store)))
+    registry.promote(name, case.first, "examples/flights/stream.py begins with it")
+    try:
+        yield lambda: registry.promote(name, case.second, "examples/flights/stream.py swaps halfway") and None
+    finally:
+        registry.promote(name, case.first, "examples/flights/stream.py has ended")
+
+
+# -- Kafka and Prism -----------------------------------------------------------------------------------------------
+
+
+def through_kafka(case: Case) -> dict[str, Any]:
+    """The month through a broker; both live pipelines over the Job API."""
+    from deploy.streaming.expansion import Expansion
+    from deploy.streaming.kafka import Broker
+    from deploy.streaming.prism import Prism
+    from deploy.streaming.processes import running
+
+    name = load_definition(DEFINITION).require_model().name
+    features_topic, predictions_topic = f"{case.view.name}.features", f"{name}.predictions"
+    began = time.monotonic()
+    broker, expansion, prism = (service(case.folder) for service in (Broker, Expansion, Prism))
+    try:
+        with running(broker, expansion, prism), swapping(case) as swap:
+            broker.create(*case.view.events, partitions=len(SHARE.split(",")))
+            broker.create(features_topic, f"{case.view.name}.dead_letters", predictions_topic)
+            kafka = [
+                "--streaming",
+                "--source=kafka",
+                "--bootstrap",
+                broker.bootstrap,
+                "--expansion_service",
+                expansion.address,
+            ]
+            prism_flags = [*prism.options, "--environment_type=LOOPBACK"]
+            registry = f"--registry=sqlite:///{case.store}/registry/mlflow.db"
+            with contextlib.ExitStack() as stack:
+                features = stack.enter_context(
+                    pipeline(case, "features", [*kafka, "--sources", str(case.store / "sources"), *prism_flags])
+                )
+                inference = stack.enter_context(pipeline(case, "inference", [*kafka, registry, *prism_flags]))
+                print(f"started in {time.monotonic() - began:.1f} s; logs in {case.folder}", flush=True)
+                producer = stack.enter_context(produce(case, broker.bootstrap))
+                watch = Watch(case, broker.bootstrap, features_topic, predictions_topic)
+                stack.callback(watch.close)
+                figures = follow(
+                    case, watch, {"features": features, "inference": inference, "producer": producer}, swap
+                )
+                for child in (inference, features):
+                    child.signal(signal.SIGINT)
+                    with contextlib.suppress(TimeoutError, Exception):
+                        child.wait(30)
+        return figures
+    finally:
+        shutil.rmtree(case.folder / "data", ignore_errors=True)  # the broker's
+
+
+def pipeline(case: Case, name: str, flags: Sequence[str]) -> Any:
+    """A live pipeline as a process of its own."""
+    from deploy.streaming.processes import Child
+
+    command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", f"{name}-live", *flags]
+    return Child(command, case.folder / f"{name}.log", cwd=ROOT, grace=20)
+
+
+def produce(case: Case, bootstrap: str) -> Any:
+    """The producer, as a process of its own."""
+    from deploy.streaming.processes import Child
+
+    days = (datetime.fromisoformat(case.end) - datetime.fromisoformat(case.start)).days
+    flags = ["--definition", DEFINITION, "--sources", str(case.store / "sources"), "--bootstrap", bootstrap, "--start", case.start, "--end", case.end,
+             "--speed", str(days * 86_400 / case.seconds), "--share", SHARE, "--status", str(case.folder / "producer.json")]  # fmt: skip
+    return Child([sys.executable, "-m", "deploy.streaming.producer", *flags], case.folder / "producer.log", cwd=ROOT)
+
+
+class Watch:
+    """What a consumer of the output topics sees."""
+
+    def __init__(self, case: Case, bootstrap: str, features: str, predictions: str) -> None:
+        from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+
+        self.case, self.features, self.predictions = case, features, predictions
+        self.answered: set[int] = set()
+        self.predicted: dict[int, str] = {}
+        self.rows = Counter[str]()
+        self.until = 0  # greatest time of an answered question, µs
+        self.version_since: dict[str, float] = {}
+        self.consumer = Consumer(
+            {"bootstrap.servers": bootstrap, "group.id": "watch", "enable.auto.commit": False, "log_level": 0}
+        )
+        found = self.consumer.list_topics(timeout=10).topics
+        self.consumer.assign(
+            [
+                TopicPartition(topic, number, OFFSET_BEGINNING)
+                for topic in (features, predictions)
+                for number in found[topic].partitions
+            ]
+        )
+
+    def look(self, within: float) -> None:
+        """Take in what came within so many seconds."""
+        deadline = time.monotonic() + within
+        while (left := deadline - time.monotonic()) > 0:
+            for message in self.consumer.consume(500, timeout=min(left, 0.2)):
+                if message.error() is None and message.value():
+                    rows = pl.read_ipc_stream(io.BytesIO(message.value()))
+                    self.rows[message.topic()] += len(rows)
+                    self._answer(rows) if message.topic() == self.features else self._predict(rows)
+
+    def _answer(self, rows: pl.DataFrame) -> None:
+        self.answered.update(rows["row_id"].to_list())
+        self.until = max(self.until, int(rows[self.case.view.spine.time].to_physical().max() or 0))  # type: ignore[arg-type]
+
+    def _predict(self, rows: pl.DataFrame) -> None:
+        for row, version in rows.select("row_id", "model_version").iter_rows():
+            self.predicted.setdefault(row, version)
+            self.version_since.setdefault(version, time.monotonic())
+
+    def close(self) -> None:
+        self.consumer.close()
+
+
+def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[], None]) -> dict[str, Any]:
+    """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the last was sent.
+
+    Raises:
+        DataError: a process ended before its time.
+    """
+    show, told, done_at, swapped_at, lags = (
+        Table(),
+        {"done": False, "rows": 0, "time": 0, "sent": {}},
+        None,
+        None,
+        list[float](),
+    )
+    speed = (datetime.fromisoformat(case.end) - datetime.fromisoformat(case.start)).total_seconds() / case.seconds
+    first_day = datetime.fromisoformat(case.start).replace(tzinfo=UTC).timestamp()
+    began = time.monotonic()
+    while True:
+        watch.look(0.5)
+        with contextlib.suppress(OSError):
+            told = json.loads((case.folder / "producer.json").read_text())
+        questions = sum(told["sent"].get(case.view.spine.name, []))
+        for name, child in children.items():
+            if not child.running and not (name == "producer" and child.wait() == 0):
+                raise DataError(
+                    "The live processes run until they are stopped",
+                    f"{name} ended: {tail(case.folder / f'{name}.log')}",
+                    f"See {case.folder}",
+                )
+        if swapped_at is None and told["time"] / 1e6 > first_day + speed * case.seconds / 2:
+            swap()
+            swapped_at = time.monotonic()
+        lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
+        lags += [lag] if lag is not None and not told["done"] else []
+        show(told["time"], told["rows"], questions, watch, lag)
+        done_at = done_at or (time.monotonic() if told["done"] else None)
+        complete = told["done"] and len(watch.answered) >= questions and len(watch.predicted) >= questions
+        if complete or (done_at is not None and time.monotonic() - done_at > DRAIN):
+            break
+    drained = time.monotonic()
+    watch.look(2)  # whatever comes twice
+    show.end()
+    seen = watch.version_since.get(case.second)
+    return {
+        "mode": "kafka and prism", "events": told["rows"], "questions": questions,
+        "answered": len(watch.answered), "predicted": len(watch.predicted), "predictions": watch.rows[watch.predictions],
+        "by_version": dict(Counter(watch.predicted.values())), "swap_seen_after_s": round(seen - swapped_at, 2) if seen and swapped_at else None,
+        "events_per_second": round(told["rows"] / case.seconds), "lag_s": {"median": quantile(lags, 0.5), "p99": quantile(lags, 0.99)},
+        "drained_after_s": round(drained - done_at, 2) if done_at else None, "seconds": round(drained - began, 1),
+    }  # fmt: skip
+
+
+class Table:
+    """A line of figures: over itself on a terminal, one in five seconds elsewhere."""
+
+    HEAD = f"{'replayed to':<17}{'events':>9}{'questions':>11}{'answered':>10}{'answered to':>18}{'lag s':>8}{'predicted':>11}  model"
+
+    def __init__(self) -> None:
+        self.over, self.last = sys.stdout.isatty(), 0.0
+        print(self.HEAD, flush=True)
+
+    def __call__(self, moment: int, events: int, questions: int, watch: Watch, lag: float | None) -> None:
+        if not self.over and time.monotonic() - self.last < 5:
+            return
+        self.last = time.monotonic()
+        newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
+        line = (
+            f"{clock(moment):<17}{events:>9,}{questions:>11,}{len(watch.answered):>10,}{clock(watch.until):>18}"
+            f"{'' if lag is None else f'{lag:.1f}':>8}{len(watch.predicted):>11,}  {newest and 'v' + newest}"
+        )
+        print(f"\r\x1b[K{line}" if self.over else line, end="" if self.over else "\n", flush=True)
+
+    def end(self) -> None:
+        if self.over:
+            print(flush=True)
+
+
+def clock(moment: int) -> str:
+    return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%Y-%m-%d %H:%M") if moment else ""
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    return round(sorted(values)[min(int(len(values) * share), len(values) - 1)], 2) if values else None
+
+
+def tail(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else "no word"
+
+
+# -- after ---------------------------------------------------------------------------------------------------------
+
+
+def parity(case: Case) -> dict[str, Any]:
+    """Every live answer computed again in batch.
+
+    Raises:
+        MismatchError: a bit differs.
+    """
+    from beam_pipelines import parity
+
+    parity.main([*case.common, "--run_id", "parity"])
+    found = read_json(os.path.join(case.live, "runs", "parity", "run.json"))
+    return {name: value for name, value in found.items() if name not in ("features", "pipeline", "run_id")}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(guard(main)(sys.argv[1:]))

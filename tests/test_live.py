@@ -1,0 +1,187 @@
+"""Live answers against the slow and obvious one: random arrival, ties, late rows, repeats, and stops at any moment."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import histories
+import numpy as np
+import oracles
+import polars as pl
+import pytest
+from histories import codes, frames, moments, numbers, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from turns import Job, unread
+
+from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Source, Trailing
+from transforms.clock import FOREVER
+from transforms.journal import PLACE, cut_of
+from transforms.live_tables import features_live_uri, live_letters_uri, sources_root
+from transforms.messages import Message, heartbeat, to_arrow
+from transforms.parity import check
+from transforms.shards import groups_of
+from transforms.tables import data_files, open_table, read_file
+
+events = Source(
+    "events", time="at", lateness="5s", columns={"k": pl.String, "g": pl.Int32, "v": pl.Float64, "n": pl.Int64, "s": pl.String, "b": pl.Boolean}
+)
+sales = Source("sales", time="at", lateness="2s", unique="n", order="v", columns={"k": pl.String, "n": pl.Int64, "v": pl.Float64})
+placed = Source("placed", time="at", event_time="happened", columns={"k": pl.String, "v": pl.Float64, "s": pl.String})
+questions = Source("questions", time="t", lateness="1s", columns=dict(histories.questions.columns))
+shops = histories.shops
+
+view = FeatureView(
+    "everything", questions, key="id",
+    features=[
+        Derived(double=pl.col("x") * 2, near=pl.col("g") // 2),
+        Trailing(events, by="k", over=("1s", "10s", "1m"), stats={"v": ("count", "sum", "mean", "std", "min", "max", "median", "q95", "first", "last", "n_unique"), "s": ("last", "n_unique"), "*": "count"}),
+        Trailing(events, by=("k", "g"), over="30s", where=pl.col("v") > 0, name="positive", stats={"v": ("sum", "var")}),
+        Trailing(events, by="b", over="5s", stats={"v": ("mean", "last")}),
+        Trailing(sales, by="k", over=("10s", "1m"), stats={"v": ("sum", "mean", "first"), "n": "max", "*": "count"}),
+        Latest(sales, by="k", columns=("v", "n"), max_age="20s"),
+        Trailing(placed, by="k", over="10s", stats={"v": ("sum", "last"), "*": "count"}),
+        Latest(events, by="g", columns=("v", "s"), max_age="20s"),
+        Trailing(questions, by="k", over="10s", stats={"x": ("mean", "last"), "*": "count"}, name="crowd"),
+        Lookup(shops, by="k", columns=("size", "rate")),
+        Derived(rated=pl.col("x") * pl.col("shops_rate"), more=pl.col("events_by_k_v_sum_10s") + pl.col("double")),
+    ],
+)  # fmt: skip
+SOURCES = {source.name: source for source in (questions, events, sales, placed)}
+
+asked = frames(questions, 12, t=moments, id=st.integers(1, 6), k=words, g=codes.filter(lambda g: g is None or abs(g) < 10), x=numbers.map(lambda x: None if x is None else float(np.float32(x))), on=st.none(), b=st.sampled_from([True, False, None]))  # fmt: skip
+happened = frames(events, 25, at=moments, k=words, g=st.sampled_from([1, 2, -5, None]), v=numbers, n=codes, s=words, b=st.sampled_from([True, False, None]))
+sold = frames(sales, 15, at=moments, k=words, n=st.integers(1, 8), v=numbers)
+put = frames(placed, 10, at=moments, happened=moments, k=words, v=numbers, s=words).map(lambda frame: frame.with_columns(happened=pl.min_horizontal("at", "happened")))
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[list[Message]]:
+    """Messages in the order they arrive, in chunks: any order of rows, any partition, several rows a message or one."""
+    rows: list[tuple[str, pl.DataFrame]] = []
+    for name, strategy in (("questions", asked), ("events", happened), ("sales", sold), ("placed", put)):
+        frame = draw(strategy)
+        rows += [(name, part) for part in frame.iter_slices(draw(st.sampled_from([1, 1, 3])))]
+    if draw(st.booleans()):  # mostly in order: late rows are the exception
+        rows.sort(key=lambda each: str(each[1][str(SOURCES[each[0]].time)].max()))
+    else:
+        rows = draw(st.permutations(rows))
+    offsets: dict[tuple[str, int], int] = {}
+    messages = []
+    for name, part in rows:
+        partition = draw(st.integers(0, 1))
+        offset = offsets.get((name, partition), 0)
+        offsets[name, partition] = offset + 1
+        messages.append(Message(name, partition, offset, 2**51, None, to_arrow(part)))
+    chunks, start = [], 0
+    while start < len(messages):
+        size = draw(st.integers(1, 12))
+        chunks.append(messages[start : start + size])
+        start += size
+    ends = [Message(name, number, offsets.get((name, number), 0), 2**51, *heartbeat(FOREVER)) for name in SOURCES for number in (0, 1)]
+    return [*chunks, ends]
+
+
+def read(uri: str) -> pl.DataFrame:
+    table = open_table(uri)
+    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)], how="diagonal") if table else pl.DataFrame()
+
+
+def run(store: Path, chunks: list[list[Message]], commits: set[int] = frozenset(), kills: set[int] = frozenset()) -> Job:  # type: ignore[assignment]
+    """A job over `chunks`, committing after some of them and killed after others; each time it starts again from the tables."""
+    dimensions = store / "in"
+    (dimensions / "shops").mkdir(parents=True, exist_ok=True)
+    pl.DataFrame({"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema).write_parquet(dimensions / "shops" / "s.parquet")
+    begin = {name: {0: 0, 1: 0} for name in SOURCES}
+    job = Job(view, store, dimensions, begin, keep=30_000_000)
+    for number, chunk in enumerate(chunks):
+        left = unread(chunk, job.start)
+        job.take(left)
+        if number in commits:
+            job.commit()
+        if number in kills:
+            job = Job(view, store, dimensions, begin, run_id=f"r{number}", keep=30_000_000)
+            for earlier in chunks[: number + 1]:
+                if again := unread(earlier, job.start):
+                    job.take(again)
+    job.commit()
+    return job
+
+
+@settings(max_examples=12)
+@given(chunks=streams(), data=st.data())
+def test_every_answer_is_batch_over_what_it_could_see(chunks: list[list[Message]], data: st.DataObject) -> None:
+    numbers = st.sets(st.integers(0, len(chunks) - 1), max_size=3)
+    commits, kills = data.draw(numbers, "commits"), data.draw(numbers, "kills")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder)
+        job = run(store, chunks, commits, kills)
+        every = totals(chunks)
+        for name in SOURCES:  # every row is in its table once
+            assert (len(read(f"{sources_root(folder)}/{name}")) or 0) == every[name]
+        if not every["questions"]:
+            return
+        rows = read(f"{sources_root(folder)}/questions")
+        distinct = rows.unique(["id", "t"])
+        answers = read(features_live_uri(folder, view.name, view.fingerprint))
+        letters = read(live_letters_uri(folder, view.name))
+        lost = letters.filter(pl.col("rule").str.contains("no later than")) if len(letters) else letters
+        refused = rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi") if len(lost) else rows.clear()
+        unanswered = distinct.join(answers, on=["id", "t"], how="anti") if len(answers) else distinct
+        assert len(unanswered.join(refused, on=["id", "t"], how="anti")) == 0
+        assert not len(job.journal.stores["?pending"])
+        if not len(answers):
+            return
+        assert answers["row_id"].n_unique() == len(answers)
+        found = check(view, folder)
+        assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
+        assert found.answers == len(answers)
+        against_oracle(folder, answers.head(4))
+
+
+def totals(chunks: list[list[Message]]) -> dict[str, int]:
+    from transforms.messages import from_arrow
+
+    result = dict.fromkeys(SOURCES, 0)
+    for message in (message for chunk in chunks for message in chunk if message.key is None):
+        result[message.topic] += from_arrow(message.value).num_rows
+    return result
+
+
+def against_oracle(folder: str, answers: pl.DataFrame) -> None:
+    """A few answers by scanning every row that their cut shows."""
+    for answer in answers.iter_rows(named=True):
+        cut = cut_of(answer["__cut"])
+        tables: dict[str, pl.DataFrame] = {"shops": pl.read_parquet(f"{folder}/in/shops/s.parquet")}
+        for name in SOURCES:
+            rows = read(f"{sources_root(folder)}/{name}")
+            seen = [row["__offset"] < cut.get((name, row["__partition"]), 0) for row in rows.iter_rows(named=True)]
+            rows = rows.filter(pl.Series(seen, dtype=pl.Boolean)) if len(rows) else pl.DataFrame(schema=SOURCES[name].schema)
+            if name == "sales":  # the first known stays
+                rows = rows.sort("n", "at", "v", "k").unique("n", keep="first")
+            tables[name] = rows.select(SOURCES[name].schema.keys())
+        place = (pl.col("__partition") == answer["__partition"]) & (pl.col("__offset") == answer["__offset"]) & (pl.col("__place") == answer["__place"])
+        question = read(f"{sources_root(folder)}/questions").filter(place).select(questions.schema.keys())
+        (expected,) = oracles.features(view, question, tables)
+        for name in view.columns:
+            assert same(answer[name], expected[name]), (name, answer[name], expected[name])
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        return left == pytest.approx(right, rel=1e-5, abs=1e-6)
+    return bool(left == right)
+
+
+def test_a_key_known_only_after_a_look_up_is_refused() -> None:
+    keyed = FeatureView("v", questions, key="id", features=[Lookup(shops, by="k", columns="name"), Trailing(events, by={"shops_name": "s"}, over="1m", stats={"v": "sum"})])
+    with pytest.raises(DefinitionError, match="keys come from the spine's columns"):
+        groups_of(keyed)
+
+
+def test_a_key_derived_from_the_spine_is_routed() -> None:
+    derived = FeatureView("v", questions, key="id", features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})])
+    (group,) = groups_of(derived)
+    assert group.asked == ("near",)
