@@ -33,7 +33,17 @@ from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
 from transforms.shards import groups_of
 from transforms.tables import open_table
-from transforms.topics import Broker, ReadTopics, WriteTopic, answer_messages, begin_offsets, letter_messages, letters_topic, stand, topic_of
+from transforms.topics import (
+    Broker,
+    ReadTopics,
+    WriteTopic,
+    answer_messages,
+    begin_offsets,
+    letter_messages,
+    letters_topic,
+    stand,
+    topic_of,
+)
 
 log = logging.getLogger("millrace.live")
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)

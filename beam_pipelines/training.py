@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -25,8 +26,10 @@ from beam_pipelines.options import Arguments, day, next_day
 from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
-from schemas.errors import DataError, GateError, MismatchError
+from schemas.errors import DataError, GateError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
+from transforms.bundles import load
+from transforms.datasets import STATISTICS, Leaks, columns_of, examine
 from transforms.evaluation import Evaluate, carried
 from transforms.examples import (
     FOLDER,
@@ -39,14 +42,18 @@ from transforms.examples import (
     shards_to_judge,
 )
 from transforms.fitting import Fit, declared
+from transforms.inventory import source_uri, version_of
 from transforms.matrices import until
 from transforms.publishing import REPORT, Publication, publish
-from transforms.registry import registry_uri
+from transforms.registry import Registry, registry_uri
 from transforms.scoring import Pinned, Score
-from transforms.tables import data_files, features_uri, open_table
 from transforms.searching import trials
+from transforms.statistics import Statistics
+from transforms.tables import data_files, features_uri, open_table
 from transforms.training import Study, Train, save_best
 
+log = logging.getLogger("millrace.training")
+PACKAGES = ("beam_pipelines", "transforms", "schemas")
 LIBRARIES = ("apache-beam", "deltalake", "numpy", "polars", "pyarrow", "xgboost")
 
 
@@ -68,6 +75,7 @@ class Options:
         keep_examples: whether TFRecord and Parquet examples stay.
         now: µs since 1970, the clock by which stamps are judged.
         beam_args: for Beam.
+        label_version: of the label's source, if that is a Delta table; None takes the newest.
     """
 
     definition: Definition
@@ -83,6 +91,7 @@ class Options:
     keep_examples: bool
     now: int
     beam_args: tuple[str, ...]
+    label_version: int | None = None
 
     @property
     def model(self) -> Model:
@@ -128,12 +137,37 @@ def parse(argv: Sequence[str]) -> Options:
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """A trained and tested model in the graph: PCollections of one element each."""
+
+    report: beam.PCollection
+    trained: beam.PCollection
+    account: beam.PCollection
+    findings: beam.PCollection
+
+
 def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
+    tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
+    sides = AsSingleton(tested.trained), AsSingleton(tested.account), AsSingleton(tested.findings)
+    _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
+
+
+def train_and_test(
+    pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any], champion: tuple[str, bytes] | None = None
+) -> Tested:
+    """The graph up to what there is to publish.
+
+    Args:
+        champion: its version and the statistics of its training data, to compare with.
+    """
     model = options.model
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     accounts, learning = blocks | "Examples" >> MakeExamples(plan)
     account = accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(checked, plan.alone)
+    statistics = learning | "Statistics" >> Statistics(columns_of(model))
+    leaks = learning | "Leaks" >> beam.CombineGlobally(Leaks.of(model))
     fitted = [
         learning | f"Fold{i}" >> beam.Map(until, model, fold) | f"FitFold{i}" >> Fit(declared(model))
         for i, fold in enumerate(plan.split.folds)
@@ -141,20 +175,32 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dic
     fitted.append(learning | "Fit" >> Fit(declared(model)))
     study = Study(model, plan.split, options.folder, options.cores, options.device)
     tried = pipeline | "Trials" >> beam.Create(trials(model)) | "Train" >> Train(study, account, fitted)
-    sides = AsSingleton(account), AsSingleton(fitted[-1])
+    sides = AsSingleton(account), AsSingleton(fitted[-1]), AsSingleton(statistics)
     trained = (
         tried
         | "Gather" >> beam.combiners.ToList()
         | "Save" >> beam.Map(save_best, model, options.bundle, provenance, *sides)
     )
     tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
-    scored = (
-        tests
-        | "Read" >> beam.FlatMap(read_shard)
-        | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
-    )
-    report = scored | "Evaluate" >> Evaluate(model)
-    _ = report | "Publish" >> beam.Map(publish, AsSingleton(trained), AsSingleton(account), publication(options))
+    rows = tests | "Read" >> beam.FlatMap(read_shard)
+    scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
+    tested = rows | "TestStatistics" >> Statistics(columns_of(model))
+    findings = statistics | "Examine" >> beam.Map(examine, AsSingleton(tested), AsSingleton(leaks), model, champion)
+    return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings)
+
+
+def champion_of(options: Options) -> tuple[str, bytes] | None:
+    """The champion's version and the statistics of its training data; None where there is none, or no way to know."""
+    registry, name = Registry(options.registry), options.model.name
+    try:
+        version = registry.champion(name)
+        if version is None:
+            return None
+        bundle = load(registry.resolve(name, version)[1])
+    except StoreError as error:
+        log.warning("nothing to compare the training data with: %s", error)
+        return None
+    return (version, bundle.extra[STATISTICS]) if STATISTICS in bundle.extra else None
 
 
 def publication(options: Options) -> Publication:
@@ -201,17 +247,40 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
         raise DataError("The feature table has rows before the cutoff", f"none from {options.start or 'the first day'} to {options.cutoff or 'the last'}", "Choose other dates, or compute features")  # fmt: skip
     cutoff = instant(options.cutoff or next_day(max(file.date for file in files)))
     split = model.split.resolve(cutoff)
-    plan = make_plan(model, files, options.sources, options.examples, split, options.now, options.keep_examples)
+    source = model.label.source
+    version = options.label_version if options.label_version is not None else version_of(options.sources, source)
+    plan = make_plan(model, files, options.sources, options.examples, split, options.now, options.keep_examples, version)
     text = Path(options.definition.path).read_bytes()
     return plan, {
         "feature_table": {"uri": table.table_uri, "version": table.version()},
         "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
-        "split": {name: value.isoformat() for name, value in dataclasses.asdict(split).items()},
-        "definition": {"name": options.definition.name, "sha256": hashlib.sha256(text).hexdigest()},
+        "label_table": {"uri": source_uri(options.sources, source.name), "version": version},
+        "split": split.as_json(),
+        "read": {"start": options.start and str(options.start), "cutoff": str(cutoff.date()), "now": options.now, "sources": options.sources},
+        "cores": options.cores,
+        "device": options.device,
+        "definition": {"name": options.definition.name, "sha256": hashlib.sha256(text).hexdigest(), "source": text.decode()},
         "run_id": options.run_id,
         "code_version": _version("millrace"),
+        "code_sha256": code_digest(),
+        "constraints_sha256": constraints_digest(),
         "environment": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
     }
+
+
+def code_digest() -> str:
+    """SHA-256 of this program's source."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for name in PACKAGES for path in (root / name).glob("*.py")):
+        digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def constraints_digest() -> str:
+    """SHA-256 of all installed distributions, a `name==version` a line, sorted: of the constraints they would make."""
+    installed = {f"{each.metadata['Name'].lower()}=={each.version}" for each in importlib.metadata.distributions()}
+    return hashlib.sha256("\n".join(sorted(installed)).encode()).hexdigest()
 
 
 def _version(name: str) -> str:
@@ -253,6 +322,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         **{name: each["entered"] for name, each in report["splits"].items()},
         "rounds": report["rounds"], **shown, "gates_held": sum(each["holds"] for each in report["gates"]), "gates": len(report["gates"]),
         "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], "trials": report["trials"],
+        "warnings": report["data"]["warnings"], "drift_max": max(report["data"]["drift"].values(), default=None),
     }  # fmt: skip
 
 

@@ -135,6 +135,8 @@ class Gates:
         max_gap: metric to the most by which a slice may be worse than the whole.
         min_slice_rows: smaller slices are shown, not judged.
         margin: a challenger must beat the champion by this much on the same rows.
+        max_drift: the most by which a column of the training data may lie from the champion's, 0 … 1: Jensen–Shannon
+            divergence of numbers, greatest change of a value's share of strings; None reports it only.
     """
 
     at_least: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -142,6 +144,7 @@ class Gates:
     max_gap: Mapping[str, float] = dataclasses.field(default_factory=dict)
     min_slice_rows: int = 500
     margin: float = 0.0
+    max_drift: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slices", (self.slices,) if isinstance(self.slices, str) else tuple(self.slices))
@@ -149,6 +152,8 @@ class Gates:
             bounds = getattr(self, field)
             if not isinstance(bounds, Mapping) or not all(_is_number(bound) for bound in bounds.values()):
                 raise DefinitionError(f"Gates: {field} maps metrics to numbers", repr(bounds), 'Write {"auc": 0.7}')
+        if self.max_drift is not None and not (_is_number(self.max_drift) and 0 <= self.max_drift <= 1):
+            raise DefinitionError("Gates: max_drift is from 0 to 1", repr(self.max_drift), "Write 0.2")
         for field in ("min_slice_rows", "margin"):
             if not _is_number(getattr(self, field)) or getattr(self, field) < 0:
                 raise DefinitionError(f"Gates: {field} is at least 0", repr(getattr(self, field)), "Raise it")

@@ -36,11 +36,13 @@ class Bundle:
             1, or the classes of a multi-class model), `fingerprint`, `view`, `key` (list of columns), `time` (column),
             `inputs` (input column → Arrow type as text), and what tells where the model came from: tables and their
             versions, split dates, code version, environment.
+        extra: further files by name, such as statistics of the training data; under digests like the rest.
     """
 
     booster: bytes
     encoders: Fitted
     manifest: Mapping[str, Any]
+    extra: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ def save(bundle: Bundle, folder: str | Path) -> str:
     missing = [name for name in _REQUIRED if name not in bundle.manifest]
     if missing:
         raise StoreError(f"A model's manifest has {', '.join(_REQUIRED)}", f"no {', '.join(missing)}", "Add them")
-    files = {BOOSTER: bundle.booster, ENCODERS: bundle.encoders.to_json().encode()}
+    files = {BOOSTER: bundle.booster, ENCODERS: bundle.encoders.to_json().encode(), **bundle.extra}
     digests = {name: {"sha256": _sha256(content), "bytes": len(content)} for name, content in files.items()}
     manifest = {**bundle.manifest, "format": FORMAT, "files": digests}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
@@ -102,7 +104,7 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         value = f"{folder}/{MANIFEST}: {error!r}"
         raise StoreError("A model's manifest is JSON that lists its files", value, _RESTORE) from None
-    if manifest.pop("format", None) != FORMAT or set(files) != {BOOSTER, ENCODERS}:
+    if manifest.pop("format", None) != FORMAT or not {BOOSTER, ENCODERS} <= set(files) or any("/" in name for name in files):
         value = f"{folder}: {', '.join(sorted(files))}"
         raise StoreError(
             f"A model has format {FORMAT}: {BOOSTER} and {ENCODERS}", value, "Read it with the Millrace that wrote it"
@@ -110,7 +112,8 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     contents = {name: read_bytes(folder, name) for name in files}
     for name, expected in files.items():
         check_digest(folder, name, contents[name], expected)
-    return Bundle(contents[BOOSTER], Fitted.from_json(contents[ENCODERS].decode()), manifest)
+    booster, encoders = contents.pop(BOOSTER), contents.pop(ENCODERS)
+    return Bundle(booster, Fitted.from_json(encoders.decode()), manifest, contents)
 
 
 def digest_of(folder: str | Path) -> str:

@@ -114,9 +114,13 @@ class Account:
 
 
 def make_plan(
-    model: Model, files: Iterable[DataFile], sources: str, folder: str, split: Split, now: int, tfrecords: bool = True
+    model: Model, files: Iterable[DataFile], sources: str, folder: str, split: Split, now: int, tfrecords: bool = True,
+    version: int | None = None,
 ) -> Plan:
     """Cut the feature table's `files` into blocks, each with the label events it needs.
+
+    Args:
+        version: of the label's source, where that is a Delta table.
 
     Raises:
         DataError: no file before the cutoff.
@@ -124,7 +128,7 @@ def make_plan(
     """
     label = model.label
     contract = Contract(label.source, _columns_read(model), now=now)
-    slices = slices_of(sources, contract)
+    slices = slices_of(sources, contract, version)
     parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
         raise DataError(

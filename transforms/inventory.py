@@ -43,14 +43,21 @@ def source_uri(root: str, source: str) -> str:
     return FileSystems.join(root, source)
 
 
-def files_of(root: str, source: Source) -> list[str]:
-    """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of its newest version.
+def version_of(root: str, source: Source) -> int | None:
+    """The newest version of a source that is a Delta table; None for Parquet files."""
+    folder = source_uri(root, source.name)
+    table = open_table(folder) if _has_log(folder) else None
+    return None if table is None else int(table.version())
+
+
+def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
+    """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of `version`, None its newest.
 
     Raises:
         DataError: there are none.
     """
     folder = source_uri(root, source.name)
-    table = open_table(folder) if _has_log(folder) else None
+    table = open_table(folder, version) if _has_log(folder) else None
     if table is not None:
         return paths_of(table)
     paths = sorted(
@@ -98,13 +105,13 @@ def stamp_of(path: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
 
 
-def slices_of(root: str, contract: Contract) -> list[Slice]:
-    """Every row group of a source, from the files' footers.
+def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
+    """Every row group of a source, from the files' footers; of a Delta table those of `version`, None its newest.
 
     Raises:
         ContractError: a file is not Parquet or truncated, or its columns are not those declared.
     """
-    parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source))
+    parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source, version))
     return [each for part in parts for each in part]
 
 

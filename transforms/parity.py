@@ -20,12 +20,14 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
+from schemas.live import accepted
 from schemas.views import FeatureView
 from transforms.dimensions import kept
 from transforms.inventory import source_uri
 from transforms.journal import PLACE, cut_of, rid
 from transforms.kernels import compute
 from transforms.live_tables import features_live_uri, sources_root
+from transforms.replay import sources_of
 from transforms.shards import RID
 from transforms.tables import data_files, open_table, read_file
 
@@ -111,7 +113,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
         for (versions,), part in answers.group_by("__dimensions"):
             dimensions = {name: kept(FileSystems.join(store, "dimensions"), name, version) for name, version in json.loads(str(versions)).items()}
             _check_some(view, store, part, cuts, dimensions, result)
-    asked = len(_read(store, view.spine.name, PLACE, start, end).unique())
+    asked = len(_read(view, store, view.spine.name, PLACE, start, end).unique())
     result.unanswered = asked - result.answers
     return result
 
@@ -135,7 +137,7 @@ def _check_some(
     first, last = days.min(), days.max()
     assert isinstance(first, date)
     assert isinstance(last, date)
-    spine = _read(store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(PLACE)
+    spine = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(PLACE)
     asked = answers.select(*PLACE, "__cut").join(spine, on=PLACE, how="left", maintain_order="left")
     if asked[view.time].null_count():
         raise DataError("Every answer's question is in its source's table", f"{asked[view.time].null_count()} are not", "Was the table cleaned up?")
@@ -170,11 +172,11 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
     source = view.events[name]
     back = timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
     extra = ["__counted", "__instead"] if source.unique else []
-    rows = _read(store, name, [*view.columns_read(name), *PLACE, *extra], first - back, last + timedelta(days=1))
+    rows = _read(view, store, name, [*view.columns_read(name), *PLACE, *extra], first - back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
     if source.unique:
-        replacing = _read(store, name, [*PLACE, "__instead"], None, None).filter(pl.col("__instead").is_not_null())
+        replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(pl.col("__instead").is_not_null())
         at = pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)}).group_by(RID).agg(pl.col("gone").min())
         gone = rows.select(rid(rows)).join(at, on=RID, how="left", maintain_order="left")["gone"].fill_null(NEVER).to_numpy()
         counted = rows["__counted"].to_numpy()
@@ -232,11 +234,10 @@ def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.Data
         result.examples.append({**question, "live": live[row], "batch": batch[name][row]})
 
 
-def _read(store: str, source: str, columns: Sequence[str], start: date | None, end: date | None) -> pl.DataFrame:
-    table = open_table(source_uri(sources_root(store), source))
+def _read(view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None) -> pl.DataFrame:
+    """Columns of a source's accepted rows of the dates `[start, end)`."""
+    table = open_table(source_uri(sources_root(store), name))
     files = [] if table is None else data_files(table, start, end)
-    if not files:
-        raise DataError(f"Source {source!r} has accepted rows in the store", f"none in {store}", "Is it the store of a live job?")
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files])
-
-
+    schema = accepted(sources_of(view)[name])
+    empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
+    return pl.concat([empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)])

@@ -240,12 +240,13 @@ def check_dead(check: Check, tallies: Mapping[str, Tally]) -> None:
 
 
 def anomaly_error(check: Check, found: tuple[Anomaly, ...]) -> AnomalyError:
-    """What stops a run whose statistics break the schema."""
+    """What stops a run whose statistics break the schema: `--schema` is named where it was given."""
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
+    where = f" --schema {check.rules.schema}" if check.rules.required else ""
     return AnomalyError(
         f"The features of {check.interval} keep {check.rules.schema}", f"{count}: {_listed(found)}",
         "Nothing was committed.  If the data is right, let the schema follow it: "
-        f"millrace schema update {check.command} --run_id {check.run_id}; to publish as it is, run again with --allow_anomalies",
+        f"millrace schema update {check.command}{where} --run_id {check.run_id}; to publish as it is, run again with --allow_anomalies",
     )  # fmt: skip
 
 

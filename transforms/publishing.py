@@ -13,12 +13,14 @@ import pyarrow as pa
 
 from schemas import Gates
 from transforms.bundles import load
+from transforms.datasets import Findings
 from transforms.evaluation import Report, Verdict, as_json, verdicts
 from transforms.examples import Account
 from transforms.registry import Registry
 from transforms.searching import Result
 from transforms.tables import write_aside
 from transforms.training import Trained
+from transforms.trial_runs import log_trials
 
 REPORT = "training.json"
 
@@ -46,7 +48,9 @@ class Publication:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def publish(report: Report, trained: Trained, account: Account, where: Publication) -> dict[str, Any]:
+def publish(
+    report: Report, trained: Trained, account: Account, findings: Findings, where: Publication
+) -> dict[str, Any]:
     """Register the model with its report; returns what `training.json` says.
 
     Safe to repeat: a run has one version, and a version is promoted at most once by its own run.
@@ -54,12 +58,12 @@ def publish(report: Report, trained: Trained, account: Account, where: Publicati
     Raises:
         StoreError: the registry cannot be reached; the bundle stays on disk.
     """
-    judged = verdicts(where.gates, report)
+    judged = verdicts(where.gates, report) + findings.verdicts(where.gates.max_drift)
     content = {
         "model": where.name, "feature_rows": account.rows, "outside": account.outside, **as_json(report, judged),
         "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
         "rounds": trained.best.rounds, "validate": {where.metric: trained.best.value}, "bundle": trained.folder,
-        "trials": [_trial(each) for each in trained.results],
+        "trials": [_trial(each) for each in trained.results], "data": dataclasses.asdict(findings),
     }  # fmt: skip
     failed = [each for each in judged if not each.holds]
     registry = Registry(where.registry)
@@ -71,6 +75,8 @@ def publish(report: Report, trained: Trained, account: Account, where: Publicati
         version = registry.register(
             bundle, where.run_id, _params(bundle.manifest), _metrics(content), artifacts, _tags(judged, failed)
         )
+    if len(trained.results) > 1:
+        log_trials(registry, where.name, where.run_id, where.metric, trained.results)
     content["model_version"] = version
     if not failed and not any(entry["version"] == version for entry in registry.history(where.name)):
         registry.promote(where.name, version, f"every gate held in run {where.run_id}", "millrace training")
@@ -90,6 +96,8 @@ def _trial(result: Result) -> dict[str, Any]:
         **shown,
         "seconds": result.seconds,
         "error": result.error,
+        "rung": result.trial.rung,
+        "folds": result.folds,
         "history": result.history,
     }
 

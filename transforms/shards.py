@@ -22,6 +22,7 @@ from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView
 from transforms.ids import UInt64s
 from transforms.kernels import Reading, compute, derived, gathered
+from transforms.lifetime import is_lifetime
 from transforms.packets import Frames, pack, unpack
 from transforms.panes import CELLS, Panes, key_hashes
 
@@ -72,6 +73,11 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     """
     found: dict[tuple[str, Any], list[Trailing | Latest]] = {}
     for feature in view.features:
+        if is_lifetime(feature):
+            raise DefinitionError(
+                f"View {view.name!r}, live: a window has a beginning", f"all history of {feature.source.name!r}",  # type: ignore[union-attr]
+                "Use a long window such as \"365d\", or compute this view in batch",
+            )  # fmt: skip
         if isinstance(feature, Trailing | Latest):
             found.setdefault((feature.source.name, feature.keys), []).append(feature)
     early = {*view.spine.schema, *(name for name, _ in _early(view))}

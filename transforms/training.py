@@ -21,6 +21,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from schemas import Model
 from schemas.splits import Split
 from transforms.bundles import Bundle, save
+from transforms.datasets import bundle_files
 from transforms.encoders import Fitted
 from transforms.examples import Account
 from transforms.matrices import Matrices, is_external, matrices
@@ -194,12 +195,14 @@ def save_best(
     provenance: Mapping[str, Any],
     account: Account,
     fitted: Fitted,
+    statistics: Any = None,
 ) -> Trained:
     """Save the best trial's booster with the encoders and a manifest as a bundle in `folder`.
 
     Args:
         results: of every rung and fold.
         fitted: on the training split.
+        statistics: of the training split, kept with the model.
     """
     results = over_folds(model, results)
     best = choose(model, results)
@@ -211,7 +214,8 @@ def save_best(
         "inputs": fitted.inputs, "columns": fitted.names, "rounds": best.rounds, "params": dict(best.trial.params), "seed": model.seed,
         "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, **provenance,
     }  # fmt: skip
-    digest = save(Bundle(booster, fitted, manifest), folder)
+    extra = {} if statistics is None else bundle_files(statistics, model)
+    digest = save(Bundle(booster, fitted, manifest, extra), folder)
     return Trained(folder, digest, best, last_of_each(results))
 
 

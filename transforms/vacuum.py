@@ -7,6 +7,7 @@ in no version that readers may still ask for: the newest, those younger than the
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from transforms.commits import root_of as root_of_uri
 from transforms.running import Running
 from transforms.tables import open_table, paths_of, root_of
 
-MANIFESTS, STATISTICS = "_manifests", "_statistics"
+MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
 # Where tables lie in a store, and how many folders below.
 PLACES = {"features": 2, "features_live": 2, "predictions": 1, "dead_letters": 1, "sources": 1}
 # Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
@@ -40,7 +41,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Waste:
-    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest` or `statistics`."""
+    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics` or `summary`."""
 
     file: Stored
     table: str
@@ -125,7 +126,9 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
     # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
     listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
     kept = _kept(uri, table, rules)
-    (needed, once), (manifests, runs) = _paths(uri, kept), _named(uri, kept)
+    needed, once = _paths(uri, kept)
+    manifests, runs = _named(uri, kept)
+    summaries = _summaries(uri, manifests)
     found = []
     for file in listed:
         inside = file.path[len(uri) + 1 :]
@@ -137,6 +140,8 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
             kind = "aside"
         elif folder == MANIFESTS:
             kind = "manifest" if name not in manifests else None
+        elif folder == SUMMARIES:
+            kind = "summary" if name not in summaries else None
         elif folder == STATISTICS:
             kind = "statistics" if name.rsplit(".", 1)[0] not in runs else None
         elif not name.endswith(".parquet") or inside in needed:
@@ -222,6 +227,22 @@ def _named(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
             manifests.add(str(entry["manifest"]))
             without -= served
     return manifests, runs
+
+
+def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
+    """Summaries of all history that a kept manifest names for later runs."""
+    named: set[str] = set()
+    for name in manifests:
+        path = FileSystems.join(uri, MANIFESTS, name)
+        try:
+            with FileSystems.open(path) as handle:
+                snapshots = json.loads(handle.read()).get("snapshots", {})
+            named |= {file for files, _ in snapshots.values() for file in files}
+        except FileNotFoundError:
+            continue  # somebody removed it: then no run can ask for what it named
+        except (OSError, ValueError, AttributeError) as error:
+            raise StoreError("A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full") from None
+    return named
 
 
 def remove(waste: Iterable[Waste]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic, PartitionMetadata
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from deploy.streaming.processes import HOST, Service, listening
 from deploy.streaming.toolchain import java
@@ -112,9 +112,11 @@ class Broker(Service):
         admin = self.admin()
         for created in admin.create_topics(wanted, operation_timeout=30, request_timeout=30).values():
             created.result()
-        while any(part.leader < 0 for topic in topics for part in self._partitions(admin, topic)):
+        while not all(self._led(admin, topic, partitions) for topic in topics):
             time.sleep(0.05)
 
     @staticmethod
-    def _partitions(admin: AdminClient, topic: str) -> list[PartitionMetadata]:
-        return list(admin.list_topics(topic, timeout=10).topics[topic].partitions.values())
+    def _led(admin: AdminClient, topic: str, partitions: int) -> bool:
+        """Whether the broker knows the topic and leads its partitions, which it does a moment after the controller made it."""
+        found = admin.list_topics(topic, timeout=10).topics[topic].partitions.values()
+        return len(found) == partitions and all(each.leader >= 0 for each in found)

@@ -195,24 +195,31 @@ def through_kafka(case: Case) -> dict[str, Any]:
                 "--expansion_service",
                 expansion.address,
             ]
-            prism_flags = [*prism.options, "--environment_type=LOOPBACK"]
-            registry = f"--registry=sqlite:///{case.store}/registry/mlflow.db"
+            where = [*kafka, *prism.options, "--environment_type=LOOPBACK"]
             with contextlib.ExitStack() as stack:
-                features = stack.enter_context(
-                    pipeline(case, "features", [*kafka, "--sources", str(case.store / "sources"), *prism_flags])
-                )
-                inference = stack.enter_context(pipeline(case, "inference", [*kafka, registry, *prism_flags]))
+                children = {
+                    "live": pipeline(
+                        case, "live", [*where, "--sources", str(case.store / "sources"), "--commit_every=5s"]
+                    )
+                }
+                if case.first:
+                    children["inference"] = pipeline(
+                        case, "inference", [*where, f"--registry=sqlite:///{case.store}/registry/mlflow.db"]
+                    )
+                for child in reversed(children.values()):
+                    stack.enter_context(child)
                 print(f"started in {time.monotonic() - began:.1f} s; logs in {case.folder}", flush=True)
-                producer = stack.enter_context(produce(case, broker.bootstrap))
+                children["producer"] = stack.enter_context(produce(case, broker.bootstrap))
                 watch = Watch(case, broker.bootstrap, features_topic, predictions_topic)
                 stack.callback(watch.close)
-                figures = follow(
-                    case, watch, {"features": features, "inference": inference, "producer": producer}, swap
-                )
-                for child in (inference, features):
-                    child.signal(signal.SIGINT)
-                    with contextlib.suppress(TimeoutError, Exception):
-                        child.wait(30)
+                figures = follow(case, watch, children, swap)
+                if "inference" in children:  # the features end by themselves when all is told
+                    children["inference"].signal(signal.SIGINT)
+                for name, child in children.items():
+                    if child.wait(60):
+                        raise DataError(
+                            "The live processes end well", f"{name}: {tail(case, name)}", f"See {case.folder}"
+                        )
         return figures
     finally:
         shutil.rmtree(case.folder / "data", ignore_errors=True)  # the broker's
@@ -222,7 +229,7 @@ def pipeline(case: Case, name: str, flags: Sequence[str]) -> Any:
     """A live pipeline as a process of its own."""
     from deploy.streaming.processes import Child
 
-    command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", f"{name}-live", *flags]
+    command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", name, *flags]
     return Child(command, case.folder / f"{name}.log", cwd=ROOT, grace=20)
 
 
@@ -289,13 +296,8 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
     Raises:
         DataError: a process ended before its time.
     """
-    show, told, done_at, swapped_at, lags = (
-        Table(),
-        {"done": False, "rows": 0, "time": 0, "sent": {}},
-        None,
-        None,
-        list[float](),
-    )
+    show, lags, told = Table(), list[float](), {"done": False, "rows": 0, "time": 0, "sent": {}}
+    done_at = swapped_at = None
     speed = (datetime.fromisoformat(case.end) - datetime.fromisoformat(case.start)).total_seconds() / case.seconds
     first_day = datetime.fromisoformat(case.start).replace(tzinfo=UTC).timestamp()
     began = time.monotonic()
@@ -305,20 +307,26 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             told = json.loads((case.folder / "producer.json").read_text())
         questions = sum(told["sent"].get(case.view.spine.name, []))
         for name, child in children.items():
-            if not child.running and not (name == "producer" and child.wait() == 0):
+            if not child.running and not (told["done"] and child.wait() == 0):
                 raise DataError(
-                    "The live processes run until they are stopped",
-                    f"{name} ended: {tail(case.folder / f'{name}.log')}",
+                    "The live processes run until all is told",
+                    f"{name} ended: {tail(case, name)}",
                     f"See {case.folder}",
                 )
-        if swapped_at is None and told["time"] / 1e6 > first_day + speed * case.seconds / 2:
+        if case.first and swapped_at is None and told["time"] / 1e6 > first_day + speed * case.seconds / 2:
             swap()
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
         show(told["time"], told["rows"], questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
-        complete = told["done"] and len(watch.answered) >= questions and len(watch.predicted) >= questions
+        ended = not children["live"].running  # the last commit is in
+        complete = (
+            told["done"]
+            and ended
+            and len(watch.answered) >= questions
+            and (not case.first or len(watch.predicted) >= questions)
+        )
         if complete or (done_at is not None and time.monotonic() - done_at > DRAIN):
             break
     drained = time.monotonic()
@@ -326,9 +334,11 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
     show.end()
     seen = watch.version_since.get(case.second)
     return {
-        "mode": "kafka and prism", "events": told["rows"], "questions": questions,
-        "answered": len(watch.answered), "predicted": len(watch.predicted), "predictions": watch.rows[watch.predictions],
-        "by_version": dict(Counter(watch.predicted.values())), "swap_seen_after_s": round(seen - swapped_at, 2) if seen and swapped_at else None,
+        "mode": "kafka and prism", "events": told["rows"], "questions": questions, "answered": len(watch.answered),
+        **({} if not case.first else {
+            "predicted": len(watch.predicted), "predictions": watch.rows[watch.predictions], "by_version": dict(Counter(watch.predicted.values())),
+            "swap_seen_after_s": round(seen - swapped_at, 2) if seen and swapped_at else None,
+        }),
         "events_per_second": round(told["rows"] / case.seconds), "lag_s": {"median": quantile(lags, 0.5), "p99": quantile(lags, 0.99)},
         "drained_after_s": round(drained - done_at, 2) if done_at else None, "seconds": round(drained - began, 1),
     }  # fmt: skip
@@ -367,8 +377,38 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     return round(sorted(values)[min(int(len(values) * share), len(values) - 1)], 2) if values else None
 
 
-def tail(log: Path) -> str:
+def tail(case: Case, name: str) -> str:
+    log = case.folder / f"{name}.log"
     return " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:]) if log.exists() else "no word"
+
+
+# -- in one process -------------------------------------------------------------------------------------------------
+
+
+def in_process(case: Case) -> dict[str, Any]:
+    """The month replayed through the same steps on the runner in this process."""
+    from beam_pipelines import live
+
+    flags = [
+        "--streaming",
+        "--source=replay",
+        "--sources",
+        str(case.store / "sources"),
+        "--start",
+        case.start,
+        "--end",
+        case.end,
+    ]
+    live.main([*case.common, "--run_id", "live", *flags])
+    found = read_json(os.path.join(case.live, "runs", "live", "run.json"))
+    asked = found["counts"][case.view.spine.name]["rows"]
+    return {
+        "mode": "replay in one process",
+        "events": found["rows_in"],
+        "questions": asked,
+        "answered": found["rows_out"],
+        "seconds": found["seconds"],
+    }
 
 
 # -- after ---------------------------------------------------------------------------------------------------------
