@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,9 @@ from transforms.inputs import Tally, add_tallies, conserve
 from transforms.inventory import take_inventory
 from transforms.manifests import WriteManifest, read_manifest
 from transforms.plan import BLOCK_ROWS, Plan, cut, interval
+from transforms.publication import AlsoChecked, Rules, Validate, make_check
 from transforms.staleness import Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
+from transforms.statistics import Statistics, columns_of
 from transforms.tables import (
     CommitFiles,
     Committed,
@@ -54,6 +58,7 @@ class Options:
     refresh: bool
     block_rows: int
     shuffled: bool | None
+    rules: Rules | None
     now: int
     beam_args: tuple[str, ...]
 
@@ -67,13 +72,17 @@ class Options:
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Options from flags.
+def parse(
+    argv: Sequence[str],
+    command: str = "features",
+    purpose: str = "Compute a view's features and commit them to its table.",
+) -> Options:
+    """Options from flags; `plan` has the same.
 
     Raises:
         DefinitionError: a flag or the definition is refused.
     """
-    arguments = Arguments("millrace features", "Compute a view's features and commit them to its table.")
+    arguments = Arguments(f"millrace {command}", purpose)
     arguments.add_interval("questions")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument("--full", action="store_true", help="compute every date again")
@@ -90,11 +99,29 @@ def parse(argv: Sequence[str]) -> Options:
         default="auto",
         help="slices: each block reads what it needs; shuffle: rows are sent to their blocks (default: whichever reads less)",
     )
+    arguments.add_argument(
+        "--statistics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep statistics with the commit and check the schema (default: yes)",
+    )
+    arguments.add_argument(
+        "--streaming",
+        action="store_true",
+        help="compute the same features live, from topics or a replay; has flags of its own",
+    )
+    arguments.add_validation()
     flags, rest = arguments.parse(argv)
+    definition = load_definition(flags.definition)
+    rules = Rules(
+        flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
+    )
+    if not flags.statistics:
+        rules = None
     return Options(
-        definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        definition=definition, store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
         run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], now=time.time_ns() // 1000, beam_args=tuple(rest),
+        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], rules=rules, now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
 
 
@@ -177,8 +204,19 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
-    committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied,))
     buried = letters | "DeadLetters" >> WriteTable(of_letters)
+    if options.rules is None:
+        committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied,))
+    else:
+        command = f"--definition {options.definition.name} --store {options.store}"
+        check = make_check(
+            options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command
+        )
+        statistics = features | "Statistics" >> Statistics(columns_of(view))
+        judged = statistics | "Validate" >> Validate(check, tallied, beam.pvalue.AsSingleton(buried))
+        committed = counted | "Commit" >> CommitFiles(
+            table, AlsoChecked(manifest), (tallied, beam.pvalue.AsSingleton(judged))
+        )
     account = FileSystems.join(options.folder, "account.json")
     _ = committed | "Account" >> beam.Map(write_account, tallied, beam.pvalue.AsSingleton(buried), account)
 
@@ -193,7 +231,9 @@ def write_account(committed: Committed, tallies: dict[str, Tally], buried: Commi
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the features are committed."""
+    """Run the pipeline; 0 when the features are committed.  With --streaming the same features, live: see `beam_pipelines.live`."""
+    if "--streaming" in argv:
+        return int(importlib.import_module("beam_pipelines.live").main(argv))
     options = parse(argv)
     view = options.definition.view
     with Run("features", options.run_id, options.folder) as run:

@@ -333,6 +333,7 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
         "aside": "half-written",
         "manifest": "manifests",
         "statistics": "statistics",
+        "summary": "summaries",
     }
     rows = []
     for name in sorted({*names, *(each.table for each in waste)}):

@@ -71,7 +71,7 @@ def pipeline(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
     from beam_pipelines import features
 
     code = features.main(
-        ["--definition", "benchmarks.features_case", "--store", out, "--sources", sources, "--full", *flags]
+        ["--definition", "benchmarks.features_case", "--store", out, "--sources", sources, "--full", "--no-statistics", *flags]
     )
     return {"exit": code}
 

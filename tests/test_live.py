@@ -12,7 +12,7 @@ import oracles
 import polars as pl
 import pytest
 from histories import codes, frames, moments, numbers, words
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from turns import Job, unread
 
@@ -110,7 +110,7 @@ def run(store: Path, chunks: list[list[Message]], commits: set[int] = frozenset(
     return job
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, phases=(Phase.explicit, Phase.generate))  # a smaller example would take minutes to find
 @given(chunks=streams(), data=st.data())
 def test_every_answer_is_batch_over_what_it_could_see(chunks: list[list[Message]], data: st.DataObject) -> None:
     numbers = st.sets(st.integers(0, len(chunks) - 1), max_size=3)

@@ -1,0 +1,183 @@
+"""plan: what `millrace features` would do with the same flags, and why.  Nothing is run and nothing is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
+
+from beam_pipelines import features
+from beam_pipelines.features import Options, Work
+from beam_pipelines.layout import columns, many, wrapped
+from beam_pipelines.reporting import guard
+from schemas.durations import DAY
+from schemas.features import Derived, Feature, Latest, Lookup, Trailing
+from schemas.views import FeatureView
+from transforms.contracts import day_of
+from transforms.inventory import Inventory, Slice, take_inventory
+from transforms.plan import Plan, amplification
+
+MOST_LINES = 40
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 0 whether or not there is anything to do."""
+    options = features.parse(argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing.")
+    work = features.prepare(options)
+    view = options.definition.view
+    inventory = take_inventory(view, options.sources, options.now)
+    state = "not there yet" if work.base is None else f"version {work.base}"
+    print(wrapped(f"view {view.name}, fingerprint {view.fingerprint}, of {options.definition.path}", 0, hanging=2))
+    print(wrapped(f"table {options.table}, {state}", 0, hanging=2))
+    print("\nfeatures")
+    print(columns(("feature", "type", "from", "how"), list(described(view))))
+    print("\nsources")
+    print(columns(("source", "first", "last", "rows", "files", "use"), list(read(view, inventory)), "rows files"))
+    print("\ndates")
+    if work.plan is None:
+        print("  nothing to do: no date is missing or stale")
+    else:
+        _print_dates(options, work, work.plan)
+        print("\nplan")
+        _print_plan(work.plan)
+        print("\nBeam steps")
+        for step, inside in steps(options, work).items():
+            print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
+    for note in work.stale.notes:
+        print("\n" + wrapped(f"note: {note}", 0, hanging=2))
+    return 0
+
+
+def described(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:
+    """(Name, type, source, how it is made) per feature."""
+    for feature in view.features:
+        for name, source, how in _described(view, feature):
+            yield name, str(view.columns[name]), source, how
+
+
+def _described(view: FeatureView, feature: Feature) -> Iterator[tuple[str, str, str]]:
+    if isinstance(feature, Derived):
+        yield from ((name, "its row", _short(str(expr))) for name, expr in feature.columns.items())
+        return
+    by = " by " + ", ".join(left if left == right else f"{left} = {right}" for left, right in feature.keys)
+    where = "" if feature.where is None else f" where {_short(str(feature.where))}"
+    if isinstance(feature, Trailing):
+        for each in feature.statistics:
+            what = "rows" if each.column == "*" else each.column
+            window = "all before" if each.length is None else f"the {each.window} before"
+            yield each.name, feature.source.name, f"{each.stat} of {what} in {window}{by}{where}"
+    elif isinstance(feature, Latest):
+        age = "of any age" if feature.length is None else f"of the {feature.max_age} before"
+        yield from ((name, feature.source.name, f"latest {column} {age}{by}{where}") for column, name in feature.renamed.items())
+    elif isinstance(feature, Lookup):
+        yield from ((name, feature.source.name, f"{column}{by}") for column, name in feature.renamed.items())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def read(view: FeatureView, inventory: Inventory) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """(Source, first, last, rows, files, use) per source, from footers."""
+    for name, slices in inventory.slices.items():
+        contract = inventory.contract(name)
+        low = max(min((each.low for each in slices), default=0), contract.earliest)
+        high = min(max((each.high for each in slices), default=0), contract.latest)
+        first, last = ("", "") if contract.source.time is None or low > high else (str(day_of(low)), str(day_of(high)))
+        use = []
+        if name == view.spine.name:
+            use.append("the questions")
+        if name in view.events:
+            reach = max([0, view.reach(name)])
+            use.append(f"events, {_length(reach)} back" if reach else "events, all before")
+        if name in view.dimensions:
+            use.append("dimension")
+        files = len({each.path for each in slices})
+        yield name, first, last, f"{sum(each.rows for each in slices):,}", f"{files:,}", "; ".join(use)
+
+
+def _length(reach: int) -> str:
+    return f"{reach // DAY} d" if reach % DAY == 0 else f"{reach / 3_600_000_000:g} h"
+
+
+def reasons(options: Options, work: Work) -> list[tuple[int, int, str]]:
+    """(First day, last day, why) of neighbouring days with one reason."""
+    result: list[tuple[int, int, str]] = []
+    for day, why in sorted(work.stale.reasons.items()):
+        if result and result[-1][1:] == (day - 1, why):
+            result[-1] = (result[-1][0], day, why)
+        else:
+            result.append((day, day, why))
+    if result or work.plan is None:
+        return result
+    if options.start is not None or options.end is not None:
+        why = "asked for (--start, --end)"
+    elif options.full and work.base is not None:
+        why = "asked for (--full)"
+    else:
+        why = "never computed: the table is new"
+    return [(first // DAY, -(-last // DAY) - 1, why) for first, last in work.plan.ranges]
+
+
+def _print_dates(options: Options, work: Work, plan: Plan) -> None:
+    told = reasons(options, work)
+    rows = []
+    for first, last, why in told[:MOST_LINES]:
+        count = questions(plan, first * DAY, (last + 1) * DAY)
+        rows.append((f"{day_of(first * DAY)}–{day_of(last * DAY)}", f"{last - first + 1:,}", f"{count:,}", why))
+    print(columns(("dates", "days", "about rows", "why"), rows, "days|about rows"))
+    if len(told) > MOST_LINES:
+        print(f"  and {many(len(told) - MOST_LINES, 'more range')}")
+    total = sum(questions(plan, first, last) for first, last in plan.ranges)
+    days = sum(-(-last // DAY) - first // DAY for first, last in plan.ranges)
+    print(f"  together {many(days, 'day')}, about {many(total, 'row')}")
+
+
+def questions(plan: Plan, first: int, last: int) -> int:
+    """About how many spine rows lie in `[first, last)` µs, taken to spread evenly over their row groups."""
+    total = 0.0
+    for each in {piece for block in plan.blocks for piece in block.spine}:
+        low, high = each.low, each.high + 1
+        total += each.rows * max(min(high, last) - max(low, first), 0) / (high - low)
+    return round(total)
+
+
+def _print_plan(plan: Plan) -> None:
+    sizes = [_rows([*block.spine, *(each for slices in block.events.values() for each in slices)]) for block in plan.blocks]
+    how = "each slice is read once and its rows are sent to their blocks" if plan.shuffled else "each block reads the slices it needs"
+    print(wrapped(f"{many(len(plan.blocks), 'block')}, {how}; a row is read {1 if plan.shuffled else amplification(plan.blocks):.2g} times on average", hanging=2))
+    print(wrapped(f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together", hanging=2))
+    if plan.dimensions:
+        print(wrapped("dimensions go to every block: " + ", ".join(f"{name} ({many(_rows(slices), 'row')})" for name, slices in plan.dimensions.items()), hanging=2))
+
+
+def _rows(slices: Sequence[Slice]) -> int:
+    return sum(each.rows for each in slices)
+
+
+def steps(options: Options, work: Work) -> Mapping[str, list[str]]:
+    """Labels of the graph's steps, with those right below them."""
+    pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions([]))
+    features.build(pipeline, options, work)
+    found: dict[str, list[str]] = {}
+
+    class Labels(PipelineVisitor):  # type: ignore[misc]
+        def enter_composite_transform(self, node: AppliedPTransform) -> None:
+            self.visit_transform(node)
+
+        def visit_transform(self, node: AppliedPTransform) -> None:
+            parts = node.full_label.split("/")
+            if parts[0]:
+                inside = found.setdefault(parts[0], [])
+                if len(parts) > 1 and parts[1] not in inside:
+                    inside.append(parts[1])
+
+    pipeline.visit(Labels())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))
