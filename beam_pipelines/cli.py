@@ -13,6 +13,7 @@ from schemas.errors import DefinitionError, nearest
 COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
     "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
+    "retrain": ("beam_pipelines.retrain", "train a registered version again from what it records, and compare"),
     "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
     "schema": ("beam_pipelines.schema", "infer, check or update the schema.pbtxt that features must keep"),
     "plan": ("beam_pipelines.plan", "print what `features` would do, and run nothing"),

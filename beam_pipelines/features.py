@@ -204,7 +204,9 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
-    buried = letters | "DeadLetters" >> WriteTable(of_letters)
+    buried = beam.pvalue.AsSingleton(letters | "DeadLetters" >> WriteTable(of_letters))
+    # Letters first: killed in between, a run is repeated, while dates once committed are not computed again for their letters.
+    counted = counted | "AfterLetters" >> beam.Map(lambda written, _: written, buried)
     if options.rules is None:
         committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied,))
     else:
@@ -213,20 +215,21 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
             options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command
         )
         statistics = features | "Statistics" >> Statistics(columns_of(view))
-        judged = statistics | "Validate" >> Validate(check, tallied, beam.pvalue.AsSingleton(buried))
+        judged = statistics | "Validate" >> Validate(check, tallied, buried)
         committed = counted | "Commit" >> CommitFiles(
             table, AlsoChecked(manifest), (tallied, beam.pvalue.AsSingleton(judged))
         )
     account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, beam.pvalue.AsSingleton(buried), account)
+    _ = committed | "Account" >> beam.Map(write_account, tallied, buried, account)
 
 
 def write_account(committed: Committed, tallies: dict[str, Tally], buried: Committed, path: str) -> None:
     """Leave the run's figures where the launcher, on whatever machine, finds them."""
+    days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(path, {
         "rows_in": sum(each.read for each in tallies.values()), "rows_out": committed.rows, "set_aside": buried.rows,
         "sources": {name: tally.counts for name, tally in tallies.items()},
-        "files": committed.files, "dates": len(committed.dates), "commit_version": committed.version,
+        "files": committed.files, "dates": len(committed.dates), "commit_version": committed.version, **days,
     })  # fmt: skip
 
 
@@ -258,7 +261,6 @@ def main(argv: Sequence[str]) -> int:
             build(pipeline, options, work)
             execute(pipeline)
             run.update(read_json(FileSystems.join(options.folder, "account.json")))
-            run.update({"first": str(day_of(work.plan.start)), "last": str(day_of(work.plan.end - 1))})
         table = open_table(options.table)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
         run.update({"table": options.table, "table_rows": rows, "fingerprint": view.fingerprint})

@@ -13,12 +13,16 @@ def terminal_width() -> int:
 
 
 def columns(
-    head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", width: int | None = None, indent: int = 2
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    width: int | None = None,
+    indent: int = 2,
 ) -> str:
     """`rows` under `head`, each column as wide as it must be.
 
     Args:
-        right: names of columns of numbers, separated by spaces, set to the right.
+        right: names of columns of numbers, set to the right.
         width: of the terminal; where the rows do not fit, the first column has a line and the others follow below it.
     """
     width = terminal_width() if width is None else width
@@ -30,7 +34,7 @@ def columns(
     if indent + sum(wide) + 2 * (len(wide) - 1) <= width:
         lines = [
             "  ".join(
-                cell.rjust(size) if name in right.split() else cell.ljust(size)
+                cell.rjust(size) if name in right else cell.ljust(size)
                 for name, cell, size in zip(head, row, wide, strict=True)
             )
             for row in [head, *rows]
@@ -43,15 +47,17 @@ def columns(
     return "\n".join(blocks)
 
 
+# Columns whose cells need no name beside them.
+_PLAIN = ("bytes", "type", "how", "why", "use")
+
+
 def _told(name: str, cell: str) -> str:
     """`3,000 rows`, `version 2`, `1.2 MB` (of bytes)."""
-    return (
-        cell
-        if name == "bytes"
-        else f"{cell} {name.removesuffix('s') if cell == '1' else name}"
-        if name.endswith("s") and cell[0].isdigit() and "–" not in cell
-        else f"{name} {cell}"
-    )
+    if name in _PLAIN:
+        return cell
+    if name.endswith("s") and cell[0].isdigit() and "–" not in cell:
+        return f"{cell} {name.removesuffix('s') if cell == '1' else name}"
+    return f"{name} {cell}"
 
 
 def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:

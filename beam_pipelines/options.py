@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from schemas.errors import DefinitionError, nearest
 
-# One row in ten: then it is the source that is broken, not its rows.
-MAX_DEAD_FRACTION = 0.1
+# Every other row: then it is the source that is broken, not its rows.
+MAX_DEAD_FRACTION = 0.5
 
 
 class Arguments(argparse.ArgumentParser):

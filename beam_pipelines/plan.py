@@ -25,7 +25,9 @@ MOST_LINES = 40
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan; 0 whether or not there is anything to do."""
-    options = features.parse(argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing.")
+    options = features.parse(
+        argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing."
+    )
     work = features.prepare(options)
     view = options.definition.view
     inventory = take_inventory(view, options.sources, options.now)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     print("\nfeatures")
     print(columns(("feature", "type", "from", "how"), list(described(view))))
     print("\nsources")
-    print(columns(("source", "first", "last", "rows", "files", "use"), list(read(view, inventory)), "rows files"))
+    print(columns(("source", "first", "last", "rows", "files", "use"), list(read(view, inventory)), ("rows", "files")))
     print("\ndates")
     if work.plan is None:
         print("  nothing to do: no date is missing or stale")
@@ -71,7 +73,9 @@ def _described(view: FeatureView, feature: Feature) -> Iterator[tuple[str, str, 
             yield each.name, feature.source.name, f"{each.stat} of {what} in {window}{by}{where}"
     elif isinstance(feature, Latest):
         age = "of any age" if feature.length is None else f"of the {feature.max_age} before"
-        yield from ((name, feature.source.name, f"latest {column} {age}{by}{where}") for column, name in feature.renamed.items())
+        yield from (
+            (name, feature.source.name, f"latest {column} {age}{by}{where}") for column, name in feature.renamed.items()
+        )
     elif isinstance(feature, Lookup):
         yield from ((name, feature.source.name, f"{column}{by}") for column, name in feature.renamed.items())
 
@@ -128,7 +132,7 @@ def _print_dates(options: Options, work: Work, plan: Plan) -> None:
     for first, last, why in told[:MOST_LINES]:
         count = questions(plan, first * DAY, (last + 1) * DAY)
         rows.append((f"{day_of(first * DAY)}–{day_of(last * DAY)}", f"{last - first + 1:,}", f"{count:,}", why))
-    print(columns(("dates", "days", "about rows", "why"), rows, "days|about rows"))
+    print(columns(("dates", "days", "about rows", "why"), rows, ("days", "about rows")))
     if len(told) > MOST_LINES:
         print(f"  and {many(len(told) - MOST_LINES, 'more range')}")
     total = sum(questions(plan, first, last) for first, last in plan.ranges)
@@ -146,12 +150,34 @@ def questions(plan: Plan, first: int, last: int) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
-    sizes = [_rows([*block.spine, *(each for slices in block.events.values() for each in slices)]) for block in plan.blocks]
-    how = "each slice is read once and its rows are sent to their blocks" if plan.shuffled else "each block reads the slices it needs"
-    print(wrapped(f"{many(len(plan.blocks), 'block')}, {how}; a row is read {1 if plan.shuffled else amplification(plan.blocks):.2g} times on average", hanging=2))
-    print(wrapped(f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together", hanging=2))
+    sizes = [
+        _rows([*block.spine, *(each for slices in block.events.values() for each in slices)]) for block in plan.blocks
+    ]
+    how = (
+        "each slice is read once and its rows are sent to their blocks"
+        if plan.shuffled
+        else "each block reads the slices it needs"
+    )
+    print(
+        wrapped(
+            f"{many(len(plan.blocks), 'block')}, {how}; a row is read {1 if plan.shuffled else amplification(plan.blocks):.2g} times on average",
+            hanging=2,
+        )
+    )
+    print(
+        wrapped(
+            f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together",
+            hanging=2,
+        )
+    )
     if plan.dimensions:
-        print(wrapped("dimensions go to every block: " + ", ".join(f"{name} ({many(_rows(slices), 'row')})" for name, slices in plan.dimensions.items()), hanging=2))
+        print(
+            wrapped(
+                "dimensions go to every block: "
+                + ", ".join(f"{name} ({many(_rows(slices), 'row')})" for name, slices in plan.dimensions.items()),
+                hanging=2,
+            )
+        )
 
 
 def _rows(slices: Sequence[Slice]) -> int:
@@ -170,9 +196,10 @@ def steps(options: Options, work: Work) -> Mapping[str, list[str]]:
 
         def visit_transform(self, node: AppliedPTransform) -> None:
             parts = node.full_label.split("/")
-            if parts[0]:
+            if parts[0] and len(parts) <= 2:
                 inside = found.setdefault(parts[0], [])
-                if len(parts) > 1 and parts[1] not in inside:
+                # What a step of Beam's own is made of is no news.
+                if len(parts) == 2 and not type(node.parent.transform).__module__.startswith("apache_beam"):
                     inside.append(parts[1])
 
     pipeline.visit(Labels())

@@ -63,7 +63,7 @@ def tables(argv: Sequence[str]) -> int:
         columns(
             ("table", "version", "dates", "rows", "bytes", "files", "fingerprint", "last run (UTC)"),
             rows,
-            "version rows bytes files",
+            ("version", "rows", "bytes", "files"),
             indent=0,
         )
     )
@@ -128,7 +128,7 @@ def _print_origin(found: Origin, definition: Definition, days: bool) -> None:
     view, row = definition.view, found.row
     asked = ", ".join(f"{name} = {row[name]}" for name in view.key)
     print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
-    print(columns(("feature", "value"), [(name, _text(row[name])) for name in view.columns], "value"))
+    print(columns(("feature", "value"), [(name, _text(row[name])) for name in view.columns], ("value",)))
     print("\ntable")
     print(wrapped(f"{found.table} version {found.version}", hanging=2))
     print(wrapped(f"file {found.file.path}", hanging=2))
@@ -340,7 +340,7 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
         mine = [each for each in waste if each.table == name]
         cells = [str(sum(each.kind == kind for each in mine) or "") for kind in kinds]
         rows.append((name, *cells, size(sum(each.file.bytes for each in mine)) if mine else ""))
-    print(columns(("table", *kinds.values(), "bytes"), rows, " ".join([*kinds.values(), "bytes"]), indent=0))
+    print(columns(("table", *kinds.values(), "bytes"), rows, [*kinds.values(), "bytes"], indent=0))
     kept = sorted({(pin.table, pin.version) for pin in rules.pins})
     for table, version in kept:
         models = sorted({pin.reason for pin in rules.pins if (pin.table, pin.version) == (table, version)})

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     found = ratios(measured, "pipelines", "native")
     say("\n" + summary(measured))
     say("both sides agree: " + ", ".join(f"{name} {value}" for name, value in checked.items()))
-    say("pipelines / native, medians: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    say("pipelines / native (fastest run, median peak): " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     if flags.json:
         write_json(flags.json, {"benchmark": "main_job", **found, **checked, "machine": machine(), "raw": raw(measured)})
     return 0

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(store: Path, *flags: str, run_id: str | None = None) -> dict[str, Any]:
-    """One run; its `run.json`."""
+    """One run, without statistics unless `flags` ask for them; its `run.json`."""
     path = market.define(store) if not (store / "definition.py").exists() else store / "definition.py"
     name = run_id or f"run-{len(list(store.glob('runs/*')))}"
-    assert main(["--definition", str(path), "--store", str(store), "--run_id", name, *flags]) == 0
+    assert main(["--definition", str(path), "--store", str(store), "--run_id", name, "--no-statistics", *flags]) == 0
     return json.loads((store / "runs" / name / "run.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -55,7 +55,7 @@ def days() -> list[date]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A store of spoiled sources after one run over everything."""
     store = market.write(tmp_path_factory.mktemp("whole"), market.spoiled(market.sources()), files=2)
-    return store, run(store)
+    return store, run(store, "--statistics", "--max_dead_fraction", "1")
 
 
 def test_features_read_back_are_those_of_the_oracle(whole: tuple[Path, dict[str, Any]]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import histories
-import numpy as np
 import oracles
 import polars as pl
 import pytest
-from histories import codes, frames, moments, numbers, words
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from turns import Job, unread
@@ -19,7 +21,7 @@ from turns import Job, unread
 from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Source, Trailing
 from transforms.clock import FOREVER
 from transforms.journal import PLACE, cut_of
-from transforms.live_tables import features_live_uri, live_letters_uri, sources_root
+from transforms.live_tables import Writer, features_live_uri, live_letters_uri, sources_root
 from transforms.messages import Message, heartbeat, to_arrow
 from transforms.parity import check
 from transforms.shards import groups_of
@@ -51,33 +53,49 @@ view = FeatureView(
 )  # fmt: skip
 SOURCES = {source.name: source for source in (questions, events, sales, placed)}
 
-asked = frames(questions, 12, t=moments, id=st.integers(1, 6), k=words, g=codes.filter(lambda g: g is None or abs(g) < 10), x=numbers.map(lambda x: None if x is None else float(np.float32(x))), on=st.none(), b=st.sampled_from([True, False, None]))  # fmt: skip
-happened = frames(events, 25, at=moments, k=words, g=st.sampled_from([1, 2, -5, None]), v=numbers, n=codes, s=words, b=st.sampled_from([True, False, None]))
-sold = frames(sales, 15, at=moments, k=words, n=st.integers(1, 8), v=numbers)
-put = frames(placed, 10, at=moments, happened=moments, k=words, v=numbers, s=words).map(lambda frame: frame.with_columns(happened=pl.min_horizontal("at", "happened")))
+VALUES: dict[str, list[Any]] = {
+    "id": [1, 2, 3, 4, 5, 6], "k": ["a", "b", 'é/"', "", "a=b c", None], "g": [1, 2, -5, None], "on": [None], "b": [True, False, None],
+    "x": [0.0, 0.5, 3.25, None], "v": [0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 12.34, -99.99, None], "n": [1, 2, -5, 10**15], "s": ["x", "y", "", None],
+}  # fmt: skip
 
 
-@st.composite
-def streams(draw: st.DrawFn) -> list[list[Message]]:
+def frame(random: Random, source: Source, size: int) -> pl.DataFrame:
+    """Rows of a source with many ties, at whole seconds or a microsecond beside them."""
+
+    def moment() -> Any:
+        return histories.at(random.randrange(70), random.choice([0, 0, 0, 1, -1, 500_000]))
+
+    rows = []
+    for _ in range(size):
+        row = {name: random.choice(VALUES[name]) for name in source.columns}
+        row[str(source.time)] = moment()
+        if source is sales:
+            row["n"] = random.randrange(8)
+        if source.event_time is not None:
+            row[source.event_time] = min(moment(), row[str(source.time)])
+        rows.append(row)
+    return pl.DataFrame(rows, schema=source.schema, orient="row")
+
+
+def stream(random: Random, scale: int = 1) -> list[list[Message]]:
     """Messages in the order they arrive, in chunks: any order of rows, any partition, several rows a message or one."""
     rows: list[tuple[str, pl.DataFrame]] = []
-    for name, strategy in (("questions", asked), ("events", happened), ("sales", sold), ("placed", put)):
-        frame = draw(strategy)
-        rows += [(name, part) for part in frame.iter_slices(draw(st.sampled_from([1, 1, 3])))]
-    if draw(st.booleans()):  # mostly in order: late rows are the exception
-        rows.sort(key=lambda each: str(each[1][str(SOURCES[each[0]].time)].max()))
-    else:
-        rows = draw(st.permutations(rows))
+    for source, size in ((questions, 12), (events, 25), (sales, 15), (placed, 10)):
+        made = frame(random, source, random.randrange(size * scale))
+        rows += [(source.name, part) for part in made.iter_slices(random.choice([1, 1, 3])) if len(part)]
+    random.shuffle(rows)
+    if random.random() < 0.7:  # mostly in order: late rows are the exception
+        slack = random.choice([0, 3, 10])
+        rows.sort(key=lambda each: each[1][str(SOURCES[each[0]].time)].max() + timedelta(seconds=random.uniform(0, slack)))  # type: ignore[operator]
     offsets: dict[tuple[str, int], int] = {}
     messages = []
     for name, part in rows:
-        partition = draw(st.integers(0, 1))
-        offset = offsets.get((name, partition), 0)
-        offsets[name, partition] = offset + 1
-        messages.append(Message(name, partition, offset, 2**51, None, to_arrow(part)))
+        place = name, random.randrange(2)
+        messages.append(Message(*place, offsets.get(place, 0), 2**51, None, to_arrow(part)))
+        offsets[place] = offsets.get(place, 0) + 1
     chunks, start = [], 0
     while start < len(messages):
-        size = draw(st.integers(1, 12))
+        size = random.randrange(1, 12)
         chunks.append(messages[start : start + size])
         start += size
     ends = [Message(name, number, offsets.get((name, number), 0), 2**51, *heartbeat(FOREVER)) for name in SOURCES for number in (0, 1)]
@@ -89,20 +107,43 @@ def read(uri: str) -> pl.DataFrame:
     return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)], how="diagonal") if table else pl.DataFrame()
 
 
-def run(store: Path, chunks: list[list[Message]], commits: set[int] = frozenset(), kills: set[int] = frozenset()) -> Job:  # type: ignore[assignment]
-    """A job over `chunks`, committing after some of them and killed after others; each time it starts again from the tables."""
+class Killed(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def dying_after(appends: int) -> Iterator[None]:
+    """The process dies when so many tables have been committed."""
+    append, done = Writer.append, []
+
+    def counted(self: Writer, *args: Any) -> int:
+        if len(done) == appends:
+            raise Killed
+        done.append(self.uri)
+        return append(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "append", counted)
+        yield
+
+
+def run(store: Path, chunks: list[list[Message]], commits: set[int], kills: Mapping[int, int | None], keep: int = 30_000_000) -> Job:
+    """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from the tables."""
     dimensions = store / "in"
     (dimensions / "shops").mkdir(parents=True, exist_ok=True)
     pl.DataFrame({"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema).write_parquet(dimensions / "shops" / "s.parquet")
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
-    job = Job(view, store, dimensions, begin, keep=30_000_000)
+    job = Job(view, store, dimensions, begin, keep=keep)
     for number, chunk in enumerate(chunks):
-        left = unread(chunk, job.start)
-        job.take(left)
+        job.take(unread(chunk, job.start))
         if number in commits:
             job.commit()
         if number in kills:
-            job = Job(view, store, dimensions, begin, run_id=f"r{number}", keep=30_000_000)
+            amid = kills[number]
+            if amid is not None:
+                with dying_after(amid), contextlib.suppress(Killed):
+                    job.commit()
+            job = Job(view, store, dimensions, begin, run_id=f"r{number}", keep=keep)
             for earlier in chunks[: number + 1]:
                 if again := unread(earlier, job.start):
                     job.take(again)
@@ -110,11 +151,14 @@ def run(store: Path, chunks: list[list[Message]], commits: set[int] = frozenset(
     return job
 
 
-@settings(max_examples=12, phases=(Phase.explicit, Phase.generate))  # a smaller example would take minutes to find
-@given(chunks=streams(), data=st.data())
-def test_every_answer_is_batch_over_what_it_could_see(chunks: list[list[Message]], data: st.DataObject) -> None:
-    numbers = st.sets(st.integers(0, len(chunks) - 1), max_size=3)
-    commits, kills = data.draw(numbers, "commits"), data.draw(numbers, "kills")
+# Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
+@settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
+@given(seed=st.integers(0, 2**32))
+def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
+    random = Random(seed)
+    chunks = stream(random)
+    commits = {random.randrange(len(chunks)) for _ in range(random.randrange(4))}
+    kills = {random.randrange(len(chunks)): random.choice([None, 1, 2, 3, 4, 5]) for _ in range(random.randrange(4))}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         job = run(store, chunks, commits, kills)

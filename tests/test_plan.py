@@ -1,5 +1,6 @@
 """A plan decides where rows are computed, never what comes out."""
 
+import itertools
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_day_by_day_is_the_whole(view: FeatureView, tmp_path: Path) -> None:
     store = market.write(tmp_path, market.spoiled(market.sources()))
     whole = computed(view, plan_of(view, store))[0]
     days = [market.at(i).date() for i in range(market.DAYS + 1)]
-    parts = [computed(view, plan_of(view, store, a, b))[0] for a, b in zip(days, days[1:], strict=False)]
+    parts = [computed(view, plan_of(view, store, a, b))[0] for a, b in itertools.pairwise(days)]
     same(pl.concat(parts), whole)
 
 
@@ -140,7 +141,7 @@ def test_letters_of_day_by_day_are_told_once(view: FeatureView, tmp_path: Path) 
     """But for rows without any plausible time in their row group, which only a run over everything can own."""
     store = market.write(tmp_path, market.spoiled(market.sources()), group=1000)
     days = [market.at(i).date() for i in range(market.DAYS + 1)]
-    plans = [plan_of(view, store, a, b) for a, b in zip(days, days[1:], strict=False)]
+    plans = [plan_of(view, store, a, b) for a, b in itertools.pairwise(days)]
     parts = [computed(view, plan)[1].filter(pl.col("source") != "shops") for plan in plans]
     whole = computed(view, plan_of(view, store))[1].filter(pl.col("source") != "shops")
     columns = ["source", "file", "row", "rule"]

@@ -128,7 +128,7 @@ def test_columns_and_types_of_an_expression() -> None:
     assert columns_of(pl.when(x > 1).then(y).otherwise(x)) == ["x", "y"]
     assert dtype_of(x > 1, schema, "it") == pl.Boolean
     assert dtype_of(y * 2, schema, "it") == pl.Float32
-    with pytest.raises(DefinitionError, match="it reads columns that exist. Got 'z'"):
+    with pytest.raises(DefinitionError, match=r"it reads columns that exist\. Got 'z'"):
         dtype_of(pl.col("z"), schema, "it")
     with pytest.raises(DefinitionError, match="it fits the types"):
         dtype_of(s.dt.hour(), schema, "it")

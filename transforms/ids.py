@@ -20,10 +20,12 @@ _NULL = np.uint64(0x6E756C6C6E756C6C)
 def mix(values: UInt64s) -> UInt64s:
     """splitmix64's finaliser, a bijection on 64 bits."""
     with np.errstate(over="ignore"):
-        z = values + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = np.atleast_1d(values + _GOLDEN)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z ^= z >> np.uint64(shift)
+            z *= np.uint64(factor)
+        z ^= z >> np.uint64(31)
+        return z
 
 
 def hash_text(text: str) -> np.uint64:

@@ -126,14 +126,19 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
         low, high = ALWAYS, 2**62
         if column is not None and time is not None:
             bounds = _bounds(meta, time)
-            if bounds is None:
-                times = pl.Series(pl.from_arrow(file.read_row_group(group, [time]))[time]).drop_nulls()  # type: ignore[index]
-                bounds = (times.min(), times.max()) if len(times) else None
-            if bounds is not None:
-                low, high = (_epoch(bound) for bound in bounds)
+            low, high = (_epoch(bound) for bound in bounds) if bounds is not None else (ALWAYS, 2**62)
+            if low < contract.earliest or high >= contract.latest:
+                low, high = _plausible(file, group, time, contract)
         result.append(Slice(path, group, first, meta.num_rows, low, high, stamp))
         first += meta.num_rows
     return [each for each in result if each.rows]
+
+
+def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
+    """Bounds of a row group's plausible times, where its footer gives none or those of a clock that was wrong."""
+    times = pl.Series(pl.from_arrow(file.read_row_group(group, [time]))[time]).dt.epoch("us")  # type: ignore[index]
+    times = times.filter((times >= contract.earliest) & (times < contract.latest))
+    return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
 
 
 def _bounds(meta: pq.RowGroupMetaData, time: str) -> tuple[datetime, datetime] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -34,14 +36,10 @@ class Matrices:
 
     Args:
         learn, judge: XGBoost's matrices of the train and validate splits.
-        shared: whether trials may read it at once: not where it comes from disk.
-        folder: of its pages on disk, kept as long as it is.
     """
 
     learn: Any
     judge: Any
-    shared: bool = True
-    folder: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +79,14 @@ def matrices(
                 "Take fewer or shorter folds, or compute more features",
             )  # fmt: skip
     external = is_external(fitted, account)
-    folder = tempfile.TemporaryDirectory(prefix="millrace-bins-") if external else None
+    folder = tempfile.mkdtemp(prefix="millrace-bins-") if external else None
     known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
-    learn = _matrix(model, fitted, learning, known, folder and f"{folder.name}/learn", **columns)
-    judge = _matrix(model, fitted, judging, None, folder and f"{folder.name}/judge", ref=learn, **columns)
-    return Matrices(learn, judge, not external, folder)
+    learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
+    judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
+    made = Matrices(learn, judge)
+    if folder is not None:
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    return made
 
 
 def is_external(fitted: Fitted, account: Account) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 import polars as pl
@@ -23,7 +24,8 @@ from transforms.tables import data_files, open_table, read_file
 
 # Rows given to the shards in one turn.
 SEED_ROWS = 200_000
-EARLIEST = -(2**51)
+# Times beyond these (the years 1899 and 9999) have no date in Python.
+EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,7 @@ def rows_from(store: str, view: FeatureView, source: str, version: int, low: int
     assert table is not None
     extra = ["__counted", "__instead"] if declared.unique else []
     columns = [*declared.schema, *ORIGIN, *extra]
-    files = data_files(table, None if low <= EARLIEST else day_of(low))
+    files = data_files(table, _day(low))
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in files]
     empty = pl.DataFrame(schema={**declared.schema, **ORIGIN, "__arrived": pl.Datetime("us", "UTC"), **({"__counted": pl.Boolean, "__instead": pl.Int64} if extra else {})})
     return pl.concat([empty, *parts]).filter(pl.col(str(declared.time)).to_physical() >= low)
@@ -144,7 +146,7 @@ def _answered(store: str, view: FeatureView, start: Start, low: int) -> pl.DataF
         return none
     table = open_table(features_live_uri(store, view.name, view.fingerprint), start.versions["?answers"])
     assert table is not None
-    files = data_files(table, None if low <= EARLIEST else day_of(low))
+    files = data_files(table, _day(low))
     return pl.concat([none, *(pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files)])
 
 
@@ -156,6 +158,11 @@ def _letters(store: str, view: FeatureView) -> pl.DataFrame:
         return none
     read = [pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"]))) for file in data_files(table)]
     return pl.concat([none, *(part.filter(pl.col("source") == view.spine.name).select(pl.col(name[2:]).alias(name) for name in PLACE) for part in read)])
+
+
+def _day(low: int) -> date | None:
+    """The date to read from; None: all there are."""
+    return None if low <= EARLIEST else day_of(min(low, LATEST))
 
 
 def start_of(head: Mapping[str, Any]) -> Start:

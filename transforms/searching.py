@@ -171,7 +171,8 @@ def _kept(trials: int, factor: int, rung: int) -> int:
 
 
 def _random(trials: int, dimensions: int, seed: int) -> Shares:
-    return [[float(np.random.default_rng((seed, i, j)).random()) for j in range(dimensions)] for i in range(trials)]
+    drawn = [np.random.default_rng((seed, each)).random(trials) for each in range(dimensions)]
+    return [[float(shares[i]) for shares in drawn] for i in range(trials)]
 
 
 def _sobol(trials: int, dimensions: int, seed: int) -> Shares:

@@ -24,7 +24,7 @@ from transforms.inputs import (
     settle_events,
     settle_spine,
 )
-from transforms.kernels import compute
+from transforms.kernels import CORES, compute
 from transforms.lifetime import Summary
 from transforms.plan import Block, Plan
 from transforms.routing import SPINE, Route, gathered_read, routes
@@ -91,8 +91,7 @@ class ComputeBlock(beam.DoFn):  # type: ignore[misc]
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in self.plan.dimensions}
 
     def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        spine = read_spine(self.view, self.plan, block)
-        events = {name: read_events(self.view, self.plan, block, name) for name in block.events}
+        spine, events = read_block(self.view, self.plan, block)
         yield from self.answers(block, spine, events, carried)
 
     def answers(
@@ -126,6 +125,13 @@ class ComputeGathered(ComputeBlock):
         yield from self.answers(block, spine, events, carried)
 
 
+def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict[str, Input]]:
+    """The block's questions and, per source, the events they can see; sources are read side by side."""
+    spine = CORES.submit(read_spine, view, plan, block)
+    events = {name: CORES.submit(read_events, view, plan, block, name) for name in block.events}
+    return spine.result(), {name: each.result() for name, each in events.items()}
+
+
 def answer(
     view: FeatureView, spine: Input, tables: Mapping[str, Input], summaries: Mapping[str, Summary] | None = None
 ) -> pa.RecordBatch:
@@ -149,8 +155,7 @@ def compute_block(
     view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, Input]
 ) -> tuple[pa.RecordBatch, list[Input]]:
     """The block's features, and the inputs they were computed from."""
-    spine = read_spine(view, plan, block)
-    events = {name: read_events(view, plan, block, name) for name in block.events}
+    spine, events = read_block(view, plan, block)
     return answer(view, spine, {**dimensions, **events}), [spine, *events.values()]
 
 

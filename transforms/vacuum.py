@@ -241,7 +241,9 @@ def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
         except FileNotFoundError:
             continue  # somebody removed it: then no run can ask for what it named
         except (OSError, ValueError, AttributeError) as error:
-            raise StoreError("A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full") from None
+            raise StoreError(
+                "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
+            ) from None
     return named
 
 

@@ -1,0 +1,107 @@
+"""Splits by group and by rolling origin; what the run says about its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import shop
+
+from beam_pipelines import features, training
+from schemas.errors import GateError
+from transforms.bundles import load
+from transforms.validation import parse_schema, parse_statistics
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with sources and a feature table."""
+    store = tmp_path_factory.mktemp("shop")
+    path = shop.write(store)
+    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
+    return store
+
+
+@pytest.fixture
+def store(computed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(computed, tmp_path / "store"))
+
+
+def flags(store: Path, run_id: str, *more: str) -> list[str]:
+    return [
+        "--definition",
+        str(store / "definition.py"),
+        "--store",
+        str(store),
+        "--run_id",
+        run_id,
+        "--threads=1",
+        *more,
+    ]
+
+
+def account(store: Path, run_id: str) -> dict[str, Any]:
+    return json.loads((store / "runs" / run_id / "training.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "split",
+    ['GroupSplit(by="shop", validate=0.3, test=0.3, salt="2")', 'RollingOrigin(3, "10d", "12d", embargo="1d")'],
+)
+def test_other_splits_train_too(store: Path, split: str) -> None:
+    text = shop.DEFINITION.replace('TimeSplit("12d", "12d", embargo="1d")', split)
+    text = text.replace("TimeSplit,", "TimeSplit, GroupSplit, RollingOrigin,").replace('"auc": 0.6', '"auc": 0.4')
+    (store / "definition.py").write_text(text)
+    assert training.main(flags(store, "split")) == 0
+    found = account(store, "split")
+    parts = {
+        name: pl.concat([pl.read_parquet(path) for path in store.glob(f"examples/buying/split/{name}-*.parquet")])
+        for name in ("train", "validate", "test")
+    }
+    assert {name: len(part) for name, part in parts.items()} == {
+        name: each["entered"] for name, each in found["splits"].items()
+    }
+    if "Group" in split:
+        shops = [set(part["shop"].unique()) for part in parts.values()]
+        assert sum(map(len, shops)) == len(set.union(*shops)) == 3
+    else:
+        (trial,) = found["trials"]
+        assert len(trial["folds"]) == 3
+        assert trial["value"] == pytest.approx(sum(trial["folds"]) / 3)
+
+
+def test_what_is_wrong_with_the_data_is_said(store: Path) -> None:
+    assert training.main(flags(store, "champion")) == 0
+    first = account(store, "champion")["data"]
+    assert first["champion"] is None
+    assert first["warnings"] == []
+    assert first["skew"]
+    derived = 'Derived(age=pl.col("age"), '
+    odd = derived + 'one=pl.lit(1), none=pl.lit(None, pl.Float32), told=pl.col("told"), '
+    text = shop.DEFINITION.replace(derived, odd).replace('"age": pl.Float32}', '"age": pl.Float32, "told": pl.Boolean}')
+    assert text.count("told") == 3
+    text = text.replace("min_slice_rows=20", "min_slice_rows=20, max_drift=0.2")
+    (store / "definition.py").write_text(text)
+    visits, sales = (store / f"sources/{name}/part.parquet" for name in ("visits", "sales"))
+    bought = pl.read_parquet(sales)["visit"].to_list()
+    changed = pl.read_parquet(visits).with_columns(told=pl.col("visit").is_in(bought), age=pl.col("age") + 30)
+    changed.write_parquet(visits)
+    assert features.main(["--definition", str(store / "definition.py"), "--store", str(store), "--allow_anomalies"]) == 0
+    with pytest.raises(GateError, match=r"drift from the champion's training data ≤ 0\.2: age moved most"):
+        training.main(flags(store, "odd"))
+    found = account(store, "odd")["data"]
+    assert found["champion"] == "1"
+    assert found["drift"]["age"] > 0.2 > found["drift"]["shop"]
+    texts = " ".join(found["warnings"])
+    assert "'told' equals the label" in texts
+    assert "'one' has one value" in texts
+    assert "'none' is null" in texts
+    assert len(found["warnings"]) == 3
+    bundle = load(store / "runs/odd/model")
+    assert parse_statistics(bundle.extra["statistics.pb"]).datasets[0].num_examples == account(store, "odd")["splits"]["train"]["entered"]
+    assert parse_schema(bundle.extra["schema.pbtxt"].decode()).feature
