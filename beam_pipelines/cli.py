@@ -20,6 +20,10 @@ COMMANDS = {
     "tables": ("beam_pipelines.store:tables", "list every table of a store"),
     "trace": ("beam_pipelines.store:trace", "follow a feature row or a prediction back to what it was made from"),
     "vacuum": ("beam_pipelines.store:vacuum", "remove what no commit names and no kept version needs"),
+    "models": ("beam_pipelines.models:models", "list registered models, their metrics, the champion, and why"),
+    "promote": ("beam_pipelines.models:promote", "make a version the champion, with a reason"),
+    "rollback": ("beam_pipelines.models:rollback", "give the alias back to the champion before, with a reason"),
+    "register": ("beam_pipelines.models:register", "register a model that was trained while the registry was away"),
     "new": ("beam_pipelines.new", "write a definition that runs"),
 }
 USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."

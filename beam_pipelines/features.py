@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import date
 
@@ -25,7 +26,7 @@ from transforms.inventory import take_inventory
 from transforms.manifests import WriteManifest, read_manifest
 from transforms.plan import BLOCK_ROWS, Plan, cut, interval
 from transforms.publication import AlsoChecked, Rules, Validate, make_check
-from transforms.staleness import Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
+from transforms.staleness import EMPTY, Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
 from transforms.statistics import Statistics, columns_of
 from transforms.tables import (
     CommitFiles,
@@ -103,7 +104,7 @@ def parse(
         "--statistics",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep statistics with the commit and check the schema (default: yes)",
+        help="keep statistics with the commit, check them against the schema, and dead rows against their most (default: yes)",
     )
     arguments.add_argument(
         "--streaming",
@@ -145,7 +146,7 @@ def prepare(options: Options) -> Work:
     """
     view = options.definition.view
     inventory, table = take_inventory(view, options.sources, options.now), open_table(options.table)
-    manifest = read_manifest(table)
+    manifest = EMPTY if options.full else read_manifest(table)
     current, base = examine(inventory, manifest), None if table is None else int(table.version())
     everything = False
     if options.start is not None or options.end is not None:
@@ -185,7 +186,9 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     assert plan is not None
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint, "definition_sha256": options.definition.digest}  # fmt: skip
     table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
-    of_letters = Target(dead, DEAD_LETTERS, plan.dates, options.run_id, newest(dead), {"view": view.name}, metadata)
+    # A run that was stopped over its dead rows and is resumed has told of rows that may be mended since: each launch tells anew.
+    launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
+    of_letters = Target(dead, DEAD_LETTERS, plan.dates, launch, newest(dead), {"view": view.name}, metadata)
     left = {each.until: each.files for each in snapshots(view, plan, options.run_id)}
     manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None, left)
 

@@ -46,14 +46,19 @@ def main(argv: Sequence[str]) -> int:
     name = flags.model or only_model(registry)
     version, folder = registry.resolve(name, flags.version)
     bundle = load(folder)
-    with recorded(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options, Run("retrain", flags.run_id, options.folder) as run:
+    with (
+        recorded(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options,
+        Run("retrain", flags.run_id, options.folder) as run,
+    ):
         plan, provenance = resolve(options)
         differences = changed(bundle, provenance)
         for each in differences:
             print(f"retrain: {each}", file=sys.stderr, flush=True)
         pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
         tested = train_and_test(pipeline, options, plan, provenance)
-        _ = tested.report | "Leave" >> beam.Map(leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder)
+        _ = tested.report | "Leave" >> beam.Map(
+            leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder
+        )
         execute(pipeline)
         found = read_json(FileSystems.join(options.folder, AGAIN))
         before = metrics_of(registry, name, version)
@@ -64,7 +69,10 @@ def main(argv: Sequence[str]) -> int:
         run.update({"model": name, "version": version, **now, "same_metrics": not apart, "same_model": same_model})
         FileSystems.delete([options.examples])
     if apart or not same_model:
-        said = ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in apart.items()) or "the booster's bytes differ"
+        said = (
+            ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in apart.items())
+            or "the booster's bytes differ"
+        )
         raise MismatchError(
             f"Version {version} of {name} comes out the same from what it records", said,
             "; ".join(differences) or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
@@ -96,7 +104,9 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
     missing = [key for key in ("read", "definition", "cores", "feature_table") if key not in manifest]
     if missing or "source" not in manifest["definition"]:
         raise StoreError(
-            "A version records what it was trained on", f"no {', '.join(missing) or 'definition'}", "Train it again with: millrace training"
+            "A version records what it was trained on",
+            f"no {', '.join(missing) or 'definition'}",
+            "Train it again with: millrace training",
         )
     read = manifest["read"]
     with tempfile.TemporaryDirectory() as folder:
@@ -132,9 +142,13 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     words = []
     if before["code_sha256"] != code_digest():
-        words.append(f"the code is not that of the version ({before['code_version']}, SHA-256 {before['code_sha256'][:12]})")
+        words.append(
+            f"the code is not that of the version ({before['code_version']}, SHA-256 {before['code_sha256'][:12]})"
+        )
     if before["constraints_sha256"] != constraints_digest():
-        words.append(f"the installed packages are not those of the version (SHA-256 {before['constraints_sha256'][:12]})")
+        words.append(
+            f"the installed packages are not those of the version (SHA-256 {before['constraints_sha256'][:12]})"
+        )
     return words
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ from transforms.examples import (
     checked,
     make_plan,
     read_shard,
+    schema_of,
     shards_to_judge,
 )
-from transforms.fitting import Fit, declared
+from transforms.fitting import LABEL, Fit, declared
+from transforms.gates import Rival
 from transforms.inventory import source_uri, version_of
 from transforms.matrices import until
 from transforms.publishing import REPORT, Publication, publish
@@ -145,12 +148,14 @@ class Tested:
     trained: beam.PCollection
     account: beam.PCollection
     findings: beam.PCollection
+    rows: beam.PCollection
 
 
 def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
-    sides = AsSingleton(tested.trained), AsSingleton(tested.account), AsSingleton(tested.findings)
+    rival = compare(pipeline, options, tested.rows)
+    sides = AsSingleton(tested.trained), AsSingleton(tested.account), AsSingleton(tested.findings), AsSingleton(rival)
     _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
 
 
@@ -186,7 +191,33 @@ def train_and_test(
     scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
     tested = rows | "TestStatistics" >> Statistics(columns_of(model))
     findings = statistics | "Examine" >> beam.Map(examine, AsSingleton(tested), AsSingleton(leaks), model, champion)
-    return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings)
+    return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
+
+
+def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection) -> beam.PCollection:
+    """One `Rival`: the champion judged on the same test rows, or why it cannot be."""
+    model = options.model
+    registry = Registry(options.registry)
+    version: str | None = None
+    try:
+        if (version := registry.champion(model.name)) is None:
+            return pipeline | "Rival" >> beam.Create([Rival()])
+        _, folder = registry.resolve(model.name, version)
+        bundle = load(folder)
+    except StoreError as error:
+        log.warning("no champion to compare with: %s", error)
+        return pipeline | "Rival" >> beam.Create([Rival(version, None, f"the champion could not be read: {error.rule}")])
+    reason = ""
+    if bundle.fingerprint != model.view.fingerprint:
+        reason = f"version {version} reads features of fingerprint {bundle.fingerprint}, these have {model.view.fingerprint}"
+    elif bundle.manifest["objective"] != model.objective:
+        reason = f"version {version} has the objective {bundle.manifest['objective']}"
+    elif missing := sorted(set(bundle.encoders.inputs) - set(schema_of(model).names)):
+        reason = f"version {version} reads {', '.join(missing)}, which these examples lack"
+    if reason:
+        return pipeline | "Rival" >> beam.Create([Rival(version, None, reason)])
+    scored = rows | "ScoreChampion" >> Score(Pinned(folder, version), threads=options.cores, carry=(LABEL,))
+    return scored | "EvaluateChampion" >> Evaluate(model, slices=False) | "Rival" >> beam.Map(partial(Rival, version))
 
 
 def champion_of(options: Options) -> tuple[str, bytes] | None:

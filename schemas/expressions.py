@@ -15,7 +15,9 @@ from schemas.errors import DefinitionError, nearest
 # functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is judged by itself.
 _PLAIN = {"BinaryExpr", "Cast", "Ternary", "Alias"}
 _FUNCTIONS = {
-    **dict.fromkeys(("DropNulls", "DropNans", "Explode", "Reshape", "Repeat", "ArgWhere"), "changes the number of rows"),
+    **dict.fromkeys(
+        ("DropNulls", "DropNans", "Explode", "Reshape", "Repeat", "ArgWhere"), "changes the number of rows"
+    ),
     "SetSortedFlag": "claims an order of rows",
 }
 _REASONS = {

@@ -26,8 +26,15 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
+# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score.
+JUDGED = {
+    objective: (*names, "calibration_error", "precision", "recall") if objective == "binary:logistic" else names
+    for objective, names in OBJECTIVES.items()
+}
 # Metrics of which more is better.
-RISING = {"auc", "average_precision", "accuracy"}
+RISING = {"auc", "average_precision", "accuracy", "precision", "recall"}
+# Differences between groups, as Fairlearn names them.
+FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,9 +139,15 @@ class Gates:
     Args:
         at_least: metric to floor (for error metrics to ceiling).
         slices: columns, or tuples of columns, by whose values metrics are also computed.
-        max_gap: metric to the most by which a slice may be worse than the whole.
-        min_slice_rows: smaller slices are shown, not judged.
-        margin: a challenger must beat the champion by this much on the same rows.
+        max_gap: metric to the most by which a slice may be worse than the whole; a slice fails when its gap is above by
+            more than chance explains, that is with its whole 95 % interval.
+        min_slice_rows: smaller slices and groups are shown, not judged.
+        margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 % interval
+            of the paired difference.
+        protected: columns whose values must be treated alike; they are slices too.
+        max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
+            (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
+        threshold: the score from which a row is selected, for `precision`, `recall` and the above.
         max_drift: the most by which a column of the training data may lie from the champion's, 0 … 1: Jensen–Shannon
             divergence of numbers, greatest change of a value's share of strings; None reports it only.
     """
@@ -145,15 +158,33 @@ class Gates:
     min_slice_rows: int = 500
     margin: float = 0.0
     max_drift: float | None = None
+    protected: tuple[str, ...] = ()
+    max_difference: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slices", (self.slices,) if isinstance(self.slices, str) else tuple(self.slices))
-        for field in ("at_least", "max_gap"):
+        for field in ("slices", "protected"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        missing = tuple(name for name in self.protected if name not in self.slices)
+        object.__setattr__(self, "slices", (*self.slices, *missing))
+        if not _is_number(self.threshold) or not 0 < self.threshold < 1:
+            raise DefinitionError("Gates: threshold is a score between 0 and 1", repr(self.threshold), "Write 0.5")
+        for field in ("at_least", "max_gap", "max_difference"):
             bounds = getattr(self, field)
             if not isinstance(bounds, Mapping) or not all(_is_number(bound) for bound in bounds.values()):
                 raise DefinitionError(f"Gates: {field} maps metrics to numbers", repr(bounds), 'Write {"auc": 0.7}')
         if self.max_drift is not None and not (_is_number(self.max_drift) and 0 <= self.max_drift <= 1):
             raise DefinitionError("Gates: max_drift is from 0 to 1", repr(self.max_drift), "Write 0.2")
+        for name in self.max_difference:
+            if name not in FAIRNESS:
+                raise DefinitionError(f"Gates: max_difference bounds {', '.join(FAIRNESS)}", repr(name), nearest(name, FAIRNESS))  # fmt: skip
+        if self.max_difference and not self.protected:
+            raise DefinitionError(
+                "Gates: max_difference compares the values of protected columns",
+                "none protected",
+                'Write protected=("sex",)',
+            )
         for field in ("min_slice_rows", "margin"):
             if not _is_number(getattr(self, field)) or getattr(self, field) < 0:
                 raise DefinitionError(f"Gates: {field} is at least 0", repr(getattr(self, field)), "Raise it")
@@ -204,18 +235,25 @@ class Model:
                 repr(self.objective),
                 nearest(self.objective, OBJECTIVES),
             )
-        for metric in (self.metric, *self.gates.at_least, *self.gates.max_gap):
-            if metric not in OBJECTIVES[self.objective]:
+        asked = [(self.metric, OBJECTIVES), *((name, JUDGED) for name in (*self.gates.at_least, *self.gates.max_gap))]
+        for metric, known in asked:
+            if metric not in known[self.objective]:
                 raise DefinitionError(
-                    f"{what}: {self.objective} is judged by {', '.join(OBJECTIVES[self.objective])}",
+                    f"{what}: {self.objective} is judged by {', '.join(known[self.objective])}",
                     repr(metric),
-                    nearest(metric, OBJECTIVES[self.objective]),
+                    nearest(metric, known[self.objective]),
                 )
+        if self.gates.protected and self.objective != "binary:logistic":
+            raise DefinitionError(
+                f"{what}: protected columns are compared by who is selected",
+                self.objective,
+                'Use slices and max_gap, or objective="binary:logistic"',
+            )
         for group in self.gates.slices:
             for column in (group,) if isinstance(group, str) else group:
                 self.view.require_feature(column, f"{what}: slices")
-        known = {self.view.spine.name: self.view.spine, **self.view.sources}
-        if known.get(self.label.source.name, self.label.source) is not self.label.source:
+        sources = {self.view.spine.name: self.view.spine, **self.view.sources}
+        if sources.get(self.label.source.name, self.label.source) is not self.label.source:
             raise DefinitionError(
                 f"{what}: one name is one source",
                 repr(self.label.source.name),

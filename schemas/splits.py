@@ -47,12 +47,17 @@ class Split:
 
     def as_json(self) -> dict[str, Any]:
         """What a model records of it."""
-        times = {name: getattr(self, name) for name in ("train_end", "validate_start", "validate_end", "test_start", "cutoff")}
+        times = {
+            name: getattr(self, name)
+            for name in ("train_end", "validate_start", "validate_end", "test_start", "cutoff")
+        }
         result: dict[str, Any] = {name: value.isoformat() for name, value in times.items() if value is not None}
         if self.groups is not None:
             result["groups"] = {**dataclasses.asdict(self.groups), "by": list(self.groups.by)}
         if self.folds:
-            result["folds"] = [{name: value.isoformat() for name, value in dataclasses.asdict(each).items()} for each in self.folds]
+            result["folds"] = [
+                {name: value.isoformat() for name, value in dataclasses.asdict(each).items()} for each in self.folds
+            ]
         return result
 
 

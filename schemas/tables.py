@@ -44,7 +44,9 @@ def predictions(features: pa.Schema, key: tuple[str, ...], time: str, classes: i
     """
     taken = sorted({*key, time} & {*PREDICTION.names, *scores(classes)})
     if taken:
-        rule = f"Keys and time have other names than a prediction's own columns, {', '.join(PREDICTION.names)} and score"
+        rule = (
+            f"Keys and time have other names than a prediction's own columns, {', '.join(PREDICTION.names)} and score"
+        )
         raise DefinitionError(rule, ", ".join(taken), "Rename the column in the spine")
     question = [features.field(name) for name in (*key, time, "row_id")]
     numbers = [pa.field(name, pa.float32()) for name in scores(classes)]

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
 from schemas import Gates
-from transforms.evaluation import Report, Slice, Tallying, Verdict, as_json, report, tally, verdicts
+from schemas.models import JUDGED
+from transforms.evaluation import Report, Slice, Tallying, as_json, report, tally
+from transforms.gates import Verdict, verdicts
 from transforms.metrics import Tally, auc_error, metrics, total
 
 scored = st.tuples(
@@ -85,6 +87,7 @@ def test_multi_class_metrics_are_those_of_scikit_learn() -> None:
 def batch(rows: int, seed: int) -> pa.RecordBatch:
     random = np.random.default_rng(seed)
     columns = {
+        "row_id": random.integers(-(2**62), 2**62, rows),
         "score": random.random(rows).astype(np.float32),
         "__label": (random.random(rows) < 0.4).astype(np.float32),
         "__origin": random.choice(np.array(["JFK", "LGA", None], object), rows),
@@ -128,7 +131,7 @@ def test_a_slice_of_one_row_and_no_rows_at_all() -> None:
     assert one.metrics["auc"] is None
     assert [each.rows for each in one.slices] == [1, 1]
     none = report("binary:logistic", tally(batch(0, 3), "binary:logistic", SLICES))
-    assert none == Report(0, dict.fromkeys(("auc", "average_precision", "log_loss", "brier")))
+    assert none == Report(0, dict.fromkeys(JUDGED["binary:logistic"]))
 
 
 def judged(gates: Gates, whole: float | None, part: float | None, rows: int = 1000) -> list[Verdict]:

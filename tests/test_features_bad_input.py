@@ -132,7 +132,9 @@ def test_an_interval_without_questions_is_refused_with_those_there_are(tmp_path:
 def test_an_interval_with_a_day_without_questions_inside_is_answered(tmp_path: Path) -> None:
     frames = market.sources(30)
     hole = frames["visits"].filter(pl.col("asked").dt.date() != days()[2])
-    figures = run(market.write(tmp_path, {**frames, "visits": hole}), "--start", str(days()[1]), "--end", str(days()[4]))
+    figures = run(
+        market.write(tmp_path, {**frames, "visits": hole}), "--start", str(days()[1]), "--end", str(days()[4])
+    )
     assert figures["rows_out"] == len(answers(tmp_path)) > 0
 
 
@@ -255,5 +257,3 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
         assert "Traceback" not in stderr, stderr
         assert 'File "' not in stderr, stderr
         assert found == code, argv
-
-

@@ -77,7 +77,10 @@ def test_figures_of_a_run_balance_and_stand_in_run_json(whole: tuple[Path, dict[
     assert figures["set_aside"] == len(letters(store)) == sum(market.SET_ASIDE.values())
     assert figures["commit_version"] == newest(table_of(store)) == 0
     assert figures["table"] == table_of(store)
-    assert (figures["first"], figures["last"]) == ("2024-03-01", "2024-03-06")  # of the answers, whatever a bad clock said
+    assert (figures["first"], figures["last"]) == (
+        "2024-03-01",
+        "2024-03-06",
+    )  # of the answers, whatever a bad clock said
     assert figures["seconds"] > 0
     for name, rows in figures["sources"].items():
         assert rows["read"] == rows["used"] + rows["outside"] + rows["repeated"] + rows["dead"], name

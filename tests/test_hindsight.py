@@ -28,7 +28,9 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
 SCHEMA = pa.schema(
     [("t", pa.timestamp("us", "UTC")), ("x", pa.float32()), ("word", pa.string()), (LABEL, pa.float32()), (LABEL_TIME, pa.timestamp("us", "UTC"))]
 )  # fmt: skip
-row = st.tuples(st.integers(0, 8), st.sampled_from([None, "a", "b", "c"]), st.sampled_from([0.0, 1.0, 2.5]), st.integers(0, 4))
+row = st.tuples(
+    st.integers(0, 8), st.sampled_from([None, "a", "b", "c"]), st.sampled_from([0.0, 1.0, 2.5]), st.integers(0, 4)
+)
 
 
 def oracle(rows: list[dict[str, Any]], asked: dict[str, Any]) -> float:

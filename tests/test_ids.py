@@ -73,7 +73,9 @@ def test_no_rows_have_no_ids(column: pl.Series) -> None:
 
 
 def test_a_number_is_the_same_in_every_width() -> None:
-    widths = [hash_column(pl.Series([-5, 7], dtype=dtype)).tolist() for dtype in (pl.Int8, pl.Int16, pl.Int32, pl.Int64)]
+    widths = [
+        hash_column(pl.Series([-5, 7], dtype=dtype)).tolist() for dtype in (pl.Int8, pl.Int16, pl.Int32, pl.Int64)
+    ]
     assert widths == [widths[0]] * 4
     floats = [hash_column(pl.Series([-0.5, 7.0], dtype=dtype)).tolist() for dtype in (pl.Float32, pl.Float64)]
     assert floats[0] == floats[1]

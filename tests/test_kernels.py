@@ -72,18 +72,14 @@ def test_the_order_of_arrival_changes_no_bit(
 
 
 @given(spine=many_questions, tables=histories)
-def test_a_question_asked_alone_gets_the_same_answer(
-    spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
-) -> None:
+def test_a_question_asked_alone_gets_the_same_answer(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     whole = compute(view, spine, tables)
     for i in range(min(len(spine), 3)):
         same(compute(view, spine[i : i + 1], tables), whole[i : i + 1])
 
 
 @given(spine=many_questions, tables=histories)
-def test_events_that_no_window_reaches_change_no_bit(
-    spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
-) -> None:
+def test_events_that_no_window_reaches_change_no_bit(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     low, high = spine["t"].min(), spine["t"].max()
     near = {
         name: table.filter(pl.col("at").is_between(low - timedelta(minutes=1), high, closed="left"))

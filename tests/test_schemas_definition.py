@@ -140,7 +140,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "windows a number": (lambda: Trailing(sales, by="shop", over=3600, stats={"*": "count"}), "over is a column name", "3600", "Write"),
     "windows none": (lambda: Trailing(sales, by="shop", over=(), stats={"*": "count"}), "over is", "()", "Write"),
     "window twice": (lambda: Trailing(sales, by="shop", over=("1h", "1h"), stats={"*": "count"}), "names each column once", "('1h', '1h')", "Remove"),
-    "lifetime": (lambda: Trailing(sales, by="shop", over="all", stats={"*": "count"}), "over is a length of time", "'all'", '"365d"'),
+    "median of a lifetime": (lambda: Trailing(sales, by="shop", over=("1h", "all"), stats={"price": "median"}), "a lifetime window keeps a summary per key", "'median'", "window of its own"),
+    "lifetime placed in time": (lambda: Trailing(source(event_time="e"), by="a", over="all", stats={"*": "count"}), "follows the time at which rows become known", "event_time='e'", "without event_time"),
+    "forever placed in time": (lambda: Latest(source(event_time="e"), by="a", columns="a", max_age="forever"), "follows the time at which rows become known", "event_time='e'", "without event_time"),
     "stats empty": (lambda: Trailing(sales, by="shop", over="1h", stats={}), "stats maps columns to statistics", "{}", "dep_delay"),
     "stats a list": (lambda: Trailing(sales, by="shop", over="1h", stats=["count"]), "stats maps columns", "['count']", "Write"),
     "stats of a column none": (lambda: Trailing(sales, by="shop", over="1h", stats={"price": ()}), "statistics of 'price'", "()", "Write"),
@@ -159,7 +161,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "where types": (lambda: Latest(sales, by="shop", columns="price", max_age="1h", where=pl.col("shop") > pl.col("on"), name="dear"), "where fits the types", "", "Cast"),
     "name of a feature": (lambda: Trailing(sales, by="shop", over="1h", stats={"*": "count"}, name="Dear sales"), "name is", "'Dear sales'", ""),
     "latest without age": (lambda: Latest(sales, by="shop", columns="price"), "max_age says how old an answer may be", "none", 'max_age="6h"'),
-    "latest forever": (lambda: Latest(sales, by="shop", columns="price", max_age="forever"), "max_age is a length of time", "'forever'", '"365d"'),
     "latest of age zero": (lambda: Latest(sales, by="shop", columns="price", max_age="0s"), "max_age is longer than zero", "'0s'", ""),
     "latest unknown column": (lambda: Latest(sales, by="shop", columns="prices", max_age="1h"), "columns of source 'sales'", "'prices'", "Did you mean 'price'?"),
     "latest of a date": (lambda: view(Latest(sales, by="shop", columns="on", max_age="1h")), "is a number, a string or a boolean", "Date", ""),
@@ -327,9 +328,7 @@ def test_only_the_columns_that_are_needed_are_read() -> None:
 
 
 def test_the_reach_of_a_source_is_its_longest_window() -> None:
-    made = view(
-        mean, Latest(sales, by="shop", columns="price", max_age="6h"), Lookup(shops, by="shop", columns="area")
-    )
+    made = view(mean, Latest(sales, by="shop", columns="price", max_age="6h"), Lookup(shops, by="shop", columns="area"))
     assert made.reach("sales") == microseconds("6h")
     assert list(made.events) == ["sales"]
     assert list(made.dimensions) == ["shops"]

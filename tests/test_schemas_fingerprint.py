@@ -133,6 +133,8 @@ def test_it_is_the_same_in_every_process() -> None:
     found = {everything()}
     for seed in ("0", "1", "12345"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        made = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+        made = subprocess.run(
+            [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+        )
         found.add(made.stdout.strip())
     assert len(found) == 1

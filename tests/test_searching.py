@@ -39,7 +39,13 @@ def test_sobol_covers_the_space_more_evenly_than_chance() -> None:
 
 @pytest.mark.parametrize(
     ("count", "rounds", "factor", "expected"),
-    [(9, 300, 3, [33, 100, 300]), (1, 300, 3, [300]), (10, 300, 3, [11, 33, 100, 300]), (8, 16, 2, [2, 4, 8, 16]), (27, 5, 3, [1, 5])],
+    [
+        (9, 300, 3, [33, 100, 300]),
+        (1, 300, 3, [300]),
+        (10, 300, 3, [11, 33, 100, 300]),
+        (8, 16, 2, [2, 4, 8, 16]),
+        (27, 5, 3, [1, 5]),
+    ],
 )
 def test_halving_gives_few_trials_many_rounds(count: int, rounds: int, factor: int, expected: list[int]) -> None:
     chosen = model(rounds=rounds, search=Search(count, SPACE, "halving", factor=factor))
@@ -117,11 +123,18 @@ def test_halving_in_a_pipeline_ends_with_the_trial_that_a_plain_run_would_give(t
     chosen = model(search=Search(5, SPACE, "halving", seed=1, factor=2), rounds=12)
     account, tables = examples(tmp_path, "binary:logistic")
     fitted = fit(chosen, tables["train"].to_batches())
-    whole = side_by_side(study(chosen, tmp_path / "whole"), account, [fitted], [dataclasses.replace(each, rounds=0) for each in trials(chosen)])
+    whole = side_by_side(
+        study(chosen, tmp_path / "whole"),
+        account,
+        [fitted],
+        [dataclasses.replace(each, rounds=0) for each in trials(chosen)],
+    )
     histories = {each.trial.index: each.history for each in whole}
 
     def right(results: list[Result]) -> None:
-        assert sorted((each.trial.rung, each.rounds) for each in results) == [(0, 1)] * 5 + [(1, 3)] * 3 + [(2, 6)] * 2 + [(3, 12)]
+        assert sorted((each.trial.rung, each.rounds) for each in results) == [(0, 1)] * 5 + [(1, 3)] * 3 + [
+            (2, 6)
+        ] * 2 + [(3, 12)]
         for each in results:
             assert each.history == histories[each.trial.index][: each.rounds]
         last = choose(chosen, results)

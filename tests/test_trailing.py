@@ -167,7 +167,9 @@ def test_write_files_shows_nothing_and_commit_files_all_of_it(tmp_path: Path) ->
 def test_commit_files_takes_metadata_from_side_inputs(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
     with Pipeline() as pipeline:
-        count = beam.pvalue.AsSingleton(pipeline | "Numbers" >> beam.Create([1, 2, 3]) | beam.combiners.Count.Globally())
+        count = beam.pvalue.AsSingleton(
+            pipeline | "Numbers" >> beam.Create([1, 2, 3]) | beam.combiners.Count.Globally()
+        )
         files = pipeline | beam.Create([batch(*DAYS)]) | WriteFiles(uri, "run-1")
         _ = files | CommitFiles(Target(uri, SCHEMA, DAYS, "run-1"), note, (count,))
     table = open_table(uri)

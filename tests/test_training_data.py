@@ -91,7 +91,9 @@ def test_what_is_wrong_with_the_data_is_said(store: Path) -> None:
     bought = pl.read_parquet(sales)["visit"].to_list()
     changed = pl.read_parquet(visits).with_columns(told=pl.col("visit").is_in(bought), age=pl.col("age") + 30)
     changed.write_parquet(visits)
-    assert features.main(["--definition", str(store / "definition.py"), "--store", str(store), "--allow_anomalies"]) == 0
+    assert (
+        features.main(["--definition", str(store / "definition.py"), "--store", str(store), "--allow_anomalies"]) == 0
+    )
     with pytest.raises(GateError, match=r"drift from the champion's training data ≤ 0\.2: age moved most"):
         training.main(flags(store, "odd"))
     found = account(store, "odd")["data"]
@@ -103,5 +105,8 @@ def test_what_is_wrong_with_the_data_is_said(store: Path) -> None:
     assert "'none' is null" in texts
     assert len(found["warnings"]) == 3
     bundle = load(store / "runs/odd/model")
-    assert parse_statistics(bundle.extra["statistics.pb"]).datasets[0].num_examples == account(store, "odd")["splits"]["train"]["entered"]
+    assert (
+        parse_statistics(bundle.extra["statistics.pb"]).datasets[0].num_examples
+        == account(store, "odd")["splits"]["train"]["entered"]
+    )
     assert parse_schema(bundle.extra["schema.pbtxt"].decode()).feature

@@ -299,3 +299,16 @@ def test_many_versions_of_many_days_keep_exactly_what_kept_versions_read(tmp_pat
         assert values(uri, version) == content[version]
     needed = {file.path for version in (1, 4, 5, 6, 7) for file in data_files(open_table(uri, version))}  # type: ignore[arg-type]
     assert {str(path) for path in Path(uri).rglob("*.parquet")} == needed
+
+
+def test_summaries_that_a_kept_manifest_names_stay(tmp_path: Path) -> None:
+    uri = table(tmp_path)
+    for run_id in ("first", "second"):
+        load(uri, run_id, 1)
+        for name in (f"{run_id}-1704067200000000-0.parquet", f"{run_id}-part-0-0.parquet"):
+            write_aside(f"{uri}/_summaries", name, pa.py_buffer(b"-"))
+    named = {"snapshots": {"1704067200000000": [["second-1704067200000000-0.parquet"], 7]}}
+    Path(uri, "_manifests", "second-1.json").write_text(json.dumps(named))
+    age(tmp_path, 30)
+    run(tmp_path)
+    assert [path.name for path in Path(uri, "_summaries").iterdir()] == ["second-1704067200000000-0.parquet"]

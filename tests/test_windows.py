@@ -34,7 +34,9 @@ numbers = st.one_of(
 
 
 @st.composite
-def windowed(draw: st.DrawFn, values: st.SearchStrategy[list[Any]] = numbers) -> tuple[list[Any], list[tuple[int, int]]]:
+def windowed(
+    draw: st.DrawFn, values: st.SearchStrategy[list[Any]] = numbers
+) -> tuple[list[Any], list[tuple[int, int]]]:
     """A column and windows over it, empty ones among them."""
     column = draw(values)
     bound = st.integers(0, len(column))
@@ -63,6 +65,8 @@ def bits(values: list[Any]) -> list[Any]:
 @example(case=([2.0**53, 1.0, 2.0**-60], [(0, 2), (0, 3)]))  # half a unit, and just above
 @example(case=([1e38, 1.0, -1e38], [(0, 3)]))
 @example(case=([-0.0, 0.0], [(0, 1), (0, 2), (1, 2)]))
+@example(case=([2489.26, 1798276.84, 3266269.4], [(0, 3)]))  # a digit that is just half of its unit
+@example(case=([0.1, 0.2, 0.003], [(0, 3)]))
 def test_a_statistic_is_that_of_its_window_to_the_last_bit(
     stat: str, case: tuple[list[Any], list[tuple[int, int]]]
 ) -> None:
@@ -128,6 +132,28 @@ def test_a_window_computed_alone_gives_the_same_bits(stat: str, case: tuple[list
     values, windows = case
     alone = [answers(values[lo:hi], [(0, hi - lo)], stat)[0] for lo, hi in windows]
     assert bits(answers(values, windows, stat)) == bits(alone)
+
+
+POOLS = {
+    "money": lambda random, rows: random.integers(-(10**9), 10**9, rows) / 100,
+    "small money": lambda random, rows: random.integers(-500, 500, rows) / 100,
+    "halves and specks": lambda random, rows: random.integers(-(2**20), 2**20, rows) / 2 + random.choice([0, 2.0**-62, -(2.0**-62), 2.0**-40], rows),
+    "noise": lambda random, rows: random.normal(size=rows),
+    "magnitudes": lambda random, rows: np.ldexp(random.random(rows) - 0.5, random.integers(-120, 120, rows)),
+    "around digits": lambda random, rows: random.choice([-1.0, 1.0], rows) * 2.0 ** random.choice([-65, -64, -33, -32, -31, -1, 0, 31, 32, 33], rows),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_twenty_thousand_sums_are_those_of_fsum(pool: str) -> None:
+    random = np.random.default_rng(5)
+    rows = 20_000
+    values = POOLS[pool](random, rows)
+    lo = random.integers(0, rows, rows)
+    hi = np.minimum(lo + random.integers(0, 30, rows), rows)
+    found, _ = statistic(Column(values, None), "sum", lo, hi)
+    expected = [math.fsum(values[a:b]) for a, b in zip(lo, hi, strict=True)]
+    assert found.tolist() == expected
 
 
 @given(values=st.lists(money, min_size=1, max_size=30))

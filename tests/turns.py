@@ -41,6 +41,8 @@ class Job:
         self.start = {name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()}
         for turn in resume(self.journal, str(store), start, 0):
             self._pass_on(turn)
+        if self.journal.answerable(0):
+            self._pass_on(self.journal.turn([], 0))
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""

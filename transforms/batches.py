@@ -30,7 +30,7 @@ class RecordBatchCoder(coders.Coder):
         return int(value.nbytes)
 
     def to_type_hint(self) -> type:
-        return pa.RecordBatch  # type: ignore[no-any-return]
+        return pa.RecordBatch
 
 
 typecoders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)

@@ -96,7 +96,7 @@ def segments(
 
 
 @dataclasses.dataclass(eq=False)
-class CarrySummaries(beam.PTransform):  # type: ignore[misc]
+class CarrySummaries(beam.PTransform):
     """PCollection[Segment] → (PCollection of one dict: block index → file name per group; dead letters; tallies)."""
 
     view: FeatureView
@@ -121,7 +121,7 @@ class CarrySummaries(beam.PTransform):  # type: ignore[misc]
         return carried, outputs.letters, outputs.tallies
 
 
-class Summarise(beam.DoFn):  # type: ignore[misc]
+class Summarise(beam.DoFn):
     """Segment → (start, file name per group); tagged: letters and tallies where it accounts for its events."""
 
     def __init__(self, view: FeatureView, plan: Plan, uri: str, run_id: str) -> None:

@@ -13,6 +13,7 @@ from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 
 MICROSECOND = timedelta(microseconds=1)
+_WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Columns of a dead letter, as far as they are known before its file is.
 LETTER = {"place": pl.Int64, "field": pl.String, "rule": pl.String, "value": pl.String, "time": pl.Int64}
@@ -78,7 +79,9 @@ class Contract:
             if dtype.is_float():
                 rules.append((name, "a number is finite", pl.col(name).is_infinite()))
             if dtype == pl.Float64:
-                rules.append((name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).cast(pl.Float32).is_infinite()))
+                rules.append(
+                    (name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).cast(pl.Float32).is_infinite())
+                )
         return rules
 
     def cast(self, table: pa.Table, file: str) -> pl.DataFrame:
@@ -89,7 +92,7 @@ class Contract:
         """
         self.check(table.schema, file)
         frame: pl.DataFrame = pl.from_arrow(table.select(list(self.columns)))  # type: ignore[assignment]
-        return frame.cast({name: self.source.schema[name] for name in self.columns})  # type: ignore[arg-type]
+        return frame.cast({name: self.source.schema[name] for name in self.columns})
 
     def check(self, schema: pa.Schema, file: str) -> None:
         """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
@@ -129,7 +132,7 @@ def holds(declared: pl.DataType, found: pa.DataType) -> bool:
     if declared.is_temporal():
         return pa.types.is_timestamp(found) and found.tz is not None
     if declared.is_integer():
-        widest = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}[type(declared)]
+        widest = next(bits for dtype, bits in _WIDTHS.items() if declared == dtype)
         return pa.types.is_integer(found) and (
             found.bit_width < widest or (found.bit_width == widest and pa.types.is_signed_integer(found))
         )

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from schemas import Model
 from transforms.encoders import Encoding, column_of, numbers, texts
-from transforms.evaluation import Verdict
 from transforms.examples import schema_of
 from transforms.fitting import LABEL, declared
+from transforms.gates import Verdict
 from transforms.statistics import described
 from transforms.validation import infer_schema, measured, parse_statistics, schema_text
 

@@ -1,4 +1,4 @@
-"""Judges a scored test split: metrics overall and by slice, and the gates a model must pass."""
+"""Judges a scored test split: metrics with intervals, overall and by slice.  What gates say of them: `transforms/gates.py`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,33 @@ import pyarrow as pa
 from schemas import Gates, Model
 from schemas.models import RISING
 from schemas.tables import scores
+from transforms import metrics as measures
 from transforms.batches import frame
 from transforms.fitting import LABEL
 from transforms.metrics import Tally, auc_error, metrics
+from transforms.resampling import Cells, Replicates, cells_of, interval, keys_of, replicates, weights
 from transforms.scoring import carried_name
 
 # (column, value as text or None) of each column of a slice; () is the whole.
 Key = tuple[tuple[str, str | None], ...]
-Tallies = dict[Key, Tally]
+Interval = tuple[float, float]
+Intervals = Mapping[str, Interval | None]
+THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is accumulated of the whole or a slice: exact tallies, and counts per bootstrap replicate where rows have ids."""
+
+    tally: Tally
+    cells: Cells | None = None
+
+    def __add__(self, other: Part) -> Part:
+        cells = None if self.cells is None or other.cells is None else self.cells + other.cells
+        return Part(self.tally + other.tally, cells)
+
+
+Tallies = dict[Key, Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +52,43 @@ class Report:
         metrics: overall; None where undefined.
         slices: by value of each declared slice, the largest first.
         auc_error: the most by which binning may have moved the overall AUC.
+        intervals: 95 % of each metric; empty without row ids.
+        details: of binary models: precision and recall by threshold, calibration, and the points of curves.
+        replicates: metrics per bootstrap replicate, for paired differences.
     """
 
     rows: int
     metrics: Mapping[str, float | None]
     slices: tuple[Slice, ...] = ()
     auc_error: float = 0.0
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    replicates: Replicates | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Metrics of the examples with one value of a slice's columns."""
+    """Metrics of the examples with one value of a slice's columns.
+
+    Args:
+        by: columns and values.
+        rows: examples.
+        metrics: theirs.
+        intervals: 95 % of each; empty of fewer than 30 rows.
+        gaps: 95 % of how much worse than the whole, on the same replicates.
+        rates: of binary models: shares selected, of positives and of negatives, at the threshold.
+    """
 
     by: Key
     rows: int
     metrics: Mapping[str, float | None]
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    gaps: Intervals = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return ", ".join(f"{column}={'null' if value is None else value}" for column, value in self.by)
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What one gate said.  `judged` is False where there was nothing to judge by; such a gate holds."""
-
-    gate: str
-    holds: bool
-    reason: str
-    judged: bool = True
 
 
 def carried(gates: Gates) -> tuple[str, ...]:
@@ -83,14 +110,23 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
     label = rows[carried_name(LABEL)].cast(pl.Float64).to_numpy()
     several = [name for name in scores(len(rows.columns)) if name in rows.columns]
     values = rows.select(several).to_numpy() if several else rows["score"].to_numpy()
-    result: Tallies = {(): Tally.of(objective, label, values)} if len(label) else {}
+    if not len(label):
+        return {}
+    drawn = keys = None
+    if "row_id" in rows.columns:
+        drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
+
+    def part(index: Any) -> Part:
+        cells = None if drawn is None or keys is None else cells_of(keys[index], drawn[index])
+        return Part(Tally.of(objective, label[index], values[index]), cells)
+
+    result: Tallies = {(): part(slice(None))}
     for group in slices:
         columns = _group(group)
         texts = rows.select(pl.col(carried_name(name)).cast(pl.String).alias(name) for name in columns)
         places = texts.with_row_index("__row").group_by(list(columns)).agg("__row")
         for *key, place in places.iter_rows():
-            index = np.array(place)
-            result[tuple(zip(columns, key))] = Tally.of(objective, label[index], values[index])
+            result[tuple(zip(columns, key))] = part(np.array(place))
     return result
 
 
@@ -100,6 +136,7 @@ class Tallying(beam.CombineFn):
 
     objective: str
     slices: tuple[str | tuple[str, ...], ...] = ()
+    threshold: float = 0.5
 
     def create_accumulator(self) -> Tallies:
         return {}
@@ -115,61 +152,91 @@ class Tallying(beam.CombineFn):
         return total
 
     def extract_output(self, state: Tallies) -> Report:
-        return report(self.objective, state)
+        return report(self.objective, state, self.threshold)
 
 
-def report(objective: str, state: Tallies) -> Report:
+def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
     """The metrics of everything tallied."""
-    whole = state.get((), Tally())
-    parts = [Slice(key, part.rows, metrics(objective, part)) for key, part in state.items() if key]
+    whole = state.get((), Part(Tally()))
+    drawn = _drawn(objective, whole, threshold)
+    parts = [_slice(objective, key, part, drawn, threshold) for key, part in state.items() if key]
     parts.sort(key=lambda each: ([column for column, _ in each.by], -each.rows, each.name))
-    return Report(whole.rows, metrics(objective, whole), tuple(parts), auc_error(whole.bins) if whole.bins else 0.0)
+    bins = whole.tally.bins
+    return Report(
+        whole.tally.rows, metrics(objective, whole.tally, threshold), tuple(parts), auc_error(bins) if bins else 0.0,
+        _intervals(drawn), _details(whole, threshold), drawn,
+    )  # fmt: skip
+
+
+def _exact(objective: str, part: Part, threshold: float) -> dict[str, float | None]:
+    bins = part.tally.bins
+    return {**metrics(objective, part.tally, threshold), **(measures.confusion(bins, threshold) if bins else {})}
+
+
+def _drawn(objective: str, part: Part, threshold: float) -> Replicates | None:
+    if part.cells is None:
+        return None
+    return replicates(objective, part.cells, _exact(objective, part, threshold), threshold)
+
+
+def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
+    return {} if drawn is None else {name: interval(values) for name, values in drawn.values.items()}
+
+
+def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, threshold: float) -> Slice:
+    drawn = _drawn(objective, part, threshold)
+    gaps = {}
+    if drawn is not None and whole is not None:
+        for name, values in drawn.values.items():
+            if name in whole.values:
+                gap = whole.values[name] - values
+                gaps[name] = interval(gap if name in RISING else -gap)
+    bins = part.tally.bins
+    rates = measures.confusion(bins, threshold) if bins else {}
+    return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
+
+
+def _details(whole: Part, threshold: float) -> dict[str, Any]:
+    bins = whole.tally.bins
+    if bins is None or not whole.tally.rows:
+        return {}
+    at = []
+    for each in sorted({*THRESHOLDS, threshold}):
+        drawn = _drawn("binary:logistic", whole, each)
+        shown = {name: drawn.interval(name) for name in ("precision", "recall")} if drawn else {}
+        at.append({"threshold": each, **measures.confusion(bins, each), "intervals": shown})
+    points = [{"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)]
+    return {"thresholds": at, "calibration": points, **measures.curves(bins)}
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Evaluate(beam.PTransform):
-    """PCollection[RecordBatch] of scored examples → one `Report`."""
+    """PCollection[RecordBatch] of scored examples → one `Report`.
+
+    Args:
+        model: whose objective, slices and threshold.
+        slices: whether slices are judged, too.
+    """
 
     model: Model
+    slices: bool = True
 
     def expand(self, scored: beam.PCollection) -> beam.PCollection:
-        tallying = Tallying(self.model.objective, self.model.gates.slices)
+        gates = self.model.gates
+        tallying = Tallying(self.model.objective, gates.slices if self.slices else (), gates.threshold)
         return scored | "Tally" >> beam.CombineGlobally(tallying)
 
 
-def verdicts(gates: Gates, report: Report) -> list[Verdict]:
-    """What each gate says of `report`: floors first, then each slice's gap."""
-    result = [_floor(metric, bound, report) for metric, bound in gates.at_least.items()]
-    for metric, bound in gates.max_gap.items():
-        result += [_gap(metric, bound, report, each, gates.min_slice_rows) for each in report.slices]
-    return result
-
-
-def _floor(metric: str, bound: float, report: Report) -> Verdict:
-    value, rising = report.metrics[metric], metric in RISING
-    gate = f"{metric} {'≥' if rising else '≤'} {bound:g}"
-    if value is None:
-        return Verdict(gate, False, f"{metric} is undefined on {report.rows} test rows")
-    return Verdict(gate, value >= bound if rising else value <= bound, f"{metric} is {value:.4f}")
-
-
-def _gap(metric: str, bound: float, report: Report, part: Slice, least: int) -> Verdict:
-    gate = f"{metric} of {part.name} within {bound:g} of the whole"
-    whole, value = report.metrics[metric], part.metrics[metric]
-    if part.rows < least:
-        return Verdict(gate, True, f"{part.rows} rows, fewer than {least}", judged=False)
-    if whole is None or value is None:
-        return Verdict(gate, True, f"{metric} is undefined there", judged=False)
-    gap = whole - value if metric in RISING else value - whole
-    return Verdict(gate, gap <= bound, f"{value:.4f} against {whole:.4f} overall, {part.rows} rows")
-
-
-def as_json(report: Report, judged: Iterable[Verdict] = ()) -> dict[str, Any]:
-    """A report and its verdicts as JSON values."""
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as JSON values."""
     return {
         "rows": report.rows,
         "metrics": dict(report.metrics),
+        "intervals": dict(report.intervals),
         "auc_error": report.auc_error,
-        "slices": [{"by": dict(each.by), "rows": each.rows, "metrics": dict(each.metrics)} for each in report.slices],
-        "gates": [dataclasses.asdict(each) for each in judged],
-    }
+        "slices": [
+            {"by": dict(each.by), "rows": each.rows, "metrics": dict(each.metrics), "intervals": dict(each.intervals), "gaps": dict(each.gaps), "rates": dict(each.rates)}
+            for each in report.slices
+        ],
+        **report.details,
+    }  # fmt: skip

@@ -74,15 +74,26 @@ def hindsight(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -
     rows = pl.concat(parts) if parts else pl.DataFrame(schema={LABEL: pl.Float32, LABEL_TIME: pl.Datetime("us", "UTC")})
     # Of one moment the labels are added in order, so that sums do not depend on that of the files.
     rows = rows.sort(LABEL_TIME, LABEL)
-    return Hindsight(fitted, model.view.time, _running(rows, []), {each.input: _running(rows, [each.input]) for each in inputs})
+    return Hindsight(
+        fitted, model.view.time, _running(rows, []), {each.input: _running(rows, [each.input]) for each in inputs}
+    )
 
 
 def _running(rows: pl.DataFrame, by: list[str]) -> pl.DataFrame:
     """Sum and count of labels until each moment that brought one, by category."""
     names = [pl.col(name).alias("category") for name in by]
-    frame = rows.select(*names, pl.col(LABEL_TIME).alias("known"), pl.col(LABEL).cast(pl.Float64).alias("sum"), count=pl.lit(1, pl.Int64))
+    frame = rows.select(
+        *names,
+        pl.col(LABEL_TIME).alias("known"),
+        pl.col(LABEL).cast(pl.Float64).alias("sum"),
+        count=pl.lit(1, pl.Int64),
+    )
     keys = ["category"] if by else []
     frame = frame.drop_nulls(keys) if keys else frame
-    moments = frame.group_by([*keys, "known"], maintain_order=True).agg(pl.col("sum").sum(), pl.col("count").sum()).sort("known")
+    moments = (
+        frame.group_by([*keys, "known"], maintain_order=True)
+        .agg(pl.col("sum").sum(), pl.col("count").sum())
+        .sort("known")
+    )
     running = [pl.col(name).cum_sum().over(keys) if keys else pl.col(name).cum_sum() for name in ("sum", "count")]
     return moments.with_columns(running)

@@ -30,7 +30,7 @@ def mix(values: UInt64s) -> UInt64s:
 
 def hash_text(text: str) -> np.uint64:
     """Hash of one string, equal to `hash_column` of a column that holds it."""
-    return hash_column(pl.Series([text]))[0]  # type: ignore[no-any-return]
+    return hash_column(pl.Series([text]))[0]
 
 
 def hash_column(column: pl.Series) -> UInt64s:

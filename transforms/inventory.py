@@ -76,7 +76,9 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
 
 def _parquet_files(folder: str) -> Iterator[str]:
     if "://" not in folder:  # whose name may hold what Beam would take for a pattern
-        yield from (str(path) for path in (*Path(folder).rglob("*.parquet"), Path(f"{folder}.parquet")) if path.is_file())
+        yield from (
+            str(path) for path in (*Path(folder).rglob("*.parquet"), Path(f"{folder}.parquet")) if path.is_file()
+        )
         return
     for match in FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"]):
         yield from (each.path for each in match.metadata_list)

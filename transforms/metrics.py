@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.models import OBJECTIVES
+from schemas.models import JUDGED
 from transforms.sums import Bins, Floats, exact_sum, ratio
 
 SCORE_BINS = 1 << 18
@@ -72,21 +72,77 @@ class Tally:
         return float(ratio(dict(self.sums)[name]) / self.rows)
 
 
-def metrics(objective: str, tally: Tally) -> dict[str, float | None]:
+def metrics(objective: str, tally: Tally, threshold: float = 0.5) -> dict[str, float | None]:
     """The objective's metrics, as scikit-learn defines them; None where undefined (no rows, one class)."""
-    names = OBJECTIVES[objective]
+    names = JUDGED[objective]
     if not tally.rows:
         return dict.fromkeys(names)
     if objective == "binary:logistic" and tally.bins is not None:
-        ranked = {"auc": auc(tally.bins), "average_precision": average_precision(tally.bins)}
-        return {name: ranked[name] if name in ranked else tally.mean(name) for name in names}
+        known = {
+            "auc": auc(tally.bins),
+            "average_precision": average_precision(tally.bins),
+            "calibration_error": calibration_error(tally.bins),
+            **confusion(tally.bins, threshold),
+        }
+        return {name: known[name] if name in known else tally.mean(name) for name in names}
     if objective == "multi:softprob":
         return {name: tally.mean(name) for name in names}
-    known = {
+    errors = {
         "rmse": tally.mean("squared") ** 0.5 if "squared" in dict(tally.sums) else None,
         "mae": tally.mean("absolute"),
     }
-    return {name: known[name] for name in names}
+    return {name: errors[name] for name in names}
+
+
+def confusion(bins: Bins, threshold: float) -> dict[str, float | None]:
+    """Rates among the rows whose score is at least `threshold`; None where nothing could be counted."""
+    chosen = bins.values >= float(np.float32(threshold))
+    positive, negative, _ = _ranked(bins)
+    hits, alarms = int(positive[chosen].sum()), int(negative[chosen].sum())
+    total, others = int(positive.sum()), int(negative.sum())
+
+    def share(part: int, of: int) -> float | None:
+        return part / of if of else None
+
+    return {
+        "precision": share(hits, hits + alarms),
+        "recall": share(hits, total),
+        "false_positive_rate": share(alarms, others),
+        "selection_rate": share(hits + alarms, total + others),
+    }
+
+
+def calibration(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]:
+    """(Rows, mean score, share of positives) of each equal part of 0 … 1 that holds a score."""
+    place = np.minimum((bins.values * buckets).astype(int), buckets - 1)
+    result = []
+    for each in np.unique(place).tolist():
+        inside = place == each
+        rows, positive = bins.counts[inside].sum(axis=0).tolist()
+        result.append((rows, float(bins.values[inside] @ bins.counts[inside, 0]) / rows, positive / rows))
+    return result
+
+
+def calibration_error(bins: Bins) -> float:
+    """Mean distance of score and share of positives over ten bins, weighted by rows (Naeini et al. 2015)."""
+    rows = int(bins.counts[:, 0].sum())
+    return sum(count * abs(share - score) for count, score, share in calibration(bins)) / rows if rows else 0.0
+
+
+def curves(bins: Bins, points: int = 200) -> dict[str, list[list[float]]]:
+    """At most `points` points each of the ROC curve (false and true positive rate) and of precision by recall."""
+    positive, negative, pairs = _ranked(bins)
+    if not pairs:
+        return {}
+    hits, alarms = np.cumsum(positive[::-1]), np.cumsum(negative[::-1])
+    even = np.linspace(0, 1, points // 2)
+    places = [np.searchsorted(each / each[-1], even).clip(0, len(hits) - 1) for each in (hits, alarms)]
+    at = np.unique(np.concatenate(places))
+    recall, false, precision = hits / hits[-1], alarms / alarms[-1], hits / np.maximum(hits + alarms, 1)
+    return {
+        "roc": [[0.0, 0.0], *np.stack([false[at], recall[at]], axis=1).round(5).tolist()],
+        "precision_recall": np.stack([recall[at], precision[at]], axis=1).round(5).tolist(),
+    }
 
 
 def auc(bins: Bins) -> float | None:

@@ -6,23 +6,26 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from schemas import Gates
+from schemas.errors import StoreError
 from transforms.bundles import load
 from transforms.datasets import Findings
-from transforms.evaluation import Report, Verdict, as_json, verdicts
+from transforms.evaluation import Report, as_json
 from transforms.examples import Account
+from transforms.gates import Rival, fairness, verdicts
 from transforms.registry import Registry
 from transforms.searching import Result
 from transforms.tables import write_aside
 from transforms.training import Trained
 from transforms.trial_runs import log_trials
 
-REPORT = "training.json"
+# What a run leaves in its folder: its account, and what it takes to register its model later.
+REPORT, PENDING = "training.json", "registration.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,40 +52,65 @@ class Publication:
 
 
 def publish(
-    report: Report, trained: Trained, account: Account, findings: Findings, where: Publication
+    report: Report, trained: Trained, account: Account, findings: Findings, rival: Rival, where: Publication
 ) -> dict[str, Any]:
     """Register the model with its report; returns what `training.json` says.
 
     Safe to repeat: a run has one version, and a version is promoted at most once by its own run.
 
     Raises:
-        StoreError: the registry cannot be reached; the bundle stays on disk.
+        StoreError: the registry cannot be reached; the bundle stays on disk, and `millrace register` registers it later.
     """
-    judged = verdicts(where.gates, report) + findings.verdicts(where.gates.max_drift)
+    judged = verdicts(where.gates, report, where.metric, rival) + findings.verdicts(where.gates.max_drift)
     content = {
-        "model": where.name, "feature_rows": account.rows, "outside": account.outside, **as_json(report, judged),
+        "model": where.name, "feature_rows": account.rows, "outside": account.outside, **as_json(report),
+        "gates": [dataclasses.asdict(each) for each in judged], "fairness": fairness(where.gates, report),
+        "rival": {"version": rival.version, "metrics": None if rival.report is None else dict(rival.report.metrics)},
         "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
         "rounds": trained.best.rounds, "validate": {where.metric: trained.best.value}, "bundle": trained.folder,
         "trials": [_trial(each) for each in trained.results], "data": dataclasses.asdict(findings),
     }  # fmt: skip
-    failed = [each for each in judged if not each.holds]
-    registry = Registry(where.registry)
-    bundle = load(trained.folder, trained.digest)
-    with tempfile.TemporaryDirectory() as artifacts:
-        for name, text in {**where.files, "report.json": _text(content)}.items():
-            with open(os.path.join(artifacts, name), "w", encoding="utf-8") as handle:
-                handle.write(text)
-        version = registry.register(
-            bundle, where.run_id, _params(bundle.manifest), _metrics(content), artifacts, _tags(judged, failed)
-        )
-    if len(trained.results) > 1:
-        log_trials(registry, where.name, where.run_id, where.metric, trained.results)
-    content["model_version"] = version
-    if not failed and not any(entry["version"] == version for entry in registry.history(where.name)):
-        registry.promote(where.name, version, f"every gate held in run {where.run_id}", "millrace training")
-    content["champion"] = registry.champion(where.name)
     write_aside(where.folder, REPORT, pa.py_buffer(_text(content).encode()))
+    pending = {"run_id": where.run_id, "digest": trained.digest, "files": dict(where.files)}
+    write_aside(where.folder, PENDING, pa.py_buffer(_text(pending).encode()))
+    try:
+        content = enter(content, pending, where.registry, where.folder)
+        if len(trained.results) > 1:
+            log_trials(Registry(where.registry), where.name, where.run_id, where.metric, trained.results)
+    except StoreError as error:
+        how = f"The model is kept in {trained.folder}; register it with: millrace register {where.run_id}"
+        raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
     return content
+
+
+def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, folder: str) -> dict[str, Any]:
+    """Register what `publish` left on disk; returns the account with `model_version` and `champion`.
+
+    The alias moves only if every gate holds and the champion is still the one that the model was compared with.
+
+    Raises:
+        StoreError: the registry cannot be reached, or a file of the model was altered.
+    """
+    failed = [each for each in content["gates"] if not each["holds"]]
+    registry, name, run_id = Registry(uri), content["model"], pending["run_id"]
+    bundle = load(content["bundle"], pending["digest"])
+    with tempfile.TemporaryDirectory() as artifacts:
+        for file, text in {**pending["files"], "report.json": _text(content)}.items():
+            with open(os.path.join(artifacts, file), "w", encoding="utf-8") as handle:
+                handle.write(text)
+        tags = _tags(content["gates"], failed)
+        version = registry.register(bundle, run_id, _params(bundle.manifest), _metrics(content), artifacts, tags)
+    champion = registry.champion(name)
+    kept = ""
+    if not failed and not any(entry["version"] == version for entry in registry.history(name)):
+        if champion == content["rival"]["version"]:
+            registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
+            champion = version
+        else:
+            kept = f"the champion is version {champion}, which was not compared with: millrace promote {version}"
+    done = {**content, "model_version": version, "champion": champion, "kept": kept}
+    write_aside(folder, REPORT, pa.py_buffer(_text(done).encode()))
+    return done
 
 
 def _trial(result: Result) -> dict[str, Any]:
@@ -113,8 +141,8 @@ def _metrics(content: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _tags(judged: list[Verdict], failed: list[Verdict]) -> dict[str, str]:
-    words = "; ".join(f"{each.gate}: {each.reason}" for each in failed)
+def _tags(judged: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    words = "; ".join(f"{each['gate']}: {each['reason']}" for each in failed)
     return {"millrace.gates": f"failed: {words}"[:4000] if failed else f"all {len(judged)} hold"}
 
 

@@ -180,6 +180,38 @@ class Registry:
                 client.set_registered_model_alias(name, CHAMPION, str(version))
             return before
 
+    def rollback(self, name: str, why: str, who: str | None = None) -> tuple[str, str]:
+        """Give the alias back to the champion before; returns (from, to).  Repeated, it goes back further.
+
+        Raises:
+            StoreError: there was none before.
+        """
+        stack: list[str] = []
+        for entry in self.history(name):
+            if entry["version"] in stack:
+                del stack[stack.index(entry["version"]) + 1 :]
+            else:
+                stack.append(entry["version"])
+        if len(stack) < 2:
+            raise StoreError(f"Model {name!r} had a champion before this one", ", ".join(stack) or "none at all", "Name one: millrace promote VERSION --why …")  # fmt: skip
+        self.promote(name, stack[-2], why, who)
+        return stack[-1], stack[-2]
+
+    def versions(self, name: str) -> list[dict[str, Any]]:
+        """Every version, oldest first: `version`, `champion`, `at` (ms since 1970), `run`, `gates`, `metrics`."""
+        with self._client() as client:
+            if client is None:
+                return []
+            champion = self._aliases(client, name).get(CHAMPION)
+            return [
+                {
+                    "version": version, "champion": version == champion, "at": each.creation_timestamp, "run": each.tags.get(RUN, ""),
+                    "gates": each.tags.get("millrace.gates", ""), "metrics": dict(client.get_run(each.run_id).data.metrics),
+                }
+                for version, each in self._versions(client, name).items()
+                if DIGEST in each.tags
+            ]  # fmt: skip
+
     def history(self, name: str) -> list[dict[str, Any]]:
         """Every promotion, oldest first: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
         with self._client() as client:

@@ -28,7 +28,7 @@ def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
     yield from sorted(needed, key=lambda route: (route[0], route[1].path, route[1].group))
 
 
-class Route(beam.DoFn):  # type: ignore[misc]
+class Route(beam.DoFn):
     """(source, slice) → (block, (source or SPINE, RecordBatch)) per block that needs rows of it; tagged: the slice's dead letters
     and what of its account no block can give."""
 

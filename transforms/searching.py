@@ -14,7 +14,17 @@ from schemas.errors import DataError, DefinitionError
 from schemas.models import RISING
 
 # What the model fixes and `params` may not; the device is a flag of the run.
-FIXED = ("objective", "num_class", "eval_metric", "seed", "random_state", "verbosity", "process_type", "updater", "device")
+FIXED = (
+    "objective",
+    "num_class",
+    "eval_metric",
+    "seed",
+    "random_state",
+    "verbosity",
+    "process_type",
+    "updater",
+    "device",
+)
 Shares = list[list[float]]
 
 

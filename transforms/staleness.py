@@ -80,7 +80,7 @@ class Manifest:
                 raw["dimensions"],
                 _ints(raw["looked_up"]),
                 {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
-            )  # type: ignore[arg-type]
+            )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(
                 "A feature table's manifest can be read", f"{type(error).__name__}: {error}", "Recompute with --full"
@@ -96,17 +96,22 @@ EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Current:
-    """The sources as they are now: digests by day where they are known (all days, unless the table is new)."""
+    """The sources as they are now: digests by day where they are known (all days, unless the table is new).
+
+    `whole` is per source the last day no moment of which is too far ahead of the run's clock: of a later one some rows may
+    have been set aside that the next run takes, so it does not count as covered.
+    """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
     digests: Mapping[str, Digests]
     repeats: Mapping[str, Repeats]
     dimensions: Mapping[str, int]
+    whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def examine(inventory: Inventory, manifest: Manifest) -> Current:
     """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others."""
-    files, digests, repeats, dimensions = {}, {}, {}, {}
+    files, digests, repeats, dimensions, whole = {}, {}, {}, {}, {}
     for name, slices in inventory.slices.items():
         contract = inventory.contract(name)
         files[name] = _spans(slices, contract)
@@ -115,8 +120,9 @@ def examine(inventory: Inventory, manifest: Manifest) -> Current:
             continue
         if contract.source.unique is not None:
             repeats[name] = repeats_of(contract, slices)
-        digests[name] = _digests_now(name, contract, slices, files[name], manifest) if manifest.dates else {}
-    return Current(files, digests, repeats, dimensions)
+        whole[name] = contract.latest // DAY - 1
+        digests[name] = digests_now(name, contract, slices, files[name], manifest) if manifest.dates else {}
+    return Current(files, digests, repeats, dimensions, whole)
 
 
 def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
@@ -131,9 +137,10 @@ def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, 
     return spans
 
 
-def _digests_now(
+def digests_now(
     name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
 ) -> Digests:
+    """Digests of a source by day; what has not changed since `manifest` is taken from there."""
     before, known = manifest.files.get(name, {}), manifest.digests.get(name, {})
     covered = Days(manifest.covered.get(name, ()))
     unread: list[tuple[int, int]] = []
@@ -338,7 +345,11 @@ def advance(
         covered = {
             name: [*manifest.covered.get(name, ()), (first - back, last)] for name, back in _reaches(view).items()
         }
-    covered = {name: [(low, high) for low, high in Days(spans).spans] for name, spans in covered.items()}
+    covered = {
+        name: [(low, min(high, whole)) for low, high in Days(spans).spans if low <= whole]
+        for name, spans in covered.items()
+        for whole in [current.whole.get(name, EVER)]
+    }
     dropped = {name: each.dropped for name, each in current.repeats.items()}
     inside = {day for start, end in computed for day in range(start // DAY, -(-end // DAY))}
     answered = inside & set(digests[view.spine.name])

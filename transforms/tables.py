@@ -163,7 +163,7 @@ def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> p
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class ReadTable(beam.PTransform):  # type: ignore[misc]
+class ReadTable(beam.PTransform):
     """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
 
     files: tuple[DataFile, ...]
@@ -263,7 +263,7 @@ class Target:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteFiles(beam.PTransform):  # type: ignore[misc]
+class WriteFiles(beam.PTransform):
     """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of (DataFile, partition values)."""
 
     uri: str
@@ -279,7 +279,7 @@ class WriteFiles(beam.PTransform):  # type: ignore[misc]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class CommitFiles(beam.PTransform):  # type: ignore[misc]
+class CommitFiles(beam.PTransform):
     """PCollection of one list of written files → PCollection[Committed] of one element.
 
     `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
@@ -297,7 +297,7 @@ class CommitFiles(beam.PTransform):  # type: ignore[misc]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteTable(beam.PTransform):  # type: ignore[misc]
+class WriteTable(beam.PTransform):
     """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
 
     Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
@@ -329,7 +329,7 @@ def commit(
             "This is a defect of Millrace: please report it",
         )
     unique = {file.path: (file, values) for file, values in written}
-    actions = [_add(target.uri, file, values) for file, values in unique.values()]
+    actions: list[Any] = [_add(target.uri, file, values) for file, values in unique.values()]
     done = {
         "rows": sum(file.rows for file, _ in unique.values()),
         "files": len(unique),
@@ -439,7 +439,7 @@ def _committed_version(table: DeltaTable, run_id: str) -> int:
 
 def delta_schema(schema: pa.Schema) -> Schema:
     """`schema` in Delta's own terms (pyarrow 10 has no capsule that delta-rs could read)."""
-    return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), True) for field in schema])
+    return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), nullable=True) for field in schema])
 
 
 def days_between(start: date, end: date) -> tuple[date, ...]:

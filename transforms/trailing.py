@@ -33,7 +33,7 @@ log = logging.getLogger("millrace.features")
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class TrailingFeatures(beam.PTransform):  # type: ignore[misc]
+class TrailingFeatures(beam.PTransform):
     """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
     dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`inputs.Tally`).
 
@@ -81,7 +81,7 @@ def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PColle
     return features, letters, outputs.tallies
 
 
-class ComputeBlock(beam.DoFn):  # type: ignore[misc]
+class ComputeBlock(beam.DoFn):
     """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
 
     def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "") -> None:
@@ -112,7 +112,7 @@ class ComputeGathered(ComputeBlock):
         super().__init__(view, plan, len(blocks), uri)
         self.by_index = {block.index: block for block in blocks}
 
-    def process(
+    def process(  # type: ignore[override]
         self, element: tuple[int, Iterable[tuple[str, pa.RecordBatch]]], carried: Carried | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]

@@ -237,7 +237,7 @@ class Train(beam.PTransform):
 
     def expand(self, trials: beam.PCollection) -> beam.PCollection:
         sides = [beam.pvalue.AsSingleton(each) for each in (self.account, *self.fitted)]
-        results = []
+        results: list[beam.PCollection] = []
         for rung in range(len(budgets(self.study.model))):
             name = f"Rung{rung}" if rung else ""
             if rung:

@@ -25,7 +25,8 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
     with registry._client(write=True) as client:
         parent = registry._run(client, name, run_id, {})
         experiment = parent.info.experiment_id
-        known, token = {}, None
+        known: dict[str, Any] = {}
+        token = None
         while True:
             page = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent.info.run_id}'", page_token=token)
             known |= {run.data.tags[TRIAL]: run for run in page}
@@ -38,7 +39,12 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
                 continue
             if run is None:
                 tags = {PARENT: parent.info.run_id, TRIAL: str(result.trial.index), f"{RUN}_of_parent": run_id}
-                run = client.create_run(experiment, tags=tags, run_name=f"{run_id} trial {result.trial.index}", start_time=parent.info.start_time)
+                run = client.create_run(
+                    experiment,
+                    tags=tags,
+                    run_name=f"{run_id} trial {result.trial.index}",
+                    start_time=parent.info.start_time,
+                )
             _log(client, run, metric, result)
             client.set_terminated(run.info.run_id, "FAILED" if result.error else "FINISHED")
             written += 1
@@ -55,7 +61,9 @@ def _log(client: Any, run: Any, metric: str, result: Result) -> None:
     ends = {f"best_{name}": result.value, "rounds": result.rounds, "rung": result.trial.rung, "seconds": result.seconds}
     ends |= {f"best_{name}_fold_{i}": value for i, value in enumerate(result.folds)}
     values += [Metric(key, float(value), at, 0) for key, value in ends.items() if not math.isnan(value)]
-    client.log_batch(run.info.run_id, params=params[:100], tags=[RunTag("millrace.error", result.error)] if result.error else [])
+    client.log_batch(
+        run.info.run_id, params=params[:100], tags=[RunTag("millrace.error", result.error)] if result.error else []
+    )
     for start in range(0, len(values), BATCH):
         client.log_batch(run.info.run_id, metrics=values[start : start + BATCH])
 

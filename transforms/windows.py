@@ -83,20 +83,8 @@ def total(digits: Digits, rows: int) -> Floats:
     parts = _canonical(digits)
     if len(parts) <= 2:  # one addition rounds once
         return sum(parts, np.zeros(rows))
-    if len(parts) == 3 and min(digits) > -900:
-        return parts[2] + _odd(parts[0], parts[1], min(digits))
     high, low = _paired(parts, rows)
     return high + low
-
-
-def _odd(low: Floats, high: Floats, unit: int) -> Floats:
-    """low + high of two neighbouring digits, rounded to odd: 64 bits, so added as integers."""
-    whole = (low * 2.0**-unit).astype(np.int64) + (high * 2.0**-unit).astype(np.int64)
-    result = whole.astype(np.float64)
-    lost = whole - result.astype(np.int64)
-    even = np.flatnonzero((lost != 0) & (result.view(np.int64) & 1 == 0))
-    result[even] = np.nextafter(result[even], np.copysign(np.inf, lost[even]))
-    return result * 2.0**unit  # type: ignore[no-any-return]
 
 
 def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
@@ -133,13 +121,18 @@ def _exact(digits: Digits, i: np.int64) -> Fraction:
 
 def _paired(parts: list[Floats], rows: int) -> tuple[Floats, Floats]:
     """Σ parts (least first) as high + low; low is rounded to odd, so that rounding high + low is rounding the sum (Boldo & Melquiond 2008)."""
-    high, low = np.zeros(rows), np.zeros(rows)
-    for part in reversed(parts):
+    if not parts:
+        return np.zeros(rows), np.zeros(rows)
+    high, low = parts[-1], None
+    for part in reversed(parts[:-1]):
         high, error = _two_sum(high, part)
+        if low is None:
+            low = error
+            continue
         low, lost = _two_sum(low, error)
         even = np.flatnonzero((lost != 0) & (low.view(np.int64) & 1 == 0))
         low[even] = np.nextafter(low[even], np.copysign(np.inf, lost[even]))
-    return high, low
+    return high, np.zeros(rows) if low is None else low
 
 
 def _scaled(values: Floats, exponent: int) -> Floats:
@@ -233,7 +226,7 @@ class SparseTable:
         offset += hi
         offset -= np.left_shift(1, level)
         right = self.flat[offset]
-        return self.extreme(left, right, out=left)  # type: ignore[no-any-return]
+        return self.extreme(left, right, out=left)
 
 
 class WaveletMatrix:

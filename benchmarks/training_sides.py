@@ -1,0 +1,248 @@
+"""The sides that `benchmarks/training.py` compares, and their made-up data: rows of 28 numbers and 2 categories."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+NUMBERS, WORDS = 28, ("city", "kind")
+ROUNDS, PARAMS = 100, {"max_depth": 6, "eta": 0.1}
+DAYS = 100
+DEFINITION = f"""
+import polars as pl
+from schemas import Derived, FeatureView, Gates, Label, Model, Source, TimeSplit, encoders
+
+numbers = [f"x{{i:02}}" for i in range({NUMBERS})]
+asked = Source("asked", time="t", columns={{"id": pl.Int64, **dict.fromkeys(numbers, pl.Float32), "city": pl.String, "kind": pl.String}})
+outcomes = Source("outcomes", time="at", columns={{"id": pl.Int64, "y": pl.Int8}}, order="id")
+view = FeatureView("made_up", asked, key="id", features=[Derived(**{{name: pl.col(name) for name in (*numbers, "city", "kind")}})])
+model = Model(
+    view, Label(outcomes, on="id", value=pl.col("y") > 0, within="1h"), TimeSplit("10d", "10d", embargo="1d"), params={PARAMS!r}, rounds={ROUNDS},
+    encode={{"city": encoders.OneHot(), "kind": encoders.Ordinal(), "x00": encoders.Standardize()}}, gates=Gates(slices=("city",)),
+)
+"""
+
+
+def values(rows: int, seed: int) -> dict[str, Any]:
+    """Columns and label of some rows; a number in ten is missing from every other column."""
+    random = np.random.default_rng(seed)
+    columns: dict[str, Any] = {}
+    for i in range(NUMBERS):
+        x = random.standard_normal(rows, dtype=np.float32)
+        columns[f"x{i:02}"] = pl.Series(x).set(pl.Series(random.random(rows) < 0.1), None) if i % 2 else pl.Series(x)
+    columns["city"] = pl.Series(np.array(["rome", "oslo", "lima", "bern"])[random.integers(0, 4, rows)])
+    columns["kind"] = pl.Series(np.array([f"k{i}" for i in range(40)])[random.integers(0, 40, rows)])
+    signal = columns["x00"] + columns["x02"] * columns["x04"] + (columns["city"] == "rome").cast(pl.Float32)
+    columns["y"] = pl.Series((signal.to_numpy() + random.standard_normal(rows) > 0.5).astype(np.int8))
+    return columns
+
+
+def write_store(folder: Path, rows: int) -> None:
+    """Sources, the definition and the computed feature table."""
+    from beam_pipelines import features
+
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    step = DAYS * 86_400_000_000 // rows
+    frame = pl.DataFrame({"id": np.arange(rows), **values(rows, 1)}).with_columns(
+        t=pl.lit(start).dt.cast_time_unit("us") + pl.int_range(pl.len()) * timedelta(microseconds=step)
+    )
+    for name in ("asked", "outcomes"):
+        (folder / "sources" / name).mkdir(parents=True)
+    (folder / "definition.py").write_text(DEFINITION)
+    asked = frame.drop("y").with_columns(pl.col("t").cast(pl.Datetime("us", "UTC")))
+    asked.write_parquet(folder / "sources/asked/part.parquet", row_group_size=100_000)
+    frame.select("id", "y", at=(pl.col("t") + timedelta(minutes=5)).cast(pl.Datetime("us", "UTC"))).write_parquet(
+        folder / "sources/outcomes/part.parquet", row_group_size=100_000
+    )
+    if code := features.main(["--definition", str(folder / "definition.py"), "--store", str(folder), "--run_id", "features"]):
+        raise SystemExit(code)
+
+
+def pipeline(store: str, out: str) -> dict[str, Any]:
+    """`millrace training`."""
+    from beam_pipelines import training
+
+    run = Path(out).name
+    training.main(["--definition", f"{store}/definition.py", "--store", store, "--run_id", run, "--registry", f"sqlite:///{out}/mlflow.db"])
+    report = json.loads((Path(store) / "runs" / run / "training.json").read_text())
+    return {"auc": report["metrics"]["auc"], "train": report["splits"]["train"]["entered"]}
+
+
+def native(store: str, out: str) -> dict[str, Any]:
+    """The same reads, statistics, encodings, example files, training and metrics by hand."""
+    import tensorflow as tf
+    import tensorflow_data_validation as tfdv
+    import xgboost
+    from deltalake import DeltaTable
+    from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+    from tensorflow_metadata.proto.v0 import schema_pb2
+    from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (table,) = (Path(store) / "features" / "made_up").iterdir()
+    rows = pl.read_parquet(sorted(DeltaTable(str(table)).file_uris()))
+    outcomes = pl.read_parquet(f"{store}/sources/outcomes/part.parquet")
+    rows = rows.join(outcomes, on="id").filter(pl.col("at") >= pl.col("t"), pl.col("at") < pl.col("t") + timedelta(hours=1)).sort("t")
+    rows = rows.with_columns(label=(pl.col("y") > 0).cast(pl.Float32)).drop("y", "at")
+    cutoff = rows["t"].dt.date().max() + timedelta(days=1)  # type: ignore[operator]
+    end = datetime(cutoff.year, cutoff.month, cutoff.day, tzinfo=UTC)  # type: ignore[union-attr]
+    day, hour = timedelta(days=1), timedelta(hours=1)
+    t = pl.col("t")
+    parts = {
+        "train": rows.filter(t + hour <= end - 22 * day),
+        "validate": rows.filter(t >= end - 21 * day, t + hour <= end - 11 * day),
+        "test": rows.filter(t >= end - 10 * day, t + hour <= end),
+    }
+    names = [*(f"x{i:02}" for i in range(NUMBERS)), *WORDS]
+    for name in ("train", "test"):
+        found = tfdv.generate_statistics_from_dataframe(parts[name].select(*names, "label").to_pandas(), n_jobs=1)
+        (folder / f"{name}.stats").write_bytes(found.SerializeToString())
+    schema = schema_pb2.Schema()
+    for name, dtype in rows.schema.items():
+        kind = "BYTES" if dtype == pl.String else "FLOAT" if dtype.is_float() else "INT"
+        schema.feature.add(name=name, type=kind, presence={"min_count": 0})
+    coder = RecordBatchToExamplesEncoder(schema)
+    for name, part in parts.items():
+        part.write_parquet(folder / f"{name}.parquet", compression="lz4")
+        options = tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)
+        with tf.io.TFRecordWriter(str(folder / f"{name}.tfrecord.gz"), options) as writer:
+            for piece in part.iter_slices(100_000):
+                for record in coder.encode(_lists(piece)):
+                    writer.write(record)
+    train = parts["train"]
+    ranks = {name: train[name].value_counts().sort(["count", name], descending=[True, False])[name].to_list() for name in WORDS}
+    mean, deviation = train["x00"].mean(), train["x00"].std(ddof=0)
+
+    def matrix(part: pl.DataFrame) -> Any:
+        return part.select(
+            (pl.col("x00") - mean) / deviation, *names[1:NUMBERS], *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in ranks["city"]),
+            pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
+        ).cast(pl.Float32).to_numpy()  # fmt: skip
+
+    learn = xgboost.QuantileDMatrix(matrix(train), train["label"].to_numpy())
+    judge = xgboost.QuantileDMatrix(matrix(parts["validate"]), parts["validate"]["label"].to_numpy(), ref=learn)
+    booster = xgboost.train(
+        {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0}, learn, ROUNDS, evals=[(judge, "v")], verbose_eval=False
+    )
+    booster.save_model(folder / "model.ubj")
+    test = parts["test"]
+    scores, labels = booster.inplace_predict(matrix(test)), test["label"].to_numpy()
+    measures = {"auc": roc_auc_score, "average_precision": average_precision_score, "log_loss": log_loss, "brier": brier_score_loss}
+    report = {"": {name: float(measure(labels, scores)) for name, measure in measures.items()}}
+    for (city,), places in test.with_row_index("row").group_by("city"):
+        at = places["row"].to_numpy()
+        report[str(city)] = {name: float(measure(labels[at], scores[at])) for name, measure in measures.items()}
+    (folder / "metrics.json").write_text(json.dumps(report))
+    return {"auc": report[""]["auc"], "train": len(train)}
+
+
+def _lists(part: pl.DataFrame) -> Any:
+    """As the encoder of tf.Example wants it: lists of one value or null."""
+    import pyarrow as pa
+
+    arrays = []
+    for column in part.with_columns(pl.col(pl.Datetime, pl.Date).to_physical().cast(pl.Int64)).to_arrow().combine_chunks().columns:
+        values = column.combine_chunks()
+        values = values.cast(pa.large_binary()) if pa.types.is_large_string(values.type) else values
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
+        mask = np.append(~valid, False)
+        arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64(), mask=mask), values.drop_null()))
+    return pa.RecordBatch.from_arrays(arrays, part.columns)
+
+
+def write_shards(folder: Path, rows: int, shard: int = 250_000) -> None:
+    """Example files as training leaves them, a fifth of them to validate by."""
+    folder.mkdir(parents=True)
+    for i in range(rows // shard):
+        columns = values(shard, i)
+        columns["__label"] = columns.pop("y").cast(pl.Float32)
+        split = "validate" if i % 5 == 4 else "train"
+        pl.DataFrame(columns).write_parquet(folder / f"{split}-{i:05d}.parquet", compression="lz4", row_group_size=1 << 15)
+
+
+def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any]:
+    """Study, account and fitted encoders over example files."""
+    import pyarrow.parquet as pq
+
+    from schemas import load_definition
+    from transforms.examples import Account, Shard, read_shard
+    from transforms.fitting import fit
+    from transforms.training import Study
+
+    model = load_definition(f"{store}/definition.py").require_model()
+    files = [
+        Shard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows) for i, path in enumerate(sorted(Path(shards).iterdir()))
+    ]
+    account = Account(sum(each.rows for each in files), {}, {}, tuple(files))
+    fitted = fit(model, (batch for each in account.of("train") for batch in read_shard(each, model.inputs)))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Study(model, model.split.resolve(datetime(2024, 4, 10, tzinfo=UTC)), out, cores), account, fitted
+
+
+def train_ours(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The Train step over example files."""
+    import os
+
+    from benchmarks.measure import stage
+    from transforms.searching import Trial
+    from transforms.training import side_by_side
+
+    study, account, fitted = _study(store, shards, out, os.cpu_count() or 1)
+    with stage("train"):
+        (result,) = side_by_side(study, account, [fitted], [Trial(0, PARAMS, rounds=rounds)])
+    return {"auc": result.value, "error": result.error}
+
+
+def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """XGBoost over the same files, read and encoded with Polars."""
+    import xgboost
+
+    from benchmarks.measure import stage
+
+    _, _, fitted = _study(store, shards, out, 1)
+    ranks = {each.input: each.state["categories"] for each in fitted.encodings if each.input in WORDS}
+    (standard,) = (each.state for each in fitted.encodings if each.input == "x00")
+
+    def read(split: str) -> tuple[Any, Any]:
+        part = pl.read_parquet(f"{shards}/{split}-*.parquet")
+        matrix = part.select(
+            ((pl.col("x00") - standard["offset"]) / standard["scale"]).cast(pl.Float32), *(f"x{i:02}" for i in range(1, NUMBERS)),
+            *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in [*ranks["city"], "*"]),
+            pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
+        )  # fmt: skip
+        return matrix.to_numpy(), part["__label"].to_numpy()
+
+    with stage("train"):
+        learn = xgboost.QuantileDMatrix(*read("train"))
+        judge = xgboost.QuantileDMatrix(*read("validate"), ref=learn)
+        history: dict[str, Any] = {}
+        booster = xgboost.train(
+            {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0}, learn, rounds,
+            evals=[(judge, "v")], evals_result=history, verbose_eval=False,
+        )  # fmt: skip
+        booster.save_model(f"{out}/model.ubj")
+    return {"auc": history["v"]["auc"][-1]}
+
+
+def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> dict[str, Any]:
+    """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either way."""
+    from benchmarks.measure import stage
+    from transforms.searching import Trial
+    from transforms.training import Bench, side_by_side
+
+    study, account, fitted = _study(store, shards, out, 2)
+    several = [Trial(i, {"max_depth": 4, "eta": 0.05 + i / 50}, rounds=300) for i in range(trials)]
+    with stage("train"):
+        if side:
+            results = side_by_side(study, account, [fitted], several)
+        else:
+            bench = Bench(study, account, [fitted], 1)
+            results = [bench.run(trial) for trial in several]
+    return {"auc": max(each.value for each in results)}

@@ -1,0 +1,124 @@
+"""`millrace plan` says what `features` would do, and why, and does nothing."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import polars as pl
+import pytest
+import shop
+
+from beam_pipelines import cli, features
+from beam_pipelines.plan import main, reasons
+from schemas.errors import DefinitionError
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", "160")
+    definition = shop.write(tmp_path, 600)
+    return ["--definition", str(definition), "--store", str(tmp_path)]
+
+
+def content(store: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in store.rglob("*") if path.is_file()}
+
+
+def section(out: str, name: str) -> str:
+    return out.split(f"\n{name}\n")[1].split("\n\n")[0]
+
+
+def test_a_new_table_would_be_computed_whole_and_nothing_is_written(
+    case: list[str], tmp_path: Path, capsys: Out
+) -> None:
+    before = content(tmp_path)
+    assert cli.main(["plan", *case]) == 0
+    assert content(tmp_path) == before
+    out = capsys.readouterr().out
+    assert "not there yet" in out
+    told = section(out, "features")
+    assert re.search(r"sales_by_shop_amount_mean_3d +Float32 +sales +mean of amount in the 3d before by shop", told)
+    assert re.search(r"hour +Int64 +its row", told)
+    assert re.search(r"visits +2024-01-01 +2024-02-29 +600 +1 +the questions", section(out, "sources"))
+    assert re.search(r"sales .* events, 3 d back", section(out, "sources"))
+    assert re.search(r"2024-01-01–2024-02-29 +60 +600 +never computed: the table is new", section(out, "dates"))
+    assert "1 block, each block reads the slices it needs" in section(out, "plan")
+    steps = section(out, "Beam steps")
+    assert re.search(r"^  Features: .*Compute", steps, re.MULTILINE)
+    assert re.search(r"^  Commit", steps, re.MULTILINE)
+
+
+def test_reasons_are_those_of_the_run_that_follows(case: list[str], tmp_path: Path, capsys: Out) -> None:
+    assert features.main([*case, "--end", "2024-02-20"]) == 0
+    part = tmp_path / "sources" / "sales" / "part.parquet"
+    sales = pl.read_parquet(part)
+    changed = sales["sold"].dt.date() == pl.date(2024, 1, 10)
+    sales.with_columns(pl.when(changed).then(pl.lit(5.0)).otherwise("amount").alias("amount")).write_parquet(part)
+    capsys.readouterr()
+    assert main(case) == 0
+    dates = section(capsys.readouterr().out, "dates")
+    assert re.search(r"2024-01-10–2024-01-13 +4 +\d+ +sales changed on 2024-01-10\n", dates)
+    assert re.search(r"2024-02-20–2024-02-29 +10 +\d+ +never computed\n", dates)
+    assert "together 14 days" in dates
+    assert features.main([*case, "--run_id", "next"]) == 0
+    capsys.readouterr()
+    assert main(case) == 0
+    assert "nothing to do: no date is missing or stale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--full"], "asked for (--full)"),
+        (["--start", "2024-02-01", "--end", "2024-02-03"], "asked for (--start, --end)"),
+    ],
+)
+def test_what_is_asked_for_is_the_reason(case: list[str], flags: list[str], why: str) -> None:
+    assert features.main(case) == 0
+    options = features.parse([*case, *flags])
+    told = reasons(options, features.prepare(options))
+    assert [each[2] for each in told] == [why]
+    first, last, _ = told[0]
+    assert last - first + 1 == (60 if flags == ["--full"] else 2)
+
+
+def test_the_plan_asked_for_is_shown(case: list[str], capsys: Out) -> None:
+    assert main([*case, "--plan", "shuffle", "--block_rows", "100"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d\d? blocks, each slice is read once", out)
+    assert "Gather" in section(out, "Beam steps")
+
+
+def test_a_changed_dimension_is_a_note(tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    text = shop.DEFINITION.replace("import Derived,", "import Derived, Lookup,").replace(
+        "view = ", 'shops = Source("shops", columns={"shop": pl.String, "size": pl.Int32})\nview = '
+    )
+    text = text.replace("    Derived(", '    Lookup(shops, by="shop", columns="size"),\n    Derived(')
+    case = ["--definition", str(shop.write(tmp_path, 200, text)), "--store", str(tmp_path)]
+    folder = tmp_path / "sources" / "shops"
+    folder.mkdir()
+    pl.DataFrame({"shop": ["north"], "size": pl.Series([3], dtype=pl.Int32)}).write_parquet(folder / "a.parquet")
+    assert features.main(case) == 0
+    pl.DataFrame({"shop": ["north"], "size": pl.Series([4], dtype=pl.Int32)}).write_parquet(folder / "a.parquet")
+    capsys.readouterr()
+    assert main(case) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "note: shops changed; features computed before keep its old rows" in out
+    assert main([*case, "--refresh"]) == 0
+    assert "a dimension changed (--refresh)" in capsys.readouterr().out
+
+
+def test_lines_fit_a_narrow_terminal(case: list[str], capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(case) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/" not in line]  # paths stay whole
+    assert max(map(len, lines)) <= 80
+
+
+def test_flags_of_ours_are_checked_under_its_own_name(case: list[str]) -> None:
+    with pytest.raises(DefinitionError, match="millrace plan: unknown flag --ful"):
+        main([*case, "--ful"])
