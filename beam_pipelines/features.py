@@ -17,13 +17,15 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
+from schemas.durations import DAY
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
 from transforms.carrying import CarrySummaries, Segment, Snapshot, segments, snapshots
 from transforms.contracts import day_of
+from transforms.evolution import Copies, find_copies
 from transforms.inputs import Tally, add_tallies, conserve
 from transforms.inventory import take_inventory
-from transforms.manifests import WriteManifest, read_manifest
+from transforms.manifests import WriteManifest, older_tables, read_manifest
 from transforms.plan import BLOCK_ROWS, Plan, cut, interval
 from transforms.publication import AlsoChecked, Rules, Validate, make_check
 from transforms.staleness import EMPTY, Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
@@ -136,6 +138,7 @@ class Work:
     base: int | None
     segments: tuple[Segment, ...] = ()
     since: Mapping[int, Snapshot | None] = dataclasses.field(default_factory=dict)
+    copies: Copies | None = None
 
 
 def prepare(options: Options) -> Work:
@@ -172,12 +175,15 @@ def prepare(options: Options) -> Work:
         shuffled=options.shuffled,
         summarised=lifetime_sources(view),
     )
+    days = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
+    older = [] if options.full else older_tables(options.store, view)
+    copies = find_copies(view, inventory, current, older, days)
     if not lifetime_sources(view):
-        return Work(plan, stale, current, base)
+        return Work(plan, stale, current, base, copies=copies)
     usable = {first: None if everything else usable_snapshot(view, manifest, current, first) for first, _ in ranges}
     since = {first: found and Snapshot(found[0], tuple(found[1])) for first, found in usable.items()}
     timeless = {name: inventory.timeless(name) for name in view.events if everything}
-    return Work(plan, stale, current, base, segments(view, plan, since, inventory.slices, timeless), since)
+    return Work(plan, stale, current, base, segments(view, plan, since, inventory.slices, timeless), since, copies)
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
@@ -185,6 +191,8 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     view, plan, dead = options.definition.view, work.plan, dead_letters_uri(options.store, "features")
     assert plan is not None
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint, "definition_sha256": options.definition.digest}  # fmt: skip
+    if work.copies is not None:
+        metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
     table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
     # A run that was stopped over its dead rows and is resumed has told of rows that may be mended since: each launch tells anew.
     launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
@@ -198,12 +206,12 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
         carried, old_letters, old_tallies = (
             pipeline | "Segments" >> beam.Create(list(work.segments)) | "History" >> summarise
         )
-        compute = TrailingFeatures(view, plan, beam.pvalue.AsSingleton(carried), options.table)
+        compute = TrailingFeatures(view, plan, beam.pvalue.AsSingleton(carried), options.table, work.copies)
         features, letters, tallies = blocks | "Features" >> compute
         letters = (letters, old_letters) | "AllLetters" >> beam.Flatten()
         tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
     else:
-        features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan)
+        features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)

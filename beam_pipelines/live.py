@@ -32,7 +32,7 @@ from transforms.packets import pack, unpack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
 from transforms.shards import groups_of
-from transforms.tables import open_table
+from transforms.tables import data_files, open_table
 from transforms.topics import (
     Broker,
     ReadTopics,
@@ -232,9 +232,9 @@ def summary(options: Options) -> dict[str, object]:
     table = open_table(options.table)
     told = last_told(table)
     counts = told.get("counts", {})
-    spine = counts.get(options.definition.view.spine.name, {})
+    answered = 0 if table is None else sum(file.rows for file in data_files(table))
     return {
-        "rows_in": sum(each.get("rows", 0) for each in counts.values()), "rows_out": spine.get("answered", 0), "pending": told.get("pending"),
+        "rows_in": sum(each.get("rows", 0) for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
         "turns": told.get("turn"), "counts": counts, "table": options.table, "fingerprint": options.definition.view.fingerprint,
         "commit_version": None if table is None else table.version(),
     }  # fmt: skip

@@ -88,7 +88,7 @@ def rollback(argv: Sequence[str]) -> int:
     """Give the alias back to the champion before; who, when and why are kept."""
     flags = _arguments("rollback", rollback.__doc__ or "", why=True).parse_all(argv)
     registry, name = _named(flags)
-    before, after = registry.rollback(name, f"rollback: {flags.why}", flags.who)
+    before, after = registry.rollback(name, flags.why, flags.who)
     print(f"{name}: version {after} is champion again, after version {before}")
     return 0
 

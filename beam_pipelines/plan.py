@@ -17,6 +17,7 @@ from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView
 from transforms.contracts import day_of
+from transforms.evolution import Copies, reading
 from transforms.inventory import Inventory, Slice, take_inventory
 from transforms.plan import Plan, amplification
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
         print("  nothing to do: no date is missing or stale")
     else:
         _print_dates(options, work, work.plan)
+        if work.copies is not None:
+            print("\ncopied columns")
+            _print_copies(view, work.copies, work.plan)
         print("\nplan")
         _print_plan(work.plan)
         print("\nBeam steps")
@@ -147,6 +151,39 @@ def questions(plan: Plan, first: int, last: int) -> int:
         low, high = each.low, each.high + 1
         total += each.rows * max(min(high, last) - max(low, first), 0) / (high - low)
     return round(total)
+
+
+def _print_copies(view: FeatureView, copies: Copies, plan: Plan) -> None:
+    """Which days take which columns from the older table, and which are computed."""
+    print(wrapped(f"from {copies.uri}, version {copies.version}", hanging=2))
+    every = reading(view)
+    rows = []
+    days = [day for first, last in plan.ranges for day in range(first // DAY, -(-last // DAY))]
+    for first, last, names in _spans(copies, days):
+        count = questions(plan, first * DAY, (last + 1) * DAY)
+        span = f"{day_of(first * DAY)}–{day_of(last * DAY)}"
+        rows.append((span, f"{last - first + 1:,}", f"{count:,}", str(len(names)), str(len(every) - len(names))))
+    numbers = ("days", "about rows", "copied", "computed")
+    print(columns(("dates", *numbers), rows[:MOST_LINES], numbers))
+    if len(rows) > MOST_LINES:
+        print(f"  and {many(len(rows) - MOST_LINES, 'more range')}")
+    never = [name for name in every if not any(name in names for names in copies.classes(days))]
+    if never:
+        print(wrapped(f"computed on every date: {', '.join(never)}", hanging=4))
+    if len(every) < len(view.columns):
+        print("  columns made of their own row alone are computed too")
+
+
+def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[str, ...]]]:
+    """(First day, last day, columns copied) of neighbouring days that are alike."""
+    result: list[tuple[int, int, tuple[str, ...]]] = []
+    for day in days:
+        names = copies.columns.get(day, ())
+        if result and result[-1][1:] == (day - 1, names):
+            result[-1] = (result[-1][0], day, names)
+        else:
+            result.append((day, day, names))
+    return result
 
 
 def _print_plan(plan: Plan) -> None:

@@ -33,11 +33,12 @@ from transforms.inspection import (
     view_table,
 )
 from transforms.manifests import read_manifest
+from transforms.places import place_of, tables_below
 from transforms.registry import Registry, registry_uri
 from transforms.running import running
 from transforms.staleness import as_date
 from transforms.tables import open_table, root_of
-from transforms.vacuum import Rules, Waste, at_work, pins_of, place_of, remove, tables_below, waste_of, waste_of_runs
+from transforms.vacuum import Rules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
 
 HOUR = timedelta(hours=1)
 DAYS_SHOWN = 8

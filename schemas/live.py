@@ -5,7 +5,6 @@ from __future__ import annotations
 import polars as pl
 import pyarrow as pa
 
-from schemas.sources import Source
 from schemas.tables import TIME
 from schemas.views import FeatureView
 
@@ -36,14 +35,25 @@ LIVE_LETTERS = pa.schema([
 ])  # fmt: skip
 
 
-def accepted(source: Source) -> pa.Schema:
+def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
+    """Columns whose repeated values count once among the events of `name`; none if every row counts.
+
+    As events too a spine's rows are questions, each asked once.
+    """
+    if name not in view.events:
+        return ()
+    return (*view.key, view.time) if view.events[name] is view.spine else tuple(view.events[name].unique or ())
+
+
+def accepted(view: FeatureView, name: str) -> pa.Schema:
     """Rows of a source as a live job keeps them: its columns, `ORIGIN`, and `date`, the UTC date of their time.
 
-    A source with `unique` adds what became of the row: whether it counted, and which row (`__instead`) it replaced.
+    Where repeats count once, also what became of the row: whether it counted, and which row (`__instead`) it replaced.
     """
+    source = view.spine if name == view.spine.name else view.events[name]
     arrow = pl.DataFrame(schema=source.schema).to_arrow().schema
     fields = [pa.field(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in arrow]
-    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if source.unique else []
+    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if repeats_by(view, name) else []
     return pa.schema([*fields, *ORIGIN, *decided, pa.field("date", pa.date32())])
 
 

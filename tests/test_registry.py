@@ -145,7 +145,7 @@ def test_the_first_registration_makes_everything(registry: Registry, tmp_path: P
     assert sorted(os.listdir(store)) == ["artifacts", "mlflow.db"]
 
     described = mlflow.models.Model.load(str(store / "artifacts" / "delay" / found.run_id / "artifacts" / "model"))
-    assert [(each.name, each.type.name) for each in described.signature.inputs] == [("x", "float"), ("n", "long")]
+    assert [(each.name, each.type.name) for each in described.signature.inputs] == [("x", "float"), ("n", "double")]
     assert described.signature.outputs.input_names() == ["score"]
     assert described.metadata["manifest_sha256"] == found.tags["millrace.manifest_sha256"]
 

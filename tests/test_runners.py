@@ -16,7 +16,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from live_fixtures import Live
 
 from beam_pipelines import features, inference, training
+from beam_pipelines import live as streaming
 from beam_pipelines.reporting import guard
+from transforms.resume import Start
 from transforms.tables import data_files, features_uri, open_table, predictions_uri
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,23 @@ def reference(store: Path) -> pl.DataFrame:
     """What the runner in this process computes."""
     assert features.main(flags(store, "direct")) == 0
     return feature_table(store)
+
+
+@pytest.mark.live
+def test_dataflow_takes_the_live_graph_without_credentials(live: Live, store: Path) -> None:
+    kafka = [
+        "--streaming",
+        "--source=kafka",
+        f"--bootstrap={live.broker.bootstrap}",
+        f"--expansion_service={live.expansion.address}",
+    ]
+    options = streaming.parse(flags(store, "dataflow-live", *kafka, *DATAFLOW, "--dry_run=True"))
+    pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
+    streaming.build(pipeline, options, Start(0, {}, {}, {}, {}), "group")
+    proto = pipeline.run().job.proto_pipeline
+    assert {environment.urn for environment in proto.components.environments.values()} == {"beam:env:docker:v1"}
+    images = [environment.payload.decode(errors="replace") for environment in proto.components.environments.values()]
+    assert sorted("python" if "beam_python3.11_sdk" in image else "java" for image in images) == ["java", "python"]
 
 
 @pytest.mark.live

@@ -68,8 +68,7 @@ def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
 def test_avro_containers_are_read() -> None:
     rows = frame({}, {"id": 2, "shop": None})
     value = avro(rows)
-    fields = Contract(Source("sales", time="sold", columns={**sales.columns, "few": pl.Int32}), tuple(sales.schema))
-    found = decode(fields, [message(value)])
+    found = decode(contract, [message(value)])
     assert not len(found.letters), found.letters["rule"].to_list()
     assert found.rows["shop"].to_list() == ["a", None]
     assert found.rows["sold"].to_list() == [NOW, NOW]

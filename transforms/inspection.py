@@ -17,9 +17,10 @@ from schemas.views import FeatureView
 from transforms.commits import commit_at, commits, file_actions
 from transforms.inventory import stamp_of
 from transforms.manifests import read_manifest
+from transforms.places import tables_below
 from transforms.staleness import Manifest
 from transforms.tables import DataFile, data_files, open_table, read_file, root_of
-from transforms.vacuum import files_below, tables_below
+from transforms.vacuum import files_below
 
 
 @dataclasses.dataclass(frozen=True)

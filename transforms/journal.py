@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER, Clock, Rule
@@ -99,7 +100,7 @@ class Journal:
         reach = max([0, *(view.reach(name) for name in view.events)])
         self.stores: dict[str, Panes] = {PENDING: Panes(view.time, MINUTE * 10), ASKED: Panes("time", max(self.keep // 4, MINUTE))}
         for name, source in view.events.items():
-            if source.unique:
+            if repeats_by(view, name):
                 self.stores[name] = Panes(str(source.time), max(2 * reach // (CELLS - 2), MINUTE))
 
     # -- what must survive ---------------------------------------------------------------------------------------
@@ -202,14 +203,14 @@ class Journal:
         if late:
             self._count(name, "late", late)
         columns = self.view.columns_read(name)
-        if source.unique:
-            rows = rows.select(*columns, rid(rows))
+        if repeats_by(self.view, name):
+            rows = rows.select(*known_columns(self.view, name), rid(rows))
             counted, retracted = self._without_repeats(source, rows)
             whole = whole.with_columns(
                 rows[RID].is_in(counted[RID].implode()).alias("__counted"),
                 rows.join(retracted, on=RID, how="left", maintain_order="left")["__instead"],
             )
-            rows = counted
+            rows = counted.select(*columns, RID)
             if len(retracted):
                 for frames in to_shards:
                     frames[f"retract:{name}"] = retracted.select(pl.col("__instead").alias(RID))
@@ -227,7 +228,7 @@ class Journal:
 
     def _without_repeats(self, source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         """(Rows that count, the rids of which replace those in `__instead`): of rows with one `unique` value the first known stays."""
-        store, unique = self.stores[source.name], list(source.unique or ())
+        store, unique = self.stores[source.name], list(repeats_by(self.view, source.name))
         hashes = key_hashes(rows, unique)
         before = store.take(tuple(unique), hashes, ALWAYS, FOREVER)
         nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
@@ -240,7 +241,8 @@ class Journal:
         first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(unique, keep="first", maintain_order=True)
         kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
         gone = old.filter(~pl.col(RID).is_in(first[RID].implode())).select(*unique, pl.col(RID).alias("__instead"))
-        self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
+        if source is not self.view.spine:  # questions are accounted for as such
+            self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
         if len(gone):
             store.drop(RID, gone["__instead"].to_numpy())
         gone = first.join(gone, on=unique).select(RID, "__instead")
@@ -366,6 +368,11 @@ class Journal:
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]
         counts[what] = counts.get(what, 0) + number
+
+
+def known_columns(view: FeatureView, name: str) -> list[str]:
+    """What is kept of a source's rows to tell which of two repeats stays: what ties are broken by."""
+    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_read(name)
 
 
 def rid(rows: pl.DataFrame) -> pl.Series:

@@ -170,9 +170,9 @@ class DecodeBundles(beam.DoFn):  # type: ignore[misc]
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
 
-    def process(self, message: Message) -> Iterator[bytes] | None:
+    def process(self, message: Message) -> Iterable[bytes]:
         self.messages.append(message)
-        return None
+        return ()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:

@@ -22,7 +22,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import CommitProperties, Transaction, create_table_with_add_actions
 
 from schemas.errors import StoreError
-from schemas.live import LIVE_LETTERS, accepted, live_schema
+from schemas.live import LIVE_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.batches import batch
 from transforms.inventory import source_uri
@@ -228,9 +228,9 @@ class Ledger:
         frame = frame.with_columns(
             pl.lit(True if column == "__counted" else None).alias(column)
             for column in ("__counted", "__instead")
-            if source.unique and column not in frame.columns
+            if repeats_by(self.view, name) and column not in frame.columns
         )
-        writer = Writer(source_uri(sources_root(self.store), name), accepted(source), f"live/{name}", self.run_id)
+        writer = Writer(source_uri(sources_root(self.store), name), accepted(self.view, name), f"live/{name}", self.run_id)
         return writer.append(frame, told["turn"], told, BeyondOffsets(name, ("", "__partition", "__offset")))
 
 

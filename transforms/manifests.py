@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -11,9 +12,14 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
+from transforms.commits import commit_at
+from transforms.evolution import Older, told_by
 from transforms.inputs import Tally, digests_read
+from transforms.places import folders
 from transforms.staleness import EMPTY, Current, Manifest, advance
-from transforms.tables import metadata_of, root_of, write_aside
+from transforms.tables import data_files, metadata_of, open_table, root_of, write_aside
+
+log = logging.getLogger("millrace.features")
 
 FOLDER = "_manifests"  # Delta leaves folders with an underscore alone
 
@@ -37,6 +43,22 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
         ) from None
 
 
+def older_tables(store: str, view: FeatureView) -> list[Older]:
+    """The tables of the same view's other fingerprints, the last written first; one that cannot be read is passed over."""
+    found = []
+    root = FileSystems.join(store, "features", view.name)
+    for (fingerprint,) in folders(root, 1):
+        uri = FileSystems.join(root, fingerprint)
+        try:
+            table = open_table(uri) if fingerprint != view.fingerprint else None
+            if table is not None:
+                at = commit_at(uri, table.version()).get("timestamp", 0)
+                found.append((at, Older(uri, int(table.version()), read_manifest(table), tuple(data_files(table)))))
+        except StoreError as error:
+            log.warning("nothing is copied from it: %s", error)
+    return [older for _, older in sorted(found, key=lambda each: each[0], reverse=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class WriteManifest:
     """Metadata for a commit of `ranges` (µs): writes the manifest that follows from the snapshot the commit builds on."""
@@ -52,6 +74,7 @@ class WriteManifest:
     def __call__(self, table: DeltaTable | None, tallies: Mapping[str, Tally]) -> dict[str, str]:
         before = EMPTY if self.everything else read_manifest(table)
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, self.snapshots)
+        after = dataclasses.replace(after, about=told_by(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
         write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
         return {"manifest": name}

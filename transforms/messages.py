@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,9 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.durations import microseconds
-from schemas.errors import ContractError
+from schemas.errors import ContractError, nearest
 from schemas.sources import Source
+from transforms.clock import FOREVER
 from transforms.contracts import Contract, judge
 
 HEARTBEAT = b"__heartbeat"
@@ -99,12 +101,14 @@ def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
         letters.append(_located(contract, whole, broken))
     kept, ahead = _ahead(contract, kept)
     letters += ahead
-    until = []
+    until, ahead_by = [], microseconds(contract.source.ahead, zero=True)
     for beat in beats:
-        try:
-            until.append(int(beat.value))
-        except ValueError:
-            letters.append(_unreadable(contract, beat, "a heartbeat is an integer, µs since 1970"))
+        told = int(beat.value) if beat.value.lstrip(b"-").isdigit() else None
+        if told is None or FOREVER > told > beat.timestamp + ahead_by:
+            rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
+            letters.append(_unreadable(contract, beat, rule))
+        else:
+            until.append(told)
     return Decoded(kept, pl.concat([pl.DataFrame(schema=LETTERS), *letters]), max(until, default=None))
 
 
@@ -138,7 +142,7 @@ def _one(contract: Contract, message: Message) -> pl.DataFrame:
         with pa.ipc.open_stream(message.value) as reader:
             table = reader.read_all()
     elif message.value[:4] == _AVRO:
-        table = _from_avro(contract.source, message.value)
+        return _from_rows(contract, _avro_rows(message.value), [message])
     else:
         raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
     contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
@@ -151,25 +155,40 @@ def _one(contract: Contract, message: Message) -> pl.DataFrame:
 
 
 def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
-    source, counts, rows = contract.source, [], []
+    counts: list[int] = []
+    rows: list[Any] = []
     for message in messages:
         value = json.loads(message.value)
         some = value if isinstance(value, list) else [value]
         rows += some
         counts.append(len(some))
-    if not all(isinstance(row, dict) for row in rows):
-        raise ContractError("A JSON message is an object or a list of them", "something else", "")
-    for name in contract.columns:
-        if rows and not any(name in row for row in rows):
-            raise ContractError(f"Source {source.name!r}: every message has the declared column {name!r}", ", ".join(rows[0]), "")
+    return _from_rows(contract, rows, messages, counts)
+
+
+def _from_rows(
+    contract: Contract, rows: list[Any], messages: Sequence[Message], counts: Sequence[int] | None = None
+) -> pl.DataFrame:
+    """Rows of messages as a frame.  Every row names every column that is read, so that a renamed one does not pass for null."""
+    source, read = contract.source, set(contract.columns)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ContractError("A message holds an object or a list of them", repr(row)[:100], "")
+        if not read <= row.keys():
+            missing = next(name for name in contract.columns if name not in row)
+            what = f"Source {source.name!r}: every row has the declared column {missing!r}"
+            raise ContractError(what, ", ".join(map(str, row)), nearest(missing, map(str, row)))
     columns = [_column(source, name, dtype, [row.get(name) for row in rows]) for name, dtype in source.schema.items()]
-    return _with_origin(pl.DataFrame(columns), messages, counts)
+    return _with_origin(pl.DataFrame(columns), messages, [len(rows)] if counts is None else counts)
 
 
 def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) -> pl.Series:
-    """JSON values as a column of exactly `dtype`."""
+    """Python values as a column of exactly `dtype`; times may be ISO texts."""
     allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
     found = set(map(type, values)) - {type(None)}
+    if found == {datetime} and isinstance(dtype, pl.Datetime) and all(each is None or each.tzinfo for each in values):
+        return pl.Series(name, values, dtype)
+    if found == {date} and dtype == pl.Date:
+        return pl.Series(name, values, dtype)
     if not found <= allowed:
         raise ContractError(f"Source {source.name!r}: column {name!r} is {dtype}", ", ".join(sorted(each.__name__ for each in found - allowed)), "")
     if dtype.is_integer() or dtype.is_float():
@@ -188,17 +207,15 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) ->
     return series
 
 
-def _from_avro(source: Source, value: bytes) -> pa.Table:
+def _avro_rows(value: bytes) -> list[Any]:
     try:
         import fastavro
     except ImportError:
         raise ContractError("Avro messages need fastavro", "it is not installed", "pip install fastavro") from None
     try:
-        rows = list(fastavro.reader(io.BytesIO(value)))
+        return list(fastavro.reader(io.BytesIO(value)))
     except Exception as error:  # whatever it makes of bytes that are no Avro
         raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
-    names = rows[0].keys() if rows else source.schema
-    return pa.table({name: pa.array([row[name] for row in rows]) for name in names if name in source.schema})
 
 
 def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:

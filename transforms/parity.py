@@ -20,14 +20,13 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
-from schemas.live import accepted
+from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.dimensions import kept
 from transforms.inventory import source_uri
 from transforms.journal import PLACE, cut_of, rid
 from transforms.kernels import compute
 from transforms.live_tables import features_live_uri, sources_root
-from transforms.replay import sources_of
 from transforms.shards import RID
 from transforms.tables import data_files, open_table, read_file
 
@@ -171,11 +170,11 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
     """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
     source = view.events[name]
     back = timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
-    extra = ["__counted", "__instead"] if source.unique else []
+    extra = ["__counted", "__instead"] if repeats_by(view, name) else []
     rows = _read(view, store, name, [*view.columns_read(name), *PLACE, *extra], first - back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
-    if source.unique:
+    if repeats_by(view, name):
         replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(pl.col("__instead").is_not_null())
         at = pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)}).group_by(RID).agg(pl.col("gone").min())
         gone = rows.select(rid(rows)).join(at, on=RID, how="left", maintain_order="left")["gone"].fill_null(NEVER).to_numpy()
@@ -238,6 +237,6 @@ def _read(view: FeatureView, store: str, name: str, columns: Sequence[str], star
     """Columns of a source's accepted rows of the dates `[start, end)`."""
     table = open_table(source_uri(sources_root(store), name))
     files = [] if table is None else data_files(table, start, end)
-    schema = accepted(sources_of(view)[name])
+    schema = accepted(view, name)
     empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
     return pl.concat([empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)])

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import platform
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from transforms.bundles import FORMAT, MANIFEST, Bundle, check_digest, digest_of
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
 
 CHAMPION = "champion"
+# How the reason of a move back begins.
+ROLLBACK = "rollback: "
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
 _MODEL_FOLDER = "model"  # of a run's artifacts
@@ -188,13 +191,13 @@ class Registry:
         """
         stack: list[str] = []
         for entry in self.history(name):
-            if entry["version"] in stack:
-                del stack[stack.index(entry["version"]) + 1 :]
+            if entry["why"].startswith(ROLLBACK):
+                stack.pop()
             else:
                 stack.append(entry["version"])
         if len(stack) < 2:
             raise StoreError(f"Model {name!r} had a champion before this one", ", ".join(stack) or "none at all", "Name one: millrace promote VERSION --why …")  # fmt: skip
-        self.promote(name, stack[-2], why, who)
+        self.promote(name, stack[-2], f"{ROLLBACK}{why}", who)
         return stack[-1], stack[-2]
 
     def versions(self, name: str) -> list[dict[str, Any]]:
@@ -291,7 +294,10 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str) -> str:
     outputs = [ColSpec("float", name) for name in scores(bundle.classes)]
     signature = ModelSignature(Schema(inputs), Schema(outputs))
     metadata = {"fingerprint": bundle.fingerprint, "manifest_sha256": digest}
-    flavors = {"millrace": {"format": FORMAT, "manifest": MANIFEST}}
+    flavors = {
+        "millrace": {"format": FORMAT, "manifest": MANIFEST},
+        "python_function": {"loader_module": "transforms.serving", "python_version": platform.python_version()},
+    }
     Model(_MODEL_FOLDER, run_id, flavors=flavors, signature=signature, metadata=metadata).save(
         os.path.join(folder, "MLmodel")
     )
@@ -299,7 +305,8 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str) -> str:
 
 
 _MLFLOW_TYPES = {
-    "int8": "integer", "int16": "integer", "int32": "integer", "int64": "long", "float": "float", "double": "double",
+    # Any input may be null, and MLflow's own whole numbers may not.
+    "int8": "double", "int16": "double", "int32": "double", "int64": "double", "float": "float", "double": "double",
     "bool": "boolean", "string": "string", "large_string": "string", "date32[day]": "datetime",
     "timestamp[us, tz=UTC]": "datetime",
 }  # fmt: skip

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -199,14 +197,3 @@ def interval(values: Floats) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def merge(left: dict[object, Cells], right: Iterable[tuple[object, Cells]]) -> dict[object, Cells]:
-    """`right` added to `left`, in place."""
-    for key, part in right:
-        left[key] = left[key] + part if key in left else part
-    return left
-
-
-def row_ids(column: pl.Series) -> npt.NDArray[np.int64]:
-    return column.cast(pl.Int64).to_numpy()

@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER
 from transforms.contracts import day_of
 from transforms.ids import row_ids
 from transforms.inventory import source_uri
-from transforms.journal import ASKED, PENDING, PLACE, Journal, Turn, digest, rid
+from transforms.journal import ASKED, PENDING, PLACE, Journal, Turn, digest, known_columns, rid
 from transforms.live_tables import features_live_uri, last_told, live_letters_uri, sources_root
 from transforms.messages import ORIGIN
 from transforms.replay import sources_of
@@ -114,11 +115,11 @@ def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
         low = journal.horizon - 2 * view.reach(name) if journal.horizon > ALWAYS else ALWAYS
         rows = rows_from(store, view, name, start.versions[name], low)
         columns = view.columns_read(name)
-        if source.unique:
+        if repeats_by(view, name):
             gone = rows["__instead"].drop_nulls()
             rows = rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
             columns = [*columns, RID]
-            journal.stores[name].add(rows.select(columns))
+            journal.stores[name].add(rows.select(*known_columns(view, name), RID))
         moment = pl.col(str(source.time)).to_physical()
         rows = rows.select(columns).filter(moment >= journal.horizon - view.reach(name) if journal.horizon > ALWAYS else True)
         for begin in range(0, len(rows), SEED_ROWS):
@@ -131,7 +132,7 @@ def rows_from(store: str, view: FeatureView, source: str, version: int, low: int
     declared = sources_of(view)[source]
     table = open_table(source_uri(sources_root(store), source), version)
     assert table is not None
-    extra = ["__counted", "__instead"] if declared.unique else []
+    extra = ["__counted", "__instead"] if repeats_by(view, source) else []
     columns = [*declared.schema, *ORIGIN, *extra]
     files = data_files(table, _day(low))
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in files]

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Manifest:
         dates: per computed day of the spine, the digest of all its inputs.
         dimensions: digest per dimension as last used; `looked_up` has it per computed day.
         snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
+        about: the view in terms that another view can be compared with (`evolution.about`).
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -48,6 +50,7 @@ class Manifest:
     dimensions: Mapping[str, int]
     looked_up: Mapping[int, int]
     snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -80,6 +83,7 @@ class Manifest:
                 raw["dimensions"],
                 _ints(raw["looked_up"]),
                 {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
+                raw.get("about", {}),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(
@@ -194,11 +198,18 @@ def input_digests(
     view: FeatureView, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
 ) -> dict[int, int]:
     """Per day of the spine the digest of everything its features may see: its questions, and its events' days within reach."""
+    return digests_within(reaches(view), digests, dropped, days)
+
+
+def digests_within(
+    back: Mapping[str, int], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
+) -> dict[int, int]:
+    """Per day the digest of each source's days from so many days before."""
     wanted = sorted(days)
     if not wanted:
         return {}
     total = dict.fromkeys(wanted, 0)
-    for name, back in _reaches(view).items():
+    for name, reach in back.items():
         seen = sorted({*digests.get(name, {}), *dropped.get(name, {})})
         raw, gone = digests.get(name, {}), dropped.get(name, {})
         # One number per day of this source; a window's is their sum, so prefix sums give every window's.
@@ -213,7 +224,7 @@ def input_digests(
         )
         prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
         place = np.array(seen, np.int64)
-        first = np.searchsorted(place, np.array(wanted) - back, "left")
+        first = np.searchsorted(place, np.array(wanted) - reach, "left")
         last = np.searchsorted(place, np.array(wanted), "right")
         with np.errstate(over="ignore"):
             sums = prefix[last] - prefix[first]
@@ -246,7 +257,7 @@ def history_digest(
     return int.from_bytes(hashlib.blake2b("\n".join(parts).encode(), digest_size=8).digest(), "big")
 
 
-def _reaches(view: FeatureView) -> dict[str, int]:
+def reaches(view: FeatureView) -> dict[str, int]:
     """Per source the number of days before its own that a day's features see; the spine at least its own."""
     lifetime = lifetime_sources(view)
     return {
@@ -304,7 +315,7 @@ def _why(
     view: FeatureView, manifest: Manifest, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], day: int
 ) -> str:
     causes = []
-    for name, back in _reaches(view).items():
+    for name, back in reaches(view).items():
         for kind, now, before in (
             ("", digests.get(name, {}), manifest.digests.get(name, {})),
             ("repeats in ", dropped.get(name, {}), manifest.dropped.get(name, {})),
@@ -340,10 +351,10 @@ def advance(
         digests = {name: dict(each) for name, each in current.digests.items()}
         covered = {name: [(low, high) for _, low, high in files.values()] for name, files in current.files.items()}
     else:
-        digests = {name: {**manifest.digests.get(name, {}), **read.get(name, {})} for name in _reaches(view)}
+        digests = {name: {**manifest.digests.get(name, {}), **read.get(name, {})} for name in reaches(view)}
         first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
         covered = {
-            name: [*manifest.covered.get(name, ()), (first - back, last)] for name, back in _reaches(view).items()
+            name: [*manifest.covered.get(name, ()), (first - back, last)] for name, back in reaches(view).items()
         }
     covered = {
         name: [(low, min(high, whole)) for low, high in Days(spans).spans if low <= whole]

@@ -28,6 +28,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 from schemas.errors import StoreError
 from transforms.batches import batch
 from transforms.commits import commits
+from transforms.commits import root_of as address_of
 
 _TYPES = {
     pa.int8(): "byte", pa.int16(): "short", pa.int32(): "integer", pa.int64(): "long", pa.float32(): "float", pa.float64(): "double",
@@ -98,9 +99,8 @@ def newest(uri: str) -> int | None:
 
 
 def root_of(table: DeltaTable) -> str:
-    """The table's folder; delta-rs writes it, and paths below it, as URIs do, with %20 for a space."""
-    uri = table.table_uri.rstrip("/")
-    return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else str(uri)
+    """The table's folder."""
+    return address_of(table.table_uri)
 
 
 def paths_of(table: DeltaTable) -> list[str]:
@@ -335,13 +335,12 @@ def commit(
         "files": len(unique),
         "dates": tuple(sorted({file.date for file, _ in unique.values()})),
     }
-    schema = delta_schema(target.schema)
-    parts = [*(target.extra or {}), "date"]
+    schema, parts = delta_schema(target.schema), [*(target.extra or {}), "date"]
     before = _paths(open_table(target.uri, target.base), target) if target.base is not None else set()
     for _ in range(TRIES):
         table = open_table(target.uri)
         try:
-            more = prepare(table, *side) if prepare is not None else {}
+            more = {} if prepare is None else prepare(table, *side)
             properties = CommitProperties(
                 custom_metadata={**(target.metadata or {}), **more, "run_id": target.run_id},
                 app_transactions=[Transaction(target.run_id, 1)],
@@ -409,24 +408,17 @@ def _paths(table: DeltaTable | None, target: Target) -> set[str]:
     if table is None:
         return set()
     actions = _actions(table)
-    dates = None if target.dates is None else set(target.dates)
-    rows = range(len(actions["path"]))
-    extra = target.extra or {}
-    return {
-        actions["path"][i]
-        for i in rows
-        if (dates is None or actions["partition.date"][i] in dates)
-        and all(actions[f"partition.{k}"][i] == v for k, v in extra.items())
-    }
+    wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
+    if target.dates is not None:
+        wanted["date"] = set(target.dates)
+    inside = (all(actions[f"partition.{k}"][i] in v for k, v in wanted.items()) for i in range(len(actions["path"])))
+    return set(itertools.compress(actions["path"], inside))
 
 
 def _actions(table: DeltaTable) -> dict[str, list[Any]]:
     """Path, partition, rows and bytes of every file, by delta-rs's names (pyarrow 10 cannot take its tables)."""
     known = pl.DataFrame(table.get_add_actions(flatten=True))
-    wanted = ("path", "num_records", "size_bytes")
-    return known.select(name for name in known.columns if name in wanted or name.startswith("partition.")).to_dict(
-        as_series=False
-    )
+    return known.select("path", "num_records", "size_bytes", pl.col(r"^partition\..*$")).to_dict(as_series=False)
 
 
 def _committed_version(table: DeltaTable, run_id: str) -> int:
@@ -453,7 +445,5 @@ def _first_line(error: BaseException) -> str:
 
 def metadata_of(table: DeltaTable, name: str) -> str | None:
     """The value last committed under `name` in a commit's metadata, as of the handle's version."""
-    for entry in commits(table.table_uri, table.version()):
-        if entry.get(name) is not None:
-            return str(entry[name])
-    return None
+    found = (entry[name] for entry in commits(table.table_uri, table.version()) if entry.get(name) is not None)
+    return next(map(str, found), None)

@@ -14,6 +14,7 @@ from apache_beam import pvalue, typehints
 from schemas.views import FeatureView
 from transforms.batches import batch, frame
 from transforms.carrying import load_summaries
+from transforms.evolution import Copies, compute_with
 from transforms.ids import row_ids
 from transforms.inputs import (
     Input,
@@ -24,7 +25,7 @@ from transforms.inputs import (
     settle_events,
     settle_spine,
 )
-from transforms.kernels import CORES, compute
+from transforms.kernels import CORES
 from transforms.lifetime import Summary
 from transforms.plan import Block, Plan
 from transforms.routing import SPINE, Route, gathered_read, routes
@@ -39,25 +40,26 @@ class TrailingFeatures(beam.PTransform):
 
     A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
     slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
-    per block the summaries that `carrying.CarrySummaries` left under `uri`.
+    per block the summaries that `carrying.CarrySummaries` left under `uri`.  Columns of `copies` are not computed.
     """
 
     view: FeatureView
     plan: Plan
     carried: pvalue.AsSingleton | None = None
     uri: str = ""
+    copies: Copies | None = None
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
         side = () if self.carried is None else (self.carried,)
         if not self.plan.shuffled:
-            compute_block = ComputeBlock(self.view, rules, count, self.uri)
+            compute_block = ComputeBlock(self.view, rules, count, self.uri, self.copies)
             return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
         slices = blocks.pipeline | "Slices" >> beam.Create(list(routes(self.plan))) | "Spread" >> beam.Reshuffle()
         routed = slices | "Route" >> beam.ParDo(Route(self.view, self.plan)).with_outputs(*TAGS, main=FEATURES)
         routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, pa.RecordBatch]]
         gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
-        gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri)
+        gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri, self.copies)
         features, letters, tallies = typed(
             gathered | "Compute" >> beam.ParDo(gather, *side).with_outputs(*TAGS, main=FEATURES)
         )
@@ -84,8 +86,8 @@ def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PColle
 class ComputeBlock(beam.DoFn):
     """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
 
-    def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "") -> None:
-        self.view, self.plan, self.blocks, self.uri = view, plan, blocks, uri
+    def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "", copies: Copies | None = None) -> None:
+        self.view, self.plan, self.blocks, self.uri, self.copies = view, plan, blocks, uri, copies
 
     def setup(self) -> None:
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in self.plan.dimensions}
@@ -98,7 +100,7 @@ class ComputeBlock(beam.DoFn):
         self, block: Block, spine: Input, events: Mapping[str, Input], carried: Carried | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
-        features = answer(self.view, spine, {**self.dimensions, **events}, summaries)
+        features = answer(self.view, spine, {**self.dimensions, **events}, summaries, self.copies)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
@@ -108,8 +110,10 @@ class ComputeBlock(beam.DoFn):
 class ComputeGathered(ComputeBlock):
     """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
 
-    def __init__(self, view: FeatureView, plan: Plan, blocks: Sequence[Block], uri: str = "") -> None:
-        super().__init__(view, plan, len(blocks), uri)
+    def __init__(
+        self, view: FeatureView, plan: Plan, blocks: Sequence[Block], uri: str = "", copies: Copies | None = None
+    ) -> None:
+        super().__init__(view, plan, len(blocks), uri, copies)
         self.by_index = {block.index: block for block in blocks}
 
     def process(  # type: ignore[override]
@@ -133,12 +137,15 @@ def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict
 
 
 def answer(
-    view: FeatureView, spine: Input, tables: Mapping[str, Input], summaries: Mapping[str, Summary] | None = None
+    view: FeatureView,
+    spine: Input,
+    tables: Mapping[str, Input],
+    summaries: Mapping[str, Summary] | None = None,
+    copies: Copies | None = None,
 ) -> pa.RecordBatch:
     """The features of a block's questions."""
-    return features_batch(
-        view, compute(view, spine.frame, {**{name: each.frame for name, each in tables.items()}, **(summaries or {})})
-    )
+    frames = {**{name: each.frame for name, each in tables.items()}, **(summaries or {})}
+    return features_batch(view, compute_with(view, spine.frame, frames, copies))
 
 
 def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:

@@ -17,13 +17,11 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from transforms.commits import LOG, commit_at, commits, file_actions, versions
-from transforms.commits import root_of as root_of_uri
+from transforms.places import place_of
 from transforms.running import Running
 from transforms.tables import open_table, paths_of, root_of
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
-# Where tables lie in a store, and how many folders below.
-PLACES = {"features": 2, "features_live": 2, "predictions": 1, "dead_letters": 1, "sources": 1}
 # Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
 DATA = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
 ASIDE = re.compile(r"\..+\.\d+-\d+|.+\.json\.part")
@@ -92,28 +90,6 @@ def files_below(folder: str) -> Iterator[Stored]:
             except FileNotFoundError:  # renamed or removed by its writer meanwhile
                 continue
             yield Stored(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
-
-
-def tables_below(store: str) -> list[str]:
-    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit yet."""
-    return [
-        f"{place}/{'/'.join(parts)}"
-        for place, depth in PLACES.items()
-        for parts in _folders(FileSystems.join(store, place), depth)
-        if place != "sources" or versions(FileSystems.join(store, place, *parts))
-    ]
-
-
-def _folders(folder: str, depth: int) -> list[tuple[str, ...]]:
-    if "://" in folder:
-        found = (each.path[len(folder) + 1 :] for each in FileSystems.match([f"{folder}/**"])[0].metadata_list)
-        return sorted({tuple(path.split("/")[:depth]) for path in found if path.count("/") >= depth})
-    if not os.path.isdir(folder):
-        return []
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if depth == 1:
-        return [(name,) for name in names]
-    return [(name, *rest) for name in names for rest in _folders(os.path.join(folder, name), depth - 1)]
 
 
 def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
@@ -280,8 +256,3 @@ def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
         if isinstance(table, Mapping) and "uri" in table and "version" in table:
             pins.append(Pin(place_of(str(table["uri"])), int(str(table["version"])), name))
     return tuple(pins)
-
-
-def place_of(uri: str) -> str:
-    """A feature table's path within its store: stores may be moved."""
-    return "/".join(root_of_uri(uri).split("/")[-3:])
