@@ -7,6 +7,7 @@ REQUIRES = [
     "deltalake>=1.6,<2",
     "dill",  # tfx-bsl imports it and does not say so
     "google-crc32c>=1.5",
+    "isal>=1.6",
     "matplotlib>=3.8,<4",
     "mlflow>=3.17,<4",
     "numpy>=1.26,<3",

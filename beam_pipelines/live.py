@@ -26,12 +26,13 @@ from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.contracts import EPOCH, MICROSECOND
-from transforms.live import DecodeBundles, DecodeChunks, Live, LiveFeatures
+from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures
 from transforms.live_tables import features_live_uri, last_told, sources_root
 from transforms.packets import pack, unpack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
 from transforms.shards import groups_of
+from transforms.state import Live
 from transforms.tables import data_files, open_table
 from transforms.topics import (
     Broker,
@@ -80,12 +81,20 @@ def parse(argv: Sequence[str]) -> Options:
     arguments = Arguments("millrace features --streaming", "Answer questions as they arrive.")
     arguments.add_interval("messages (replay only)")
     arguments.add_argument("--streaming", action="store_true", help="live: this pipeline")
-    arguments.add_argument("--source", choices=("kafka", "replay"), default="replay", help="where messages come from (default: replay)")
+    arguments.add_argument(
+        "--source", choices=("kafka", "replay"), default="replay", help="where messages come from (default: replay)"
+    )
     arguments.add_argument("--sources", help="replay: folder of the files to send; dimensions are read there too")
     arguments.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
-    arguments.add_argument("--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)")
+    arguments.add_argument(
+        "--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)"
+    )
     arguments.add_argument("--topic_prefix", default="", help="before the name of every topic")
-    arguments.add_argument("--sink", choices=("table", "topic", "both"), help="where answers go (default: both with kafka, table with replay)")
+    arguments.add_argument(
+        "--sink",
+        choices=("table", "topic", "both"),
+        help="where answers go (default: both with kafka, table with replay)",
+    )
     arguments.add_argument("--shards", type=int, default=2, help="parallel shards of keys (default 2)")
     for name, value, text in (
         ("pace", "200ms", "least time between turns"), ("commit_every", "10s", "least time between commits"),
@@ -97,7 +106,10 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument("--seed", type=int, default=0, help="replay: of the disorder")
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    lengths = {name: microseconds(getattr(flags, name), f"--{name}", zero=True) for name in ("pace", "commit_every", "keep", "dimension_every", "chunk", "disorder")}
+    lengths = {
+        name: microseconds(getattr(flags, name), f"--{name}", zero=True)
+        for name in ("pace", "commit_every", "keep", "dimension_every", "chunk", "disorder")
+    }
     replaying = flags.source == "replay"
     sources = os.path.abspath(flags.sources) if flags.sources and "://" not in flags.sources else flags.sources
     if replaying and (sources is None or sources == sources_root(flags.store)):
@@ -112,15 +124,36 @@ def parse(argv: Sequence[str]) -> Options:
         keep=lengths["keep"], pace=0 if replaying else max(lengths["pace"], 1000), commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"], prefix=flags.topic_prefix, table=sink != "topic",
     )  # fmt: skip
-    span = {name: (day - EPOCH.date()) // MICROSECOND for name in ("start", "end") if (day := getattr(flags, name)) is not None}
-    replay = Replay(sources, **span, partitions=max(flags.partitions, 1), disorder=lengths["disorder"], seed=flags.seed, chunk=max(lengths["chunk"], 1)) if replaying else None
+    span = {
+        name: (day - EPOCH.date()) // MICROSECOND
+        for name in ("start", "end")
+        if (day := getattr(flags, name)) is not None
+    }
+    replay = (
+        Replay(
+            sources,
+            **span,
+            partitions=max(flags.partitions, 1),
+            disorder=lengths["disorder"],
+            seed=flags.seed,
+            chunk=max(lengths["chunk"], 1),
+        )
+        if replaying
+        else None
+    )
     if not replaying and flags.bootstrap is None:
-        raise DefinitionError("Live from Kafka, a broker is named", "no --bootstrap", "Add --bootstrap HOST:PORT, or --source replay")
+        raise DefinitionError(
+            "Live from Kafka, a broker is named", "no --bootstrap", "Add --bootstrap HOST:PORT, or --source replay"
+        )
     broker = Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None
     if sink != "table" and broker is None:
-        raise DefinitionError("A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table")
+        raise DefinitionError(
+            "A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table"
+        )
     groups_of(definition.view)
-    return Options(definition, flags.run_id, live, replay, broker, ("table", "topic") if sink == "both" else (sink,), tuple(rest))
+    return Options(
+        definition, flags.run_id, live, replay, broker, ("table", "topic") if sink == "both" else (sink,), tuple(rest)
+    )
 
 
 def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None, group: str = "") -> None:
@@ -178,7 +211,11 @@ def run_live(options: Options) -> None:
     start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
     _warn_of_loss(names, begin, start, live.prefix)
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
-    stand(broker, group, {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names})
+    stand(
+        broker,
+        group,
+        {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names},
+    )
     pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
     build(pipeline, options, start, group)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -224,7 +261,13 @@ def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], 
         for number, offset in begin[f"{prefix}{name}"].items():
             due = start.next[name][str(number)]
             if due < offset:
-                log.warning("%s/%d: the broker no longer has offsets %d to %d; they are counted as skipped", name, number, due, offset - 1)
+                log.warning(
+                    "%s/%d: the broker no longer has offsets %d to %d; they are counted as skipped",
+                    name,
+                    number,
+                    due,
+                    offset - 1,
+                )
 
 
 def summary(options: Options) -> dict[str, object]:

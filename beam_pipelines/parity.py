@@ -50,7 +50,9 @@ def figures(found: Parity) -> dict[str, object]:
 def table(found: Parity) -> str:
     """A line per feature."""
     width = max(map(len, found.features))
-    lines = [f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"]
+    lines = [
+        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"
+    ]
     lines += [
         f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  {each.differing:>10,}  {each.changed_later:>13,}"
         for name, each in found.features.items()

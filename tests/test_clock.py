@@ -13,7 +13,10 @@ from transforms.clock import ALWAYS, FOREVER, Clock, Rule
 
 times = st.integers(-50, 200)
 # (what, partition, time, µs passed since the step before)
-steps = st.lists(st.tuples(st.sampled_from(["observe", "promise", "expect"]), st.integers(0, 2), times, st.integers(0, 40)), max_size=40)
+steps = st.lists(
+    st.tuples(st.sampled_from(["observe", "promise", "expect"]), st.integers(0, 2), times, st.integers(0, 40)),
+    max_size=40,
+)
 
 
 class Slow:
@@ -29,14 +32,20 @@ class Slow:
             known.append((time - self.lateness if what == "observe" else time, now))
 
     def complete(self, now: int) -> int:
-        waited = {p: told for p, told in self.told.items() if self.idle is None or now - max(heard for _, heard in told) < self.idle}
+        waited = {
+            p: told
+            for p, told in self.told.items()
+            if self.idle is None or now - max(heard for _, heard in told) < self.idle
+        }
         if not self.told:
             return ALWAYS
         return min((max(until for until, _ in told) for told in waited.values()), default=FOREVER)
 
 
 @given(steps, st.integers(0, 20), st.none() | st.integers(1, 60))
-def test_complete_is_the_least_promise_of_those_waited_for(steps: list[tuple[str, int, int, int]], lateness: int, idle: int | None) -> None:
+def test_complete_is_the_least_promise_of_those_waited_for(
+    steps: list[tuple[str, int, int, int]], lateness: int, idle: int | None
+) -> None:
     clock, slow, now, settled = Clock({"s": Rule(lateness, idle)}), Slow(lateness, idle), 0, ALWAYS
     for what, partition, time, passed in steps:
         now += passed
@@ -77,7 +86,10 @@ def test_a_clock_survives_being_written_down(steps: list[tuple[str, int, int, in
         clock.settled("s", now)
         other = Clock({"s": Rule(5, idle)})
         other.load(json.loads(json.dumps(clock.to_json())))
-        assert (other.complete("s", now), other.settled("s", now)) == (clock.complete("s", now), clock.settled("s", now))
+        assert (other.complete("s", now), other.settled("s", now)) == (
+            clock.complete("s", now),
+            clock.settled("s", now),
+        )
         clock = other
 
 

@@ -20,17 +20,22 @@ from turns import Job, unread
 
 from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Source, Trailing
 from transforms.clock import FOREVER
-from transforms.journal import PLACE, cut_of
 from transforms.live_tables import Writer, features_live_uri, live_letters_uri, sources_root
 from transforms.messages import Message, heartbeat, to_arrow
+from transforms.micros import PLACE, cut_of
 from transforms.parity import check
 from transforms.shards import groups_of
 from transforms.tables import data_files, open_table, read_file
 
 events = Source(
-    "events", time="at", lateness="5s", columns={"k": pl.String, "g": pl.Int32, "v": pl.Float64, "n": pl.Int64, "s": pl.String, "b": pl.Boolean}
+    "events",
+    time="at",
+    lateness="5s",
+    columns={"k": pl.String, "g": pl.Int32, "v": pl.Float64, "n": pl.Int64, "s": pl.String, "b": pl.Boolean},
 )
-sales = Source("sales", time="at", lateness="2s", unique="n", order="v", columns={"k": pl.String, "n": pl.Int64, "v": pl.Float64})
+sales = Source(
+    "sales", time="at", lateness="2s", unique="n", order="v", columns={"k": pl.String, "n": pl.Int64, "v": pl.Float64}
+)
 placed = Source("placed", time="at", event_time="happened", columns={"k": pl.String, "v": pl.Float64, "s": pl.String})
 questions = Source("questions", time="t", lateness="1s", columns=dict(histories.questions.columns))
 shops = histories.shops
@@ -86,7 +91,9 @@ def stream(random: Random, scale: int = 1) -> list[list[Message]]:
     random.shuffle(rows)
     if random.random() < 0.7:  # mostly in order: late rows are the exception
         slack = random.choice([0, 3, 10])
-        rows.sort(key=lambda each: each[1][str(SOURCES[each[0]].time)].max() + timedelta(seconds=random.uniform(0, slack)))  # type: ignore[operator]
+        rows.sort(
+            key=lambda each: each[1][str(SOURCES[each[0]].time)].max() + timedelta(seconds=random.uniform(0, slack))
+        )  # type: ignore[operator]
     offsets: dict[tuple[str, int], int] = {}
     messages = []
     for name, part in rows:
@@ -98,13 +105,21 @@ def stream(random: Random, scale: int = 1) -> list[list[Message]]:
         size = random.randrange(1, 12)
         chunks.append(messages[start : start + size])
         start += size
-    ends = [Message(name, number, offsets.get((name, number), 0), 2**51, *heartbeat(FOREVER)) for name in SOURCES for number in (0, 1)]
+    ends = [
+        Message(name, number, offsets.get((name, number), 0), 2**51, *heartbeat(FOREVER))
+        for name in SOURCES
+        for number in (0, 1)
+    ]
     return [*chunks, ends]
 
 
 def read(uri: str) -> pl.DataFrame:
     table = open_table(uri)
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)], how="diagonal") if table else pl.DataFrame()
+    return (
+        pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)], how="diagonal")
+        if table
+        else pl.DataFrame()
+    )
 
 
 class Killed(Exception):
@@ -127,11 +142,15 @@ def dying_after(appends: int) -> Iterator[None]:
         yield
 
 
-def run(store: Path, chunks: list[list[Message]], commits: set[int], kills: Mapping[int, int | None], keep: int = 30_000_000) -> Job:
+def run(
+    store: Path, chunks: list[list[Message]], commits: set[int], kills: Mapping[int, int | None], keep: int = 30_000_000
+) -> Job:
     """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from the tables."""
     dimensions = store / "in"
     (dimensions / "shops").mkdir(parents=True, exist_ok=True)
-    pl.DataFrame({"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema).write_parquet(dimensions / "shops" / "s.parquet")
+    pl.DataFrame(
+        {"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema
+    ).write_parquet(dimensions / "shops" / "s.parquet")
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
     job = Job(view, store, dimensions, begin, keep=keep)
     for number, chunk in enumerate(chunks):
@@ -172,7 +191,11 @@ def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
         answers = read(features_live_uri(folder, view.name, view.fingerprint))
         letters = read(live_letters_uri(folder, view.name))
         lost = letters.filter(pl.col("rule").str.contains("no later than")) if len(letters) else letters
-        refused = rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi") if len(lost) else rows.clear()
+        refused = (
+            rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi")
+            if len(lost)
+            else rows.clear()
+        )
         unanswered = distinct.join(answers, on=["id", "t"], how="anti") if len(answers) else distinct
         assert len(unanswered.join(refused, on=["id", "t"], how="anti")) == 0
         assert not len(job.journal.stores["?pending"])
@@ -202,13 +225,21 @@ def against_oracle(folder: str, answers: pl.DataFrame) -> None:
         for name in SOURCES:
             rows = read(f"{sources_root(folder)}/{name}")
             seen = [row["__offset"] < cut.get((name, row["__partition"]), 0) for row in rows.iter_rows(named=True)]
-            rows = rows.filter(pl.Series(seen, dtype=pl.Boolean)) if len(rows) else pl.DataFrame(schema=SOURCES[name].schema)
+            rows = (
+                rows.filter(pl.Series(seen, dtype=pl.Boolean))
+                if len(rows)
+                else pl.DataFrame(schema=SOURCES[name].schema)
+            )
             if name == "sales":  # the first known stays
                 rows = rows.sort("n", "at", "v", "k").unique("n", keep="first")
             if name == "questions":  # each is asked once; of contradicting ones the smallest counts
                 rows = rows.sort("t", "id", *questions.columns).unique(["t", "id"], keep="first")
             tables[name] = rows.select(SOURCES[name].schema.keys())
-        place = (pl.col("__partition") == answer["__partition"]) & (pl.col("__offset") == answer["__offset"]) & (pl.col("__place") == answer["__place"])
+        place = (
+            (pl.col("__partition") == answer["__partition"])
+            & (pl.col("__offset") == answer["__offset"])
+            & (pl.col("__place") == answer["__place"])
+        )
         question = read(f"{sources_root(folder)}/questions").filter(place).select(questions.schema.keys())
         (expected,) = oracles.features(view, question, tables)
         for name in view.columns:
@@ -222,12 +253,25 @@ def same(left: Any, right: Any) -> bool:
 
 
 def test_a_key_known_only_after_a_look_up_is_refused() -> None:
-    keyed = FeatureView("v", questions, key="id", features=[Lookup(shops, by="k", columns="name"), Trailing(events, by={"shops_name": "s"}, over="1m", stats={"v": "sum"})])
+    keyed = FeatureView(
+        "v",
+        questions,
+        key="id",
+        features=[
+            Lookup(shops, by="k", columns="name"),
+            Trailing(events, by={"shops_name": "s"}, over="1m", stats={"v": "sum"}),
+        ],
+    )
     with pytest.raises(DefinitionError, match="keys come from the spine's columns"):
         groups_of(keyed)
 
 
 def test_a_key_derived_from_the_spine_is_routed() -> None:
-    derived = FeatureView("v", questions, key="id", features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})])
+    derived = FeatureView(
+        "v",
+        questions,
+        key="id",
+        features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})],
+    )
     (group,) = groups_of(derived)
     assert group.asked == ("near",)

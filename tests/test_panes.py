@@ -28,7 +28,10 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
     for _ in range(random.randrange(25)):
         what = random.choice(["add", "add", "add", "evict", "drop", "before"])
         if what == "add":
-            new = [(random.randrange(-300, 300), random.choice(["a", "b", None]), random.choice([1, 2, None]), next_id + i) for i in range(random.randrange(30))]
+            new = [
+                (random.randrange(-300, 300), random.choice(["a", "b", None]), random.choice([1, 2, None]), next_id + i)
+                for i in range(random.randrange(30))
+            ]
             next_id += len(new)
             panes.add(pl.DataFrame(new, schema=SCHEMA, orient="row"))
             plain += new
@@ -41,7 +44,9 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
         elif what == "drop":
             ids = [random.randrange(max(next_id, 1)) for _ in range(3)]
             taken = panes.drop("rid", np.array(ids))
-            assert rows([taken] if taken is not None else []) == sorted((row for row in plain if row[3] in ids), key=str)
+            assert rows([taken] if taken is not None else []) == sorted(
+                (row for row in plain if row[3] in ids), key=str
+            )
             plain = [row for row in plain if row[3] not in ids]
         else:
             bound = random.randrange(-300, 300)

@@ -28,7 +28,16 @@ sales = Source(
     columns={"id": pl.Int64, "shop": pl.String, "price": pl.Float64, "few": pl.Int8, "fast": pl.Boolean, "day": pl.Date, "rate": pl.Float32},
 )  # fmt: skip
 contract = Contract(sales, tuple(sales.schema))
-ROW: dict[str, Any] = {"sold": NOW, "id": 1, "shop": "a", "price": 9.99, "few": 3, "fast": True, "day": NOW.date(), "rate": 0.5}
+ROW: dict[str, Any] = {
+    "sold": NOW,
+    "id": 1,
+    "shop": "a",
+    "price": 9.99,
+    "few": 3,
+    "fast": True,
+    "day": NOW.date(),
+    "rate": 0.5,
+}
 
 
 def frame(*changes: dict[str, Any]) -> pl.DataFrame:
@@ -51,9 +60,25 @@ def avro(rows: pl.DataFrame) -> bytes:
     return sink.getvalue()
 
 
-@given(st.lists(st.tuples(st.none() | st.text(max_size=5), st.none() | st.floats(-1e30, 1e30), st.integers(-(2**63), 2**63 - 1), st.integers(-128, 127)), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | st.text(max_size=5),
+            st.none() | st.floats(-1e30, 1e30),
+            st.integers(-(2**63), 2**63 - 1),
+            st.integers(-128, 127),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
-    rows = frame(*({"shop": shop, "price": price, "id": number, "few": few, "sold": NOW - timedelta(microseconds=few + 200)} for shop, price, number, few in values))
+    rows = frame(
+        *(
+            {"shop": shop, "price": price, "id": number, "few": few, "sold": NOW - timedelta(microseconds=few + 200)}
+            for shop, price, number, few in values
+        )
+    )
     as_arrow = decode(contract, [message(to_arrow(rows))])
     lines = to_json(rows)
     one_by_one = decode(contract, [message(line, offset) for offset, line in enumerate(lines)])
@@ -102,7 +127,9 @@ def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, 
 
 
 def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
-    rows = frame({}, {"id": None}, {"price": float("inf")}, {"sold": None}, {"sold": datetime(1970, 1, 1, tzinfo=UTC)}, {"id": 6})
+    rows = frame(
+        {}, {"id": None}, {"price": float("inf")}, {"sold": None}, {"sold": datetime(1970, 1, 1, tzinfo=UTC)}, {"id": 6}
+    )
     found = decode(contract, [message(to_arrow(rows), 3, 1)])
     assert found.rows["id"].to_list() == [1, 6]
     assert found.letters["place"].to_list() == [1, 2, 3, 4]
@@ -112,7 +139,12 @@ def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
 
 
 def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
-    rows = frame({"sold": NOW + timedelta(hours=1)}, {"sold": NOW + timedelta(hours=1, microseconds=1)}, {"sold": NOW + timedelta(days=365)}, {"sold": NOW - timedelta(days=365 * 15)})
+    rows = frame(
+        {"sold": NOW + timedelta(hours=1)},
+        {"sold": NOW + timedelta(hours=1, microseconds=1)},
+        {"sold": NOW + timedelta(days=365)},
+        {"sold": NOW - timedelta(days=365 * 15)},
+    )
     found = decode(contract, [message(to_arrow(rows))])
     assert len(found.rows) == 2  # from 2009 it may be: that stops no clock, since clocks do not turn back
     assert found.letters["place"].to_list() == [1, 2]
@@ -121,7 +153,10 @@ def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
 
 def test_heartbeats_are_no_rows() -> None:
     key, value = heartbeat(123)
-    found = decode(contract, [message(value, 0, key=key), message(b"later", 1, key=HEARTBEAT), message(heartbeat(99)[1], 2, key=key)])
+    found = decode(
+        contract,
+        [message(value, 0, key=key), message(b"later", 1, key=HEARTBEAT), message(heartbeat(99)[1], 2, key=key)],
+    )
     assert found.heartbeat == 123
     assert len(found.rows) == 0
     assert found.letters["offset"].to_list() == [1]
@@ -129,15 +164,24 @@ def test_heartbeats_are_no_rows() -> None:
 
 def test_messages_are_put_in_order_of_offsets_by_partition() -> None:
     some = [message(b"", 2), message(b"", 0, 1), message(b"", 1), message(b"", 0)]
-    assert {place: [each.offset for each in group] for place, group in by_partition(some).items()} == {("sales", 0): [0, 1, 2], ("sales", 1): [0]}
+    assert {place: [each.offset for each in group] for place, group in by_partition(some).items()} == {
+        ("sales", 0): [0, 1, 2],
+        ("sales", 1): [0],
+    }
 
 
 def test_answers_travel_as_arrow_with_their_row_ids() -> None:
     spine = Source("asks", time="t", columns={"id": pl.Int64})
-    view = FeatureView("v", spine, key="id", features=[Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})])
+    view = FeatureView(
+        "v", spine, key="id", features=[Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})]
+    )
     schema = live_schema(view)
-    rows = pl.DataFrame({"t": [NOW] * 2500, "id": range(2500), "sales_by_id_price_sum_1h": [1.0] * 2500, "row_id": range(2500)})
-    rows = rows.with_columns(pl.lit(NOW.date()).alias("date"), *(pl.lit(None).alias(name) for name in schema.names if name.startswith("__")))
+    rows = pl.DataFrame(
+        {"t": [NOW] * 2500, "id": range(2500), "sales_by_id_price_sum_1h": [1.0] * 2500, "row_id": range(2500)}
+    )
+    rows = rows.with_columns(
+        pl.lit(NOW.date()).alias("date"), *(pl.lit(None).alias(name) for name in schema.names if name.startswith("__"))
+    )
     pairs = list(answer_messages(batch(rows.select(schema.names), schema), view.fingerprint))
     assert [key.decode() for key, _ in pairs] == [f"{view.fingerprint}:{first:016x}" for first in (0, 1000, 2000)]
     assert pa.Table.from_batches([from_arrow(value) for _, value in pairs])["row_id"].to_pylist() == list(range(2500))
@@ -150,7 +194,7 @@ def test_letters_travel_as_json() -> None:
     assert json.loads(value)["value"] == "oops"
 
 
-def test_a_broker_that_is_not_there_is_named() -> None:
-    with pytest.raises(StoreError, match=r"broker answers.*127\.0\.0\.1:1"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transforms.topics.WITHIN", 0.5)
+def test_a_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transforms.topics.WITHIN", 0.5)
+    with pytest.raises(StoreError, match=r"broker answers.*127\.0\.0\.1:1"):
         begin_offsets(Broker("127.0.0.1:1"), ["sales"])

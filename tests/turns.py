@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from schemas import FeatureView
-from transforms.batches import batch
-from transforms.dimensions import Dimensions
-from transforms.ids import row_ids
-from transforms.journal import Journal, Turn, micros
-from transforms.live import AssembleStep, Live, contracts_of, decoded
+from transforms.journal import Journal, Turn
+from transforms.live import contracts_of, decoded
 from transforms.live_tables import Ledger
 from transforms.messages import Message
+from transforms.micros import micros
 from transforms.packets import head_of, unpack
 from transforms.resume import find_start, resume
 from transforms.shards import Shard
+from transforms.state import Live
+from transforms.steps import AssembleStep
 
 HOUR = 3_600_000_000
 
@@ -27,7 +24,16 @@ HOUR = 3_600_000_000
 class Job:
     """One process of a live job."""
 
-    def __init__(self, view: FeatureView, store: Path, dimensions: Path, begin: Mapping[str, Mapping[int, int]], run_id: str = "t", shards: int = 2, keep: int = HOUR) -> None:
+    def __init__(
+        self,
+        view: FeatureView,
+        store: Path,
+        dimensions: Path,
+        begin: Mapping[str, Mapping[int, int]],
+        run_id: str = "t",
+        shards: int = 2,
+        keep: int = HOUR,
+    ) -> None:
         self.view, self.store = view, str(store)
         self.live = Live(str(store), run_id, str(dimensions), shards=shards, keep=keep)
         self.journal = Journal(view, shards, keep)
@@ -38,7 +44,9 @@ class Job:
         self.contracts = contracts_of(view)
         self.now = 0
         start = find_start(view, str(store), begin)
-        self.start = {name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()}
+        self.start = {
+            name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()
+        }
         for turn in resume(self.journal, str(store), start, 0):
             self._pass_on(turn)
         if self.journal.answerable(0):

@@ -87,9 +87,7 @@ class Clock:
 
     def _waited_for(self, source: str, now: int) -> list[int]:
         idle = self.rules[source].idle
-        return [
-            each.promise for each in self.partitions[source].values() if idle is None or now - each.heard < idle
-        ]
+        return [each.promise for each in self.partitions[source].values() if idle is None or now - each.heard < idle]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -105,6 +103,4 @@ class Clock:
         for name, told in value.items():
             if name in self.partitions:
                 self._settled[name] = told["settled"]
-                self.partitions[name] = {
-                    int(number): Partition(*pair) for number, pair in told["partitions"].items()
-                }
+                self.partitions[name] = {int(number): Partition(*pair) for number, pair in told["partitions"].items()}

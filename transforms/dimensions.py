@@ -58,5 +58,7 @@ def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
 
 def kept(folder: str, name: str, version: str) -> pl.DataFrame:
     """A dimension's content of that version."""
-    with FileSystems.open(FileSystems.join(folder, name, f"{version}.arrow"), compression_type="uncompressed") as handle:
+    with FileSystems.open(
+        FileSystems.join(folder, name, f"{version}.arrow"), compression_type="uncompressed"
+    ) as handle:
         return pl.read_ipc(io.BytesIO(handle.read()))

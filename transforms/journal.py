@@ -8,7 +8,6 @@ turn could see, its *cut*, is the next offset of every partition, and the same f
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,31 +18,16 @@ from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER, Clock, Rule
-from transforms.ids import UInt64s, combine, hash_column, row_ids
-from transforms.messages import LETTERS, ORIGIN, Decoded
-from transforms.packets import Frames, pack, unpack
+from transforms.ids import row_ids
+from transforms.messages import LETTERS, ORIGIN
+from transforms.micros import PLACE, Micro, digest, known_columns, letter, rid
+from transforms.packets import Frames, pack
 from transforms.panes import CELLS, Panes, key_hashes
 from transforms.shards import MINUTE, RID, groups_of, route_events, route_questions, with_keys
 
 PENDING, ASKED = "?pending", "?asked"
 # How long a hole in a partition's offsets is waited on before it is taken for one that Kafka keeps to itself.
 PATIENCE = 5_000_000
-PLACE = ["__partition", "__offset", "__place"]
-
-
-@dataclasses.dataclass(eq=False)
-class Micro:
-    """Messages `[first, next)` of one partition, decoded.  `came`: when the journal got it."""
-
-    source: str
-    partition: int
-    first: int
-    next: int
-    messages: int
-    heartbeat: int | None
-    rows: pl.DataFrame
-    letters: pl.DataFrame
-    came: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,33 +39,6 @@ class Turn:
     questions: bytes | None
     entry: bytes
     letters: bytes | None
-
-
-def micro_packet(parts: Sequence[tuple[str, int, int, int, int, Decoded]], arrived: int, index: int | None = None, came: int = 0) -> bytes:
-    """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet.
-
-    Args:
-        parts: see above.
-        arrived: when the last of the messages did, µs.
-        index: place in the order of a replay.
-        came: when Millrace got them, µs; a hole before them is waited on from then.
-    """
-    head, frames = [], {}
-    for i, (source, partition, first, after, messages, held) in enumerate(parts):
-        head.append([source, partition, first, after, messages, held.heartbeat])
-        frames[f"{i}r"] = held.rows
-        if len(held.letters):
-            frames[f"{i}l"] = held.letters
-    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head}, frames)
-
-
-def micros(packet: bytes) -> list[Micro]:
-    head, frames = unpack(packet)
-    none = pl.DataFrame(schema=LETTERS)
-    return [
-        Micro(*part, rows=frames[f"{i}r"], letters=frames.get(f"{i}l", none), came=head["came"])
-        for i, part in enumerate(head["parts"])
-    ]
 
 
 class Journal:
@@ -98,7 +55,10 @@ class Journal:
         self.horizon = ALWAYS
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         reach = max([0, *(view.reach(name) for name in view.events)])
-        self.stores: dict[str, Panes] = {PENDING: Panes(view.time, MINUTE * 10), ASKED: Panes("time", max(self.keep // 4, MINUTE))}
+        self.stores: dict[str, Panes] = {
+            PENDING: Panes(view.time, MINUTE * 10),
+            ASKED: Panes("time", max(self.keep // 4, MINUTE)),
+        }
         for name, source in view.events.items():
             if repeats_by(view, name):
                 self.stores[name] = Panes(str(source.time), max(2 * reach // (CELLS - 2), MINUTE))
@@ -158,7 +118,9 @@ class Journal:
                 frames[f"rows:{name}"] = rows if mine.all() else rows.filter(pl.Series(mine))
         return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
 
-    def _admit_one(self, micro: Micro, rows: dict[str, list[pl.DataFrame]], letters: list[pl.DataFrame], now: int) -> None:
+    def _admit_one(
+        self, micro: Micro, rows: dict[str, list[pl.DataFrame]], letters: list[pl.DataFrame], now: int
+    ) -> None:
         due = self.next[micro.source].get(micro.partition, micro.first)
         fresh, bad = micro.rows, micro.letters
         if due > micro.first:  # delivered again in part
@@ -178,13 +140,16 @@ class Journal:
             letters.append(bad)
             self._count(micro.source, "dead", len(bad))
 
-    def _turn(self, accepted: dict[str, pl.DataFrame], letters: list[pl.DataFrame], floors: Mapping[str, int], now: int) -> Turn:
+    def _turn(
+        self, accepted: dict[str, pl.DataFrame], letters: list[pl.DataFrame], floors: Mapping[str, int], now: int
+    ) -> Turn:
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        asked = accepted.get(self.view.spine.name)
         for name in self.view.events:
             if name in accepted:
                 accepted[name] = self._events(name, accepted[name], floors[name], to_shards)
-        if self.view.spine.name in accepted:
-            letters += self._questions(accepted[self.view.spine.name], floors[self.view.spine.name])
+        if asked is not None:
+            letters += self._questions(asked, floors[self.view.spine.name])
         for name in self.sources:
             self.clock.settled(name, now)
         ready = self._ready(now)
@@ -236,9 +201,16 @@ class Journal:
             store.add(rows)
             return rows, nothing
         old = pl.concat(before).join(rows, on=unique, how="semi") if before else rows.clear()
-        order = [*unique, str(source.time), *(source.order or ()), *(name for name in source.schema if name in rows.columns)]
+        order = [
+            *unique,
+            str(source.time),
+            *(source.order or ()),
+            *(name for name in source.schema if name in rows.columns),
+        ]
         both = pl.concat([old, rows])
-        first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(unique, keep="first", maintain_order=True)
+        first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
+            unique, keep="first", maintain_order=True
+        )
         kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
         gone = old.filter(~pl.col(RID).is_in(first[RID].implode())).select(*unique, pl.col(RID).alias("__instead"))
         if source is not self.view.spine:  # questions are accounted for as such
@@ -253,7 +225,9 @@ class Journal:
         """Take new questions in; letters for those that contradict one asked before or are too old to answer."""
         view, spine = self.view, self.view.spine.name
         moment = pl.col(view.time).to_physical()
-        rows = rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema)))
+        rows = rows.with_columns(
+            row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
+        )
         letters = []
         if floor > ALWAYS:
             old = rows.filter(moment < floor - self.keep)
@@ -276,7 +250,11 @@ class Journal:
     def _distinct(self, rows: pl.DataFrame, asked: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """New questions, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was answered."""
         view = self.view
-        before = pl.concat(asked).join(rows, on="row_id", how="semi") if asked else pl.DataFrame(schema={"row_id": pl.Int64, "time": pl.Int64, "__digest": pl.UInt64})
+        before = (
+            pl.concat(asked).join(rows, on="row_id", how="semi")
+            if asked
+            else pl.DataFrame(schema={"row_id": pl.Int64, "time": pl.Int64, "__digest": pl.UInt64})
+        )
         pending = self.stores[PENDING].drop("row_id", before["row_id"].to_numpy()) if len(before) else None
         answered = before if pending is None else before.join(pending, on="row_id", how="anti")
         again = rows.join(answered, on="row_id", how="semi")
@@ -295,7 +273,15 @@ class Journal:
         letters = []
         if len(conflicts):
             key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
-            letters.append(letter(view, conflicts, ", ".join(view.key), "one key asks one question at one time (the smallest, or the answered one, was kept)", key))
+            letters.append(
+                letter(
+                    view,
+                    conflicts,
+                    ", ".join(view.key),
+                    "one key asks one question at one time (the smallest, or the answered one, was kept)",
+                    key,
+                )
+            )
             self._count(view.spine.name, "conflicting", len(conflicts))
         return kept, letters
 
@@ -335,7 +321,9 @@ class Journal:
     @property
     def last(self) -> bool:
         """Whether every partition says that nothing follows."""
-        return all(each and all(one.promise >= FOREVER for one in each.values()) for each in self.clock.partitions.values())
+        return all(
+            each and all(one.promise >= FOREVER for one in each.values()) for each in self.clock.partitions.values()
+        )
 
     def cut(self) -> str:
         """Next offset per partition, `source/partition:offset` in order, as text."""
@@ -343,11 +331,18 @@ class Journal:
             f"{name}/{partition}:{self.next[name][partition]}" for name in sorted(self.next) for partition in sorted(self.next[name])
         )  # fmt: skip
 
-    def _packets(self, ready: pl.DataFrame, to_shards: list[Frames], accepted: Mapping[str, pl.DataFrame], letters: pl.DataFrame) -> Turn:
+    def _packets(
+        self, ready: pl.DataFrame, to_shards: list[Frames], accepted: Mapping[str, pl.DataFrame], letters: pl.DataFrame
+    ) -> Turn:
         questions, parts = None, 0
         if len(ready):
-            ready = with_keys(self.view, self.groups, ready).with_columns(pl.int_range(len(ready), dtype=pl.Int64).alias("__position"))
-            asked = ["__position", *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.asked)])]
+            ready = with_keys(self.view, self.groups, ready).with_columns(
+                pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
+            )
+            asked = [
+                "__position",
+                *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.asked)]),
+            ]
             for frames, mine in zip(to_shards, route_questions(self.groups, ready, self.shards), strict=True):
                 if mine.any():
                     frames["questions"] = ready.select(asked).filter(pl.Series(mine))
@@ -357,56 +352,18 @@ class Journal:
         shards = {}
         for number, frames in enumerate(to_shards):
             if frames or self.turn_number % 16 == 0:  # now and then all hear how far they may forget
-                shards[number] = pack({"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames)
+                shards[number] = pack(
+                    {"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames
+                )
                 self.sent[number] += 1
         entry = pack({
             "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "next": self.head()["next"], "clock": self.clock.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
-        return Turn(self.turn_number, shards, questions, entry, pack({}, {"letters": letters}) if len(letters) else None)
+        return Turn(
+            self.turn_number, shards, questions, entry, pack({}, {"letters": letters}) if len(letters) else None
+        )
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]
         counts[what] = counts.get(what, 0) + number
-
-
-def known_columns(view: FeatureView, name: str) -> list[str]:
-    """What is kept of a source's rows to tell which of two repeats stays: what ties are broken by."""
-    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_read(name)
-
-
-def rid(rows: pl.DataFrame) -> pl.Series:
-    """A row's identity by where it came from."""
-    return pl.Series(RID, combine([hash_column(rows[name]) for name in PLACE]).view(np.int64) if len(rows) else [], pl.Int64)
-
-
-def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
-    """Hash of the rows' content."""
-    if not len(rows):
-        return pl.Series("__digest", [], pl.UInt64)
-    parts: list[UInt64s] = []
-    for name in columns:
-        column = rows[name]
-        if column.dtype.is_float():
-            column = column.cast(pl.Float64).reinterpret(signed=True)
-        parts.append(hash_column(column))
-    return pl.Series("__digest", combine(parts))
-
-
-def letter(view: FeatureView, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
-    """Letters for rows of the spine that are set aside as questions."""
-    return rows.select(
-        pl.lit(view.spine.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
-        pl.col("__place").alias("place"), pl.lit(field).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"),
-        pl.col("__arrived").alias("arrived"),
-    )  # fmt: skip
-
-
-def cut_of(text: str) -> dict[tuple[str, int], int]:
-    """A cut's text as (source, partition) → next offset."""
-    pairs = (part.rsplit(":", 1) for part in text.split(",") if part)
-    return {(place.rsplit("/", 1)[0], int(place.rsplit("/", 1)[1])): int(offset) for place, offset in pairs}
-
-
-def told(entry: bytes) -> dict[str, Any]:
-    return json.loads(entry[: entry.index(b"\n")])["head"]  # type: ignore[no-any-return]

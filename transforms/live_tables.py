@@ -97,7 +97,9 @@ class Writer:
             schema = delta_schema(self.schema)
             try:
                 if table is None:
-                    create_table_with_add_actions(self.uri, schema, actions, mode="error", partition_by=["date"], commit_properties=properties)
+                    create_table_with_add_actions(
+                        self.uri, schema, actions, mode="error", partition_by=["date"], commit_properties=properties
+                    )
                 else:
                     table.create_write_transaction(actions, "append", schema, ["date"], commit_properties=properties)
                 return len(rows)
@@ -106,8 +108,14 @@ class Writer:
             except (DeltaError, OSError) as error:
                 if table is None and open_table(self.uri) is not None:
                     continue
-                raise StoreError("The store can be written", f"{self.uri}: {str(error).splitlines()[0][:300]}", "Check access and free space; nothing is lost, the job goes on from its last commit") from None
-        raise StoreError(f"A commit goes through within {TRIES} tries", self.uri, "Is another live job writing the same table?")
+                raise StoreError(
+                    "The store can be written",
+                    f"{self.uri}: {str(error).splitlines()[0][:300]}",
+                    "Check access and free space; nothing is lost, the job goes on from its last commit",
+                ) from None
+        raise StoreError(
+            f"A commit goes through within {TRIES} tries", self.uri, "Is another live job writing the same table?"
+        )
 
 
 class Fresh:
@@ -199,7 +207,10 @@ class Ledger:
                 rows.setdefault(name, []).append(frame)
             if number in self.answers:
                 rows.setdefault("answers", []).append(unpack(self.answers[number])[1]["rows"])
-        told = {name: head[name] for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")}
+        told = {
+            name: head[name]
+            for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")
+        }
         whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
         if "letters" in whole:
             self.rows["letters"] += self._letters(whole["letters"], told)
@@ -219,7 +230,9 @@ class Ledger:
     def _letters(self, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
         arrived = _time("arrived")
         frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
-        writer = Writer(live_letters_uri(self.store, self.view.name), LIVE_LETTERS, f"live/{self.view.name}/letters", self.run_id)
+        writer = Writer(
+            live_letters_uri(self.store, self.view.name), LIVE_LETTERS, f"live/{self.view.name}/letters", self.run_id
+        )
         return writer.append(frame, told["turn"], told, BeyondOffsets(None, ("source", "partition", "offset")))
 
     def _source(self, name: str, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
@@ -230,7 +243,9 @@ class Ledger:
             for column in ("__counted", "__instead")
             if repeats_by(self.view, name) and column not in frame.columns
         )
-        writer = Writer(source_uri(sources_root(self.store), name), accepted(self.view, name), f"live/{name}", self.run_id)
+        writer = Writer(
+            source_uri(sources_root(self.store), name), accepted(self.view, name), f"live/{name}", self.run_id
+        )
         return writer.append(frame, told["turn"], told, BeyondOffsets(name, ("", "__partition", "__offset")))
 
 

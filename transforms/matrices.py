@@ -83,10 +83,15 @@ def matrices(
     known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
     learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
     judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
-    made = Matrices(learn, judge)
     if folder is not None:
-        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
-    return made
+        # XGBoost removes its pages when a matrix goes, and complains of missing ones: the folder goes after both.
+        learn.pages = judge.pages = _Pages()
+        weakref.finalize(learn.pages, shutil.rmtree, folder, ignore_errors=True)
+    return Matrices(learn, judge)
+
+
+class _Pages:
+    """Lives as long as a matrix that reads from disk."""
 
 
 def is_external(fitted: Fitted, account: Account) -> bool:

@@ -130,8 +130,17 @@ def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.Da
         for message in some:
             try:
                 frames.append(_one(contract, message))
-            except (ContractError, ValueError, OSError, KeyError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-                letters.append(_unreadable(contract, message, str(error).splitlines()[0][:300] if str(error) else _READABLE))
+            except (
+                ContractError,
+                ValueError,
+                OSError,
+                KeyError,
+                pa.ArrowException,
+                pl.exceptions.PolarsError,
+            ) as error:
+                letters.append(
+                    _unreadable(contract, message, str(error).splitlines()[0][:300] if str(error) else _READABLE)
+                )
     return frames, letters
 
 
@@ -146,7 +155,9 @@ def _one(contract: Contract, message: Message) -> pl.DataFrame:
     else:
         raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
     contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
-    frame = pl.DataFrame(pl.from_arrow(table.select([name for name in contract.source.schema if name in table.schema.names])))
+    frame = pl.DataFrame(
+        pl.from_arrow(table.select([name for name in contract.source.schema if name in table.schema.names]))
+    )
     frame = frame.with_columns(
         pl.lit(None, dtype).alias(name) for name, dtype in contract.source.schema.items() if name not in frame.columns
     )
@@ -190,16 +201,28 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) ->
     if found == {date} and dtype == pl.Date:
         return pl.Series(name, values, dtype)
     if not found <= allowed:
-        raise ContractError(f"Source {source.name!r}: column {name!r} is {dtype}", ", ".join(sorted(each.__name__ for each in found - allowed)), "")
+        raise ContractError(
+            f"Source {source.name!r}: column {name!r} is {dtype}",
+            ", ".join(sorted(each.__name__ for each in found - allowed)),
+            "",
+        )
     if dtype.is_integer() or dtype.is_float():
         try:
-            series = pl.Series(name, values, pl.Int64 if dtype.is_integer() else pl.Float64, strict=not dtype.is_float())
+            series = pl.Series(
+                name, values, pl.Int64 if dtype.is_integer() else pl.Float64, strict=not dtype.is_float()
+            )
             return series.cast(dtype)
         except (OverflowError, TypeError, pl.exceptions.PolarsError):
-            raise ContractError(f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", "") from None
+            raise ContractError(
+                f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", ""
+            ) from None
     series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
     if dtype.is_temporal():
-        parsed = series.str.to_date(strict=False) if dtype == pl.Date else series.str.to_datetime("%+", time_unit="us", time_zone="UTC", strict=False)
+        parsed = (
+            series.str.to_date(strict=False)
+            if dtype == pl.Date
+            else series.str.to_datetime("%+", time_unit="us", time_zone="UTC", strict=False)
+        )
         if parsed.null_count() > series.null_count():
             bad = series.filter(parsed.is_null() & series.is_not_null())[0]
             raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")

@@ -24,9 +24,9 @@ from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.dimensions import kept
 from transforms.inventory import source_uri
-from transforms.journal import PLACE, cut_of, rid
 from transforms.kernels import compute
 from transforms.live_tables import features_live_uri, sources_root
+from transforms.micros import PLACE, cut_of, rid
 from transforms.shards import RID
 from transforms.tables import data_files, open_table, read_file
 
@@ -86,7 +86,9 @@ class Seen:
 
     def at(self, cut: int, low: int, high: int) -> pl.DataFrame:
         """Rows of time `[low, high)` that count as of `cut`."""
-        return self.rows.filter(pl.Series((self.shown <= cut) & (self.gone > cut) & (self.moments >= low) & (self.moments < high)))
+        return self.rows.filter(
+            pl.Series((self.shown <= cut) & (self.gone > cut) & (self.moments >= low) & (self.moments < high))
+        )
 
     @property
     def latest(self) -> Ints:
@@ -103,14 +105,23 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     if not files:
-        raise DataError(f"View {view.name!r} has live answers to compare", f"none in {store}", "Run: millrace features --streaming")
-    texts = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files])["__cut"].unique().to_list()
+        raise DataError(
+            f"View {view.name!r} has live answers to compare", f"none in {store}", "Run: millrace features --streaming"
+        )
+    texts = (
+        pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files])["__cut"]
+        .unique()
+        .to_list()
+    )
     cuts = sorted(texts, key=lambda text: sum(cut_of(text).values()))
     result = Parity({name: Compared() for name in view.columns}, cuts=len(cuts))
     for some in _by_dates(files):
         answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
         for (versions,), part in answers.group_by("__dimensions"):
-            dimensions = {name: kept(FileSystems.join(store, "dimensions"), name, version) for name, version in json.loads(str(versions)).items()}
+            dimensions = {
+                name: kept(FileSystems.join(store, "dimensions"), name, version)
+                for name, version in json.loads(str(versions)).items()
+            }
             _check_some(view, store, part, cuts, dimensions, result)
     asked = len(_read(view, store, view.spine.name, PLACE, start, end).unique())
     result.unanswered = asked - result.answers
@@ -136,10 +147,16 @@ def _check_some(
     first, last = days.min(), days.max()
     assert isinstance(first, date)
     assert isinstance(last, date)
-    spine = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(PLACE)
+    spine = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(
+        PLACE
+    )
     asked = answers.select(*PLACE, "__cut").join(spine, on=PLACE, how="left", maintain_order="left")
     if asked[view.time].null_count():
-        raise DataError("Every answer's question is in its source's table", f"{asked[view.time].null_count()} are not", "Was the table cleaned up?")
+        raise DataError(
+            "Every answer's question is in its source's table",
+            f"{asked[view.time].null_count()} are not",
+            "Was the table cleaned up?",
+        )
     seen = {name: seen_of(view, store, name, cuts, first, last) for name in view.events}
     of_row = asked["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
     moments = asked[view.time].to_physical().to_numpy()
@@ -175,9 +192,20 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
     if repeats_by(view, name):
-        replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(pl.col("__instead").is_not_null())
-        at = pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)}).group_by(RID).agg(pl.col("gone").min())
-        gone = rows.select(rid(rows)).join(at, on=RID, how="left", maintain_order="left")["gone"].fill_null(NEVER).to_numpy()
+        replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(
+            pl.col("__instead").is_not_null()
+        )
+        at = (
+            pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)})
+            .group_by(RID)
+            .agg(pl.col("gone").min())
+        )
+        gone = (
+            rows.select(rid(rows))
+            .join(at, on=RID, how="left", maintain_order="left")["gone"]
+            .fill_null(NEVER)
+            .to_numpy()
+        )
         counted = rows["__counted"].to_numpy()
         rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
     moments = rows[str(source.time)].to_physical().to_numpy()
@@ -209,7 +237,9 @@ def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
     return result
 
 
-def _computed(view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def _computed(
+    view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]
+) -> pl.DataFrame:
     return compute(view, asked.select(list(view.spine.schema)), {**dimensions, **tables})
 
 
@@ -233,10 +263,14 @@ def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.Data
         result.examples.append({**question, "live": live[row], "batch": batch[name][row]})
 
 
-def _read(view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None) -> pl.DataFrame:
+def _read(
+    view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None
+) -> pl.DataFrame:
     """Columns of a source's accepted rows of the dates `[start, end)`."""
     table = open_table(source_uri(sources_root(store), name))
     files = [] if table is None else data_files(table, start, end)
     schema = accepted(view, name)
     empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    return pl.concat([empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)])
+    return pl.concat(
+        [empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)]
+    )

@@ -22,7 +22,7 @@ from transforms.sources import repeats_of
 from transforms.tables import days_between
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
-BLOCK_ROWS = 1_600_000
+BLOCK_ROWS = 800_000
 # Reading a row this often still costs less than sending it once.
 MOST_READS = 6.0
 

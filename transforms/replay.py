@@ -116,7 +116,12 @@ def _known(source: Source, frame: pl.DataFrame) -> Ints:
     limits = Contract(source, ())
     moment = frame[str(source.time)].to_physical()
     plausible = moment.is_not_null() & (moment >= limits.earliest) & (moment < 2**52)
-    return moment.set(~plausible.fill_null(False), None).fill_null(strategy="forward").fill_null(limits.earliest).to_numpy()
+    return (
+        moment.set(~plausible.fill_null(False), None)
+        .fill_null(strategy="forward")
+        .fill_null(limits.earliest)
+        .to_numpy()
+    )
 
 
 class SendChunks(beam.DoFn):  # type: ignore[misc]

@@ -16,9 +16,10 @@ from transforms.clock import ALWAYS, FOREVER
 from transforms.contracts import day_of
 from transforms.ids import row_ids
 from transforms.inventory import source_uri
-from transforms.journal import ASKED, PENDING, PLACE, Journal, Turn, digest, known_columns, rid
+from transforms.journal import ASKED, PENDING, Journal, Turn
 from transforms.live_tables import features_live_uri, last_told, live_letters_uri, sources_root
 from transforms.messages import ORIGIN
+from transforms.micros import PLACE, digest, known_columns, rid
 from transforms.replay import sources_of
 from transforms.shards import RID
 from transforms.tables import data_files, open_table, read_file
@@ -99,7 +100,11 @@ def _ask_again(journal: Journal, store: str, start: Start, now: int) -> None:
         (pl.col(view.time).to_physical() < floor).alias("__late"), pl.col("__arrived").to_physical(),
     )  # fmt: skip
     refused = _letters(store, view)
-    questions = questions.join(refused, on=PLACE, how="anti").sort(["row_id", *view.spine.schema, *PLACE]).unique("row_id", keep="first", maintain_order=True)
+    questions = (
+        questions.join(refused, on=PLACE, how="anti")
+        .sort(["row_id", *view.spine.schema, *PLACE])
+        .unique("row_id", keep="first", maintain_order=True)
+    )
     waiting = questions.join(_answered(store, view, start, low), on="row_id", how="anti")
     columns = [*view.spine.schema, *ORIGIN, "row_id", "__digest", "__late"]
     journal.stores[PENDING].add(waiting.select(columns))
@@ -121,7 +126,9 @@ def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
             columns = [*columns, RID]
             journal.stores[name].add(rows.select(*known_columns(view, name), RID))
         moment = pl.col(str(source.time)).to_physical()
-        rows = rows.select(columns).filter(moment >= journal.horizon - view.reach(name) if journal.horizon > ALWAYS else True)
+        rows = rows.select(columns).filter(
+            moment >= journal.horizon - view.reach(name) if journal.horizon > ALWAYS else True
+        )
         for begin in range(0, len(rows), SEED_ROWS):
             turns.append(journal.seed(name, rows.slice(begin, SEED_ROWS)))
     return turns
@@ -136,7 +143,14 @@ def rows_from(store: str, view: FeatureView, source: str, version: int, low: int
     columns = [*declared.schema, *ORIGIN, *extra]
     files = data_files(table, _day(low))
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in files]
-    empty = pl.DataFrame(schema={**declared.schema, **ORIGIN, "__arrived": pl.Datetime("us", "UTC"), **({"__counted": pl.Boolean, "__instead": pl.Int64} if extra else {})})
+    empty = pl.DataFrame(
+        schema={
+            **declared.schema,
+            **ORIGIN,
+            "__arrived": pl.Datetime("us", "UTC"),
+            **({"__counted": pl.Boolean, "__instead": pl.Int64} if extra else {}),
+        }
+    )
     return pl.concat([empty, *parts]).filter(pl.col(str(declared.time)).to_physical() >= low)
 
 
@@ -157,8 +171,19 @@ def _letters(store: str, view: FeatureView) -> pl.DataFrame:
     table = open_table(live_letters_uri(store, view.name))
     if table is None:
         return none
-    read = [pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"]))) for file in data_files(table)]
-    return pl.concat([none, *(part.filter(pl.col("source") == view.spine.name).select(pl.col(name[2:]).alias(name) for name in PLACE) for part in read)])
+    read = [
+        pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"])))
+        for file in data_files(table)
+    ]
+    return pl.concat(
+        [
+            none,
+            *(
+                part.filter(pl.col("source") == view.spine.name).select(pl.col(name[2:]).alias(name) for name in PLACE)
+                for part in read
+            ),
+        ]
+    )
 
 
 def _day(low: int) -> date | None:

@@ -97,7 +97,9 @@ def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
     return [
         length or 0
         for feature in features
-        for length in ([each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length])
+        for length in (
+            [each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
+        )
     ]
 
 
@@ -211,7 +213,9 @@ def assemble(
             raise AssertionError(f"{len(whole)} answers to {len(questions)} questions")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
 
-    def gather(view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> list[pl.Series]:
+    def gather(
+        view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
+    ) -> list[pl.Series]:
         result = []
         for feature in features:
             if isinstance(feature, Lookup):

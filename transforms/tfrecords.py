@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from isal import isal_zlib
 
 # Rows encoded at a time: some 30 MB of records, enough that calls per column do not count.
 CHUNK = 1 << 14
@@ -37,7 +37,7 @@ def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
 
 
 def _member(batch: pa.RecordBatch, level: int) -> bytes:
-    packer = zlib.compressobj(level, zlib.DEFLATED, 31)
+    packer = isal_zlib.compressobj(level, isal_zlib.DEFLATED, 31)  # gzip, many times faster than zlib's own
     parts = [packer.compress(records(batch.slice(start, CHUNK))) for start in range(0, batch.num_rows, CHUNK)]
     return b"".join([*parts, packer.flush()])
 

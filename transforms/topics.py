@@ -50,7 +50,12 @@ class ReadTopics(beam.PTransform):  # type: ignore[misc]
     group: str
 
     def expand(self, begin: beam.PBegin) -> beam.PCollection:
-        config = {**self.broker.config, "group.id": self.group, "auto.offset.reset": "earliest", "enable.auto.commit": "false"}
+        config = {
+            **self.broker.config,
+            "group.id": self.group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": "false",
+        }
         read = begin | "Read" >> ReadFromKafka(
             config, list(self.topics), with_metadata=True, timestamp_policy=ReadFromKafka.processing_time_policy,
             expansion_service=self.broker.expansion,
@@ -59,7 +64,9 @@ class ReadTopics(beam.PTransform):  # type: ignore[misc]
 
 
 def _message(record: Any) -> Message:
-    return Message(record.topic, record.partition, record.offset, record.timestamp * 1000, record.key, record.value or b"")
+    return Message(
+        record.topic, record.partition, record.offset, record.timestamp * 1000, record.key, record.value or b""
+    )
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -112,9 +119,16 @@ def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, 
         known = _metadata(broker, client)
         for topic in topics:
             if topic not in known:
-                raise StoreError("Every source has its topic", repr(topic), f"{nearest(topic, known)} Create it, or correct --topic_prefix")
+                raise StoreError(
+                    "Every source has its topic",
+                    repr(topic),
+                    f"{nearest(topic, known)} Create it, or correct --topic_prefix",
+                )
         return {
-            topic: {number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[0] for number in sorted(known[topic])}
+            topic: {
+                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[0]
+                for number in sorted(known[topic])
+            }
             for topic in topics
         }
     finally:
@@ -127,10 +141,16 @@ def stand(broker: Broker, group: str, offsets: Mapping[str, Mapping[int, int]]) 
 
     client = _consumer(broker, group)
     try:
-        places = [TopicPartition(topic, number, offset) for topic, numbers in offsets.items() for number, offset in numbers.items()]
+        places = [
+            TopicPartition(topic, number, offset)
+            for topic, numbers in offsets.items()
+            for number, offset in numbers.items()
+        ]
         client.commit(offsets=places, asynchronous=False)
     except KafkaException as error:
-        raise StoreError("A consumer group can be placed", f"{group}: {error}", "Use a group of its own for every launch") from None
+        raise StoreError(
+            "A consumer group can be placed", f"{group}: {error}", "Use a group of its own for every launch"
+        ) from None
     finally:
         client.close()
 
@@ -139,7 +159,9 @@ def _consumer(broker: Broker, group: str) -> Any:
     try:
         from confluent_kafka import Consumer
     except ImportError:
-        raise StoreError("--source kafka needs confluent-kafka", "it is not installed", "pip install 'millrace[live]'") from None
+        raise StoreError(
+            "--source kafka needs confluent-kafka", "it is not installed", "pip install 'millrace[live]'"
+        ) from None
     return Consumer({**broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
 
 
@@ -149,4 +171,6 @@ def _metadata(broker: Broker, client: Any) -> dict[str, list[int]]:
     try:
         return {name: list(topic.partitions) for name, topic in client.list_topics(timeout=WITHIN).topics.items()}
     except KafkaException as error:
-        raise StoreError("The broker answers", f"{broker.bootstrap}: {error.args[0].str()}", "Start it, or correct --bootstrap") from None
+        raise StoreError(
+            "The broker answers", f"{broker.bootstrap}: {error.args[0].str()}", "Start it, or correct --bootstrap"
+        ) from None

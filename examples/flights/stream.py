@@ -392,6 +392,7 @@ def in_process(case: Case) -> dict[str, Any]:
     flags = [
         "--streaming",
         "--source=replay",
+        "--chunk=6h",
         "--sources",
         str(case.store / "sources"),
         "--start",

@@ -1,0 +1,112 @@
+"""Micro-batches: decoded messages of a partition, on their way to the journal; and how rows and cuts are named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from schemas.views import FeatureView
+from transforms.ids import UInt64s, combine, hash_column
+from transforms.messages import LETTERS, Decoded
+from transforms.packets import pack, unpack
+from transforms.shards import RID
+
+PLACE = ["__partition", "__offset", "__place"]
+
+
+@dataclasses.dataclass(eq=False)
+class Micro:
+    """Messages `[first, next)` of one partition, decoded.  `came`: when the journal got it."""
+
+    source: str
+    partition: int
+    first: int
+    next: int
+    messages: int
+    heartbeat: int | None
+    rows: pl.DataFrame
+    letters: pl.DataFrame
+    came: int = 0
+
+
+def micro_packet(
+    parts: Sequence[tuple[str, int, int, int, int, Decoded]], arrived: int, index: int | None = None, came: int = 0
+) -> bytes:
+    """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet.
+
+    Args:
+        parts: see above.
+        arrived: when the last of the messages did, µs.
+        index: place in the order of a replay.
+        came: when Millrace got them, µs; a hole before them is waited on from then.
+    """
+    head, frames = [], {}
+    for i, (source, partition, first, after, messages, held) in enumerate(parts):
+        head.append([source, partition, first, after, messages, held.heartbeat])
+        frames[f"{i}r"] = held.rows
+        if len(held.letters):
+            frames[f"{i}l"] = held.letters
+    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head}, frames)
+
+
+def micros(packet: bytes) -> list[Micro]:
+    head, frames = unpack(packet)
+    none = pl.DataFrame(schema=LETTERS)
+    return [
+        Micro(*part, rows=frames[f"{i}r"], letters=frames.get(f"{i}l", none), came=head["came"])
+        for i, part in enumerate(head["parts"])
+    ]
+
+
+def packets_of(waiting: Sequence[Micro]) -> list[bytes]:
+    """Each micro-batch as a packet of its own again."""
+    return [
+        micro_packet(
+            [(each.source, each.partition, each.first, each.next, each.messages, Decoded(each.rows, each.letters, each.heartbeat))],
+            0, came=each.came,
+        )
+        for each in waiting
+    ]  # fmt: skip
+
+
+def known_columns(view: FeatureView, name: str) -> list[str]:
+    """What is kept of a source's rows to tell which of two repeats stays: what ties are broken by."""
+    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_read(name)
+
+
+def rid(rows: pl.DataFrame) -> pl.Series:
+    """A row's identity by where it came from."""
+    return pl.Series(
+        RID, combine([hash_column(rows[name]) for name in PLACE]).view(np.int64) if len(rows) else [], pl.Int64
+    )
+
+
+def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """Hash of the rows' content."""
+    if not len(rows):
+        return pl.Series("__digest", [], pl.UInt64)
+    parts: list[UInt64s] = []
+    for name in columns:
+        column = rows[name]
+        if column.dtype.is_float():
+            column = column.cast(pl.Float64).reinterpret(signed=True)
+        parts.append(hash_column(column))
+    return pl.Series("__digest", combine(parts))
+
+
+def letter(view: FeatureView, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
+    """Letters for rows of the spine that are set aside as questions."""
+    return rows.select(
+        pl.lit(view.spine.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
+        pl.col("__place").alias("place"), pl.lit(field).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"),
+        pl.col("__arrived").alias("arrived"),
+    )  # fmt: skip
+
+
+def cut_of(text: str) -> dict[tuple[str, int], int]:
+    """A cut's text as (source, partition) → next offset."""
+    pairs = (part.rsplit(":", 1) for part in text.split(",") if part)
+    return {(place.rsplit("/", 1)[0], int(place.rsplit("/", 1)[1])): int(offset) for place, offset in pairs}

@@ -1,0 +1,128 @@
+"""Objects in memory mirrored in Beam's state: used while their version is the state's, built anew from it where not.
+
+So a turn writes what it adds and reads nothing, and another worker, a retry or a restored checkpoint finds all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.coders import BytesCoder
+from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
+
+from transforms.journal import Journal
+from transforms.micros import Micro
+from transforms.packets import pack, unpack
+from transforms.panes import CELLS, Panes, cell_of, take_changes
+
+# The one key of what must be one.
+ONE = b"0"
+# Pieces a cell may have before it is written anew as one.
+PIECES = 24
+Keyed = tuple[bytes, bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """How a live job works.  Times are µs.
+
+    Args:
+        store: where its tables lie.
+        run_id: begins the names of its files.
+        dimensions: folder of the dimensions.
+        shards: parallel shards of keys.
+        keep: how long after the spine's clock a late question is still answered.
+        pace: least time between turns; 0 takes one per packet, at the packet's own time (replay).
+        commit_every: least time between commits.
+        dimension_every: how often dimensions are looked at.
+        prefix: before the names of topics.
+        table: whether answers go to the table.
+    """
+
+    store: str
+    run_id: str
+    dimensions: str
+    shards: int = 2
+    keep: int = 3_600_000_000
+    pace: int = 200_000
+    commit_every: int = 10_000_000
+    dimension_every: int = 60_000_000
+    prefix: str = ""
+    table: bool = True
+
+
+class Mirror:
+    """Objects in memory by key, each good for one version of its state."""
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, tuple[int, Any]] = {}
+
+    def get(self, key: bytes, version: int, build: Callable[[], Any]) -> Any:
+        known = self._held.get(key)
+        if known is None or known[0] != version:
+            known = (version, build())
+            self._held[key] = known
+        return known[1]
+
+    def put(self, key: bytes, version: int, value: Any) -> None:
+        self._held[key] = (version, value)
+
+
+def load_cells(stores: Mapping[str, Panes], cells: Sequence[Any]) -> list[int]:
+    """Fill `stores` from their cells; how many pieces each cell has."""
+    counts = []
+    for cell in cells:
+        pieces = list(cell.read())
+        counts.append(len(pieces))
+        for piece in pieces:
+            head, frames = unpack(piece)
+            stores[head["store"]].add(frames["rows"], record=False)
+    return counts
+
+
+def save_cells(stores: Mapping[str, Panes], cells: Sequence[Any], counts: list[int]) -> None:
+    """Write what has changed in `stores`: appended, or a cell anew."""
+    for number, frames in take_changes(stores).items():
+        cell = cells[number]
+        if frames is None or counts[number] + len(frames) > PIECES:
+            cell.clear()
+            counts[number] = 0
+            frames = cell_of(stores, number)
+        for name, frame in frames:
+            cell.add(pack({"store": name}, {"rows": frame}))
+        counts[number] += len(frames)
+
+
+def read_head(head: Any) -> dict[str, Any]:
+    value = head.read()
+    return json.loads(value) if value else {"version": 0}
+
+
+def write_head(head: Any, value: Mapping[str, Any]) -> None:
+    head.write(json.dumps(value, separators=(",", ":")).encode())
+
+
+@dataclasses.dataclass(eq=False)
+class HeldJournal:
+    journal: Journal
+    inbox: list[Micro]
+    early: dict[int, bytes]
+    counts: list[int]
+
+
+HEAD, BAG = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())
+CELL = [BagStateSpec(f"cell_{number}", BytesCoder()) for number in range(CELLS)]
+StateParam = beam.DoFn.StateParam
+
+
+def assembler(turn: int) -> bytes:
+    return str(turn % 4).encode()
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
