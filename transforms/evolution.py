@@ -141,13 +141,16 @@ def _outputs(feature: Reading) -> list[str]:
 
 
 def _copies(view: FeatureView, inventory: Inventory, current: Current, older: Older, days: Sequence[int]) -> Copies:
-    manifest, spine, needs = older.manifest, view.spine.name, needed(view)
+    manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
     back = dict(manifest.about["reaches"])
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
     files: dict[int, list[DataFile]] = {}
     for file in older.files:
         files.setdefault((file.date - as_date(0)).days, []).append(file)
-    proof_of = functools.cache(functools.partial(_proof, view, inventory, current, manifest))
+    days = [day for day, digest in inputs.items() if digest == manifest.dates[day] and day in files]
+    if not days:
+        return Copies(older.uri, older.version, {}, {})
+    proof_of = functools.cache(functools.partial(_proof, view, inventory, current, manifest, (days[0], days[-1])))
 
     def proven(source: str, ordered: bool, day: int) -> bool:
         proof, exactly = proof_of(source)
@@ -155,12 +158,10 @@ def _copies(view: FeatureView, inventory: Inventory, current: Current, older: Ol
 
     columns: dict[int, tuple[str, ...]] = {}
     one: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for day, digest in inputs.items():
-        if digest != manifest.dates[day] or day not in files or not proof_of(spine)[0](day, 0):
+    for day in days:
+        if not proof_of(spine)[0](day, 0):
             continue
-        names = tuple(
-            name for name in _same(view, manifest) if all(proven(source, order, day) for source, order in needs[name])
-        )
+        names = tuple(name for name in same if all(proven(source, order, day) for source, order in needs[name]))
         if names:
             columns[day] = one.setdefault(names, names)
     return Copies(older.uri, older.version, columns, {day: tuple(files[day]) for day in columns})
@@ -191,9 +192,10 @@ Proof = Callable[[int, int], bool]
 
 
 def _proof(
-    view: FeatureView, inventory: Inventory, current: Current, manifest: Manifest, source: str
+    view: FeatureView, inventory: Inventory, current: Current, manifest: Manifest, span: tuple[int, int], source: str
 ) -> tuple[Proof, bool]:
-    """(Proof for the source, whether it was read with the same columns: only then rows of one moment are in one order)."""
+    """(Proof for the source and the days of `span`, whether it was read with the same columns, and so with rows of one moment
+    in the same order)."""
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
@@ -208,8 +210,11 @@ def _proof(
         content = manifest.dimensions.get(source) == current.dimensions[source]
         used = dimensions_digest(manifest.dimensions)
         return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
+    # What no window of these days can see need not be read.
+    first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
+    files = {path: held for path, held in current.files[source].items() if held[1] <= last and held[2] >= first}
     try:
-        rows = digests_now(source, then, slices, current.files[source], manifest)
+        rows = digests_now(source, then, [each for each in slices if each.path in files], files, manifest)
     except ContractError:  # a column that is no longer needed need not be there
         return _never, False
     dropped = current.repeats[source].dropped if source in current.repeats else {}
