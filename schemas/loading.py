@@ -76,14 +76,13 @@ def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise DefinitionError("The definition is an importable module or a .py file", str(path), "No such file")
     name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise DefinitionError("The definition is a Python file", str(path), "Name a .py file")
-    loader, module = spec.loader, importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module
 
     def run() -> ModuleType:
-        loader.exec_module(module)
+        # From its text: byte code kept beside it would be stale when the file is changed twice within a second.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         return module
 
     return _imported(str(path), run)

@@ -34,7 +34,7 @@ from transforms.state import (
 )
 
 
-class JournalStep(beam.DoFn):  # type: ignore[misc]
+class JournalStep(beam.DoFn):
     """Packets → a packet per shard concerned, the turn's questions, its entry.  A turn per packet, at the packet's own time."""
 
     def __init__(self, view: FeatureView, live: Live) -> None:
@@ -78,7 +78,7 @@ class JournalStep(beam.DoFn):  # type: ignore[misc]
                     held.early[index] = packet
             return held
 
-        return self.mirror.get(key, told["version"], build)  # type: ignore[no-any-return]
+        return self.mirror.get(key, told["version"], build)
 
     def turn(self, held: HeldJournal, now: int) -> Turn:
         admitted, held.inbox = held.journal.admit(held.inbox, now)

@@ -29,7 +29,7 @@ from transforms.steps import AssembleStep, CommitStep, ShardStep
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class LiveFeatures(beam.PTransform):  # type: ignore[misc]
+class LiveFeatures(beam.PTransform):
     """PCollection of packets (bytes, see `Decode…`) → tagged PCollections: `features` (RecordBatch of `live_schema(view)`, one per turn),
     `commits` (what the tables were told as JSON, one per commit) and `letters` (packets of dead letters); the latter two keyed.
 
@@ -108,7 +108,7 @@ def decoded(
     return micro_packet(parts, arrived, index, came)
 
 
-class DecodeChunks(beam.DoFn):  # type: ignore[misc]
+class DecodeChunks(beam.DoFn):
     """(number, messages) of a replay → packet."""
 
     def __init__(self, view: FeatureView, prefix: str = "") -> None:
@@ -121,7 +121,7 @@ class DecodeChunks(beam.DoFn):  # type: ignore[misc]
         yield decoded(self.contracts, chunk[1], self.prefix, chunk[0])
 
 
-class DecodeBundles(beam.DoFn):  # type: ignore[misc]
+class DecodeBundles(beam.DoFn):
     """Message → packets, one for all messages of a bundle."""
 
     def __init__(self, view: FeatureView, prefix: str = "") -> None:

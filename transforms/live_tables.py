@@ -53,7 +53,7 @@ def last_told(table: DeltaTable | None) -> dict[str, Any]:
         return {}
     for entry in table.history(20):
         if KEY in entry:
-            return json.loads(entry[KEY])  # type: ignore[no-any-return]
+            return json.loads(entry[KEY])
     return {}
 
 

@@ -45,4 +45,4 @@ def unpack(packet: bytes) -> tuple[dict[str, Any], Frames]:
 
 def head_of(packet: bytes) -> dict[str, Any]:
     """The head alone."""
-    return json.loads(packet[: packet.index(b"\n")])["head"]  # type: ignore[no-any-return]
+    return json.loads(packet[: packet.index(b"\n")])["head"]

@@ -168,7 +168,7 @@ class Panes:
 
 
 def _moments(frame: pl.DataFrame, time: str) -> Ints:
-    return frame[time].to_physical().to_numpy()  # type: ignore[no-any-return]
+    return frame[time].to_physical().to_numpy()
 
 
 def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, pl.DataFrame]] | None]:

@@ -124,7 +124,7 @@ def _known(source: Source, frame: pl.DataFrame) -> Ints:
     )
 
 
-class SendChunks(beam.DoFn):  # type: ignore[misc]
+class SendChunks(beam.DoFn):
     """Impulse → (number, messages) per chunk."""
 
     def __init__(self, view: FeatureView, replay: Replay) -> None:

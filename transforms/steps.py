@@ -36,7 +36,7 @@ from transforms.state import (
 )
 
 
-class ShardStep(beam.DoFn):  # type: ignore[misc]
+class ShardStep(beam.DoFn):
     """(shard, turn's packet) → (assembler, answers).  Packets are applied in the order of their numbers."""
 
     def __init__(self, view: FeatureView, live: Live) -> None:
@@ -81,7 +81,7 @@ class ShardStep(beam.DoFn):  # type: ignore[misc]
         self.rows.update(sum(len(store) for store in shard.stores.values()))
 
 
-class AssembleStep(beam.DoFn):  # type: ignore[misc]
+class AssembleStep(beam.DoFn):
     """A turn's questions and the shards' parts → its answers, once all are there; also as a packet for the tables."""
 
     def __init__(self, view: FeatureView, live: Live) -> None:
@@ -143,7 +143,7 @@ class AssembleStep(beam.DoFn):  # type: ignore[misc]
         return pack({"kind": "features", "turn": head["turn"]}, {"rows": rows})
 
 
-class CommitStep(beam.DoFn):  # type: ignore[misc]
+class CommitStep(beam.DoFn):
     """Entries and answers of turns → commits.  One key: turns in order, an interval at a time."""
 
     def __init__(self, view: FeatureView, live: Live) -> None:

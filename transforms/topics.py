@@ -39,7 +39,7 @@ class Broker:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class ReadTopics(beam.PTransform):  # type: ignore[misc]
+class ReadTopics(beam.PTransform):
     """PBegin → PCollection[Message], from where `group` stands (see `stand`); each partition in order.
 
     Nothing is committed to the broker: where to go on is kept with what was made of the messages.
@@ -70,7 +70,7 @@ def _message(record: Any) -> Message:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteTopic(beam.PTransform):  # type: ignore[misc]
+class WriteTopic(beam.PTransform):
     """PCollection[(key, value)], both bytes → the topic, at least once."""
 
     broker: Broker
