@@ -121,9 +121,9 @@ def score(folder: Path) -> None:
     booster = xgb.Booster(model_file=folder / "model.ubj")
     encodings = json.loads((folder / "encodings.json").read_text())
     rows = pl.read_parquet(folder / "features.parquet")
-    rows.select("flight_id", "asked_at", score=pl.Series(booster.inplace_predict(_matrix(rows, encodings)))).write_parquet(
-        folder / "predictions.parquet", compression="lz4"
-    )
+    rows.select(
+        "flight_id", "asked_at", score=pl.Series(booster.inplace_predict(_matrix(rows, encodings)))
+    ).write_parquet(folder / "predictions.parquet", compression="lz4")
 
 
 def _read(sources: Path, name: str) -> pl.DataFrame:
@@ -145,7 +145,11 @@ def _trailing(
     span = high - low + max(map(_length, windows))  # type: ignore[operator]
     both = both.select("row", "v", key=group.rank("dense").cast(pl.Int64) * span + pl.col("t") - low).sort("key")
     prefix = f"{source}_by_{'_'.join(keys)}_{column}"
-    statistics = (_statistic(stat, window).alias(f"{prefix}{stat}_{window}") for window, stats in windows.items() for stat in stats)
+    statistics = (
+        _statistic(stat, window).alias(f"{prefix}{stat}_{window}")
+        for window, stats in windows.items()
+        for stat in stats
+    )
     return both.lazy().select("row", *statistics).drop_nulls("row").sort("row").drop("row").collect()
 
 
@@ -169,7 +173,11 @@ def _statistic(stat: str, window: str) -> pl.Expr:
 def _asked_before(asked: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame:
     """How many rows of the same origin were asked in each window before."""
     return asked.select("asked_at", "origin", one=pl.lit(1, pl.Int64)).select(
-        pl.col("one").rolling_sum_by("asked_at", window, closed="left").over("origin").fill_null(0).alias(f"schedule_by_origin_count_{window}")
+        pl.col("one")
+        .rolling_sum_by("asked_at", window, closed="left")
+        .over("origin")
+        .fill_null(0)
+        .alias(f"schedule_by_origin_count_{window}")
         for window in windows
     )
 
@@ -178,7 +186,9 @@ def _latest(
     asked: pl.DataFrame, events: pl.DataFrame, time: str, by: str, columns: tuple[str, ...], max_age: str, prefix: str
 ) -> pl.DataFrame:
     """Columns of the last event of the same key strictly before each asked row."""
-    events = events.drop_nulls(by).select(by, pl.col(time).alias("__t"), *(pl.col(name).alias(prefix + name) for name in columns))
+    events = events.drop_nulls(by).select(
+        by, pl.col(time).alias("__t"), *(pl.col(name).alias(prefix + name) for name in columns)
+    )
     return asked.select(by, "asked_at").join_asof(
         events, left_on="asked_at", right_on="__t", by=by, strategy="backward", tolerance=max_age, allow_exact_matches=False, check_sortedness=False,
     ).select(prefix + name for name in columns)  # fmt: skip
@@ -186,6 +196,7 @@ def _latest(
 
 def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> np.ndarray:
     """The model's inputs as float32, missing as NaN: the features in order, origin one-hot, carrier by rank."""
+
     def rank(name: str) -> pl.Expr:
         known = encodings[name]
         return pl.col(name).replace_strict(known, range(len(known)), default=len(known), return_dtype=pl.Float32)

@@ -37,14 +37,22 @@ def main(argv: Sequence[str]) -> int:
 
             data.write(str(folder / "data"))
         inputs = {"sources": str(sources)}
-        sides = [Side("native", "benchmarks.flights_native:main", inputs), Side("pipelines", "benchmarks.main_job:pipelines", inputs)]
+        sides = [
+            Side("native", "benchmarks.flights_native:main", inputs),
+            Side("pipelines", "benchmarks.main_job:pipelines", inputs),
+        ]
         measured, checked = compare(sides, flags.repeats, folder / "runs", check)
     found = ratios(measured, "pipelines", "native")
     say("\n" + summary(measured))
     say("both sides agree: " + ", ".join(f"{name} {value}" for name, value in checked.items()))
-    say("pipelines / native (fastest run, median peak): " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    say(
+        "pipelines / native (fastest run, median peak): "
+        + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    )
     if flags.json:
-        write_json(flags.json, {"benchmark": "main_job", **found, **checked, "machine": machine(), "raw": raw(measured)})
+        write_json(
+            flags.json, {"benchmark": "main_job", **found, **checked, "machine": machine(), "raw": raw(measured)}
+        )
     return 0
 
 

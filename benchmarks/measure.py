@@ -67,7 +67,11 @@ def stage(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _stages[name] = {"seconds": time.perf_counter() - start, "cpu_seconds": _cpu_seconds() - cpu, "high_mb": high_water()}
+        _stages[name] = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": _cpu_seconds() - cpu,
+            "high_mb": high_water(),
+        }
 
 
 def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, list[str]]:
@@ -93,7 +97,10 @@ def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, lis
 
 
 def compare(
-    sides: Sequence[Side], repeats: int, folder: Path, check: Callable[[dict[str, Path]], Mapping[str, Any]] | None = None
+    sides: Sequence[Side],
+    repeats: int,
+    folder: Path,
+    check: Callable[[dict[str, Path]], Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
     """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the warm-up."""
     modules, outputs = {}, {}
@@ -107,7 +114,9 @@ def compare(
         for side in sides if repetition % 2 == 0 else reversed(sides):
             one, _ = run(side, folder / f"{side.name}-{repetition}", modules[side.name])
             measured[side.name].append(one)
-            say(f"{side.name} {repetition + 1}/{repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB")
+            say(
+                f"{side.name} {repetition + 1}/{repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
+            )
     return measured, checked
 
 
@@ -127,12 +136,18 @@ def summary(measured: Mapping[str, Sequence[Measurement]]) -> str:
     """A table of the medians, stages included."""
     lines = [f"{'':<22}{'seconds':>9}{'min–max':>15}{'cpu s':>8}{'peak MB':>9}{'baseline MB':>13}{'imports s':>11}"]
     for name, runs in measured.items():
-        middle = {field: statistics.median(getattr(each, field) for each in runs) for field in ("seconds", "cpu_seconds", "peak_mb", "baseline_mb", "import_seconds")}
+        middle = {
+            field: statistics.median(getattr(each, field) for each in runs)
+            for field in ("seconds", "cpu_seconds", "peak_mb", "baseline_mb", "import_seconds")
+        }
         low, high = min(each.seconds for each in runs), max(each.seconds for each in runs)
-        lines.append(f"{name:<22}{middle['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{middle['cpu_seconds']:>8.2f}{middle['peak_mb']:>9.0f}{middle['baseline_mb']:>13.0f}{middle['import_seconds']:>11.2f}")
+        lines.append(
+            f"{name:<22}{middle['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{middle['cpu_seconds']:>8.2f}{middle['peak_mb']:>9.0f}{middle['baseline_mb']:>13.0f}{middle['import_seconds']:>11.2f}"
+        )
         for part in runs[0].stages:
             seconds, cpu, peak = (
-                statistics.median(each.stages[part][field] for each in runs) for field in ("seconds", "cpu_seconds", "peak_mb")
+                statistics.median(each.stages[part][field] for each in runs)
+                for field in ("seconds", "cpu_seconds", "peak_mb")
             )
             lines.append(f"  {part:<20}{seconds:>9.2f}{'':>15}{cpu:>8.2f}{peak:>9.0f}")
     return "\n".join(lines)
@@ -146,7 +161,12 @@ def raw(measured: Mapping[str, Sequence[Measurement]]) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Where it was measured."""
     with contextlib.suppress(OSError):
-        return {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "system": platform.platform(), "python": platform.python_version()}
+        return {
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "system": platform.platform(),
+            "python": platform.python_version(),
+        }
     return {"cpus": os.cpu_count()}
 
 
@@ -155,7 +175,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write ratios and raw figures there")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side (default 3)")
-    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="work there and leave everything (default: a temporary folder)")
+    parser.add_argument(
+        "--keep", metavar="FOLDER", type=Path, help="work there and leave everything (default: a temporary folder)"
+    )
     return parser
 
 
@@ -240,9 +262,22 @@ def _serve(request: Path, answer: Path) -> None:
     stages = {name: {**each, "peak_mb": each["high_mb"] - baseline} for name, each in record._stages.items()}
     fresh = sorted(set(sys.modules) - before)
     measurement = Measurement(
-        seconds, cpu, peak + children.peak_mb - baseline, baseline, import_seconds, sorted({name.split(".")[0] for name in fresh}), stages, result
+        seconds,
+        cpu,
+        peak + children.peak_mb - baseline,
+        baseline,
+        import_seconds,
+        sorted({name.split(".")[0] for name in fresh}),
+        stages,
+        result,
     )
-    modules = sorted(name for name in sys.modules if not name.startswith(("__", "benchmarks.measure", "millrace_definition")))
+    # A module without its package was loaded from its path (TFDV's library is); by its name it would bring the package along.
+    modules = sorted(
+        name
+        for name in sys.modules
+        if not name.startswith(("__", "benchmarks.measure", "millrace_definition"))
+        and name.split(".")[0] in sys.modules
+    )
     answer.write_text(json.dumps({"measurement": dataclasses.asdict(measurement), "modules": modules}))
 
 

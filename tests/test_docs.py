@@ -18,12 +18,16 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
     found = []
     for match in BLOCK.finditer(text):
         info = match["info"].strip()
-        assert not info or re.fullmatch(r"file=\w+\.py", info), f"{page.name}: a Python block says nothing, or file=name.py; got {info!r}"
+        assert not info or re.fullmatch(r"file=\w+\.py", info), (
+            f"{page.name}: a Python block says nothing, or file=name.py; got {info!r}"
+        )
         found.append((text[: match.start("code")].count("\n") + 1, info.removeprefix("file="), match["code"]))
     return found
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -101,7 +101,7 @@ class Writer:
                         self.uri, schema, actions, mode="error", partition_by=["date"], commit_properties=properties
                     )
                 else:
-                    table.create_write_transaction(actions, "append", schema, ["date"], commit_properties=properties)
+                    table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
                 return len(rows)
             except CommitFailedError:
                 continue  # somebody else committed: look again at what is in

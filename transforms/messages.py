@@ -91,7 +91,8 @@ def heartbeat(until: int) -> tuple[bytes, bytes]:
 
 def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
     """Rows of one partition's messages that keep the contract, and letters for the rest."""
-    beats, rows = [], []
+    beats: list[Message] = []
+    rows: list[Message] = []
     for message in messages:
         (beats if message.key == HEARTBEAT else rows).append(message)
     frames, letters = _frames(contract, rows)

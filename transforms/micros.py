@@ -56,8 +56,8 @@ def micros(packet: bytes) -> list[Micro]:
     head, frames = unpack(packet)
     none = pl.DataFrame(schema=LETTERS)
     return [
-        Micro(*part, rows=frames[f"{i}r"], letters=frames.get(f"{i}l", none), came=head["came"])
-        for i, part in enumerate(head["parts"])
+        Micro(source, partition, first, after, messages, beat, frames[f"{i}r"], frames.get(f"{i}l", none), head["came"])
+        for i, (source, partition, first, after, messages, beat) in enumerate(head["parts"])
     ]
 
 
