@@ -20,14 +20,12 @@ from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER, Clock, Rule
 from transforms.ids import row_ids
 from transforms.messages import LETTERS, ORIGIN
-from transforms.micros import PLACE, Micro, digest, known_columns, letter, rid
+from transforms.micros import PLACE, Micro, digest, in_order, known_columns, letter, rid
 from transforms.packets import Frames, pack
 from transforms.panes import CELLS, Panes, key_hashes
 from transforms.shards import MINUTE, RID, groups_of, route_events, route_questions, with_keys
 
 PENDING, ASKED = "?pending", "?asked"
-# How long a hole in a partition's offsets is waited on before it is taken for one that Kafka keeps to itself.
-PATIENCE = 5_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,21 +80,7 @@ class Journal:
 
     def admit(self, inbox: Sequence[Micro], now: int) -> tuple[list[Micro], list[Micro]]:
         """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)"""
-        admitted, waiting = [], []
-        expected = {name: dict(each) for name, each in self.next.items()}
-        for micro in sorted(inbox, key=lambda each: (each.source, each.partition, each.first)):
-            due = expected[micro.source].get(micro.partition)
-            if due is not None and micro.first > due and now - micro.came < PATIENCE:
-                waiting.append(micro)
-                continue
-            if due is not None and micro.first > due:
-                self._count(micro.source, "offsets_skipped", micro.first - due)
-            if due is not None and micro.next <= due:
-                self._count(micro.source, "messages_again", micro.messages)
-                continue
-            admitted.append(micro)
-            expected[micro.source][micro.partition] = micro.next
-        return admitted, waiting
+        return in_order(inbox, self.next, now, self._count)
 
     def turn(self, admitted: Sequence[Micro], now: int) -> Turn:
         """Apply micro-batches (`admit`ted), decide what can be answered, number the turn."""

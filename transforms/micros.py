@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -15,6 +15,8 @@ from transforms.packets import pack, unpack
 from transforms.shards import RID
 
 PLACE = ["__partition", "__offset", "__place"]
+# How long a hole in a partition's offsets is waited on before it is taken for one that Kafka keeps to itself (µs).
+PATIENCE = 5_000_000
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,6 +72,34 @@ def packets_of(waiting: Sequence[Micro]) -> list[bytes]:
         )
         for each in waiting
     ]  # fmt: skip
+
+
+def in_order(
+    inbox: Sequence[Micro], due: Mapping[str, Mapping[int, int]], now: int, count: Callable[[str, str, int], None]
+) -> tuple[list[Micro], list[Micro]]:
+    """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)
+
+    Args:
+        inbox: of any partitions, in any order.
+        due: next offset per source and partition.
+        now: a hole that is waited on since `PATIENCE` is passed over.
+        count: told of (source, what, how many) that came again or were passed over.
+    """
+    admitted, waiting = [], []
+    expected = {name: dict(each) for name, each in due.items()}
+    for micro in sorted(inbox, key=lambda each: (each.source, each.partition, each.first)):
+        next_one = expected[micro.source].get(micro.partition)
+        if next_one is not None and micro.first > next_one and now - micro.came < PATIENCE:
+            waiting.append(micro)
+            continue
+        if next_one is not None and micro.first > next_one:
+            count(micro.source, "offsets_skipped", micro.first - next_one)
+        if next_one is not None and micro.next <= next_one:
+            count(micro.source, "messages_again", micro.messages)
+            continue
+        admitted.append(micro)
+        expected[micro.source][micro.partition] = micro.next
+    return admitted, waiting
 
 
 def known_columns(view: FeatureView, name: str) -> list[str]:

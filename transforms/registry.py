@@ -31,6 +31,7 @@ ROLLBACK = "rollback: "
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
 _MODEL_FOLDER = "model"  # of a run's artifacts
+_EXAMPLE, _REQUEST = "input_example.json", "serving_input_example.json"
 
 
 def registry_uri(store: str, uri: str | None = None) -> str:
@@ -68,6 +69,7 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
         artifacts: str | Path | None = None,
         tags: Mapping[str, str] | None = None,
+        example: Mapping[str, Any] | None = None,
     ) -> str:
         """Record a training run and register its model; returns the version.
 
@@ -81,6 +83,7 @@ class Registry:
             metrics: numbers; None and NaN are left out.
             artifacts: local folder whose content is logged beside the model.
             tags: put on the run and on the version.
+            example: raw rows as a request has them (`columns`, `data`), kept as MLflow's input example.
         """
         with self._client(write=True) as client:
             run = self._run(client, bundle.name, run_id, {**(tags or {}), FINGERPRINT: bundle.fingerprint})
@@ -91,7 +94,7 @@ class Registry:
             if artifacts is not None:
                 client.log_artifacts(run.info.run_id, str(artifacts))
             with tempfile.TemporaryDirectory() as folder:
-                digest = _model_folder(bundle, folder, run.info.run_id)
+                digest = _model_folder(bundle, folder, run.info.run_id, example)
                 client.log_artifacts(run.info.run_id, folder, _MODEL_FOLDER)
             with _unless_there():
                 client.create_registered_model(bundle.name)
@@ -105,10 +108,19 @@ class Registry:
             client.set_terminated(run.info.run_id)
             return str(version.version)
 
+    def attach(self, name: str, run_id: str, file: str, text: str) -> None:
+        """Keep `text` as the artifact `file` of our run; written again, it replaces what was there."""
+        with self._client(write=True) as client:
+            client.log_text(self._run(client, name, run_id, {}).info.run_id, text, file)
+
     def champion(self, name: str) -> str | None:
         """The version that bears the alias `champion`, or None."""
+        return self.bearer(name, CHAMPION)
+
+    def bearer(self, name: str, alias: str) -> str | None:
+        """The version that bears `alias`, or None."""
         with self._client() as client:
-            return None if client is None else self._aliases(client, name).get(CHAMPION)
+            return None if client is None else self._aliases(client, name).get(alias)
 
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
         """A version (None: the champion) and the folder that `load` reads it from, its manifest's digest checked.
@@ -117,6 +129,16 @@ class Registry:
 
         Raises:
             StoreError: no such model or version, no champion, files gone or altered.
+        """
+        version, folder, expected = self.locate(name, version)
+        check_digest(folder, MANIFEST, read_bytes(folder, MANIFEST), expected)
+        return version, folder
+
+    def locate(self, name: str, version: str | int | None = None) -> tuple[str, str, str]:
+        """As `resolve`, without a look at the files; also the digest that their manifest must have.
+
+        Raises:
+            StoreError: no such model or version, no champion.
         """
         with self._client() as client:
             versions = {} if client is None else self._versions(client, name)
@@ -142,8 +164,7 @@ class Registry:
             raise StoreError(
                 "Millrace scores with models that it registered", value, "Register it with: millrace training"
             )
-        check_digest(folder, MANIFEST, read_bytes(folder, MANIFEST), expected)
-        return str(version), folder
+        return str(version), folder, expected
 
     def models(self) -> list[tuple[str, str]]:
         """(Name, version) of everything Millrace registered here, in order."""
@@ -284,8 +305,8 @@ def _log(client: Any, run: Any, params: Mapping[str, object], metrics: Mapping[s
         client.log_batch(run.info.run_id, metrics=known[i : i + 1000])
 
 
-def _model_folder(bundle: Bundle, folder: str, run_id: str) -> str:
-    """The bundle as an MLflow model: its files and `MLmodel` with signature and metadata.  Returns the digest."""
+def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str, Any] | None) -> str:
+    """The bundle as an MLflow model: its files and `MLmodel` with signature, metadata and example.  Returns the digest."""
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
 
@@ -298,9 +319,15 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str) -> str:
         "millrace": {"format": FORMAT, "manifest": MANIFEST},
         "python_function": {"loader_module": "transforms.serving", "python_version": platform.python_version()},
     }
-    Model(_MODEL_FOLDER, run_id, flavors=flavors, signature=signature, metadata=metadata).save(
-        os.path.join(folder, "MLmodel")
-    )
+    model = Model(_MODEL_FOLDER, run_id, flavors=flavors, signature=signature, metadata=metadata)
+    if example:
+        # As MLflow lays out an example of a frame: the rows, and the body of a request with them.
+        for name, content in ((_EXAMPLE, example), (_REQUEST, {"dataframe_split": example})):
+            Path(folder, name).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        model.saved_input_example_info = {
+            "artifact_path": _EXAMPLE, "type": "dataframe", "pandas_orient": "split", "serving_input_path": _REQUEST,
+        }  # fmt: skip
+    model.save(os.path.join(folder, "MLmodel"))
     return digest
 
 
