@@ -13,6 +13,8 @@ from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 
 MICROSECOND = timedelta(microseconds=1)
+# Polars prints times to the year 262 143.
+_PRINTED = 2**62
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Columns of a dead letter, as far as they are known before its file is.
@@ -182,9 +184,16 @@ def _letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, str, 
         pl.col("place").cast(pl.Int64),
         first([pl.lit(field) for field, _, _ in rules]).alias("field"),
         first([pl.lit(rule) for _, rule, _ in rules]).alias("rule"),
-        first([pl.col(field).cast(pl.String).fill_null("null") for field, _, _ in rules]).alias("value"),
+        first([_shown(field, bad.schema[field]).fill_null("null") for field, _, _ in rules]).alias("value"),
         time.alias("time"),
     ).cast(LETTER)  # type: ignore[arg-type]
+
+
+def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A column's values as text; of times beyond those that Polars can print, the last that it can."""
+    if isinstance(dtype, pl.Datetime):
+        return pl.col(name).to_physical().clip(-_PRINTED, _PRINTED).cast(dtype).cast(pl.String)
+    return pl.col(name).cast(pl.String)
 
 
 def day_of(microsecond: int) -> date:

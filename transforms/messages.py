@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ LETTERS = {
 }  # fmt: skip
 _ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
+# A message that cannot be read must never stop a job, since it would stop it again: whatever reading it raises.
+_ANYTHING = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
 
 
@@ -104,8 +108,8 @@ def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
     letters += ahead
     until, ahead_by = [], microseconds(contract.source.ahead, zero=True)
     for beat in beats:
-        told = int(beat.value) if beat.value.lstrip(b"-").isdigit() else None
-        if told is None or FOREVER > told > beat.timestamp + ahead_by:
+        told = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
+        if told is None or (told > beat.timestamp + ahead_by and told != FOREVER):
             rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
             letters.append(_unreadable(contract, beat, rule))
         else:
@@ -123,25 +127,15 @@ def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.Da
     for is_json, group in itertools.groupby(messages, lambda each: each.value[:1] in (b"{", b"[")):
         some = list(group)
         if is_json and len(some) > 1:
-            try:  # in one go; where that fails, one by one
+            with contextlib.suppress(*_ANYTHING):  # in one go; where that fails, one by one
                 frames.append(_from_json(contract, some))
                 continue
-            except (ContractError, ValueError):
-                pass
         for message in some:
             try:
                 frames.append(_one(contract, message))
-            except (
-                ContractError,
-                ValueError,
-                OSError,
-                KeyError,
-                pa.ArrowException,
-                pl.exceptions.PolarsError,
-            ) as error:
-                letters.append(
-                    _unreadable(contract, message, str(error).splitlines()[0][:300] if str(error) else _READABLE)
-                )
+            except _ANYTHING as error:
+                reason = str(error).strip().splitlines()
+                letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
     return frames, letters
 
 
@@ -151,6 +145,7 @@ def _one(contract: Contract, message: Message) -> pl.DataFrame:
     if message.value[:4] == _ARROW:
         with pa.ipc.open_stream(message.value) as reader:
             table = reader.read_all()
+        table.validate(full=True)  # offsets beyond a buffer would end the process, at every try
     elif message.value[:4] == _AVRO:
         return _from_rows(contract, _avro_rows(message.value), [message])
     else:
@@ -255,6 +250,7 @@ def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Seque
 
 def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
     text = message.value[:200].decode("utf-8", "backslashreplace")
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
     row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
     return pl.DataFrame([row], schema=LETTERS, orient="row")
 
