@@ -28,7 +28,7 @@ from transforms.batches import batch
 from transforms.inventory import source_uri
 from transforms.packets import Frames, head_of, unpack
 from transforms.replay import sources_of
-from transforms.tables import TRIES, _add, data_files, delta_schema, open_table, read_file, write_files
+from transforms.tables import _KEPT, TRIES, _add, data_files, delta_schema, open_table, read_file, write_files
 
 KEY = "millrace_live"
 # Dates of answers whose ids stay in memory.
@@ -73,8 +73,10 @@ class Writer:
     app: str
     run_id: str
 
-    def append(self, frame: pl.DataFrame, turn: int, told: Mapping[str, Any], fresh: Fresh) -> int:
-        """Commit the rows of `frame` that are not in the table; how many that were.
+    def append(
+        self, frame: pl.DataFrame, turn: int, told: Mapping[str, Any], fresh: Fresh, always: bool = False
+    ) -> int:
+        """Commit the rows of `frame` that are not in the table; how many that were.  `always`: what is told, also without rows.
 
         Raises:
             StoreError: the store refuses.
@@ -82,7 +84,7 @@ class Writer:
         for _ in range(TRIES):
             table = open_table(self.uri)
             rows = fresh(table, frame)
-            if not len(rows):
+            if not len(rows) and not always:
                 return 0
             actions = [
                 _add(self.uri, file, values)
@@ -98,8 +100,9 @@ class Writer:
             try:
                 if table is None:
                     create_table_with_add_actions(
-                        self.uri, schema, actions, mode="error", partition_by=["date"], commit_properties=properties
-                    )
+                        self.uri, schema, actions, mode="error", partition_by=["date"], configuration=_KEPT,
+                        commit_properties=properties,
+                    )  # fmt: skip
                 else:
                     table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
                 return len(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -35,7 +36,11 @@ class Micro:
 
 
 def micro_packet(
-    parts: Sequence[tuple[str, int, int, int, int, Decoded]], arrived: int, index: int | None = None, came: int = 0
+    parts: Sequence[tuple[str, int, int, int, int, Decoded]],
+    arrived: int,
+    index: int | None = None,
+    came: int = 0,
+    more: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet.
 
@@ -44,6 +49,7 @@ def micro_packet(
         arrived: when the last of the messages did, µs.
         index: place in the order of a replay.
         came: when Millrace got them, µs; a hole before them is waited on from then.
+        more: further entries of the head.
     """
     head, frames = [], {}
     for i, (source, partition, first, after, messages, held) in enumerate(parts):
@@ -51,7 +57,7 @@ def micro_packet(
         frames[f"{i}r"] = held.rows
         if len(held.letters):
             frames[f"{i}l"] = held.letters
-    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head}, frames)
+    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head, **(more or {})}, frames)
 
 
 def micros(packet: bytes) -> list[Micro]:
@@ -94,7 +100,7 @@ def in_order(
             continue
         if next_one is not None and micro.first > next_one:
             count(micro.source, "offsets_skipped", micro.first - next_one)
-        if next_one is not None and micro.next <= next_one:
+        if next_one is not None and micro.next <= next_one and micro.messages:
             count(micro.source, "messages_again", micro.messages)
             continue
         admitted.append(micro)
