@@ -54,6 +54,12 @@ class StoreError(MillraceError):
     exit_code = 4
 
 
+class ConflictError(StoreError):
+    """Another run committed the same dates first; nothing of this one is visible."""
+
+    exit_code = 8
+
+
 class MismatchError(MillraceError):
     """Two parts that were not made for each other: fingerprints or schemas differ."""
 

@@ -6,15 +6,16 @@ version every number is wrong.  So the log is read here, commit by commit, newes
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from apache_beam.io.filesystems import FileSystems
 
-from schemas.errors import StoreError
+from schemas.errors import ConflictError, StoreError
 
 LOG = "_delta_log"
 
@@ -52,6 +53,28 @@ def commit_at(uri: str, version: int) -> dict[str, Any]:
     """What the commit says of itself."""
     info = next(_actions(uri, version, "commitInfo"), {})
     return {**info, "version": version}
+
+
+def version_of_run(uri: str, run_id: str, version: int) -> int:
+    """The version that the run made, as of `version`; that one itself where it is not among the last 200."""
+    last = itertools.islice(commits(uri, version), 200)
+    return next((int(each["version"]) for each in last if each.get("run_id") == run_id), version)
+
+
+def conflict(uri: str, run_id: str, base: int | None, version: int, changed: set[str]) -> ConflictError:
+    """The refusal of a run whose dates others changed since `base`: files `changed`, whose names tell dates and runs."""
+    names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in changed}
+    days = {part.removeprefix("date=") for path in changed for part in path.split("/") if part.startswith("date=")}
+    since = "there was no table" if base is None else f"version {base}"
+    return ConflictError(
+        f"Nobody else changes the dates of a run while it works on {uri}",
+        f"{_some(sorted(days))} changed since {since}; it has version {version} now, files of run {_some(sorted(names - {run_id}))}",
+        "Another run won: run the same command again to build on its result",
+    )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def file_actions(uri: str, version: int) -> tuple[set[str], set[str]]:
