@@ -37,9 +37,11 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
             plain += new
         elif what == "evict":
             horizon = random.randrange(-300, 300)
+            ends = {row[3]: (number + 1) * width for number, parts in panes.panes.items() for part in parts for row in part.frame.rows()}
             gone = panes.evict(horizon)
-            kept = [row for row in plain if (row[0] // width + 1) * width > horizon]
+            kept = [row for row in plain if ends[row[3]] > horizon]
             assert gone == len(plain) - len(kept)
+            assert all(row in kept for row in plain if row[0] >= horizon)
             plain = kept
         elif what == "drop":
             ids = [random.randrange(max(next_id, 1)) for _ in range(3)]
@@ -54,16 +56,17 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
             plain = [row for row in plain if row[0] > bound]
         for cell, frames in take_changes({"s": panes}).items():
             if frames is None:
-                cells[cell] = [pack({"store": name}, {"rows": frame}) for name, frame in cell_of({"s": panes}, cell)]
+                cells[cell] = [pack({"pane": pane}, {"rows": part}) for _, pane, part in cell_of({"s": panes}, cell)]
             else:
-                cells[cell] += [pack({"store": name}, {"rows": frame}) for name, frame in frames]
+                cells[cell] += [pack({"pane": pane}, {"rows": part}) for _, pane, part in frames]
         assert len(panes) == len(plain)
     assert rows(panes.all()) == sorted(plain, key=str)
     restored = Panes("t", width)
     for pieces in cells:
         random.shuffle(pieces)  # a bag has no order
         for piece in pieces:
-            restored.add(unpack(piece)[1]["rows"], record=False)
+            head, found = unpack(piece)
+            restored.restore(head["pane"], found["rows"])
     assert rows(restored.all()) == sorted(plain, key=str)
     for key in (("k",), ("k", "n")):
         wanted = pl.DataFrame([("a", 1), (None, 2)], schema={"k": pl.String, "n": pl.Int64}, orient="row")
@@ -86,3 +89,13 @@ def test_appending_builds_few_parts() -> None:
     (parts,) = panes.panes.values()
     assert len(parts) < 12
     assert len(panes) == 1000
+
+
+def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
+    panes = Panes("t", 10)
+    times = list(range(0, 100_000, 7))
+    panes.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))
+    assert len(panes.panes) <= 9
+    assert all(part.frame["t"].max() < (number + 1) * 10 for number, parts in panes.panes.items() for part in parts)
+    panes.evict(50_000)
+    assert rows(panes.all())[0] and min(row[0] for row in rows(panes.all())) > 30_000

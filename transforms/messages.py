@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
         if told is None or (told > beat.timestamp + ahead_by and told != FOREVER):
             rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
             letters.append(_unreadable(contract, beat, rule))
-        else:
+        elif told != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
             until.append(told)
     return Decoded(kept, pl.concat([pl.DataFrame(schema=LETTERS), *letters]), max(until, default=None))
 
@@ -124,11 +124,11 @@ def _empty(source: Source) -> pl.DataFrame:
 def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
     """Frames of the readable messages, and letters of the others."""
     frames, letters = [], []
-    for is_json, group in itertools.groupby(messages, lambda each: each.value[:1] in (b"{", b"[")):
+    for together, group in itertools.groupby(messages, _together):
         some = list(group)
-        if is_json and len(some) > 1:
+        if together is not None and len(some) > 1:
             with contextlib.suppress(*_ANYTHING):  # in one go; where that fails, one by one
-                frames.append(_from_json(contract, some))
+                frames.append(together(contract, some))
                 continue
         for message in some:
             try:
@@ -140,25 +140,41 @@ def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.Da
 
 
 def _one(contract: Contract, message: Message) -> pl.DataFrame:
+    together = _together(message)
+    if together is not None:
+        return together(contract, [message])
+    if message.value[:4] == _AVRO:
+        return _from_rows(contract, _avro_rows(message.value), [message])
+    raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
+
+
+def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.DataFrame] | None:
+    """What reads messages of this kind, several at once."""
     if message.value[:1] in (b"{", b"["):
-        return _from_json(contract, [message])
-    if message.value[:4] == _ARROW:
+        return _from_json
+    return _from_arrow if message.value[:4] == _ARROW else None
+
+
+def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+    tables = []
+    for message in messages:
         with pa.ipc.open_stream(message.value) as reader:
             table = reader.read_all()
-        table.validate(full=True)  # offsets beyond a buffer would end the process, at every try
-    elif message.value[:4] == _AVRO:
-        return _from_rows(contract, _avro_rows(message.value), [message])
-    else:
-        raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
-    contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
-    frame = pl.DataFrame(
-        pl.from_arrow(table.select([name for name in contract.source.schema if name in table.schema.names]))
-    )
-    frame = frame.with_columns(
-        pl.lit(None, dtype).alias(name) for name, dtype in contract.source.schema.items() if name not in frame.columns
-    )
-    frame = frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items())
-    return _with_origin(frame, [message], [len(frame)])
+        if not tables or table.schema != tables[-1].schema:
+            contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
+        tables.append(table)
+    parts = []
+    for _, some in itertools.groupby(tables, lambda table: table.schema):
+        whole = pa.concat_tables(some)
+        whole.validate(full=True)  # offsets beyond a buffer would end the process, at every try
+        frame = pl.DataFrame(
+            pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
+        )
+        frame = frame.with_columns(
+            pl.lit(None, dtype).alias(name) for name, dtype in contract.source.schema.items() if name not in frame.columns
+        )
+        parts.append(frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items()))
+    return _with_origin(pl.concat(parts), messages, [len(table) for table in tables])
 
 
 def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:

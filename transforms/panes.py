@@ -15,8 +15,12 @@ import polars as pl
 from transforms.ids import UInt64s, combine, hash_column
 
 Ints = npt.NDArray[np.int64]
+# Rows and the pane they are of.
+Piece = tuple[int, pl.DataFrame]
 # Cells that hold a state's panes; more panes than cells share them.
 CELLS = 8
+# Panes that rows added at once may go to; rows that span more are kept in wider ones, else catching up would cut them to shreds.
+SPREAD = 8
 
 
 def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
@@ -27,10 +31,10 @@ def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
 
 
 class Part:
-    """Some rows of a pane, with an index per key."""
+    """Some rows of a pane, none before `low`, with an index per key."""
 
-    def __init__(self, frame: pl.DataFrame) -> None:
-        self.frame = frame
+    def __init__(self, frame: pl.DataFrame, low: int) -> None:
+        self.frame, self.low = frame, low
         self._index: dict[tuple[str, ...], tuple[UInt64s, Ints]] = {}
 
     def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
@@ -61,14 +65,14 @@ class Panes:
         time: column of the row's time, by which panes are cut.
         width: length of a pane in µs.
 
-    `changes` lists what happened to each cell since it was last taken: rows to append, or None for "write it anew".
+    Pane n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` lists what happened to each cell since it
+    was last taken: (pane, rows) to append, or None for "write it anew".
     """
 
     def __init__(self, time: str, width: int) -> None:
         self.time, self.width = time, max(width, 1)
         self.panes: dict[int, list[Part]] = {}
-        self.changes: dict[int, list[pl.DataFrame] | None] = {}
-        self.pieces: dict[int, int] = {}
+        self.changes: dict[int, list[Piece] | None] = {}
 
     def __len__(self) -> int:
         return sum(len(part.frame) for parts in self.panes.values() for part in parts)
@@ -77,36 +81,47 @@ class Panes:
     def bytes(self) -> int:
         return sum(int(part.frame.estimated_size()) for parts in self.panes.values() for part in parts)
 
-    def add(self, frame: pl.DataFrame, record: bool = True) -> None:
+    def add(self, frame: pl.DataFrame) -> None:
         """Take rows in, any order of times."""
         if not len(frame):
             return
-        numbers = _moments(frame, self.time) // self.width
+        moments = _moments(frame, self.time)
+        numbers = moments // self.width
         low, high = int(numbers.min()), int(numbers.max())
-        for number in [low] if low == high else np.unique(numbers).tolist():
-            part = frame if low == high else frame.filter(pl.Series(numbers == number))
-            self._append(self.panes.setdefault(number, []), part)
-            if record:
-                self._note(number, part)
+        if low == high:
+            self._add(low, frame, int(moments.min()))
+            return
+        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of so many panes
+        order = np.argsort(numbers, kind="stable")
+        numbers, moments, frame = numbers[order], moments[order], frame[order]
+        starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
+        for start, end, first in zip(starts, [*starts[1:], len(numbers)], np.minimum.reduceat(moments, starts), strict=True):
+            self._add(int(numbers[start]), frame[int(start) : int(end)], int(first))
 
-    def _append(self, parts: list[Part], frame: pl.DataFrame) -> None:
+    def restore(self, pane: int, frame: pl.DataFrame) -> None:
+        """Take in rows of a pane as its cell has them."""
+        self._append(pane, frame, int(_moments(frame, self.time).min()))
+
+    def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
+        self._append(number, frame, low)
+        if (changes := self.changes.setdefault(number % CELLS, [])) is not None:
+            changes.append((number, frame))
+
+    def _append(self, number: int, frame: pl.DataFrame, low: int) -> None:
+        parts = self.panes.setdefault(number, [])
         while parts and len(parts[-1].frame) <= 2 * len(frame):
-            frame = pl.concat([parts.pop().frame, frame])
-        parts.append(Part(frame))
+            before = parts.pop()
+            frame, low = pl.concat([before.frame, frame]), min(low, before.low)
+        parts.append(Part(frame, low))
 
-    def _note(self, number: int, part: pl.DataFrame | None) -> None:
-        cell = number % CELLS
-        if part is None:
-            self.changes[cell] = None
-        elif (changes := self.changes.setdefault(cell, [])) is not None:
-            changes.append(part)
+    def _rewrite(self, number: int) -> None:
+        self.changes[number % CELLS] = None
 
     def _parts(self, low: int, high: int) -> Iterator[Part]:
-        """Parts of panes that have times in `[low, high)`."""
-        first, last = low // self.width, (high - 1) // self.width
+        """Parts that may have times in `[low, high)`."""
         for number in sorted(self.panes):
-            if first <= number <= last:
-                yield from self.panes[number]
+            if (number + 1) * self.width > low:
+                yield from (part for part in self.panes[number] if part.low < high)
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
         """Rows of panes that reach into `[low, high)` whose `key` hashes to one of `wanted`; a few others may be among them."""
@@ -121,17 +136,17 @@ class Panes:
     def all(self) -> list[pl.DataFrame]:
         return [part.frame for number in sorted(self.panes) for part in self.panes[number]]
 
-    def cell(self, cell: int) -> list[pl.DataFrame]:
-        """All rows that cell `cell` holds, a frame per pane."""
+    def cell(self, cell: int) -> list[Piece]:
+        """All rows that cell `cell` holds, with their panes."""
         numbers = sorted(number for number in self.panes if number % CELLS == cell)
-        return [pl.concat([part.frame for part in self.panes[number]]) for number in numbers]
+        return [(number, pl.concat([part.frame for part in self.panes[number]])) for number in numbers]
 
     def evict(self, horizon: int) -> int:
         """Drop panes that end at or before `horizon`; how many rows went."""
         dropped = 0
         for number in [number for number in self.panes if (number + 1) * self.width <= horizon]:
             dropped += sum(len(part.frame) for part in self.panes.pop(number))
-            self._note(number, None)
+            self._rewrite(number)
         return dropped
 
     def drop(self, column: str, values: UInt64s | Ints) -> pl.DataFrame | None:
@@ -142,8 +157,8 @@ class Panes:
                 hit = np.isin(part.frame[column].to_numpy(), values)
                 if hit.any():
                     gone.append(part.frame.filter(pl.Series(hit)))
-                    parts[i] = Part(part.frame.filter(pl.Series(~hit)))
-                    self._note(number, None)
+                    parts[i] = Part(part.frame.filter(pl.Series(~hit)), part.low)
+                    self._rewrite(number)
             parts[:] = [part for part in parts if len(part.frame)]
         self.panes = {number: parts for number, parts in self.panes.items() if parts}
         return pl.concat(gone) if gone else None
@@ -152,16 +167,19 @@ class Panes:
         """Take out the rows with time at or before `bound`."""
         taken = []
         for number in sorted(self.panes):
-            if number * self.width > bound:
-                break
             rest = []
             for part in self.panes[number]:
-                before = _moments(part.frame, self.time) <= bound
-                if before.any():
-                    taken.append(part.frame if before.all() else part.frame.filter(pl.Series(before)))
-                    self._note(number, None)
-                if not before.all():
-                    rest.append(Part(part.frame.filter(pl.Series(~before))) if before.any() else part)
+                before = _moments(part.frame, self.time) <= bound if part.low <= bound else np.zeros(0, np.bool_)
+                if not before.any():
+                    rest.append(part)
+                    continue
+                self._rewrite(number)
+                if before.all():
+                    taken.append(part.frame)
+                else:
+                    hit = pl.Series(before)
+                    taken.append(part.frame.filter(hit))
+                    rest.append(Part(part.frame.filter(~hit), part.low))
             self.panes[number] = rest
         self.panes = {number: parts for number, parts in self.panes.items() if parts}
         return taken
@@ -171,21 +189,21 @@ def _moments(frame: pl.DataFrame, time: str) -> Ints:
     return frame[time].to_physical().to_numpy()
 
 
-def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, pl.DataFrame]] | None]:
-    """What to do to each cell: frames to append with their store's name, or None to write it anew from `cell_of`."""
-    changes: dict[int, list[tuple[str, pl.DataFrame]] | None] = {}
+def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
+    """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `cell_of`."""
+    changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
     for name, store in stores.items():
-        for cell, frames in store.changes.items():
-            if frames is None or (cell in changes and changes[cell] is None):
+        for cell, pieces in store.changes.items():
+            if pieces is None or (cell in changes and changes[cell] is None):
                 changes[cell] = None
             else:
                 known = changes.setdefault(cell, [])
                 assert known is not None
-                known += [(name, frame) for frame in frames]
+                known += [(name, *piece) for piece in pieces]
         store.changes = {}
     return changes
 
 
-def cell_of(stores: Mapping[str, Panes], cell: int) -> list[tuple[str, pl.DataFrame]]:
+def cell_of(stores: Mapping[str, Panes], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
     """Everything a cell holds."""
-    return [(name, frame) for name, store in stores.items() for frame in store.cell(cell)]
+    return [(name, *piece) for name, store in stores.items() for piece in store.cell(cell)]

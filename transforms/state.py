@@ -81,21 +81,21 @@ def load_cells(stores: Mapping[str, Panes], cells: Sequence[Any]) -> list[int]:
         counts.append(len(pieces))
         for piece in pieces:
             head, frames = unpack(piece)
-            stores[head["store"]].add(frames["rows"], record=False)
+            stores[head["store"]].restore(head["pane"], frames["rows"])
     return counts
 
 
 def save_cells(stores: Mapping[str, Panes], cells: Sequence[Any], counts: list[int]) -> None:
     """Write what has changed in `stores`: appended, or a cell anew."""
-    for number, frames in take_changes(stores).items():
+    for number, pieces in take_changes(stores).items():
         cell = cells[number]
-        if frames is None or counts[number] + len(frames) > PIECES:
+        if pieces is None or counts[number] + len(pieces) > PIECES:
             cell.clear()
             counts[number] = 0
-            frames = cell_of(stores, number)
-        for name, frame in frames:
-            cell.add(pack({"store": name}, {"rows": frame}))
-        counts[number] += len(frames)
+            pieces = cell_of(stores, number)
+        for name, pane, rows in pieces:
+            cell.add(pack({"store": name, "pane": pane}, {"rows": rows}))
+        counts[number] += len(pieces)
 
 
 def read_head(head: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ import polars as pl
 from confluent_kafka import KafkaError, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from schemas.durations import microseconds
 from schemas.errors import DataError, MillraceError, StoreError
 from schemas.loading import load_definition
 from schemas.sources import Source
@@ -147,14 +148,14 @@ def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
 
 
 def replay(
-    streams: Sequence[Stream], sender: Sender, start: int, end: int, speed: float, most: int, status: Path | None
+    streams: Sequence[Stream], sender: Sender, start: int, end: int, speed: float, most: int, step: int, status: Path | None
 ) -> None:
-    """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes."""
+    """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes, `step` µs at a time."""
     began = said = time.monotonic()
-    now, beat = start, int(BEAT * (speed or 7200) * 1e6)
+    now, beat = start, int(BEAT * speed * 1e6) if speed else step
     while now < end:
         passed = time.monotonic() - began
-        now = min(start + int(passed * speed * 1e6), end) if speed else min(now + 3_600_000_000, end)
+        now = min(start + int(passed * speed * 1e6), end) if speed else min(now + step, end)
         for stream in streams:
             for partition in range(len(stream.frames)):
                 for value, moment in news(stream, partition, now, most):
@@ -216,16 +217,20 @@ def main(argv: Sequence[str]) -> int:
         "--share", default="6,3,1,0", help="of the rows, per partition (default 6,3,1,0: uneven, the last one idle)"
     )
     parser.add_argument("--rows", type=int, default=500, help="most rows a message holds (default 500)")
+    parser.add_argument(
+        "--step", default="1h", help="flat out: simulated time from one message of a partition to its next (default 1h)"
+    )
     parser.add_argument("--status", type=Path, help="file for the progress")
     flags = parser.parse_args(argv)
     share = [int(part) for part in flags.share.split(",")]
     try:
+        step = microseconds(flags.step, "--step")
         streams = [
             read(source, flags.sources, flags.topic_prefix + name, flags.start, flags.end, share)
             for name, source in sources(flags.definition).items()
         ]
         create(flags.bootstrap, [stream.topic for stream in streams], len(share))
-        replay(streams, Sender(flags.bootstrap), flags.start, flags.end, flags.speed, flags.rows, flags.status)
+        replay(streams, Sender(flags.bootstrap), flags.start, flags.end, flags.speed, flags.rows, step, flags.status)
     except MillraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
