@@ -156,7 +156,7 @@ def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.Da
 
 
 def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
-    tables = []
+    tables: list[pa.Table] = []
     for message in messages:
         with pa.ipc.open_stream(message.value) as reader:
             table = reader.read_all()
