@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from schemas.views import FeatureView
 from transforms.batches import batch as to_batch
 from transforms.batches import frame
 from transforms.bundles import Bundle, digest_of, load
+from transforms.champions import check_model
 from transforms.ids import row_ids
 from transforms.registry import Registry, registry_uri
 from transforms.scoring import Pinned, Score, columns_read
@@ -127,7 +129,7 @@ def make_plan(options: Options) -> Plan:
     """
     view, name = options.definition.view, options.definition.require_model().name
     model, bundle = pinned(options, name)
-    check_model(bundle, model.version, view, options)
+    check_model(bundle, model.version, view, _command("training", options))
     schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
     if options.input_tfrecord:
         paths, files, dates = tuple(matching(options.input_tfrecord)), (), None
@@ -154,23 +156,6 @@ def pinned(options: Options, name: str) -> tuple[Pinned, Bundle]:
     version, folder = registry.resolve(name, version)
     digest = digest_of(folder)
     return Pinned(folder, version, digest), load(folder, digest)
-
-
-def check_model(bundle: Bundle, version: str, view: FeatureView, options: Options) -> None:
-    """Refuse a model that was trained on other features than the definition describes now."""
-    mine = (bundle.manifest["view"], bundle.fingerprint)
-    if mine != (view.name, view.fingerprint):
-        value = (
-            f"version {version} of {bundle.name!r} trained on {mine[0]}/{mine[1]}, "
-            f"the definition describes {view.name}/{view.fingerprint}"
-        )
-        fix = f"Train again with: {_command('training', options)}; or restore the definition it was trained with"
-        raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
-    known = {field.name: str(field.type) for field in view.output_schema}
-    wanted = bundle.encoders.inputs
-    if wrong := [f"{name}: {kind}" for name, kind in wanted.items() if known.get(name) != kind]:
-        value = f"{', '.join(wrong)}, not in the view of {view.fingerprint}"
-        raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
 
 
 def feature_files(
@@ -312,7 +297,9 @@ def finish(files: Written, read: int, prefix: str | None, target: Target, accoun
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the predictions are published."""
+    """Run the pipeline; 0 when the predictions are published.  With --streaming, live: see `beam_pipelines.live_inference`."""
+    if "--streaming" in argv:
+        return int(importlib.import_module("beam_pipelines.live_inference").main(argv))
     options = parse(argv)
     with Run("inference", options.run_id, options.folder) as run:
         plan = make_plan(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pyarrow as pa
 
-from schemas.tables import TIME
+from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
 
 # Where a row came from: topic partition, offset of its message, place in the message; and when it arrived.
@@ -19,6 +19,9 @@ ORIGIN = pa.schema([
 # Beside the features of an answer: the next offset per partition it could see (`source/partition:offset,…`), whether the
 # question came late, where the question came from, when it was answered, and the dimensions' versions as JSON.
 ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string())])  # fmt: skip
+
+# What a live prediction keeps of the answer it was made from, and where in the features topic that came from.
+SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
 # Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.
 LIVE_LETTERS = pa.schema([
@@ -60,3 +63,14 @@ def accepted(view: FeatureView, name: str) -> pa.Schema:
 def live_schema(view: FeatureView) -> pa.Schema:
     """Answers: the view's feature table with `ANSWER` beside."""
     return pa.schema([*view.output_schema, *ANSWER])
+
+
+def scorable(view: FeatureView) -> pa.Schema:
+    """Answers on their way to a model: the view's feature table with `SEEN` beside."""
+    return pa.schema([*view.output_schema, *SEEN])
+
+
+def live_predictions(view: FeatureView, classes: int = 1) -> pa.Schema:
+    """A batch job's predictions with `SEEN` and the moment of scoring beside."""
+    made = predictions(view.output_schema, tuple(view.key), view.time, classes)
+    return pa.schema([*made, *SEEN, pa.field("__scored", TIME)])

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
+from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.errors import StoreError, nearest
 from schemas.views import FeatureView
-from transforms.messages import Message, to_arrow, to_json
+from transforms.clock import FOREVER
+from transforms.messages import Message, heartbeat, to_arrow, to_json
 
-# Rows of one message of answers: a value stays well under a broker's usual limit of a megabyte.
-ROWS = 1000
+# How long the broker may take to acknowledge a message, and elements that wait for it at most.
+DELIVERY_MS, HELD = 120_000, 64
+# By a hash of the key.
+ANY = -1
+# Rows and bytes of one message of answers: the usual limit of clients and brokers is a megabyte.
+ROWS, MOST = 1000, 950_000
 WITHIN = 10.0
 
 
@@ -82,12 +88,146 @@ class WriteTopic(beam.PTransform):
         return typed | "Write" >> WriteToKafka(config, self.topic, expansion_service=self.broker.expansion)
 
 
-def answer_messages(answers: pa.RecordBatch, fingerprint: str) -> Iterator[tuple[bytes, bytes]]:
-    """Answers as messages: the key names the fingerprint and the first row, the value is Arrow; rows are told apart by `row_id`."""
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Produce(beam.PTransform):
+    """PCollection[T] → the same, each element handed on once the broker has acknowledged its messages, at least once.
+
+    What is committed after this step is in the topic: WriteToKafka tells nobody when it is done.
+
+    Args:
+        broker: where to.
+        messages: an element's messages, (topic, key, value) each.
+    """
+
+    broker: Broker
+    messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]
+
+    def expand(self, elements: beam.PCollection) -> beam.PCollection:
+        done = elements | "Send" >> beam.ParDo(_Send(self.broker, self.messages))
+        done.element_type = elements.element_type
+        return done
+
+
+class _Send(beam.DoFn):
+    def __init__(self, broker: Broker, messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]) -> None:
+        self.broker, self.messages = broker, messages
+
+    def setup(self) -> None:
+        self.sender = Sender(self.broker)
+
+    def start_bundle(self) -> None:
+        self.held: list[WindowedValue] = []
+
+    def process(
+        self, element: Any, at: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
+    ) -> Iterator[WindowedValue]:
+        for topic, key, value in self.messages(element):
+            self.sender.send(topic, key, value)
+        self.held.append(WindowedValue(element, at, [window]))
+        if len(self.held) == HELD:
+            yield from self.finish_bundle()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        self.sender.acknowledged()
+        held, self.held = self.held, []
+        yield from held
+
+
+class Sender:
+    """Kafka's own producer: idempotent, every message acknowledged by all replicas."""
+
+    def __init__(self, broker: Broker) -> None:
+        from confluent_kafka import Producer
+
+        config = {"enable.idempotence": True, "delivery.timeout.ms": DELIVERY_MS, "log_level": 0}
+        self.broker, self.failed = broker, list[str]()
+        self.producer = Producer({**broker.config, **config})
+
+    def send(self, topic: str, key: bytes, value: bytes, partition: int = ANY) -> None:
+        """Hand a message over; wait while the client's queue is full.
+
+        Raises:
+            StoreError: the client refuses it, as too large.
+        """
+        from confluent_kafka import KafkaException
+
+        while True:
+            try:
+                self.producer.produce(topic, value, key, partition, self._delivered)
+                return
+            except BufferError:
+                self.producer.poll(0.1)
+            except KafkaException as error:
+                self._refuse(f"{topic}: {error.args[0].str()}")
+
+    def acknowledged(self) -> None:
+        """Wait for every message sent so far.
+
+        Raises:
+            StoreError: the broker did not take one within two minutes, or refused it.
+        """
+        left = self.producer.flush(DELIVERY_MS / 1000 + 10)
+        if left or self.failed:
+            failed, self.failed = self.failed, []
+            self._refuse(failed[0] if failed else f"{left} messages without an answer")
+
+    def _delivered(self, error: Any, message: Any) -> None:
+        if error is not None:
+            self.failed.append(f"{message.topic()}: {error.str()}")
+
+    def _refuse(self, value: str) -> None:
+        raise StoreError(
+            "The broker takes what is written to a topic", f"{self.broker.bootstrap}, {value}",
+            "Look at its disk, its quotas and the topic's max.message.bytes; nothing is lost, the job goes on from its last commit",
+        )  # fmt: skip
+
+
+def tell_end(broker: Broker, topic: str) -> None:
+    """Say on every partition of a topic that nothing follows."""
+    sender = Sender(broker)
+    for number in begin_offsets(broker, [topic])[topic]:
+        sender.send(topic, *heartbeat(FOREVER), partition=number)
+    sender.acknowledged()
+
+
+def ensure(broker: Broker, topics: Sequence[str]) -> None:
+    """Create those topics that are missing, as the broker does by default.
+
+    Raises:
+        StoreError: the broker cannot be reached, or refuses.
+    """
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+    from confluent_kafka.cimpl import NewTopic
+
+    admin = AdminClient({**broker.config, "log_level": 0})
+    known = _metadata(broker, admin)
+    missing = [NewTopic(topic) for topic in topics if topic not in known]
+    for topic, made in admin.create_topics(missing).items() if missing else ():
+        try:
+            made.result(WITHIN)
+        except KafkaException as error:
+            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                fix = "Create it yourself, or grant the right to"
+                value = f"{topic}: {error.args[0].str()}"
+                raise StoreError("An output topic is there or can be created", value, fix) from None
+
+
+def answer_messages(answers: pa.RecordBatch, fingerprint: str, most: int = MOST) -> Iterator[tuple[bytes, bytes]]:
+    """Answers as messages: the key names the fingerprint and the first row, the value is Arrow; rows are told apart by `row_id`.
+
+    A value of more than `most` bytes is halved, down to one row.
+    """
     for start in range(0, answers.num_rows, ROWS):
         part = answers.slice(start, ROWS)
+        value = to_arrow(part)
+        if len(value) > most and part.num_rows > 1:
+            half = part.num_rows // 2
+            for some in (part.slice(0, half), part.slice(half)):
+                yield from answer_messages(some, fingerprint, most)
+            continue
         first = part.column(part.schema.get_field_index("row_id"))[0].as_py()
-        yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), to_arrow(part)
+        yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), value
 
 
 def letter_messages(letters: Any) -> Iterator[tuple[bytes, bytes]]:
@@ -112,6 +252,19 @@ def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
     """
+    return _offsets(broker, topics, 0)
+
+
+def end_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
+    """The offset that the next message of every partition gets.
+
+    Raises:
+        StoreError: the broker cannot be reached, or has no such topic.
+    """
+    return _offsets(broker, topics, 1)
+
+
+def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dict[int, int]]:
     from confluent_kafka import TopicPartition
 
     client = _consumer(broker, "millrace-look")
@@ -126,7 +279,7 @@ def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, 
                 )
         return {
             topic: {
-                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[0]
+                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[which]
                 for number in sorted(known[topic])
             }
             for topic in topics
