@@ -93,10 +93,10 @@ def _answers(view: FeatureView, message: Message) -> pa.Table:
     ]
     for field in wanted:
         found = table.schema.field(field.name).type if field.name in table.schema.names else "missing"
-        if found != field.type:
+        if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
             raise ValueError(f"an answer's column {field.name!r} is {field.type}, this one's {found}")
     table.validate(full=True)
-    table = table.select([field.name for field in wanted])
+    table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
     origin = (message.partition, message.offset, None, message.timestamp)
     for field, value in zip(ORIGIN, origin, strict=True):
         column = pa.array(range(len(table)), field.type) if value is None else pa.repeat(pa.scalar(value, pa.int64()), len(table)).cast(field.type)  # fmt: skip

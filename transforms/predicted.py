@@ -98,7 +98,12 @@ def to_packet(rows: pa.RecordBatch) -> Keyed:
     """A batch of predictions as a packet for the ledger: a micro-batch per partition."""
     told, frames = unpack(told_of(rows))
     serving = json.loads((rows.schema.metadata or {}).get(SERVING, b"{}"))
-    whole, letters, parts = frame(rows), frames.get("letters", pl.DataFrame(schema=LETTERS)), []
+    # Polars takes no metadata that is not text.
+    whole, letters, parts = (
+        frame(rows.replace_schema_metadata(None)),
+        frames.get("letters", pl.DataFrame(schema=LETTERS)),
+        [],
+    )
     for source, partition, first, after, count, beat in told["parts"]:
         mine = whole if len(told["parts"]) == 1 else whole.filter(pl.col("__partition") == partition)
         bad = letters if len(told["parts"]) == 1 else letters.filter(pl.col("partition") == partition)
