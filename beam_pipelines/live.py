@@ -13,22 +13,25 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.runner import PipelineState
 
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import Run, execute, guard, write_json
+from beam_pipelines.reporting import Run, execute, guard, recovered, write_json
 from schemas.durations import microseconds
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, StoreError
 from schemas.loading import Definition, load_definition
+from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND
-from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures
+from transforms.inventory import source_uri
+from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends
 from transforms.live_tables import features_live_uri, last_told, sources_root
-from transforms.packets import pack, unpack
+from transforms.offsets import OVERHEAD, partitions_of, reach, size_limit
+from transforms.packets import pack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
 from transforms.shards import groups_of
@@ -37,16 +40,17 @@ from transforms.tables import data_files, open_table
 from transforms.topics import (
     Broker,
     ReadTopics,
-    WriteTopic,
-    answer_messages,
     begin_offsets,
-    letter_messages,
+    end_offsets,
+    ensure,
     letters_topic,
     stand,
     topic_of,
 )
 
 log = logging.getLogger("millrace.live")
+# Seconds between looks at the topics' partitions, and that a cancelled job may take to end.
+LOOK, ENDS_WITHIN = 5.0, 30.0
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
 
 
@@ -123,6 +127,7 @@ def parse(argv: Sequence[str]) -> Options:
         store=flags.store, run_id=flags.run_id, dimensions=sources or sources_root(flags.store), shards=max(flags.shards, 1),
         keep=lengths["keep"], pace=0 if replaying else max(lengths["pace"], 1000), commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"], prefix=flags.topic_prefix, table=sink != "topic",
+        kafka=None if replaying else Broker(flags.bootstrap or "", flags.expansion_service),
     )  # fmt: skip
     span = {
         name: (day - EPOCH.date()) // MICROSECOND
@@ -170,18 +175,21 @@ def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None,
         messages = pipeline | "Topics" >> ReadTopics(options.broker, topics, group)
         decoded = messages | "Decode" >> beam.ParDo(DecodeBundles(view, live.prefix)).with_output_types(bytes)
         packets = (first, decoded) | "Both" >> beam.Flatten()
-    made = packets | "Live" >> LiveFeatures(view, live)
-    _ = made["commits"] | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
+    sends = None
     if "topic" in options.sinks:
         assert options.broker is not None
-        answers = made["features"] | "AnswerMessages" >> beam.FlatMap(answer_messages, view.fingerprint)
-        _ = answers | "Answers" >> WriteTopic(options.broker, topic_of(view, live.prefix))
-        letters = made["letters"] | "LetterMessages" >> beam.FlatMap(_letter_messages)
-        _ = letters | "Letters" >> WriteTopic(options.broker, letters_topic(view, live.prefix))
+        sends = sends_to(view, options.broker, live.prefix)
+    made = packets | "Live" >> LiveFeatures(view, live, sends)
+    _ = made["commits"] | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
 
 
-def _letter_messages(pair: tuple[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
-    yield from letter_messages(unpack(pair[1])[1]["letters"])
+def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
+    """The topics of answers and letters, made if they are missing, and what their messages may weigh."""
+    topics = topic_of(view, prefix), letters_topic(view, prefix)
+    ensure(broker, topics)
+    limit = size_limit(broker, topics)
+    properties = {**broker.properties, "message.max.bytes": str(limit)}
+    return Sends(view, dataclasses.replace(broker, properties=properties), prefix, max(limit - OVERHEAD, 1))
 
 
 def write_status(commit: tuple[bytes, bytes], path: str) -> None:
@@ -203,11 +211,33 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_live(options: Options) -> None:
-    """Place the consumers where the tables end, run, and cancel when all is told or somebody says stop."""
+    """Place the consumers where the tables end, run, and cancel when all is told or somebody says stop.
+
+    When a topic has got more partitions, which no reader would notice, the job goes on from its last commit with all of them.
+    """
+    assert options.broker is not None
+    pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
+    reach("The broker", "--bootstrap", options.broker.bootstrap)
+    if options.broker.expansion is not None:
+        reach("The expansion service", "--expansion_service", options.broker.expansion)
+    endpoint = pipeline_options.view_as(PortableOptions).job_endpoint
+    if endpoint and endpoint != "embed":
+        reach("The runner", "--job_endpoint", endpoint)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while _launch(options, pipeline_options):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
+    """One launch; whether there is to be another."""
     view, live, broker = options.definition.view, options.live, options.broker
     assert broker is not None
     names = list(sources_of(view))
-    begin = begin_offsets(broker, [f"{live.prefix}{name}" for name in names])
+    topics = [f"{live.prefix}{name}" for name in names]
+    begin = begin_offsets(broker, topics)
     start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
     _warn_of_loss(names, begin, start, live.prefix)
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
@@ -216,44 +246,81 @@ def run_live(options: Options) -> None:
         group,
         {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names},
     )
-    pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
+    pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, start, group)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        result = pipeline.run()
-        log.info("running: turn %d, reading on from %s", start.turn, json.dumps(start.next))
-        watch(result, os.path.join(options.folder, "status.json"), start.turn)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    result = pipeline.run()
+    log.info("running: turn %d, reading on from %s", start.turn, json.dumps(start.next))
+    had = {topic: len(partitions) for topic, partitions in begin.items()}
+    if not watch(result, os.path.join(options.folder, "status.json"), start.turn, lambda: _grown(broker, had)):
+        return False
+    deadline = time.monotonic() + ENDS_WITHIN
+    while result.state not in ENDED and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return True
 
 
-def watch(result: Any, status: str, turn: int) -> None:
-    """Wait until the job ends, all is told, or a signal comes.
+def _grown(broker: Broker, had: Mapping[str, int]) -> bool:
+    """Whether a topic has more partitions than it had."""
+    now = partitions_of(broker, list(had))
+    more = [topic for topic, count in now.items() if count > had[topic]]
+    for topic in more:
+        log.warning(
+            "%s has %d partitions now, %d before: starting again, with all of them", topic, now[topic], had[topic]
+        )
+    return bool(more)
+
+
+def watch(result: Any, status: str, turn: int, grown: Callable[[], bool]) -> bool:
+    """Wait until the job ends, all is told, a signal comes, or, asked now and then, topics have `grown`; whether they have.
 
     Raises:
-        StoreError: the job failed.
+        MillraceError: the job failed.
     """
+    again, looked = False, time.monotonic()
     try:
-        while result.state not in ENDED:
+        while not again:
+            if result.state in ENDED:
+                if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
+                    failed(result)
+                return False
             time.sleep(0.2)
             if _told_all(status, turn):
                 break
-        else:
-            if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
-                result.wait_until_finish()
-            return
+            if time.monotonic() - looked > LOOK:
+                again, looked = grown(), time.monotonic()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")
     result.cancel()
+    return again
+
+
+def failed(result: Any) -> None:
+    """Raise what a failed job failed of."""
+    try:
+        result.wait_until_finish()
+    except Exception as error:
+        known = recovered(error)
+        if known is not error:
+            raise known from None
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise StoreError(
+            "The runner keeps the job running", reason[0][:500],
+            "See its log; nothing is lost, the same command goes on from the last commit",
+        ) from None  # fmt: skip
 
 
 def _told_all(status: str, turn: int) -> bool:
+    told = _status(status)
+    return bool(told) and bool(told["last"]) and int(told["turn"]) > turn
+
+
+def _status(path: str) -> dict[str, Any]:
+    """What the job's last commit said; empty before the first."""
     try:
-        with open(status) as handle:
-            told = json.load(handle)
+        with open(path) as handle:
+            return dict(json.load(handle))
     except (OSError, ValueError):
-        return False
-    return bool(told["last"]) and int(told["turn"]) > turn
+        return {}
 
 
 def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], start: Start, prefix: str) -> None:
@@ -271,16 +338,33 @@ def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], 
 
 
 def summary(options: Options) -> dict[str, object]:
-    """What the closing table says."""
+    """What the closing table says, from the tables and the broker."""
+    view, live = options.definition.view, options.live
     table = open_table(options.table)
-    told = last_told(table)
-    counts = told.get("counts", {})
+    tables = {name: open_table(source_uri(sources_root(live.store), name)) for name in sources_of(view)}
+    told = _status(os.path.join(options.folder, "status.json"))
+    if not told:  # nothing came
+        told = max(map(last_told, [table, *tables.values()]), key=lambda each: each.get("turn", 0))
+    counts = {name: dict(told.get("counts", {}).get(name, {})) for name in tables}
     answered = 0 if table is None else sum(file.rows for file in data_files(table))
-    return {
-        "rows_in": sum(each.get("rows", 0) for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
-        "turns": told.get("turn"), "counts": counts, "table": options.table, "fingerprint": options.definition.view.fingerprint,
+    for name, kept in tables.items():
+        counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept))
+    if options.replay is None:
+        assert options.broker is not None
+        for topic, ends in end_offsets(options.broker, [f"{live.prefix}{name}" for name in tables]).items():
+            name = topic.removeprefix(live.prefix)
+            done = told.get("next", {}).get(name, {})
+            counts[name]["unread"] = sum(end - done.get(str(number), 0) for number, end in ends.items())
+    figures: dict[str, object] = {
+        "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
+        "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
         "commit_version": None if table is None else table.version(),
     }  # fmt: skip
+    if live.table:
+        asked = counts[view.spine.name]
+        aside = sum(asked.get(what, 0) for what in ("repeated", "conflicting", "too_late"))
+        figures["questions_unaccounted_for"] = asked["rows"] - answered - aside - (told.get("pending") or 0)
+    return figures
 
 
 if __name__ == "__main__":

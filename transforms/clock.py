@@ -19,10 +19,14 @@ ALWAYS, FOREVER = -(2**62), 2**62
 
 @dataclasses.dataclass
 class Partition:
-    """What one partition has told.  `promise`: no row before it will follow; `heard`: when it last spoke (both µs)."""
+    """What one partition has told.  `promise`: no row before it will follow; `heard`: when it last spoke (both µs).
+
+    `ended`: it says that nothing follows at all.  Rows that do follow (of a second replay, after a restart) take that back.
+    """
 
     promise: int
     heard: int
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +70,21 @@ class Clock:
         self.promise(source, partition, greatest - self.rules[source].lateness, now)
 
     def promise(self, source: str, partition: int, until: int, now: int) -> None:
-        """The partition says itself (by a heartbeat) that no row before `until` follows."""
+        """The partition says itself (by a heartbeat) that no row before `until` follows; FOREVER: none at all."""
         known = self.partitions[source].setdefault(partition, Partition(ALWAYS, now))
-        known.promise = max(known.promise, until)
+        known.ended = until >= FOREVER
+        known.promise = known.promise if known.ended else max(known.promise, until)
         known.heard = max(known.heard, now)
 
     def complete(self, source: str, now: int) -> int:
-        """Every row with time before this is known.  FOREVER when all partitions are idle: nothing is waited for."""
+        """Every row with time before this is known.  FOREVER when all partitions are idle or ended: nothing is waited for."""
         waiting = self._waited_for(source, now)
         if not self.partitions[source]:
             return ALWAYS
         return min(waiting) if waiting else FOREVER
 
     def settled(self, source: str, now: int) -> int:
-        """As `complete`, but it never goes back, and idleness of all does not move it: what is before is late."""
+        """As `complete`, but it never goes back, and idleness or the end of all does not move it: what is before is late."""
         waiting = self._waited_for(source, now)
         if waiting:
             self._settled[source] = max(self._settled[source], min(waiting))
@@ -87,13 +92,24 @@ class Clock:
 
     def _waited_for(self, source: str, now: int) -> list[int]:
         idle = self.rules[source].idle
-        return [each.promise for each in self.partitions[source].values() if idle is None or now - each.heard < idle]
+        return [
+            each.promise
+            for each in self.partitions[source].values()
+            if not each.ended and (idle is None or now - each.heard < idle)
+        ]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every partition of every source says that nothing follows."""
+        return all(each and all(one.ended for one in each.values()) for each in self.partitions.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
             name: {
                 "settled": self._settled[name],
-                "partitions": {str(number): [each.promise, each.heard] for number, each in partitions.items()},
+                "partitions": {
+                    str(number): [each.promise, each.heard, each.ended] for number, each in partitions.items()
+                },
             }
             for name, partitions in self.partitions.items()
         }

@@ -20,7 +20,7 @@ from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER, Clock, Rule
 from transforms.ids import row_ids
 from transforms.messages import LETTERS, ORIGIN
-from transforms.micros import PLACE, Micro, digest, in_order, known_columns, letter, rid
+from transforms.micros import PLACE, Micro, NextThere, digest, in_order, known_columns, letter, nothing_there, rid
 from transforms.packets import Frames, pack
 from transforms.panes import CELLS, Panes, key_hashes
 from transforms.shards import MINUTE, RID, groups_of, route_events, route_questions, with_keys
@@ -44,6 +44,7 @@ class Journal:
 
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
+        self.next_there: NextThere = nothing_there
         self.groups = groups_of(view)
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
         self.clock = Clock({name: Rule.of(source) for name, source in self.sources.items()})
@@ -80,7 +81,7 @@ class Journal:
 
     def admit(self, inbox: Sequence[Micro], now: int) -> tuple[list[Micro], list[Micro]]:
         """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)"""
-        return in_order(inbox, self.next, now, self._count)
+        return in_order(inbox, self.next, now, self._count, self.next_there)
 
     def turn(self, admitted: Sequence[Micro], now: int) -> Turn:
         """Apply micro-batches (`admit`ted), decide what can be answered, number the turn."""
@@ -305,9 +306,7 @@ class Journal:
     @property
     def last(self) -> bool:
         """Whether every partition says that nothing follows."""
-        return all(
-            each and all(one.promise >= FOREVER for one in each.values()) for each in self.clock.partitions.values()
-        )
+        return self.clock.ended
 
     def cut(self) -> str:
         """Next offset per partition, `source/partition:offset` in order, as text."""
@@ -341,7 +340,7 @@ class Journal:
                 )
                 self.sent[number] += 1
         entry = pack({
-            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "next": self.head()["next"], "clock": self.clock.to_json(),
+            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(letters), "next": self.head()["next"], "clock": self.clock.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
         return Turn(

@@ -13,6 +13,7 @@ from apache_beam.transforms.userstate import TimerSpec, on_timer
 from schemas.views import FeatureView
 from transforms.journal import Journal, Turn
 from transforms.micros import micros, packets_of
+from transforms.offsets import FirstThere
 from transforms.packets import head_of, pack
 from transforms.resume import resume, start_of
 from transforms.state import (
@@ -67,6 +68,8 @@ class JournalStep(beam.DoFn):
     def held(self, key: bytes, told: Mapping[str, Any], bag: Any, cells: Sequence[Any]) -> HeldJournal:
         def build() -> HeldJournal:
             journal = Journal(self.view, self.live.shards, self.live.keep)
+            if self.live.kafka is not None:
+                journal.next_there = FirstThere(self.live.kafka, self.live.prefix)
             if "journal" in told:
                 journal.load(told["journal"])
             held = HeldJournal(journal, [], {}, load_cells(journal.stores, cells))

@@ -23,9 +23,10 @@ from transforms.contracts import Contract
 from transforms.journaling import JournalStep, TimedJournalStep
 from transforms.messages import Message, by_partition, decode
 from transforms.micros import micro_packet
-from transforms.packets import unpack
+from transforms.packets import head_of, unpack
 from transforms.state import ONE, Keyed, Live, now_us
 from transforms.steps import AssembleStep, CommitStep, ShardStep
+from transforms.topics import Broker, Produce, answer_messages, letter_messages, letters_topic, topic_of
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -36,10 +37,13 @@ class LiveFeatures(beam.PTransform):
     Args:
         view: what to compute.
         live: how.
+        sends: topics that answers and letters go to.  Tables are told of them once their topic has them, so that whatever
+            moment a job ends at, no topic lacks what a table holds.
     """
 
     view: FeatureView
     live: Live
+    sends: Sends | None = None
 
     def expand(self, packets: beam.PCollection) -> dict[str, beam.PCollection]:
         view, live = self.view, self.live
@@ -52,12 +56,41 @@ class LiveFeatures(beam.PTransform):
         answers = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
         asked = (_pairs(journal.questions), answers) | "Parts" >> beam.Flatten()
         assembled = asked | "Assemble" >> _keyed_step(AssembleStep(view, live), "answers")
-        features = _pairs(assembled.answers) | "Features" >> beam.Map(_features, live_schema(view)).with_output_types(
-            pa.RecordBatch
-        )
-        ledger = (_pairs(journal.entries), _pairs(assembled.answers)) | "Turns" >> beam.Flatten()
+        entries, answers = _pairs(journal.entries), _pairs(assembled.answers)
+        if self.sends is not None:
+            entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.letters)
+            answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)
+        features = answers | "Features" >> beam.Map(_features, live_schema(view)).with_output_types(pa.RecordBatch)
+        ledger = (entries, answers) | "Turns" >> beam.Flatten()
         commits = ledger | "Commit" >> _keyed_step(CommitStep(view, live))
         return {"features": features, "commits": commits, "letters": _pairs(journal.letters)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sends:
+    """Where answers and letters are sent.
+
+    Args:
+        view: what was asked.
+        broker: where the topics are.
+        prefix: before their names.
+        most: bytes that a message of answers may have.
+    """
+
+    view: FeatureView
+    broker: Broker
+    prefix: str
+    most: int
+
+    def answers(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
+        rows = _features(pair, live_schema(self.view))
+        for key, value in answer_messages(rows, self.view.fingerprint, self.most):
+            yield topic_of(self.view, self.prefix), key, value
+
+    def letters(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
+        if head_of(pair[1]).get("letters"):
+            for key, value in letter_messages(unpack(pair[1])[1]["letters"]):
+                yield letters_topic(self.view, self.prefix), key, value
 
 
 def _pairs(pairs: beam.PCollection) -> beam.PCollection:
@@ -134,7 +167,9 @@ class DecodeBundles(beam.DoFn):
         self.messages: list[Message] = []
 
     def process(self, message: Message) -> Iterable[bytes]:
-        self.messages.append(message)
+        # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
+        now = now_us()
+        self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         return ()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:

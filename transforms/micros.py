@@ -10,14 +10,17 @@ import numpy as np
 import polars as pl
 
 from schemas.views import FeatureView
+from transforms.clock import FOREVER
 from transforms.ids import UInt64s, combine, hash_column
 from transforms.messages import LETTERS, Decoded
 from transforms.packets import pack, unpack
 from transforms.shards import RID
 
 PLACE = ["__partition", "__offset", "__place"]
-# How long a hole in a partition's offsets is waited on before it is taken for one that Kafka keeps to itself (µs).
-PATIENCE = 5_000_000
+# How long a hole in a partition's offsets is waited on before Kafka is asked what is in it (µs).
+PATIENCE = 2_000_000
+# The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
+NextThere = Callable[[str, int, int], int]
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +60,9 @@ def micro_packet(
         frames[f"{i}r"] = held.rows
         if len(held.letters):
             frames[f"{i}l"] = held.letters
-    return pack({"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head, **(more or {})}, frames)
+    return pack(
+        {"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head, **(more or {})}, frames
+    )
 
 
 def micros(packet: bytes) -> list[Micro]:
@@ -80,25 +85,40 @@ def packets_of(waiting: Sequence[Micro]) -> list[bytes]:
     ]  # fmt: skip
 
 
+def nothing_there(source: str, partition: int, offset: int) -> int:
+    """A `NextThere` that knows of no topic."""
+    return FOREVER
+
+
 def in_order(
-    inbox: Sequence[Micro], due: Mapping[str, Mapping[int, int]], now: int, count: Callable[[str, str, int], None]
-) -> tuple[list[Micro], list[Micro]]:
+    inbox: Sequence[Micro], due: Mapping[str, Mapping[int, int]], now: int, count: Callable[[str, str, int], None],
+    next_there: NextThere = nothing_there,
+) -> tuple[list[Micro], list[Micro]]:  # fmt: skip
     """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)
+
+    The one before may be on its way still, on a worker that is slow or was frozen.  Or there is none, since Kafka
+    deleted it, compacted it away or keeps the offset to itself (a transaction's end): `next_there` knows.
 
     Args:
         inbox: of any partitions, in any order.
         due: next offset per source and partition.
-        now: a hole that is waited on since `PATIENCE` is passed over.
+        now: a hole that is waited on since `PATIENCE` is asked about.
         count: told of (source, what, how many) that came again or were passed over.
+        next_there: see `NextThere`.
     """
-    admitted, waiting = [], []
+    admitted: list[Micro] = []
+    waiting: list[Micro] = []
     expected = {name: dict(each) for name, each in due.items()}
     for micro in sorted(inbox, key=lambda each: (each.source, each.partition, each.first)):
         next_one = expected[micro.source].get(micro.partition)
-        if next_one is not None and micro.first > next_one and now - micro.came < PATIENCE:
-            waiting.append(micro)
-            continue
         if next_one is not None and micro.first > next_one:
+            behind = bool(waiting) and (waiting[-1].source, waiting[-1].partition) == (micro.source, micro.partition)
+            if behind or now - micro.came < PATIENCE:
+                waiting.append(micro)
+                continue
+            if next_there(micro.source, micro.partition, next_one) < micro.first:
+                waiting.append(dataclasses.replace(micro, came=now))  # asked about again after a while
+                continue
             count(micro.source, "offsets_skipped", micro.first - next_one)
         if next_one is not None and micro.next <= next_one and micro.messages:
             count(micro.source, "messages_again", micro.messages)

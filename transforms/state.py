@@ -19,6 +19,7 @@ from transforms.journal import Journal
 from transforms.micros import Micro
 from transforms.packets import pack, unpack
 from transforms.panes import CELLS, Panes, cell_of, take_changes
+from transforms.topics import Broker
 
 # The one key of what must be one.
 ONE = b"0"
@@ -42,6 +43,7 @@ class Live:
         dimension_every: how often dimensions are looked at.
         prefix: before the names of topics.
         table: whether answers go to the table.
+        kafka: where messages come from; None: a replay.
     """
 
     store: str
@@ -54,6 +56,7 @@ class Live:
     dimension_every: int = 60_000_000
     prefix: str = ""
     table: bool = True
+    kafka: Broker | None = None
 
 
 class Mirror:
