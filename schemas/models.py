@@ -26,13 +26,15 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
-# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score.
-JUDGED = {
-    objective: (*names, "calibration_error", "precision", "recall") if objective == "binary:logistic" else names
-    for objective, names in OBJECTIVES.items()
+# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes the
+# plain means over those that occur, each against all others.
+_BEYOND = {
+    "binary:logistic": ("calibration_error", "precision", "recall"),
+    "multi:softprob": ("macro_auc", "macro_precision", "macro_recall"),
 }
+JUDGED = {objective: (*names, *_BEYOND.get(objective, ())) for objective, names in OBJECTIVES.items()}
 # Metrics of which more is better.
-RISING = {"auc", "average_precision", "accuracy", "precision", "recall"}
+RISING = {"auc", "average_precision", "accuracy", "precision", "recall", "macro_auc", "macro_precision", "macro_recall"}
 # Differences between groups, as Fairlearn names them.
 FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
 

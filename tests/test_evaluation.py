@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
@@ -75,13 +75,139 @@ def test_regression_metrics_are_those_of_scikit_learn(rows: list[tuple[float, fl
     assert found["mae"] == pytest.approx(theirs.mean_absolute_error(label, score))
 
 
-def test_multi_class_metrics_are_those_of_scikit_learn() -> None:
-    random = np.random.default_rng(6)
-    label, logits = random.integers(0, 3, 500).astype(float), random.normal(size=(500, 3))
-    score = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
-    found = metrics("multi:softprob", Tally.of("multi:softprob", label, score))
-    assert found["log_loss"] == pytest.approx(theirs.log_loss(label, score), rel=1e-5)
-    assert found["accuracy"] == theirs.accuracy_score(label, score.argmax(axis=1))
+def several(rows: int, seed: int, classes: int = 3) -> tuple[Any, Any]:
+    """Labels of all classes and probabilities that know something of them; the last class is rare and never chosen."""
+    random = np.random.default_rng(seed)
+    label = random.choice(classes, rows, p=[0.5, *[0.48 / (classes - 2)] * (classes - 2), 0.02])
+    logits = random.normal(size=(rows, classes)) + 1.5 * (np.arange(classes) == label[:, None])
+    logits[:, -1] -= 8
+    return label.astype(float), (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def theirs_of_several(label: Any, score: Any) -> dict[str, float]:
+    """scikit-learn's, over the classes that occur."""
+    chosen, occur = score.argmax(axis=1), sorted(set(label.astype(int).tolist()))
+    binary = [theirs.roc_auc_score(label == k, score[:, k]) for k in occur if len(occur) > 1]
+    return {
+        "log_loss": theirs.log_loss(label, score, labels=range(score.shape[1])),
+        "accuracy": theirs.accuracy_score(label, chosen),
+        "macro_auc": float(np.mean(binary)) if binary else None,
+        "macro_precision": theirs.precision_score(label, chosen, labels=occur, average="macro", zero_division=0),
+        "macro_recall": theirs.recall_score(label, chosen, labels=occur, average="macro", zero_division=0),
+    }  # type: ignore[dict-item]
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 120), st.integers(0, 50), st.lists(st.integers(0, 120), max_size=3), st.randoms())
+def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, places: list[int], random: Any) -> None:
+    label, score = several(rows, seed)
+    cuts = [0, *sorted(min(place, rows) for place in places), rows]
+    parts = [
+        Tally.of("multi:softprob", label[low:high], score[low:high])
+        for low, high in itertools.pairwise(cuts)
+        if high > low
+    ]
+    random.shuffle(parts)
+    found = metrics("multi:softprob", total(parts))
+    assert found == metrics("multi:softprob", Tally.of("multi:softprob", label, score))
+    expected = theirs_of_several(label, score)
+    assert list(found) == list(JUDGED["multi:softprob"]) == list(expected)
+    for name, value in expected.items():
+        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
+    if len(set(label.tolist())) == 3:
+        whole = theirs.roc_auc_score(
+            label, score.astype(float) / score.astype(float).sum(axis=1, keepdims=True), multi_class="ovr"
+        )
+        assert found["macro_auc"] == pytest.approx(whole, abs=1e-6)
+
+
+def test_each_class_has_metrics_and_every_confusion_is_counted() -> None:
+    label, score = several(2000, 3, 4)
+    found = report("multi:softprob", tally(scored_classes(label, score), "multi:softprob"))
+    chosen = score.argmax(axis=1)
+    assert found.details["confusion"] == theirs.confusion_matrix(label, chosen).tolist()
+    precision, recall, _, rows = theirs.precision_recall_fscore_support(label, chosen, zero_division=0)
+    for k, each in enumerate(found.details["classes"]):
+        assert (each["class"], each["rows"], each["chosen"]) == (k, rows[k], (chosen == k).sum())
+        assert (each["precision"], each["recall"]) == (pytest.approx(precision[k]), pytest.approx(recall[k]))
+        assert each["auc"] == pytest.approx(theirs.roc_auc_score(label == k, score[:, k]), rel=1e-12)
+        for name in ("precision", "recall", "auc"):
+            low, high = each["intervals"][name]
+            assert low <= each[name] <= high
+            assert (low < high) == (each[name] > 0)
+    assert found.details["classes"][3]["chosen"] == found.details["classes"][3]["precision"] == 0
+    assert set(found.intervals) == set(found.metrics)
+
+
+def test_intervals_of_several_classes_are_those_of_a_plain_bootstrap() -> None:
+    label, score = several(1500, 9)
+    found = report("multi:softprob", tally(scored_classes(label, score), "multi:softprob"))
+    random, drawn = np.random.default_rng(1), []
+    for _ in range(300):
+        at = random.integers(0, len(label), len(label))
+        drawn.append(
+            [theirs_of_several(label[at], score[at])[name] for name in ("macro_auc", "macro_precision", "macro_recall")]
+        )
+    for i, name in enumerate(("macro_auc", "macro_precision", "macro_recall")):
+        low, high = np.quantile([each[i] for each in drawn], [0.025, 0.975])
+        assert np.allclose(found.intervals[name], (low, high), atol=0.25 * (high - low)), name  # type: ignore[arg-type]
+
+
+def test_where_cells_hide_the_ranking_there_is_no_interval() -> None:
+    label, score = several(1500, 9)
+    score[:, 2] *= np.float32(1e-9)
+    found = report("multi:softprob", tally(scored_classes(label, score), "multi:softprob"))
+    last = found.details["classes"][2]
+    assert last["auc"] == pytest.approx(theirs.roc_auc_score(label == 2, score[:, 2]))
+    assert last["intervals"]["auc"] is None
+    assert last["intervals"]["recall"] is not None
+
+
+def scored_classes(label: Any, score: Any) -> pa.RecordBatch:
+    columns = {f"score_{k}": score[:, k] for k in range(score.shape[1])}
+    columns |= {
+        "row_id": np.arange(len(label)) * 7919, "__label": label.astype(np.float32),
+        "__origin": np.where(np.arange(len(label)) % 3 == 0, "JFK", "LGA"), "__hour": np.arange(len(label)) % 2,
+    }  # fmt: skip
+    return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
+
+
+def test_slices_of_several_classes_are_judged_by_their_own_rows_and_merge_in_any_order() -> None:
+    label, score = several(900, 5)
+    whole = scored_classes(label, score)
+    found = report("multi:softprob", tally(whole, "multi:softprob", SLICES))
+    assert len(found.slices) == 2 + 4
+    for each in found.slices:
+        mine = np.ones(900, bool)
+        for column, value in each.by:
+            mine &= np.array([str(cell) == value for cell in whole.column(f"__{column}").to_pylist()])
+        assert each.rows == mine.sum()
+        expected = theirs_of_several(label[mine], score[mine])
+        assert {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()} == each.metrics
+        assert set(each.intervals) == set(each.gaps) == set(each.metrics)
+    tallying = Tallying("multi:softprob", SLICES)
+    parts = [tallying.add_input({}, whole.slice(start, 300)) for start in (600, 0, 300)]
+    assert as_json(tallying.extract_output(tallying.merge_accumulators(parts))) == as_json(found)
+
+
+def test_a_class_that_a_model_does_not_know_counts_against_it() -> None:
+    label, score = several(400, 2)
+    label[:40] = 4  # as a champion of three classes meets a fifth
+    found = report("multi:softprob", tally(scored_classes(label, score), "multi:softprob"))
+    *_, fifth = found.details["classes"]
+    assert (fifth["class"], fifth["rows"], fifth["chosen"], fifth["recall"], fifth["auc"]) == (4, 40, 0, 0.0, 0.5)
+    assert found.metrics["accuracy"] == theirs.accuracy_score(label, score.argmax(axis=1))
+
+
+def test_quantiles_of_the_absolute_error_are_those_of_the_rows() -> None:
+    random = np.random.default_rng(3)
+    label, score = random.normal(size=5000), random.normal(size=5000).astype(np.float32)
+    columns = {"row_id": np.arange(5000), "__label": label.astype(np.float32), "score": score}
+    scored = pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
+    found = report("reg:squarederror", tally(scored, "reg:squarederror")).details["errors"]
+    errors = np.sort(np.abs(score - label.astype(np.float32)))
+    for each in found:
+        assert each["error"] == pytest.approx(errors[math.ceil(each["share"] * 5000) - 1], rel=2.1e-3)
 
 
 def batch(rows: int, seed: int) -> pa.RecordBatch:

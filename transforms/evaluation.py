@@ -18,13 +18,16 @@ from transforms import metrics as measures
 from transforms.batches import frame
 from transforms.fitting import LABEL
 from transforms.metrics import Tally, auc_error, metrics
-from transforms.resampling import Cells, Replicates, cells_of, interval, keys_of, replicates, weights
+from transforms.resampling import Cells, Replicates, cells_of, error_quantiles, interval, keys_of, replicates, weights
 from transforms.scoring import carried_name
+from transforms.sums import Bins
 
 # (column, value as text or None) of each column of a slice; () is the whole.
 Key = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
+# Classes up to which the whole confusion matrix is told, and quantiles of the absolute error.
+MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
@@ -53,7 +56,8 @@ class Report:
         slices: by value of each declared slice, the largest first.
         auc_error: the most by which binning may have moved the overall AUC.
         intervals: 95 % of each metric; empty without row ids.
-        details: of binary models: precision and recall by threshold, calibration, and the points of curves.
+        details: of binary models precision and recall by threshold, calibration, and the points of curves; of several
+            classes each one's metrics and how often it was taken for another; of regression quantiles of the error.
         replicates: metrics per bootstrap replicate, for paired differences.
     """
 
@@ -117,7 +121,7 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
     def part(index: Any) -> Part:
-        cells = None if drawn is None or keys is None else cells_of(keys[index], drawn[index])
+        cells = None if drawn is None or keys is None else cells_of(keys[..., index], drawn[index])
         return Part(Tally.of(objective, label[index], values[index]), cells)
 
     result: Tallies = {(): part(slice(None))}
@@ -164,13 +168,16 @@ def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
     bins = whole.tally.bins
     return Report(
         whole.tally.rows, metrics(objective, whole.tally, threshold), tuple(parts), auc_error(bins) if bins else 0.0,
-        _intervals(drawn), _details(whole, threshold), drawn,
+        _intervals(drawn), _details(objective, whole, drawn, threshold), drawn,
     )  # fmt: skip
 
 
 def _exact(objective: str, part: Part, threshold: float) -> dict[str, float | None]:
-    bins = part.tally.bins
-    return {**metrics(objective, part.tally, threshold), **(measures.confusion(bins, threshold) if bins else {})}
+    bins, found = part.tally.bins, metrics(objective, part.tally, threshold)
+    if objective == "multi:softprob":
+        each = measures.per_class(part.tally)
+        found |= {f"{name} of class {of['class']}": of[name] for of in each for name in ("auc", "precision", "recall")}
+    return {**found, **(measures.confusion(bins, threshold) if bins else {})}
 
 
 def _drawn(objective: str, part: Part, threshold: float) -> Replicates | None:
@@ -180,7 +187,11 @@ def _drawn(objective: str, part: Part, threshold: float) -> Replicates | None:
 
 
 def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
-    return {} if drawn is None else {name: interval(values) for name, values in drawn.values.items()}
+    return (
+        {}
+        if drawn is None
+        else {name: interval(values) for name, values in drawn.values.items() if " of class " not in name}
+    )
 
 
 def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, threshold: float) -> Slice:
@@ -188,7 +199,7 @@ def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, thres
     gaps = {}
     if drawn is not None and whole is not None:
         for name, values in drawn.values.items():
-            if name in whole.values:
+            if name in whole.values and " of class " not in name:
                 gap = whole.values[name] - values
                 gaps[name] = interval(gap if name in RISING else -gap)
     bins = part.tally.bins
@@ -196,10 +207,39 @@ def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, thres
     return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
 
 
-def _details(whole: Part, threshold: float) -> dict[str, Any]:
-    bins = whole.tally.bins
-    if bins is None or not whole.tally.rows:
+def _details(objective: str, whole: Part, drawn: Replicates | None, threshold: float) -> dict[str, Any]:
+    if not whole.tally.rows:
         return {}
+    if objective == "multi:softprob":
+        return _classes(whole.tally, drawn)
+    if (bins := whole.tally.bins) is None:
+        return (
+            {}
+            if whole.cells is None
+            else {"errors": [{"share": share, "error": error} for share, error in error_quantiles(whole.cells, ERRORS)]}
+        )
+    return _binary(whole, bins, threshold)
+
+
+def _classes(whole: Tally, drawn: Replicates | None) -> dict[str, Any]:
+    found = measures.per_class(whole)
+    for each in found:
+        spans = (
+            {name: drawn.interval(f"{name} of class {each['class']}") for name in ("auc", "precision", "recall")}
+            if drawn
+            else {}
+        )
+        each["intervals"] = spans
+    if len(found) > MATRIX:
+        return {"classes": found}
+    rows = dict(whole.pairs)
+    return {
+        "classes": found,
+        "confusion": [[rows.get((true, chosen), 0) for chosen in range(len(found))] for true in range(len(found))],
+    }
+
+
+def _binary(whole: Part, bins: Bins, threshold: float) -> dict[str, Any]:
     at = []
     for each in sorted({*THRESHOLDS, threshold}):
         drawn = _drawn("binary:logistic", whole, each)

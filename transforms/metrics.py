@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,11 +34,15 @@ class Tally:
         rows: how many.
         sums: exact sums, by name.
         bins: counts of examples and of positives per score; of binary models only.
+        classes: the same of each class's probability, of multi-class models only.
+        pairs: how often a true class was taken for another: `(true, chosen), rows`, rising; of multi-class models only.
     """
 
     rows: int = 0
     sums: tuple[tuple[str, int], ...] = ()
     bins: Bins | None = None
+    classes: tuple[Bins, ...] = ()
+    pairs: tuple[tuple[tuple[int, int], int], ...] = ()
 
     @classmethod
     def of(cls, objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> Tally:
@@ -52,12 +58,17 @@ class Tally:
             bins = Bins.of(scores.astype(np.float64), SCORE_BINS, weights)
             return cls(len(label), _summed(sums), bins)
         if objective == "multi:softprob":
-            classes = label.astype(np.int64)
-            chosen = _clipped(scores)[np.arange(len(label)), classes]
-            return cls(
-                len(label),
-                _summed({"log_loss": -_logarithm(chosen), "accuracy": (scores.argmax(axis=1) == classes) * 1.0}),
-            )
+            true, chosen = label.astype(np.int64), scores.argmax(axis=1)
+            sums = {"log_loss": -_logarithm(_clipped(of_true_class(label, scores))), "accuracy": (chosen == true) * 1.0}
+            limit = max(SCORE_BINS // scores.shape[1], 256)
+            ones = np.ones(len(label), np.int64)
+            bins_of = [
+                Bins.of(scores[:, k].astype(np.float64), limit, np.stack([ones, true == k], axis=1).astype(np.int64))
+                for k in range(scores.shape[1])
+            ]
+            places, counts = np.unique(np.stack([true, chosen], axis=1), axis=0, return_counts=True)
+            pairs = tuple(((t, c), n) for (t, c), n in zip(places.tolist(), counts.tolist(), strict=True))
+            return cls(len(label), _summed(sums), None, tuple(bins_of), pairs)
         error = scores.astype(np.float64) - label
         return cls(len(label), _summed({"squared": error * error, "absolute": np.abs(error)}))
 
@@ -66,7 +77,10 @@ class Tally:
             return self if self.rows else other
         sums = tuple((name, total + dict(other.sums)[name]) for name, total in self.sums)
         bins = None if self.bins is None or other.bins is None else self.bins + other.bins
-        return Tally(self.rows + other.rows, sums, bins)
+        classes = tuple(mine + theirs for mine, theirs in zip(self.classes, other.classes, strict=True))
+        pairs = Counter(dict(self.pairs))
+        pairs.update(dict(other.pairs))
+        return Tally(self.rows + other.rows, sums, bins, classes, tuple(sorted(pairs.items())))
 
     def mean(self, name: str) -> float:
         return float(ratio(dict(self.sums)[name]) / self.rows)
@@ -86,12 +100,51 @@ def metrics(objective: str, tally: Tally, threshold: float = 0.5) -> dict[str, f
         }
         return {name: known[name] if name in known else tally.mean(name) for name in names}
     if objective == "multi:softprob":
-        return {name: tally.mean(name) for name in names}
+        found = per_class(tally)
+        macro = {
+            f"macro_{name}": _mean([each[name] for each in found if each["rows"]])
+            for name in ("auc", "precision", "recall")
+        }
+        return {name: macro[name] if name in macro else tally.mean(name) for name in names}
     errors = {
         "rmse": tally.mean("squared") ** 0.5 if "squared" in dict(tally.sums) else None,
         "mae": tally.mean("absolute"),
     }
     return {name: errors[name] for name in names}
+
+
+def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Each row's probability of its true class; 0 of a class that the model does not know."""
+    true = label.astype(np.int64)
+    known = true < scores.shape[1]
+    found: npt.NDArray[np.float32] = scores[np.arange(len(true)), np.where(known, true, 0)]
+    return np.where(known, found, np.float32(0))
+
+
+def per_class(tally: Tally) -> list[dict[str, Any]]:
+    """Each class against all others: `class`, `rows`, `chosen` (how often it scored most), `precision`, `recall`, `auc`.
+
+    A class that occurs and was never chosen has precision 0; one that does not occur has no recall.
+    """
+    true, chosen, hits = Counter[int](), Counter[int](), Counter[int]()
+    for (is_, taken), rows in tally.pairs:
+        true[is_] += rows
+        chosen[taken] += rows
+        hits[is_] += rows if is_ == taken else 0
+    result = []
+    for k in range(max(len(tally.classes), max(true, default=-1) + 1)):
+        # A class that the model does not know is ranked by chance.
+        ranked = auc(tally.classes[k]) if k < len(tally.classes) else 0.5
+        precision = hits[k] / chosen[k] if chosen[k] else 0.0 if true[k] else None
+        result.append({
+            "class": k, "rows": true[k], "chosen": chosen[k], "precision": precision, "recall": hits[k] / true[k] if true[k] else None, "auc": ranked,
+        })  # fmt: skip
+    return result
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def confusion(bins: Bins, threshold: float) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from transforms.ids import mix
+from transforms.metrics import of_true_class
 from transforms.sums import Floats
 
 REPLICATES = 200
@@ -27,8 +29,15 @@ LEVEL = 0.95
 _CELLS, _BOUND = 128, 16
 # Bits dropped of a float32 error: 8 of its mantissa stay, so a cell is 0.4 % wide.
 _DROPPED = 15
+# Classes up to which each one's AUC has an interval, and cells per unit of log odds there.
+CLASSES = 20
+_COARSE = 16
+# Rows of several classes are in one cell of each kind; keys of different kinds differ from this bit on.
+_KIND = 1 << 40
 # Rows hashed at a time: they stay in the caches.
 _CACHED = 1024
+# The most by which reading a metric off cells may move it (relative to it, where it is above 1) for there to be an interval.
+HIDDEN = 0.02
 _EPSILON = float(np.finfo(np.float32).eps)
 
 Counts = npt.NDArray[np.int32]
@@ -54,7 +63,8 @@ def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt
     with np.errstate(over="ignore"):
         steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         for start in range(0, len(row_ids), _CACHED):
-            hashed = mix(mix(row_ids[start : start + _CACHED].view(np.uint64))[:, None] + steps)
+            mixed = mix(row_ids[start : start + _CACHED].view(np.uint64))
+            hashed = mix((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
             np.take(_POISSON, hashed.view(np.uint16), out=result[start : start + _CACHED], mode="clip")
     return result[:, :replicates]
 
@@ -85,9 +95,16 @@ class Cells:
             plain[place] += each.plain
         return Cells(keys, counts, plain)
 
+    @property
+    def rows(self) -> int:
+        return int(self.plain[self.keys < _KIND].sum())
+
 
 def cells_of(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> Cells:
-    """The cells of rows with `keys` [rows] that enter replicates as often as `drawn` [rows, replicates] says."""
+    """The cells of rows with `keys` [rows], or [kinds, rows], that enter replicates as often as `drawn` [rows, replicates] says."""
+    if keys.ndim == 2:
+        kinds = [cells_of(each, drawn) for each in keys]
+        return Cells(*(np.concatenate([getattr(each, name) for each in kinds]) for name in ("keys", "counts", "plain")))
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(keys) else np.zeros(0, int)
@@ -96,13 +113,18 @@ def cells_of(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> Cells
 
 
 def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Cell of each row.  Twice the score's cell and the label (binary), twice the true class's and whether it was chosen
-    (multi-class), or the leading bits of the error (regression)."""
+    """Cell of each row, [rows] or [kinds, rows].  Twice the score's cell and the label (binary) or the leading bits of the
+    error (regression); of several classes twice the true one's cell and whether it was chosen, the true and the chosen
+    one, and twice each one's coarse cell and whether it is the true one."""
     if objective == "binary:logistic":
         return _odds(scores) * 2 + (label > 0)
     if objective == "multi:softprob":
-        classes = label.astype(np.int64)
-        return _odds(scores[np.arange(len(label)), classes]) * 2 + (scores.argmax(axis=1) == classes)
+        true, chosen = label.astype(np.int64), scores.argmax(axis=1)
+        kinds = [_odds(of_true_class(label, scores)) * 2 + (chosen == true), _KIND + (true << 16) + chosen]
+        if scores.shape[1] <= CLASSES:
+            step = _CELLS // _COARSE
+            kinds += [(2 + k) * _KIND + _odds(scores[:, k]) // step * 2 + (true == k) for k in range(scores.shape[1])]
+        return np.stack(kinds)
     error = np.abs(scores.astype(np.float64) - label).astype(np.float32)
     return (error.view(np.uint32) >> np.uint32(_DROPPED)).astype(np.int64)
 
@@ -127,11 +149,59 @@ def replicated(objective: str, cells: Cells, threshold: float = 0.5) -> dict[str
         if objective == "binary:logistic":
             return _binary(cells.keys, counts, rows, threshold)
         if objective == "multi:softprob":
-            losses = -np.log(_share(cells.keys >> 1))
-            return {"log_loss": losses @ counts / rows, "accuracy": (cells.keys & 1) @ counts / rows}
-        middle = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
-        error = np.where(cells.keys == 0, 0.0, middle.astype(np.float64))
+            return _multiple(cells.keys, counts)
+        error = _errors(cells)
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
+
+
+def _errors(cells: Cells) -> Floats:
+    """The middle of each cell of absolute errors."""
+    middle = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    return np.where(cells.keys == 0, 0.0, middle.astype(np.float64))
+
+
+def error_quantiles(cells: Cells, shares: Sequence[float]) -> list[tuple[float, float]]:
+    """(share, absolute error that so many rows do not exceed), to half a cell: 0.2 %."""
+    below = np.cumsum(cells.plain)
+    places = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
+    return [(share, float(_errors(cells)[place])) for share, place in zip(shares, places, strict=True)]
+
+
+def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
+    """Also `… of class k`.  Means are over the classes that occur in a replicate."""
+    kind, inner = keys // _KIND, keys % _KIND
+    plain, pairs = counts[kind == 0], counts[kind == 1]
+    rows, losses = plain.sum(axis=0), -np.log(_share(inner[kind == 0] >> 1))
+    result = {"log_loss": losses @ plain / rows, "accuracy": (inner[kind == 0] & 1) @ plain / rows}
+    true, chosen = inner[kind == 1] >> 16, inner[kind == 1] & 0xFFFF
+    found: dict[str, list[Floats]] = {"auc": [], "precision": [], "recall": []}
+    for k in np.unique(true).tolist():
+        occurs, taken = pairs[true == k].sum(axis=0), pairs[chosen == k].sum(axis=0)
+        hits = pairs[(true == k) & (chosen == k)].sum(axis=0)
+        of_class = {"precision": np.where(occurs > 0, hits / np.maximum(taken, 1), np.nan), "recall": hits / occurs}
+        mine = kind == 2 + k
+        if mine.any():
+            of_class["auc"] = _area(inner[mine], counts[mine])
+        elif (kind > 1).any():
+            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # unknown to the model: ranked by chance
+        for name, values in of_class.items():
+            found[name].append(values)
+            result[f"{name} of class {k}"] = values
+    for name, each in found.items():
+        if each:
+            known = np.isfinite(np.stack(each))
+            result[f"macro_{name}"] = np.where(known, np.stack(each), 0).sum(axis=0) / known.sum(axis=0)
+    return result
+
+
+def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
+    """AUC of each replicate: the share of pairs ranked rightly, ties counted half."""
+    label = (keys & 1)[:, None]
+    # Cells of one score are neighbours: negatives first.
+    first = np.flatnonzero(np.concatenate([[True], (keys[1:] >> 1) != (keys[:-1] >> 1)]))
+    up, down = np.add.reduceat(counts * label, first, axis=0), np.add.reduceat(counts * (1 - label), first, axis=0)
+    won: Floats = (up * (2 * (np.cumsum(down, axis=0) - down) + down)).sum(axis=0)
+    return won / (2.0 * up.sum(axis=0) * down.sum(axis=0))
 
 
 def _binary(
@@ -182,12 +252,18 @@ class Replicates:
 def replicates(
     objective: str, cells: Cells, exact: dict[str, float | None], threshold: float = 0.5
 ) -> Replicates | None:
-    """The replicates of `exact` metrics; None of too few rows."""
-    if cells.plain.sum() < LEAST_ROWS:
+    """The replicates of `exact` metrics, NaN where cells hide what a metric is made of; None of too few rows."""
+    if cells.rows < LEAST_ROWS:
         return None
-    found = replicated(objective, cells, threshold)
-    known = {name: (value, exact.get(name)) for name, value in found.items()}
-    return Replicates({name: all_[:-1] + (value - all_[-1]) for name, (all_, value) in known.items() if value is not None})  # fmt: skip
+    values = {}
+    for name, drawn in replicated(objective, cells, threshold).items():
+        if (value := exact.get(name)) is None:
+            continue
+        offset = value - drawn[-1]
+        # Cells that hide what a metric is made of, as of probabilities beyond the last cell, say nothing of its spread.
+        hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
+        values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
+    return Replicates(values)
 
 
 def interval(values: Floats) -> tuple[float, float] | None:
