@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from schemas.durations import instant
 from schemas.errors import DataError, GateError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.bundles import load
+from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine
 from transforms.evaluation import Evaluate, carried
 from transforms.examples import (
@@ -43,9 +44,11 @@ from transforms.examples import (
     schema_of,
     shards_to_judge,
 )
+from transforms.explaining import Explain
 from transforms.fitting import LABEL, Fit, declared
 from transforms.gates import Rival
 from transforms.inventory import source_uri, version_of
+from transforms.manifests import read_manifest
 from transforms.matrices import until
 from transforms.publishing import REPORT, Publication, publish
 from transforms.registry import Registry, registry_uri
@@ -126,7 +129,9 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
     arguments.add_argument("--cutoff", type=day, help="UTC day before which everything is known (default: the day after the last of the feature table)")  # fmt: skip
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    arguments.add_argument("--threads", type=int, default=0, help="cores that the trials of one worker share (default: as many as here)")
+    arguments.add_argument(
+        "--threads", type=int, default=0, help="cores that the trials of one worker share (default: as many as here)"
+    )
     arguments.add_argument("--device", default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
     arguments.add_argument(
         "--keep_examples", action=argparse.BooleanOptionalAction, default=True, help="keep TFRecord and Parquet examples (default: yes)"
@@ -155,12 +160,17 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dic
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
     rival = compare(pipeline, options, tested.rows)
-    sides = AsSingleton(tested.trained), AsSingleton(tested.account), AsSingleton(tested.findings), AsSingleton(rival)
+    explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
+    sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
     _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
 
 
 def train_and_test(
-    pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any], champion: tuple[str, bytes] | None = None
+    pipeline: beam.Pipeline,
+    options: Options,
+    plan: Plan,
+    provenance: dict[str, Any],
+    champion: tuple[str, bytes] | None = None,
 ) -> Tested:
     """The graph up to what there is to publish.
 
@@ -206,10 +216,14 @@ def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection) -
         bundle = load(folder)
     except StoreError as error:
         log.warning("no champion to compare with: %s", error)
-        return pipeline | "Rival" >> beam.Create([Rival(version, None, f"the champion could not be read: {error.rule}")])
+        return pipeline | "Rival" >> beam.Create(
+            [Rival(version, None, f"the champion could not be read: {error.rule}")]
+        )
     reason = ""
     if bundle.fingerprint != model.view.fingerprint:
-        reason = f"version {version} reads features of fingerprint {bundle.fingerprint}, these have {model.view.fingerprint}"
+        reason = (
+            f"version {version} reads features of fingerprint {bundle.fingerprint}, these have {model.view.fingerprint}"
+        )
     elif bundle.manifest["objective"] != model.objective:
         reason = f"version {version} has the objective {bundle.manifest['objective']}"
     elif missing := sorted(set(bundle.encoders.inputs) - set(schema_of(model).names)):
@@ -280,23 +294,59 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
     split = model.split.resolve(cutoff)
     source = model.label.source
     version = options.label_version if options.label_version is not None else version_of(options.sources, source)
-    plan = make_plan(model, files, options.sources, options.examples, split, options.now, options.keep_examples, version)
+    plan = make_plan(
+        model, files, options.sources, options.examples, split, options.now, options.keep_examples, version
+    )
     text = Path(options.definition.path).read_bytes()
     return plan, {
-        "feature_table": {"uri": table.table_uri, "version": table.version()},
+        "feature_table": {
+            "uri": table.table_uri,
+            "version": table.version(),
+            "first": str(min(file.date for file in files)),
+        },
+        "sources": sources_of(table),
         "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
         "label_table": {"uri": source_uri(options.sources, source.name), "version": version},
         "split": split.as_json(),
-        "read": {"start": options.start and str(options.start), "cutoff": str(cutoff.date()), "now": options.now, "sources": options.sources},
+        "read": {
+            "start": options.start and str(options.start),
+            "cutoff": str(cutoff.date()),
+            "now": options.now,
+            "sources": options.sources,
+        },
         "cores": options.cores,
         "device": options.device,
-        "definition": {"name": options.definition.name, "sha256": hashlib.sha256(text).hexdigest(), "source": text.decode()},
+        "definition": {
+            "name": options.definition.name,
+            "sha256": hashlib.sha256(text).hexdigest(),
+            "source": text.decode(),
+        },
         "run_id": options.run_id,
         "code_version": _version("millrace"),
         "code_sha256": code_digest(),
         "constraints_sha256": constraints_digest(),
         "environment": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
     }
+
+
+def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
+    """What the feature table's newest commit read of each source: files, their digest, first and last date; of a dimension its content's digest."""
+    try:
+        manifest = read_manifest(table)
+    except StoreError as error:
+        log.warning("where the features come from is not known: %s", error)
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, files in manifest.files.items():
+        stamps = "\n".join(sorted(f"{path} {each[0]}" for path, each in files.items()))
+        dates = [day for day, (rows, _) in manifest.digests.get(name, {}).items() if rows]
+        known = {"first": str(_day(min(dates))), "last": str(_day(max(dates)))} if dates else {}
+        found[name] = {"files": len(files), "digest": hashlib.sha256(stamps.encode()).hexdigest()[:16], **known}
+    return found | {name: {"digest": f"{digest:016x}"} for name, digest in manifest.dimensions.items()}
+
+
+def _day(number: int) -> date:
+    return EPOCH.date() + timedelta(days=number)
 
 
 def code_digest() -> str:
@@ -353,7 +403,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         **{name: each["entered"] for name, each in report["splits"].items()},
         "rounds": report["rounds"], **shown, "gates_held": sum(each["holds"] for each in report["gates"]), "gates": len(report["gates"]),
         "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], "trials": report["trials"],
-        "warnings": report["data"]["warnings"], "drift_max": max(report["data"]["drift"].values(), default=None),
+        "warnings": report["data"]["warnings"], "drift_max": max(report["data"]["drift"].values(), default=None), "report": report["report"],
     }  # fmt: skip
 
 

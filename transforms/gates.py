@@ -139,5 +139,24 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
     return Verdict(gate, least >= margin, reason)
 
 
+def paired(report: Report, other: Report) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """By how much each metric is above `other`'s of the same rows, with 95 % of the paired replicates."""
+    result = {}
+    for name, value in report.metrics.items():
+        theirs = other.metrics.get(name)
+        if value is None or theirs is None:
+            continue
+        span = None
+        if (
+            report.replicates is not None
+            and other.replicates is not None
+            and name in report.replicates.values
+            and name in other.replicates.values
+        ):
+            span = interval(report.replicates.values[name] - other.replicates.values[name])
+        result[name] = (value - theirs, span)
+    return result
+
+
 def _span(span: tuple[float, float] | None) -> str:
     return "" if span is None else f"(95 %: {span[0]:.4f} … {span[1]:.4f})"

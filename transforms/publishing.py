@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
 
 from schemas import Gates
 from schemas.errors import StoreError
@@ -17,15 +19,18 @@ from transforms.bundles import load
 from transforms.datasets import Findings
 from transforms.evaluation import Report, as_json
 from transforms.examples import Account
-from transforms.gates import Rival, fairness, verdicts
+from transforms.explaining import Explanation
+from transforms.gates import Rival, fairness, paired, verdicts
 from transforms.registry import Registry
-from transforms.searching import Result
+from transforms.report import FILE, render
+from transforms.searching import Result, Trial
 from transforms.tables import write_aside
 from transforms.training import Trained
 from transforms.trial_runs import log_trials
 
-# What a run leaves in its folder: its account, and what it takes to register its model later.
-REPORT, PENDING = "training.json", "registration.json"
+# What a run leaves in its folder: its account, single rows with their contributions, and what it takes to register its
+# model later.
+REPORT, POINTS, PENDING = "training.json", "explanation.json", "registration.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +57,8 @@ class Publication:
 
 
 def publish(
-    report: Report, trained: Trained, account: Account, findings: Findings, rival: Rival, where: Publication
-) -> dict[str, Any]:
+    report: Report, trained: Trained, account: Account, findings: Findings, rival: Rival, explanation: Explanation, where: Publication
+) -> dict[str, Any]:  # fmt: skip
     """Register the model with its report; returns what `training.json` says.
 
     Safe to repeat: a run has one version, and a version is promoted at most once by its own run.
@@ -65,18 +70,24 @@ def publish(
     content = {
         "model": where.name, "feature_rows": account.rows, "outside": account.outside, **as_json(report),
         "gates": [dataclasses.asdict(each) for each in judged], "fairness": fairness(where.gates, report),
-        "rival": {"version": rival.version, "metrics": None if rival.report is None else dict(rival.report.metrics)},
-        "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
+        "rival": _rival(rival, report), "rules": dataclasses.asdict(where.gates),
+        "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, "labels": account.labels,
         "rounds": trained.best.rounds, "validate": {where.metric: trained.best.value}, "bundle": trained.folder,
         "trials": [_trial(each) for each in trained.results], "data": dataclasses.asdict(findings),
+        "explanation": {name: getattr(explanation, name) for name in ("rows", "unit", "base", "inputs", "reason")},
+        "report": FileSystems.join(where.folder, FILE),
     }  # fmt: skip
-    write_aside(where.folder, REPORT, pa.py_buffer(_text(content).encode()))
-    pending = {"run_id": where.run_id, "digest": trained.digest, "files": dict(where.files)}
-    write_aside(where.folder, PENDING, pa.py_buffer(_text(pending).encode()))
+    points = dataclasses.asdict(explanation)
+    pending = {
+        "run_id": where.run_id,
+        "digest": trained.digest,
+        "files": dict(where.files),
+        "example": points.pop("example"),
+    }
+    manifest = load(trained.folder, trained.digest).manifest
+    _leave(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: render(content, manifest, points)})  # fmt: skip
     try:
         content = enter(content, pending, where.registry, where.folder)
-        if len(trained.results) > 1:
-            log_trials(Registry(where.registry), where.name, where.run_id, where.metric, trained.results)
     except StoreError as error:
         how = f"The model is kept in {trained.folder}; register it with: millrace register {where.run_id}"
         raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
@@ -84,7 +95,7 @@ def publish(
 
 
 def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, folder: str) -> dict[str, Any]:
-    """Register what `publish` left on disk; returns the account with `model_version` and `champion`.
+    """Register what `publish` left on disk, its trials and its report too; returns the account with `model_version` and `champion`.
 
     The alias moves only if every gate holds and the champion is still the one that the model was compared with.
 
@@ -99,7 +110,10 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
             with open(os.path.join(artifacts, file), "w", encoding="utf-8") as handle:
                 handle.write(text)
         tags = _tags(content["gates"], failed)
-        version = registry.register(bundle, run_id, _params(bundle.manifest), _metrics(content), artifacts, tags)
+        example = pending.get("example")
+        version = registry.register(
+            bundle, run_id, _params(bundle.manifest), _metrics(content), artifacts, tags, example
+        )
     champion = registry.champion(name)
     kept = ""
     if not failed and not any(entry["version"] == version for entry in registry.history(name)):
@@ -109,8 +123,39 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
         else:
             kept = f"the champion is version {champion}, which was not compared with: millrace promote {version}"
     done = {**content, "model_version": version, "champion": champion, "kept": kept}
-    write_aside(folder, REPORT, pa.py_buffer(_text(done).encode()))
+    page = render(done, bundle.manifest, _points(folder))
+    _leave(folder, {FILE: page, REPORT: _text(done)})
+    registry.attach(name, run_id, FILE, page)
+    if len(content["trials"]) > 1:
+        (metric,) = content["validate"]
+        log_trials(registry, name, run_id, metric, [_result(each) for each in content["trials"]])
     return done
+
+
+def _leave(folder: str, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        write_aside(folder, name, pa.py_buffer(text.encode()))
+
+
+def _points(folder: str) -> dict[str, Any] | None:
+    """Single rows with their contributions, where the run left any."""
+    try:
+        with FileSystems.open(FileSystems.join(folder, POINTS)) as handle:
+            found: dict[str, Any] = json.loads(handle.read())
+            return found
+    except OSError:
+        return None
+
+
+def _rival(rival: Rival, report: Report) -> dict[str, Any]:
+    """The champion as the account has it: its metrics on the same rows, its curves, and by how much they are surpassed."""
+    found: dict[str, Any] = {"version": rival.version, "reason": rival.reason, "metrics": None}
+    if rival.report is not None:
+        curves = {
+            name: rival.report.details[name] for name in ("roc", "precision_recall") if name in rival.report.details
+        }
+        found |= {"metrics": dict(rival.report.metrics), "differences": paired(report, rival.report), **curves}
+    return found
 
 
 def _trial(result: Result) -> dict[str, Any]:
@@ -128,6 +173,15 @@ def _trial(result: Result) -> dict[str, Any]:
         "folds": result.folds,
         "history": result.history,
     }
+
+
+def _result(trial: Mapping[str, Any]) -> Result:
+    """What `_trial` made an entry of."""
+    value = math.nan if trial["value"] is None else float(trial["value"])
+    return Result(
+        Trial(trial["trial"], trial["params"], trial["rung"]), value, trial["rounds"], tuple(trial["history"]), "", trial["seconds"], trial["error"],
+        tuple(trial["folds"]),
+    )  # fmt: skip
 
 
 def _params(manifest: Mapping[str, Any]) -> dict[str, object]:
