@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 from apache_beam import pvalue
 from apache_beam.io.filesystems import FileSystems
 
@@ -25,7 +26,7 @@ from transforms.inputs import Input, letters_batch, settle_events
 from transforms.inventory import ALWAYS, Slice
 from transforms.lifetime import Summary, is_lifetime, merge, summarise, summary_name
 from transforms.plan import Block, Plan
-from transforms.sources import read_slices
+from transforms.sources import CHUNK, read_slices
 from transforms.staleness import lifetime_sources
 from transforms.tables import write_aside
 
@@ -227,6 +228,18 @@ def write_summary(uri: str, name: str, summary: pl.DataFrame) -> None:
 def read_summary(uri: str, name: str) -> pl.DataFrame:
     with FileSystems.open(FileSystems.join(uri, FOLDER, name)) as handle:
         return pl.read_parquet(io.BytesIO(handle.read()))
+
+
+def stream_summaries(
+    view: FeatureView, uri: str, block: Block, files: Mapping[int, tuple[str, ...]]
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """As `load_summaries`, a few rows at a time, each with the name of its summary."""
+    for name, file in zip(lifetime_groups(view), files[block.index], strict=True):
+        with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
+            read = pq.ParquetFile(handle)
+            yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
+            for batch in read.iter_batches(CHUNK):
+                yield name, pl.from_arrow(batch)  # type: ignore[misc]
 
 
 def load_summaries(

@@ -33,7 +33,7 @@ from transforms.contracts import Contract
 from transforms.digests import Digests
 from transforms.ids import row_ids
 from transforms.inventory import Inventory, Slice, open_parquet
-from transforms.kernels import Reading, compute, gathered
+from transforms.kernels import Gather, Reading, compute, gathered
 from transforms.sources import Repeats
 from transforms.staleness import Current, Manifest, as_date, digests_now, digests_within, dimensions_digest, reaches
 from transforms.tables import DataFile, read_file
@@ -277,21 +277,25 @@ def _bounded(told: Any, rows: int) -> bool:
 
 
 def compute_with(
-    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, Any], copies: Copies | None = None
+    view: FeatureView,
+    spine: pl.DataFrame,
+    tables: Mapping[str, Any],
+    copies: Copies | None = None,
+    gather: Gather = gathered,
 ) -> pl.DataFrame:
     """As `kernels.compute`, columns of `copies` taken from there.
 
     A question that the older table does not answer, or a file of it that is gone, has its columns computed.
     """
     if copies is None or not len(spine):
-        return compute(view, spine, tables)
+        return compute(view, spine, tables, gather)
     days = spine[view.time].to_physical().to_numpy() // DAY
     parts, places = [], []
     for names, chosen in copies.classes(np.unique(days).tolist()).items():
         place = np.flatnonzero(np.isin(days, chosen))
         some = spine[place]
         old = _aligned(view, copies, some, names, chosen) if names else None
-        parts.append(compute(view, some, tables, None if old is None else functools.partial(_gather, old)))
+        parts.append(compute(view, some, tables, gather if old is None else functools.partial(_gather, old, gather)))
         places.append(place)
     return pl.concat(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
@@ -323,11 +327,16 @@ def _aligned(
 
 
 def _gather(
-    old: pl.DataFrame, view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, Any]
+    old: pl.DataFrame,
+    gather: Gather,
+    view: FeatureView,
+    features: Sequence[Reading],
+    frame: pl.DataFrame,
+    tables: Mapping[str, Any],
 ) -> list[pl.Series]:
     """Columns of `features`: those of `old`, and the others computed."""
     copied = [name for feature in features for name in _outputs(feature) if name in old.columns]
-    return [*gathered(view, list(rest(features, copied)), frame, tables), *(old[name] for name in copied)]
+    return [*gather(view, list(rest(features, copied)), frame, tables), *(old[name] for name in copied)]
 
 
 def rest(features: Iterable[Reading], without: Iterable[str]) -> Iterator[Reading]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -17,7 +18,7 @@ from transforms.contracts import Contract
 from transforms.digests import Digests, add
 from transforms.inventory import Slice
 from transforms.plan import Block, Plan
-from transforms.sources import LETTERS, Read, read_slices, without_repeats
+from transforms.sources import LETTERS, Read, read_slices, stream_slices, without_repeats
 from transforms.tables import DataFile
 
 Written = list[tuple[DataFile, dict[str, str]]]
@@ -25,6 +26,7 @@ Written = list[tuple[DataFile, dict[str, str]]]
 
 COUNTS = ("read", "used", "outside", "repeated", "dead")
 AS_EVENTS = " (as events)"
+ONE_ROW = "one key has one row (the smallest was kept)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,15 @@ def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
     """The block's questions, each once, sorted by time and key."""
     # A spine that is a source of events too is digested as that, once.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
-    return settle_spine(
-        view, plan, block, read_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
-    )
+    reads = stream_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
+    return settle_spine(view, plan, block, joined(reads))
+
+
+def joined(reads: Iterable[Read]) -> Read:
+    """What pieces of a source hold together."""
+    reads = list(reads)
+    letters = concat_letters([each.letters for each in reads])
+    return Read(pl.concat([each.frame for each in reads]), letters, add([each.digests for each in reads]))
 
 
 def settle_spine(view: FeatureView, plan: Plan, block: Block, read: Read) -> Input:
@@ -118,13 +126,21 @@ def settle_spine(view: FeatureView, plan: Plan, block: Block, read: Read) -> Inp
 
 def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input:
     """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
+    return settle_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
+
+
+def stream_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Iterator[Read]:
+    """As `read_events`, in pieces, repeats still there."""
+    return stream_slices(**_within_reach(view, plan, block, name))
+
+
+def _within_reach(view: FeatureView, plan: Plan, block: Block, name: str) -> dict[str, Any]:
+    """What to read of `name` for a block."""
     contract, span = plan.contracts[name], block.spans.get(name)
     # The spine's own letters are told where it is read as the spine.
     own = (0, 0) if contract is plan.spine else block.owns(name)
     low = min(block.start - view.reach(name), block.owns(name)[0], span[0] if span else block.start)
-    return settle_events(
-        view, plan, block, name, read_slices(contract, block.events[name], low, block.end, own=own, span=span)
-    )
+    return {"contract": contract, "slices": block.events[name], "low": low, "high": block.end, "own": own, "span": span}
 
 
 def settle_events(view: FeatureView, plan: Plan, block: Block, name: str, read: Read) -> Input:
@@ -164,16 +180,22 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
             key = tuple(column for _, column in feature.keys)
             _, conflicts = distinct(frame, key)
             refused.append(conflicts)
-            letters.append(locate(contract, slices, conflicts, key, "one key has one row (the smallest was kept)"))
+            letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+    used = len(frame) - len(pl.concat(refused).unique())
+    # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
+    return Input(frame, *tell_dimension(plan, name, len(read.frame) + len(read.letters), used, letters))
+
+
+def tell_dimension(
+    plan: Plan, name: str, total: int, used: int, letters: Sequence[pl.DataFrame]
+) -> tuple[pl.DataFrame, Tally]:
+    """A dimension's letters, dated at the start of the interval, and its account, of `total` rows read."""
     dead = (
         concat_letters(letters)
         .unique(["file", "row"], keep="first", maintain_order=True)
         .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
     )
-    total = len(read.frame) + len(read.letters)
-    used = len(frame) - len(pl.concat(refused).unique())
-    # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
-    return Input(frame, dead, Tally(name, total, used, 0, total - used - len(dead), len(dead)))
+    return dead, Tally(name, total, used, 0, total - used - len(dead), len(dead))
 
 
 def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -17,7 +17,7 @@ from schemas.expressions import canonical
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.lifetime import Carried, Summary, is_lifetime, summary_name
+from transforms.lifetime import Carried, Summary, summary_name
 from transforms.sorting import Sorting, codes
 from transforms.windows import Bools, Column, Ints, lazy, statistic
 
@@ -39,7 +39,7 @@ def compute(
         tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
             irrelevant), repeats by `unique` already removed; dimensions with one row per key.
             For windows over all history they hold all of it; or, under `lifetime.summary_name`, the `Summary` of what came
-            before the events that they hold.
+            before the events that they hold, or of those that all windows of one length hold.
         gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
 
     Returns:
@@ -82,8 +82,7 @@ def gathered(
         with computing(f"where of {first.name!r}"):
             events = tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.where)
         name = summary_name(first.source.name, first.keys, where)
-        summary = tables.get(name) if any(map(is_lifetime, group)) else None
-        return History(first.source, first.keys, events, frame, view.time, summary)
+        return History(first.source, first.keys, events, frame, view.time, tables.get(name))
 
     def work(task: tuple[Reading, History | None, list[Statistic]]) -> list[pl.Series]:
         feature, history, wanted = task
@@ -168,7 +167,7 @@ def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
 
 
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
-    carried = history.carried if wanted.length is None else None
+    carried = history.carried if wanted.length == history.summed else None
 
     def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
         if carried is not None and wanted.stat not in ORDERED:
@@ -236,7 +235,7 @@ class History:
         self.events = events
         self.known = None if source.event_time is None else known
         self._columns: dict[tuple[str, bool], Column] = {}
-        self.until, self.carried = None, None
+        self.until, self.carried, self.summed = None, None, None if summary is None else summary.length
         if summary is not None:
             mine, theirs = codes(spine, summary.frame, keys)
             row = np.full(int(theirs.max(initial=0)) + 2, -1, np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.features import Latest, Statistic, Trailing
+from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.windows import Bools, Digits, Floats, Ints, decompose, squared, total, variance
 
@@ -23,10 +23,12 @@ SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
-    """One row per key (see `summarise`) of the events known before `until` µs."""
+    """One row per key (see `summarise`) of the events known before `until` µs: for windows without a beginning or, of events
+    that all windows hold, for those of one `length` (µs)."""
 
     frame: pl.DataFrame
     until: int
+    length: int | None = None
 
 
 def is_lifetime(feature: object) -> bool:
@@ -51,7 +53,10 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     if first.where is not None:
         events = events.filter(first.where)
     source, keys = first.source, [column for _, column in first.keys]
-    events = events.drop_nulls(keys).sort(order(source, events), maintain_order=False)
+    events = events.drop_nulls(keys)
+    taken = sorted({column for feature in features if isinstance(feature, Latest) for column in feature.columns})
+    if taken or any(set(ORDERED) & stats for stats in needed(features).values()):
+        events = events.sort(order(source, events), maintain_order=False)
     made: list[pl.Expr] = [pl.len().cast(pl.Int64).alias("#")]
     digits: list[pl.Series] = []
     for column, stats in needed(features).items():
@@ -69,7 +74,6 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
             digits += _digit_columns(f"{column} s", decompose(numbers))
             if stats & set(SQUARED):
                 digits += _digit_columns(f"{column} q", decompose(*squared(numbers)))
-    taken = sorted({column for feature in features if isinstance(feature, Latest) for column in feature.columns})
     if taken:
         made.append(pl.struct(taken).last().alias("latest"))
     made += [pl.col(each.name).sum() for each in digits]

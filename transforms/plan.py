@@ -25,6 +25,11 @@ from transforms.tables import days_between
 BLOCK_ROWS = 800_000
 # Reading a row this often still costs less than sending it once.
 MOST_READS = 6.0
+# A block that reads more than so many times its own rows is cut by key hash; a part holds one time the rows of a block.
+MOST_BLOCKS = 5
+MOST_SHARDS = 1000
+# Bytes of a dimension that every worker may hold.
+BROADCAST_BYTES = 64_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Block:
 
     `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
     `spans` is, per source, the span of time to digest by day; `summarised` sources come with a summary of their past.
+    `shards` is, per source of events, into how many parts they are cut by key hash, of about `part_rows` rows each; empty for a
+    block that is computed at once.
     """
 
     index: int
@@ -43,6 +50,8 @@ class Block:
     events: Mapping[str, tuple[Slice, ...]]
     spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     summarised: tuple[str, ...] = ()
+    shards: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    part_rows: int = BLOCK_ROWS
 
     def owns(self, source: str) -> tuple[int, int]:
         """The span of events of `source` that this block accounts for; what came before is the summaries' affair."""
@@ -55,7 +64,7 @@ class Plan:
 
     `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
     of time that any window can see.  If `shuffled`, each slice is read once and its rows are sent to their blocks; else each
-    block reads the slices it needs.
+    block reads the slices it needs.  `routed` dimensions are too large to be held: their rows are read when they are looked up.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -67,6 +76,7 @@ class Plan:
     contracts: Mapping[str, Contract]
     spine: Contract
     shuffled: bool = False
+    routed: tuple[str, ...] = ()
 
     @property
     def start(self) -> int:
@@ -136,6 +146,8 @@ def cut(
     block_rows: int = BLOCK_ROWS,
     shuffled: bool | None = None,
     summarised: tuple[str, ...] = (),
+    key_shards: int | None = None,
+    broadcast_bytes: float = BROADCAST_BYTES,
 ) -> Plan:
     """Blocks over `ranges` of µs.
 
@@ -143,7 +155,9 @@ def cut(
         everything: the ranges are all there is, so rows without a plausible time belong to this run too.
         digest: have blocks digest what they read, all of each day that the ranges' windows reach.
         summarised: sources whose past is summarised and digested apart (see `carrying`).
-        shuffled: None chooses, by how often a row would be read without a shuffle.
+        shuffled: None chooses, by how often a row would be read in vain without a shuffle.
+        key_shards: None cuts blocks by key hash that read too much at once; 1 none, more every block.
+        broadcast_bytes: a larger dimension is routed.
     """
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
@@ -193,10 +207,61 @@ def cut(
         min(last, max((each.high for each in inside), default=first) + 1),
     )
     if shuffled is None:
-        shuffled = amplification(blocks) > MOST_READS
+        shuffled = in_vain(view, blocks) > MOST_READS
+    blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
+    routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
     return Plan(
-        tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled
-    )
+        tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled, routed
+    )  # fmt: skip
+
+
+def with_shards(
+    view: FeatureView, block: Block, block_rows: int, shuffled: bool, key_shards: int | None = None
+) -> Block:
+    """`block`, cut by key hash where it would hold too many rows at once: as many as it reads, or as are sent to it."""
+    needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
+    held = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    if key_shards == 1 or (key_shards is None and held <= MOST_BLOCKS * block_rows):
+        return block
+    shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
+    return dataclasses.replace(block, shards=shards, part_rows=block_rows)
+
+
+def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
+    """About how many events of `source` the block's windows can see; without one, how many questions the block has."""
+    if source is None:
+        return rows_within(block.spine, block.start, block.end, unknown)
+    return rows_within(block.events[source], block.start - view.reach(source), block.end, unknown)
+
+
+def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0.0) -> int:
+    """About how many rows of `slices` lie in `[low, high)` µs, taken to spread evenly over their row groups.
+
+    Args:
+        unknown: the share to take of row groups whose files do not tell their times.
+    """
+    total = 0.0
+    for each in slices:
+        share = max(min(each.high + 1, high) - max(each.low, low), 0) / (each.high + 1 - each.low)
+        total += each.rows * (share if each.high < 2**62 else unknown)
+    return round(total)
+
+
+def size(contract: Contract, slices: Sequence[Slice]) -> int:
+    """About how many bytes the columns of `slices` take in memory."""
+    width = sum(32 if contract.source.schema[name] == pl.String else 8 for name in contract.columns)
+    return width * sum(each.rows for each in slices)
+
+
+def _rows(block: Block) -> int:
+    return sum(each.rows for slices in (block.spine, *block.events.values()) for each in slices)
+
+
+def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
+    """How many rows are read for each that a block needs: 1 and a little for sources sorted by time, however long the windows."""
+    read = sum(map(_rows, blocks))
+    needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
+    return read / max(needed, 1)
 
 
 def amplification(blocks: Sequence[Block]) -> float:

@@ -15,7 +15,7 @@ from transforms.contracts import Contract
 from transforms.inputs import Tally, label, letters_batch
 from transforms.inventory import Slice
 from transforms.plan import Plan
-from transforms.sources import LETTERS, Read, read_slices
+from transforms.sources import LETTERS, Read, stream_slices
 
 SPINE = ""
 
@@ -43,11 +43,16 @@ class Route(beam.DoFn):
         contract = plan.spine if name == spine else plan.contracts[name]
         spans = [block.spans[name] for block in plan.blocks if name in block.spans]
         span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-        read = read_slices(contract, [piece], span=span)
-        moments = read.frame[str(contract.source.time)].to_physical().to_numpy()
+        for read in stream_slices(contract, [piece], span=span):
+            yield from self._sent(name, read)
+
+    def _sent(self, name: str, read: Read) -> Iterator[tuple[int, tuple[str, pa.RecordBatch]] | pvalue.TaggedOutput]:
+        plan, spine = self.plan, self.plan.spine.source.name
+        time = str((plan.spine if name == spine else plan.contracts[name]).source.time)
+        moments = read.frame[time].to_physical().to_numpy()
         rows = read.frame
         if (moments[1:] < moments[:-1]).any():
-            rows = rows.sort(str(contract.source.time))
+            rows = rows.sort(time)
             moments = np.sort(moments)
         wanted = [(SPINE, 0)] if name == spine else []
         wanted += [(name, self.view.reach(name))] if name in plan.contracts else []

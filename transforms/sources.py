@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -15,6 +18,8 @@ from transforms.contracts import Contract, judge
 from transforms.digests import Digests, day_digests, subtract
 from transforms.inventory import ALWAYS, Slice, open_parquet, stamp_of
 
+# Rows that a read in pieces holds at once.
+CHUNK = 500_000
 # Columns of dead letters with their place; `time` in µs decides their date.
 LETTERS = {
     "source": pl.String,
@@ -25,6 +30,10 @@ LETTERS = {
     "value": pl.String,
     "time": pl.Int64,
 }
+
+
+# Place of a slice → the first plausible time in it, µs.
+Owners = Callable[[int], int | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,13 +71,57 @@ def read_slices(
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.columns})
         return Read(frame, pl.DataFrame(schema=LETTERS))
     whole = pl.concat(parts)
+    owners = _owners(contract, slices, whole)
+    return _judged(contract, slices, whole, owners, (low, high), own, numbered, span)
+
+
+def stream_slices(
+    contract: Contract,
+    slices: Sequence[Slice],
+    low: int = ALWAYS,
+    high: int = 2**62,
+    own: tuple[int, int] | None = None,
+    span: tuple[int, int] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[Read]:
+    """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the files' row groups.
+
+    Raises:
+        ContractError: a file cannot be read as declared.
+    """
+    held: list[Slice] = []
+    for each in _in_files(slices):
+        if held and sum(one.rows for one in held) + each.rows > chunk:
+            yield read_slices(contract, held, low, high, own, span=span)
+            held = []
+        if each.rows <= chunk:
+            held.append(each)
+            continue
+        owner = functools.cache(functools.partial(_first_plausible, contract, each))
+        for piece, whole in _pieces(contract, each, chunk):
+            yield _judged(contract, [piece], whole, lambda _, first=owner: first(), (low, high), own, False, span)  # type: ignore[misc]
+    if held or not slices:
+        yield read_slices(contract, held, low, high, own, span=span)
+
+
+def _judged(
+    contract: Contract,
+    slices: Sequence[Slice],
+    whole: pl.DataFrame,
+    owners: Owners,
+    window: tuple[int, int],
+    own: tuple[int, int] | None,
+    numbered: bool,
+    span: tuple[int, int] | None,
+) -> Read:
+    low, high = window
     digests = {} if span is None else day_digests(contract, whole, *span)
     if numbered:
         whole = whole.with_columns(
             pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
         )
     frame, letters = judge(contract, whole)
-    letters = _placed(letters, slices, whole, contract) if len(letters) else pl.DataFrame(schema=LETTERS)
+    letters = _placed(letters, slices, owners, contract) if len(letters) else pl.DataFrame(schema=LETTERS)
     if own is not None:
         letters = letters.filter(pl.col("time").is_between(*own, closed="left"))
     if contract.source.time is not None:
@@ -76,6 +129,17 @@ def read_slices(
         if low > ALWAYS or high < 2**62:
             frame = frame.filter((moment >= low) & (moment < high))
     return Read(frame, letters, digests)
+
+
+def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:
+    """A row group in pieces of `chunk` rows, each as if it were a row group."""
+    file, first = open_parquet(piece.path, contract.source), piece.first
+    with _whole(contract, piece.path):
+        for batch in file.iter_batches(chunk, [piece.group], list(contract.columns)):
+            rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
+            yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
+            first += len(rows)
+    _unchanged(contract, piece.path, piece.stamp or None)
 
 
 def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
@@ -93,42 +157,83 @@ def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
 
 def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | None = None) -> pl.DataFrame:
     file = open_parquet(path, contract.source)
-    try:
+    with _whole(contract, path):
         table = file.read_row_groups(groups, list(contract.columns))
+    _unchanged(contract, path, stamp)
+    return contract.cast(table, path)
+
+
+@contextlib.contextmanager
+def _whole(contract: Contract, path: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise ContractError(
             f"Source {contract.source.name!r}: every file is whole Parquet",
             f"{path}: {str(error).splitlines()[0]}",
             "Write the file again, or remove it",
         ) from None
+
+
+def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
     if stamp is not None and stamp_of(path) != stamp:
         raise ContractError(
             f"Source {contract.source.name!r}: files stay as they are while a run reads them",
             f"{path} was replaced",
             "Run the same command again; write new files aside and rename them",
         )
-    return contract.cast(table, path)
 
 
-def _placed(letters: pl.DataFrame, slices: Sequence[Slice], whole: pl.DataFrame, contract: Contract) -> pl.DataFrame:
+def _owners(contract: Contract, slices: Sequence[Slice], whole: pl.DataFrame) -> Owners:
+    """The first plausible time of each slice, whose rows follow each other in `whole`."""
+    ends = list(itertools.accumulate(each.rows for each in _in_files(slices)))
+
+    def owner(i: int) -> int | None:
+        if contract.source.time is None:
+            return None
+        start = ends[i - 1] if i else 0
+        return _plausible(contract, whole[contract.source.time].slice(start, ends[i] - start))
+
+    return owner
+
+
+def _first_plausible(contract: Contract, piece: Slice) -> int | None:
+    """As `_owners`, of a row group too large to hold."""
+    if contract.source.time is None:
+        return None
+    file = open_parquet(piece.path, contract.source)
+    with _whole(contract, piece.path):
+        for batch in file.iter_batches(CHUNK, [piece.group], [contract.source.time]):
+            moments: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([batch]))  # type: ignore[assignment]
+            found = _plausible(contract, moments[contract.source.time])
+            if found is not None:
+                return found
+    return None
+
+
+def _plausible(contract: Contract, times: pl.Series) -> int | None:
+    moments = times.dt.epoch("us")
+    moments = moments.filter((moments >= contract.earliest) & (moments < contract.latest))
+    return moments[0] if len(moments) else None
+
+
+def _in_files(slices: Sequence[Slice]) -> list[Slice]:
+    """Slices in the order in which they are read."""
+    files: dict[str, list[Slice]] = {}
+    for each in slices:
+        files.setdefault(each.path, []).append(each)
+    return [each for file in files.values() for each in file]
+
+
+def _placed(letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
     """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible row."""
-    time = contract.source.time
-    slices = [
-        each for path, groups in _by_file(slices) for each in slices if each.path == path and each.group in groups
-    ]
+    slices = _in_files(slices)
     ends = np.cumsum([each.rows for each in slices])
     place = letters["place"].to_numpy()
     index = np.searchsorted(ends, place, "right")
     starts = ends - [each.rows for each in slices]
-    owners = {}
-    for i in np.unique(index):
-        owner = None
-        if time is not None:
-            moments = whole[time].slice(int(starts[i]), slices[i].rows).dt.epoch("us")
-            moments = moments.filter((moments >= contract.earliest) & (moments < contract.latest))
-            owner = moments[0] if len(moments) else None
-        owners[int(i)] = owner
-    own = pl.Series([owners[int(i)] for i in index], dtype=pl.Int64)
+    owned = {int(i): owners(int(i)) for i in np.unique(index[letters["time"].is_null().to_numpy()])}
+    own = pl.Series([owned.get(int(i)) for i in index], dtype=pl.Int64)
     return letters.select(
         pl.lit(contract.source.name).alias("source"),
         pl.Series("file", [slices[i].path for i in index], pl.String),

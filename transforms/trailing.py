@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 import polars as pl
@@ -13,7 +16,7 @@ from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
 from transforms.batches import batch, frame
-from transforms.carrying import load_summaries
+from transforms.carrying import load_summaries, stream_summaries
 from transforms.evolution import Copies, compute_with
 from transforms.ids import row_ids
 from transforms.inputs import (
@@ -24,9 +27,11 @@ from transforms.inputs import (
     read_spine,
     settle_events,
     settle_spine,
+    stream_events,
 )
-from transforms.kernels import CORES
-from transforms.lifetime import Summary
+from transforms.kernels import CORES, Gather, gathered
+from transforms.keyed import KeyedEvents
+from transforms.lookups import account, routing
 from transforms.plan import Block, Plan
 from transforms.routing import SPINE, Route, gathered_read, routes
 
@@ -90,21 +95,52 @@ class ComputeBlock(beam.DoFn):
         self.view, self.plan, self.blocks, self.uri, self.copies = view, plan, blocks, uri, copies
 
     def setup(self) -> None:
-        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in self.plan.dimensions}
+        held = [name for name in self.plan.dimensions if name not in self.plan.routed]
+        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
 
     def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        spine, events = read_block(self.view, self.plan, block)
-        yield from self.answers(block, spine, events, carried)
+        yield from self.computed(block, carried)
+
+    def computed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What the block gives."""
+        if not block.shards:
+            yield from self.answers(block, *read_block(self.view, self.plan, block), carried)
+            return
+        with set_down(self.view, self.plan, block) as events:
+            for name in block.events:
+                for read in stream_events(self.view, self.plan, block, name):
+                    events.add(name, read)
+            yield from self.keyed_answers(block, read_spine(self.view, self.plan, block), events, carried)
 
     def answers(
         self, block: Block, spine: Input, events: Mapping[str, Input], carried: Carried | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events are in memory."""
         summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
-        features = answer(self.view, spine, {**self.dimensions, **events}, summaries, self.copies)
+        frames = {**{name: each.frame for name, each in events.items()}, **summaries}
+        yield from self._told(block, spine, frames, list(events.values()), gathered)
+
+    def keyed_answers(
+        self, block: Block, spine: Input, events: KeyedEvents, carried: Carried | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events were set down, apart by the hash of their keys."""
+        settled = events.settled()
+        for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
+            events.carry(name, rows)
+        yield from self._told(block, spine, {}, list(settled.values()), events.gather)
+
+    def _told(
+        self, block: Block, spine: Input, tables: Mapping[str, Any], inputs: list[Input], gather: Gather
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        tables = {**{name: each.frame for name, each in self.dimensions.items()}, **tables}
+        features = answer(self.view, self.plan, spine, tables, self.copies, gather)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
-        yield from told(self.view, [spine, *events.values(), *(self.dimensions.values() if block.index == 0 else ())])
+        if block.index == 0:
+            inputs = [*inputs, *self.dimensions.values()]
+            inputs += [account(self.view, self.plan, name) for name in self.plan.routed]
+        yield from told(self.view, [spine, *inputs])
 
 
 class ComputeGathered(ComputeBlock):
@@ -121,12 +157,31 @@ class ComputeGathered(ComputeBlock):
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
         parts: dict[str, list[pl.DataFrame]] = {name: [] for name in (SPINE, *block.events)}
+        if block.shards:
+            with set_down(self.view, self.plan, block) as events:
+                for name, rows in element[1]:
+                    if name == SPINE:
+                        parts[SPINE].append(frame(rows))
+                    else:
+                        events.add(name, gathered_read(self.plan, name, [frame(rows)]))
+                yield from self.keyed_answers(block, self._spine(block, parts[SPINE]), events, carried)
+            return
         for name, rows in element[1]:
             parts[name].append(frame(rows))
+        spine = self._spine(block, parts.pop(SPINE))
         reads = {name: gathered_read(self.plan, name, each) for name, each in parts.items()}
-        spine = settle_spine(self.view, self.plan, block, reads.pop(SPINE))
-        events = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
-        yield from self.answers(block, spine, events, carried)
+        settled = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
+        yield from self.answers(block, spine, settled, carried)
+
+    def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> Input:
+        return settle_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
+
+
+@contextlib.contextmanager
+def set_down(view: FeatureView, plan: Plan, block: Block) -> Iterator[KeyedEvents]:
+    """A place on local disk for a block's events, for as long as it takes to answer from them."""
+    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+        yield KeyedEvents(view, plan, block, folder)
 
 
 def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict[str, Input]]:
@@ -138,14 +193,14 @@ def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict
 
 def answer(
     view: FeatureView,
+    plan: Plan,
     spine: Input,
-    tables: Mapping[str, Input],
-    summaries: Mapping[str, Summary] | None = None,
+    tables: Mapping[str, Any],
     copies: Copies | None = None,
+    gather: Gather = gathered,
 ) -> pa.RecordBatch:
-    """The features of a block's questions."""
-    frames = {**{name: each.frame for name, each in tables.items()}, **(summaries or {})}
-    return features_batch(view, compute_with(view, spine.frame, frames, copies))
+    """The features of a block's questions; see `kernels.compute`."""
+    return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
 
 
 def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:
@@ -161,9 +216,10 @@ def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOu
 def compute_block(
     view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, Input]
 ) -> tuple[pa.RecordBatch, list[Input]]:
-    """The block's features, and the inputs they were computed from."""
+    """The block's features, and the inputs they were computed from, all in memory."""
     spine, events = read_block(view, plan, block)
-    return answer(view, spine, {**dimensions, **events}), [spine, *events.values()]
+    tables = {name: each.frame for name, each in (*dimensions.items(), *events.items())}
+    return answer(view, plan, spine, tables), [spine, *events.values()]
 
 
 def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:
