@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.runner import PipelineState
 
@@ -45,6 +46,7 @@ from transforms.topics import (
     ensure,
     letters_topic,
     stand,
+    tell_end,
     topic_of,
 )
 
@@ -251,7 +253,10 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     result = pipeline.run()
     log.info("running: turn %d, reading on from %s", start.turn, json.dumps(start.next))
     had = {topic: len(partitions) for topic, partitions in begin.items()}
-    if not watch(result, os.path.join(options.folder, "status.json"), start.turn, lambda: _grown(broker, had)):
+    status = os.path.join(options.folder, "status.json")
+    if not watch(result, status, start.turn, lambda: _grown(broker, had)):
+        if "topic" in options.sinks and _told_all(status, start.turn):  # so that who reads the answers ends too
+            tell_end(broker, topic_of(view, live.prefix))
         return False
     deadline = time.monotonic() + ENDS_WITHIN
     while result.state not in ENDED and time.monotonic() < deadline:
@@ -288,9 +293,12 @@ def watch(result: Any, status: str, turn: int, grown: Callable[[], bool]) -> boo
                 break
             if time.monotonic() - looked > LOOK:
                 again, looked = grown(), time.monotonic()
+        result.cancel()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")
-    result.cancel()
+        result.cancel()
+    except grpc.RpcError as error:
+        raise gone(str(error.details() if isinstance(error, grpc.Call) else error)) from None  # as it was killed
     return again
 
 
@@ -302,11 +310,14 @@ def failed(result: Any) -> None:
         known = recovered(error)
         if known is not error:
             raise known from None
-        reason = str(error).strip().splitlines() or [repr(error)]
-        raise StoreError(
-            "The runner keeps the job running", reason[0][:500],
-            "See its log; nothing is lost, the same command goes on from the last commit",
-        ) from None  # fmt: skip
+        raise gone(str(error)) from None
+
+
+def gone(said: str) -> StoreError:
+    """The error of a job that its runner ended, or that ended with its runner, for a reason that is none of ours."""
+    reason = next((line.strip() for line in said.splitlines() if line.strip()), "no word")
+    fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
+    return StoreError("The runner keeps the job running", reason[:500], fix)
 
 
 def _told_all(status: str, turn: int) -> bool:
