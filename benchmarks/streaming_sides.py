@@ -1,0 +1,96 @@
+"""The sides of the streaming benchmark; each starts its own rig and returns what it saw."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from benchmarks.measure import say
+from benchmarks.streaming_lag import answered, completed
+from benchmarks.streaming_rig import Rig, Watch, distribution
+
+# Events of the year of flights in a second of its time.
+PER_SECOND = 1_018_758 / (365 * 86_400)
+# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are apart.
+UNDER_WAY = (0.05, 0.98)
+
+
+def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags: list[str]) -> dict[str, Any]:
+    """A backlog of whole months is there before the job starts; how fast is it worked off?"""
+    with Rig(folder, sources) as rig, Watch(rig) as watch:
+        rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
+        rig.finished("producer", 300)
+        launched = time.time()
+        rig.live("--sources", str(sources), *flags)
+        rig.finished("live", 600)
+        ended = time.time()
+        questions, counts = completed(rig)
+        answers = answered(rig, f"{rig.view.name}.features")
+        store_rows = rig.status().get("rows", {})
+    if len(answers) != len(questions) or answers["times"].max() != 1:
+        raise SystemExit(f"{len(questions)} questions, {len(answers)} answered, one {answers['times'].max()} times")
+    stamps = np.sort(answers["answered"].to_numpy())
+    begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
+    inside = float(((stamps > begin) & (stamps <= end)).mean())
+    return {
+        "events_per_second": counts["rows"] * inside / (end - begin),
+        "events": counts["rows"], "questions": len(questions), "rows_per_message": counts["rows"] / counts["messages"],
+        "first_answer_s": float(stamps[0]) - launched, "last_answer_s": float(stamps[-1]) - launched, "seconds": ended - launched,
+        "under_way_s": end - begin, "cores": watch.cores(begin, end), "rss_mb": watch.samples[-1]["rss_mb"], "committed": store_rows,
+        "progress": [round(float(stamps[int((len(stamps) - 1) * share / 20)]) - launched, 2) for share in range(21)],
+    }  # fmt: skip
+
+
+def lag(
+    folder: Path, sources: Path, first: str, offered: float, seconds: float, warm_up: float, flags: list[str]
+) -> dict[str, Any]:
+    """Events at a steady rate, the job already up; how long after its completing record is a question answered?"""
+    speed = offered / PER_SECOND
+    days = int(np.ceil((seconds + warm_up) * speed / 86_400))
+    last = str(np.datetime64(first) + np.timedelta64(days, "D"))
+    with Rig(folder, sources) as rig, Watch(rig) as watch:
+        rig.live("--sources", str(sources), *flags)
+        _await_running(rig)
+        rig.produce("--start", first, "--end", last, "--speed", str(speed))
+        began = time.time()
+        rig.finished("producer", seconds + warm_up + 120)
+        sent = time.time()
+        rig.finished("live", 120)
+        questions, counts = completed(rig)
+        answers = answered(rig, f"{rig.view.name}.features")
+    both = questions.join(answers, on="row_id")
+    if len(both) != len(questions):
+        raise SystemExit(f"{len(questions)} questions, {len(both)} answered")
+    both = both.with_columns((pl.col("answered") - pl.col("complete")).alias("lag"))
+    steady = both.filter((pl.col("complete") > began + warm_up) & (pl.col("complete") < sent - 1))
+    return {
+        "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"), "features_lag": distribution(steady["lag"].to_numpy()),
+        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "events": counts["rows"], "questions": len(questions), "measured": len(steady),
+        "rows_per_message": counts["rows"] / counts["messages"], "cores": watch.cores(began + warm_up, sent), "rss_mb": watch.samples[-1]["rss_mb"],
+        "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()), "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
+        "p99_by_5s": _by_time(steady, began),
+    }  # fmt: skip
+
+
+def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
+    parts = (
+        lags.group_by(((pl.col("complete") - began) // 5 * 5).cast(pl.Int64).alias("at"))
+        .agg(pl.col("lag").quantile(0.99))
+        .sort("at")
+    )
+    return {str(at): round(value, 3) for at, value in parts.rows()}
+
+
+def _await_running(rig: Rig) -> None:
+    """Until the job has been launched; it says so."""
+    child, deadline = rig.jobs["live"], time.monotonic() + 120
+    while "running: turn" not in child.output():
+        if not child.running or time.monotonic() > deadline:
+            raise SystemExit(f"the live job does not start:\n{child.output()[-3000:]}")
+        time.sleep(0.2)
+    time.sleep(5)  # readers are placed, the workers' JVM is warm
+    say("the live job is up")
