@@ -27,10 +27,10 @@ def slow_mix(value: int) -> int:
 
 
 def slow_text(text: str) -> int:
-    """FNV-1a of the UTF-8 bytes, mixed with their number."""
+    """The words of the UTF-8 bytes mixed one after another, then their number."""
     state, data = 0xCBF29CE484222325, text.encode()
-    for byte in data:
-        state = ((state ^ byte) * 0x100000001B3) % WORD
+    for at in range(0, len(data), 8):
+        state = slow_mix(state ^ int.from_bytes(data[at : at + 8], "little"))
     return slow_mix(state ^ len(data))
 
 
@@ -45,14 +45,14 @@ def test_the_mixer_gives_the_published_values() -> None:
     assert mix(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-@given(texts=st.lists(st.text(max_size=12), min_size=1, max_size=20))
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=20))
 def test_strings_are_hashed_by_their_bytes(texts: list[str]) -> None:
     assert hash_column(pl.Series(texts, dtype=pl.String)).tolist() == [slow_text(text) for text in texts]
 
 
-@given(texts=st.lists(st.none() | st.text(max_size=3), min_size=1, max_size=5))
+@given(texts=st.lists(st.none() | st.text(max_size=12), min_size=1, max_size=5))
 def test_long_columns_are_hashed_as_short_ones(texts: list[str | None]) -> None:
-    times = 1000 // len(texts) + 1
+    times = (1 << 15) // len(texts) + 1
     short = hash_column(pl.Series(texts, dtype=pl.String))
     assert hash_column(pl.Series(texts * times, dtype=pl.String)).tolist() == short.tolist() * times
 
@@ -138,7 +138,7 @@ def test_ids_never_change() -> None:
     assert row_ids("departure_delay", [pl.Series([42])]).to_list() == [PINNED]
 
 
-PINNED = -3330877680407507817
+PINNED = -8749207584512665794
 
 
 def test_ids_are_the_same_in_every_process() -> None:
