@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import ConflictError, StoreError
+from transforms.commits import metadata_of
 from transforms.tables import (
     Committed,
     Target,
@@ -22,7 +23,6 @@ from transforms.tables import (
     data_files,
     days_between,
     groups,
-    metadata_of,
     newest,
     open_table,
     read_file,
@@ -99,13 +99,38 @@ def test_a_repeated_bundle_writes_the_same_file_and_its_rows_once(uri: str) -> N
     assert len(read(uri)) == 3
 
 
-def test_a_run_commits_once_however_often_it_is_repeated(uri: str) -> None:
+def test_a_launch_commits_once_however_often_its_last_step_is_repeated(uri: str) -> None:
     first = put(uri, rows(*DAYS), DAYS, "run-1")
     put(uri, rows(DAYS[0], of=10), DAYS[:1], "run-2")
-    again = put(uri, rows(*DAYS), DAYS, "run-1", base=0)
+    again = put(uri, rows(*DAYS), DAYS, "run-1", base=None)
     assert (again.version, again.fresh) == (first.version, False)
     assert newest(uri) == 1
     assert read(uri) == [(DAYS[0], 10), (DAYS[1], 1), (DAYS[2], 2)]
+
+
+def test_a_run_that_is_repeated_whole_commits_nothing_twice(uri: str) -> None:
+    first = put(uri, rows(*DAYS), DAYS, "run-1")
+    again = put(uri, rows(*DAYS), DAYS, "run-1")
+    assert (again.version, again.rows, again.fresh) == (first.version, 3, False)
+    assert newest(uri) == 0
+
+
+def test_other_work_under_the_same_run_id_is_not_lost(uri: str) -> None:
+    """Some of its dates are as before, one is new, one is gone, and one has one more file."""
+    put(uri, rows(*DAYS), DAYS, "nightly")
+    later = days_between(date(2020, 1, 1), date(2020, 1, 6))
+    again = rows(*DAYS)
+    batches = [again.slice(0, 1), again.slice(1, 1), rows(later[1], of=50), rows(later[3], of=3)]
+    files = [file for batch in batches for file in write_files(batch, uri, "nightly")]
+    assert {file.path for file, _ in files} & {file.path for file in data_files(open_table(uri))}
+    done = commit(Target(uri, SCHEMA, later, "nightly", newest(uri)), files)
+    assert (done.version, done.rows, done.fresh) == (1, 4, True)
+    expected = [(later[0], 0), (later[1], 1), (later[1], 50), (later[3], 3)]
+    assert read(uri) == expected
+    assert len(pl.read_delta(uri)) == 4
+    assert len(read(uri, 0)) == 3, "and the version before stays what it was"
+    put(uri, rows(), later, "nightly")
+    assert read(uri) == []
 
 
 def test_a_commit_replaces_its_dates_and_no_others(uri: str) -> None:
@@ -144,7 +169,7 @@ def test_a_row_outside_the_dates_of_a_run_is_refused(uri: str) -> None:
 def test_dates_that_changed_since_the_launch_are_refused(uri: str) -> None:
     put(uri, rows(*DAYS), DAYS, "run-1")
     put(uri, rows(DAYS[0], of=10), DAYS[:1], "run-2", base=0)
-    with pytest.raises(ConflictError, match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*run-1, run-2.*run the same command again"):  # fmt: skip
+    with pytest.raises(ConflictError, match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*written by run run-2.*run the same command again"):  # fmt: skip
         put(uri, rows(*DAYS, of=20), DAYS, "run-3", base=0)
     assert read(uri)[0] == (DAYS[0], 10)
 

@@ -6,14 +6,19 @@ version every number is wrong.  So the log is read here, commit by commit, newes
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any
 from urllib.parse import unquote
 
 from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+from deltalake.transaction import AddAction
 
 from schemas.errors import ConflictError, StoreError
 
@@ -61,14 +66,61 @@ def version_of_run(uri: str, run_id: str, version: int) -> int:
     return next((int(each["version"]) for each in last if each.get("run_id") == run_id), version)
 
 
-def conflict(uri: str, run_id: str, base: int | None, version: int, changed: set[str]) -> ConflictError:
-    """The refusal of a run whose dates others changed since `base`: files `changed`, whose names tell dates and runs."""
-    names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in changed}
-    days = {part.removeprefix("date=") for path in changed for part in path.split("/") if part.startswith("date=")}
+def made_since(uri: str, run_id: str, base: int | None, version: int) -> int | None:
+    """The version after `base` and up to `version` that the run made, if it did."""
+    last = itertools.takewhile(lambda each: base is None or each["version"] > base, commits(uri, version))
+    return next((int(each["version"]) for each in last if each.get("run_id") == run_id), None)
+
+
+def metadata_of(table: DeltaTable, name: str) -> str | None:
+    """The value last committed under `name` in a commit's metadata, as of the handle's version."""
+    found = (entry[name] for entry in commits(table.table_uri, table.version()) if entry.get(name) is not None)
+    return next(map(str, found), None)
+
+
+def remaining(
+    uri: str, actions: Sequence[AddAction], dates: tuple[date, ...] | None, now: Mapping[str, date]
+) -> tuple[list[Any], tuple[date, ...] | None]:
+    """What is left of a commit of `actions` over `dates`, where the table has the files `now` there.
+
+    A file's name tells its run and content, so those of an earlier launch of the same run may be there already.  Dates that
+    are as they should be are left alone; where only some files of a date are there, they are added as copies, since a commit
+    cannot replace a file by itself.
+    """
+    if not any(action.path in now for action in actions):
+        return list(actions), dates
+    wanted, held = (_by_date(each) for each in ({action.path: _date_of(action) for action in actions}, now))
+    rest = tuple(sorted(day for day in {*wanted, *held} if wanted.get(day) != held.get(day)))
+    todo = [action for action in actions if _date_of(action) in rest]
+    return [_copied(uri, action) if action.path in now else action for action in todo], rest
+
+
+def _date_of(action: AddAction) -> date:
+    return date.fromisoformat(str(action.partition_values["date"]))
+
+
+def _by_date(paths: Mapping[str, date]) -> dict[date, set[str]]:
+    days: dict[date, set[str]] = {}
+    for path, day in paths.items():
+        days.setdefault(day, set()).add(path)
+    return days
+
+
+def _copied(uri: str, action: AddAction) -> AddAction:
+    path = f"{action.path.rsplit('-', 1)[0]}-{uuid.uuid4().hex[:16]}.parquet"
+    FileSystems.copy([FileSystems.join(root_of(uri), action.path)], [FileSystems.join(root_of(uri), path)])
+    return dataclasses.replace(action, path=path)
+
+
+def conflict(uri: str, base: int | None, version: int, gone: set[str], new: set[str]) -> ConflictError:
+    """The refusal of a run whose dates others changed since `base`: files `gone` and `new`, whose names tell dates and runs."""
+    names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in new}
+    names = names or {str(each.get("run_id")) for each in commits(uri, version) if each["version"] > (base or 0)}
+    days = {part.removeprefix("date=") for path in gone | new for part in path.split("/") if part.startswith("date=")}
     since = "there was no table" if base is None else f"version {base}"
     return ConflictError(
         f"Nobody else changes the dates of a run while it works on {uri}",
-        f"{_some(sorted(days))} changed since {since}; it has version {version} now, files of run {_some(sorted(names - {run_id}))}",
+        f"{_some(sorted(days))} changed since {since}; it has version {version} now, written by run {_some(sorted(names))}",
         "Another run won: run the same command again to build on its result",
     )
 

@@ -12,12 +12,12 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
-from transforms.commits import commit_at
+from transforms.commits import commit_at, metadata_of
 from transforms.evolution import Older, told_by
 from transforms.inputs import Tally, digests_read
 from transforms.places import folders
 from transforms.staleness import EMPTY, Current, Manifest, advance
-from transforms.tables import data_files, metadata_of, open_table, root_of, write_aside
+from transforms.tables import data_files, open_table, root_of, write_aside
 
 log = logging.getLogger("millrace.features")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 
 from schemas.errors import ConflictError, StoreError
 from transforms.batches import batch
-from transforms.commits import commits, conflict, version_of_run
+from transforms.commits import conflict, made_since, remaining, version_of_run
 from transforms.commits import root_of as address_of
 
 _TYPES = {
@@ -91,7 +93,7 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
     except (DeltaError, OSError) as error:
         raise StoreError(
             f"The table {uri} can be read{'' if version is None else f' at version {version}'}",
-            _first_line(error),
+            _in_a_line(error),
             "List what there is with: millrace tables",
         ) from None
 
@@ -137,7 +139,7 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
             "A committed data file can be read",
-            f"{file.path}: {_first_line(error)}",
+            f"{file.path}: {_in_a_line(error)}",
             "Restore the file, or recompute its date with --full",
         ) from None
     days = pa.DictionaryArray.from_arrays(
@@ -223,6 +225,7 @@ def write_files(
 
 def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
     path = FileSystems.join(folder, name)
+    aside = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}")
     try:
         if "://" in folder:
             with FileSystems.create(
@@ -231,11 +234,12 @@ def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
                 handle.write(content.to_pybytes())
             return
         os.makedirs(folder, exist_ok=True)
-        aside = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}")
         with open(aside, "wb") as handle:
             handle.write(content)
         os.replace(aside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):  # half of it on a full disk helps nobody
+            os.remove(aside)
         raise StoreError(
             "The store can be written",
             f"{path}: {error.strerror or error}",
@@ -341,7 +345,7 @@ def commit(
         "dates": tuple(sorted({file.date for file, _ in unique.values()})),
     }
     schema, parts = delta_schema(target.schema), [*(target.extra or {}), "date"]
-    before = _paths(open_table(target.uri, target.base), target) if target.base is not None else set()
+    before = _paths(open_table(target.uri, target.base), target) if target.base is not None else {}
     for attempt in range(TRIES):
         if attempt:  # waits of random length part those who met
             time.sleep(random.uniform(0, min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)))
@@ -364,15 +368,16 @@ def commit(
                 )
                 return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
             # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
-            if table.transaction_version(target.run_id) is not None:
-                return Committed(version_of_run(target.uri, target.run_id, table.version()), **done, fresh=False)  # type: ignore[arg-type]
+            if (made := made_since(target.uri, target.run_id, target.base, table.version())) is not None:
+                return Committed(made, **done, fresh=False)  # type: ignore[arg-type]
             now = _paths(table, target)
             if now != before:
-                raise conflict(target.uri, target.run_id, target.base, table.version(), now ^ before)
-            if not actions and not now:
-                return Committed(table.version(), **done, fresh=False)  # type: ignore[arg-type]
+                raise conflict(target.uri, target.base, table.version(), before.keys() - now, now.keys() - before)
+            todo, dates = remaining(target.uri, actions, target.dates, now)
+            if not todo and (not now or dates == ()):  # nothing to say, or an earlier launch of this run has said it
+                return Committed(version_of_run(target.uri, target.run_id, table.version()), **done, fresh=False)  # type: ignore[arg-type]
             table.create_write_transaction(
-                actions, "overwrite", schema, parts, _filters(target), commit_properties=properties
+                todo, "overwrite", schema, parts, _filters(target, dates), commit_properties=properties
             )
             written_table = open_table(target.uri)
             assert written_table is not None
@@ -384,7 +389,7 @@ def commit(
                 continue  # somebody created the table in between
             raise StoreError(
                 "The store can be written",
-                f"{target.uri}: {_first_line(error)}",
+                f"{target.uri}: {_in_a_line(error)}",
                 "Check access and free space, then run the same command again",
             ) from None
     raise ConflictError(
@@ -399,24 +404,24 @@ def _add(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
     return AddAction(file.path[len(uri.rstrip("/")) + 1 :], file.bytes, values, 0, True, stats)
 
 
-def _filters(target: Target) -> Any:
+def _filters(target: Target, dates: Sequence[date] | None) -> Any:
     """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
     filters: list[tuple[str, str, Any]] = [(name, "=", value) for name, value in (target.extra or {}).items()]
-    if target.dates is not None:
-        filters.append(("date", "in", [day.isoformat() for day in target.dates]))
+    if dates is not None:
+        filters.append(("date", "in", [day.isoformat() for day in dates]))
     return filters or None
 
 
-def _paths(table: DeltaTable | None, target: Target) -> set[str]:
-    """Files of the target's dates."""
+def _paths(table: DeltaTable | None, target: Target) -> dict[str, date]:
+    """Files of the target's dates, each with its own."""
     if table is None:
-        return set()
+        return {}
     actions = _actions(table)
     wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
     if target.dates is not None:
         wanted["date"] = set(target.dates)
     inside = (all(actions[f"partition.{k}"][i] in v for k, v in wanted.items()) for i in range(len(actions["path"])))
-    return set(itertools.compress(actions["path"], inside))
+    return dict(itertools.compress(zip(actions["path"], actions["partition.date"], strict=True), inside))
 
 
 def _actions(table: DeltaTable) -> dict[str, list[Any]]:
@@ -435,11 +440,7 @@ def days_between(start: date, end: date) -> tuple[date, ...]:
     return tuple(start + timedelta(days=i) for i in range((end - start).days))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def metadata_of(table: DeltaTable, name: str) -> str | None:
-    """The value last committed under `name` in a commit's metadata, as of the handle's version."""
-    found = (entry[name] for entry in commits(table.table_uri, table.version()) if entry.get(name) is not None)
-    return next(map(str, found), None)
+def _in_a_line(error: BaseException) -> str:
+    """The error in one line; delta-rs tells causes in lines of their own, with arrows and colours."""
+    lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
+    return ": ".join(filter(None, lines))[:300] or type(error).__name__
