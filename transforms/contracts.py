@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -22,6 +24,17 @@ LETTER = {"place": pl.Int64, "field": pl.String, "rule": pl.String, "value": pl.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Partitions:
+    """Columns of a Delta table by which it is partitioned: its log holds them, its files do not.
+
+    `types` are theirs, `values` those of each file.
+    """
+
+    types: Mapping[str, pa.DataType]
+    values: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Contract:
     """A source's rules for one use of it.
 
@@ -30,12 +43,14 @@ class Contract:
         columns: those that are read.
         required: columns that may not be null beside the time: a spine's key.
         now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
+        partitions: columns that are not in the files (see `inventory.survey`).
     """
 
     source: Source
     columns: tuple[str, ...]
     required: tuple[str, ...] = ()
     now: int = 2**62
+    partitions: Partitions | None = None
 
     @property
     def latest(self) -> int:
@@ -93,20 +108,29 @@ class Contract:
             ContractError: a column is missing or of a type that does not hold the declared one.
         """
         self.check(table.schema, file)
-        frame: pl.DataFrame = pl.from_arrow(table.select(list(self.columns)))  # type: ignore[assignment]
+        given = {} if self.partitions is None else self.partitions.values.get(file, {})
+        inside = [name for name in self.columns if name not in given]
+        frame: pl.DataFrame = pl.from_arrow(table.select(inside))  # type: ignore[assignment]
+        if len(inside) < len(self.columns):
+            types = {name: self.source.schema[name] for name in given}
+            values = pl.DataFrame({name: [value] for name, value in given.items()}).cast(types)  # type: ignore[arg-type]
+            frame = pl.DataFrame({
+                name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows) for name in self.columns
+            })  # fmt: skip
         return frame.cast({name: self.source.schema[name] for name in self.columns})
 
     def check(self, schema: pa.Schema, file: str) -> None:
         """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
         what = f"Source {self.source.name!r}"
+        given = {} if self.partitions is None else self.partitions.types
         for name in self.columns:
-            if name not in schema.names:
+            if name not in schema.names and name not in given:
                 raise ContractError(
                     f"{what}: every file has the declared column {name!r}",
                     f"{file} with {', '.join(schema.names)}",
                     nearest(name, schema.names),
                 )
-            found, declared = schema.field(name).type, self.source.schema[name]
+            found, declared = given[name] if name in given else schema.field(name).type, self.source.schema[name]
             if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
                 raise ContractError(
                     f"{what}: a timestamp names its time zone",

@@ -12,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.views import FeatureView
 from transforms.contracts import Contract
-from transforms.inventory import slices_of
+from transforms.inventory import survey
 from transforms.sources import read_slices
 from transforms.tables import write_aside
 
@@ -35,7 +35,7 @@ class Dimensions:
         self.looked = now
         for name, source in self.view.dimensions.items():
             contract = Contract(source, tuple(self.view.columns_read(name)))
-            slices = slices_of(self.root, contract)
+            contract, slices = survey(self.root, contract)
             stamp = repr([(each.path, each.stamp) for each in slices])
             if self._stamps.get(name) == stamp:
                 continue

@@ -21,7 +21,7 @@ from transforms import labels
 from transforms.batches import batch, frame
 from transforms.contracts import EPOCH, Contract
 from transforms.fitting import LABEL
-from transforms.inventory import Slice, slices_of
+from transforms.inventory import Slice, survey
 from transforms.labels import LABEL_TIME, SPLITS, Counts
 from transforms.sources import read_slices, repeats_of, without_repeats
 from transforms.tables import DataFile, groups, read_group, write_aside
@@ -114,7 +114,13 @@ class Account:
 
 
 def make_plan(
-    model: Model, files: Iterable[DataFile], sources: str, folder: str, split: Split, now: int, tfrecords: bool = True,
+    model: Model,
+    files: Iterable[DataFile],
+    sources: str,
+    folder: str,
+    split: Split,
+    now: int,
+    tfrecords: bool = True,
     version: int | None = None,
 ) -> Plan:
     """Cut the feature table's `files` into blocks, each with the label events it needs.
@@ -128,7 +134,7 @@ def make_plan(
     """
     label = model.label
     contract = Contract(label.source, _columns_read(model), now=now)
-    slices = slices_of(sources, contract, version)
+    contract, slices = survey(sources, contract, version)
     parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
         raise DataError(

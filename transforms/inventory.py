@@ -8,19 +8,21 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
 
 from schemas.durations import DAY
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.contracts import EPOCH, MICROSECOND, Contract
-from transforms.tables import WRITERS, open_table, paths_of
+from transforms.contracts import EPOCH, MICROSECOND, Contract, Partitions
+from transforms.tables import WRITERS, open_table, paths_of, root_of
 
 ALWAYS = -(2**62)
 
@@ -45,8 +47,7 @@ def source_uri(root: str, source: str) -> str:
 
 def version_of(root: str, source: Source) -> int | None:
     """The newest version of a source that is a Delta table; None for Parquet files."""
-    folder = source_uri(root, source.name)
-    table = open_table(folder) if _has_log(folder) else None
+    table = _delta_table(source_uri(root, source.name))
     return None if table is None else int(table.version())
 
 
@@ -54,10 +55,10 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
     """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of `version`, None its newest.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a folder cannot be looked into.
     """
     folder = source_uri(root, source.name)
-    table = open_table(folder, version) if _has_log(folder) else None
+    table = _delta_table(folder, version)
     if table is not None:
         return paths_of(table)
     paths = sorted(
@@ -74,14 +75,27 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
     return paths
 
 
+def _delta_table(folder: str, version: int | None = None) -> DeltaTable | None:
+    return open_table(folder, version) if _has_log(folder) else None
+
+
 def _parquet_files(folder: str) -> Iterator[str]:
     if "://" not in folder:  # whose name may hold what Beam would take for a pattern
-        yield from (
-            str(path) for path in (*Path(folder).rglob("*.parquet"), Path(f"{folder}.parquet")) if path.is_file()
-        )
+        for inside, _, names in os.walk(folder, onerror=_closed):
+            yield from (os.path.join(inside, name) for name in names if name.endswith(".parquet"))
+        if os.path.isfile(f"{folder}.parquet"):
+            yield f"{folder}.parquet"
         return
     for match in FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"]):
         yield from (each.path for each in match.metadata_list)
+
+
+def _closed(error: OSError) -> None:
+    """Files that cannot be listed are not passed over: their rows would be missing without a word."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise DataError(
+            "Every folder of a source can be looked into", f"{error.filename}: {error.strerror}", "Grant access"
+        )
 
 
 def _has_log(folder: str) -> bool:
@@ -113,8 +127,61 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
     Raises:
         ContractError: a file is not Parquet or truncated, or its columns are not those declared.
     """
+    return survey(root, contract, version)[1]
+
+
+def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
+    """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
+
+    Raises:
+        ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
+    """
+    table = _delta_table(source_uri(root, contract.source.name), version)
+    if table is not None:
+        version = int(table.version())
+        contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
     parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source, version))
-    return [each for part in parts for each in part]
+    return contract, [each for part in parts for each in part]
+
+
+def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
+    """Declared columns by which a Delta source is partitioned."""
+    what, uri = f"Source {contract.source.name!r}", root_of(table)
+    features = table.protocol().reader_features or []
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        raise ContractError(
+            f"{what}: the files of a Delta table name its columns",
+            f"column mapping in {uri}",
+            "Write the table again without delta.columnMapping.mode",
+        )
+    if "deletionVectors" in features and _deleted(table):
+        raise ContractError(
+            f"{what}: the files of a Delta table hold its rows and no others",
+            f"deletion vectors in {uri}",
+            "Have its owner rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and delta.enableDeletionVectors=false",
+        )
+    columns = [name for name in table.metadata().partition_columns if name in contract.columns]
+    if contract.source.time in columns:
+        raise ContractError(
+            f"{what}: the time of its rows is in its files",
+            f"{contract.source.time!r} partitions {uri}",
+            "Partition it by the date of the time instead",
+        )
+    if not columns:
+        return None
+    known = pl.DataFrame(table.get_add_actions(flatten=True))
+    values = known.select(pl.col(f"partition.{name}").alias(name) for name in columns)
+    paths = (FileSystems.join(uri, unquote(path)) for path in known["path"])
+    return Partitions(
+        {field.name: field.type for field in values.to_arrow().schema}, dict(zip(paths, values.to_dicts(), strict=True))
+    )
+
+
+def _deleted(table: DeltaTable) -> bool:
+    try:
+        return len(pl.DataFrame(table.deletion_vectors())) > 0
+    except Exception:  # delta-rs cannot read them either
+        return True
 
 
 def _slices(path: str, contract: Contract) -> list[Slice]:
@@ -158,15 +225,37 @@ def _epoch(moment: datetime) -> int:
 
 def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     """A Parquet file of `source`, local or on any Beam filesystem."""
+
+    def opened() -> Any:
+        return path if "://" not in path else FileSystems.open(path, compression_type="uncompressed")
+
     try:
-        return pq.ParquetFile(path if "://" not in path else FileSystems.open(path, compression_type="uncompressed"))
-    except (OSError, pa.ArrowInvalid) as error:
+        try:
+            return pq.ParquetFile(opened())
+        except pa.ArrowException as error:
+            if "Unrecognized type" not in str(error):
+                raise
+            return pq.ParquetFile(opened(), metadata=_metadata(opened()))
+    except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
+        if isinstance(error, PermissionError):
+            raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None
         raise ContractError(
             f"Source {source.name!r}: every file is whole Parquet",
             f"{path}: {reason}",
             "Write the file again (aside, then rename), or remove it",
         ) from None
+
+
+def _metadata(file: Any) -> pq.FileMetaData:
+    """A file's metadata without the Arrow types that its writer noted beside Parquet's own: newer writers (delta-rs for
+    Polars) have types there that the Arrow of this environment does not know, such as views of strings."""
+    with open(file, "rb") if isinstance(file, str) else file as handle:
+        handle.seek(-8, os.SEEK_END)
+        length = int.from_bytes(handle.read(4), "little")
+        handle.seek(-8 - length, os.SEEK_END)
+        footer = handle.read(length).replace(b"ARROW:schema", b"ARROW:unused")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + length.to_bytes(4, "little") + b"PAR1"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,6 +275,20 @@ class Inventory:
         return tuple(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run of some dates cannot account for: rows that belong to no date."""
+        told = []
+        for name in self.slices:
+            lost = self.timeless(name) if self.contract(name).source.time is not None else ()
+            if lost:
+                rows, paths = sum(each.rows for each in lost), sorted({each.path for each in lost})
+                more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
+                told.append(
+                    f"{name}: {rows:,} rows lie in row groups without any plausible time, so in no date ({paths[0]}{more}); --full sets them aside"
+                )
+        return tuple(told)
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:
@@ -210,5 +313,9 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         name: spine if source is view.spine else Contract(source, tuple(view.columns_read(name)), now=now)
         for name, source in view.sources.items()
     }
-    every = {view.spine.name: spine, **contracts}
-    return Inventory(spine, contracts, {name: tuple(slices_of(root, contract)) for name, contract in every.items()})
+    surveyed = {name: survey(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    return Inventory(
+        surveyed[view.spine.name][0],
+        {name: surveyed[name][0] for name in contracts},
+        {name: tuple(slices) for name, (_, slices) in surveyed.items()},
+    )

@@ -19,7 +19,7 @@ from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER
 from transforms.contracts import Contract
 from transforms.ids import hash_column, mix
-from transforms.inventory import slices_of
+from transforms.inventory import survey
 from transforms.messages import Message, heartbeat, to_arrow, to_json
 from transforms.sources import read_raw
 
@@ -61,7 +61,7 @@ def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
     frames = {}
     for name, source in sources_of(view).items():
         contract = Contract(source, tuple(source.schema))
-        frames[name] = read_raw(contract, slices_of(replay.root, contract))
+        frames[name] = read_raw(*survey(replay.root, contract))
     yield from chunks_of(view, frames, replay)
 
 
