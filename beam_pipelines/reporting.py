@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,7 +22,7 @@ from apache_beam.options.pipeline_options import TestOptions
 
 from schemas import errors
 from schemas.errors import MillraceError
-from transforms.running import mark, unmark
+from transforms.running import MARK, mark, unmark
 
 log = logging.getLogger("millrace")
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
@@ -53,8 +54,27 @@ class Run:
 
     def __enter__(self) -> Run:
         self.start = time.perf_counter()
-        mark(self.folder, self.pipeline, str(self.figures["run_id"]))
+        self._alone()
+        try:
+            mark(self.folder, self.pipeline, str(self.figures["run_id"]))
+        except MillraceError as error:
+            error.run = self  # type: ignore[attr-defined]
+            raise
         return self
+
+    def _alone(self) -> None:
+        """Refuse a run id that another pipeline has used: each would write over what the other tells of itself."""
+        for name in (MARK, "run.json"):
+            try:
+                other = read_json(FileSystems.join(self.folder, name))["pipeline"]
+            except Exception:  # not there, by whatever name Beam's file systems call it, or no account of a run
+                continue
+            if other != self.pipeline:
+                raise errors.DefinitionError(
+                    "A --run_id names one run of one pipeline",
+                    f"{self.figures['run_id']!r}, which is a run of {other} in {self.folder}",
+                    "Choose another, or leave it out and have one made up",
+                )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
@@ -114,6 +134,8 @@ def write_json(path: str, value: Any) -> None:
             handle.write(text)
         os.replace(path + ".part", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
         raise errors.StoreError(
             "The store can be written",
             f"{path}: {error.strerror}",

@@ -335,6 +335,7 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
         "manifest": "manifests",
         "statistics": "statistics",
         "summary": "summaries",
+        "mark": "killed runs",
     }
     rows = []
     for name in sorted({*names, *(each.table for each in waste)}):

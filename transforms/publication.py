@@ -52,6 +52,7 @@ class Check:
         previous: serialised statistics of the interval before, to measure drift from, left by the run `before`.
         letters: the table of dead letters.
         command: "--definition … --store …", for messages.
+        ranges: the runs of neighbouring days, both ends included, where there are gaps between first and last.
     """
 
     rules: Rules
@@ -64,16 +65,23 @@ class Check:
     before: str
     letters: str
     command: str
+    ranges: tuple[tuple[date, date], ...] = ()
 
     @property
     def interval(self) -> str:
-        return f"[{self.first}, {self.last + timedelta(days=1)})"
+        ranges = self.ranges or ((self.first, self.last),)
+        rest = f" and {len(ranges) - _SHOWN} more" if len(ranges) > _SHOWN else ""
+        return ", ".join(f"[{first}, {last + timedelta(days=1)})" for first, last in ranges[:_SHOWN]) + rest
 
 
 def make_check(
-    rules: Rules, table: str, base: int | None, run_id: str, first: date, last: date, letters: str, command: str
-) -> Check:
+    rules: Rules, table: str, base: int | None, run_id: str, first: date, last: date, letters: str, command: str,
+    ranges: tuple[tuple[date, date], ...] = (),
+) -> Check:  # fmt: skip
     """Read the schema and the previous statistics.
+
+    The statistics of a run are those of all its rows, whatever the gaps between its days; drift is measured from the
+    interval that ended before the first of them.
 
     Args:
         base: the table's version at launch; None where there is no table.
@@ -89,7 +97,7 @@ def make_check(
             rules.schema,
             command,
         )
-    return Check(rules, schema, table, run_id, first, last, previous, before, letters, command)
+    return Check(rules, schema, table, run_id, first, last, previous, before, letters, command, ranges)
 
 
 def read_schema(path: str, required: bool) -> str | None:

@@ -18,7 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import StoreError
 from transforms.commits import LOG, commit_at, commits, file_actions, versions
 from transforms.places import place_of
-from transforms.running import Running
+from transforms.running import MARK, Running
 from transforms.tables import open_table, paths_of, root_of
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
@@ -39,7 +39,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Waste:
-    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics` or `summary`."""
+    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics`, `summary`, or `mark` (of a
+    run that was killed)."""
 
     file: Stored
     table: str
@@ -133,15 +134,16 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
 
 
 def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
-    """Half-written files of runs and examples."""
-    return [
-        Waste(file, place, "aside")
-        for place in ("runs", "examples")
-        for file in files_below(FileSystems.join(store, place))
-        if ASIDE.fullmatch(file.path.rsplit("/", 1)[-1])
-        and rules.now - file.changed >= rules.orphans
-        and not any(f"/{run.run_id}/" in file.path for run in rules.at_work)
-    ]
+    """Half-written files of runs and examples, and marks of runs that were killed."""
+    found = []
+    for place in ("runs", "examples"):
+        for file in files_below(FileSystems.join(store, place)):
+            name = file.path.rsplit("/", 1)[-1]
+            kind = "aside" if ASIDE.fullmatch(name) else "mark" if name == MARK and place == "runs" else None
+            busy = any(f"/{run.run_id}/" in file.path for run in rules.at_work)
+            if kind is not None and rules.now - file.changed >= rules.orphans and not busy:
+                found.append(Waste(file, place, kind))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
