@@ -41,6 +41,8 @@ from transforms.tables import data_files, open_table
 from transforms.topics import Broker, Produce, ReadTopics, begin_offsets, end_offsets, ensure, stand, topic_of
 
 log = logging.getLogger("millrace.serving")
+# How a replay tells of its progress.
+REPLAY = "replay: at row %d of %d"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ def make_plan(options: Options) -> Plan:
     view, model = options.definition.view, options.definition.require_model()
     outlet = Outlet(
         view, options.name, options.store, options.run_id, prefix=options.prefix, table="table" in options.sinks,
-        commit_every=options.commit_every, arm=ARM if options.alias == CHAMPION else options.alias,
+        commit_every=options.commit_every, kafka=None if options.replaying else options.broker, arm=ARM if options.alias == CHAMPION else options.alias,
     )  # fmt: skip
     serving = first_model(options, outlet)
     outlet = dataclasses.replace(outlet, classes=serving.classes)
@@ -254,7 +256,7 @@ class SendAnswers(beam.DoFn):
     def process(self, _: bytes) -> Iterator[Message]:
         total = rows_in(self.view, self.store)
         for message in replayed(self.view, self.store, self.begin):
-            log.info("replay: at row %d of %d", message.offset, total)
+            log.info(REPLAY, message.offset, total)
             yield message
             time.sleep(self.pace / 1e6)
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_inference_pipeline import DEFINITION, train, write_sources
 
-from beam_pipelines import features, inference
+from beam_pipelines import features, inference, parity
 from beam_pipelines.reporting import guard
 from schemas.loading import load_definition
 from transforms import champions
@@ -36,6 +38,7 @@ from transforms.messages import Message, heartbeat, to_arrow
 from transforms.packets import unpack
 from transforms.predicted import Ledger, Outlet, begin_at, to_packet
 from transforms.registry import Registry, registry_uri
+from transforms.rescoring import Rescored, rescore
 from transforms.scoring import Pinned, open_scorer, predict
 from transforms.tables import data_files, open_table, read_group
 
@@ -344,6 +347,7 @@ def shared(built: House) -> House:
         ({"value": b""}, "Arrow IPC stream"),
         ({"value": b'{"id": 1}'}, "Arrow IPC stream"),
         ({"value": b"\xff\xff\xff\xff\x10\x00\x00\x00 nonsense"}, ""),
+        ({"key": b"__heartbeat", "value": b"9" * 5000}, "a heartbeat is an integer"),
         ({"key": b"__heartbeat", "value": b"soon"}, "a heartbeat is an integer"),
     ],
 )
@@ -397,3 +401,98 @@ def test_an_end_is_one_only_while_nothing_follows(house: House) -> None:
     assert not ledger.last
     take(end._replace(offset=3))
     assert ledger.last
+
+
+@pytest.fixture
+def scored(house: House) -> House:
+    assert house.run("--run_id", "scored") == 0
+    return house
+
+
+def rescored(house: House) -> Rescored:
+    return rescore(load_definition(house.definition).view, str(house.store), "orders", house.registry.uri)
+
+
+def alter(house: House, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+    """Put other rows into a file of the predictions."""
+    table = open_table(str(house.store / "predictions_live" / "orders"))
+    assert table is not None
+    path = data_files(table)[0].path
+    before = pq.read_table(path)
+    rows = change(pl.DataFrame(pl.from_arrow(before)))
+    pq.write_table(rows.select(before.schema.names).to_arrow().cast(before.schema), path)
+
+
+def test_scored_again_by_a_batch_job_nothing_differs(scored: House) -> None:
+    assert rescored(scored) == Rescored(answers=ROWS, predictions=ROWS, compared={"1": ROWS})
+
+
+def test_a_score_with_one_other_bit_is_found(scored: House) -> None:
+    alter(scored, lambda rows: rows.with_columns(_nudged(rows)))
+    found = rescored(scored)
+    assert found.differing == 1
+    assert "score" in found.examples[0]
+
+
+def _nudged(rows: pl.DataFrame) -> pl.Series:
+    values = rows["score"].to_numpy().copy()
+    values[0] = np.nextafter(values[0], np.float32(2))
+    return pl.Series("score", values)
+
+
+def test_a_lost_a_doubled_and_a_stray_prediction_are_found(scored: House) -> None:
+    alter(scored, lambda rows: pl.concat([rows[1:], rows[1:2]]))
+    found = rescored(scored)
+    assert (found.missing, found.doubled, found.stray, found.differing) == (1, 1, 0, 0)
+    other = scored.predictions["row_id"].max()
+    alter(
+        scored,
+        lambda rows: rows.with_columns(
+            pl.when(pl.int_range(pl.len()) == 0).then(other - 1).otherwise("row_id").alias("row_id")
+        ),
+    )
+    assert rescored(scored).stray == 1
+
+
+def test_parity_scores_again_what_was_predicted(
+    built: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(built.store, tmp_path / "store", symlinks=True, ignore=shutil.ignore_patterns("registry"))
+    house = House(built.definition, tmp_path / "store")
+    registry = f"--registry={built.registry.uri}"
+    built.registry.promote("orders", "1", "a test")
+    assert house.run("--run_id", "scored", registry) == 0
+    command = ["--definition", house.definition, "--store", str(house.store), registry, "--run_id"]
+    assert guard(parity.main)([*command, "parity"]) == 0
+    assert f"predictions: {ROWS:,} by version 1; 0 differ, 0 doubled, 0 of no answer" in capsys.readouterr().out
+    alter(house, lambda rows: rows.with_columns(_nudged(rows)))
+    assert guard(parity.main)([*command, "again"]) == 5
+    assert "Live predictions are a batch job's" in capsys.readouterr().err
+
+
+def test_without_a_champion_the_job_does_not_start(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert house.run("--registry", f"sqlite:///{tmp_path}/empty.db") == 4
+    error = capsys.readouterr().err
+    assert "A live job has a model before it starts" in error
+    assert "millrace training" in error
+    assert house.run("--source=kafka") == 2
+    assert "--bootstrap" in capsys.readouterr().err
+    shutil.rmtree(house.store / "features_live")
+    assert house.run() == 4
+    assert "features --streaming" in capsys.readouterr().err
+
+
+def test_a_champion_that_is_broken_at_launch_leaves_the_one_before_it_serving(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (house.folder("2") / BOOSTER).write_bytes(b"nothing")
+    house.registry.promote("orders", "2", "a test")
+    assert house.run("--run_id", "no") == 4  # nothing has served before
+    assert "A model's files are as they were saved" in capsys.readouterr().err
+    outlet = Outlet(load_definition(house.definition).view, "orders", str(house.store), "by-hand")
+    feed(house, outlet, "1", [next(replayed(outlet.view, str(house.store), {}))], by_row=True)
+    assert house.run("--run_id", "yes") == 0
+    assert "version 2 of 'orders' is refused, version 1, which served before, serves on" in capsys.readouterr().err
+    assert house.status("yes")["by_version"] == {"1": ROWS}

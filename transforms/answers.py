@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import apache_beam as beam
@@ -48,7 +49,7 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
         beat, rows = None, 0
         for message in some:
             if message.key == HEARTBEAT:
-                told = int(message.value) if message.value.lstrip(b"-").isdigit() else None
+                told = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
                 if told is None:
                     letters.append(_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
                 beat, rows = told, 0

@@ -30,12 +30,13 @@ from transforms.champions import SERVING, told_of
 from transforms.clock import FOREVER
 from transforms.live_tables import BeyondOffsets, UnknownIds, Writer, last_told
 from transforms.messages import LETTERS, Decoded, to_arrow
-from transforms.micros import Micro, in_order, micro_packet, micros, packets_of
+from transforms.micros import Micro, in_order, micro_packet, micros, nothing_there, packets_of
+from transforms.offsets import FirstThere
 from transforms.packets import head_of, unpack
 from transforms.scoring import ARM
 from transforms.state import BAG, HEAD, ONE, Keyed, Mirror, StateParam, now_us, read_head, write_head
 from transforms.tables import open_table
-from transforms.topics import ROWS, letter_messages
+from transforms.topics import ROWS, Broker, letter_messages
 
 # Reigns (a model in a worker) whose beginning the status tells.
 REIGNS = 50
@@ -55,6 +56,7 @@ class Outlet:
         prefix: before the names of topics.
         table: whether the table gets the rows; without, only where the job stands.
         commit_every: least time between commits, µs.
+        kafka: where the features topic is, which knows why an offset does not come; None: a replay.
     """
 
     view: FeatureView
@@ -66,6 +68,7 @@ class Outlet:
     prefix: str = ""
     table: bool = True
     commit_every: int = 10_000_000
+    kafka: Broker | None = None
 
     @property
     def uri(self) -> str:
@@ -149,6 +152,7 @@ class Ledger:
         self.since = int(start.get("since", now_us()))  # the last commit
         self.inbox: list[Micro] = []
         self._ids = _Once()
+        self._next_there = nothing_there if outlet.kafka is None else FirstThere(outlet.kafka, outlet.prefix)
 
     def state(self) -> dict[str, Any]:
         """What must survive beside the inbox."""
@@ -191,7 +195,7 @@ class Ledger:
         def count(_: str, what: str, number: int) -> None:
             again[what] += number
 
-        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count)
+        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_there)
         if not admitted:
             return None
         rows, letters = [], [pl.DataFrame(schema=LETTERS)]
