@@ -16,6 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
+from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
 from schemas.durations import DAY
 from schemas.loading import Definition, load_definition
@@ -26,7 +27,7 @@ from transforms.evolution import Copies, find_copies
 from transforms.inputs import Tally, add_tallies, conserve
 from transforms.inventory import take_inventory
 from transforms.manifests import WriteManifest, older_tables, read_manifest
-from transforms.plan import BLOCK_ROWS, Plan, cut, interval
+from transforms.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
 from transforms.publication import AlsoChecked, Rules, Validate, make_check
 from transforms.staleness import EMPTY, Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
 from transforms.statistics import Statistics, columns_of
@@ -61,6 +62,8 @@ class Options:
     refresh: bool
     block_rows: int
     shuffled: bool | None
+    key_shards: int | None
+    broadcast_mb: float
     rules: Rules | None
     now: int
     beam_args: tuple[str, ...]
@@ -103,6 +106,18 @@ def parse(
         help="slices: each block reads what it needs; shuffle: rows are sent to their blocks (default: whichever reads less)",
     )
     arguments.add_argument(
+        "--key_shards",
+        type=shards,
+        default=None,
+        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
+    )
+    arguments.add_argument(
+        "--broadcast_mb",
+        type=float,
+        default=BROADCAST_BYTES / 1e6,
+        help=f"a larger dimension is not held by every worker but read past by each block (default {BROADCAST_BYTES / 1e6:g})",
+    )
+    arguments.add_argument(
         "--statistics",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -124,8 +139,18 @@ def parse(
     return Options(
         definition=definition, store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
         run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], rules=rules, now=time.time_ns() // 1000, beam_args=tuple(rest),
+        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], key_shards=flags.key_shards,
+        broadcast_mb=flags.broadcast_mb, rules=rules, now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
+
+
+def shards(text: str) -> int | None:
+    """A number of parts; None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MOST_SHARDS}")
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,6 +186,8 @@ def prepare(options: Options) -> Work:
     else:
         stale = find_stale(view, manifest, current, options.refresh)
         ranges = stale.ranges()
+    if not everything:
+        stale = dataclasses.replace(stale, notes=(*stale.notes, *inventory.notes))
     if not ranges:
         return Work(None, stale, current, base)
     repeats = {name: each.first for name, each in current.repeats.items()}
@@ -174,6 +201,8 @@ def prepare(options: Options) -> Work:
         block_rows=options.block_rows,
         shuffled=options.shuffled,
         summarised=lifetime_sources(view),
+        key_shards=options.key_shards,
+        broadcast_bytes=options.broadcast_mb * 1e6,
     )
     days = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
     older = [] if options.full else older_tables(options.store, view)
@@ -223,8 +252,9 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     else:
         command = f"--definition {options.definition.name} --store {options.store}"
         check = make_check(
-            options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command
-        )
+            options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command,
+            tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
+        )  # fmt: skip
         statistics = features | "Statistics" >> Statistics(columns_of(view))
         judged = statistics | "Validate" >> Validate(check, tallied, buried)
         committed = counted | "Commit" >> CommitFiles(
@@ -268,6 +298,8 @@ def main(argv: Sequence[str]) -> int:
             )
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
+            for line in plan_lines(view, work.plan):
+                log.info(line)
             pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
             build(pipeline, options, work)
             execute(pipeline)

@@ -12,14 +12,15 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from beam_pipelines import features
 from beam_pipelines.features import Options, Work
 from beam_pipelines.layout import columns, many, wrapped
+from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import guard
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView
 from transforms.contracts import day_of
 from transforms.evolution import Copies, reading
-from transforms.inventory import Inventory, Slice, take_inventory
-from transforms.plan import Plan, amplification
+from transforms.inventory import Inventory, take_inventory
+from transforms.plan import Plan
 
 MOST_LINES = 40
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             print("\ncopied columns")
             _print_copies(view, work.copies, work.plan)
         print("\nplan")
-        _print_plan(work.plan)
+        _print_plan(view, work.plan)
         print("\nBeam steps")
         for step, inside in steps(options, work).items():
             print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
@@ -186,39 +187,9 @@ def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[st
     return result
 
 
-def _print_plan(plan: Plan) -> None:
-    sizes = [
-        _rows([*block.spine, *(each for slices in block.events.values() for each in slices)]) for block in plan.blocks
-    ]
-    how = (
-        "each slice is read once and its rows are sent to their blocks"
-        if plan.shuffled
-        else "each block reads the slices it needs"
-    )
-    print(
-        wrapped(
-            f"{many(len(plan.blocks), 'block')}, {how}; a row is read {1 if plan.shuffled else amplification(plan.blocks):.2g} times on average",
-            hanging=2,
-        )
-    )
-    print(
-        wrapped(
-            f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together",
-            hanging=2,
-        )
-    )
-    if plan.dimensions:
-        print(
-            wrapped(
-                "dimensions go to every block: "
-                + ", ".join(f"{name} ({many(_rows(slices), 'row')})" for name, slices in plan.dimensions.items()),
-                hanging=2,
-            )
-        )
-
-
-def _rows(slices: Sequence[Slice]) -> int:
-    return sum(each.rows for each in slices)
+def _print_plan(view: FeatureView, plan: Plan) -> None:
+    for line in plan_lines(view, plan):
+        print(wrapped(line, hanging=2))
 
 
 def steps(options: Options, work: Work) -> Mapping[str, list[str]]:

@@ -26,7 +26,7 @@ BLOCK_ROWS = 800_000
 # Reading a row this often still costs less than sending it once.
 MOST_READS = 6.0
 # A block that reads more than so many times its own rows is cut by key hash; a part holds one time the rows of a block.
-MOST_BLOCKS = 5
+MOST_BLOCKS = 3
 MOST_SHARDS = 1000
 # Bytes of a dimension that every worker may hold.
 BROADCAST_BYTES = 64_000_000
