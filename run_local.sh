@@ -7,6 +7,7 @@ usage() {
 ./run_local.sh [args]              features, training and inference on a year of real flights; figures in out/run.json
 ./run_local.sh test [pytest args]  all tests that need nothing but Python
 ./run_local.sh test live [...]     those, and the ones with Kafka and Prism (Java, Maven, Go)
+./run_local.sh test slow [...]     the ones that take minutes: processes killed at every step, full disks, two writers at once
 ./run_local.sh stream [args]       the live job
 ./run_local.sh setup               the environment only: .venv, from constraints.txt
 
@@ -164,6 +165,9 @@ test)
         [ -z "$lacking" ] || die "the live tests need Kafka and Prism; missing here:" "$lacking"
         python -m deploy.streaming.toolchain  # minutes, once; outside any test's time limit
         set -- -m "not slow" "$@"
+    elif [ "${1:-}" = slow ]; then
+        shift
+        set -- -m "slow and not live" "$@"
     fi
     exec python -m pytest "$@"
     ;;
