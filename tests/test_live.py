@@ -181,31 +181,36 @@ def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         job = run(store, chunks, commits, kills)
-        every = totals(chunks)
-        for name in SOURCES:  # every row is in its table once
-            assert (len(read(f"{sources_root(folder)}/{name}")) or 0) == every[name]
-        if not every["questions"]:
-            return
-        rows = read(f"{sources_root(folder)}/questions")
-        distinct = rows.unique(["id", "t"])
-        answers = read(features_live_uri(folder, view.name, view.fingerprint))
-        letters = read(live_letters_uri(folder, view.name))
-        lost = letters.filter(pl.col("rule").str.contains("no later than")) if len(letters) else letters
-        refused = (
-            rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi")
-            if len(lost)
-            else rows.clear()
-        )
-        unanswered = distinct.join(answers, on=["id", "t"], how="anti") if len(answers) else distinct
-        assert len(unanswered.join(refused, on=["id", "t"], how="anti")) == 0
-        assert not len(job.journal.stores["?pending"])
-        if not len(answers):
-            return
-        assert answers["row_id"].n_unique() == len(answers)
-        found = check(view, folder)
-        assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
-        assert found.answers == len(answers)
-        against_oracle(folder, answers.head(4))
+        audit(folder, chunks, job)
+
+
+def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
+    """Every row is in its table once, every question answered once or set aside, and every answer is what batch gives."""
+    every = totals(chunks)
+    for name in SOURCES:  # every row is in its table once
+        assert (len(read(f"{sources_root(folder)}/{name}")) or 0) == every[name]
+    if not every["questions"]:
+        return
+    rows = read(f"{sources_root(folder)}/questions")
+    distinct = rows.unique(["id", "t"])
+    answers = read(features_live_uri(folder, view.name, view.fingerprint))
+    letters = read(live_letters_uri(folder, view.name))
+    lost = letters.filter(pl.col("rule").str.contains("no later than")) if len(letters) else letters
+    refused = (
+        rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi")
+        if len(lost)
+        else rows.clear()
+    )
+    unanswered = distinct.join(answers, on=["id", "t"], how="anti") if len(answers) else distinct
+    assert len(unanswered.join(refused, on=["id", "t"], how="anti")) == 0
+    assert not len(job.journal.stores["?pending"])
+    if not len(answers):
+        return
+    assert answers["row_id"].n_unique() == len(answers)
+    found = check(view, folder)
+    assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
+    assert found.answers == len(answers)
+    against_oracle(folder, answers.head(4))
 
 
 def totals(chunks: list[list[Message]]) -> dict[str, int]:
