@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ import polars as pl
 from beam_pipelines.reporting import guard, progress, read_json, write_json
 from schemas.errors import DataError, GateError
 from schemas.loading import load_definition
+from transforms.clock import FOREVER
+from transforms.messages import HEARTBEAT
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = "examples.flights.definition"
@@ -57,6 +60,11 @@ class Case:
     @functools.cached_property
     def view(self) -> Any:
         return load_definition(DEFINITION).view
+
+    @property
+    def registry(self) -> list[str]:
+        """The models are those of the store, whoever scores."""
+        return [f"--registry=sqlite:///{self.store}/registry/mlflow.db"]
 
     @property
     def common(self) -> list[str]:
@@ -105,19 +113,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def judge(figures: dict[str, Any]) -> int:
-    """0 when nothing is missing, doubled or different.
+    """0 when nothing is missing or doubled; what differs from batch has been refused before.
 
     Raises:
         DataError: something is.
     """
-    asked = figures["questions"]
-    for what in ("answered", "predicted", "predictions"):
-        if figures.get(what, asked) != asked:
-            raise DataError(
-                f"Every question is {what} once",
-                f"{figures[what]:,} of {asked:,}",
-                "Please report it, with the folder above",
-            )
+    asked, scored = figures["questions"], figures["parity"].get("predictions")
+    counts = {"answered": figures["answered"], "answered in the table": figures["parity"]["answers_compared"]}
+    if scored is not None:
+        counts |= {"predicted": figures["predicted"], "predicted in the table": scored["predictions"]}
+        counts["scored again by a batch job"] = sum(scored["compared"].values())
+    for what, count in counts.items():
+        if count != asked:
+            fix = "Please report it, with the folder above"
+            raise DataError(f"Every question is {what} once", f"{count:,} of {asked:,}", fix)
+    if scored is not None and len(scored["compared"]) < 2:
+        print(f"note: version {', '.join(scored['compared'])} scored all; the swap came after the last row", flush=True)
     return 0
 
 
@@ -199,12 +210,12 @@ def through_kafka(case: Case) -> dict[str, Any]:
             with contextlib.ExitStack() as stack:
                 children = {
                     "live": pipeline(
-                        case, "live", [*where, "--sources", str(case.store / "sources"), "--commit_every=5s"]
+                        case, "live", [*where, "--sources", str(case.store / "sources"), "--commit_every=2s"]
                     )
                 }
                 if case.first:
                     children["inference"] = pipeline(
-                        case, "inference", [*where, f"--registry=sqlite:///{case.store}/registry/mlflow.db"]
+                        case, "inference", [*where, *case.registry, "--poll=1s", "--commit_every=2s"]
                     )
                 for child in reversed(children.values()):
                     stack.enter_context(child)
@@ -213,9 +224,7 @@ def through_kafka(case: Case) -> dict[str, Any]:
                 watch = Watch(case, broker.bootstrap, features_topic, predictions_topic)
                 stack.callback(watch.close)
                 figures = follow(case, watch, children, swap)
-                if "inference" in children:  # the features end by themselves when all is told
-                    children["inference"].signal(signal.SIGINT)
-                for name, child in children.items():
+                for name, child in children.items():  # each ends by itself when the one before it has told all
                     if child.wait(60):
                         raise DataError(
                             "The live processes end well", f"{name}: {tail(case, name)}", f"See {case.folder}"
@@ -272,7 +281,7 @@ class Watch:
         deadline = time.monotonic() + within
         while (left := deadline - time.monotonic()) > 0:
             for message in self.consumer.consume(500, timeout=min(left, 0.2)):
-                if message.error() is None and message.value():
+                if message.error() is None and message.key() != HEARTBEAT:
                     rows = pl.read_ipc_stream(io.BytesIO(message.value()))
                     self.rows[message.topic()] += len(rows)
                     self._answer(rows) if message.topic() == self.features else self._predict(rows)
@@ -318,7 +327,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
-        show(told["time"], told["rows"], questions, watch, lag)
+        show(told["time"], told["rows"], clock_of(case), questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
         ended = not children["live"].running  # the last commit is in
         complete = (
@@ -331,6 +340,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             break
     drained = time.monotonic()
     watch.look(2)  # whatever comes twice
+    show(told["time"], told["rows"], clock_of(case), questions, watch, None, True)
     show.end()
     seen = watch.version_since.get(case.second)
     return {
@@ -345,32 +355,60 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
 
 
 class Table:
-    """A line of figures: over itself on a terminal, one in five seconds elsewhere."""
+    """A line of figures: over itself on a terminal, never wider than that; one in five seconds elsewhere."""
 
-    HEAD = f"{'replayed to':<17}{'events':>9}{'questions':>11}{'answered':>10}{'answered to':>18}{'lag s':>8}{'predicted':>11}  model"
+    COLUMNS = (
+        ("sent to", 11),
+        ("events", 9),
+        ("clock", 11),
+        ("asked", 7),
+        ("answered", 8),
+        ("lag s", 6),
+        ("predicted", 9),
+        ("model", 5),
+    )
 
     def __init__(self) -> None:
         self.over, self.last = sys.stdout.isatty(), 0.0
-        print(self.HEAD, flush=True)
+        self._say(" ".join(f"{name:>{width}}" for name, width in self.COLUMNS) + "\n")
 
-    def __call__(self, moment: int, events: int, questions: int, watch: Watch, lag: float | None) -> None:
-        if not self.over and time.monotonic() - self.last < 5:
+    def __call__(
+        self, moment: int, events: int, settled: int, questions: int, watch: Watch, lag: float | None, now: bool = False
+    ) -> None:
+        if not self.over and not now and time.monotonic() - self.last < 5:
             return
         self.last = time.monotonic()
         newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
-        line = (
-            f"{clock(moment):<17}{events:>9,}{questions:>11,}{len(watch.answered):>10,}{clock(watch.until):>18}"
-            f"{'' if lag is None else f'{lag:.1f}':>8}{len(watch.predicted):>11,}  {newest and 'v' + newest}"
-        )
-        print(f"\r\x1b[K{line}" if self.over else line, end="" if self.over else "\n", flush=True)
+        values = (
+            clock(moment), f"{events:,}", clock(settled), f"{questions:,}", f"{len(watch.answered):,}",
+            "" if lag is None else f"{lag:.1f}", f"{len(watch.predicted):,}", newest and f"v{newest}",
+        )  # fmt: skip
+        line = " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, self.COLUMNS, strict=True))
+        # What was there is written over, and only then cleared behind: a line cleared first flickers.
+        self._say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K" if self.over else f"{line}\n")
 
     def end(self) -> None:
         if self.over:
-            print(flush=True)
+            self._say("\n")
+
+    def _say(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def clock(moment: int) -> str:
-    return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%Y-%m-%d %H:%M") if moment else ""
+    if moment >= FOREVER:
+        return "end"
+    return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%m-%d %H:%M") if moment > 0 else ""
+
+
+def clock_of(case: Case) -> int:
+    """Up to when everything is known, as of the last commit of the features."""
+    try:
+        told = json.loads((case.live / "runs" / "live" / "status.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return min((each["settled"] for each in told["clock"].values()), default=0)
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -386,30 +424,47 @@ def tail(case: Case, name: str) -> str:
 
 
 def in_process(case: Case) -> dict[str, Any]:
-    """The month replayed through the same steps on the runner in this process."""
-    from beam_pipelines import live
+    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping halfway."""
+    from beam_pipelines import live, live_inference
 
-    flags = [
-        "--streaming",
-        "--source=replay",
-        "--chunk=6h",
-        "--sources",
-        str(case.store / "sources"),
-        "--start",
-        case.start,
-        "--end",
-        case.end,
-    ]
+    between = ["--start", case.start, "--end", case.end]
+    flags = ["--streaming", "--source=replay", "--chunk=6h", "--sources", str(case.store / "sources"), *between]
     live.main([*case.common, "--run_id", "live", *flags])
     found = read_json(os.path.join(case.live, "runs", "live", "run.json"))
-    asked = found["counts"][case.view.spine.name]["rows"]
-    return {
-        "mode": "replay in one process",
-        "events": found["rows_in"],
-        "questions": asked,
-        "answered": found["rows_out"],
-        "seconds": found["seconds"],
-    }
+    figures = {
+        "mode": "replay in one process", "events": found["rows_in"], "questions": found["counts"][case.view.spine.name]["rows"],
+        "answered": found["rows_out"], "seconds": found["seconds"],
+    }  # fmt: skip
+    if case.first:
+        log = logging.getLogger("millrace.serving")
+        with swapping(case) as swap:
+            log.addHandler(halfway := Halfway(swap))
+            try:
+                paced = ["--streaming", "--source=replay", "--poll=100ms", "--pace=100ms"]
+                live_inference.main([*case.common, *case.registry, "--run_id", "inference", *paced])
+            finally:
+                log.removeHandler(halfway)
+        made = read_json(os.path.join(case.live, "runs", "inference", "run.json"))
+        figures |= {
+            "predicted": made["rows_out"], "by_version": made["by_version"], "swaps": made["swaps"],
+            "seconds": round(found["seconds"] + made["seconds"], 1),
+        }  # fmt: skip
+    return figures
+
+
+class Halfway(logging.Handler):
+    """Swaps when half of the answers have been read."""
+
+    def __init__(self, swap: Callable[[], None]) -> None:
+        super().__init__()
+        self.swap: Callable[[], None] | None = swap
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from beam_pipelines.live_inference import REPLAY
+
+        if self.swap is not None and record.msg == REPLAY and 2 * record.args[0] >= record.args[1]:  # type: ignore[index,operator]
+            swap, self.swap = self.swap, None
+            swap()
 
 
 # -- after ---------------------------------------------------------------------------------------------------------
@@ -423,7 +478,7 @@ def parity(case: Case) -> dict[str, Any]:
     """
     from beam_pipelines import parity
 
-    parity.main([*case.common, "--run_id", "parity"])
+    parity.main([*case.common, "--run_id", "parity", *(case.registry if case.first else ())])
     found = read_json(os.path.join(case.live, "runs", "parity", "run.json"))
     return {name: value for name, value in found.items() if name not in ("features", "pipeline", "run_id")}
 
