@@ -57,6 +57,7 @@ from transforms.searching import trials
 from transforms.statistics import Statistics
 from transforms.tables import data_files, features_uri, open_table
 from transforms.training import Study, Train, save_best
+from transforms.unseen import unseen
 
 log = logging.getLogger("millrace.training")
 PACKAGES = ("beam_pipelines", "transforms", "schemas")
@@ -201,6 +202,9 @@ def train_and_test(
     scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
     tested = rows | "TestStatistics" >> Statistics(columns_of(model))
     findings = statistics | "Examine" >> beam.Map(examine, AsSingleton(tested), AsSingleton(leaks), model, champion)
+    findings = findings | "Unseen" >> beam.Map(
+        unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
+    )
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 

@@ -52,7 +52,12 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    path = shop.write(store)
+    path = shop.write(
+        store,
+        definition=shop.DEFINITION.replace(
+            "rounds=12", "rounds=12, search=Search(3, {'max_depth': [2, 3, -4]}, seed=4)"
+        ),
+    )
     words = ["--definition", str(path), "--store", str(store)]
     assert features.main([*words, "--run_id", "f"]) == 0
     (store / "registry").mkdir()
@@ -61,6 +66,7 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     assert "millrace register away" in capsys.readouterr().err
     kept = json.loads((store / "runs/away/training.json").read_text())
     assert "model_version" not in kept
+    assert "Not registered" in (store / "runs/away/report.html").read_text()
     shutil.rmtree(store / "registry")
 
     booster = store / "runs/away/model/booster.ubj"
@@ -73,6 +79,19 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     registry = Registry(registry_uri(str(store)))
     assert registry.champion("buying") == "1"
     assert run(store, "register", "away") == 0
+    with registry._client() as client:
+        (parent,) = [each.run_id for each in client.search_model_versions("name='buying'")]
+        experiment = client.get_run(parent).info.experiment_id
+        nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        artifacts = {each.path for each in client.list_artifacts(parent)}
+    told = {str(each["trial"]): each for each in kept["trials"]}
+    assert sorted(each.data.tags["millrace.trial"] for each in nested) == sorted(told)
+    for each in nested:
+        trial = told[each.data.tags["millrace.trial"]]
+        assert each.info.status == ("FAILED" if trial["error"] else "FINISHED")
+        assert each.data.metrics.get("best_validate_auc") == trial["value"]
+    assert "report.html" in artifacts
+    assert "Not registered" not in (store / "runs/away/report.html").read_text()
     assert [each["version"] for each in registry.versions("buying")] == ["1"]
     assert run(store, "register", "never") == 4
     with pytest.raises(StoreError):

@@ -81,3 +81,20 @@ def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: py
     pl.read_parquet(store / "sources/sales/part.parquet").head(-1).write_parquet(store / "sources/sales/part.parquet")
     assert cli.main(["retrain", "1", "--store", str(store)]) == MismatchError.exit_code
     assert "holds the files that the version was trained on" in capsys.readouterr().err
+
+
+def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
+    folder = store / "sources/sales"
+    rows = pl.read_parquet(folder / "part.parquet")
+    shutil.rmtree(folder)
+    rows.write_delta(folder)
+    assert training.main(flags(store, "first")) == 0
+    before = account(store, "first")
+    rows.with_columns(amount=-pl.col("amount")).write_delta(
+        folder, mode="overwrite"
+    )  # nobody bought, says the newest version
+    assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
+    found = json.loads((store / "runs/again/run.json").read_text())
+    assert found["same_metrics"]
+    assert found["same_model"]
+    assert found["test_auc"] == before["metrics"]["auc"]

@@ -27,10 +27,13 @@ from transforms.serving import _load_pyfunc
 ROOT = Path(__file__).parent.parent
 
 
+EXAMPLE = {"columns": ["x", "n"], "data": [[0.25, 1], [None, None], [-1.5, 2]]}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     registry = Registry(registry_uri(str(tmp_path_factory.mktemp("store"))))
-    registry.register(trained(), "run-1")
+    registry.register(trained(), "run-1", example=EXAMPLE)
     return registry.resolve("delay", "1")[1]
 
 
@@ -40,6 +43,15 @@ def rows() -> tuple[list[list[float | int | None]], pa.RecordBatch]:
     n = [None if i % 5 == 4 else int(v) for i, v in enumerate(random.integers(-2, 3, 50))]
     batch = pa.RecordBatch.from_arrays([pa.array(x, pa.float32()), pa.array(n, pa.int64())], ["x", "n"])
     return [list(pair) for pair in zip(x, n)], batch
+
+
+def invoke(port: int, body: bytes) -> list[dict[str, float]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())["predictions"]  # type: ignore[no-any-return]
+    except urllib.error.HTTPError as error:
+        pytest.fail(error.read().decode())
 
 
 def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> None:
@@ -59,19 +71,28 @@ def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> Non
             except OSError:
                 assert server.poll() is None, server.stdout.read().decode()  # type: ignore[union-attr]
                 time.sleep(0.25)
-        body = json.dumps({"dataframe_split": {"columns": ["x", "n"], "data": data}}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found = json.loads(answer.read())["predictions"]
-        except urllib.error.HTTPError as error:
-            pytest.fail(error.read().decode())
+        found = invoke(port, json.dumps({"dataframe_split": {"columns": ["x", "n"], "data": data}}).encode())
+        example = invoke(port, (Path(folder) / "serving_input_example.json").read_bytes())
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.communicate(timeout=30)
     assert np.array([each["score"] for each in found], np.float32).tobytes() == expected.tobytes()
+    x, n = zip(*EXAMPLE["data"])
+    raw = pa.RecordBatch.from_arrays([pa.array(x, pa.float32()), pa.array(n, pa.int64())], ["x", "n"])
+    of_example = score(open_scorer(Pinned(folder)), raw)
+    assert np.array([each["score"] for each in example], np.float32).tobytes() == of_example.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint:UserWarning")  # MLflow, of classes of its own
+def test_the_input_example_is_one_that_mlflow_reads_and_fits_the_signature(folder: str) -> None:
+    import mlflow
+
+    model = mlflow.models.Model.load(folder)
+    frame = model.load_input_example(folder)
+    assert list(frame.columns) == model.signature.inputs.input_names() == EXAMPLE["columns"]
+    assert json.loads(model.get_serving_input(folder)) == {"dataframe_split": EXAMPLE}
+    loaded = mlflow.pyfunc.load_model(folder)  # enforces the signature
+    assert len(loaded.predict(frame)) == len(EXAMPLE["data"])
 
 
 def test_a_frame_is_scored_as_its_rows_are_and_refused_where_a_value_does_not_fit(folder: str) -> None:

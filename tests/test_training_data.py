@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import shop
 
@@ -110,3 +112,43 @@ def test_what_is_wrong_with_the_data_is_said(store: Path) -> None:
         == account(store, "odd")["splits"]["train"]["entered"]
     )
     assert parse_schema(bundle.extra["schema.pbtxt"].decode()).feature
+
+
+def test_a_category_seen_only_in_test_is_scored_as_unknown_and_named(store: Path) -> None:
+    visits = store / "sources/visits/part.parquet"
+    rows = pl.read_parquet(visits)
+    late = (pl.col("visit") % 10 == 0) & (pl.col("asked") >= pl.datetime(2024, 2, 20, time_zone="UTC"))
+    rows.with_columns(shop=pl.when(late).then(pl.lit("east")).otherwise("shop")).write_parquet(visits)
+    words = ["--definition", str(store / "definition.py"), "--store", str(store)]
+    assert features.main([*words, "--allow_anomalies"]) == 0
+    assert training.main(flags(store, "new")) == 0
+    (warning,) = account(store, "new")["data"]["warnings"]
+    assert "'shop' has values in the test split that the training split never had" in warning
+    test = pl.concat([pl.read_parquet(path) for path in store.glob("examples/buying/new/test-*.parquet")])
+    east = test.filter(pl.col("shop") == "east")
+    assert f"'east' ({len(east)} rows)" in warning
+    assert html.escape(warning) in (store / "runs/new/report.html").read_text()
+    (batch,) = east.to_arrow().combine_chunks().to_batches()
+    fitted = load(store / "runs/new/model").encoders
+    typed = pa.schema(
+        [pa.field(each.name, pa.string() if each.type == pa.large_string() else each.type) for each in batch.schema]
+    )
+    (batch,) = pa.Table.from_batches([batch]).cast(typed).to_batches()
+    assert (fitted.apply(batch)[:, fitted.names.index("shop=*")] == 1).all()
+
+
+def test_a_text_that_tells_the_label_is_named(store: Path) -> None:
+    derived = 'Derived(age=pl.col("age"), '
+    text = shop.DEFINITION.replace(derived, derived + 'told=pl.col("told"), ')
+    text = text.replace('"age": pl.Float32}', '"age": pl.Float32, "told": pl.String}')
+    text = text.replace('encode={"shop"', 'encode={"told": encoders.Ordinal(), "shop"')
+    (store / "definition.py").write_text(text)
+    visits, sales = (store / f"sources/{name}/part.parquet" for name in ("visits", "sales"))
+    bought = pl.read_parquet(sales)["visit"].to_list()
+    told = pl.when(pl.col("visit").is_in(bought)).then(pl.lit("1")).otherwise(pl.lit("0"))
+    pl.read_parquet(visits).with_columns(told=told).write_parquet(visits)
+    words = ["--definition", str(store / "definition.py"), "--store", str(store)]
+    assert features.main([*words, "--allow_anomalies"]) == 0
+    assert training.main(flags(store, "text")) == 0
+    (warning,) = account(store, "text")["data"]["warnings"]
+    assert warning.startswith("Input 'told' gives the label away")

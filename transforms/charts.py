@@ -75,7 +75,7 @@ def _round(low: float, high: float, ticks: int) -> list[float]:
     """About `ticks` round numbers from `low` to `high`."""
     step = 10.0 ** math.floor(math.log10((high - low) / ticks))
     step *= next(each for each in (1, 2, 2.5, 5, 10) if (high - low) / (step * each) <= ticks)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _decades(low: float, high: float) -> list[float]:

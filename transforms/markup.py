@@ -70,7 +70,7 @@ def mark(value: float) -> str:
     >>> mark(0.05), mark(-2.0), mark(12500)
     ('0.05', '−2', '12,500')
     """
-    words = f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.6g}"
+    words = f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
     return words.replace("e-0", "e-").replace("-", MINUS)
 
 

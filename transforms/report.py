@@ -81,12 +81,9 @@ def outcome(content: Content) -> tuple[str, str, str]:
             "The registry was not reached when this page was written. The model is kept on disk: millrace register.",
         )
     if failed:
-        many = (
-            f"{len(failed)} of {len(content['gates'])} gates failed"
-            if len(failed) > 1
-            else f"{failed[0]['gate']} failed"
-        )
-        return "fail", "Registered, not champion", f"{many[0].upper()}{many[1:]}. {now}"
+        more = f", and {len(failed) - 1} more of {len(content['gates'])} gates" if len(failed) > 1 else ""
+        why = f"Failed: {failed[0]['gate']} ({failed[0]['reason']}){more}. {now}"
+        return "fail", "Registered, not champion", why
     if content.get("kept"):
         return "wait", "Registered, not champion", f"Every gate holds, but {content['kept']}"
     if champion != version:
@@ -118,11 +115,11 @@ def header(content: Content, manifest: Content) -> Markup:
     )
     metric, splits = manifest["metric"], content["splits"]
     value = content["metrics"].get(metric)
-    judged = content["gates"]
+    judged, idle = content["gates"], sum(not each["judged"] for each in content["gates"])
     tiles = [
         ("main", words(metric) + ", test", estimate(value, content["intervals"].get(metric))), ("", "Examples: train", number(splits["train"]["entered"])),
         ("", "validate", number(splits["validate"]["entered"])), ("", "test", number(splits["test"]["entered"])), ("", "Boosting rounds", number(content["rounds"])),
-        ("", "Gates that hold", join([number(sum(each["holds"] for each in judged)), " of ", number(len(judged))])),
+        ("", "Gates that hold", join([number(sum(each["holds"] for each in judged)), " of ", number(len(judged)), tag("span", f" {idle:,} not judged", class_="ci") if idle else ""])),
     ]  # fmt: skip
     return tag(
         "header", tag("p", "Training report", *moment, class_="eyebrow"),

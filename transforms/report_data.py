@@ -118,10 +118,10 @@ def origin(manifest: Content) -> Markup:
     rows: list[list[object]] = [["features", _place(features.get("uri", DASH)), _version(features), f"fingerprint {manifest['fingerprint']}"]]  # fmt: skip
     files = manifest.get("label_files") or []
     rows.append(
-        ["label", _place(label.get("uri", DASH)), _version(label), f"{len(files):,} files read" if files else ""]
+        ["label", _place(label.get("uri", DASH)), _version(label), f"{_files(len(files))} read" if files else ""]
     )
     for name, each in (manifest.get("sources") or {}).items():
-        told = [f"{each['files']:,} files" if each.get("files") else "a dimension"]
+        told = [_files(each["files"]) if each.get("files") else "a dimension"]
         told += [join([day(each["first"]), f" {DASH} ", day(each["last"])])] if each.get("first") else []
         what = join([tag("span", word, class_="keep") for word in told], ", ")
         rows.append([name, "source of the features", text(each.get("digest", DASH)), what])
@@ -129,6 +129,10 @@ def origin(manifest: Content) -> Markup:
         table(["Read", "From", "Version or digest", ""], rows, "Tables read and their versions"),
         note("A source’s digest is of the files that the feature table’s newest commit read: equal digests, equal files."),
     ])  # fmt: skip
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file" + ("s" if count > 1 else "")
 
 
 def _place(uri: object) -> Markup:
@@ -250,11 +254,13 @@ def curves(worked: Sequence[Content], best: Content, metric: str) -> Markup:
     low, high = np.quantile(values, [0.02, 1.0] if metric in RISING else [0.0, 0.98])
     x = Axis.over([1.0, *(float(at.max()) for at, _ in thin.values() if len(at))], "boosting rounds")
     y = Axis.over([low, high], f"validation {words(metric)}", pad=0.04)
-    lines = [charts.line(x, y, at, found, "thin") for trial, (at, found) in thin.items() if trial != best["trial"]]
+    lines = [
+        charts.line(x, y, at, found, "thin solid") for trial, (at, found) in thin.items() if trial != best["trial"]
+    ]
     at, found = thin[best["trial"]]
     end = charts.dots(x, y, [best["rounds"]], [best["history"][best["rounds"] - 1]], "big first", [f"trial {best['trial']}, round {best['rounds']}: {shown(best['value'])}"]) if best["history"] else Markup("")  # fmt: skip
     label = f"Validation {words(metric)} by boosting round; the best trial ends at {shown(best['value'])} after {best['rounds']} rounds"
-    keys = charts.legend(("first", f"trial {best['trial']}, kept"), *([("thin", "others")] if lines else []))
+    keys = charts.legend(("first", f"trial {best['trial']}, kept"), *([("thin solid", "others")] if lines else []))
     return figure("Learning curves", charts.plot(label, x, y, *lines, charts.line(x, y, at, found, "first"), end), keys)
 
 

@@ -32,7 +32,7 @@ def slices(content: Content, manifest: Content) -> Markup | None:
     least = rules.get("min_slice_rows")
     return section(
         "slices", "Slices", note("The vertical line is the metric of the whole, the shade its 95 % interval.",
-        f" Slices of fewer than {least:,} rows are pale: they are shown, not judged." if least else ""), *parts,
+        f" Slices of fewer than {least:,} rows are pale: they are shown, not judged, and lie at the edge where they are beyond the scale." if least else ""), *parts,
     )  # fmt: skip
 
 

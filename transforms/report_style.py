@@ -52,6 +52,7 @@ tr.pale{color:var(--muted)}
 .ci{color:var(--muted);font-size:.88em;white-space:nowrap}.none{color:var(--muted)}
 .keep{white-space:nowrap}
 .bad{color:var(--fail);overflow-wrap:anywhere}
+.scroll th[scope=row]>.name{display:inline-block;min-width:5.5rem}
 .chip{display:inline-block;white-space:nowrap;font-size:.76rem;font-weight:620;padding:.08rem .55rem;border-radius:99px;color:var(--tone,var(--muted));background:var(--soft,var(--grid))}
 .chip::before{margin-right:.35em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1.75rem 2rem;margin:1.25rem 0}
@@ -77,7 +78,7 @@ svg .band{fill:var(--tint);fill-opacity:.1}svg .bar{fill:var(--tint)}
 .first{--tint:var(--first)}.second{--tint:var(--second)}.thin{--tint:var(--thin)}.fail{--tint:var(--fail)}.pale{--tint:var(--thin)}.v{--tint:var(--first)}
 .v0,.g0{--tint:var(--v0)}.v1{--tint:var(--v1)}.v2{--tint:var(--v2)}.v3{--tint:var(--v3)}.v4{--tint:var(--v4)}.vx{--tint:var(--vx)}
 .g1{--tint:var(--pass)}.g2{--tint:var(--second)}.whole{--tint:var(--muted)}.zero,.limit{--tint:var(--thin)}.limit{--tint:var(--fail)}
-.line.thin,.line.whole,.line.zero,.line.limit{stroke-width:1.2}.line.thin,.line.limit{stroke-dasharray:4 4}.line.faint{stroke-width:1;stroke-opacity:.6}
+.line.thin,.line.whole,.line.zero,.line.limit{stroke-width:1.2}.line.thin,.line.limit{stroke-dasharray:4 4}.line.thin.solid{stroke-dasharray:none;stroke-width:1;stroke-opacity:.55}.line.faint{stroke-width:1;stroke-opacity:.6}
 .line.second{stroke-width:1.8}.dot.second{stroke-width:7}
 .strip{display:block;width:100%;min-width:8rem;overflow:visible}
 td:has(.strip),th:has(.sl){width:55%;padding-right:1.4rem}
@@ -100,7 +101,7 @@ footer{max-width:1080px;margin:0 auto;padding:.5rem 1.5rem 2.5rem;color:var(--mu
 main{padding:1.25rem .75rem .5rem}section{padding:1.1rem .9rem;border-radius:12px}footer{padding-inline:.9rem}
 table{font-size:.82rem}th,td{padding-right:.55rem}.ci{display:block}
 .tile dd{font-size:1.15rem}.tiles{grid-template-columns:1fr 1fr}
-th[scope=row] .name{display:inline-block;min-width:5.5rem}td>code{display:inline-block;min-width:10rem}
+td>code{display:inline-block;min-width:10rem}
 td:has(.strip),th:has(.sl){width:36%;padding-right:.8rem}.strip{min-width:6.5rem}
 }
 @media print{body{background:#fff}section{break-inside:avoid-page;border-color:#ccc}details>*{display:block}}
