@@ -116,6 +116,9 @@ def leftovers(store: Path) -> list[str]:
     strays += [str(path) for path in store.rglob("*.part")]
     for log in store.rglob("_delta_log"):
         root = log.parent
+        if not list(log.glob("*.json")):  # killed before its first version had its name
+            strays += [str(path) for path in root.rglob("*") if path.is_file()]
+            continue
         newest = DeltaTable(str(root)).version()
         named = {path.removeprefix("file://") for version in range(newest + 1) for path in DeltaTable(str(root), version=version).file_uris()}  # fmt: skip
         strays += [str(path) for path in root.rglob("date=*/*") if str(path) not in named]
