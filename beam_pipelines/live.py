@@ -30,7 +30,7 @@ from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
 from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends
-from transforms.live_tables import features_live_uri, last_told, sources_root
+from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
 from transforms.offsets import OVERHEAD, partitions_of, reach, size_limit
 from transforms.packets import pack
 from transforms.replay import Replay, SendChunks, sources_of
@@ -355,7 +355,8 @@ def summary(options: Options) -> dict[str, object]:
     tables = {name: open_table(source_uri(sources_root(live.store), name)) for name in sources_of(view)}
     told = _status(os.path.join(options.folder, "status.json"))
     if not told:  # nothing came
-        told = max(map(last_told, [table, *tables.values()]), key=lambda each: each.get("turn", 0))
+        said = [last_told(table, app_of(view.name)), *(last_told(each, app_of(name)) for name, each in tables.items())]
+        told = max(said, key=lambda each: each.get("turn", 0))
     counts = {name: dict(told.get("counts", {}).get(name, {})) for name in tables}
     answered = 0 if table is None else sum(file.rows for file in data_files(table))
     for name, kept in tables.items():

@@ -32,7 +32,7 @@ from schemas.live import live_predictions
 from schemas.loading import Definition, load_definition
 from transforms.answers import DecodeAnswers, replayed, rows_in, source_of
 from transforms.champions import ChampionHandler, Serving, check_model, close_all, open_checked
-from transforms.live_tables import features_live_uri, last_told
+from transforms.live_tables import app_of, features_live_uri, last_told
 from transforms.messages import Message
 from transforms.predicted import CommitPredictions, Outlet, TimedCommitPredictions, begin_at, to_packet
 from transforms.registry import CHAMPION, Registry, registry_uri
@@ -207,7 +207,7 @@ def first_model(options: Options, outlet: Outlet) -> Serving:
     try:
         return opened(version)
     except MillraceError as error:
-        before = last_told(open_table(outlet.uri)).get("version")
+        before = last_told(open_table(outlet.uri), app_of(outlet.model)).get("version")
         if before is None or before == version:
             raise
         log.error(

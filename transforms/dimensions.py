@@ -1,20 +1,32 @@
-"""Dimensions of a live job: read again when their files have changed, each content kept under its version."""
+"""Dimensions of a live job: read again when their files have changed, each content kept under its version.
+
+One that cannot be read, as it is half written or has lost a column, costs no answer: the version that served before
+serves on, in a worker that starts meanwhile too, and every look says so until it is mended.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import time
 
 import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
 
+from schemas.errors import MillraceError
 from schemas.views import FeatureView
 from transforms.contracts import Contract
 from transforms.inventory import survey
 from transforms.sources import read_slices
 from transforms.tables import write_aside
+
+log = logging.getLogger("millrace.live")
+# Beside a dimension's contents: the version that serves.
+SERVING = "serving.json"
 
 
 class Dimensions:
@@ -26,33 +38,64 @@ class Dimensions:
         self.versions: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self.frames: dict[str, pl.DataFrame] = {}
+        self.refused = Metrics.counter("millrace.live", "dimensions_refused")
 
     def refresh(self) -> None:
-        """Read again what has changed."""
+        """Read again what has changed.
+
+        Raises:
+            MillraceError: a dimension cannot be read, and no version of it has served before.
+        """
         now = time.monotonic_ns() // 1000
         if self.looked and now - self.looked < self.every:
             return
         self.looked = now
         for name, source in self.view.dimensions.items():
-            contract = Contract(source, tuple(self.view.columns_read(name)))
-            contract, slices = survey(self.root, contract)
-            stamp = repr([(each.path, each.stamp) for each in slices])
-            if self._stamps.get(name) == stamp:
-                continue
-            frame = read_slices(contract, slices).frame.unique()
-            self.frames[name] = frame.sort(frame.columns)
-            self.versions[name] = keep(self.kept, name, self.frames[name])
-            self._stamps[name] = stamp
+            try:
+                self._read(name, Contract(source, tuple(self.view.columns_read(name))))
+            except MillraceError as error:
+                if name not in self.frames and not self._as_before(name):
+                    raise
+                self.refused.inc()
+                log.error("dimension %s is broken; version %s serves on: %s", name, self.versions[name], error)
+
+    def _read(self, name: str, contract: Contract) -> None:
+        contract, slices = survey(self.root, contract)
+        stamp = repr([(each.path, each.stamp) for each in slices])
+        if self._stamps.get(name) == stamp:
+            return
+        frame = read_slices(contract, slices).frame.unique()
+        frame = frame.sort(frame.columns)
+        version = keep(self.kept, name, frame)
+        if name in self.versions and version != self.versions[name]:
+            log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
+        self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
+
+    def _as_before(self, name: str) -> bool:
+        """Take the version that served last, in this job or an earlier one; whether there is one with the columns read."""
+        path = FileSystems.join(self.kept, name, SERVING)
+        if not FileSystems.exists(path):
+            return False
+        with FileSystems.open(path, compression_type="uncompressed") as handle:
+            version = str(json.loads(handle.read())["version"])
+        frame = kept(self.kept, name, version)
+        schema = self.view.dimensions[name].schema
+        if dict(frame.schema) != {column: schema[column] for column in self.view.columns_read(name)}:
+            return False
+        self.frames[name], self.versions[name] = frame, version
+        return True
 
 
 def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
-    """Store a dimension's content under its digest, which is its version."""
+    """Store a dimension's content under its digest, which is its version, and that it serves."""
     sink = io.BytesIO()
     frame.write_ipc(sink, compression="lz4")
     version = hashlib.blake2b(sink.getvalue(), digest_size=8).hexdigest()
     path = FileSystems.join(folder, name, f"{version}.arrow")
     if not FileSystems.exists(path):
         write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(sink.getvalue()))
+    told = pa.py_buffer(json.dumps({"version": version}).encode())
+    write_aside(FileSystems.join(folder, name), SERVING, told)
     return version
 
 

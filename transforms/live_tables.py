@@ -25,6 +25,7 @@ from schemas.errors import StoreError
 from schemas.live import LIVE_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.batches import batch
+from transforms.commits import commit_at
 from transforms.inventory import source_uri
 from transforms.packets import Frames, head_of, unpack
 from transforms.replay import sources_of
@@ -47,13 +48,24 @@ def sources_root(store: str) -> str:
     return FileSystems.join(store, "sources")
 
 
-def last_told(table: DeltaTable | None) -> dict[str, Any]:
-    """What the newest live commit of a table said about itself: turn, offsets, clock…; empty if there is none."""
-    if table is None:
+def app_of(name: str) -> str:
+    """The application under which a live job commits to the table of a source, a view's answers or a model's predictions."""
+    return f"live/{name}"
+
+
+def last_told(table: DeltaTable | None, app: str) -> dict[str, Any]:
+    """What the newest commit of `app` said about itself: turn, offsets, clock…; empty if there is none.
+
+    However many commits of others, such as a vacuum's, came after it.
+
+    Raises:
+        StoreError: its commit is no longer in the log.
+    """
+    if table is None or table.transaction_version(app) is None:
         return {}
-    for entry in table.history(20):
-        if KEY in entry:
-            return json.loads(entry[KEY])
+    for version in range(table.version(), -1, -1):
+        if (said := commit_at(table.table_uri, version).get(KEY)) is not None:
+            return dict(json.loads(said))
     return {}
 
 
@@ -132,11 +144,12 @@ class Fresh:
 class BeyondOffsets(Fresh):
     """Rows whose offset lies at or after those that the table's last commit says it is whole to."""
 
+    app: str
     source: str | None
     names: tuple[str, str, str]
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
-        done = last_told(table).get("next", {})
+        done = last_told(table, self.app).get("next", {})
         source, partition, offset = self.names
         keep = np.ones(len(frame), np.bool_)
         for name, partitions in done.items():
@@ -222,7 +235,7 @@ class Ledger:
                 self.rows["events"] += self._source(name, whole[f"rows:{name}"], told)
         if "answers" in whole and self.table:
             uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
-            writer = Writer(uri, live_schema(self.view), f"live/{self.view.name}", self.run_id)
+            writer = Writer(uri, live_schema(self.view), app_of(self.view.name), self.run_id)
             self.rows["answered"] += writer.append(whole["answers"], told["turn"], told, self._ids)
         for number in turns:
             del self.entries[number]
@@ -234,9 +247,10 @@ class Ledger:
         arrived = _time("arrived")
         frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
         writer = Writer(
-            live_letters_uri(self.store, self.view.name), LIVE_LETTERS, f"live/{self.view.name}/letters", self.run_id
+            live_letters_uri(self.store, self.view.name), LIVE_LETTERS, app_of(f"{self.view.name}/letters"), self.run_id
         )
-        return writer.append(frame, told["turn"], told, BeyondOffsets(None, ("source", "partition", "offset")))
+        fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
+        return writer.append(frame, told["turn"], told, fresh)
 
     def _source(self, name: str, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
         source = sources_of(self.view)[name]
@@ -247,9 +261,10 @@ class Ledger:
             if repeats_by(self.view, name) and column not in frame.columns
         )
         writer = Writer(
-            source_uri(sources_root(self.store), name), accepted(self.view, name), f"live/{name}", self.run_id
+            source_uri(sources_root(self.store), name), accepted(self.view, name), app_of(name), self.run_id
         )
-        return writer.append(frame, told["turn"], told, BeyondOffsets(name, ("", "__partition", "__offset")))
+        fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
+        return writer.append(frame, told["turn"], told, fresh)
 
 
 def _time(name: str) -> pl.Expr:

@@ -28,7 +28,7 @@ from transforms.answers import source_of
 from transforms.batches import frame
 from transforms.champions import SERVING, told_of
 from transforms.clock import FOREVER
-from transforms.live_tables import BeyondOffsets, UnknownIds, Writer, last_told
+from transforms.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
 from transforms.messages import LETTERS, Decoded, to_arrow
 from transforms.micros import Micro, in_order, micro_packet, micros, nothing_there, packets_of
 from transforms.offsets import FirstThere
@@ -128,7 +128,7 @@ class _Once(UnknownIds):
 
 def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
     """What a new ledger starts from: what the table's last commit told, else `begin`, the first offset per partition."""
-    told = last_told(open_table(outlet.uri))
+    told = last_told(open_table(outlet.uri), app_of(outlet.model))
     source = source_of(outlet.view)
     done = told.get("next", {}).get(source, {})
     return {
@@ -218,7 +218,7 @@ class Ledger:
         table, schema, app = (
             open_table(outlet.uri),
             live_predictions(outlet.view, outlet.classes),
-            f"live/{outlet.model}",
+            app_of(outlet.model),
         )
         fresh = self._ids(table, once)
         told = self._told(rows, once, fresh) if outlet.table else self._told(rows, once, once)
@@ -255,8 +255,9 @@ class Ledger:
         outlet = self.outlet
         arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         named = letters.with_columns(pl.lit(outlet.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
-        writer = Writer(outlet.letters_uri, LIVE_LETTERS, f"live/{outlet.model}/letters", outlet.run_id)
-        return writer.append(named, self.turn, self.head(), BeyondOffsets(None, ("source", "partition", "offset")))
+        writer = Writer(outlet.letters_uri, LIVE_LETTERS, app_of(f"{outlet.model}/letters"), outlet.run_id)
+        fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
+        return writer.append(named, self.turn, self.head(), fresh)
 
 
 class CommitPredictions(beam.DoFn):

@@ -17,7 +17,7 @@ from transforms.contracts import day_of
 from transforms.ids import row_ids
 from transforms.inventory import source_uri
 from transforms.journal import ASKED, PENDING, Journal, Turn
-from transforms.live_tables import features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
 from transforms.messages import ORIGIN
 from transforms.micros import PLACE, digest, known_columns, rid
 from transforms.replay import sources_of
@@ -49,7 +49,7 @@ def find_start(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, i
     turn, offsets, clock, counts, versions = 0, {}, {}, {}, {}
     for name in sources_of(view):
         table = open_table(source_uri(sources_root(store), name))
-        told = last_told(table)
+        told = last_told(table, app_of(name))
         done = told.get("next", {}).get(name, {})
         offsets[name] = {str(number): int(done.get(str(number), first)) for number, first in begin[name].items()}
         if told:
@@ -58,7 +58,7 @@ def find_start(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, i
             clock[name], counts[name] = told["clock"][name], told["counts"][name]
         turn = max(turn, told.get("turn", 0))
     answers = open_table(features_live_uri(store, view.name, view.fingerprint))
-    turn = max(turn, last_told(answers).get("turn", 0))
+    turn = max(turn, last_told(answers, app_of(view.name)).get("turn", 0))
     if answers is not None:
         versions["?answers"] = int(answers.version())
     return Start(turn, offsets, clock, counts, versions)
@@ -85,7 +85,7 @@ def _ask_again(journal: Journal, store: str, start: Start, now: int) -> None:
     """Questions without an answer wait again; those with one are remembered."""
     view = journal.view
     floor = journal.clock.settled(view.spine.name, now)
-    told = last_told(open_table(features_live_uri(store, view.name, view.fingerprint)))
+    told = last_told(open_table(features_live_uri(store, view.name, view.fingerprint)), app_of(view.name))
     # Before this no question was waiting when the answers were last committed.
     low = ALWAYS
     if told:
