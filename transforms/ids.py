@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -20,8 +19,8 @@ _SEED = np.uint64(0xCBF29CE484222325)
 _WORD = 8
 # Per number of bytes that a string has left, which bits of a word are its own.
 _INSIDE = np.array([(1 << (8 * size)) - 1 for size in range(_WORD + 1)], np.uint64)
-# Values mixed at a time: they stay in a core's cache.
-_PIECE = 1 << 15
+# Values mixed at a time: they stay in a core's cache, and in memory that the allocator keeps.
+_PIECE = 1 << 14
 
 
 def mix(values: UInt64s) -> UInt64s:
@@ -59,7 +58,7 @@ def hash_column(column: pl.Series) -> UInt64s:
 
 
 def _hash_strings(column: pl.Series) -> UInt64s:
-    array = column.fill_null("").to_arrow().cast(pa.large_binary())
+    array = column.fill_null("").to_arrow()  # large_string
     offsets = np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1]
     first, last = int(offsets[0]), int(offsets[-1])
     raw = np.zeros(last - first + _WORD, np.uint8)
@@ -67,24 +66,36 @@ def _hash_strings(column: pl.Series) -> UInt64s:
         raw[: last - first] = np.frombuffer(array.buffers()[2], np.uint8)[first:last]
     # The word that begins at each byte.
     words = np.lib.stride_tricks.as_strided(raw[:_WORD].view("<u8"), (len(raw) - _WORD + 1,), (1,))
-    starts, lengths = offsets[:-1] - first, np.diff(offsets)
-    pieces = range(0, len(lengths), _PIECE)
-    hashed = [_hash_words(words, starts[at : at + _PIECE], lengths[at : at + _PIECE]) for at in pieces]
-    return np.concatenate(hashed) if hashed else np.zeros(0, np.uint64)
+    result = np.empty(len(array), np.uint64)
+    for at in range(0, len(array), _PIECE):
+        some = offsets[at : at + _PIECE + 1] - first
+        result[at : at + _PIECE] = _hash_words(words, some[:-1], np.diff(some))
+    return result
 
 
 def _hash_words(words: UInt64s, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> UInt64s:
     state = np.full(len(lengths), _SEED, np.uint64)
     for position in range(0, int(lengths.max()), _WORD):
         rest = lengths - position
-        if 2 * int(np.count_nonzero(rest > 0)) < len(rest):  # few are that long
-            some = np.flatnonzero(rest > 0)
-            state[some] = mix(state[some] ^ words[starts[some] + position] & _INSIDE[np.minimum(rest[some], _WORD)])
+        more = rest > 0
+        count = int(np.count_nonzero(more))
+        if count == len(rest):
+            state = mix(_word(words, starts + position, rest) ^ state)
+        elif 2 * count < len(rest):
+            at = np.flatnonzero(more)
+            state[at] = mix(_word(words, starts[at] + position, rest[at]) ^ state[at])
         else:
-            own = np.clip(rest, 0, _WORD)
-            taken = words[np.where(own, starts + position, 0)]
-            state = np.where(own, mix(state ^ taken & _INSIDE[own]), state)
-    return mix(state ^ lengths.astype(np.uint64))
+            taken = _word(words, np.minimum(starts + position, len(words) - 1), np.maximum(rest, 0))
+            np.copyto(state, mix(taken ^ state), where=more)
+    state ^= lengths.view(np.uint64)
+    return mix(state)
+
+
+def _word(words: UInt64s, starts: npt.NDArray[np.int64], rest: npt.NDArray[np.int64]) -> UInt64s:
+    """The next 8 bytes of strings that have `rest` ≥ 0 left, zeros after their end."""
+    taken = words[starts]
+    taken &= _INSIDE[np.minimum(rest, _WORD)]
+    return taken
 
 
 def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
