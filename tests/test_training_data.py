@@ -12,8 +12,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import shop
+import sklearn.metrics
 
-from beam_pipelines import features, training
+from beam_pipelines import cli, features, training
 from schemas.errors import GateError
 from transforms.bundles import load
 from transforms.validation import parse_schema, parse_statistics
@@ -152,3 +153,35 @@ def test_a_text_that_tells_the_label_is_named(store: Path) -> None:
     assert training.main(flags(store, "text")) == 0
     (warning,) = account(store, "text")["data"]["warnings"]
     assert warning.startswith("Input 'told' gives the label away")
+
+
+def test_three_classes_go_through_the_whole_pipeline(store: Path) -> None:
+    text = shop.DEFINITION.replace(
+        'value=pl.col("amount") > 0', 'value=pl.when(pl.col("amount") > 5).then(2).otherwise(1)'
+    )
+    text = text.replace("params=", 'objective="multi:softprob", metric="log_loss", early_stopping=4, params=')
+    text = text.replace('{"auc": 0.6}', '{"log_loss": 1.05, "accuracy": 0.3}').replace(
+        '{"auc": 0.5}', '{"accuracy": 0.9}'
+    )
+    (store / "definition.py").write_text(text)
+    assert cli.main(["training", *flags(store, "classes")]) == 0
+    found = account(store, "classes")
+    (trial,) = found["trials"]
+    assert trial["value"] == min(trial["history"]) < 1.1
+    assert [each["class"] for each in found["classes"]] == [0, 1, 2]
+    assert sum(map(sum, found["confusion"])) == found["splits"]["test"]["entered"] == found["rows"]
+    # Each figure again, by scikit-learn, from the predictions that inference makes of the same rows.
+    words = ["--definition", str(store / "definition.py"), "--store", str(store)]
+    assert cli.main(["inference", *words, "--run_id", "score"]) == 0
+    test = pl.concat([pl.read_parquet(path) for path in store.glob("examples/buying/classes/test-*.parquet")])
+    scored = pl.read_delta(str(store / "predictions/buying")).join(test, on="row_id")
+    assert len(scored) == len(test)
+    scores = scored.select("score_0", "score_1", "score_2").to_numpy().astype(float)
+    truth = scored["__label"].to_numpy().astype(int)
+    assert found["metrics"]["log_loss"] == pytest.approx(
+        sklearn.metrics.log_loss(truth, scores / scores.sum(axis=1, keepdims=True)), rel=1e-6
+    )
+    assert found["metrics"]["accuracy"] == pytest.approx((scores.argmax(axis=1) == truth).mean())
+    area = sklearn.metrics.roc_auc_score(truth, scores / scores.sum(axis=1, keepdims=True), multi_class="ovr")
+    assert found["metrics"]["macro_auc"] == pytest.approx(area, rel=1e-6)
+    assert "Confusion" in (store / "runs/classes/report.html").read_text()

@@ -18,6 +18,8 @@ from transforms.fitting import LABEL
 from transforms.ids import row_ids
 
 SPLITS = ("train", "validate", "test")
+# A tree a round for each class up to the greatest, and a score a row: a number that is no class would take all memory.
+CLASSES = 1000
 # Time at which a row's label was known: that of its event, or the end of the horizon where none came.
 LABEL_TIME = "__label_time"
 
@@ -170,6 +172,10 @@ def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Map
                 f"{wrong[0]:g} in the {name} split",
                 "Correct the label's value expression",
             )
+    if (most := max((max(each) for each in labels.values() if each), default=0.0)) >= CLASSES:
+        raise DataError(
+            f"Classes are numbered from 0, at most {CLASSES} of them", f"class {most:g}", "Number them without gaps in the label's value expression"
+        )  # fmt: skip
     for name in ("train", "validate"):
         if len(labels[name]) < 2:
             (only,) = labels[name]

@@ -30,11 +30,18 @@ from transforms.tables import write_aside
 
 log = logging.getLogger("millrace.training")
 
-# Our metrics as XGBoost computes them after each round.  The root of the Brier score orders models as the score does.
-EVALUATED = {
+# Our metrics as XGBoost computes them after each round.  The root of the Brier score orders models as the score does;
+# its average precision interpolates between scores (Davis and Goadrich 2006).
+_EVALUATED = {
     "auc": "auc", "average_precision": "aucpr", "log_loss": "logloss", "brier": "rmse", "rmse": "rmse", "mae": "mae",
     "accuracy": "merror",
 }  # fmt: skip
+
+
+def evaluated(model: Model) -> str:
+    """The model's metric by XGBoost's name."""
+    name = _EVALUATED[model.metric]
+    return "mlogloss" if name == "logloss" and model.objective == "multi:softprob" else name
 
 
 def train(
@@ -54,14 +61,14 @@ def train(
 
     params = {
         "tree_method": "hist", "nthread": threads, "verbosity": 0, **trial.params, "objective": model.objective, "device": device,
-        "eval_metric": EVALUATED[model.metric], "seed": model.seed, **({"num_class": classes} if classes > 1 else {}),
+        "eval_metric": evaluated(model), "seed": model.seed, **({"num_class": classes} if classes > 1 else {}),
     }  # fmt: skip
     history: dict[str, dict[str, list[float]]] = {}
     booster = xgboost.train(
         params, data.learn, trial.rounds or model.rounds, evals=[(data.judge, "validate")], evals_result=history, verbose_eval=False,
         early_stopping_rounds=model.early_stopping or None, callbacks=[_progress(model, trial)],
     )  # fmt: skip
-    values = [_ours(model.metric, value) for value in history["validate"][EVALUATED[model.metric]]]
+    values = [_ours(model.metric, value) for value in history["validate"][evaluated(model)]]
     rounds = booster.best_iteration + 1 if model.early_stopping else booster.num_boosted_rounds()
     if rounds < booster.num_boosted_rounds():
         booster = booster[:rounds]
@@ -90,8 +97,15 @@ def _progress(model: Model, trial: Trial) -> Any:
         def after_iteration(self, booster: Any, epoch: int, evals_log: Any) -> bool:
             if time.monotonic() - self.said > 5:
                 self.said = time.monotonic()
-                value = _ours(model.metric, evals_log["validate"][EVALUATED[model.metric]][-1])
-                log.info("trial %d: round %d of %d, %s %.4f", trial.index, epoch + 1, trial.rounds or model.rounds, model.metric, value)
+                value = _ours(model.metric, evals_log["validate"][evaluated(model)][-1])
+                log.info(
+                    "trial %d: round %d of %d, %s %.4f",
+                    trial.index,
+                    epoch + 1,
+                    trial.rounds or model.rounds,
+                    model.metric,
+                    value,
+                )
             return False
 
     return Progress()
@@ -156,7 +170,9 @@ class Bench:
         model, start = self.study.model, time.perf_counter()
         try:
             classes = classes_of(model, self.account)
-            booster, history, rounds = train(model, trial, self.matrices(trial), self.threads, classes, self.study.device)
+            booster, history, rounds = train(
+                model, trial, self.matrices(trial), self.threads, classes, self.study.device
+            )
         except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
             return Result(trial, math.nan, error=_reason(error), seconds=time.perf_counter() - start)
         name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
@@ -241,8 +257,14 @@ class Train(beam.PTransform):
         for rung in range(len(budgets(self.study.model))):
             name = f"Rung{rung}" if rung else ""
             if rung:
-                trials = results[-1] | f"Gather{name}" >> beam.combiners.ToList() | f"Promote{name}" >> beam.FlatMap(_on, self.study, rung)
-            spread = trials | f"Folds{name}" >> beam.FlatMap(_folds, self.study.folds) | f"Spread{name}" >> beam.Reshuffle()
+                trials = (
+                    results[-1]
+                    | f"Gather{name}" >> beam.combiners.ToList()
+                    | f"Promote{name}" >> beam.FlatMap(_on, self.study, rung)
+                )
+            spread = (
+                trials | f"Folds{name}" >> beam.FlatMap(_folds, self.study.folds) | f"Spread{name}" >> beam.Reshuffle()
+            )
             results.append(spread | f"Trial{name}" >> beam.ParDo(_Trials(self.study), *sides))
         return results | beam.Flatten()
 
