@@ -18,7 +18,18 @@ from schemas.errors import StoreError
 from schemas.live import live_schema
 from transforms.batches import batch
 from transforms.contracts import Contract
-from transforms.messages import HEARTBEAT, Message, by_partition, decode, from_arrow, heartbeat, to_arrow, to_json
+from transforms.messages import (
+    HEARTBEAT,
+    Message,
+    by_partition,
+    decode,
+    decode_topic,
+    from_arrow,
+    heartbeat,
+    to_arrow,
+    to_json,
+)
+from transforms.micros import micro_packet, micros
 from transforms.topics import Broker, answer_messages, begin_offsets, letter_messages
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
@@ -168,6 +179,27 @@ def test_messages_are_put_in_order_of_offsets_by_partition() -> None:
         ("sales", 0): [0, 1, 2],
         ("sales", 1): [0],
     }
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=12))
+def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[int, int]]) -> None:
+    kinds: list[tuple[bytes | None, bytes]] = [
+        (None, to_arrow(frame({}, {"price": None}))), (None, to_arrow(frame({"id": None}, {"id": 7}))), (None, to_json(frame({"id": 8}))[0]),
+        (None, b"oops"), heartbeat(123), (HEARTBEAT, b"soon"),
+    ]  # fmt: skip
+    some = [message(kinds[kind][1], offset, where, kinds[kind][0]) for offset, (where, kind) in enumerate(sent)]
+    partitions = [group for _, group in sorted(by_partition(some).items())]
+    together = decode_topic(contract, partitions)
+    parts = [("sales", group[0].partition, group[0].offset, group[-1].offset + 1, len(group)) for group in partitions]
+    carried = micros(micro_packet([(*part, held) for part, held in zip(parts, together, strict=True)], ARRIVED))
+    for group, held, micro in zip(partitions, together, carried, strict=True):
+        alone, by = decode(contract, group), ["offset", "place", "rule"]
+        assert held.rows.equals(alone.rows)
+        assert held.letters.sort(by).equals(alone.letters.sort(by))
+        assert held.heartbeat == alone.heartbeat == micro.heartbeat
+        assert (micro.partition, micro.messages) == (group[0].partition, len(group))
+        assert micro.rows.equals(alone.rows)
+        assert micro.letters.equals(held.letters)
 
 
 def test_answers_travel_as_arrow_with_their_row_ids() -> None:

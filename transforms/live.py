@@ -6,6 +6,7 @@ Each stateful step is a plain object (`Journal`, `Shard`, `Ledger`) whose state 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from schemas.views import FeatureView
 from transforms.batches import batch
 from transforms.contracts import Contract
 from transforms.journaling import JournalStep, TimedJournalStep
-from transforms.messages import Message, by_partition, decode
+from transforms.messages import Message, by_partition, decode_topic
 from transforms.micros import micro_packet
 from transforms.packets import head_of, unpack
 from transforms.state import ONE, Keyed, Live, now_us
@@ -133,11 +134,11 @@ def decoded(
 ) -> bytes:
     """Messages of any topics and partitions as one packet for the journal."""
     parts, arrived = [], 0
-    for (topic, partition), some in by_partition(messages).items():
-        source = topic.removeprefix(prefix)
-        held = decode(contracts[source], some)
-        parts.append((source, partition, some[0].offset, some[-1].offset + 1, len(some), held))
-        arrived = max(arrived, *(each.timestamp for each in some), 0)
+    for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
+        source, partitions = topic.removeprefix(prefix), [some for _, some in group]
+        for some, held in zip(partitions, decode_topic(contracts[source], partitions), strict=True):
+            parts.append((source, some[0].partition, some[0].offset, some[-1].offset + 1, len(some), held))
+            arrived = max(arrived, *(each.timestamp for each in some), 0)
     return micro_packet(parts, arrived, index, came)
 
 

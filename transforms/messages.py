@@ -95,10 +95,13 @@ def heartbeat(until: int) -> tuple[bytes, bytes]:
 
 def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
     """Rows of one partition's messages that keep the contract, and letters for the rest."""
-    beats: list[Message] = []
-    rows: list[Message] = []
-    for message in messages:
-        (beats if message.key == HEARTBEAT else rows).append(message)
+    (held,) = decode_topic(contract, [messages])
+    return held
+
+
+def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) -> list[Decoded]:
+    """As `decode`, for partitions of one topic in one go, in ascending order."""
+    rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
     frames, letters = _frames(contract, rows)
     whole = pl.concat(frames) if frames else _empty(contract.source)
     kept, broken = judge(contract, whole)
@@ -106,15 +109,27 @@ def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
         letters.append(_located(contract, whole, broken))
     kept, ahead = _ahead(contract, kept)
     letters += ahead
-    until, ahead_by = [], microseconds(contract.source.ahead, zero=True)
-    for beat in beats:
+    broken, result = pl.concat([pl.DataFrame(schema=LETTERS), *letters]), []
+    numbers = [messages[0].partition if messages else 0 for messages in partitions]
+    places = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
+    for messages, number, start, end in zip(partitions, numbers, places[:-1], places[1:], strict=True):
+        until, more = _promised(contract, messages)
+        mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
+        result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
+    return result
+
+
+def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
+    """(The greatest time that a partition's heartbeats tell, letters for those that tell none.)"""
+    until, letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
+    for beat in (each for each in messages if each.key == HEARTBEAT):
         told = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
         if told is None or (told > beat.timestamp + ahead_by and told != FOREVER):
             rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
             letters.append(_unreadable(contract, beat, rule))
         elif told != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
             until.append(told)
-    return Decoded(kept, pl.concat([pl.DataFrame(schema=LETTERS), *letters]), max(until, default=None))
+    return max(until, default=None), letters
 
 
 def _empty(source: Source) -> pl.DataFrame:
@@ -171,7 +186,9 @@ def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame
             pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
         )
         frame = frame.with_columns(
-            pl.lit(None, dtype).alias(name) for name, dtype in contract.source.schema.items() if name not in frame.columns
+            pl.lit(None, dtype).alias(name)
+            for name, dtype in contract.source.schema.items()
+            if name not in frame.columns
         )
         parts.append(frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items()))
     return _with_origin(pl.concat(parts), messages, [len(table) for table in tables])
@@ -257,7 +274,7 @@ def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Seque
     lengths = np.array(counts, np.int64)
     place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return frame.with_columns(
-        pl.Series("__partition", np.full(len(place), messages[0].partition, np.int32)),
+        pl.Series("__partition", np.repeat(np.array([each.partition for each in messages], np.int32), lengths)),
         pl.Series("__offset", np.repeat(np.array([each.offset for each in messages], np.int64), lengths)),
         pl.Series("__place", place.astype(np.int32)),
         pl.Series("__arrived", np.repeat(np.array([each.timestamp for each in messages], np.int64), lengths)),

@@ -54,12 +54,15 @@ def micro_packet(
         came: when Millrace got them, µs; a hole before them is waited on from then.
         more: further entries of the head.
     """
-    head, frames = [], {}
+    head, frames, rows = [], dict[str, pl.DataFrame](), dict[str, list[pl.DataFrame]]()
     for i, (source, partition, first, after, messages, held) in enumerate(parts):
-        head.append([source, partition, first, after, messages, held.heartbeat])
-        frames[f"{i}r"] = held.rows
+        head.append([source, partition, first, after, messages, held.heartbeat, len(held.rows)])
+        rows.setdefault(source, []).append(held.rows)
         if len(held.letters):
             frames[f"{i}l"] = held.letters
+    frames |= {
+        f"r:{source}": pl.concat(some, rechunk=True) for source, some in rows.items()
+    }  # one costs less than many
     return pack(
         {"kind": "micro", "index": index, "arrived": arrived, "came": came, "parts": head, **(more or {})}, frames
     )
@@ -67,11 +70,13 @@ def micro_packet(
 
 def micros(packet: bytes) -> list[Micro]:
     head, frames = unpack(packet)
-    none = pl.DataFrame(schema=LETTERS)
-    return [
-        Micro(source, partition, first, after, messages, beat, frames[f"{i}r"], frames.get(f"{i}l", none), head["came"])
-        for i, (source, partition, first, after, messages, beat) in enumerate(head["parts"])
-    ]
+    none, result, taken = pl.DataFrame(schema=LETTERS), [], dict[str, int]()
+    for i, (source, partition, first, after, messages, beat, count) in enumerate(head["parts"]):
+        start = taken.get(source, 0)
+        taken[source] = start + count
+        rows, letters = frames[f"r:{source}"][start : start + count], frames.get(f"{i}l", none)
+        result.append(Micro(source, partition, first, after, messages, beat, rows, letters, head["came"]))
+    return result
 
 
 def packets_of(waiting: Sequence[Micro]) -> list[bytes]:
