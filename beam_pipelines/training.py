@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, GateError, MismatchError, StoreError
+from schemas.splits import Split
 from schemas.loading import Definition, load_definition
 from transforms.bundles import load
 from transforms.contracts import EPOCH
@@ -46,11 +48,12 @@ from transforms.examples import (
 )
 from transforms.explaining import Explain
 from transforms.fitting import LABEL, Fit, declared
-from transforms.gates import Rival
+from transforms.gates import Rival, may_know
 from transforms.inventory import source_uri, version_of
 from transforms.manifests import read_manifest
 from transforms.matrices import until
-from transforms.publishing import REPORT, Publication, publish
+from transforms.probing import require_known
+from transforms.publishing import REPORT, Publication, publish, rival_of
 from transforms.registry import Registry, registry_uri
 from transforms.scoring import Pinned, Score
 from transforms.searching import trials
@@ -131,9 +134,12 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument("--cutoff", type=day, help="UTC day before which everything is known (default: the day after the last of the feature table)")  # fmt: skip
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
-        "--threads", type=int, default=0, help="cores that the trials of one worker share (default: as many as here)"
+        "--threads",
+        type=cores,
+        default=0,
+        help="cores that the trials of one worker share (default: as many as here)",
     )
-    arguments.add_argument("--device", default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
+    arguments.add_argument("--device", type=device, default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
     arguments.add_argument(
         "--keep_examples", action=argparse.BooleanOptionalAction, default=True, help="keep TFRecord and Parquet examples (default: yes)"
     )  # fmt: skip
@@ -144,6 +150,19 @@ def parse(argv: Sequence[str]) -> Options:
         registry=registry_uri(flags.store, flags.registry), cores=flags.threads or os.cpu_count() or 1, device=flags.device, keep_examples=flags.keep_examples,
         now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
+
+
+def cores(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cores; 0 takes all")
+    return int(text)
+
+
+def device(text: str) -> str:
+    """A device as XGBoost names it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +179,7 @@ class Tested:
 def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
-    rival = compare(pipeline, options, tested.rows)
+    rival = compare(pipeline, options, tested.rows, plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
     _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
@@ -208,13 +227,13 @@ def train_and_test(
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 
-def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection) -> beam.PCollection:
+def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection, split: Split) -> beam.PCollection:
     """One `Rival`: the champion judged on the same test rows, or why it cannot be."""
     model = options.model
     registry = Registry(options.registry)
     version: str | None = None
     try:
-        if (version := registry.champion(model.name)) is None:
+        if (version := rival_of(registry, model.name, options.run_id)) is None:
             return pipeline | "Rival" >> beam.Create([Rival()])
         _, folder = registry.resolve(model.name, version)
         bundle = load(folder)
@@ -235,14 +254,15 @@ def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection) -
     if reason:
         return pipeline | "Rival" >> beam.Create([Rival(version, None, reason)])
     scored = rows | "ScoreChampion" >> Score(Pinned(folder, version), threads=options.cores, carry=(LABEL,))
-    return scored | "EvaluateChampion" >> Evaluate(model, slices=False) | "Rival" >> beam.Map(partial(Rival, version))
+    known = partial(Rival, version, ahead=may_know(bundle.manifest, split))
+    return scored | "EvaluateChampion" >> Evaluate(model, slices=False) | "Rival" >> beam.Map(known)
 
 
 def champion_of(options: Options) -> tuple[str, bytes] | None:
     """The champion's version and the statistics of its training data; None where there is none, or no way to know."""
     registry, name = Registry(options.registry), options.model.name
     try:
-        version = registry.champion(name)
+        version = rival_of(registry, name, options.run_id)
         if version is None:
             return None
         bundle = load(registry.resolve(name, version)[1])
@@ -289,7 +309,7 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
         MillraceError: no features, or of another definition; see `open_features` and `make_plan`.
     """
     model = options.model
-    trials(model)  # refuses what it must before anything is read
+    require_known(model.objective, trials(model))  # refused before anything is read
     table = open_features(options)
     files = data_files(table, options.start, options.cutoff)
     if not files:

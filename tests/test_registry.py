@@ -187,6 +187,28 @@ def test_champion_is_promoted_and_resolved(registry: Registry) -> None:
     assert registry.history("delay")[0]["who"] == "lead"
 
 
+def test_a_promotion_cut_short_is_finished_by_the_next_attempt_and_told_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two writes: the reason stands, the alias has not moved."""
+    assert registry.register(trained(0), "a") == "1"
+    assert registry.register(trained(1), "b") == "2"
+    registry.promote("delay", 1, "first")
+
+    def gone(*_: object) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as cut:
+        cut.setattr("mlflow.MlflowClient.set_registered_model_alias", gone)
+        with pytest.raises(StoreError):
+            registry.promote("delay", 2, "better")
+    assert registry.champion("delay") == "1"
+    assert registry.promote("delay", 2, "better") == "1"
+    assert registry.champion("delay") == "2"
+    assert [each["version"] for each in registry.history("delay")] == ["1", "2"]
+    assert registry.rollback("delay", "worse") == ("2", "1")
+
+
 def test_a_registered_model_altered_on_disk_is_refused(shared: tuple[Registry, Path]) -> None:
     registry, store = shared
     (folder,) = (store / "registry").rglob("model")

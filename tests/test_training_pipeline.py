@@ -89,6 +89,23 @@ def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:
     assert registry.champion("buying") == "2"
 
 
+def test_a_run_repeated_after_its_promotion_is_judged_as_before_it(store: Path) -> None:
+    """As after a kill between the promotion and the run's end: it is no challenger of its own model."""
+    path = store / "definition.py"
+    path.write_text(shop.DEFINITION.replace("min_slice_rows=20", "min_slice_rows=20, margin=0.01"))
+    assert training.main(flags(store, "one")) == 0
+    before = account(store, "one")
+    assert training.main(flags(store, "one")) == 0
+    again = account(store, "one")
+    assert again.pop("kept") == before.pop("kept") == ""
+    for trial in (*before["trials"], *again["trials"]):
+        del trial["seconds"]
+    assert again == before
+    with pytest.raises(GateError, match=r"beats the champion's by 0\.01"):
+        training.main(flags(store, "two"))
+    assert account(store, "two")["rival"]["version"] == "1"
+
+
 def test_a_model_below_its_floor_is_registered_and_not_promoted(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,11 +78,22 @@ def test_what_a_killed_run_left_goes_and_what_was_committed_stays(tmp_path: Path
     Path(uri, "_delta_log", "00000000000000000001.json#1").write_bytes(b"half")
     (tmp_path / "runs" / "killed").mkdir(parents=True)
     (tmp_path / "runs" / "killed" / ".model.1-2").write_bytes(b"half")
+    (tmp_path / "registry").mkdir()
+    for name in (".mlflow.db.77-88", ".mlflow.db.77-88-journal"):
+        (tmp_path / "registry" / name).write_bytes(b"half")
     before = left(tmp_path)
     age(tmp_path, 3)
     run(tmp_path)
     gone = before - left(tmp_path)
-    assert gone == {Path(orphan).name, aside.name, "killed-1.json", "killed.pb", ".model.1-2"}
+    assert gone == {
+        Path(orphan).name,
+        aside.name,
+        "killed-1.json",
+        "killed.pb",
+        ".model.1-2",
+        ".mlflow.db.77-88",
+        ".mlflow.db.77-88-journal",
+    }
     assert not Path(uri, "_delta_log", "00000000000000000001.json#1").exists()
     assert values(uri) == [1]
 
@@ -218,6 +229,28 @@ def test_a_model_trained_here_but_registered_nowhere_pins_too(tmp_path: Path) ->
     load(uri, "third", 3)
     run(tmp_path, "--retention", "2d")
     assert Path(first).exists()
+
+
+def test_examples_of_runs_that_left_no_model_go(tmp_path: Path) -> None:
+    """A killed training run makes them anew when it is repeated; those of a trained model, and files of others, stay."""
+    names = ("train-00000-of-00002.parquet", "test-00001-of-00002.tfrecord.gz", "notes.txt")
+    for run_id in ("killed", "trained", "ended", "working"):
+        folder = tmp_path / "examples" / "buying" / run_id
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_bytes(b"-")
+    (tmp_path / "runs" / "trained" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "trained" / "model" / "manifest.json").write_text("{}")
+    (tmp_path / "runs" / "ended").mkdir()
+    (tmp_path / "runs" / "ended" / "run.json").write_text("{}")
+    mark(str(tmp_path / "runs" / "working"), "training", "working")
+    run(tmp_path)
+    examples = tmp_path / "examples" / "buying"
+    assert {path.name for path in examples.glob("killed/*")} == set(names), "younger than a run may take"
+    age(tmp_path, 3)
+    run(tmp_path)
+    assert {path.name for path in examples.glob("killed/*")} == {"notes.txt"}
+    assert all({path.name for path in (examples / each).iterdir()} == set(names) for each in ("trained", "ended", "working"))  # fmt: skip
 
 
 def test_dry_run_lists_and_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

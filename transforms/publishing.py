@@ -116,7 +116,10 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
         )
     champion = registry.champion(name)
     kept = ""
-    if not failed and not any(entry["version"] == version for entry in registry.history(name)):
+    moves = registry.history(name)
+    # A run killed within its promotion has written down a move that never came.
+    half = bool(moves) and moves[-1]["version"] == version and moves[-1]["before"] == champion
+    if not failed and (half or not any(entry["version"] == version for entry in moves)):
         if champion == content["rival"]["version"]:
             registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
             champion = version
@@ -130,6 +133,21 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
         (metric,) = content["validate"]
         log_trials(registry, name, run_id, metric, [_result(each) for each in content["trials"]])
     return done
+
+
+def rival_of(registry: Registry, name: str, run_id: str) -> str | None:
+    """The version that a run's model is compared with: the champion, or the one before where that is the run's own, which an
+    earlier attempt promoted.
+
+    Raises:
+        StoreError: the registry cannot be reached, or the champion cannot be read.
+    """
+    version = registry.champion(name)
+    moves = [entry for entry in registry.history(name) if entry["version"] == version] if version is not None else []
+    if moves and load(registry.resolve(name, version)[1]).manifest.get("run_id") == run_id:
+        before: str | None = moves[-1]["before"]
+        return before
+    return version
 
 
 def _leave(folder: str, files: Mapping[str, str]) -> None:

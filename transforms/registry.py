@@ -13,6 +13,7 @@ import os
 import platform
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -199,8 +200,12 @@ class Registry:
             if before != str(version):
                 at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # a tag's name takes no +
                 entry = {"version": str(version), "before": before, "why": why, "who": who or _user()}
-                # Written first: a move without its reason is worse than a reason whose move did not come.
-                client.set_registered_model_tag(name, f"{CHAMPION}.{at}", json.dumps(entry, ensure_ascii=False)[:5000])
+                # Written first: a move without its reason is worse than a reason whose move did not come, which a second attempt finds.
+                moves = self.history(name)
+                if not moves or (moves[-1]["version"], moves[-1]["before"]) != (str(version), before):
+                    client.set_registered_model_tag(
+                        name, f"{CHAMPION}.{at}", json.dumps(entry, ensure_ascii=False)[:5000]
+                    )
                 client.set_registered_model_alias(name, CHAMPION, str(version))
             return before
 
@@ -253,9 +258,11 @@ class Registry:
                 return
             _require_sqlite(path, write)
         mlflow = _mlflow()
+        from sqlalchemy.exc import SQLAlchemyError  # of the database under MLflow, where it does not hide them
+
         try:
             yield _connect(self.uri)
-        except (mlflow.exceptions.MlflowException, OSError) as error:
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0][:300]
             value = f"{self.uri}: {text}"
             raise StoreError(
@@ -388,8 +395,26 @@ def _require_sqlite(path: Path, write: bool) -> None:
         if path.exists():
             with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
                 database.execute("PRAGMA schema_version").fetchone()
+        elif write:
+            _make_database(path)
     except (OSError, sqlite3.Error) as error:
         raise StoreError("The model registry is a SQLite file that can be used", f"{path}: {error}", fix) from None
+
+
+def _make_database(path: Path) -> None:
+    """MLflow's tables, made aside: its migrations are not one transaction, and a database cut short is refused ever after."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
+    try:
+        _mlflow().MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+        try:
+            os.link(aside, path)
+        except FileExistsError:  # another process was first
+            pass
+        except OSError:  # no links on this disk
+            os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(aside)
 
 
 def _local(uri: str, tracking_uri: str) -> str:

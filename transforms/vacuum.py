@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
+from transforms.bundles import MANIFEST
 from transforms.commits import LOG, commit_at, commits, file_actions, versions
 from transforms.places import place_of
 from transforms.running import MARK, Running
@@ -24,8 +25,11 @@ from transforms.tables import open_table, paths_of, root_of
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
 # Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
 DATA = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
-ASIDE = re.compile(r"\..+\.\d+-\d+|.+\.json\.part")
+ASIDE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
 LOG_ASIDE = re.compile(r".*(\.tmp|#\d+)")
+EXAMPLES = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
+# What a run has left, any one of them, that trained a model.
+LEFT = (("model", MANIFEST), ("run.json",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +138,19 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
 
 
 def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
-    """Half-written files of runs and examples, and marks of runs that were killed."""
+    """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left no model."""
     found = []
-    for place in ("runs", "examples"):
+    ended: dict[str, bool] = {}
+    for place in ("runs", "examples", "registry"):
         for file in files_below(FileSystems.join(store, place)):
             name = file.path.rsplit("/", 1)[-1]
             kind = "aside" if ASIDE.fullmatch(name) else "mark" if name == MARK and place == "runs" else None
-            busy = any(f"/{run.run_id}/" in file.path for run in rules.at_work)
+            if place == "examples" and EXAMPLES.fullmatch(name):
+                run = file.path.rsplit("/", 2)[-2]
+                if run not in ended:
+                    ended[run] = any(FileSystems.exists(FileSystems.join(store, "runs", run, *path)) for path in LEFT)
+                kind = None if ended[run] else "orphan"  # repeated, the run makes them anew
+            busy = any(f"/{each.run_id}/" in file.path for each in rules.at_work)
             if kind is not None and rules.now - file.changed >= rules.orphans and not busy:
                 found.append(Waste(file, place, kind))
     return found
