@@ -29,8 +29,8 @@ from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, GateError, MismatchError, StoreError
-from schemas.splits import Split
 from schemas.loading import Definition, load_definition
+from schemas.splits import Split
 from transforms.bundles import load
 from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine

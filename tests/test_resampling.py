@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas import Gates
+from schemas import Gates, GroupSplit, RollingOrigin, TimeSplit
 from schemas.errors import DefinitionError
 from transforms.evaluation import Tallying, as_json, report, tally
-from transforms.gates import Rival, fairness, verdicts
+from transforms.gates import Rival, fairness, may_know, verdicts
 from transforms.resampling import weights
 
 
@@ -88,6 +90,28 @@ def test_a_challenger_is_compared_on_the_same_rows() -> None:
     assert verdicts(Gates(), good, "auc", Rival("3", good))[-1].holds
     none = verdicts(gates, good, "auc", Rival("3", None, "it reads other features"))[-1]
     assert (none.holds, none.judged, none.reason) == (True, False, "it reads other features")
+    ahead = verdicts(gates, poor, "auc", Rival("3", good, ahead="it has seen these rows"))[-1]
+    assert ahead.reason == f"{challenge(poor, good).reason}; it has seen these rows"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        (TimeSplit("9d", "9d"), TimeSplit("9d", "9d"), ""),
+        (TimeSplit("9d", "5d"), TimeSplit("9d", "5d", embargo="1d"), ""),
+        (TimeSplit("9d", "5d"), TimeSplit("9d", "9d"), "has seen rows up to 2024-01-26"),
+        (RollingOrigin(2, "9d", "5d"), TimeSplit("9d", "6d"), "has seen rows up to 2024-01-26"),
+        (GroupSplit("k"), GroupSplit("k"), ""),
+        (GroupSplit("k"), GroupSplit("k", salt="2"), "divide rows in different ways"),
+        (GroupSplit("k"), TimeSplit("9d", "9d"), "divide rows in different ways"),
+        (TimeSplit("9d", "9d"), GroupSplit("k"), "divide rows in different ways"),
+    ],
+)
+def test_a_champion_that_may_know_the_test_rows_is_told(before: Any, now: Any, words: str) -> None:
+    cutoff = datetime(2024, 1, 31, tzinfo=UTC)
+    found = may_know({"split": json.loads(json.dumps(before.resolve(cutoff).as_json()))}, now.resolve(cutoff))
+    assert words in found
+    assert bool(words) == bool(found)
 
 
 def test_groups_are_compared_by_who_is_selected() -> None:

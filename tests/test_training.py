@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transforms.examples import Account, Shard
 from transforms.fitting import LABEL, fit
 from transforms.labels import Counts
 from transforms.metrics import Tally, metrics
+from transforms.probing import require_known
 from transforms.searching import Result, Trial, choose, trials
 from transforms.training import Study, save_best, side_by_side
 
@@ -186,6 +188,26 @@ def test_what_a_model_may_not_say_is_refused(change: dict[str, Any]) -> None:
         trials(model(**change))
 
 
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"maxdepth": 3}, "'maxdepth'. Did you mean 'max_depth'?"),
+        ({"n_estimators": 100}, "Rounds are Model"),
+        ({"max_depth": 3, "rate_drop": 0.1}, "'rate_drop'. Correct its name, or leave it out"),
+    ],
+)
+def test_a_parameter_that_xgboost_would_pass_over_is_refused(params: dict[str, Any], words: str) -> None:
+    for objective in OBJECTIVES:
+        with pytest.raises(DefinitionError, match=re.escape(words)):
+            require_known(objective, [Trial(0, params)])
+        require_known(objective, [Trial(0, {**params, "max_depth": -1})])  # refused as a whole: the search tells
+        some = [Trial(0, {"booster": "dart", "rate_drop": 0.1}), Trial(1, {"booster": "gbtree", "rate_drop": 0.1})]
+        require_known(objective, some)
+        require_known(
+            objective, [Trial(0, {"eta": 0.1, "max_bin": 16, "lambda": 2, "interaction_constraints": [["x"]]})]
+        )
+
+
 def test_a_failed_trial_is_reported_and_the_best_of_the_others_is_saved(tmp_path: Path) -> None:
     chosen = model()
     account, tables = examples(tmp_path, "binary:logistic")
@@ -193,7 +215,7 @@ def test_a_failed_trial_is_reported_and_the_best_of_the_others_is_saved(tmp_path
     several = [Trial(i, {"max_depth": d}) for i, d in enumerate((-3, 1, 4))]
     tried = side_by_side(study(chosen, tmp_path / "run"), account, [fitted], several)
     assert [bool(each.error) for each in tried] == [True, False, False]
-    assert "max_depth" in tried[0].error
+    assert tried[0].error == "value -3 for Parameter max_depth should be greater equal to 0"
     trained = save_best(tried[::-1], chosen, str(tmp_path / "bundle"), {"run_id": "r"}, account, fitted)
     assert trained.best == max(tried[1:], key=lambda each: each.value)
     assert [each.trial.index for each in trained.results] == [0, 1, 2]

@@ -185,3 +185,37 @@ def test_three_classes_go_through_the_whole_pipeline(store: Path) -> None:
     area = sklearn.metrics.roc_auc_score(truth, scores / scores.sum(axis=1, keepdims=True), multi_class="ovr")
     assert found["metrics"]["macro_auc"] == pytest.approx(area, rel=1e-6)
     assert "Confusion" in (store / "runs/classes/report.html").read_text()
+
+
+def test_what_flags_and_params_cannot_mean_is_refused(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more, words in {
+        "--device=tpu": "'tpu' is not cpu, cuda or cuda:N",
+        "--threads=-2": "'-2' is not a number of cores",
+    }.items():
+        assert cli.main(["training", *flags(store, "flag"), more]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert cli.main(["training", *flags(store, "gpu", "--device=cuda")]) == 3
+    said = capsys.readouterr().err
+    assert "Trials run on the device that --device names. Got cuda, where XGBoost says: No visible GPU is found" in said
+    assert "Train with --device=cpu, or on workers with such a GPU" in said
+    assert "Traceback" not in said
+    (store / "definition.py").write_text(shop.DEFINITION.replace('"eta"', '"etta"'))
+    assert cli.main(["training", *flags(store, "typo")]) == 2
+    assert "Got 'etta'. Did you mean 'eta'?" in capsys.readouterr().err
+    assert not (store / "registry").exists()
+
+
+def test_a_regression_of_one_label_is_trained_and_warned_of(store: Path) -> None:
+    text = shop.DEFINITION.replace('value=pl.col("amount") > 0', "value=pl.lit(3.5)").replace(
+        "absent=0", 'absent="drop"'
+    )
+    text = text.replace("params=", 'objective="reg:squarederror", metric="rmse", params=')
+    text = text.replace('"auc": 0.6', '"rmse": 0.1').replace('"auc": 0.5', '"rmse": 0.1')
+    (store / "definition.py").write_text(text)
+    assert cli.main(["training", *flags(store, "one")]) == 0
+    found = account(store, "one")
+    assert found["data"]["warnings"] == ["The label is 3.5 in every training example: there is nothing to learn"]
+    assert found["metrics"]["rmse"] < 1e-5

@@ -100,6 +100,8 @@ def _dull(statistics: Any) -> Iterable[str]:
         stats = feature.num_stats if number else feature.string_stats
         constant = (stats.min == stats.max) if number else stats.unique == 1
         if name == LABEL:
+            if constant:
+                yield f"The label is {stats.min:g} in every training example: there is nothing to learn"
             continue
         if not stats.common_stats.num_non_missing:
             yield f"Input {name!r} is null in every training example: it teaches nothing"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from schemas import Gates
 from schemas.models import RISING
+from schemas.splits import Split
 from transforms.evaluation import Report, Slice
 from transforms.resampling import interval
 
@@ -37,11 +39,26 @@ class Rival:
         version: None where there is none.
         report: of the same test rows; None where it could not score them.
         reason: why not.
+        ahead: why it may know these rows already.
     """
 
     version: str | None = None
     report: Report | None = None
     reason: str = "there is no champion"
+    ahead: str = ""
+
+
+def may_know(manifest: Mapping[str, Any], split: Split) -> str:
+    """Why the model of `manifest` may have learnt from the test rows of `split`, or been chosen by them; "" if it cannot."""
+    before = manifest.get("split", {})
+    mine = split.as_json().get("groups")
+    if "groups" in before or mine is not None:
+        apart = before.get("groups") == mine and mine is not None
+        return "" if apart else "the two divide rows in different ways, so that it may have learnt from these rows"
+    until = before.get("validate_end")
+    if until is None or split.test_start is None or datetime.fromisoformat(until) <= split.test_start:
+        return ""
+    return f"it has seen rows up to {until[:10]}, so that it may have learnt from these rows"
 
 
 def verdicts(gates: Gates, report: Report, metric: str = "", rival: Rival | None = None) -> list[Verdict]:
@@ -136,6 +153,8 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
         paired = sign * (report.replicates.values[metric] - rival.report.replicates.values[metric])
         if (span := interval(paired)) is not None:
             reason, least = f"{reason} {_span(span)}", min(better, span[0])
+    if rival.ahead:
+        reason += f"; {rival.ahead}"
     return Verdict(gate, least >= margin, reason)
 
 

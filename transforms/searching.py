@@ -141,7 +141,7 @@ def choose(model: Model, results: Iterable[Result]) -> Result:
         raise DataError(
             "A trial succeeds",
             f"{len(ordered)} failed, the first with: {ordered[0].error or 'an undefined metric'}",
-            "Correct the model's params",
+            "Correct the model's params, or its label",
         )
     furthest = max(each.trial.rung for each in worked)
     return min((each for each in worked if each.trial.rung == furthest), key=lambda each: _merit(model, each))

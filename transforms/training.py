@@ -25,6 +25,7 @@ from transforms.datasets import bundle_files
 from transforms.encoders import Fitted
 from transforms.examples import Account
 from transforms.matrices import Matrices, is_external, matrices
+from transforms.probing import require_device, told
 from transforms.searching import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
 from transforms.tables import write_aside
 
@@ -174,17 +175,12 @@ class Bench:
                 model, trial, self.matrices(trial), self.threads, classes, self.study.device
             )
         except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
-            return Result(trial, math.nan, error=_reason(error), seconds=time.perf_counter() - start)
+            return Result(trial, math.nan, error=told(error), seconds=time.perf_counter() - start)
         name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
         write_aside(self.study.folder, name, pa.py_buffer(booster))
         value = history[rounds - 1]
         booster_path = FileSystems.join(self.study.folder, name)
         return Result(trial, value, rounds, tuple(history), booster_path, time.perf_counter() - start)
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next((line for line in lines if "Check failed" in line or "Invalid" in line), lines[0]).strip()[:300]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +293,12 @@ class _Trials(beam.DoFn):
 
 
 def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trials: Sequence[Trial]) -> list[Result]:
-    """Results of trials, in order, as many at a time as there are cores."""
+    """Results of trials, in order, as many at a time as there are cores.
+
+    Raises:
+        DataError: the study's device is not here.
+    """
+    require_device(study.device)
     bench = Bench(study, account, fitted, len(trials))
     ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
     with ThreadPoolExecutor(bench.side, "trial") as pool:
