@@ -122,6 +122,45 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     assert str(path) in message
 
 
+def retyped(store: Path, source: str, number: int, **columns: pl.Expr) -> Path:
+    """One of a source's files with columns of other types."""
+    path = store / "sources" / source / f"part-{number}.parquet"
+    pl.read_parquet(path).with_columns(**columns).write_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("source", "column", "change", "types"),
+    [
+        ("sales", "price", pl.col("price").cast(pl.String), ("double", "large_string")),
+        ("sales", "sale", pl.col("sale").cast(pl.UInt64), ("int64", "uint64")),
+        ("visits", "asked", pl.col("asked").dt.replace_time_zone(None), ("timestamp[us, tz=UTC]", "timestamp[us]")),
+        ("shops", "area", pl.col("area").cast(pl.Float64), ("int32", "double")),
+    ],
+)
+def test_a_column_whose_type_changes_between_files_is_refused_by_both(
+    tmp_path: Path, source: str, column: str, change: pl.Expr, types: tuple[str, str]
+) -> None:
+    market.write(tmp_path, market.sources(30), files=3)
+    other = retyped(tmp_path, source, 1, **{column: change})
+    kind, message = refused(tmp_path)
+    assert kind is ContractError
+    assert f"Source {source!r}: column {column!r} has one type in every file" in message
+    first = other.with_name("part-0.parquet")
+    assert f"{types[0]} in {first}, and {types[1]} in {other}" in message
+    assert f"Write {other} again with {column!r} as {types[0]}" in message
+
+
+def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path: Path) -> None:
+    frames = market.sources(30)
+    run(market.write(tmp_path / "a", frames, files=3))
+    market.write(tmp_path / "b", frames, files=3)
+    retyped(tmp_path / "b", "sales", 0, sale=pl.col("sale").cast(pl.Int32), city=pl.col("city").cast(pl.Int8), shop=pl.col("shop").cast(pl.Categorical))  # fmt: skip
+    retyped(tmp_path / "b", "visits", 1, asked=pl.col("asked").dt.cast_time_unit("ns").dt.convert_time_zone("Asia/Tokyo"))  # fmt: skip
+    run(tmp_path / "b")
+    same(answers(tmp_path / "b"), answers(tmp_path / "a"))
+
+
 def test_an_interval_without_questions_is_refused_with_those_there_are(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(30))
     kind, message = refused(tmp_path, "--start", "2025-01-01", "--end", "2025-02-01")

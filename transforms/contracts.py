@@ -145,6 +145,11 @@ class Contract:
                 )
 
 
+def fits(declared: pl.DataType, found: pa.DataType) -> bool:
+    """Whether a file's column of Arrow type `found` is taken for one declared as Polars type `declared`."""
+    return holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
+
+
 def holds(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether every value of Arrow type `found` is one of Polars type `declared`."""
     if pa.types.is_dictionary(found):

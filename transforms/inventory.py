@@ -21,7 +21,7 @@ from schemas.durations import DAY
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.contracts import EPOCH, MICROSECOND, Contract, Partitions
+from transforms.contracts import EPOCH, MICROSECOND, Contract, Partitions, fits
 from transforms.tables import WRITERS, open_table, paths_of, root_of
 
 ALWAYS = -(2**62)
@@ -140,8 +140,31 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
     if table is not None:
         version = int(table.version())
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
-    parts = WRITERS.map(lambda path: _slices(path, contract), files_of(root, contract.source, version))
-    return contract, [each for part in parts for each in part]
+    paths = files_of(root, contract.source, version)
+    try:
+        return contract, [each for part in WRITERS.map(lambda path: _slices(path, contract), paths) for each in part]
+    except ContractError:
+        _of_one_type(contract, paths)
+        raise
+
+
+def _of_one_type(contract: Contract, paths: list[str]) -> None:
+    """Refuse files of which some hold a column as it is declared and others do not, by one of each."""
+    schemas = ((path, open_parquet(path, contract.source).schema_arrow) for path in paths)
+    seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.columns}
+    for path, schema in schemas:
+        for name, found in seen.items():
+            if name not in schema.names:
+                continue
+            kind, declared = schema.field(name).type, contract.source.schema[name]
+            found.setdefault(fits(declared, kind), (path, kind))
+            if len(found) == 2:
+                (good, right), (bad, wrong) = found[True], found[False]
+                raise ContractError(
+                    f"Source {contract.source.name!r}: column {name!r} has one type in every file, declared {declared}",
+                    f"{right} in {good}, and {wrong} in {bad}",
+                    f"Write {bad} again with {name!r} as {right}, or move it away",
+                )
 
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
