@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import market
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from test_features_pipeline import answers, days, letters, run, same, table_of
 
 from beam_pipelines.features import main
+from schemas import load_definition
 from schemas.durations import DAY
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
 from transforms.contracts import EPOCH, MICROSECOND
+from transforms.plan import make_plan
 from transforms.tables import newest
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +162,65 @@ def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path:
     retyped(tmp_path / "b", "visits", 1, asked=pl.col("asked").dt.cast_time_unit("ns").dt.convert_time_zone("Asia/Tokyo"))  # fmt: skip
     run(tmp_path / "b")
     same(answers(tmp_path / "b"), answers(tmp_path / "a"))
+
+
+def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
+    """Rows as a writer leaves them whose clock is set back again and again: each piece in order, each before the last."""
+    ordered = frame.sort(time, maintain_order=True)
+    return pl.concat([ordered[len(ordered) * i // pieces : len(ordered) * (i + 1) // pieces] for i in reversed(range(pieces))])  # fmt: skip
+
+
+def test_rows_of_clocks_that_ran_backwards_are_answered_as_if_in_order(tmp_path: Path) -> None:
+    """Within row groups, over row groups and over files; blocks read the slices that they need, or rows are sent to them."""
+    frames = market.spoiled(market.sources(60))
+    run(market.write(tmp_path / "ordered", frames))
+    for group, files, block_rows, plan in ((1000, 1, 800_000, "auto"), (9, 3, 120, "auto"), (9, 3, 120, "shuffle")):
+        store = market.write(tmp_path / f"{group}-{plan}", frames, files=files, group=group)
+        for name, time in market.TIMES.items():
+            rows = set_back(frames[name], time)
+            for i in range(files):
+                part = rows[len(rows) * i // files : len(rows) * (i + 1) // files].to_arrow()
+                pq.write_table(part, store / "sources" / name / f"part-{i}.parquet", row_group_size=group)
+        figures = run(store, "--block_rows", str(block_rows), "--plan", plan)
+        same(answers(store), answers(tmp_path / "ordered"))
+        assert figures["set_aside"] == sum(market.SET_ASIDE.values())
+
+
+HOURLY = """
+import polars as pl
+from schemas import FeatureView, Source, Trailing
+visits = Source("visits", time="asked", columns={"visit": pl.Int64, "shop": pl.Int64})
+view = FeatureView("hourly", visits, key="visit", features=[Trailing(visits, by="shop", over="1h", stats={"*": "count"})])
+"""
+
+
+def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> None:
+    """Each block would read nearly everything for an hour's rows: the plan is a shuffle, as nobody asked for it."""
+    random = np.random.default_rng(5)
+    rows = 3000
+    hours, more = random.integers(0, 60 * 24, rows), random.integers(0, 3_600_000_000, rows)
+    frame = pl.DataFrame({"visit": np.arange(rows), "shop": random.integers(0, 3, rows)}).with_columns(
+        asked=pl.lit(market.START, pl.Datetime("us", "UTC")) + pl.duration(hours=pl.Series(hours), microseconds=pl.Series(more))
+    )  # fmt: skip
+    found = {}
+    for name, ordered in (("sorted", frame.sort("asked")), ("shuffled", frame)):
+        path = market.define(tmp_path / name, HOURLY)
+        (path.parent / "sources" / "visits").mkdir(parents=True)
+        pq.write_table(ordered.to_arrow(), path.parent / "sources" / "visits" / "part-0.parquet", row_group_size=50)
+        view = load_definition(str(path)).view
+        now = (datetime.now(UTC) - EPOCH) // MICROSECOND
+        assert make_plan(view, str(path.parent / "sources"), None, None, now, 200).shuffled == (name == "shuffled")
+        assert (
+            main(["--definition", str(path), "--store", str(path.parent), "--block_rows", "200", "--no-statistics"])
+            == 0
+        )
+        found[name] = pl.read_delta(str(path.parent / "features" / "hourly" / view.fingerprint)).sort("visit")
+    same(found["shuffled"], found["sorted"])
+    hour = found["sorted"].join(frame, on="shop", suffix="_before").group_by("visit").agg(
+        ((pl.col("asked_before") < pl.col("asked")) & (pl.col("asked_before") >= pl.col("asked").dt.offset_by("-1h"))).sum().alias("count"), pl.col("visits_by_shop_count_1h").first()
+    )  # fmt: skip
+    assert (hour["count"] == hour["visits_by_shop_count_1h"]).all()
+    assert len(hour) == rows
 
 
 def test_an_interval_without_questions_is_refused_with_those_there_are(tmp_path: Path) -> None:
