@@ -14,8 +14,9 @@ from schemas.views import FeatureView
 from transforms.journal import Journal, Turn
 from transforms.micros import micros, packets_of
 from transforms.offsets import FirstThere
-from transforms.packets import head_of, pack
+from transforms.packets import head_of, pack, unpack
 from transforms.resume import resume, start_of
+from transforms.shards import Shard
 from transforms.state import (
     BAG,
     CELL,
@@ -33,16 +34,22 @@ from transforms.state import (
     save_cells,
     write_head,
 )
+from transforms.steps import AssembleStep
 
 
 class JournalStep(beam.DoFn):
-    """Packets → a packet per shard concerned, the turn's questions, its entry.  A turn per packet, at the packet's own time."""
+    """Packets → a packet per shard concerned, the turn's questions, its entry.  A turn per packet, at the packet's own time.
+
+    A single shard works here, and the turn's answers are sent on instead.
+    """
 
     def __init__(self, view: FeatureView, live: Live) -> None:
         self.view, self.live = view, live
 
     def setup(self) -> None:
         self.mirror = Mirror()
+        self.assembly = AssembleStep(self.view, self.live)
+        self.assembly.setup()
 
     def process(
         self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG),
@@ -60,7 +67,7 @@ class JournalStep(beam.DoFn):
             packet = held.early.pop(due)
             now = head_of(packet)["arrived"]
             held.inbox += micros(packet)
-            yield from self.sent(self.turn(held, now))
+            yield from self.sent(held, self.turn(held, now))
             due += 1
         told["due"] = due
         self.save(key, told, held, head, bag, cells, held.early.values())
@@ -72,7 +79,8 @@ class JournalStep(beam.DoFn):
                 journal.next_there = FirstThere(self.live.kafka, self.live.prefix)
             if "journal" in told:
                 journal.load(told["journal"])
-            held = HeldJournal(journal, [], {}, load_cells(journal.stores, cells))
+            held = HeldJournal(journal, Shard(self.view, 0, 1) if self.live.shards == 1 else None)
+            held.counts = load_cells(held.stores, cells)
             for packet in bag.read():
                 index = head_of(packet)["index"]
                 if index is None:
@@ -87,11 +95,17 @@ class JournalStep(beam.DoFn):
         admitted, held.inbox = held.journal.admit(held.inbox, now)
         return held.journal.turn(admitted, now)
 
-    def sent(self, turn: Turn) -> Iterator[pvalue.TaggedOutput]:
-        for number, packet in turn.shards.items():
-            yield pvalue.TaggedOutput("shards", (str(number).encode(), packet))
-        if turn.questions is not None:
-            yield pvalue.TaggedOutput("questions", (assembler(turn.number), turn.questions))
+    def sent(self, held: HeldJournal, turn: Turn) -> Iterator[pvalue.TaggedOutput]:
+        if held.shard is not None:
+            parts = [held.shard.apply(*unpack(packet)) for packet in turn.shards.values()]
+            if turn.questions is not None:
+                answers = self.assembly.answer(turn.questions, [part for part in parts if part is not None])
+                yield pvalue.TaggedOutput("answers", (ONE, answers))
+        else:
+            for number, packet in turn.shards.items():
+                yield pvalue.TaggedOutput("shards", (str(number).encode(), packet))
+            if turn.questions is not None:
+                yield pvalue.TaggedOutput("questions", (assembler(turn.number), turn.questions))
         yield pvalue.TaggedOutput("entries", (ONE, turn.entry))
         if turn.letters is not None:
             yield pvalue.TaggedOutput("letters", (ONE, turn.letters))
@@ -110,7 +124,7 @@ class JournalStep(beam.DoFn):
         bag.clear()
         for packet in left:
             bag.add(packet)
-        save_cells(held.journal.stores, cells, held.counts)
+        save_cells(held.stores, cells, held.counts)
         told["version"] += 1
         told["journal"] = held.journal.head()
         write_head(head, told)
@@ -121,19 +135,22 @@ WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
 
 
 class TimedJournalStep(JournalStep):
-    """As `JournalStep`, with at most one turn per `pace`, at the worker's time; the timer only wakes it up."""
+    """As `JournalStep`, at the worker's time: a turn as soon as something comes, if the one before began `pace` ago or longer;
+    else a timer wakes it up then."""
 
     def process(  # type: ignore[override]
         self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG), wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> None:  # fmt: skip
-        told = read_head(head)
-        bag.add(element[1])
-        now = now_us()
-        told["arrivals"] = told.get("arrivals", 0) + 1
-        at = now + self.live.pace
-        if not now - 5_000_000 < told.get("wake", 0) <= at:
-            told["wake"] = at
-            wake.set(at / 1e6)
+        c0: Any = StateParam(CELL[0]), c1: Any = StateParam(CELL[1]), c2: Any = StateParam(CELL[2]), c3: Any = StateParam(CELL[3]),
+        c4: Any = StateParam(CELL[4]), c5: Any = StateParam(CELL[5]), c6: Any = StateParam(CELL[6]), c7: Any = StateParam(CELL[7]),
+    ) -> Iterator[pvalue.TaggedOutput]:  # fmt: skip
+        key, packet = element
+        told, now = read_head(head), now_us()
+        due = told.get("turned", 0) + self.live.pace
+        bag.add(packet)
+        if "journal" in told and not now < due <= now + self.live.pace:
+            yield from self.taken(key, told, now, head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
+            return
+        self.arm(told, wake, max(now, due) if due <= now + self.live.pace else now + self.live.pace)
         write_head(head, told)
 
     @on_timer(WAKE)
@@ -142,28 +159,40 @@ class TimedJournalStep(JournalStep):
         c0: Any = StateParam(CELL[0]), c1: Any = StateParam(CELL[1]), c2: Any = StateParam(CELL[2]), c3: Any = StateParam(CELL[3]),
         c4: Any = StateParam(CELL[4]), c5: Any = StateParam(CELL[5]), c6: Any = StateParam(CELL[6]), c7: Any = StateParam(CELL[7]),
     ) -> Iterator[pvalue.TaggedOutput]:  # fmt: skip
-        cells = (c0, c1, c2, c3, c4, c5, c6, c7)
-        told, now = read_head(head), now_us()
+        told = read_head(head)
+        told["wake"] = 0
+        yield from self.taken(key, told, now_us(), head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
+
+    def arm(self, told: dict[str, Any], wake: Any, at: int) -> None:
+        """Wake up at `at`, unless that is to happen before."""
+        if not now_us() - 5_000_000 < told.get("wake", 0) <= at:
+            told["wake"] = at
+            wake.set(at / 1e6)
+
+    def taken(
+        self, key: bytes, told: dict[str, Any], now: int, head: Any, bag: Any, wake: Any, cells: Sequence[Any]
+    ) -> Iterator[pvalue.TaggedOutput]:
+        """Take in what has come, as a turn if there is anything to tell."""
         held = self.held(key, told, _Nothing(), cells)
         packets = list(bag.read())
         starts = [each for each in packets if head_of(each)["kind"] == "start"]
         if starts and "journal" not in told:
             for turn in resume(held.journal, self.live.store, start_of(head_of(starts[0])["start"]), now):
-                yield from self.sent(turn)
+                yield from self.sent(held, turn)
         elif "journal" not in told:  # what the tables say comes first
-            told["wake"] = now + self.live.pace
-            wake.set(told["wake"] / 1e6)
+            self.arm(told, wake, now + self.live.pace)
             write_head(head, told)
             return
         held.inbox = [each for packet in packets if packet not in starts for each in micros(packet)]
         admitted, waiting = held.journal.admit(held.inbox, now)
-        if admitted or held.journal.answerable(now):
-            yield from self.sent(held.journal.turn(admitted, now))
+        over = bool(starts) and held.journal.last  # a job that had ended, and was killed before it said so
+        if admitted or over or held.journal.answerable(now):
+            yield from self.sent(held, held.journal.turn(admitted, now))
         else:
             yield pvalue.TaggedOutput("entries", (ONE, pack({"kind": "tick", "turn": 0})))
         left = packets_of(waiting)
-        told["wake"] = now + (self.live.pace if left else 1_000_000)
-        wake.set(told["wake"] / 1e6)
+        told["turned"] = now
+        self.arm(told, wake, now + (self.live.pace if left else 1_000_000))
         self.save(key, told, held, head, bag, cells, left)
 
 

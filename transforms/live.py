@@ -49,15 +49,18 @@ class LiveFeatures(beam.PTransform):
     def expand(self, packets: beam.PCollection) -> dict[str, beam.PCollection]:
         view, live = self.view, self.live
         step = JournalStep if not live.pace else TimedJournalStep
+        inside = live.shards == 1  # the shard is in the journal's step
+        tags = ("answers",) if inside else ("shards", "questions")
         journal = (
             packets
             | "ToJournal" >> beam.Map(_keyed).with_output_types(Keyed)
-            | "Journal" >> _keyed_step(step(view, live), "shards", "questions", "entries", "letters")
+            | "Journal" >> _keyed_step(step(view, live), *tags, "entries", "letters")
         )
-        answers = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
-        asked = (_pairs(journal.questions), answers) | "Parts" >> beam.Flatten()
-        assembled = asked | "Assemble" >> _keyed_step(AssembleStep(view, live), "answers")
-        entries, answers = _pairs(journal.entries), _pairs(assembled.answers)
+        if not inside:
+            parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
+            asked = (_pairs(journal.questions), parts) | "Parts" >> beam.Flatten()
+            assembled = asked | "Assemble" >> _keyed_step(AssembleStep(view, live), "answers")
+        entries, answers = _pairs(journal.entries), _pairs(journal.answers if inside else assembled.answers)
         if self.sends is not None:
             entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.letters)
             answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)

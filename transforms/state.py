@@ -19,6 +19,7 @@ from transforms.journal import Journal
 from transforms.micros import Micro
 from transforms.packets import pack, unpack
 from transforms.panes import CELLS, Panes, cell_of, take_changes
+from transforms.shards import Shard
 from transforms.topics import Broker
 
 # The one key of what must be one.
@@ -36,7 +37,7 @@ class Live:
         store: where its tables lie.
         run_id: begins the names of its files.
         dimensions: folder of the dimensions.
-        shards: parallel shards of keys.
+        shards: parallel shards of keys; one works in the journal's own step, without a way through the runner.
         keep: how long after the spine's clock a late question is still answered.
         pace: least time between turns; 0 takes one per packet, at the packet's own time (replay).
         commit_every: least time between commits.
@@ -49,7 +50,7 @@ class Live:
     store: str
     run_id: str
     dimensions: str
-    shards: int = 2
+    shards: int = 1
     keep: int = 3_600_000_000
     pace: int = 200_000
     commit_every: int = 10_000_000
@@ -66,11 +67,9 @@ class Mirror:
         self._held: dict[bytes, tuple[int, Any]] = {}
 
     def get(self, key: bytes, version: int, build: Callable[[], Any]) -> Any:
-        known = self._held.get(key)
-        if known is None or known[0] != version:
-            known = (version, build())
-            self._held[key] = known
-        return known[1]
+        """The object, until it is `put` back: one that an error left half changed is not used again."""
+        known = self._held.pop(key, None)
+        return known[1] if known is not None and known[0] == version else build()
 
     def put(self, key: bytes, version: int, value: Any) -> None:
         self._held[key] = (version, value)
@@ -112,10 +111,19 @@ def write_head(head: Any, value: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(eq=False)
 class HeldJournal:
+    """The journal, what waits for it, and, where there is but one, the shard."""
+
     journal: Journal
-    inbox: list[Micro]
-    early: dict[int, bytes]
-    counts: list[int]
+    shard: Shard | None
+    inbox: list[Micro] = dataclasses.field(default_factory=list)
+    early: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    counts: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def stores(self) -> dict[str, Panes]:
+        """All that is kept in cells."""
+        shards = {} if self.shard is None else self.shard.stores
+        return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
 
 
 HEAD, BAG = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())

@@ -22,8 +22,12 @@ class Prism(Service):
 
     @property
     def options(self) -> list[str]:
-        """Beam's options to run there."""
-        return ["--runner=PortableRunner", f"--job_endpoint={self.endpoint}"]
+        """Beam's options to run there.
+
+        When a bundle is slow Prism 2.77 gives its later elements to another one while the first still runs, of one key too:
+        two bundles then write the state of that key, and what one wrote is gone.  Hence no splits.
+        """
+        return ["--runner=PortableRunner", f"--job_endpoint={self.endpoint}", "--experiments=prism_disable_sdf_split"]
 
     def command(self) -> list[str]:
         return [str(prism()), f"--job_port={self.port}", "--serve_http=false"]
