@@ -9,20 +9,16 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import apache_beam as beam
-import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
-from apache_beam.runners.runner import PipelineState
+from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import Run, execute, guard, recovered, write_json
+from beam_pipelines.reporting import Run, execute, guard
+from beam_pipelines.streaming import Reading, knock, read_status, run_until, until_told, write_status
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, StoreError
 from schemas.loading import Definition, load_definition
@@ -31,7 +27,7 @@ from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
 from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends
 from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
-from transforms.offsets import OVERHEAD, partitions_of, reach, size_limit
+from transforms.offsets import OVERHEAD, size_limit
 from transforms.packets import pack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
@@ -51,9 +47,6 @@ from transforms.topics import (
 )
 
 log = logging.getLogger("millrace.live")
-# Seconds between looks at the topics' partitions, and that a cancelled job may take to end.
-LOOK, ENDS_WITHIN = 5.0, 30.0
-ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +94,12 @@ def parse(argv: Sequence[str]) -> Options:
         choices=("table", "topic", "both"),
         help="where answers go (default: both with kafka, table with replay)",
     )
-    arguments.add_argument("--shards", type=int, default=2, help="parallel shards of keys (default 2)")
+    arguments.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="parallel shards of keys (default 1: nothing on its way through the runner)",
+    )
     for name, value, text in (
         ("pace", "200ms", "least time between turns"), ("commit_every", "10s", "least time between commits"),
         ("keep", "1h", "late questions are answered for this long"), ("dimension_every", "60s", "how often dimensions are looked at"),
@@ -194,10 +192,6 @@ def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
     return Sends(view, dataclasses.replace(broker, properties=properties), prefix, max(limit - OVERHEAD, 1))
 
 
-def write_status(commit: tuple[bytes, bytes], path: str) -> None:
-    write_json(path, json.loads(commit[1]))
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
     options = parse(argv)
@@ -219,18 +213,10 @@ def run_live(options: Options) -> None:
     """
     assert options.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
-    reach("The broker", "--bootstrap", options.broker.bootstrap)
-    if options.broker.expansion is not None:
-        reach("The expansion service", "--expansion_service", options.broker.expansion)
-    endpoint = pipeline_options.view_as(PortableOptions).job_endpoint
-    if endpoint and endpoint != "embed":
-        reach("The runner", "--job_endpoint", endpoint)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    knock(options.broker, pipeline_options)
+    with until_told():
         while _launch(options, pipeline_options):
             pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
@@ -243,95 +229,33 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
     _warn_of_loss(names, begin, start, live.prefix)
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
-    stand(
-        broker,
-        group,
-        {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names},
-    )
+    due = {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names}
+    stand(broker, group, due)
     pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, start, group)
-    result = pipeline.run()
-    log.info("running: turn %d, reading on from %s", start.turn, json.dumps(start.next))
-    had = {topic: len(partitions) for topic, partitions in begin.items()}
     status = os.path.join(options.folder, "status.json")
-    if not watch(result, status, start.turn, lambda: _grown(broker, had)):
-        if "topic" in options.sinks and _told_all(status, start.turn):  # so that who reads the answers ends too
-            tell_end(broker, topic_of(view, live.prefix))
-        return False
-    deadline = time.monotonic() + ENDS_WITHIN
-    while result.state not in ENDED and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return True
+    text = f"running: turn {start.turn}, reading on from {json.dumps(start.next)}"
 
-
-def _grown(broker: Broker, had: Mapping[str, int]) -> bool:
-    """Whether a topic has more partitions than it had."""
-    now = partitions_of(broker, list(had))
-    more = [topic for topic, count in now.items() if count > had[topic]]
-    for topic in more:
-        log.warning(
-            "%s has %d partitions now, %d before: starting again, with all of them", topic, now[topic], had[topic]
+    def over() -> bool:
+        """Whether all is told and committed, and nothing has come behind the last words."""
+        told = read_status(status)
+        if not told or not told["last"] or int(told["turn"]) <= start.turn:
+            return False
+        try:
+            ends = end_offsets(broker, topics)
+        except StoreError:  # asked again, once the broker is back
+            return False
+        return all(
+            told["next"][name].get(str(number)) == end
+            for name in names
+            for number, end in ends[f"{live.prefix}{name}"].items()
         )
-    return bool(more)
 
-
-def watch(result: Any, status: str, turn: int, grown: Callable[[], bool]) -> bool:
-    """Wait until the job ends, all is told, a signal comes, or, asked now and then, topics have `grown`; whether they have.
-
-    Raises:
-        MillraceError: the job failed.
-    """
-    again, looked = False, time.monotonic()
-    try:
-        while not again:
-            if result.state in ENDED:
-                if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
-                    failed(result)
-                return False
-            time.sleep(0.2)
-            if _told_all(status, turn):
-                break
-            if time.monotonic() - looked > LOOK:
-                again, looked = grown(), time.monotonic()
-        result.cancel()
-    except KeyboardInterrupt:
-        log.info("stopping: what is not committed will be read again")
-        result.cancel()
-    except grpc.RpcError as error:
-        raise gone(str(error.details() if isinstance(error, grpc.Call) else error)) from None  # as it was killed
-    return again
-
-
-def failed(result: Any) -> None:
-    """Raise what a failed job failed of."""
-    try:
-        result.wait_until_finish()
-    except Exception as error:
-        known = recovered(error)
-        if known is not error:
-            raise known from None
-        raise gone(str(error)) from None
-
-
-def gone(said: str) -> StoreError:
-    """The error of a job that its runner ended, or that ended with its runner, for a reason that is none of ours."""
-    reason = next((line.strip() for line in said.splitlines() if line.strip()), "no word")
-    fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
-    return StoreError("The runner keeps the job running", reason[:500], fix)
-
-
-def _told_all(status: str, turn: int) -> bool:
-    told = _status(status)
-    return bool(told) and bool(told["last"]) and int(told["turn"]) > turn
-
-
-def _status(path: str) -> dict[str, Any]:
-    """What the job's last commit said; empty before the first."""
-    try:
-        with open(path) as handle:
-            return dict(json.load(handle))
-    except (OSError, ValueError):
-        return {}
+    if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every)):
+        return True
+    if "topic" in options.sinks and over():  # so that who reads the answers ends too
+        tell_end(broker, topic_of(view, live.prefix))
+    return False
 
 
 def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], start: Start, prefix: str) -> None:
@@ -353,7 +277,7 @@ def summary(options: Options) -> dict[str, object]:
     view, live = options.definition.view, options.live
     table = open_table(options.table)
     tables = {name: open_table(source_uri(sources_root(live.store), name)) for name in sources_of(view)}
-    told = _status(os.path.join(options.folder, "status.json"))
+    told = read_status(os.path.join(options.folder, "status.json"))
     if not told:  # nothing came
         said = [last_told(table, app_of(view.name)), *(last_told(each, app_of(name)) for name, each in tables.items())]
         told = max(said, key=lambda each: each.get("turn", 0))

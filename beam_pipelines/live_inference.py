@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard
-from beam_pipelines.streaming import read_status, run_until, write_status
+from beam_pipelines.streaming import Reading, knock, read_status, run_until, until_told, write_status
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, MillraceError, StoreError
 from schemas.live import live_predictions
@@ -265,22 +264,38 @@ def main(argv: Sequence[str]) -> int:
     """Run the job until it ends: the end of a replay, of every partition of the topic, or a signal."""
     options = parse(argv)
     with Run("inference --streaming", options.run_id, options.folder) as run:
-        plan = make_plan(options)
         try:
             if options.replaying:
+                plan = make_plan(options)
                 pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
                 build(pipeline, options, plan)
                 execute(pipeline)
             else:
-                run_live(options, plan)
+                plan = run_live(options)
         finally:
             close_all()
         run.update(summary(options, plan))
     return 0
 
 
-def run_live(options: Options, plan: Plan) -> None:
-    """Place the consumers where the table ends, run, and cancel when the topic has ended or somebody says stop."""
+def run_live(options: Options) -> Plan:
+    """Place the consumers where the table ends, run, and cancel when the topic has ended or somebody says stop.
+
+    Returns:
+        The plan of the last launch; there is another when the topic has got more partitions.
+    """
+    assert options.broker is not None
+    pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
+    knock(options.broker, pipeline_options)
+    with until_told():
+        while True:
+            plan = make_plan(options)
+            if not _launch(options, plan, pipeline_options):
+                return plan
+
+
+def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> bool:
+    """One launch; whether there is to be another."""
     view, broker = options.definition.view, options.broker
     assert broker is not None
     topic = topic_of(view, options.prefix)
@@ -293,9 +308,9 @@ def run_live(options: Options, plan: Plan) -> None:
 
     if begin_at_end(plan) and at_end(plan.start):
         log.info("the topic had ended, and all of it is scored: nothing to do")
-        return
+        return False
     stand(broker, group, {topic: plan.next})
-    pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
+    pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, plan, group)
     first = int(plan.start.get("turn", 0))
 
@@ -303,7 +318,9 @@ def run_live(options: Options, plan: Plan) -> None:
         told = read_status(options.status)
         return bool(told.get("last")) and int(told["turn"]) > first and at_end(told)
 
-    run_until(pipeline, functools.partial(done), f"running: reading on from {json.dumps(plan.next)}")
+    text = f"running: reading on from {json.dumps(plan.next)}"
+    reading = Reading(broker, {topic: plan.next}, options.prefix, options.status, options.commit_every)
+    return run_until(pipeline, done, text, reading)
 
 
 def begin_at_end(plan: Plan) -> bool:

@@ -1,55 +1,199 @@
-"""Live jobs: run until they end, are told everything, or somebody says stop."""
+"""Live jobs: run until they end, are told everything, topics grow, or somebody says stop."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
+import grpc
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.runner import PipelineState
 
-from beam_pipelines.reporting import write_json
+from beam_pipelines.reporting import recovered, write_json
+from schemas.errors import StoreError
+from transforms.offsets import partitions_of, reach
+from transforms.topics import Broker, end_offsets
 
 log = logging.getLogger("millrace.live")
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
+# What of Beam's speaks in workers of a launcher whose runner has gone.
+WORKER = tuple(
+    logging.getLogger(f"apache_beam.runners.worker.{name}") for name in ("data_plane", "sdk_worker", "log_handler")
+)
+# Seconds between looks at the topics' partitions, and that a cancelled job may take to end.
+LOOK, ENDS_WITHIN = 5.0, 30.0
+# Seconds, beside three commits' time, without a commit while messages wait: then it is said.
+STILL = 60.0
 
 
-def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str) -> bool:
-    """Run the job and cancel it once `done()`, on SIGINT or SIGTERM; whether it was done.
+def knock(broker: Broker, options: PipelineOptions) -> None:
+    """See that all a live job stands on is there, before it is started.
+
+    Raises:
+        StoreError: nobody listens at the address of broker, expansion service or runner.
+    """
+    reach("The broker", "--bootstrap", broker.bootstrap)
+    if broker.expansion is not None:
+        reach("The expansion service", "--expansion_service", broker.expansion)
+    endpoint = options.view_as(PortableOptions).job_endpoint
+    if endpoint and endpoint != "embed":
+        reach("The runner", "--job_endpoint", endpoint)
+
+
+@contextlib.contextmanager
+def until_told() -> Iterator[None]:
+    """SIGTERM is heard as Ctrl-C, and Beam's threads that lose a runner leave it to the launcher to say so."""
+    _hush()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@functools.cache
+def _hush() -> None:
+    """For good: some of the threads outlive the job."""
+    hook = threading.excepthook
+
+    def quietly(died: threading.ExceptHookArgs) -> None:
+        if not isinstance(died.exc_value, grpc.RpcError):
+            hook(died)
+
+    threading.excepthook = quietly
+    for each in WORKER:
+        each.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], grpc.RpcError)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What a launched job reads.
+
+    Args:
+        broker: where the topics are.
+        begin: next offset per topic and partition.
+        prefix: before the topics' names.
+        status: file in which the job's commits say how far they are.
+        commit_every: least time between them, µs.
+    """
+
+    broker: Broker
+    begin: Mapping[str, Mapping[int, int]]
+    prefix: str
+    status: str
+    commit_every: int
+
+    def grown(self) -> bool:
+        """Whether a topic has more partitions than it had, which no reader would notice."""
+        now = partitions_of(self.broker, list(self.begin))
+        more = [topic for topic, count in now.items() if count > len(self.begin[topic])]
+        for topic in more:
+            log.warning(
+                "%s has %d partitions now, %d before: starting again, with all of them",
+                topic, now[topic], len(self.begin[topic]),
+            )  # fmt: skip
+        return bool(more)
+
+    def unread(self) -> int:
+        """Messages behind the last commit; 0 while the broker does not say."""
+        told = read_status(self.status).get("next", {})
+        try:
+            ends = end_offsets(self.broker, list(self.begin))
+        except StoreError:
+            return 0
+        return sum(
+            max(ends[topic].get(number, 0) - told.get(topic.removeprefix(self.prefix), {}).get(str(number), offset), 0)
+            for topic, partitions in self.begin.items()
+            for number, offset in partitions.items()
+        )
+
+
+def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, reading: Reading) -> bool:
+    """Run the job and cancel it once `done()`, on a signal, or as a topic has got more partitions, which no reader would notice.
 
     Args:
         pipeline: unbounded.
         done: whether all was told and is committed; asked five times a second.
         text: logged when it runs.
+        reading: what it reads.
+
+    Returns:
+        Whether it is to be started again, from its last commit, with all partitions.
+
+    Raises:
+        MillraceError: the job failed.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        result = pipeline.run()
-        log.info(text)
-        return watch(result, done)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    result = pipeline.run()
+    log.info(text)
+    if not _watch(result, done, reading):
+        return False
+    deadline = time.monotonic() + ENDS_WITHIN
+    while result.state not in ENDED and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return True
 
 
-def watch(result: Any, done: Callable[[], bool]) -> bool:
-    """Wait until the job ends, `done()`, or a signal comes; whether it was done."""
+def _watch(result: Any, done: Callable[[], bool], reading: Reading) -> bool:
+    """Wait until the job ends, it is `done`, a signal comes, or topics have grown; whether they have."""
+    again, looked = False, time.monotonic()
+    turn, since = None, looked
     try:
-        while result.state not in ENDED:
+        while not again:
+            if result.state in ENDED:
+                if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
+                    _failed(result)
+                return False
             time.sleep(0.2)
             if done():
-                result.cancel()
-                return True
-        if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
-            result.wait_until_finish()
-        return result.state == PipelineState.DONE
+                break
+            now = time.monotonic()
+            if now - looked <= LOOK:
+                continue
+            again, looked = reading.grown(), now
+            if (told := read_status(reading.status).get("turn")) != turn:
+                turn, since = told, now
+            still = now - since
+            if still > STILL + 3e-6 * reading.commit_every and (unread := reading.unread()):
+                log.warning(
+                    "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
+                    "and start it again; it goes on from its last commit", still, unread,
+                )  # fmt: skip
+                since = now
+        result.cancel()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")
-    result.cancel()
-    return False
+        with contextlib.suppress(grpc.RpcError):  # it was gone before
+            result.cancel()
+    except grpc.RpcError as error:
+        raise _gone(str(error.details() if isinstance(error, grpc.Call) else error)) from None  # as it was killed
+    return again
+
+
+def _failed(result: Any) -> None:
+    """Raise what a failed job failed of."""
+    try:
+        result.wait_until_finish()
+    except Exception as error:
+        known = recovered(error)
+        if known is not error:
+            raise known from None
+        raise _gone(str(error)) from None
+
+
+def _gone(said: str) -> StoreError:
+    """The error of a job that its runner ended, or that ended with its runner, for a reason that is none of ours."""
+    reason = next((line.strip() for line in said.splitlines() if line.strip()), "no word")
+    fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
+    return StoreError("The runner keeps the job running", reason[:500], fix)
 
 
 def write_status(commit: tuple[bytes, bytes], path: str) -> None:

@@ -21,6 +21,7 @@ from test_live_inference import ROWS, House, built, house, messages_of  # noqa: 
 
 from beam_pipelines import live_inference
 from beam_pipelines.reporting import guard
+from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child
 from schemas.loading import load_definition
 from transforms.messages import HEARTBEAT
@@ -141,8 +142,18 @@ def _await(child: Child, what: Callable[[], Any], within: float) -> None:
         time.sleep(0.02)
 
 
-def test_killed_at_any_moment_the_table_has_every_row_once(house: House, live: Live) -> None:
-    """Twelve times kill −9, from while it starts to while it commits; the alias moves meanwhile."""
+def test_killed_at_any_moment_the_table_has_every_row_once(house: House, live: Live, tmp_path: Path) -> None:
+    killed(house, live, tmp_path, 4, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills_of_the_inference_job(house: House, live: Live, tmp_path: Path) -> None:
+    killed(house, live, tmp_path, 30, random.randrange(10**6))
+
+
+def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> None:
+    """Kill −9 so many times, from while it starts to while it commits, a few times of Prism; the alias moves meanwhile."""
     prefix, sender, topic = topics(house, live)
     messages = [each for each in messages_of(house, 5, 4) if each.key != HEARTBEAT]
     stop = threading.Event()
@@ -150,21 +161,23 @@ def test_killed_at_any_moment_the_table_has_every_row_once(house: House, live: L
     def send() -> None:
         for message in messages:
             sender.send(topic, message.key or b"", message.value, partition=message.partition)
-            if stop.wait(0.1):
+            if stop.wait(times * 8 / len(messages)):
                 break
 
-    chance, thread = random.Random(11), threading.Thread(target=send)
+    chance, thread, prism = random.Random(seed), threading.Thread(target=send), Prism(folder)
+    prism.start()
     argv = [
         sys.executable,
         "-m",
         "beam_pipelines.inference",
         *flags(house, live, prefix, "killed"),
+        *prism.options,
         "--poll=200ms",
         "--commit_every=200ms",
     ]
     thread.start()
     try:
-        for number in range(12):
+        for number in range(times):
             child = Child(argv, house.store / "inference.log", cwd=ROOT)
             if number % 4:  # once it works, amid work
                 _await(child, lambda: "running: reading on" in child.output(), 60)  # noqa: B023
@@ -172,15 +185,22 @@ def test_killed_at_any_moment_the_table_has_every_row_once(house: House, live: L
             else:
                 time.sleep(chance.uniform(0, 8))
             house.registry.promote("orders", str(number % 3 + 1), "a test")
+            if number % 4 == 3:  # the cluster, and with it its workers
+                prism.kill()
+                prism.start()
+                assert child.wait(60) == 4, child.output()[-3000:]
+                assert "nothing is lost" in child.output()
+                assert "Traceback" not in child.output(), child.output()[-3000:]
             child.kill()
     finally:
         stop.set()
         thread.join()
+        prism.stop()
     for message in messages:  # all once more, as a features job that starts again may do
         sender.send(topic, message.key or b"", message.value, partition=message.partition)
     sender.acknowledged()
     tell_end(Broker(live.broker.bootstrap), topic)
-    with Child([*argv, "--commit_every=1s"], house.store / "inference.log", cwd=ROOT) as child:
+    with Child([*argv, *live.prism.options, "--commit_every=1s"], house.store / "inference.log", cwd=ROOT) as child:
         assert child.wait(90) == 0, child.output()[-3000:]
     found = house.predictions
     assert found["row_id"].n_unique() == len(found) == ROWS

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from deploy.streaming.processes import HOST, Service, listening
 from deploy.streaming.toolchain import java
@@ -113,6 +113,14 @@ class Broker(Service):
         for created in admin.create_topics(wanted, operation_timeout=30, request_timeout=30).values():
             created.result()
         while not all(self._led(admin, topic, partitions) for topic in topics):
+            time.sleep(0.05)
+
+    def grow(self, topic: str, partitions: int) -> None:
+        """Give a topic more partitions, so many in all."""
+        admin = self.admin()
+        for done in admin.create_partitions([NewPartitions(topic, partitions)], operation_timeout=30).values():
+            done.result()
+        while not self._led(admin, topic, partitions):
             time.sleep(0.05)
 
     @staticmethod
