@@ -154,11 +154,15 @@ def computed(
                     sent[each[0]].append(each[1])
         gather = trailing.ComputeGathered(view, chosen, chosen.blocks, str(store))
         gather.setup()
+        gather.start_bundle()
         outputs += [each for block in sent.items() for each in gather.process(block, carried)]
+        outputs += gather.ahead()
     else:
         one = trailing.ComputeBlock(view, chosen, len(chosen.blocks), str(store))
         one.setup()
+        one.start_bundle()
         outputs += [each for block in chosen.blocks for each in one.process(block, carried)]
+        outputs += one.ahead()
     tagged = defaultdict(list)
     for each in outputs:
         tagged[each.tag if isinstance(each, pvalue.TaggedOutput) else "features"].append(getattr(each, "value", each))

@@ -19,7 +19,7 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.lifetime import Carried, Summary, summary_name
 from transforms.sorting import Sorting, codes
-from transforms.windows import Bools, Column, Ints, lazy, statistic
+from transforms.windows import Bools, Column, Ints, Once, lazy, statistic
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
@@ -93,9 +93,15 @@ def gathered(
             latest(feature, history) if isinstance(feature, Latest) else [_statistic(history, each) for each in wanted]
         )
 
-    histories = zip(groups.values(), CORES.map(history_of, groups.values()), strict=True)
-    tasks = [(feature, history, part) for group, history in histories for feature in group for part in _parts(feature)]
-    return [series for part in CORES.map(work, tasks) for series in part]
+    # A history's statistics begin as soon as it is there, beside those that are still being sorted.
+    histories = [(group, CORES.submit(history_of, group)) for group in groups.values()]
+    tasks = [
+        CORES.submit(work, (feature, history.result(), part))
+        for group, history in histories
+        for feature in group
+        for part in _parts(feature)
+    ]
+    return [series for task in tasks for series in task.result()]
 
 
 def _parts(feature: Reading) -> list[list[Statistic]]:
@@ -234,7 +240,7 @@ class History:
         self.sorting = Sorting(positions, right, self.moments, left)
         self.events = events
         self.known = None if source.event_time is None else known
-        self._columns: dict[tuple[str, bool], Column] = {}
+        self._columns = Once()
         self.until, self.carried, self.summed = None, None, None if summary is None else summary.length
         if summary is not None:
             mine, theirs = codes(spine, summary.frame, keys)
@@ -292,10 +298,12 @@ class History:
 
     def column(self, name: str, rows: Ints) -> Column:
         """Values of a column in the order of `rows`."""
-        cacheable = self.known is None
-        key = (name, rows is self.rows)
-        if cacheable and key in self._columns:
-            return self._columns[key]
+        if self.known is not None:  # rows are a few windows' own
+            return self._column(name, rows)
+        made: Column = self._columns.get((name, rows is self.rows), lambda: self._column(name, rows))
+        return made
+
+    def _column(self, name: str, rows: Ints) -> Column:
         series = self.events[name].gather(pl.Series(rows))
         if series.dtype == pl.String:
             series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
@@ -304,10 +312,7 @@ class History:
         if series.dtype.is_float():
             series = series.fill_nan(None)
         valid = series.is_not_null().to_numpy() if series.null_count() else None
-        result = Column(series.fill_null(0).to_numpy(), valid)
-        if cacheable:
-            self._columns[key] = result
-        return result
+        return Column(series.fill_null(0).to_numpy(), valid)
 
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[npt.NDArray[Any], Bools]]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from transforms.windows import Ints
+from transforms.windows import Ints, Once
+
+# Places looked up one by one up to here: below, a pass over all keys costs more.
+MANY = 20_000
 
 
 class Sorting:
@@ -23,15 +27,18 @@ class Sorting:
         if groups * self.span >= 2**62:
             self.unique = np.unique(positions)
             self.span = len(self.unique) + 1
-        keys = codes * self.span + self._place(positions)
-        self.order = pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
-        self.sorted_keys = keys[self.order]
-        spine_keys = spine_codes * self.span + self._place(moments)
-        self.spine_order = pl.Series(spine_keys).arg_sort().to_numpy().astype(np.int64)
+        self.order, self.sorted_keys = self._sorted(codes, positions)
+        self.spine_order, _ = self._sorted(spine_codes, moments)
         self.sorted_codes = spine_codes[self.spine_order]
         self.sorted_moments = moments[self.spine_order]
         self.ends = self._search(self.sorted_moments)
-        self._starts: dict[int | None, Ints] = {}
+        self._starts = Once()
+
+    def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
+        """(Rows by code and time, their keys in that order.)"""
+        keys = codes * self.span + self._place(times)
+        order = by_code(codes) if rising(times) else pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
+        return order, keys[order]
 
     def _place(self, times: Ints) -> Ints:
         """Times as numbers in `[0, span)`; times before the first event are 0."""
@@ -41,21 +48,51 @@ class Sorting:
 
     def _search(self, times: Ints) -> Ints:
         """Place of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
-        found = np.searchsorted(self.sorted_keys, self.sorted_codes * self.span + self._place(times), "left")
-        return np.where(self.sorted_codes < 0, 0, found).astype(np.int64)
+        wanted = self.sorted_codes * self.span + self._place(times)
+        found = places(self.sorted_keys, wanted)
+        return np.where(self.sorted_codes < 0, 0, found)
 
     def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
         """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
-        if length not in self._starts:
+
+        def search() -> Ints:
             far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
-            self._starts[length] = self._search(far if length is None else self.sorted_moments - length)
-        return self._starts[length], self.ends
+            return self._search(far if length is None else self.sorted_moments - length)
+
+        return self._starts.get(length, search), self.ends
 
     def ties(self) -> Ints:
         """Places that share key and moment with a neighbour."""
         same = self.sorted_keys[1:] == self.sorted_keys[:-1]
         edge = np.zeros(1, np.bool_)
         return np.flatnonzero(np.concatenate([edge, same]) | np.concatenate([same, edge]))
+
+
+def rising(times: Ints) -> bool:
+    """Whether no time is before the one above it."""
+    return bool((times[1:] >= times[:-1]).all())
+
+
+def by_code(codes: Ints) -> Ints:
+    """Rows in the order of small codes (−1 first), equal ones as they were: numpy sorts 16 bits by radix."""
+    least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
+    order: Ints | None = None
+    for shift in range(0, max((most - least).bit_length(), 1), 16):
+        digit = (codes - least >> shift).astype(np.uint16)
+        then = np.argsort(digit if order is None else digit[order], kind="stable")
+        order = then if order is None else order[then]
+    assert order is not None
+    return order
+
+
+def places(keys: Ints, wanted: Ints) -> Ints:
+    """The first place in sorted `keys` that is not less than each of the sorted `wanted`: many in one pass over both."""
+    if len(wanted) < MANY:
+        return np.searchsorted(keys, wanted, "left")
+    left = pl.DataFrame({"key": pl.Series(wanted).set_sorted()})
+    right = pl.DataFrame({"key": pl.Series(keys).set_sorted(), "place": np.arange(len(keys))})
+    found = left.join_asof(right, on="key", strategy="forward", check_sortedness=False)["place"]
+    return found.fill_null(len(keys)).to_numpy()
 
 
 def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
@@ -79,10 +116,10 @@ def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:
         right, left = (side.to_physical() for side in pair)
     else:
         left, right = left.to_physical().cast(pl.Int64), right.to_physical().cast(pl.Int64)
-        lows = [low for low in (left.min(), right.min()) if low is not None]
-        highs = [high for high in (left.max(), right.max()) if high is not None]
-        if lows and max(highs) - min(lows) < 2**40:  # type: ignore[type-var, operator]
-            left, right = left - min(lows), right - min(lows)  # type: ignore[type-var]
+        lows: list[Any] = [low for low in (left.min(), right.min()) if low is not None]
+        highs: list[Any] = [high for high in (left.max(), right.max()) if high is not None]
+        if lows and max(highs) - min(lows) < 2**40:
+            left, right = left - min(lows), right - min(lows)
         else:
             levels = right.drop_nulls().unique().sort()
             left, right = (_positions(levels, side) for side in (left, right))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import pyarrow as pa
 from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
+from transforms.ahead import Ahead
 from transforms.batches import batch, frame
 from transforms.carrying import load_summaries, stream_summaries
 from transforms.evolution import Copies, compute_with
@@ -88,18 +90,19 @@ def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PColle
     return features, letters, outputs.tallies
 
 
-class ComputeBlock(beam.DoFn):
+class ComputeBlock(Ahead):
     """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
 
     def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "", copies: Copies | None = None) -> None:
         self.view, self.plan, self.blocks, self.uri, self.copies = view, plan, blocks, uri, copies
 
     def setup(self) -> None:
+        super().setup()
         held = [name for name in self.plan.dimensions if name not in self.plan.routed]
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
 
     def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        yield from self.computed(block, carried)
+        yield from self.ahead(lambda: self.computed(block, carried))
 
     def computed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         """What the block gives."""
@@ -158,20 +161,30 @@ class ComputeGathered(ComputeBlock):
         block = self.by_index[element[0]]
         parts: dict[str, list[pl.DataFrame]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
-            with set_down(self.view, self.plan, block) as events:
-                for name, rows in element[1]:
-                    if name == SPINE:
-                        parts[SPINE].append(frame(rows))
-                    else:
-                        events.add(name, gathered_read(self.plan, name, [frame(rows)]))
-                yield from self.keyed_answers(block, self._spine(block, parts[SPINE]), events, carried)
+            yield from self.ahead()  # what is too large for memory is set down as it arrives, and alone
+            yield from self._spilled(block, element[1], carried)
             return
         for name, rows in element[1]:
             parts[name].append(frame(rows))
+        yield from self.ahead(functools.partial(self._held, block, parts, carried))
+
+    def _held(self, block: Block, parts: dict[str, list[pl.DataFrame]], carried: Carried | None) -> Iterator[Any]:
         spine = self._spine(block, parts.pop(SPINE))
         reads = {name: gathered_read(self.plan, name, each) for name, each in parts.items()}
         settled = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
         yield from self.answers(block, spine, settled, carried)
+
+    def _spilled(
+        self, block: Block, rows_of: Iterable[tuple[str, pa.RecordBatch]], carried: Carried | None
+    ) -> Iterator[Any]:
+        spine: list[pl.DataFrame] = []
+        with set_down(self.view, self.plan, block) as events:
+            for name, rows in rows_of:
+                if name == SPINE:
+                    spine.append(frame(rows))
+                else:
+                    events.add(name, gathered_read(self.plan, name, [frame(rows)]))
+            yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
 
     def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> Input:
         return settle_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))

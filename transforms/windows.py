@@ -14,6 +14,7 @@ Shapes: `values` has n elements, `lo` and `hi` (int64) one per window, a window 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -32,9 +33,24 @@ DIGIT = 32
 _LOWEST, _HIGHEST = -1088, 992
 
 
+class Once:
+    """Values made when first asked for: by one thread, while others that want the same one wait."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+        self._locks: dict[Any, threading.Lock] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            with self._locks.setdefault(key, threading.Lock()):
+                if key not in self._made:
+                    self._made[key] = make()
+        return self._made[key]
+
+
 class lazy:
-    """A value made when first asked for.  Unlike `functools.cached_property` (before 3.12) it takes no lock, which would make
-    threads that work on different columns wait for each other; two that ask at once both make it."""
+    """A value made when first asked for.  Unlike `functools.cached_property` (before 3.12) each has a lock of its own, so that
+    threads that work on different columns do not wait for each other."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.name = make, make.__name__
@@ -43,7 +59,8 @@ class lazy:
     def __get__(self, owner: Any, kind: type | None = None) -> Any:
         if owner is None:
             return self
-        value = owner.__dict__[self.name] = self.make(owner)
+        once = owner.__dict__.setdefault("_once", Once())
+        value = owner.__dict__[self.name] = once.get(self.name, lambda: self.make(owner))
         return value
 
 
