@@ -426,7 +426,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         "rows_waiting": sum(each["waiting"] for each in splits), "rows_without_label": sum(each["dropped"] for each in splits),
         **{name: each["entered"] for name, each in report["splits"].items()},
         "rounds": report["rounds"], **shown, "gates_held": sum(each["holds"] for each in report["gates"]), "gates": len(report["gates"]),
-        "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], "trials": report["trials"],
+        "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], **({"not_champion": report["kept"]} if report.get("kept") else {}), "trials": report["trials"],
         "warnings": report["data"]["warnings"], "drift_max": max(report["data"]["drift"].values(), default=None), "report": report["report"],
     }  # fmt: skip
 

@@ -138,21 +138,24 @@ def test_a_category_seen_only_in_test_is_scored_as_unknown_and_named(store: Path
     assert (fitted.apply(batch)[:, fitted.names.index("shop=*")] == 1).all()
 
 
-def test_a_text_that_tells_the_label_is_named(store: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "told_so"), [(0, "gives the label away: each of its 2 values"), (20, "all but gives the label away: 9")]
+)
+def test_a_text_that_tells_the_label_is_named(store: Path, wrong: int, told_so: str) -> None:
     derived = 'Derived(age=pl.col("age"), '
     text = shop.DEFINITION.replace(derived, derived + 'told=pl.col("told"), ')
     text = text.replace('"age": pl.Float32}', '"age": pl.Float32, "told": pl.String}')
     text = text.replace('encode={"shop"', 'encode={"told": encoders.Ordinal(), "shop"')
     (store / "definition.py").write_text(text)
     visits, sales = (store / f"sources/{name}/part.parquet" for name in ("visits", "sales"))
-    bought = pl.read_parquet(sales)["visit"].to_list()
+    bought = pl.read_parquet(sales)["visit"].to_list()[wrong:]
     told = pl.when(pl.col("visit").is_in(bought)).then(pl.lit("1")).otherwise(pl.lit("0"))
     pl.read_parquet(visits).with_columns(told=told).write_parquet(visits)
     words = ["--definition", str(store / "definition.py"), "--store", str(store)]
     assert features.main([*words, "--allow_anomalies"]) == 0
     assert training.main(flags(store, "text")) == 0
     (warning,) = account(store, "text")["data"]["warnings"]
-    assert warning.startswith("Input 'told' gives the label away")
+    assert warning.startswith(f"Input 'told' {told_so}")
 
 
 def test_three_classes_go_through_the_whole_pipeline(store: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ log = logging.getLogger("millrace.training")
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
 # An input of at most so many values, each of which goes with one label in so many rows on average, gives the answer away.
 FEW, ROWS = 20, 5
+# So does one that leaves less than this of the label's variance within its values.
+MOST = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,37 +113,55 @@ def _dull(statistics: Any) -> Iterable[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Level:
+    """The labels that go with one value of an input: least, greatest, number, sum and sum of squares."""
+
+    least: float
+    most: float
+    rows: int
+    sum: float
+    squares: float
+
+    def __add__(self, other: Level) -> Level:
+        return Level(
+            min(self.least, other.least), max(self.most, other.most), self.rows + other.rows, self.sum + other.sum, self.squares + other.squares
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Suspect:
     """What is known of an input beside the label.
 
     Args:
         rows: with a value.
         equal: of them, those whose value is the label.
-        levels: value → (least label, greatest label, rows); None once there are more than `FEW`.
+        levels: by value; None once there are more than `FEW`.
     """
 
     rows: int
     equal: int
-    levels: Mapping[str, tuple[float, float, int]] | None
+    levels: Mapping[str, Level] | None
 
     @classmethod
     def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
         strings = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         values = None if strings or pa.types.is_temporal(column.type) else numbers(column)
-        rows = pl.DataFrame({"x": pl.from_arrow(texts(column)), "y": label}).drop_nulls()
+        rows = pl.DataFrame({"x": pl.from_arrow(texts(column)), "y": label.cast(pl.Float64)}).drop_nulls()
         equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
         if rows["x"].n_unique() > FEW:
             return cls(len(rows), equal, None)
-        groups = rows.group_by("x").agg(least=pl.col("y").min(), most=pl.col("y").max(), n=pl.len())
-        return cls(len(rows), equal, {x: (least, most, n) for x, least, most, n in groups.iter_rows()})
+        y = pl.col("y")
+        groups = rows.group_by("x").agg(
+            y.min(), y.max().alias("most"), pl.len(), y.sum().alias("sum"), (y * y).sum().alias("squares")
+        )
+        return cls(len(rows), equal, {x: Level(*told) for x, *told in groups.iter_rows()})
 
     def __add__(self, other: Suspect) -> Suspect:
-        levels: dict[str, tuple[float, float, int]] | None = None
+        levels: dict[str, Level] | None = None
         if self.levels is not None and other.levels is not None:
             levels = dict(self.levels)
-            for value, (least, most, rows) in other.levels.items():
-                known = levels.get(value, (least, most, 0))
-                levels[value] = min(known[0], least), max(known[1], most), known[2] + rows
+            for value, level in other.levels.items():
+                levels[value] = levels[value] + level if value in levels else level
         few = levels if levels is not None and len(levels) <= FEW else None
         return Suspect(self.rows + other.rows, self.equal + other.equal, few)
 
@@ -149,10 +170,21 @@ class Suspect:
         if self.rows and self.equal == self.rows and (self.levels is None or len(self.levels) > 1):
             return f"Input {name!r} equals the label in all {self.rows} training examples. {fix}"
         if self.levels and self.rows >= ROWS * len(self.levels):
-            labels = {least for least, _, _ in self.levels.values()}
-            if len(labels) > 1 and all(least == most for least, most, _ in self.levels.values()):
+            labels = {each.least for each in self.levels.values()}
+            if len(labels) > 1 and all(each.least == each.most for each in self.levels.values()):
                 return f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. {fix}"
+            if (told := self.told) > MOST:
+                return f"Input {name!r} all but gives the label away: {told:.0%} of the label's variance lies between its {len(self.levels)} values. {fix}"
         return None
+
+    @property
+    def told(self) -> float:
+        """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
+        levels = (self.levels or {}).values()
+        rows, mean = sum(each.rows for each in levels), math.fsum(each.sum for each in levels) / max(self.rows, 1)
+        whole = math.fsum(each.squares for each in levels) - rows * mean * mean
+        between = math.fsum(each.rows * (each.sum / each.rows - mean) ** 2 for each in levels)
+        return between / whole if whole > 0 else 0.0
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints

@@ -360,7 +360,7 @@ def _mlflow() -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last tells of every attempt at a server
         logging.getLogger(name).setLevel(logging.ERROR)
     return mlflow
 
