@@ -159,6 +159,7 @@ def progress() -> None:
             "apache_beam.runners.common",
             "apache_beam.runners.worker.sdk_worker",
             "apache_beam.runners.portability.fn_api_runner.fn_runner",
+            "root",  # which says what a portable runner says
         ):
             logging.getLogger(name).addFilter(lambda record: not _traceback_of_mistake(record))
 
@@ -220,8 +221,8 @@ def recovered(error: BaseException) -> BaseException:
 
 def _traceback_of_mistake(record: logging.LogRecord) -> bool:
     """Whether Beam is about to print where in our code a user's mistake was noticed."""
-    return bool(record.exc_info and isinstance(record.exc_info[1], MillraceError)) or "schemas.errors." in str(
-        record.msg
+    return bool(record.exc_info and isinstance(record.exc_info[1], MillraceError)) or (
+        "schemas.errors." in record.getMessage()
     )
 
 

@@ -17,6 +17,7 @@ import apache_beam as beam
 import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.runner import PipelineState
+from apache_beam.runners.worker import sdk_worker
 
 from beam_pipelines.reporting import recovered, write_json
 from schemas.errors import StoreError
@@ -70,6 +71,7 @@ def _hush() -> None:
             hook(died)
 
     threading.excepthook = quietly
+    sdk_worker.print = lambda *_, **__: None  # of a traceback that is logged as well
     for each in WORKER:
         each.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], grpc.RpcError)))
 
