@@ -153,6 +153,7 @@ def test_the_page_is_whole_safe_and_needs_nothing_else(store: Path, run: str) ->
     page = Page(raw)
     assert len(raw) < 500_000
     assert HOSTILE in page.text
+    assert "None" not in page.text.split("The definition")[0]
     assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {name for name, _ in page.tags}
     for _, attributes in page.tags:
         assert not any(key.startswith("on") for key in attributes)

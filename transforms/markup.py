@@ -35,7 +35,7 @@ def tag(name: str, *content: object, **attributes: object) -> Markup:
 
 
 def join(parts: Iterable[object], by: str = "") -> Markup:
-    return Markup(text(by).join(text(each) for each in parts))
+    return Markup(text(by).join(text(each) for each in parts if each is not None))
 
 
 def shown(value: float, digits: int = 4) -> str:
@@ -82,6 +82,16 @@ def given(value: float | int | None) -> Markup:
 def named(value: object) -> Markup:
     """A name that may break after its underscores."""
     return Markup(f'<span class="name">{text(value).replace("_", "_<wbr>")}</span>')
+
+
+def category(value: object) -> str:
+    """A value of a column, in words where it has none to show.
+
+    >>> category(None), category(""), category(" "), category("a")
+    ('null', '(empty)', "' '", 'a')
+    """
+    words = "null" if value is None else str(value)
+    return words if words.strip() else repr(words) if words else "(empty)"
 
 
 def percent(value: float | None, digits: int = 1) -> Markup:

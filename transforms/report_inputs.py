@@ -10,7 +10,7 @@ import numpy as np
 
 from transforms import charts
 from transforms.charts import Axis, medians
-from transforms.markup import Markup, details, figure, join, named, note, number, section, table, tag
+from transforms.markup import Markup, category, details, figure, join, named, note, number, section, table, tag
 
 Content = Mapping[str, Any]
 # Inputs with a picture each, the categories of one, and points of a scatter or swarm.
@@ -67,9 +67,9 @@ def summary(known: Content, points: Sequence[Content]) -> Markup:
 
 
 def _kinds(values: Sequence[Any]) -> Any:
-    """Fifths of numbers by rank, −1 for what has none."""
+    """Fifths of numbers by rank, −1 for what has none, as categories."""
     if any(isinstance(value, str) for value in values):
-        return None
+        return np.full(len(values), -1)
     numbers = np.array([math.nan if value is None else float(value) for value in values])
     known = np.isfinite(numbers)
     ordered = np.sort(numbers[known])
@@ -122,7 +122,7 @@ def _by_category(values: Sequence[Any], moved: Any, unit: str) -> Markup:
         mine = moved[np.array([each == name for each in names])]
         found.append((float(mine.mean()), name, mine))
     rows = [
-        [named(name), charts.strip(x, charts.upright(x, 0.0, "zero"), charts.swarm(x, mine[:200]), height=22), number(mean, 3, signed=True)]
+        [named(category(name)), charts.strip(x, charts.upright(x, 0.0, "zero"), charts.swarm(x, mine[:200]), height=22), number(mean, 3, signed=True)]
         for mean, name, mine in sorted(found, key=lambda each: (-each[0], each[1]))
     ]  # fmt: skip
     return table(["Category", charts.scale(x), "Mean"], rows, "Contribution by category", (2,))

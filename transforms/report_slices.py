@@ -8,7 +8,21 @@ from typing import Any
 from transforms import charts
 from transforms.charts import Axis
 from transforms.gates import RATES
-from transforms.markup import Markup, chip, details, estimate, join, named, note, number, percent, section, table, tag
+from transforms.markup import (
+    Markup,
+    category,
+    chip,
+    details,
+    estimate,
+    join,
+    named,
+    note,
+    number,
+    percent,
+    section,
+    table,
+    tag,
+)
 from transforms.report_data import words
 
 Content = Mapping[str, Any]
@@ -56,7 +70,7 @@ def forest(content: Content, members: Sequence[Content], metric: str) -> Markup:
         marks = [charts.stripe(x, span[0], span[1], "whole")] if span else []
         marks += [charts.upright(x, whole, "whole")] if whole is not None else []
         value, mine = each["metrics"][metric], each["intervals"].get(metric)
-        shown_ = ", ".join("null" if value is None else str(value) for value in each["by"].values())
+        shown_ = ", ".join(category(value) for value in each["by"].values())
         cells: list[object] = [
             join([named(shown_), " ", chip("fails", "fail") if failed else ""]), charts.strip(x, *marks, charts.whisker(x, value, mine, kind)),
             number(each["rows"]), estimate(value, mine),
@@ -91,7 +105,7 @@ def groups(content: Content) -> Markup | None:
         x = Axis.share()
         rows = [
             [
-                named("null" if each["value"] is None else each["value"]),
+                named(category(each["value"])),
                 charts.strip(x, *(charts.dots(x, charts.ROW, [each[rate]], [0.5], f"big g{i}", [word]) for i, (rate, word) in enumerate(rates[:3]) if each.get(rate) is not None)),
                 number(each["rows"]), *(percent(each.get(rate)) for rate, _ in rates),
             ]

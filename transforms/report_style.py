@@ -100,7 +100,7 @@ footer{max-width:1080px;margin:0 auto;padding:.5rem 1.5rem 2.5rem;color:var(--mu
 @media (max-width:640px){
 main{padding:1.25rem .75rem .5rem}section{padding:1.1rem .9rem;border-radius:12px}footer{padding-inline:.9rem}
 table{font-size:.82rem}th,td{padding-right:.55rem}.ci{display:block}
-.tile dd{font-size:1.15rem}.tiles{grid-template-columns:1fr 1fr}
+.span{font-size:.58rem}.tile dd{font-size:1.15rem}.tiles{grid-template-columns:1fr 1fr}
 td>code{display:inline-block;min-width:10rem}
 td:has(.strip),th:has(.sl){width:36%;padding-right:.8rem}.strip{min-width:6.5rem}
 }

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         figures[name] = _run(name, store, f"{name}-{stamp}-{os.getpid()}", beam_args)
     summary = {
         "auc": figures["training"]["auc"],
+        "report": figures["training"]["report"],
         "seconds": {name: figures[name]["seconds"] for name in figures},
         "feature_rows": figures["features"]["table_rows"],
         "prediction_rows": figures["inference"]["rows_out"],
