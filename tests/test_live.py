@@ -280,3 +280,33 @@ def test_a_key_derived_from_the_spine_is_routed() -> None:
     )
     (group,) = groups_of(derived)
     assert group.asked == ("near",)
+
+
+def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: Path) -> None:
+    reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
+    minute = FeatureView("m", questions, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
+    job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, keep=10_000_000)
+    held = []
+    for number in range(100):  # ten rows a second for a thousand seconds, a question in each
+        seconds = range(10 * number, 10 * number + 10)
+        rows = {"at": [histories.at(second, 1000 * i) for second in seconds for i in range(10)]}
+        told = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
+        asked = [
+            {**dict.fromkeys(questions.schema), "id": second, "t": histories.at(second), "k": "a"} for second in seconds
+        ]
+        spine = pl.DataFrame(asked, schema=questions.schema, orient="row")
+        job.take(
+            [
+                Message(name, 0, number, 2**51, None, to_arrow(each))
+                for name, each in (("reads", told), ("questions", spine))
+            ]
+        )
+        if number % 5 == 4:
+            state = job.commit()["state"]
+            held.append((state["shards"]["rows"], state["journal"]["rows"]))
+            assert state["shards"]["bytes"] > 16 * state["shards"]["rows"]
+    shards, journal = (max(each) for each in zip(*held, strict=True))
+    # A minute of windows, one of a pane, keep, lateness of both sources and what came at once.
+    assert 600 <= shards <= 10 * (60 + 60 + 10 + 5 + 1 + 10)
+    assert max(held[:10])[0] == shards
+    assert journal <= 2 * (60 + 10 + 5 + 1 + 10 + 10)

@@ -22,7 +22,7 @@ from transforms.ids import row_ids
 from transforms.messages import LETTERS, ORIGIN
 from transforms.micros import PLACE, Micro, NextThere, digest, in_order, known_columns, letter, nothing_there, rid
 from transforms.packets import Frames, pack
-from transforms.panes import CELLS, Panes, key_hashes
+from transforms.panes import CELLS, Panes, key_hashes, size_of
 from transforms.shards import MINUTE, RID, groups_of, route_events, route_questions, with_keys
 
 PENDING, ASKED = "?pending", "?asked"
@@ -342,6 +342,7 @@ class Journal:
         entry = pack({
             "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(letters), "next": self.head()["next"], "clock": self.clock.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
+            "state": size_of(self.stores),
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
         return Turn(
             self.turn_number, shards, questions, entry, pack({}, {"letters": letters}) if len(letters) else None

@@ -199,6 +199,7 @@ class Ledger:
         self.committed = 0
         self._ids = UnknownIds()
         self.rows = {"events": 0, "answered": 0, "letters": 0}
+        self.shards = {"rows": 0, "bytes": 0}  # that answered last hold
 
     def take(self, packet: bytes) -> None:
         head = head_of(packet)
@@ -222,7 +223,9 @@ class Ledger:
             for name, frame in frames.items():
                 rows.setdefault(name, []).append(frame)
             if number in self.answers:
-                rows.setdefault("answers", []).append(unpack(self.answers[number])[1]["rows"])
+                answer, frames = unpack(self.answers[number])
+                rows.setdefault("answers", []).append(frames["rows"])
+                self.shards = answer["state"]
         told = {
             name: head[name]
             for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")
@@ -241,7 +244,7 @@ class Ledger:
             del self.entries[number]
             self.answers.pop(number, None)
         self.committed = turns[-1]
-        return told
+        return {**told, "state": {"journal": head["state"], "shards": self.shards}}
 
     def _letters(self, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
         arrived = _time("arrived")

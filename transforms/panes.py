@@ -6,6 +6,7 @@ index per key that is built when first asked for, so that neither appending nor 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,15 @@ class Part:
     def __init__(self, frame: pl.DataFrame, low: int) -> None:
         self.frame, self.low = frame, low
         self._index: dict[tuple[str, ...], tuple[UInt64s, Ints]] = {}
+
+    @functools.cached_property
+    def _frame_bytes(self) -> int:
+        return int(self.frame.estimated_size())
+
+    @property
+    def bytes(self) -> int:
+        """Of its rows and its indexes."""
+        return self._frame_bytes + sum(hashes.nbytes + rows.nbytes for hashes, rows in self._index.values())
 
     def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
         """(sorted hashes, their rows)."""
@@ -79,7 +89,7 @@ class Panes:
 
     @property
     def bytes(self) -> int:
-        return sum(int(part.frame.estimated_size()) for parts in self.panes.values() for part in parts)
+        return sum(part.bytes for parts in self.panes.values() for part in parts)
 
     def add(self, frame: pl.DataFrame) -> None:
         """Take rows in, any order of times."""
@@ -95,7 +105,9 @@ class Panes:
         order = np.argsort(numbers, kind="stable")
         numbers, moments, frame = numbers[order], moments[order], frame[order]
         starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
-        for start, end, first in zip(starts, [*starts[1:], len(numbers)], np.minimum.reduceat(moments, starts), strict=True):
+        for start, end, first in zip(
+            starts, [*starts[1:], len(numbers)], np.minimum.reduceat(moments, starts), strict=True
+        ):
             self._add(int(numbers[start]), frame[int(start) : int(end)], int(first))
 
     def restore(self, pane: int, frame: pl.DataFrame) -> None:
@@ -207,3 +219,8 @@ def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, int, 
 def cell_of(stores: Mapping[str, Panes], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
     """Everything a cell holds."""
     return [(name, *piece) for name, store in stores.items() for piece in store.cell(cell)]
+
+
+def size_of(stores: Mapping[str, Panes]) -> dict[str, int]:
+    """What the stores hold: rows, and bytes in memory."""
+    return {"rows": sum(map(len, stores.values())), "bytes": sum(store.bytes for store in stores.values())}

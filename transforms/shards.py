@@ -24,7 +24,7 @@ from transforms.ids import UInt64s
 from transforms.kernels import Reading, compute, derived, gathered
 from transforms.lifetime import is_lifetime
 from transforms.packets import Frames, pack, unpack
-from transforms.panes import CELLS, Panes, key_hashes
+from transforms.panes import CELLS, Panes, key_hashes, size_of
 
 Bools = npt.NDArray[np.bool_]
 RID = "__rid"
@@ -170,7 +170,8 @@ class Shard:
         answer = None
         if "questions" in frames:
             parts = self.answer(frames["questions"])
-            answer = pack({"turn": head["turn"], "shard": self.number}, {str(i): part for i, part in parts.items()})
+            told = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
+            answer = pack(told, {str(i): part for i, part in parts.items()})
         for name, store in self.stores.items():
             store.evict(head["horizon"] - self.view.reach(name))
         return answer

@@ -140,7 +140,9 @@ class AssembleStep(beam.DoFn):
             *(questions[name] for name in ("__late", "__partition", "__offset", "__place")),
             moment.alias("__answered"), pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
         )  # fmt: skip
-        return pack({"kind": "features", "turn": head["turn"]}, {"rows": rows})
+        held = [head_of(each)["state"] for each in parts]
+        state = {name: sum(each[name] for each in held) for name in ("rows", "bytes")}
+        return pack({"kind": "features", "turn": head["turn"], "state": state}, {"rows": rows})
 
 
 class CommitStep(beam.DoFn):
