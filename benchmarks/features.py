@@ -9,19 +9,22 @@ Before anything is compared, the pipeline's features are held against those of P
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from benchmarks import features_case
+from benchmarks import features_case, features_join
 from benchmarks.measure import Measurement, Side, arguments, machine, raw, run, say, summary, write_json
 from transforms.plan import BLOCK_ROWS
 
-SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic")
+SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic", "join", "feast")
+# Feast's default store joins every row of a key with every other: it is asked for on a thirtieth of the data, or not at all.
+MORE_SIDES = ("feast_dask",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--copies", type=int, default=30, help="how often the year is repeated (default 30: 10.1 million rows)"
     )
-    parser.add_argument("--only", default=",".join(SIDES), help=f"sides to run, of {', '.join(SIDES)}")
+    parser.add_argument("--only", default=",".join(SIDES), help=f"sides to run, of {', '.join((*SIDES, *MORE_SIDES))}")
     flags = parser.parse_args(argv)
     wanted = flags.only.split(",")
     with tempfile.TemporaryDirectory() as temporary:
         folder = flags.keep or Path(temporary)
-        sides = {name: side for name, side in make_sides(folder, flags.copies).items() if name in wanted}
+        sides = make_sides(folder, flags.copies, wanted)
         measured: dict[str, list[Measurement]] = {name: [] for name in sides}
         modules = {name: run(_small(folder, side), folder / f"{name}-imports", ())[1] for name, side in sides.items()}
         for repetition in range(flags.repeats):
@@ -45,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
                     f"{name} {repetition + 1}/{flags.repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
                 )
         differing = compare_values(folder) if {"polars", "slices"} <= set(sides) else {}
+        if {"join", "feast"} <= set(sides):
+            differing |= features_join.differing(folder / "join-0", folder / "feast-0")
         figures = ratios(measured)
         print(summary(measured))
         for name, value in {**figures, **differing}.items():
@@ -54,29 +59,38 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def make_sides(folder: Path, copies: int) -> dict[str, Side]:
-    """Each side with its data, which is written where it is missing."""
+def make_sides(folder: Path, copies: int, wanted: Sequence[str]) -> dict[str, Side]:
+    """The sides wanted with their data, which is written where it is missing."""
 
     def data(name: str, times: int, heavy: bool = False) -> str:
         features_case.write(str(folder / name), times, heavy)
         return str(folder / name / "sources")
 
-    here, module = data("even", copies), "benchmarks.features_sides"
-    tenth = data("tenth", max(copies // 10, 1))
-    return {
-        "polars": Side("polars", f"{module}:polars", {"sources": here}),
-        "kernel": Side("kernel", f"{module}:kernel", {"sources": here, "block_rows": BLOCK_ROWS}),
-        "slices": Side("slices", f"{module}:pipeline", {"sources": here, "flags": ["--plan", "slices"]}),
-        "shuffle": Side("shuffle", f"{module}:pipeline", {"sources": here, "flags": ["--plan", "shuffle"]}),
-        "triple": Side(
-            "triple", f"{module}:pipeline", {"sources": data("triple", 3 * copies), "flags": ["--plan", "slices"]}
-        ),
-        "heavy": Side(
-            "heavy", f"{module}:pipeline", {"sources": data("heavy", copies, True), "flags": ["--plan", "slices"]}
-        ),
-        "tenth": Side("tenth", f"{module}:pipeline", {"sources": tenth, "flags": ["--plan", "slices"]}),
-        "idiomatic": Side("idiomatic", f"{module}:idiomatic", {"sources": tenth}),
-    }
+    def millrace(name: str, sources: str, plan: str = "slices") -> Side:
+        return Side(name, f"{module}:pipeline", {"sources": sources, "flags": ["--plan", plan]})
+
+    def join() -> str:
+        return features_join.write(data("even", copies), str(folder / "join"))
+
+    def feast(name: str, sources: str, store: str) -> Side:
+        arguments = {"sources": sources, "store": store}
+        return Side(name, "benchmarks.features_join:feast", arguments, features_join.feast_python())
+
+    module, tenth = "benchmarks.features_sides", max(copies // 10, 1)
+    sides: dict[str, Callable[[], Side]] = {
+        "polars": lambda: Side("polars", f"{module}:polars", {"sources": data("even", copies)}),
+        "kernel": lambda: Side("kernel", f"{module}:kernel", {"sources": data("even", copies), "block_rows": BLOCK_ROWS}),
+        "slices": lambda: millrace("slices", data("even", copies)),
+        "shuffle": lambda: millrace("shuffle", data("even", copies), "shuffle"),
+        "triple": lambda: millrace("triple", data("triple", 3 * copies)),
+        "heavy": lambda: millrace("heavy", data("heavy", copies, True)),
+        "tenth": lambda: millrace("tenth", data("tenth", tenth)),
+        "idiomatic": lambda: Side("idiomatic", f"{module}:idiomatic", {"sources": data("tenth", tenth)}),
+        "join": lambda: Side("join", "benchmarks.features_join:millrace", {"sources": join(), "flags": []}),
+        "feast": lambda: feast("feast", join(), "duckdb"),
+        "feast_dask": lambda: feast("feast_dask", features_join.write(data("one", 1), str(folder / "join-one")), "dask"),
+    }  # fmt: skip
+    return {name: make() for name, make in sides.items() if name in wanted}
 
 
 def _small(folder: Path, side: Side) -> Side:
@@ -88,21 +102,24 @@ def _small(folder: Path, side: Side) -> Side:
             (small / name).mkdir(parents=True)
             rows = pl.read_parquet(folder / "one" / "sources" / name / "*.parquet").sort(str(source.time)).head(2000)
             rows.write_parquet(small / name / "part-0.parquet")
-    return Side(side.name, side.function, {**side.arguments, "sources": str(small)})
+    sources = features_join.write(str(small), str(folder / "small-join")) if "features_join" in side.function else small
+    return dataclasses.replace(side, arguments={**side.arguments, "sources": str(sources)})
 
 
 def ratios(measured: dict[str, list[Measurement]]) -> dict[str, float]:
     """Of medians, each side over another."""
 
     def median(name: str, field: str) -> float:
-        values = sorted(getattr(each, field) for each in measured[name])
-        return float(values[len(values) // 2])
+        # Feast's work is its stage: what comes before sets its registry up.
+        found = [each.stages["join"] if "join" in each.stages else dataclasses.asdict(each) for each in measured[name]]
+        return float(sorted(each[field] for each in found)[len(found) // 2])
 
     pairs: dict[str, tuple[str, str, str]] = {
         "wall_vs_polars": ("slices", "polars", "seconds"), "wall_vs_same_kernel": ("slices", "kernel", "seconds"),
         "shuffle_vs_same_kernel": ("shuffle", "kernel", "seconds"), "peak_vs_polars": ("slices", "polars", "peak_mb"),
         "wall_30m_vs_10m": ("triple", "slices", "seconds"), "peak_30m_vs_10m": ("triple", "slices", "peak_mb"),
         "heavy_key_vs_even": ("heavy", "slices", "seconds"), "idiomatic_beam_vs_wall": ("idiomatic", "tenth", "seconds"),
+        "feast_vs_wall": ("feast", "join", "seconds"),
     }  # fmt: skip
     return {
         name: median(a, field) / median(b, field)

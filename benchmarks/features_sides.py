@@ -66,12 +66,12 @@ def _read(slices: Iterable[Any], time: str, low: int, high: int) -> Any:
     return whole.filter((pl.col(time).to_physical() >= low) & (pl.col(time).to_physical() < high))
 
 
-def pipeline(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
+def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchmarks.features_case") -> dict[str, Any]:
     """`millrace features`, Parquet to a Delta table."""
     from beam_pipelines import features
 
     code = features.main(
-        ["--definition", "benchmarks.features_case", "--store", out, "--sources", sources, "--full", "--no-statistics", *flags]
+        ["--definition", definition, "--store", out, "--sources", sources, "--full", "--no-statistics", *flags]
     )
     return {"exit": code}
 

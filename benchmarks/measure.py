@@ -37,11 +37,15 @@ _high = [0.0]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what JSON can hold."""
+    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what JSON can hold.
+
+    `python` runs it: another environment's, or this one's.
+    """
 
     name: str
     function: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    python: str = sys.executable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, lis
         }))  # fmt: skip
         with printed.open("w") as sink:
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.measure", str(request), str(answer)],
+                [side.python, "-m", "benchmarks.measure", str(request), str(answer)],
                 cwd=ROOT, env={**os.environ, **QUIET}, stdout=sink, stderr=subprocess.STDOUT, check=False,
             )  # fmt: skip
         if done.returncode or not answer.exists():

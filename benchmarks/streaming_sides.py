@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import polars as pl
 
 from benchmarks.measure import say
 from benchmarks.streaming_lag import answered, completed
-from benchmarks.streaming_rig import Rig, Watch, distribution
+from benchmarks.streaming_rig import PARTITIONS, STAMPED, Rig, Watch, distribution
 
 # Events of the year of flights in a second of its time.
 PER_SECOND = 1_018_758 / (365 * 86_400)
 # Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are apart.
 UNDER_WAY = (0.05, 0.98)
+# Where the job's own steps and KafkaIO run.
+WORKERS = ("live", "expansion")
 
 
 def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags: list[str]) -> dict[str, Any]:
@@ -46,15 +49,24 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
 
 
 def lag(
-    folder: Path, sources: Path, first: str, offered: float, seconds: float, warm_up: float, flags: list[str]
-) -> dict[str, Any]:
-    """Events at a steady rate, the job already up; how long after its completing record is a question answered?"""
+    folder: Path, sources: Path, first: str, offered: float, seconds: float, warm_up: float, flags: list[str],
+    registry: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Events at a steady rate, the job already up; how long after its completing record is a question answered?
+
+    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a prediction there?
+    """
     speed = offered / PER_SECOND
     days = int(np.ceil((seconds + warm_up) * speed / 86_400))
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
     with Rig(folder, sources) as rig, Watch(rig) as watch:
+        predictions = f"{rig.model}.predictions"
         rig.live("--sources", str(sources), *flags)
-        _await_running(rig)
+        if registry is not None:
+            rig.broker.create(predictions, f"{predictions}.dead_letters", partitions=PARTITIONS, config=STAMPED)
+            rig.live("--registry", registry, name="inference", module="beam_pipelines.inference")
+        for name in list(rig.jobs):
+            _await_running(rig, name)
         rig.produce("--start", first, "--end", last, "--speed", str(speed))
         began = time.time()
         rig.finished("producer", seconds + warm_up + 120)
@@ -62,12 +74,23 @@ def lag(
         rig.finished("live", 120)
         questions, counts = completed(rig)
         answers = answered(rig, f"{rig.view.name}.features")
+        scored = None
+        if registry is not None:
+            rig.finished("inference", 120)
+            scored = answered(rig, predictions)
     both = questions.join(answers, on="row_id")
     if len(both) != len(questions):
         raise SystemExit(f"{len(questions)} questions, {len(both)} answered")
     both = both.with_columns((pl.col("answered") - pl.col("complete")).alias("lag"))
     steady = both.filter((pl.col("complete") > began + warm_up) & (pl.col("complete") < sent - 1))
-    return {
+    further: dict[str, Any] = {}
+    if scored is not None:
+        if len(scored) != len(answers):
+            raise SystemExit(f"{len(answers)} answered, {len(scored)} predicted")
+        after = steady.join(scored.select("row_id", pl.col("answered").alias("scored")), on="row_id")
+        waits = (after["scored"] - after["answered"]).to_numpy()
+        further = {"predictions_lag_p99_s": distribution(waits).get("p99"), "predictions_lag": distribution(waits)}
+    return further | {
         "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"), "features_lag": distribution(steady["lag"].to_numpy()),
         "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "events": counts["rows"], "questions": len(questions), "measured": len(steady),
         "rows_per_message": counts["rows"] / counts["messages"], "cores": watch.cores(began + warm_up, sent), "rss_mb": watch.samples[-1]["rss_mb"],
@@ -85,12 +108,47 @@ def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
     return {str(at): round(value, 3) for at, value in parts.rows()}
 
 
-def _await_running(rig: Rig) -> None:
+def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float, flags: list[str]) -> dict[str, Any]:
+    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the time?"""
+    speed = offered / PER_SECOND
+    last = str(np.datetime64(first) + np.timedelta64(int(np.ceil(minutes * 60 * speed / 86_400)), "D"))
+    states: list[dict[str, Any]] = []
+    with Rig(folder, sources) as rig, Watch(rig) as watch:
+        rig.live("--sources", str(sources), *flags)
+        _await_running(rig, "live")
+        producer = rig.produce("--start", first, "--end", last, "--speed", str(speed))
+        began = time.time()
+        while producer.running and time.time() - began < minutes * 60 + 300:
+            time.sleep(5)
+            if told := rig.status():
+                states.append({"at": time.time() - began, "pending": told["pending"], **told["state"]})
+        rig.finished("producer", 10)
+        sent = time.time()
+        rig.finished("live", 300)
+        rows = rig.status()["rows"]
+    inside = [each for each in watch.samples if began <= each["at"] <= sent]
+    later = inside[len(inside) // 3 :]
+    return {
+        "soak_memory_growth": _growth([sum(each["rss_mb"][name] for name in WORKERS) for each in later]),
+        "growth": {name: _growth([each["rss_mb"][name] for each in later]) for name in later[-1]["rss_mb"]},
+        "rss_mb": [{name: round(value) for name, value in inside[int((len(inside) - 1) * i / 15)]["rss_mb"].items()} for i in range(16)],
+        "minutes": (sent - began) / 60, "offered_per_second": rows["events"] / (sent - began), "rows": rows,
+        "cores": watch.cores(began, sent), "state": [states[int((len(states) - 1) * i / 15)] for i in range(16)],
+    }  # fmt: skip
+
+
+def _growth(values: Sequence[float]) -> float:
+    """The median of the last fifth over that of the first, less one."""
+    fifth = max(len(values) // 5, 1)
+    return round(float(np.median(values[-fifth:]) / np.median(values[:fifth])) - 1, 4)
+
+
+def _await_running(rig: Rig, name: str) -> None:
     """Until the job has been launched; it says so."""
-    child, deadline = rig.jobs["live"], time.monotonic() + 120
-    while "running: turn" not in child.output():
+    child, deadline = rig.jobs[name], time.monotonic() + 120
+    while "running: " not in child.output():
         if not child.running or time.monotonic() > deadline:
-            raise SystemExit(f"the live job does not start:\n{child.output()[-3000:]}")
+            raise SystemExit(f"the live job {name} does not start:\n{child.output()[-3000:]}")
         time.sleep(0.2)
     time.sleep(5)  # readers are placed, the workers' JVM is warm
-    say("the live job is up")
+    say(f"the live job {name} is up")
