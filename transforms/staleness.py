@@ -19,7 +19,7 @@ from transforms.digests import Digests, add
 from transforms.ids import combine, hash_column, hash_text
 from transforms.inventory import Inventory, Slice
 from transforms.lifetime import is_lifetime
-from transforms.sources import Repeats, read_slices, repeats_of
+from transforms.sources import Repeats, read_slices, repeats_of, stream_slices
 
 _MASK = 2**64 - 1
 # Days back of a window over all history.
@@ -190,8 +190,12 @@ class Days:
 
 
 def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
-    frame = read_slices(contract, slices).frame
-    return int(np.add.reduce(combine([hash_column(frame[name]) for name in contract.columns]))) if len(frame) else 0
+    """Sum of the hashes of a dimension's good rows mod 2**64, read in pieces."""
+    total = 0
+    for read in stream_slices(contract, slices):
+        if len(read.frame):
+            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.columns])))
+    return total & _MASK
 
 
 def input_digests(
