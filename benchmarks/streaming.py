@@ -1,40 +1,53 @@
-"""Live features from Kafka to Kafka on one machine: throughput while catching up, and latency at a steady rate.
+"""Live features and predictions from Kafka to Kafka on one machine: throughput, latency, memory, and a DoFn per element for scale.
 
-    python -m benchmarks.streaming [--sides catchup,lag] [--json FILE] [--keep FOLDER]
+    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1] [--json FILE] [--keep FOLDER]
 
-Not measured yet: predictions, a per-element DoFn doing the same, and memory over a long run.
+Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import streaming_sides
 from benchmarks.measure import arguments, machine, say, write_json
-from benchmarks.streaming_rig import write_sources
+from benchmarks.streaming_rig import YEAR_DAYS, champion, write_sources
 
-SIDES = ("catchup", "lag")
+SIDES = ("catchup", "per_element", "lag", "predictions", "soak")
+# What a side is there for.
+HEADLINES = {
+    "catchup": "events_per_second",
+    "lag": "features_lag_p99_s",
+    "predictions": "predictions_lag_p99_s",
+    "soak": "soak_memory_growth",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = arguments("Live features from Kafka to Kafka.")
+    parser = arguments("Live features and predictions from Kafka to Kafka.")
+    parser.set_defaults(repeats=1)
     parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)} (default: all)")
     parser.add_argument(
         "--years", type=int, default=2, help="years of flights to catch up with (default 2: 2 million events)"
     )
     parser.add_argument("--first", default="2013-01-01")
-    parser.add_argument("--last", default=None)
     parser.add_argument("--rows", type=int, default=500, help="most rows of a message of the backlog (default 500)")
     parser.add_argument(
         "--offered", type=float, default=5000, help="events a second while latency is measured (default 5000)"
     )
-    parser.add_argument("--seconds", type=float, default=60, help="for which latency is measured (default 60)")
-    parser.add_argument("--flags", default="", help="further flags of the live job")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for which latency is measured, after 30 (default 60)"
+    )
+    parser.add_argument("--days", type=int, default=5, help="of flights per element (default 5)")
+    parser.add_argument("--soak_minutes", type=float, default=15, help="(default 15)")
+    parser.add_argument("--flags", default="", help="further flags of the live features job")
     flags = parser.parse_args(argv)
     wanted = flags.sides.split(",")
     if unknown := set(wanted) - set(SIDES):
@@ -44,30 +57,49 @@ def main(argv: Sequence[str]) -> int:
     if lacking := missing():
         say(f"error: the streaming benchmark needs {'; '.join(lacking)}")
         return 8
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = flags.keep or Path(temporary)
-        sources = folder / "sources"
-        if not sources.exists():
-            write_sources(sources, flags.years)
-        last = flags.last or f"{2013 + flags.years}-02-01"
-        more = flags.flags.split()
-        if "catchup" in wanted:
-            figures["catchup"] = streaming_sides.catchup(
-                folder / "catchup", sources, flags.first, last, flags.rows, more
-            )
-            say(json.dumps(figures["catchup"], indent=1))
-        if "lag" in wanted:
-            figures["lag"] = streaming_sides.lag(
-                folder / "lag", sources, flags.first, flags.offered, flags.seconds, 30, more
-            )
-            say(json.dumps(figures["lag"], indent=1))
-    keys = {"catchup": "events_per_second", "lag": "features_lag_p99_s"}
-    headline = {key: figures[side][key] for side, key in keys.items() if side in figures}
-    say(", ".join(f"{key} {value:,.2f}" for key, value in headline.items()))
+        figures = measured(flags, [each for each in SIDES if each in wanted], flags.keep or Path(temporary))
+    headline = {
+        key: statistics.median(each[key] for each in figures[side])
+        for side, key in HEADLINES.items()
+        if side in figures
+    }
+    if {"catchup", "per_element"} <= figures.keys():
+        elements = statistics.median(each["events_per_second"] for each in figures["per_element"])
+        headline["vs_per_element"] = headline["events_per_second"] / elements
+    say(", ".join(f"{key} {value:,.3f}" for key, value in headline.items()))
     if flags.json:
         write_json(flags.json, {**headline, "raw": figures, "machine": machine()})
     return 0
+
+
+def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each side saw, `repeats` times."""
+    more, steady = flags.flags.split(), (flags.first, flags.offered, flags.seconds, 30, flags.flags.split())
+    long_years = (
+        math.ceil(flags.soak_minutes * 60 * flags.offered / streaming_sides.PER_SECOND / 86_400 / YEAR_DAYS) + 1
+    )
+
+    def sources(years: int) -> Path:
+        path = folder / f"sources{years}"
+        if not path.exists():
+            write_sources(path, years)
+        return path
+
+    run: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "catchup": lambda to: streaming_sides.catchup(to, sources(flags.years), flags.first, f"{2013 + flags.years}-02-01", flags.rows, more),
+        "per_element": lambda to: streaming_sides.per_element(to, sources(flags.years), flags.first, flags.days, flags.rows),
+        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady),
+        "predictions": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, registry=champion(folder / "models")),
+        "soak": lambda to: streaming_sides.soak(to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more),
+    }  # fmt: skip
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for number in range(flags.repeats):
+        for side in sides:
+            found = run[side](folder / f"{side}{number}")
+            figures.setdefault(side, []).append(found)
+            say(f"{side}: {json.dumps(found, indent=1)}")
+    return figures
 
 
 if __name__ == "__main__":

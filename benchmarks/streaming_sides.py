@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import polars as pl
 from benchmarks.measure import say
 from benchmarks.streaming_lag import answered, completed
 from benchmarks.streaming_rig import PARTITIONS, STAMPED, Rig, Watch, distribution
+from transforms.shards import groups_of
+from transforms.topics import Broker, end_offsets
 
 # Events of the year of flights in a second of its time.
 PER_SECOND = 1_018_758 / (365 * 86_400)
@@ -134,6 +137,32 @@ def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float
         "rss_mb": [{name: round(value) for name, value in inside[int((len(inside) - 1) * i / 15)]["rss_mb"].items()} for i in range(16)],
         "minutes": (sent - began) / 60, "offered_per_second": rows["events"] / (sent - began), "rows": rows,
         "cores": watch.cores(began, sent), "state": [states[int((len(states) - 1) * i / 15)] for i in range(16)],
+    }  # fmt: skip
+
+
+def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -> dict[str, Any]:
+    """A backlog of some days through a DoFn that takes an element a row; how fast is it worked off?"""
+    last = str(np.datetime64(first) + np.timedelta64(days, "D"))
+    with Rig(folder, sources) as rig, Watch(rig) as watch:
+        topic, parts = "elements", len(groups_of(rig.view))
+        rig.broker.create(topic, partitions=PARTITIONS, config=STAMPED)
+        rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
+        rig.finished("producer", 300)
+        questions, counts = completed(rig)
+        broker, wanted = Broker(rig.broker.bootstrap), len(questions) * parts
+        flags = ["--bootstrap", rig.broker.bootstrap, "--expansion_service", rig.expansion.address, "--topic", topic]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming_element", *flags, *rig.prism.options]
+        launched, child = time.time(), rig.start("element", [*command, "--environment_type=LOOPBACK"])
+        while (found := sum(end_offsets(broker, [topic])[topic].values())) < wanted:
+            if not child.running or time.time() - launched > 300:
+                raise SystemExit(f"{found} of {wanted} answers per element; it said:\n{child.output()[-3000:]}")
+            time.sleep(0.5)
+        stamps = np.sort([record.timestamp()[1] / 1000 for record in rig.records(topic)])
+    begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
+    inside = float(((stamps > begin) & (stamps <= end)).mean())
+    return {
+        "events_per_second": counts["rows"] * inside / (end - begin), "events": counts["rows"], "questions": len(questions),
+        "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
     }  # fmt: skip
 
 

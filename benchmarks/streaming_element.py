@@ -1,0 +1,172 @@
+"""The flights' windows as a stateful DoFn is usually written: an element a row, a bag of rows a key, plain Python over the bag.
+
+It does less than the live job: it answers at once from what it has seen, checks no contract, drops no repeats, keeps no cut,
+joins no dimension, and does not put the parts of an answer together.
+
+    python -m benchmarks.streaming_element --bootstrap H:P --expansion_service H:P --topic NAME [any Beam option]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import apache_beam as beam
+import polars as pl
+from apache_beam import typehints
+from apache_beam.coders import FastPrimitivesCoder
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
+
+from benchmarks.streaming_rig import DEFINITION
+from schemas.features import Trailing
+from schemas.loading import load_definition
+from transforms.messages import HEARTBEAT, Message
+from transforms.replay import sources_of
+from transforms.shards import groups_of
+from transforms.topics import Broker, Produce, ReadTopics, begin_offsets, stand
+
+# (group and key as text, (microseconds, the event's columns that are read, or the question's row id))
+Element = tuple[str, tuple[int, Any]]
+KEEP_SECONDS = 60.0
+WHERE: dict[str | None, Callable[[dict[str, Any]], bool]] = {
+    "late": lambda row: row["dep_delay"] is not None and row["dep_delay"] > 15
+}
+
+
+def quantile(values: list[float], share: float) -> float | None:
+    """Linear between the two nearest."""
+    if not values:
+        return None
+    ordered, place = sorted(values), share * (len(values) - 1)
+    low = int(place)
+    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
+
+
+STATS: dict[str, Callable[[list[float]], float | None]] = {
+    "count": len,
+    "mean": lambda values: sum(values) / len(values) if values else None,
+    "median": lambda values: quantile(values, 0.5),
+    "q75": lambda values: quantile(values, 0.75),
+}
+
+
+class Rows(beam.DoFn):
+    """Message → a keyed element per row and group that reads it, and per question and group."""
+
+    def setup(self) -> None:
+        view = load_definition(DEFINITION).view
+        self.spine, self.view, self.groups = view.spine, view, groups_of(view)
+        self.sources = sources_of(view)
+
+    def process(self, message: Message) -> Iterator[Element]:
+        if message.key == HEARTBEAT:
+            return
+        source = self.sources[message.topic]
+        rows = pl.read_ipc_stream(message.value).with_columns(pl.col(str(source.time)).dt.timestamp("us"))
+        for place, row in enumerate(rows.iter_rows(named=True)):
+            moment = row[source.time]
+            for number, group in enumerate(self.groups):
+                if group.source == source.name and all(row[name] is not None for name in group.known):
+                    read = {name: row[name] for name in self.view.columns_read(source.name)}
+                    yield json.dumps([number, *(row[name] for name in group.known)]), (moment, read)
+                if source is self.spine:
+                    asked = f"{message.partition}/{message.offset}/{place}/{number}"
+                    yield json.dumps([number, *(row[name] for name in group.asked)]), (moment, asked)
+
+
+class Windows(beam.DoFn):
+    """Events of a key into its bag; a question's windows from the bag; now and then the bag less what is out of reach."""
+
+    EVENTS = BagStateSpec("events", FastPrimitivesCoder())
+    NEWEST = ReadModifyWriteStateSpec("newest", FastPrimitivesCoder())
+    CLEAN = TimerSpec("clean", TimeDomain.REAL_TIME)
+
+    def setup(self) -> None:
+        self.groups = groups_of(load_definition(DEFINITION).view)
+
+    def process(
+        self, element: Element, events: Any = beam.DoFn.StateParam(EVENTS), newest: Any = beam.DoFn.StateParam(NEWEST), clean: Any = beam.DoFn.TimerParam(CLEAN),
+    ) -> Iterator[tuple[str, bytes]]:  # fmt: skip
+        key, (moment, what) = element
+        if isinstance(what, dict):
+            events.add((moment, what))
+            known = newest.read()
+            if known is None:
+                clean.set(time.time() + KEEP_SECONDS)
+            if known is None or moment > known:
+                newest.write(moment)
+            return
+        group = self.groups[json.loads(key)[0]]
+        before = [each for each in events.read() if moment - group.reach <= each[0] < moment]
+        answer: dict[str, Any] = {}
+        for feature in group.features:
+            condition = WHERE.get(feature.name) if feature.where is not None else None
+            mine = before if condition is None else [each for each in before if condition(each[1])]
+            if not isinstance(feature, Trailing):
+                own = [each for each in mine if feature.length is None or each[0] >= moment - feature.length]
+                last = max(own, key=lambda each: each[0])[1] if own else {}
+                answer |= {name: last.get(column) for column, name in feature.renamed.items()}
+                continue
+            for each in feature.statistics:
+                inside = [row for at, row in mine if at >= moment - (each.length or 0)]
+                values = [1.0] * len(inside) if each.column == "*" else [row[each.column] for row in inside if row[each.column] is not None]  # fmt: skip
+                answer[each.name] = STATS[each.stat](values)
+        yield what, json.dumps(answer).encode()
+
+    @on_timer(CLEAN)
+    def cleaned(
+        self, key: Any = beam.DoFn.KeyParam, events: Any = beam.DoFn.StateParam(EVENTS), newest: Any = beam.DoFn.StateParam(NEWEST), clean: Any = beam.DoFn.TimerParam(CLEAN),
+    ) -> None:  # fmt: skip
+        edge = newest.read() - self.groups[json.loads(key)[0]].reach
+        kept = [each for each in events.read() if each[0] >= edge]
+        events.clear()
+        for each in kept:
+            events.add(each)
+        clean.set(time.time() + KEEP_SECONDS)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run until told to stop."""
+    parser = argparse.ArgumentParser()
+    for name in ("bootstrap", "expansion_service", "topic"):
+        parser.add_argument(f"--{name}", required=True)
+    flags, rest = parser.parse_known_args(argv)
+    broker, topics = (
+        Broker(flags.bootstrap, flags.expansion_service),
+        tuple(sources_of(load_definition(DEFINITION).view)),
+    )
+    group = f"element-{uuid.uuid4().hex[:8]}"
+    stand(broker, group, begin_offsets(broker, topics))
+
+    pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *rest]))
+    rows = pipeline | "Topics" >> ReadTopics(broker, topics, group) | "Rows" >> beam.ParDo(Rows())
+    rows.element_type = typehints.Tuple[str, Any]
+    answers = rows | "Windows" >> beam.ParDo(Windows())
+    _ = answers | "Send" >> Produce(broker, Messages(flags.topic))
+    result = pipeline.run()
+    print("running: until it is stopped", flush=True)
+    result.wait_until_finish()
+    return 0
+
+
+class Messages:
+    """An answer's message."""
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+
+    def __call__(self, answer: tuple[str, bytes]) -> list[tuple[str, bytes, bytes]]:
+        return [(self.topic, answer[0].encode(), answer[1])]
+
+
+if __name__ == "__main__":
+    from benchmarks import streaming_element
+
+    sys.exit(streaming_element.main(sys.argv[1:]))
