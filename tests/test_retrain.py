@@ -98,3 +98,24 @@ def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
     assert found["same_metrics"]
     assert found["same_model"]
     assert found["test_auc"] == before["metrics"]["auc"]
+
+
+def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(store: Path) -> None:
+    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds it."""
+    definition = str(store / "definition.py")
+    assert training.main(flags(store, "first")) == 0
+    path = store / "sources/visits/part.parquet"
+    visits = pl.read_parquet(path)
+    for number in range(1, 4):
+        visits.with_columns(age=pl.col("age") + number).write_parquet(path)
+        assert features.main(["--definition", definition, "--store", str(store), "--run_id", f"later-{number}"]) == 0
+    (table,) = (store / "features" / "buying").iterdir()
+    before = set(table.rglob("date=*/*.parquet"))
+    shutil.rmtree(store / "runs")  # the registry's own copy says what it was trained on
+    assert cli.main(["vacuum", "--store", str(store), "--older_than", "0s", "--retention", "0s", "--force"]) == 0
+    gone = before - set(table.rglob("date=*/*.parquet"))
+    assert gone == {path for path in before if path.name.startswith(("later-1-", "later-2-"))}, "the versions between"
+    assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
+    found = json.loads((store / "runs/again/run.json").read_text())
+    assert found["same_metrics"]
+    assert found["same_model"]
