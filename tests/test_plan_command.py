@@ -122,3 +122,74 @@ def test_lines_fit_a_narrow_terminal(case: list[str], capsys: Out, monkeypatch: 
 def test_flags_of_ours_are_checked_under_its_own_name(case: list[str]) -> None:
     with pytest.raises(DefinitionError, match="millrace plan: unknown flag --ful"):
         main([*case, "--ful"])
+
+
+LONG = shop.DEFINITION.replace('over="3d"', 'over=("3d", "40d"), name="sold", where=pl.col("amount") > 1').replace(
+    '("mean", "count")', '("mean", "median", "max")'
+)
+
+
+def plan(case: list[str], capsys: Out, *flags: str) -> str:
+    capsys.readouterr()
+    assert main([*case, *flags]) == 0
+    return section(capsys.readouterr().out, "plan")
+
+
+@pytest.fixture
+def long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A window that reaches over most of the history, and a dimension."""
+    monkeypatch.setenv("COLUMNS", "400")
+    text = LONG.replace("import Derived,", "import Derived, Lookup,")
+    text = text.replace("view = ", 'shops = Source("shops", columns={"shop": pl.String, "size": pl.Int32})\nview = ')
+    text = text.replace("    Derived(", '    Lookup(shops, by="shop", columns="size"),\n    Derived(')
+    definition = shop.write(tmp_path, 3000, text)
+    (tmp_path / "sources" / "shops").mkdir()
+    sizes = pl.DataFrame({"shop": ["north", "south"], "size": pl.Series([3, 4], dtype=pl.Int32)})
+    sizes.write_parquet(tmp_path / "sources" / "shops" / "a.parquet")
+    return ["--definition", str(definition), "--store", str(tmp_path)]
+
+
+def test_blocks_that_reach_too_far_are_cut_by_key_and_why_is_told(long: list[str], capsys: Out) -> None:
+    assert "key shards" not in plan(long, capsys)
+    told = plan(long, capsys, "--block_rows", "200")
+    assert re.search(r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|key shards \d+ per block: ", told)  # fmt: skip
+    assert "one shard of one key is in memory at a time" in told
+    assert "of what all windows of a block share one row per key is kept: 40d of sales" in told
+    assert re.search(r"medians, .* hold all events of a key at once, however many: 40d of sales", told)
+
+
+def test_key_shards_asked_for_or_refused_are_shown_and_change_no_answer(
+    long: list[str], capsys: Out, tmp_path: Path
+) -> None:
+    assert "key shards 5 per block: asked for (--key_shards)" in plan(long, capsys, "--key_shards", "5")
+    assert "key shards" not in plan(long, capsys, "--key_shards", "1", "--block_rows", "200")
+    told = plan(long, capsys, "--key_shards", "auto")
+    assert told == plan(long, capsys)
+    found = []
+    for number, flags in enumerate((("--key_shards", "1"), ("--key_shards", "5"), ("--block_rows", "200", "--broadcast_mb", "0"))):  # fmt: skip
+        store = str(tmp_path / f"store-{number}")
+        arguments = [*long[:2], "--store", store, "--sources", str(tmp_path / "sources")]
+        assert features.main([*arguments, *flags, "--no-statistics"]) == 0
+        view = features.parse(arguments).table
+        found.append(pl.read_delta(view).sort("visit"))
+    assert found[0].equals(found[1])
+    assert found[0].equals(found[2])
+
+
+@pytest.mark.parametrize("value", ["0", "1001", "some", "-3", "2.5"])
+def test_key_shards_are_a_number_or_auto(case: list[str], value: str) -> None:
+    with pytest.raises(DefinitionError, match="neither auto nor a number from 1 to 1000"):
+        main([*case, f"--key_shards={value}"])
+
+
+def test_a_dimension_is_broadcast_up_to_a_size_and_routed_above_it(long: list[str], capsys: Out) -> None:
+    assert "shops: broadcast (2 rows)" in plan(long, capsys)
+    assert "shops: routed: blocks read past it and keep what they look up (2 rows)" in plan(long, capsys, "--broadcast_mb", "0.00001")  # fmt: skip
+
+
+def test_the_plan_of_a_run_is_logged_as_it_is_printed(long: list[str], capsys: Out) -> None:
+    told = plan(long, capsys, "--block_rows", "200")
+    assert features.main([*long, "--block_rows", "200"]) == 0
+    said = capsys.readouterr().err
+    for line in told.splitlines():
+        assert line.strip() in said
