@@ -327,7 +327,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
-        show(told["time"], told["rows"], clock_of(case), questions, watch, lag)
+        show(told["time"], told["rows"], told_by(case), questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
         ended = not children["live"].running  # the last commit is in
         complete = (
@@ -340,7 +340,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             break
     drained = time.monotonic()
     watch.look(2)  # whatever comes twice
-    show(told["time"], told["rows"], clock_of(case), questions, watch, None, True)
+    show(told["time"], told["rows"], told_by(case), questions, watch, None, True)
     show.end()
     seen = watch.version_since.get(case.second)
     return {
@@ -359,31 +359,45 @@ class Table:
 
     COLUMNS = (
         ("sent to", 11),
-        ("events", 9),
+        ("events", 10),
         ("clock", 11),
-        ("asked", 7),
-        ("answered", 8),
-        ("lag s", 6),
+        ("asked", 9),
+        ("answered", 9),
+        ("lag s", 5),
         ("predicted", 9),
         ("model", 5),
     )
 
+    # Where there is room: what the features job holds in its state.
+    WIDE = (("held MB", 7), ("held rows", 9))
+
     def __init__(self) -> None:
         self.over, self.last = sys.stdout.isatty(), 0.0
-        self._say(" ".join(f"{name:>{width}}" for name, width in self.COLUMNS) + "\n")
+        whole = self.COLUMNS + self.WIDE
+        fits = shutil.get_terminal_size().columns > sum(width + 1 for _, width in whole)
+        self.columns = whole if fits else self.COLUMNS
+        self._say(" ".join(f"{name:>{width}}" for name, width in self.columns) + "\n")
 
     def __call__(
-        self, moment: int, events: int, settled: int, questions: int, watch: Watch, lag: float | None, now: bool = False
+        self,
+        moment: int,
+        events: int,
+        told: dict[str, Any],
+        questions: int,
+        watch: Watch,
+        lag: float | None,
+        now: bool = False,
     ) -> None:
         if not self.over and not now and time.monotonic() - self.last < 5:
             return
         self.last = time.monotonic()
         newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
         values = (
-            clock(moment), f"{events:,}", clock(settled), f"{questions:,}", f"{len(watch.answered):,}",
+            clock(moment), f"{events:,}", clock(settled(told)), f"{questions:,}", f"{len(watch.answered):,}",
             "" if lag is None else f"{lag:.1f}", f"{len(watch.predicted):,}", newest and f"v{newest}",
+            *(f"{held(told, what) / per:,.{digits}f}" if told else "" for what, per, digits in (("bytes", 1e6, 1), ("rows", 1, 0))),
         )  # fmt: skip
-        line = " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, self.COLUMNS, strict=True))
+        line = " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, self.columns, strict=False))
         # What was there is written over, and only then cleared behind: a line cleared first flickers.
         self._say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K" if self.over else f"{line}\n")
 
@@ -402,13 +416,22 @@ def clock(moment: int) -> str:
     return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%m-%d %H:%M") if moment > 0 else ""
 
 
-def clock_of(case: Case) -> int:
-    """Up to when everything is known, as of the last commit of the features."""
+def told_by(case: Case) -> dict[str, Any]:
+    """What the last commit of the features said; empty before the first."""
     try:
-        told = json.loads((case.live / "runs" / "live" / "status.json").read_text())
+        return dict(json.loads((case.live / "runs" / "live" / "status.json").read_text()))
     except (OSError, ValueError):
-        return 0
-    return min((each["settled"] for each in told["clock"].values()), default=0)
+        return {}
+
+
+def settled(told: dict[str, Any]) -> int:
+    """Up to when everything is known."""
+    return min((each["settled"] for each in told.get("clock", {}).values()), default=0)
+
+
+def held(told: dict[str, Any], what: str) -> int:
+    """Rows or bytes that the job holds in its state."""
+    return sum(each[what] for each in told["state"].values())
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
