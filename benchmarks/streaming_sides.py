@@ -14,6 +14,7 @@ import polars as pl
 from benchmarks.measure import say
 from benchmarks.streaming_lag import answered, completed
 from benchmarks.streaming_rig import PARTITIONS, STAMPED, Rig, Watch, distribution
+from deploy.streaming.processes import Child
 from transforms.shards import groups_of
 from transforms.topics import Broker, end_offsets
 
@@ -31,7 +32,8 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
         launched = time.time()
-        rig.live("--sources", str(sources), *flags)
+        child = rig.live("--sources", str(sources), *flags)
+        running = _launched(child)
         rig.finished("live", 600)
         ended = time.time()
         questions, counts = completed(rig)
@@ -43,8 +45,8 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
-        "events_per_second": counts["rows"] * inside / (end - begin),
-        "events": counts["rows"], "questions": len(questions), "rows_per_message": counts["rows"] / counts["messages"],
+        "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
+        "running_s": running - launched, "events": counts["rows"], "questions": len(questions), "rows_per_message": counts["rows"] / counts["messages"],
         "first_answer_s": float(stamps[0]) - launched, "last_answer_s": float(stamps[-1]) - launched, "seconds": ended - launched,
         "under_way_s": end - begin, "cores": watch.cores(begin, end), "rss_mb": watch.samples[-1]["rss_mb"], "committed": store_rows,
         "progress": [round(float(stamps[int((len(stamps) - 1) * share / 20)]) - launched, 2) for share in range(21)],
@@ -153,6 +155,7 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
         flags = ["--bootstrap", rig.broker.bootstrap, "--expansion_service", rig.expansion.address, "--topic", topic]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming_element", *flags, *rig.prism.options]
         launched, child = time.time(), rig.start("element", [*command, "--environment_type=LOOPBACK"])
+        running = _launched(child)
         while (found := sum(end_offsets(broker, [topic])[topic].values())) < wanted:
             if not child.running or time.time() - launched > 300:
                 raise SystemExit(f"{found} of {wanted} answers per element; it said:\n{child.output()[-3000:]}")
@@ -161,9 +164,16 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
-        "events_per_second": counts["rows"] * inside / (end - begin), "events": counts["rows"], "questions": len(questions),
-        "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
+        "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
+        "running_s": running - launched, "events": counts["rows"], "questions": len(questions), "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
     }  # fmt: skip
+
+
+def _launched(child: Child) -> float:
+    """The moment at which a job says that it has been launched, or ends."""
+    while "running: " not in child.output() and child.running:
+        time.sleep(0.1)
+    return time.time()
 
 
 def _growth(values: Sequence[float]) -> float:

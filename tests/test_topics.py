@@ -18,6 +18,7 @@ from schemas.errors import StoreError
 from schemas.live import live_schema
 from transforms.batches import batch
 from transforms.contracts import Contract
+from transforms.live import DecodeBundles
 from transforms.messages import (
     HEARTBEAT,
     Message,
@@ -200,6 +201,23 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
         assert (micro.partition, micro.messages) == (group[0].partition, len(group))
         assert micro.rows.equals(alone.rows)
         assert micro.letters.equals(held.letters)
+
+
+def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = to_arrow(frame({}, {"id": 2}))
+    monkeypatch.setattr("transforms.live.PACKET_BYTES", 2 * len(rows))
+    spine = Source("asks", time="t", columns={"id": pl.Int64})
+    reads = Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})
+    step = DecodeBundles(FeatureView("v", spine, key="id", features=[reads]))
+    step.setup()
+    step.start_bundle()
+    some = [message(rows, offset) for offset in range(5)]
+    packets = [each.value for sent in some for each in step.process(sent)]
+    packets += [each.value for each in step.finish_bundle()]
+    step.start_bundle()
+    assert not list(step.finish_bundle())
+    found = [micro for packet in packets for micro in micros(packet)]
+    assert [(micro.first, micro.next, len(micro.rows)) for micro in found] == [(0, 2, 4), (2, 4, 4), (4, 5, 2)]
 
 
 def test_answers_travel_as_arrow_with_their_row_ids() -> None:

@@ -29,6 +29,9 @@ from transforms.state import ONE, Keyed, Live, now_us
 from transforms.steps import AssembleStep, CommitStep, ShardStep
 from transforms.topics import Broker, Produce, answer_messages, letter_messages, letters_topic, topic_of
 
+# Values of messages that one packet, and so one turn, takes in at most and one more: some fifty thousand rows of a backlog.
+PACKET_BYTES = 2 << 20
+
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class LiveFeatures(beam.PTransform):
@@ -159,7 +162,7 @@ class DecodeChunks(beam.DoFn):
 
 
 class DecodeBundles(beam.DoFn):
-    """Message → packets, one for all messages of a bundle."""
+    """Message → packets, one for all messages of a bundle; more where these are many, so that a backlog takes many turns."""
 
     def __init__(self, view: FeatureView, prefix: str = "") -> None:
         self.view, self.prefix = view, prefix
@@ -169,15 +172,18 @@ class DecodeBundles(beam.DoFn):
 
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
+        self.bytes = 0
 
-    def process(self, message: Message) -> Iterable[bytes]:
+    def process(self, message: Message) -> Iterator[WindowedValue]:
         # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
-        return ()
+        self.bytes += len(message.value)
+        if self.bytes >= PACKET_BYTES:
+            yield from self.finish_bundle()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             packet = decoded(self.contracts, self.messages, self.prefix, came=now_us())
-            self.messages = []
+            self.messages, self.bytes = [], 0
             yield WindowedValue(packet, MIN_TIMESTAMP, [GlobalWindow()])
