@@ -187,9 +187,9 @@ def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
     """The topics of answers and letters, made if they are missing, and what their messages may weigh."""
     topics = topic_of(view, prefix), letters_topic(view, prefix)
     ensure(broker, topics)
-    limit = size_limit(broker, topics)
-    properties = {**broker.properties, "message.max.bytes": str(limit)}
-    return Sends(view, dataclasses.replace(broker, properties=properties), prefix, max(limit - OVERHEAD, 1))
+    limits = [size_limit(broker, [topic]) for topic in topics]
+    properties = {**broker.properties, "message.max.bytes": str(max(limits))}
+    return Sends(view, dataclasses.replace(broker, properties=properties), prefix, max(limits[0] - OVERHEAD, 1))
 
 
 def main(argv: Sequence[str]) -> int:
