@@ -146,12 +146,14 @@ def computed(
         carried = merge_in_order(parts, view, chosen, str(store), "run", {})
     if shuffled:
         sent = defaultdict(list)
-        for route in routes(chosen):
-            for each in Route(view, chosen).process(route):
-                if isinstance(each, pvalue.TaggedOutput):
-                    outputs.append(each)
-                else:
-                    sent[each[0]].append(each[1])
+        step = Route(view, chosen)
+        step.setup()
+        step.start_bundle()
+        for each in (*(each for route in routes(chosen) for each in step.process(route)), *step.ahead()):
+            if isinstance(each, pvalue.TaggedOutput):
+                outputs.append(each)
+            else:
+                sent[each[0]].append(each[1])
         gather = trailing.ComputeGathered(view, chosen, chosen.blocks, str(store))
         gather.setup()
         gather.start_bundle()

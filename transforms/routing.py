@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import apache_beam as beam
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from apache_beam import pvalue
 
 from schemas.views import FeatureView
+from transforms.ahead import Ahead
 from transforms.contracts import Contract
 from transforms.inputs import Tally, label, letters_batch
 from transforms.inventory import Slice
@@ -28,7 +28,7 @@ def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
     yield from sorted(needed, key=lambda route: (route[0], route[1].path, route[1].group))
 
 
-class Route(beam.DoFn):
+class Route(Ahead):
     """(source, slice) → (block, (source or SPINE, RecordBatch)) per block that needs rows of it; tagged: the slice's dead letters
     and what of its account no block can give."""
 
@@ -38,7 +38,11 @@ class Route(beam.DoFn):
     def process(
         self, route: tuple[str, Slice]
     ) -> Iterator[tuple[int, tuple[str, pa.RecordBatch]] | pvalue.TaggedOutput]:
-        name, piece = route
+        yield from self.ahead(lambda: self._routed(*route))
+
+    def _routed(
+        self, name: str, piece: Slice
+    ) -> Iterator[tuple[int, tuple[str, pa.RecordBatch]] | pvalue.TaggedOutput]:
         plan, spine = self.plan, self.plan.spine.source.name
         contract = plan.spine if name == spine else plan.contracts[name]
         spans = [block.spans[name] for block in plan.blocks if name in block.spans]
