@@ -1,9 +1,11 @@
 """Contracts of files and rows: what is refused whole, what becomes a dead letter, and where the letter says the row was."""
 
+import functools
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from schemas.errors import ContractError, DataError
 from transforms.batches import batch
 from transforms.contracts import EPOCH, MICROSECOND, Contract, holds, judge
 from transforms.inventory import ALWAYS, slices_of
-from transforms.sources import read_slices, repeats_of, without_repeats
+from transforms.sources import _raw, read_slices, repeats_of, without_repeats
 from transforms.tables import Target, commit, write_files
 
 T0 = datetime(2020, 1, 1, tzinfo=UTC)
@@ -405,6 +407,30 @@ def test_of_repeated_rows_the_first_known_stays_and_of_one_moment_the_smallest(
         first[i] = min(first.get(i, row), row, key=lambda each: (each[0], each[1], each[2] or ""))
     got = kept(root).sort("id")
     assert got.select("id", "at", "k").rows() == [(i, t, k) for i, (t, _, k) in sorted(first.items())]
+
+
+@pytest.mark.parametrize("group", [7, 1000])
+def test_repeats_are_the_same_however_many_rows_are_held_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    """By parts of the values' hashes, and by pieces of files, of row groups too."""
+    two = Source("sales", time="at", unique=("id", "k"), columns=dict(once.columns))
+    contract_of_two = Contract(two, tuple(two.schema), now=NOW)
+    random = np.random.default_rng(4)
+    rows = [
+        {"id": int(i), "at": at(int(t)), "k": "abc"[k], "v": 0.5}
+        for i, t, k in random.integers(0, (40, 60, 3), (200, 3))
+    ]
+    for number in range(3):
+        write(tmp_path, pl.DataFrame(rows[number::3], schema=once.schema, orient="row"), f"part-{number}", group)
+    slices = slices_of(str(tmp_path), contract_of_two)
+    whole = repeats_of(contract_of_two, slices)
+    assert len(whole.first) > 20
+    monkeypatch.setattr("transforms.sources.REPEATS_AT_ONCE", 30)
+    monkeypatch.setattr("transforms.sources._raw", functools.partial(_raw, chunk=10))
+    parts = repeats_of(contract_of_two, slices)
+    assert_frame_equal(parts.first.sort("id", "k"), whole.first.sort("id", "k"))
+    assert parts.dropped == whole.dropped
 
 
 def test_a_repeat_whose_first_row_breaks_the_contract_counts_from_the_first_good_row(tmp_path: Path) -> None:

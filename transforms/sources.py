@@ -20,6 +20,8 @@ from transforms.inventory import ALWAYS, Slice, open_parquet, stamp_of
 
 # Rows that a read in pieces holds at once.
 CHUNK = 500_000
+# Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
+REPEATS_AT_ONCE = 4_000_000
 # Columns of dead letters with their place; `time` in µs decides their date.
 LETTERS = {
     "source": pl.String,
@@ -255,23 +257,50 @@ class Repeats:
 def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     """The repeats among a source's rows.
 
-    Two passes: the first reads the unique columns alone, the second only if any value repeats.
+    Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any value
+    repeats.  All of the source is read: a value may repeat one of any age, and footers do not tell which.
     """
     source = contract.source
     unique = list(source.unique or ())
     narrow = dataclasses.replace(contract, columns=tuple(unique), required=())
     if not slices:
         return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
-    ids = pl.concat([_read_file(narrow, path, groups) for path, groups in _by_file(slices)])
-    again = ids.lazy().group_by(unique).len().filter(pl.col("len") > 1).select(unique).collect()
+    parts = -(-sum(each.rows for each in slices) // REPEATS_AT_ONCE)
+    again = pl.concat([_again(narrow, slices, part, parts) for part in range(parts)])
     if not len(again):
         return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
     occurrences = pl.concat([
-        judge(contract, _read_file(contract, path, groups).join(again, on=unique, how="semi"))[0] for path, groups in _by_file(slices)
+        judge(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)
     ])  # fmt: skip
     first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
     kept = without_repeats(source, occurrences, first)
     return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
+
+
+def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> pl.DataFrame:
+    """Values that occur more than once, of those whose hash falls into one of so many parts."""
+    mine = pl.struct(narrow.columns).hash() % parts == part
+    ids = pl.concat([rows if parts == 1 else rows.filter(mine) for rows in _raw(narrow, slices)])
+    return ids.lazy().group_by(narrow.columns).len().filter(pl.col("len") > 1).select(narrow.columns).collect()
+
+
+def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK) -> Iterator[pl.DataFrame]:
+    """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows and one file."""
+
+    def read(held: Sequence[Slice]) -> pl.DataFrame:
+        return _read_file(contract, held[0].path, [each.group for each in held], held[0].stamp or None)
+
+    held: list[Slice] = []
+    for each in _in_files(slices):
+        if held and (each.path != held[0].path or sum(one.rows for one in held) + each.rows > chunk):
+            yield read(held)
+            held = []
+        if each.rows > chunk:
+            yield from (rows for _, rows in _pieces(contract, each, chunk))
+        else:
+            held.append(each)
+    if held:
+        yield read(held)
 
 
 def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame | None) -> pl.DataFrame:
