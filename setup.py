@@ -17,6 +17,7 @@ REQUIRES = [
     "pyarrow>=10,<24",
     "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
+    "sqlalchemy>=2,<3",  # MLflow's, whose errors the registry tells as ours
     "tensorflow>=2.16,<3",
     "tensorflow-data-validation>=1.16.1,<2",
     "tensorflow-metadata>=1.16.1,<2",
