@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import streaming_sides
 from benchmarks.measure import arguments, machine, say, write_json
-from benchmarks.streaming_rig import YEAR_DAYS, champion, write_sources
+from benchmarks.streaming_rig import SHARE, YEAR_DAYS, champion, write_sources
 
 SIDES = ("catchup", "per_element", "lag", "predictions", "soak")
 # What a side is there for.
@@ -47,6 +47,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--days", type=int, default=5, help="of flights per element (default 5)")
     parser.add_argument("--soak_minutes", type=float, default=15, help="(default 15)")
+    parser.add_argument(
+        "--share",
+        default=SHARE,
+        help=f"of the rows, per partition of every topic, while latency is measured (default {SHARE}: uneven, one idle)",
+    )
     parser.add_argument("--flags", default="", help="further flags of the live features job")
     flags = parser.parse_args(argv)
     wanted = flags.sides.split(",")
@@ -89,8 +94,8 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
     run: dict[str, Callable[[Path], dict[str, Any]]] = {
         "catchup": lambda to: streaming_sides.catchup(to, sources(flags.years), flags.first, f"{2013 + flags.years}-02-01", flags.rows, more),
         "per_element": lambda to: streaming_sides.per_element(to, sources(flags.years), flags.first, flags.days, flags.rows),
-        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady),
-        "predictions": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, registry=champion(folder / "models")),
+        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, share=flags.share),
+        "predictions": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, registry=champion(folder / "models"), share=flags.share),
         "soak": lambda to: streaming_sides.soak(to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more),
     }  # fmt: skip
     figures: dict[str, list[dict[str, Any]]] = {}

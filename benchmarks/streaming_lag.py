@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.streaming_rig import PARTITIONS, Rig
+from benchmarks.streaming_rig import Rig
 from schemas.durations import microseconds
 
 HEARTBEAT = b"__heartbeat"
@@ -48,7 +48,7 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
     moments = asked[view.time].to_physical().to_numpy()
     complete = asked["there"].to_numpy().astype(np.int64)
     for name in view.events:
-        for number in range(PARTITIONS):
+        for number in range(rig.partitions):
             stamps, until = (np.array(each, np.int64) for each in zip(*promises[name, number], strict=True))
             first = np.searchsorted(np.maximum.accumulate(until), moments, "left")
             complete = np.maximum(complete, np.append(stamps, 2**62)[first])

@@ -26,7 +26,6 @@ from deploy.streaming.processes import Child, Service, running
 DEFINITION = "examples.flights.definition"
 # Rows per partition of every topic: uneven, the last one idle.
 SHARE = "6,3,1,0"
-PARTITIONS = len(SHARE.split(","))
 # The broker stamps each record when it appends it: one clock for both ends of every latency.
 STAMPED = {"message.timestamp.type": "LogAppendTime"}
 SAMPLE = 1.0
@@ -79,10 +78,11 @@ class Rig:
         rig.live(…)
     """
 
-    def __init__(self, folder: Path, sources: Path) -> None:
+    def __init__(self, folder: Path, sources: Path, share: str = SHARE) -> None:
         from schemas.loading import load_definition
 
-        self.folder, self.sources = folder, sources
+        self.folder, self.sources, self.share = folder, sources, share
+        self.partitions = len(share.split(","))
         definition = load_definition(DEFINITION)
         self.view, self.model = definition.view, definition.require_model().name
         self.names = list(dict.fromkeys([self.view.spine.name, *self.view.events]))
@@ -93,9 +93,9 @@ class Rig:
     def __enter__(self) -> Rig:
         services: Sequence[Service] = (self.broker, self.expansion, self.prism)
         self.stack.enter_context(running(*services))
-        self.broker.create(*self.names, partitions=PARTITIONS, config=STAMPED)
+        self.broker.create(*self.names, partitions=self.partitions, config=STAMPED)
         answers = f"{self.view.name}.features"
-        self.broker.create(answers, f"{self.view.name}.dead_letters", partitions=PARTITIONS, config=STAMPED)
+        self.broker.create(answers, f"{self.view.name}.dead_letters", partitions=self.partitions, config=STAMPED)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +118,7 @@ class Rig:
         """Start the producer."""
         command = [
             sys.executable, "-m", "deploy.streaming.producer", "--definition", DEFINITION, "--sources", str(self.sources),
-            "--bootstrap", self.broker.bootstrap, "--share", SHARE, "--status", str(self.folder / f"{name}.json"), *flags,
+            "--bootstrap", self.broker.bootstrap, "--share", self.share, "--status", str(self.folder / f"{name}.json"), *flags,
         ]  # fmt: skip
         return self.start(name, command)
 

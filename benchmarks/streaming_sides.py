@@ -13,7 +13,7 @@ import polars as pl
 
 from benchmarks.measure import say
 from benchmarks.streaming_lag import answered, completed
-from benchmarks.streaming_rig import PARTITIONS, STAMPED, Rig, Watch, distribution
+from benchmarks.streaming_rig import SHARE, STAMPED, Rig, Watch, distribution
 from deploy.streaming.processes import Child
 from transforms.shards import groups_of
 from transforms.topics import Broker, end_offsets
@@ -55,7 +55,7 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
 
 def lag(
     folder: Path, sources: Path, first: str, offered: float, seconds: float, warm_up: float, flags: list[str],
-    registry: str | None = None,
+    registry: str | None = None, share: str = SHARE,
 ) -> dict[str, Any]:  # fmt: skip
     """Events at a steady rate, the job already up; how long after its completing record is a question answered?
 
@@ -64,11 +64,11 @@ def lag(
     speed = offered / PER_SECOND
     days = int(np.ceil((seconds + warm_up) * speed / 86_400))
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
-    with Rig(folder, sources) as rig, Watch(rig) as watch:
+    with Rig(folder, sources, share) as rig, Watch(rig) as watch:
         predictions = f"{rig.model}.predictions"
         rig.live("--sources", str(sources), *flags)
         if registry is not None:
-            rig.broker.create(predictions, f"{predictions}.dead_letters", partitions=PARTITIONS, config=STAMPED)
+            rig.broker.create(predictions, f"{predictions}.dead_letters", partitions=rig.partitions, config=STAMPED)
             rig.live("--registry", registry, name="inference", module="beam_pipelines.inference")
         for name in list(rig.jobs):
             _await_running(rig, name)
@@ -97,7 +97,7 @@ def lag(
         further = {"predictions_lag_p99_s": distribution(waits).get("p99"), "predictions_lag": distribution(waits)}
     return further | {
         "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"), "features_lag": distribution(steady["lag"].to_numpy()),
-        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "events": counts["rows"], "questions": len(questions), "measured": len(steady),
+        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "share": share, "events": counts["rows"], "questions": len(questions), "measured": len(steady),
         "rows_per_message": counts["rows"] / counts["messages"], "cores": watch.cores(began + warm_up, sent), "rss_mb": watch.samples[-1]["rss_mb"],
         "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()), "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
         "p99_by_5s": _by_time(steady, began),
@@ -147,7 +147,7 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
     with Rig(folder, sources) as rig, Watch(rig) as watch:
         topic, parts = "elements", len(groups_of(rig.view))
-        rig.broker.create(topic, partitions=PARTITIONS, config=STAMPED)
+        rig.broker.create(topic, partitions=rig.partitions, config=STAMPED)
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
         questions, counts = completed(rig)
