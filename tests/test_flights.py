@@ -2,6 +2,7 @@
 
 import datetime as dt
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,13 @@ import polars.testing
 import pyarrow.parquet as pq
 import pytest
 
+from beam_pipelines import features
 from examples.flights import data
 from examples.flights.definition import minutes_since
 from schemas import load_definition
+from schemas.errors import AnomalyError
+from transforms.statistics import columns_of
+from transforms.validation import parse_schema
 
 OUTCOMES = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
 PLAN = ["year", "month", "day", "sched_dep_time", "origin", "carrier", "flight", "dest"]
@@ -293,3 +298,41 @@ def test_minutes_since_counts_over_midnight():
         {"due_minute": [10, 600, 600], "minute": [1430, 599, 660]}, schema_overrides={"minute": pl.Int64}
     )
     assert frame.select(minutes_since("minute")).to_series().to_list() == [20, 1, 1380]
+
+
+def test_the_reviewed_schema_is_of_the_definitions_columns():
+    definition = load_definition("examples.flights.definition")
+    text = Path(definition.schema_path).read_text()
+    schema = parse_schema(text, definition.schema_path)
+    assert [feature.name for feature in schema.feature] == columns_of(definition.view).names
+    named = {feature.name: feature for feature in schema.feature}
+    assert (named["weekday"].int_domain.min, named["weekday"].int_domain.max) == (1, 7)
+    assert (named["late_share"].float_domain.min, named["late_share"].float_domain.max) == (0, 1)
+    (airports,) = (list(each.value) for each in schema.string_domain if each.name == "origin")
+    assert airports == ["EWR", "JFK", "LGA"]
+
+
+def test_two_loads_of_a_week_keep_the_schema_and_are_the_same(store, tmp_path):
+    """As the main job computes them: with statistics, the schema checked, files of the same rows under the same digests."""
+    found = []
+    for name in ("one", "two"):
+        run = ["--definition", "examples.flights.definition", "--store", str(tmp_path / name), "--run_id", "week"]
+        week = ["--sources", str(store[0] / "sources"), "--start", "2013-03-04", "--end", "2013-03-11"]
+        assert features.main([*run, *week]) == 0
+        (table,) = (tmp_path / name / "features" / "departure_delay").iterdir()
+        account = json.loads((table / "_statistics" / "week.json").read_text())
+        assert account["anomalies"] == []
+        found.append({path.relative_to(table): path.read_bytes() for path in table.glob("date=*/*.parquet")})
+    assert found[0] == found[1]
+    assert len(found[0]) == 7
+
+
+def test_air_more_than_wet_stops_a_load_of_flights(store, tmp_path):
+    """The schema's own bounds are kept by what is computed, not only by what was inferred."""
+    sources = tmp_path / "sources"
+    shutil.copytree(store[0] / "sources", sources)
+    for path in (sources / "weather").glob("*.parquet"):
+        pl.read_parquet(path).with_columns(humid=pl.col("humid") + 100).write_parquet(path)
+    run = ["--definition", "examples.flights.definition", "--store", str(tmp_path / "out"), "--sources", str(sources)]
+    with pytest.raises(AnomalyError, match="weather_humid"):
+        features.main([*run, "--start", "2013-03-04", "--end", "2013-03-06"])
