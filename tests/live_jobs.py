@@ -48,7 +48,7 @@ class Stage:
         folder: holds definition, dimensions, store and logs.
         partitions: of every source's topic.
         definition: the definition's text.
-        config: of the topics of answers and letters.
+        config: of the topic of answers.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Stage:
         self.prefix = f"s{os.getpid()}-{next(_numbers)}-"
         self.sources = sources_of(self.view)
         live.broker.create(*map(self.topic, self.sources), partitions=partitions)
-        live.broker.create(*self.outputs, partitions=1, config=dict(config or {}))
+        live.broker.create(self.outputs[0], partitions=1, config=dict(config or {}))
+        live.broker.create(self.outputs[1], partitions=1)
         self.connect()
         self.sent: dict[tuple[str, int], int] = {}  # messages, by source and partition
         self.grown: dict[str, int] = {}  # partitions of topics that have got more
@@ -302,7 +303,7 @@ def await_(happened: Callable[[], Any], within: float, child: Child | None = Non
         time.sleep(0.1)
 
 
-def end(child: Child, within: float = 90) -> str:
+def end(child: Child, within: float = 200) -> str:
     """Wait until the job has ended well; what it said."""
     code = child.wait(within)
     assert code == 0, child.output()[-5000:]

@@ -147,9 +147,10 @@ def test_killed_at_any_moment_the_table_has_every_row_once(house: House, live: L
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_thirty_kills_of_the_inference_job(house: House, live: Live, tmp_path: Path) -> None:
-    killed(house, live, tmp_path, 30, random.randrange(10**6))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(6))
+def test_thirty_kills_of_the_inference_job(house: House, live: Live, tmp_path: Path, seed: int) -> None:
+    killed(house, live, tmp_path, 5, seed)
 
 
 def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> None:
@@ -180,7 +181,7 @@ def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> Non
         for number in range(times):
             child = Child(argv, house.store / "inference.log", cwd=ROOT)
             if number % 4:  # once it works, amid work
-                _await(child, lambda: "running: reading on" in child.output(), 60)  # noqa: B023
+                _await(child, lambda: "running: reading on" in child.output(), 150)  # noqa: B023
                 time.sleep(chance.uniform(0, 4))
             else:
                 time.sleep(chance.uniform(0, 8))
@@ -188,7 +189,7 @@ def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> Non
             if number % 4 == 3:  # the cluster, and with it its workers
                 prism.kill()
                 prism.start()
-                assert child.wait(60) == 4, child.output()[-3000:]
+                assert child.wait(100) == 4, child.output()[-3000:]
                 assert "nothing is lost" in child.output()
                 assert "Traceback" not in child.output(), child.output()[-3000:]
             child.kill()
@@ -201,7 +202,7 @@ def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> Non
     sender.acknowledged()
     tell_end(Broker(live.broker.bootstrap), topic)
     with Child([*argv, *live.prism.options, "--commit_every=1s"], house.store / "inference.log", cwd=ROOT) as child:
-        assert child.wait(90) == 0, child.output()[-3000:]
+        assert child.wait(150) == 0, child.output()[-3000:]
     found = house.predictions
     assert found["row_id"].n_unique() == len(found) == ROWS
     check(house, found)
