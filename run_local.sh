@@ -9,7 +9,7 @@ usage() {
 ./run_local.sh test live [...]     those, and the ones with Kafka and Prism (Java, Maven, Go)
 ./run_local.sh test all [...]      those where Java, Maven and Go are present, else the first with a word of what is missing
 ./run_local.sh test slow [...]     the ones that take minutes: processes killed at every step, full disks, two writers at once;
-                                   where Kafka and Prism can run: thirty kills of each live job, a month of flights
+                                   where Kafka and Prism can run: thirty kills of each live job
 ./run_local.sh stream [args]       the live job
 ./run_local.sh setup               the environment only: .venv, from constraints.txt
 

@@ -14,12 +14,10 @@ import market
 import polars as pl
 import psutil
 import pytest
-from confluent_kafka import TopicPartition
 from live_fixtures import Live
-from live_jobs import Slot, Stage, await_, end, high_marks, slots
+from live_jobs import Slot, Stage, await_, end, slots
 from test_live import audit, run, stream
 
-from deploy.streaming.kafka import Broker
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child
 from transforms.clock import FOREVER
@@ -126,91 +124,6 @@ def test_thirty_kills_of_the_features_job(live: Live, tmp_path: Path, seed: int)
 
 @pytest.mark.live
 @pytest.mark.timeout(280)
-def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, broker: Broker, tmp_path: Path) -> None:
-    stage, told = Stage(live, tmp_path), slots(history())
-    third = len(told) // 3
-    assert live.workers.child is not None
-    with stage.job("one", environment="EXTERNAL") as job:
-        stage.tell(told[:third])
-        await_(lambda: commits(stage) >= 3, 100, job)
-        broker.stop()
-        time.sleep(3)
-        broker.start()
-        before = commits(stage)
-        stage.tell(told[third : 2 * third])
-        await_(lambda: commits(stage) > before, 120, job)
-        stage.tell(told[2 * third :])
-        live.workers.child.signal(signal.SIGSTOP)  # amid bundles
-        time.sleep(4)
-        live.workers.child.signal(signal.SIGCONT)
-        stage.beat(FOREVER)
-        stage.flush()
-        end(job)
-    counts = stage.status("one")["counts"]
-    assert not any(each.get("offsets_skipped") for each in counts.values())
-    stage.audit()
-
-
-@pytest.mark.live
-@pytest.mark.timeout(280)
-def test_a_restart_needs_nothing_from_the_broker_that_was_read_before(live: Live, tmp_path: Path) -> None:
-    """Retention shorter than the windows: what the first run read is deleted, the second seeds from `sources/`."""
-    stage, told = Stage(live, tmp_path), slots(history())
-    half = len(told) // 2
-    with stage.job("first") as job:
-        stage.tell(told[:half])
-        stage.beat(FOREVER)
-        stage.flush()
-        end(job)
-    first = stage.answers()
-    ends = high_marks(live.broker.bootstrap, [stage.topic(name) for name in stage.sources])
-    gone = [TopicPartition(topic, number, offset) for (topic, number), offset in ends.items() if offset]
-    for deleted in live.broker.admin().delete_records(gone).values():
-        deleted.result(10)
-    with stage.job("second") as job:  # the end that the first run heard is none: more rows come
-        stage.tell(told[half:])
-        stage.beat(FOREVER)
-        stage.flush()
-        said = end(job)
-    assert "questions unaccounted for  0" in said
-    answers = stage.audit()
-    assert answers.join(first, on="row_id", how="semi").sort("row_id").equals(first.sort("row_id"))
-    fresh = answers.join(first, on="row_id", how="anti")
-    assert len(fresh) > 40
-    assert not fresh["__late"].any()
-    # Windows of two days reach over the restart.
-    assert fresh.sort("asked")["sales_by_shop_count_2d"].head(5).max() > 0  # type: ignore[operator]
-
-
-@pytest.mark.live
-@pytest.mark.timeout(280)
-def test_records_deleted_before_they_were_read_are_counted_and_hold_nothing_up(live: Live, tmp_path: Path) -> None:
-    stage, told = Stage(live, tmp_path), slots(history())
-    with stage.job("first") as job:
-        stage.tell(told[:8])
-        await_(lambda: commits(stage) >= 3, 100, job)
-        job.signal(signal.SIGINT)
-        assert job.wait(60) in (0, 130), job.output()
-    stage.tell(told[8:12])
-    lost = TopicPartition(stage.topic("sales"), 0, stage.sent["sales", 0])
-    live.broker.admin().delete_records([lost])[lost].result(10)
-    with stage.job("second") as job:
-        stage.tell(told[12:])
-        stage.beat(FOREVER)
-        stage.flush()
-        said = end(job)
-    assert "sales/0: the broker no longer has offsets" in said
-    assert stage.status("second")["counts"]["sales"]["offsets_skipped"] > 0
-    kept = set(stage.kept("sales").select("__partition", "__offset", "__place").iter_rows())
-    dead = set(stage.letters().filter(source="sales").select("partition", "offset", "place").iter_rows())
-    missing = {place for place in stage.rows["sales"] - kept - dead if place[0] == 0 and place[1] < lost.offset}
-    stage.rows["sales"] -= missing  # the broker's loss
-    assert missing
-    stage.audit()
-
-
-@pytest.mark.live
-@pytest.mark.timeout(280)
 def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) -> None:
     stage, told = Stage(live, tmp_path, partitions=2), slots(history(), share=(2, 1))
     half = len(told) // 2
@@ -229,22 +142,6 @@ def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) ->
         said = end(job)
     assert "sales has 3 partitions now, 2 before" in said
     assert "questions unaccounted for  0" in said
-    stage.audit()
-
-
-@pytest.mark.live
-@pytest.mark.timeout(280)
-def test_two_jobs_on_one_table_write_every_row_once(live: Live, tmp_path: Path) -> None:
-    """As after a launcher that was killed while its job ran on: the restarted one is the second."""
-    stage, told = Stage(live, tmp_path), slots(history())
-    with stage.job("one", environment="EXTERNAL") as one, stage.job("two") as two:
-        for slot in told:
-            stage.tell([slot])
-            time.sleep(0.05)
-        stage.beat(FOREVER)
-        stage.flush()
-        end(one)
-        end(two)
     stage.audit()
 
 
