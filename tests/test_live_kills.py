@@ -18,6 +18,7 @@ from live_fixtures import Live
 from live_jobs import Slot, Stage, await_, end, slots
 from test_live import audit, run, stream
 
+from deploy.streaming.kafka import Broker
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child
 from transforms.clock import FOREVER
@@ -124,6 +125,33 @@ def test_thirty_kills_of_the_features_job(live: Live, tmp_path: Path, seed: int)
 
 @pytest.mark.live
 @pytest.mark.timeout(280)
+def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, broker: Broker, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    third = len(told) // 3
+    assert live.workers.child is not None
+    with stage.job("one", environment="EXTERNAL") as job:
+        stage.tell(told[:third])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        broker.stop()
+        time.sleep(3)
+        broker.start()
+        before = commits(stage)
+        stage.tell(told[third : 2 * third])
+        await_(lambda: commits(stage) > before, 120, job)
+        stage.tell(told[2 * third :])
+        live.workers.child.signal(signal.SIGSTOP)  # amid bundles
+        time.sleep(4)
+        live.workers.child.signal(signal.SIGCONT)
+        stage.beat(FOREVER)
+        stage.flush()
+        end(job)
+    counts = stage.status("one")["counts"]
+    assert not any(each.get("offsets_skipped") for each in counts.values())
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
 def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) -> None:
     stage, told = Stage(live, tmp_path, partitions=2), slots(history(), share=(2, 1))
     half = len(told) // 2
@@ -142,6 +170,22 @@ def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) ->
         said = end(job)
     assert "sales has 3 partitions now, 2 before" in said
     assert "questions unaccounted for  0" in said
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_two_jobs_on_one_table_write_every_row_once(live: Live, tmp_path: Path) -> None:
+    """As after a launcher that was killed while its job ran on: the restarted one is the second."""
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("one", environment="EXTERNAL") as one, stage.job("two") as two:
+        for slot in told:
+            stage.tell([slot])
+            time.sleep(0.05)
+        stage.beat(FOREVER)
+        stage.flush()
+        end(one)
+        end(two)
     stage.audit()
 
 
