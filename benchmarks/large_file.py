@@ -40,7 +40,9 @@ view = FeatureView(
 def main(argv: Sequence[str]) -> int:
     parser = arguments("One very large file as a source.")
     parser.add_argument("--gb", type=float, default=5.0, help="10⁹ bytes of the file (default 5)")
-    parser.add_argument("--group_rows", type=int, default=2**20, help="rows of a row group, at most the default of 1048576")
+    parser.add_argument(
+        "--group_rows", type=int, default=2**20, help="rows of a row group, at most the default of 1048576"
+    )
     parser.add_argument("--flags", default="", help="more flags of `millrace features`")
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:

@@ -49,11 +49,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _pipeline(flags: Any, folder: Path, store: str) -> dict[str, Any]:
-    sides = [Side("native", f"{SIDES}:native", {"store": store}), Side("pipeline", f"{SIDES}:pipeline", {"store": store})]
+    sides = [
+        Side("native", f"{SIDES}:native", {"store": store}),
+        Side("pipeline", f"{SIDES}:pipeline", {"store": store}),
+    ]
     measured, _ = compare(sides, flags.repeats, folder / "runs")
     say(summary(measured))
     _agree(measured)
-    return {"pipeline_vs_native": ratios(measured, "pipeline", "native")["wall_vs_native"], "raw_pipeline": raw(measured)}
+    return {
+        "pipeline_vs_native": ratios(measured, "pipeline", "native")["wall_vs_native"],
+        "raw_pipeline": raw(measured),
+    }
 
 
 def _training(flags: Any, folder: Path, store: str) -> dict[str, Any]:
@@ -68,7 +74,9 @@ def _training(flags: Any, folder: Path, store: str) -> dict[str, Any]:
 def _memory(flags: Any, folder: Path, store: str) -> dict[str, Any]:
     from benchmarks.measure import run
 
-    side = Side("big", f"{SIDES}:train_ours", {"store": store, "shards": _shards(folder, flags.big), "rounds": flags.big_rounds})
+    side = Side(
+        "big", f"{SIDES}:train_ours", {"store": store, "shards": _shards(folder, flags.big), "rounds": flags.big_rounds}
+    )
     # The warm-up of the others tells what there is to import.
     small = Side("small", f"{SIDES}:train_ours", {"store": store, "shards": _shards(folder, 500_000), "rounds": 2})
     _, modules = run(small, folder / "small", ())
@@ -79,10 +87,16 @@ def _memory(flags: Any, folder: Path, store: str) -> dict[str, Any]:
 
 def _trials(flags: Any, folder: Path, store: str) -> dict[str, Any]:
     inputs = {"store": store, "shards": _shards(folder, flags.small, max(flags.small // 10, 1))}
-    sides = [Side(name, f"{SIDES}:search", {**inputs, "side": side}) for name, side in (("sequence", False), ("side by side", True))]
+    sides = [
+        Side(name, f"{SIDES}:search", {**inputs, "side": side})
+        for name, side in (("sequence", False), ("side by side", True))
+    ]
     measured, _ = compare(sides, flags.repeats, folder / "runs-trials")
     say(summary(measured))
-    return {"trials_speedup": _stage(measured, "sequence") / _stage(measured, "side by side"), "raw_trials": raw(measured)}
+    return {
+        "trials_speedup": _stage(measured, "sequence") / _stage(measured, "side by side"),
+        "raw_trials": raw(measured),
+    }
 
 
 def _shards(folder: Path, rows: int, each: int = 250_000) -> str:

@@ -59,7 +59,9 @@ def write_store(folder: Path, rows: int) -> None:
     frame.select("id", "y", at=(pl.col("t") + timedelta(minutes=5)).cast(pl.Datetime("us", "UTC"))).write_parquet(
         folder / "sources/outcomes/part.parquet", row_group_size=100_000
     )
-    if code := features.main(["--definition", str(folder / "definition.py"), "--store", str(folder), "--run_id", "features"]):
+    if code := features.main(
+        ["--definition", str(folder / "definition.py"), "--store", str(folder), "--run_id", "features"]
+    ):
         raise SystemExit(code)
 
 
@@ -68,7 +70,18 @@ def pipeline(store: str, out: str) -> dict[str, Any]:
     from beam_pipelines import training
 
     run = Path(out).name
-    training.main(["--definition", f"{store}/definition.py", "--store", store, "--run_id", run, "--registry", f"sqlite:///{out}/mlflow.db"])
+    training.main(
+        [
+            "--definition",
+            f"{store}/definition.py",
+            "--store",
+            store,
+            "--run_id",
+            run,
+            "--registry",
+            f"sqlite:///{out}/mlflow.db",
+        ]
+    )
     report = json.loads((Path(store) / "runs" / run / "training.json").read_text())
     return {"auc": report["metrics"]["auc"], "train": report["splits"]["train"]["entered"]}
 
@@ -88,7 +101,11 @@ def native(store: str, out: str) -> dict[str, Any]:
     (table,) = (Path(store) / "features" / "made_up").iterdir()
     rows = pl.read_parquet(sorted(DeltaTable(str(table)).file_uris()))
     outcomes = pl.read_parquet(f"{store}/sources/outcomes/part.parquet")
-    rows = rows.join(outcomes, on="id").filter(pl.col("at") >= pl.col("t"), pl.col("at") < pl.col("t") + timedelta(hours=1)).sort("t")
+    rows = (
+        rows.join(outcomes, on="id")
+        .filter(pl.col("at") >= pl.col("t"), pl.col("at") < pl.col("t") + timedelta(hours=1))
+        .sort("t")
+    )
     rows = rows.with_columns(label=(pl.col("y") > 0).cast(pl.Float32)).drop("y", "at")
     cutoff = rows["t"].dt.date().max() + timedelta(days=1)  # type: ignore[operator]
     end = datetime(cutoff.year, cutoff.month, cutoff.day, tzinfo=UTC)  # type: ignore[union-attr]
@@ -116,7 +133,10 @@ def native(store: str, out: str) -> dict[str, Any]:
                 for record in coder.encode(_lists(piece)):
                     writer.write(record)
     train = parts["train"]
-    ranks = {name: train[name].value_counts().sort(["count", name], descending=[True, False])[name].to_list() for name in WORDS}
+    ranks = {
+        name: train[name].value_counts().sort(["count", name], descending=[True, False])[name].to_list()
+        for name in WORDS
+    }
     mean, deviation = train["x00"].mean(), train["x00"].std(ddof=0)
 
     def matrix(part: pl.DataFrame) -> Any:
@@ -128,12 +148,21 @@ def native(store: str, out: str) -> dict[str, Any]:
     learn = xgboost.QuantileDMatrix(matrix(train), train["label"].to_numpy())
     judge = xgboost.QuantileDMatrix(matrix(parts["validate"]), parts["validate"]["label"].to_numpy(), ref=learn)
     booster = xgboost.train(
-        {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0}, learn, ROUNDS, evals=[(judge, "v")], verbose_eval=False
+        {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0},
+        learn,
+        ROUNDS,
+        evals=[(judge, "v")],
+        verbose_eval=False,
     )
     booster.save_model(folder / "model.ubj")
     test = parts["test"]
     scores, labels = booster.inplace_predict(matrix(test)), test["label"].to_numpy()
-    measures = {"auc": roc_auc_score, "average_precision": average_precision_score, "log_loss": log_loss, "brier": brier_score_loss}
+    measures = {
+        "auc": roc_auc_score,
+        "average_precision": average_precision_score,
+        "log_loss": log_loss,
+        "brier": brier_score_loss,
+    }
     report = {"": {name: float(measure(labels, scores)) for name, measure in measures.items()}}
     for (city,), places in test.with_row_index("row").group_by("city"):
         at = places["row"].to_numpy()
@@ -147,7 +176,9 @@ def _lists(part: pl.DataFrame) -> Any:
     import pyarrow as pa
 
     arrays = []
-    for column in part.with_columns(pl.col(pl.Datetime, pl.Date).to_physical().cast(pl.Int64)).to_arrow().combine_chunks().columns:
+    for column in (
+        part.with_columns(pl.col(pl.Datetime, pl.Date).to_physical().cast(pl.Int64)).to_arrow().combine_chunks().columns
+    ):
         values = column.combine_chunks()
         values = values.cast(pa.large_binary()) if pa.types.is_large_string(values.type) else values
         valid = values.is_valid().to_numpy(zero_copy_only=False)
@@ -164,7 +195,9 @@ def write_shards(folder: Path, rows: int, shard: int = 250_000) -> None:
         columns = values(shard, i)
         columns["__label"] = columns.pop("y").cast(pl.Float32)
         split = "validate" if i % 5 == 4 else "train"
-        pl.DataFrame(columns).write_parquet(folder / f"{split}-{i:05d}.parquet", compression="lz4", row_group_size=1 << 15)
+        pl.DataFrame(columns).write_parquet(
+            folder / f"{split}-{i:05d}.parquet", compression="lz4", row_group_size=1 << 15
+        )
 
 
 def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any]:
@@ -178,7 +211,8 @@ def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any
 
     model = load_definition(f"{store}/definition.py").require_model()
     files = [
-        Shard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows) for i, path in enumerate(sorted(Path(shards).iterdir()))
+        Shard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows)
+        for i, path in enumerate(sorted(Path(shards).iterdir()))
     ]
     account = Account(sum(each.rows for each in files), {}, {}, tuple(files))
     fitted = fit(model, (batch for each in account.of("train") for batch in read_shard(each, model.inputs)))

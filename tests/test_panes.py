@@ -37,7 +37,12 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
             plain += new
         elif what == "evict":
             horizon = random.randrange(-300, 300)
-            ends = {row[3]: (number + 1) * width for number, parts in panes.panes.items() for part in parts for row in part.frame.rows()}
+            ends = {
+                row[3]: (number + 1) * width
+                for number, parts in panes.panes.items()
+                for part in parts
+                for row in part.frame.rows()
+            }
             gone = panes.evict(horizon)
             kept = [row for row in plain if ends[row[3]] > horizon]
             assert gone == len(plain) - len(kept)

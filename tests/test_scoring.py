@@ -163,7 +163,10 @@ def test_a_prediction_carries_its_question_and_its_model(scorers: dict[str, Scor
 def test_a_prediction_id_never_changes(scorers: dict[str, Scorer]) -> None:
     """Written down once: tables of other years are joined by it."""
     batch = with_ids(rows(2), [0, -1])
-    assert predict(scorers["binary:logistic"], batch).column(3).to_pylist() == [3271745796330802107, 6061149551974158596]
+    assert predict(scorers["binary:logistic"], batch).column(3).to_pylist() == [
+        3271745796330802107,
+        6061149551974158596,
+    ]
 
 
 def with_ids(batch: pa.RecordBatch, ids: list[int]) -> pa.RecordBatch:

@@ -104,7 +104,11 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         value = f"{folder}/{MANIFEST}: {error!r}"
         raise StoreError("A model's manifest is JSON that lists its files", value, _RESTORE) from None
-    if manifest.pop("format", None) != FORMAT or not {BOOSTER, ENCODERS} <= set(files) or any("/" in name for name in files):
+    if (
+        manifest.pop("format", None) != FORMAT
+        or not {BOOSTER, ENCODERS} <= set(files)
+        or any("/" in name for name in files)
+    ):
         value = f"{folder}: {', '.join(sorted(files))}"
         raise StoreError(
             f"A model has format {FORMAT}: {BOOSTER} and {ENCODERS}", value, "Read it with the Millrace that wrote it"

@@ -148,7 +148,14 @@ def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
 
 
 def replay(
-    streams: Sequence[Stream], sender: Sender, start: int, end: int, speed: float, most: int, step: int, status: Path | None
+    streams: Sequence[Stream],
+    sender: Sender,
+    start: int,
+    end: int,
+    speed: float,
+    most: int,
+    step: int,
+    status: Path | None,
 ) -> None:
     """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes, `step` µs at a time."""
     began = said = time.monotonic()
