@@ -1,10 +1,13 @@
-"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, and a Hypothesis profile."""
+"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, a Hypothesis profile, and the process that others are forked from."""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+from processes import Zygote
 
 pytest_plugins = ["live_fixtures"]
 
@@ -22,3 +25,10 @@ settings.register_profile("dev", max_examples=50, **slow_machine)
 settings.register_profile("ci", max_examples=50, derandomize=True, print_blob=True, **slow_machine)
 settings.register_profile("thorough", max_examples=2000, **slow_machine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """A process that has imported everything, whose forks are killed in place of slow starts."""
+    with Zygote(tmp_path_factory.mktemp("logs")) as started:
+        yield started

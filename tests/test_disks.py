@@ -34,12 +34,6 @@ needs_root = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
 
 @pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("logs")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Case:
     return prepared(tmp_path_factory.mktemp("disks"), zygote, second=True)
 

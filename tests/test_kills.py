@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from loads import Case, content, leftovers, prepared, same
@@ -20,12 +20,6 @@ from processes import Zygote
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEED = int(os.environ.get("MILLRACE_SEED", "1"))
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
