@@ -30,8 +30,8 @@ ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, Pipe
 WORKER = tuple(
     logging.getLogger(f"apache_beam.runners.worker.{name}") for name in ("data_plane", "sdk_worker", "log_handler")
 )
-# Seconds between looks at the topics' partitions, and that a cancelled job may take to end.
-LOOK, ENDS_WITHIN = 5.0, 30.0
+# Seconds between looks at the topics' partitions, that a runner may take to answer, and that a cancelled job may take to end.
+LOOK, CANCELLED_WITHIN, ENDS_WITHIN = 5.0, 10.0, 30.0
 # Seconds, beside three commits' time, without a commit while messages wait: then it is said.
 STILL = 60.0
 
@@ -134,25 +134,86 @@ def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, read
     Raises:
         MillraceError: the job failed.
     """
-    result = pipeline.run()
+    job = _Job(pipeline.run())
     log.info(text)
-    if not _watch(result, done, reading):
+    if not _watch(job, done, reading):
         return False
     deadline = time.monotonic() + ENDS_WITHIN
-    while result.state not in ENDED and time.monotonic() < deadline:
-        time.sleep(0.1)
+    try:
+        while job.state not in ENDED and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except grpc.RpcError as error:
+        raise _gone(error) from None
     return True
 
 
-def _watch(result: Any, done: Callable[[], bool], reading: Reading) -> bool:
+class _Job:
+    """A launched job, asked by threads of their own: a runner that is frozen, or behind a broken network, answers nobody.
+
+    Args:
+        result: what Beam gave for it.
+    """
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+        self._state: str | None = None
+        self._error: grpc.RpcError | None = None
+        threading.Thread(target=self._follow, name="state", daemon=True).start()
+
+    @property
+    def state(self) -> str | None:
+        """As the runner told it last.
+
+        Raises:
+            grpc.RpcError: the runner is gone.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._state
+
+    def _follow(self) -> None:
+        try:
+            while self._state not in ENDED:
+                self._state = self.result.state
+                time.sleep(0.2)
+        except grpc.RpcError as error:
+            self._error = error
+
+    def cancel(self) -> None:
+        """Have it cancelled; a runner that does not answer within `CANCELLED_WITHIN` seconds is left to itself.
+
+        Raises:
+            grpc.RpcError: the runner is gone.
+        """
+        failed: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                self.result.cancel()
+            except Exception as error:
+                failed.append(error)
+
+        asking = threading.Thread(target=ask, name="cancel", daemon=True)
+        asking.start()
+        asking.join(CANCELLED_WITHIN)
+        if failed:
+            raise failed[0]
+        if asking.is_alive():
+            log.warning(
+                "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, its "
+                "table still holds every row once; see the runner's log", CANCELLED_WITHIN,
+            )  # fmt: skip
+
+
+def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
     """Wait until the job ends, it is `done`, a signal comes, or topics have grown; whether they have."""
     again, looked = False, time.monotonic()
     turn, since = None, looked
     try:
         while not again:
-            if result.state in ENDED:
-                if result.state not in (PipelineState.DONE, PipelineState.CANCELLED):
-                    _failed(result)
+            if job.state in ENDED:
+                if job.state not in (PipelineState.DONE, PipelineState.CANCELLED):
+                    _failed(job.result)
                 return False
             time.sleep(0.2)
             if done():
@@ -170,13 +231,13 @@ def _watch(result: Any, done: Callable[[], bool], reading: Reading) -> bool:
                     "and start it again; it goes on from its last commit", still, unread,
                 )  # fmt: skip
                 since = now
-        result.cancel()
+        job.cancel()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")
         with contextlib.suppress(grpc.RpcError):  # it was gone before
-            result.cancel()
+            job.cancel()
     except grpc.RpcError as error:
-        raise _gone(str(error.details() if isinstance(error, grpc.Call) else error)) from None  # as it was killed
+        raise _gone(error) from None  # as it was killed
     return again
 
 
@@ -188,11 +249,12 @@ def _failed(result: Any) -> None:
         known = recovered(error)
         if known is not error:
             raise known from None
-        raise _gone(str(error)) from None
+        raise _gone(error) from None
 
 
-def _gone(said: str) -> StoreError:
+def _gone(error: Exception) -> StoreError:
     """The error of a job that its runner ended, or that ended with its runner, for a reason that is none of ours."""
+    said = str(error.details() if isinstance(error, grpc.Call) else error)
     reason = next((line.strip() for line in said.splitlines() if line.strip()), "no word")
     fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
     return StoreError("The runner keeps the job running", reason[:500], fix)

@@ -339,6 +339,16 @@ def test_a_keeper_that_is_killed_takes_its_command_along(tmp_path: Path) -> None
         assert await_(lambda: not alive(child.pid))
 
 
+def test_a_command_hears_ctrl_c_and_its_keeper_outlives_it(tmp_path: Path) -> None:
+    program = "import time\ntry: print('up', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('heard'); raise SystemExit(130)"
+    with Child([sys.executable, "-c", program], tmp_path / "log") as child:
+        assert await_(lambda: "up" in child.output())
+        os.kill(child._keeper.pid, signal.SIGINT)
+        child.signal(signal.SIGINT)
+        assert child.wait(10) == 130
+    assert "heard" in child.output()
+
+
 def test_children_of_a_thread_outlive_it_and_stop_when_told(tmp_path: Path) -> None:
     started: list[Child] = []
     thread = threading.Thread(target=lambda: started.append(Child(["sleep", "600"], tmp_path / "log")))

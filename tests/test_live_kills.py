@@ -18,6 +18,7 @@ from live_fixtures import Live
 from live_jobs import Slot, Stage, await_, end, slots
 from test_live import audit, run, stream
 
+from beam_pipelines.streaming import CANCELLED_WITHIN
 from deploy.streaming.kafka import Broker
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child
@@ -63,6 +64,11 @@ class Kills:
             self.prism.kill()
             self.prism.start()
 
+    def freeze(self, frozen: bool = True) -> None:
+        """Prism stands still, or goes on."""
+        assert self.prism.child is not None
+        self.prism.child.signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
 
 def killed(live: Live, folder: Path, times: int, seed: int) -> None:
     """A job that is killed so many times, from while it starts to while it commits, and started by the same command again."""
@@ -87,7 +93,7 @@ def killed(live: Live, folder: Path, times: int, seed: int) -> None:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         job.wait(2)
                     job.signal(signal.SIGINT)
-                    job.wait(120)  # Prism, without its workers, confirms a cancellation after a minute
+                    job.wait(60)
                     assert "Traceback" not in job.output(), job.output()
                 elif what == "prism":
                     assert job.wait(60) != 0
@@ -148,6 +154,34 @@ def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, b
     counts = stage.status("one")["counts"]
     assert not any(each.get("offsets_skipped") for each in counts.values())
     stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_nothing_twice(live: Live, tmp_path: Path) -> None:  # fmt: skip
+    """The workers are the pool's: should Prism, thawed, not have heard of the end, they go on beside the restarted job."""
+    stage, told, kills = Stage(live, tmp_path), slots(history()), Kills(live, tmp_path)
+    half = len(told) // 2
+    try:
+        with kills.job(stage, "one", "workers") as job:
+            stage.tell(told[:half])
+            await_(lambda: commits(stage) >= 3, 100, job)
+            kills.freeze()
+            job.signal(signal.SIGINT)
+            began = time.monotonic()
+            assert job.wait(60) == 0
+            assert CANCELLED_WITHIN < time.monotonic() - began < CANCELLED_WITHIN + 10
+            assert "the runner has not answered for 10 s" in job.output()
+            assert "Traceback" not in job.output()
+        kills.freeze(False)
+        with kills.job(stage, "one", "launcher") as job:
+            stage.tell(told[half:])
+            stage.beat(FOREVER)
+            stage.flush()
+            end(job)
+        stage.audit()
+    finally:
+        kills.prism.stop()
 
 
 @pytest.mark.live

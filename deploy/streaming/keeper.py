@@ -42,9 +42,12 @@ def main(grace: str, log: str, *command: str) -> int:
     stopping, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)  # SIGTERM and SIGCHLD end the select below
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+    for number in (
+        signal.SIGTERM,
+        signal.SIGCHLD,
+        signal.SIGINT,
+    ):  # heard, not ignored, which the command would inherit
         signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(log, "ab") as out:
         child = subprocess.Popen(
             command,
