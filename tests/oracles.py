@@ -42,8 +42,9 @@ def _windowed(feature: Trailing | Latest, view: FeatureView, row: dict[str, Any]
     seen = [event for event in events if event[source.time] < t and _same(row, event, feature.keys)]
     seen.sort(key=lambda event: (event[place], *_tie(source, event)))
 
-    def inside(length: int) -> Rows:
-        return [event for event in seen if t - timedelta(microseconds=length) <= event[place] < t]
+    def inside(length: int | None) -> Rows:
+        start = None if length is None else t - timedelta(microseconds=length)
+        return [event for event in seen if (start is None or start <= event[place]) and event[place] < t]
 
     if isinstance(feature, Latest):
         last = inside(feature.length)[-1:]

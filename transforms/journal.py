@@ -23,7 +23,17 @@ from transforms.messages import LETTERS, ORIGIN
 from transforms.micros import PLACE, Micro, NextThere, digest, in_order, known_columns, letter, nothing_there, rid
 from transforms.packets import Frames, pack
 from transforms.panes import CELLS, Panes, key_hashes, size_of
-from transforms.shards import MINUTE, RID, groups_of, route_events, route_questions, with_keys
+from transforms.shards import (
+    MINUTE,
+    RID,
+    groups_of,
+    held_back,
+    route_compacted,
+    route_events,
+    route_questions,
+    with_keys,
+)
+from transforms.staleness import lifetime_sources
 
 PENDING, ASKED = "?pending", "?asked"
 
@@ -45,7 +55,7 @@ class Journal:
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
         self.next_there: NextThere = nothing_there
-        self.groups = groups_of(view)
+        self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
         self.clock = Clock({name: Rule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
@@ -98,9 +108,17 @@ class Journal:
         """A turn that gives the shards rows accepted before; nothing is counted, no clock moves."""
         self.turn_number += 1
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
-        for frames, mine in zip(to_shards, route_events(self.groups, name, rows, self.shards), strict=True):
-            if mine.any():
-                frames[f"rows:{name}"] = rows if mine.all() else rows.filter(pl.Series(mine))
+        self._send(f"rows:{name}", name, rows, to_shards)
+        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+
+    def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
+        """As `seed`, of what is kept of the older events of a group."""
+        self.turn_number += 1
+        to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        mine = route_compacted(self.groups[group], reduced, self.shards)
+        for frames, some in zip(to_shards, mine, strict=True):
+            if some.any():
+                frames[f"compacted:{group}"] = reduced.filter(pl.Series(some))
         return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
 
     def _admit_one(
@@ -167,23 +185,34 @@ class Journal:
         else:
             rows = rows.select(columns)
         if self.horizon > ALWAYS:
-            reached = rows.filter(time >= self.horizon - self.view.reach(name))
-            if len(reached) < len(rows):
-                self._count(name, "beyond", len(rows) - len(reached))
-                rows = reached
+            reached = time >= self.horizon - held_back(self.view, name)
+            old = rows.filter(~reached)
+            if len(old):
+                rows = rows.filter(reached)
+                if name in self.lifetime:
+                    self._send(f"old:{name}", name, old, to_shards)
+                else:
+                    self._count(name, "beyond", len(old))
+        self._send(f"rows:{name}", name, rows, to_shards)
+        return whole
+
+    def _send(self, frame: str, name: str, rows: pl.DataFrame, to_shards: Sequence[Frames]) -> None:
         for frames, mine in zip(to_shards, route_events(self.groups, name, rows, self.shards), strict=True):
             if mine.any():
-                frames[f"rows:{name}"] = rows if mine.all() else rows.filter(pl.Series(mine))
-        return whole
+                frames[frame] = rows if mine.all() else rows.filter(pl.Series(mine))
 
     def _without_repeats(self, source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         """(Rows that count, the rids of which replace those in `__instead`): of rows with one `unique` value the first known stays."""
         store, unique = self.stores[source.name], list(repeats_by(self.view, source.name))
         hashes = key_hashes(rows, unique)
-        before = store.take(tuple(unique), hashes, ALWAYS, FOREVER)
+        # To the microsecond, since what shards have compacted before then cannot be taken back.
+        remembered = pl.lit(True)
+        if self.horizon > ALWAYS:
+            remembered = pl.col(str(source.time)).to_physical() >= self.horizon - 2 * self.view.reach(source.name)
+        before = [each.filter(remembered) for each in store.take(tuple(unique), hashes, ALWAYS, FOREVER)]
         nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
-        if not before and len(np.unique(hashes)) == len(hashes):
-            store.add(rows)
+        if not any(map(len, before)) and len(np.unique(hashes)) == len(hashes):
+            store.add(rows.filter(remembered))
             return rows, nothing
         old = pl.concat(before).join(rows, on=unique, how="semi") if before else rows.clear()
         order = [
@@ -203,7 +232,7 @@ class Journal:
         if len(gone):
             store.drop(RID, gone["__instead"].to_numpy())
         gone = first.join(gone, on=unique).select(RID, "__instead")
-        store.add(kept)
+        store.add(kept.filter(remembered))
         return kept, gone
 
     def _questions(self, rows: pl.DataFrame, floor: int) -> list[pl.DataFrame]:
@@ -215,12 +244,13 @@ class Journal:
         )
         letters = []
         if floor > ALWAYS:
-            old = rows.filter(moment < floor - self.keep)
+            since = max(floor - self.keep, self.horizon)  # beyond the latter if `keep` was less once
+            old = rows.filter(moment < since)
             if len(old):
                 rule = "a question comes no later than the spine's lateness and --keep allow"
                 letters.append(letter(view, old, view.time, rule, pl.col(view.time).cast(pl.String)))
                 self._count(spine, "too_late", len(old))
-                rows = rows.filter(moment >= floor - self.keep)
+                rows = rows.filter(moment >= since)
         rows = rows.with_columns((moment < floor).alias("__late"))
         asked = self.stores[ASKED].take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
         if asked or rows["row_id"].n_unique() < len(rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -153,11 +154,11 @@ class Panes:
         numbers = sorted(number for number in self.panes if number % CELLS == cell)
         return [(number, pl.concat([part.frame for part in self.panes[number]])) for number in numbers]
 
-    def evict(self, horizon: int) -> int:
-        """Drop panes that end at or before `horizon`; how many rows went."""
-        dropped = 0
-        for number in [number for number in self.panes if (number + 1) * self.width <= horizon]:
-            dropped += sum(len(part.frame) for part in self.panes.pop(number))
+    def evict(self, horizon: int) -> list[pl.DataFrame]:
+        """Drop panes that end at or before `horizon`; the rows that went."""
+        dropped = []
+        for number in sorted(number for number in self.panes if (number + 1) * self.width <= horizon):
+            dropped += [part.frame for part in self.panes.pop(number)]
             self._rewrite(number)
         return dropped
 
@@ -197,11 +198,23 @@ class Panes:
         return taken
 
 
+class Store(Protocol):
+    """Something kept in cells of state: what is in a cell, and what happened to each since the changes were last taken."""
+
+    changes: dict[int, list[Piece] | None]
+
+    def __len__(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def cell(self, cell: int) -> list[Piece]: ...
+    def restore(self, pane: int, frame: pl.DataFrame, /) -> None: ...
+
+
 def _moments(frame: pl.DataFrame, time: str) -> Ints:
     return frame[time].to_physical().to_numpy()
 
 
-def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
+def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
     """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `cell_of`."""
     changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
     for name, store in stores.items():
@@ -216,11 +229,11 @@ def take_changes(stores: Mapping[str, Panes]) -> dict[int, list[tuple[str, int, 
     return changes
 
 
-def cell_of(stores: Mapping[str, Panes], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
+def cell_of(stores: Mapping[str, Store], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
     """Everything a cell holds."""
     return [(name, *piece) for name, store in stores.items() for piece in store.cell(cell)]
 
 
-def size_of(stores: Mapping[str, Panes]) -> dict[str, int]:
+def size_of(stores: Mapping[str, Store]) -> dict[str, int]:
     """What the stores hold: rows, and bytes in memory."""
     return {"rows": sum(map(len, stores.values())), "bytes": sum(store.bytes for store in stores.values())}

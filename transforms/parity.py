@@ -28,6 +28,7 @@ from transforms.kernels import compute
 from transforms.live_tables import features_live_uri, sources_root
 from transforms.micros import PLACE, cut_of, rid
 from transforms.shards import RID
+from transforms.staleness import lifetime_sources
 from transforms.tables import data_files, open_table, read_file
 
 Ints = npt.NDArray[np.int64]
@@ -160,6 +161,7 @@ def _check_some(
     seen = {name: seen_of(view, store, name, cuts, first, last) for name in view.events}
     of_row = asked["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
     moments = asked[view.time].to_physical().to_numpy()
+    ever = lifetime_sources(view)
     disturbed = disturbed_by(seen.values(), moments, of_row)
     whole = _computed(view, asked, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions)
     batch = whole
@@ -168,7 +170,10 @@ def _check_some(
         for cut in np.unique(of_row[disturbed]).tolist():
             rows = np.flatnonzero(disturbed & (of_row == cut))
             low, high = int(moments[rows].min()), int(moments[rows].max())
-            tables = {name: each.at(cut, low - view.reach(name), high) for name, each in seen.items()}
+            tables = {
+                name: each.at(cut, -NEVER if name in ever else low - view.reach(name), high)
+                for name, each in seen.items()
+            }
             parts.append(_computed(view, asked[rows], tables, dimensions))
             places.append(rows)
         batch = pl.concat(parts)[np.argsort(np.concatenate(places))]
@@ -186,9 +191,11 @@ def _check_some(
 def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> Seen:
     """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
     source = view.events[name]
-    back = timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
+    back = (
+        None if name in lifetime_sources(view) else first - timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
+    )
     extra = ["__counted", "__instead"] if repeats_by(view, name) else []
-    rows = _read(view, store, name, [*view.columns_read(name), *PLACE, *extra], first - back, last + timedelta(days=1))
+    rows = _read(view, store, name, [*view.columns_read(name), *PLACE, *extra], back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
     if repeats_by(view, name):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import polars as pl
 
-from schemas.live import repeats_by
+from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.clock import ALWAYS, FOREVER
+from transforms.compacted import Compacted
 from transforms.contracts import day_of
 from transforms.ids import row_ids
 from transforms.inventory import source_uri
@@ -21,7 +22,7 @@ from transforms.live_tables import app_of, features_live_uri, last_told, live_le
 from transforms.messages import ORIGIN
 from transforms.micros import PLACE, digest, known_columns, rid
 from transforms.replay import sources_of
-from transforms.shards import RID
+from transforms.shards import RID, held_back
 from transforms.tables import data_files, open_table, read_file
 
 # Rows given to the shards in one turn.
@@ -112,46 +113,104 @@ def _ask_again(journal: Journal, store: str, start: Start, now: int) -> None:
 
 
 def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
-    """Turns that give the shards every event that a window can still reach."""
+    """Turns that give the shards every event that a window can still reach; what is older and still counts, compacted."""
     view, turns = journal.view, []
-    for name, source in view.events.items():
+    for name in view.events:
         if name not in start.versions:
             continue
-        low = journal.horizon - 2 * view.reach(name) if journal.horizon > ALWAYS else ALWAYS
-        rows = rows_from(store, view, name, start.versions[name], low)
+        known = journal.horizon > ALWAYS
+        low = journal.horizon - 2 * view.reach(name) if known else ALWAYS
+        held = journal.horizon - held_back(view, name) if known else ALWAYS
+        rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
         columns = view.columns_read(name)
         if repeats_by(view, name):
-            gone = rows["__instead"].drop_nulls()
-            rows = rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
+            gone = _replaced(store, view, name, start.versions[name])
+            rows = _counted(rows, gone)
             columns = [*columns, RID]
             journal.stores[name].add(rows.select(*known_columns(view, name), RID))
-        moment = pl.col(str(source.time)).to_physical()
-        rows = rows.select(columns).filter(
-            moment >= journal.horizon - view.reach(name) if journal.horizon > ALWAYS else True
-        )
-        for begin in range(0, len(rows), SEED_ROWS):
-            turns.append(journal.seed(name, rows.slice(begin, SEED_ROWS)))
+        moment = pl.col(str(view.events[name].time)).to_physical()
+        rows = rows.select(columns).filter(moment >= held)
+        turns += [journal.seed(name, rows.slice(begin, SEED_ROWS)) for begin in range(0, len(rows), SEED_ROWS)]
+        if name in journal.lifetime and known:
+            turns += _seed_compacted(journal, store, name, start.versions[name], held, gone)
     return turns
+
+
+def _seed_compacted(
+    journal: Journal, store: str, name: str, version: int, until: int, gone: pl.Series
+) -> Iterator[Turn]:
+    """Turns that give the shards what they keep of all a source's events before `until` µs, read date by date."""
+    view = journal.view
+    found = {
+        i: Compacted(view, group.features, group.kind, i)
+        for i, group in enumerate(journal.groups)
+        if group.source == name and group.kind != "none"
+    }
+    moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_read(name)
+    if repeats_by(view, name):
+        columns = [*columns, *PLACE, "__counted"]
+    for rows in pieces_from(store, view, name, version, end=until, columns=columns):
+        older = rows.filter(moment < until)
+        if repeats_by(view, name):
+            older = _counted(older, gone)
+        for i, each in found.items():
+            each.restore(i, each.reduced(older))
+    for i, each in found.items():
+        whole = each.whole()
+        for begin in range(0, len(whole), SEED_ROWS):
+            yield journal.seed_compacted(i, whole.slice(begin, SEED_ROWS))
+
+
+def _counted(rows: pl.DataFrame, gone: pl.Series) -> pl.DataFrame:
+    """Those rows that counted and still do, with their identity."""
+    return rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
+
+
+def _replaced(store: str, view: FeatureView, source: str, version: int) -> pl.Series:
+    """Identities of rows that counted until a repeat known earlier came, however late."""
+    found = [
+        part["__instead"].drop_nulls() for part in pieces_from(store, view, source, version, columns=["__instead"])
+    ]
+    return pl.concat([pl.Series("__instead", [], pl.Int64), *found])
 
 
 def rows_from(store: str, view: FeatureView, source: str, version: int, low: int) -> pl.DataFrame:
     """Accepted rows of a source known from `low` µs on, as of a version of its table."""
-    declared = sources_of(view)[source]
+    time = str(sources_of(view)[source].time)
+    parts = pieces_from(store, view, source, version, low)
+    empty = pl.DataFrame(pl.from_arrow(accepted(view, source).empty_table())).drop("date")
+    return pl.concat([empty, *(part.filter(pl.col(time).to_physical() >= low) for part in parts)])
+
+
+def pieces_from(
+    store: str,
+    view: FeatureView,
+    source: str,
+    version: int,
+    low: int = ALWAYS,
+    end: int = FOREVER,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pl.DataFrame]:
+    """Accepted rows of the dates that have times in `[low, end)` µs, by date, some `SEED_ROWS` at once.
+
+    Args:
+        store, view, source: whose.
+        version: of the source's table.
+        low, end: see above.
+        columns: None: all but the date.
+    """
     table = open_table(source_uri(sources_root(store), source), version)
     assert table is not None
-    extra = ["__counted", "__instead"] if repeats_by(view, source) else []
-    columns = [*declared.schema, *ORIGIN, *extra]
-    files = data_files(table, _day(low))
-    parts = [pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in files]
-    empty = pl.DataFrame(
-        schema={
-            **declared.schema,
-            **ORIGIN,
-            "__arrived": pl.Datetime("us", "UTC"),
-            **({"__counted": pl.Boolean, "__instead": pl.Int64} if extra else {}),
-        }
-    )
-    return pl.concat([empty, *parts]).filter(pl.col(str(declared.time)).to_physical() >= low)
+    wanted = list(columns or [name for name in accepted(view, source).names if name != "date"])
+    after = None if end > LATEST else day_of(max(end, EARLIEST)) + timedelta(days=1)
+    held: list[pl.DataFrame] = []
+    for file in data_files(table, _day(low), after):
+        held.append(pl.DataFrame(pl.from_arrow(read_file(file, wanted))).select(wanted))
+        if sum(map(len, held)) >= SEED_ROWS:
+            yield pl.concat(held)
+            held = []
+    if held:
+        yield pl.concat(held)
 
 
 def _answered(store: str, view: FeatureView, start: Start, low: int) -> pl.DataFrame:

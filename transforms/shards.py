@@ -17,14 +17,17 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DefinitionError
-from schemas.expressions import columns_of
+from schemas.expressions import canonical, columns_of
 from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.live import repeats_by
 from schemas.views import FeatureView
+from transforms.clock import ALWAYS
+from transforms.compacted import Compacted, Kind, by_kind
 from transforms.ids import UInt64s
 from transforms.kernels import Reading, compute, derived, gathered
-from transforms.lifetime import is_lifetime
 from transforms.packets import Frames, pack, unpack
-from transforms.panes import CELLS, Panes, key_hashes, size_of
+from transforms.panes import CELLS, Panes, Store, key_hashes, size_of
+from transforms.staleness import lifetime_sources
 
 Bools = npt.NDArray[np.bool_]
 RID = "__rid"
@@ -39,13 +42,15 @@ class Group:
         source: the source's name.
         keys: (column of the spine, column of the source).
         features: Trailing and Latest.
-        reach: longest look-back, µs.
+        reach: longest look-back, µs; of all history for any other `kind` than "none".
+        kind: what is kept of events that have left the panes; if anything, the features have one condition.
     """
 
     source: str
     keys: tuple[tuple[str, str], ...]
     features: tuple[Trailing | Latest, ...]
     reach: int
+    kind: Kind = "none"
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -71,17 +76,14 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     Raises:
         DefinitionError: a key that is known only once other sources were read.
     """
-    found: dict[tuple[str, Any], list[Trailing | Latest]] = {}
+    found: dict[tuple[str, Any, Kind, str | None], list[Trailing | Latest]] = {}
     for feature in view.features:
-        if is_lifetime(feature):
-            raise DefinitionError(
-                f"View {view.name!r}, live: a window has a beginning", f"all history of {feature.source.name!r}",  # type: ignore[union-attr]
-                "Use a long window such as \"365d\", or compute this view in batch",
-            )  # fmt: skip
         if isinstance(feature, Trailing | Latest):
-            found.setdefault((feature.source.name, feature.keys), []).append(feature)
+            for kind, part in by_kind(feature):
+                where = None if kind == "none" or part.where is None else canonical(part.where)
+                found.setdefault((feature.source.name, feature.keys, kind, where), []).append(part)
     early = {*view.spine.schema, *(name for name, _ in _early(view))}
-    for (source, keys), _ in found.items():
+    for source, keys, _, _ in found:
         late = [spine for spine, _ in keys if spine not in early]
         if late:
             raise DefinitionError(
@@ -89,8 +91,17 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
                 f"{late[0]!r}, by which {source!r} is read", "Put the column into the spine, or compute this view in batch",
             )  # fmt: skip
     return tuple(
-        Group(source, keys, tuple(features), max(_lengths(features))) for (source, keys), features in found.items()
+        Group(source, keys, tuple(features), max(_lengths(features)), kind)
+        for (source, keys, kind, _), features in found.items()
     )
+
+
+def held_back(view: FeatureView, source: str) -> int:
+    """How long shards hold each event of a source as it is, µs: until it is so much older than any question that may come.
+
+    An event that is compacted cannot be taken back, so it waits until no repeat of it is looked for any more.
+    """
+    return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
@@ -140,6 +151,12 @@ def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shard
     return wanted
 
 
+def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
+    """Per shard which rows of what is kept of a group's older events are of its keys."""
+    owner = shard_of(key_hashes(reduced, group.known), shards)
+    return [owner == number for number in range(shards)]
+
+
 def route_questions(groups: Sequence[Group], questions: pl.DataFrame, shards: int) -> list[Bools]:
     """Per shard which questions have a group it answers."""
     wanted = [np.zeros(len(questions), np.bool_) for _ in range(shards)]
@@ -156,25 +173,49 @@ class Shard:
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
         self.groups = groups_of(view)
-        self.stores = {
-            name: Panes(str(source.time), max(view.reach(name) // (CELLS - 2), MINUTE)) for name, source in view.events.items()
+        self.held_back = {name: held_back(view, name) for name in view.events}
+        self.panes = {
+            name: Panes(str(source.time), max(self.held_back[name] // (CELLS - 2), MINUTE)) for name, source in view.events.items()
         }  # fmt: skip
+        self.compacted = {
+            i: Compacted(view, group.features, group.kind, i) for i, group in enumerate(self.groups) if group.kind != "none"
+        }  # fmt: skip
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        return {**self.panes, **{f"compacted {i}": store for i, store in self.compacted.items()}}
 
     def apply(self, head: Mapping[str, Any], frames: Frames) -> bytes | None:
         """Take a turn's events in, answer its questions, forget what no window can reach any more."""
-        for name, store in self.stores.items():
+        for name, store in self.panes.items():
             if f"retract:{name}" in frames:
                 store.drop(RID, frames[f"retract:{name}"][RID].to_numpy())
             if f"rows:{name}" in frames:
                 store.add(frames[f"rows:{name}"])
+            if f"old:{name}" in frames:
+                self._compact(name, [frames[f"old:{name}"]])
+        for i, compacted in self.compacted.items():
+            if f"compacted:{i}" in frames:
+                compacted.add(frames[f"compacted:{i}"])
         answer = None
         if "questions" in frames:
             parts = self.answer(frames["questions"])
             told = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
             answer = pack(told, {str(i): part for i, part in parts.items()})
-        for name, store in self.stores.items():
-            store.evict(head["horizon"] - self.view.reach(name))
+        for name, store in self.panes.items():
+            if left := store.evict(head["horizon"] - self.held_back[name]):
+                self._compact(name, left)
         return answer
+
+    def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
+        """Keep what windows without a beginning need of events that every question still to come may see."""
+        groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
+        if groups:
+            rows = pl.concat(frames)
+            for i, group in groups.items():
+                compacted = self.compacted[i]
+                mine = shard_of(key_hashes(rows, group.known), self.shards) == self.number
+                compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
     def answer(self, questions: pl.DataFrame) -> dict[int, pl.DataFrame]:
         """Per group, the columns of the questions whose key is this shard's, with their `__position`."""
@@ -187,10 +228,12 @@ class Shard:
             some = questions if mine.all() else questions.filter(pl.Series(mine))
             moments = some[self.view.time].to_physical()
             low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
-            found = self.stores[group.source].take(group.known, hashes[group.asked][mine], low, high)
-            events = pl.concat(found) if found else _nothing(self.view, group.source)
-            columns = gathered(self.view, group.features, some, {group.source: events})
-            result[i] = some.select("__position").with_columns(columns)
+            wanted = hashes[group.asked][mine]
+            found = self.panes[group.source].take(group.known, wanted, low if group.kind == "none" else ALWAYS, high)
+            columns = self.view.columns_read(group.source)
+            events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
+            tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
+            result[i] = some.select("__position").with_columns(gathered(self.view, group.features, some, tables))
         return result
 
 

@@ -18,7 +18,7 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from transforms.journal import Journal
 from transforms.micros import Micro
 from transforms.packets import pack, unpack
-from transforms.panes import CELLS, Panes, cell_of, take_changes
+from transforms.panes import CELLS, Store, cell_of, take_changes
 from transforms.shards import Shard
 from transforms.topics import Broker
 
@@ -75,7 +75,7 @@ class Mirror:
         self._held[key] = (version, value)
 
 
-def load_cells(stores: Mapping[str, Panes], cells: Sequence[Any]) -> list[int]:
+def load_cells(stores: Mapping[str, Store], cells: Sequence[Any]) -> list[int]:
     """Fill `stores` from their cells; how many pieces each cell has."""
     counts = []
     for cell in cells:
@@ -87,7 +87,7 @@ def load_cells(stores: Mapping[str, Panes], cells: Sequence[Any]) -> list[int]:
     return counts
 
 
-def save_cells(stores: Mapping[str, Panes], cells: Sequence[Any], counts: list[int]) -> None:
+def save_cells(stores: Mapping[str, Store], cells: Sequence[Any], counts: list[int]) -> None:
     """Write what has changed in `stores`: appended, or a cell anew."""
     for number, pieces in take_changes(stores).items():
         cell = cells[number]
@@ -120,7 +120,7 @@ class HeldJournal:
     counts: list[int] = dataclasses.field(default_factory=list)
 
     @property
-    def stores(self) -> dict[str, Panes]:
+    def stores(self) -> dict[str, Store]:
         """All that is kept in cells."""
         shards = {} if self.shard is None else self.shard.stores
         return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
