@@ -11,14 +11,23 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard
-from beam_pipelines.streaming import Reading, knock, read_status, run_until, until_told, write_status
+from beam_pipelines.streaming import (
+    Reading,
+    knock,
+    read_status,
+    run_until,
+    skipped_in,
+    until_told,
+    warn_of_loss,
+    write_status,
+)
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, StoreError
 from schemas.loading import Definition, load_definition
@@ -227,9 +236,9 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     topics = [f"{live.prefix}{name}" for name in names]
     begin = begin_offsets(broker, topics)
     start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
-    _warn_of_loss(names, begin, start, live.prefix)
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
     due = {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names}
+    warn_of_loss(begin, due)
     stand(broker, group, due)
     pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, start, group)
@@ -251,25 +260,12 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
             for number, end in ends[f"{live.prefix}{name}"].items()
         )
 
-    if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every)):
+    skipped = skipped_in({"counts": start.counts})
+    if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every, skipped)):
         return True
     if "topic" in options.sinks and over():  # so that who reads the answers ends too
         tell_end(broker, topic_of(view, live.prefix))
     return False
-
-
-def _warn_of_loss(names: Sequence[str], begin: Mapping[str, Mapping[int, int]], start: Start, prefix: str) -> None:
-    for name in names:
-        for number, offset in begin[f"{prefix}{name}"].items():
-            due = start.next[name][str(number)]
-            if due < offset:
-                log.warning(
-                    "%s/%d: the broker no longer has offsets %d to %d; they are counted as skipped",
-                    name,
-                    number,
-                    due,
-                    offset - 1,
-                )
 
 
 def summary(options: Options) -> dict[str, object]:

@@ -24,7 +24,16 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard
-from beam_pipelines.streaming import Reading, knock, read_status, run_until, until_told, write_status
+from beam_pipelines.streaming import (
+    Reading,
+    knock,
+    read_status,
+    run_until,
+    skipped_in,
+    until_told,
+    warn_of_loss,
+    write_status,
+)
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, MillraceError, StoreError
 from schemas.live import live_predictions
@@ -33,6 +42,7 @@ from transforms.answers import DecodeAnswers, replayed, rows_in, source_of
 from transforms.champions import ChampionHandler, Serving, check_model, close_all, open_checked
 from transforms.live_tables import app_of, features_live_uri, last_told
 from transforms.messages import Message
+from transforms.micros import SKIPPED
 from transforms.predicted import CommitPredictions, Outlet, TimedCommitPredictions, begin_at, to_packet
 from transforms.registry import CHAMPION, Registry, registry_uri
 from transforms.scoring import ARM, Pinned
@@ -309,6 +319,7 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
     if begin_at_end(plan) and at_end(plan.start):
         log.info("the topic had ended, and all of it is scored: nothing to do")
         return False
+    warn_of_loss(begin_offsets(broker, [topic]), {topic: plan.next})
     stand(broker, group, {topic: plan.next})
     pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, plan, group)
@@ -319,7 +330,8 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
         return bool(told.get("last")) and int(told["turn"]) > first and at_end(told)
 
     text = f"running: reading on from {json.dumps(plan.next)}"
-    reading = Reading(broker, {topic: plan.next}, options.prefix, options.status, options.commit_every)
+    skipped = skipped_in(plan.start)
+    reading = Reading(broker, {topic: plan.next}, options.prefix, options.status, options.commit_every, skipped)
     return run_until(pipeline, done, text, reading)
 
 
@@ -335,7 +347,8 @@ def summary(options: Options, plan: Plan) -> dict[str, object]:
     rows = told.get("rows", {})
     return {
         "rows_in": rows.get("read", 0), "rows_out": 0 if table is None else sum(file.rows for file in data_files(table)),
-        "repeated": rows.get("repeated", 0), "set_aside": rows.get("letters", 0), "swaps": told.get("swaps", []), "refused": told.get("refused", []),
+        "repeated": rows.get("repeated", 0), "set_aside": rows.get("letters", 0),
+        SKIPPED: rows.get(SKIPPED, 0), "swaps": told.get("swaps", []), "refused": told.get("refused", []),
         "by_version": told.get("by_version", {}), "model": options.definition.require_model().name, "model_version": told.get("version", plan.serving.first.version),
         "fingerprint": options.definition.view.fingerprint, "predictions": plan.outlet.uri, "commit_version": None if table is None else table.version(),
     }  # fmt: skip

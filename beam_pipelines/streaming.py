@@ -21,6 +21,7 @@ from apache_beam.runners.worker import sdk_worker
 
 from beam_pipelines.reporting import recovered, write_json
 from schemas.errors import StoreError
+from transforms.micros import SKIPPED
 from transforms.offsets import partitions_of, reach
 from transforms.topics import Broker, end_offsets
 
@@ -86,6 +87,7 @@ class Reading:
         prefix: before the topics' names.
         status: file in which the job's commits say how far they are.
         commit_every: least time between them, µs.
+        skipped: offsets that were not there to be read, in all launches before.
     """
 
     broker: Broker
@@ -93,6 +95,7 @@ class Reading:
     prefix: str
     status: str
     commit_every: int
+    skipped: int = 0
 
     def grown(self) -> bool:
         """Whether a topic has more partitions than it had, which no reader would notice."""
@@ -117,6 +120,22 @@ class Reading:
             for topic, partitions in self.begin.items()
             for number, offset in partitions.items()
         )
+
+
+def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mapping[int, int]]) -> None:
+    """Say which messages (next offset `due` per topic and partition) were deleted before they were read."""
+    for topic, partitions in begin.items():
+        for number, first in partitions.items():
+            if due[topic][number] < first:
+                log.warning(
+                    "%s/%d: the broker no longer has offsets %d to %d, which were not read; they are counted as %s",
+                    topic, number, due[topic][number], first - 1, SKIPPED,
+                )  # fmt: skip
+
+
+def skipped_in(told: Mapping[str, Any]) -> int:
+    """Offsets that were not there to be read, as a job's commit counts them."""
+    return sum(int(each.get(SKIPPED, 0)) for each in (*told.get("counts", {}).values(), told.get("rows", {})))
 
 
 def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, reading: Reading) -> bool:
@@ -208,7 +227,7 @@ class _Job:
 def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
     """Wait until the job ends, it is `done`, a signal comes, or topics have grown; whether they have."""
     again, looked = False, time.monotonic()
-    turn, since = None, looked
+    turn, since, skipped = None, looked, reading.skipped
     try:
         while not again:
             if job.state in ENDED:
@@ -222,8 +241,15 @@ def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
             if now - looked <= LOOK:
                 continue
             again, looked = reading.grown(), now
-            if (told := read_status(reading.status).get("turn")) != turn:
-                turn, since = told, now
+            told = read_status(reading.status)
+            if told.get("turn") != turn:
+                turn, since = told.get("turn"), now
+            if (gone := skipped_in(told)) > skipped:
+                log.warning(
+                    "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; counted as %s",
+                    gone - skipped, SKIPPED,
+                )  # fmt: skip
+                skipped = gone
             still = now - since
             if still > STILL + 3e-6 * reading.commit_every and (unread := reading.unread()):
                 log.warning(

@@ -15,7 +15,7 @@ import polars as pl
 import psutil
 import pytest
 from live_fixtures import Live
-from live_jobs import Slot, Stage, await_, end, slots
+from live_jobs import Slot, Stage, await_, end, high_marks, slots
 from test_live import audit, run, stream
 
 from beam_pipelines.streaming import CANCELLED_WITHIN
@@ -204,6 +204,66 @@ def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) ->
         said = end(job)
     assert "sales has 3 partitions now, 2 before" in said
     assert "questions unaccounted for  0" in said
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_a_restart_needs_nothing_from_the_broker_that_was_read_before(live: Live, tmp_path: Path) -> None:
+    """Retention shorter than the windows: what the first run read is deleted, the second seeds from `sources/`."""
+    stage, told = Stage(live, tmp_path), slots(history())
+    half = len(told) // 2
+    with stage.job("first") as job:
+        stage.tell(told[:half])
+        stage.beat(FOREVER)
+        stage.flush()
+        end(job)
+    first = stage.answers()
+    ends = high_marks(live.broker.bootstrap, [stage.topic(name) for name in stage.sources])
+    live.broker.delete({place: offset for place, offset in ends.items() if offset})
+    with stage.job("second") as job:  # the end that the first run heard is none: more rows come
+        stage.tell(told[half:])
+        stage.beat(FOREVER)
+        stage.flush()
+        said = end(job)
+    assert "questions unaccounted for  0" in said
+    answers = stage.audit()
+    assert answers.join(first, on="row_id", how="semi").sort("row_id").equals(first.sort("row_id"))
+    fresh = answers.join(first, on="row_id", how="anti")
+    assert len(fresh) > 40
+    assert not fresh["__late"].any()
+    # Windows of two days reach over the restart.
+    assert fresh.sort("asked")["sales_by_shop_count_2d"].head(5).max() > 0  # type: ignore[operator]
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_records_deleted_before_they_were_read_are_counted_and_hold_nothing_up(live: Live, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("first") as job:
+        stage.tell(told[:8])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        job.signal(signal.SIGINT)
+        assert job.wait(60) in (0, 130), job.output()
+    stage.tell(told[8:12])
+    due, lost = stage.status("first")["next"]["sales"]["0"], stage.sent["sales", 0]
+    live.broker.delete({(stage.topic("sales"), 0): lost})
+    with stage.job("second") as job:
+        stage.tell(told[12:20])
+        await_(lambda: "offsets were not there to be read" in job.output(), 100, job)
+        stage.tell(told[20:])
+        stage.beat(FOREVER)
+        stage.flush()
+        said = end(job)
+    assert f"sales/0: the broker no longer has offsets {due} to {lost - 1}, which were not read" in said
+    assert f"live: {lost - due} offsets were not there to be read" in said
+    assert f", {lost - due} offsets_skipped" in said
+    assert stage.status("second")["counts"]["sales"]["offsets_skipped"] == lost - due > 0
+    kept = set(stage.kept("sales").select("__partition", "__offset", "__place").iter_rows())
+    dead = set(stage.letters().filter(source="sales").select("partition", "offset", "place").iter_rows())
+    missing = {place for place in stage.rows["sales"] - kept - dead if place[0] == 0 and place[1] < lost}
+    stage.rows["sales"] -= missing  # the broker's loss
+    assert missing
     stage.audit()
 
 

@@ -236,7 +236,9 @@ def test_a_missing_topic_a_missing_broker_and_a_missing_model_are_named(
     assert "millrace promote" in error
 
 
-def test_letters_go_to_topic_and_table_and_the_lag_is_told(house: House, live: Live) -> None:
+def test_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
+    house: House, live: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
     prefix, sender, topic = topics(house, live, 1)
     good = messages_of(house, 100, 1)[0]
     for key, value in (
@@ -260,3 +262,12 @@ def test_letters_go_to_topic_and_table_and_the_lag_is_told(house: House, live: L
     consumer.close()
     assert [each["offset"] for each in told] == [1, 2]
     assert guard(live_inference.main)(flags(house, live, prefix, "again")) == 0  # the topic had ended: nothing to do
+    for _ in range(3):
+        sender.send(topic, good.key or b"", good.value, partition=0)
+    sender.acknowledged()
+    live.broker.delete({(topic, 0): 7})  # four messages and the last words were read; two more were not
+    tell_end(Broker(live.broker.bootstrap), topic)
+    capsys.readouterr()
+    assert guard(live_inference.main)(flags(house, live, prefix, "later")) == 0
+    assert f"{topic}/0: the broker no longer has offsets 5 to 6, which were not read" in capsys.readouterr().err
+    assert house.status("later")["rows"] == {**status["rows"], "read": 300, "repeated": 200, "offsets_skipped": 2}

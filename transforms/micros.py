@@ -19,6 +19,8 @@ from transforms.shards import RID
 PLACE = ["__partition", "__offset", "__place"]
 # How long a hole in a partition's offsets is waited on before Kafka is asked what is in it (µs).
 PATIENCE = 2_000_000
+# Counts offsets at which nothing was: deleted before they were read, compacted away, or a transaction's own.
+SKIPPED = "offsets_skipped"
 # The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
 NextThere = Callable[[str, int, int], int]
 
@@ -124,7 +126,7 @@ def in_order(
             if next_there(micro.source, micro.partition, next_one) < micro.first:
                 waiting.append(dataclasses.replace(micro, came=now))  # asked about again after a while
                 continue
-            count(micro.source, "offsets_skipped", micro.first - next_one)
+            count(micro.source, SKIPPED, micro.first - next_one)
         if next_one is not None and micro.next <= next_one and micro.messages:
             count(micro.source, "messages_again", micro.messages)
             continue

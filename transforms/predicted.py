@@ -30,7 +30,7 @@ from transforms.champions import SERVING, told_of
 from transforms.clock import FOREVER
 from transforms.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
 from transforms.messages import LETTERS, Decoded, to_arrow
-from transforms.micros import Micro, in_order, micro_packet, micros, nothing_there, packets_of
+from transforms.micros import SKIPPED, Micro, in_order, micro_packet, micros, nothing_there, packets_of
 from transforms.offsets import FirstThere
 from transforms.packets import head_of, unpack
 from transforms.scoring import ARM
@@ -190,10 +190,10 @@ class Ledger:
 
     def commit(self, now: int) -> dict[str, Any] | None:
         """Commit what is there in order, and keep the rest; what is to be told, or None if there was nothing."""
-        again = {"messages_again": 0, "offsets_skipped": 0}
 
         def count(_: str, what: str, number: int) -> None:
-            again[what] += number
+            if what == SKIPPED:
+                self.rows[what] = self.rows.get(what, 0) + number
 
         admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_there)
         if not admitted:

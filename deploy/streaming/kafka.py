@@ -15,7 +15,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from deploy.streaming.processes import HOST, Service, listening
@@ -122,6 +122,13 @@ class Broker(Service):
             done.result()
         while not self._led(admin, topic, partitions):
             time.sleep(0.05)
+
+    def delete(self, until: Mapping[tuple[str, int], int]) -> None:
+        """Delete the records before an offset of each (topic, partition), as retention does in time."""
+        admin = self.admin()  # an answer comes only while it lives
+        gone = [TopicPartition(topic, number, offset) for (topic, number), offset in until.items()]
+        for done in admin.delete_records(gone, operation_timeout=30).values():
+            done.result(30)
 
     @staticmethod
     def _led(admin: AdminClient, topic: str, partitions: int) -> bool:
