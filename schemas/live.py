@@ -23,7 +23,8 @@ ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN
 # What a live prediction keeps of the answer it was made from, and where in the features topic that came from.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
-# Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.
+# Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.  Of a
+# dimension's row `partition` is −1, `offset` its row in a file, `place` the file's number; the rule names file and version.
 LIVE_LETTERS = pa.schema([
     ("source", pa.string()),
     ("partition", pa.int32()),

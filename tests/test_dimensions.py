@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import shutil
 from pathlib import Path
 from random import Random
 
+import histories
 import polars as pl
 import pytest
-from test_live import SOURCES, read, run, stream, view
+from test_live import SOURCES, Killed, dying_after, read, run, stream, view
 from turns import Job
 
 from schemas.errors import ContractError, DataError
 from transforms.clock import FOREVER
 from transforms.dimensions import Dimensions
-from transforms.live_tables import features_live_uri
-from transforms.messages import Message, heartbeat
+from transforms.live import Sends
+from transforms.live_tables import features_live_uri, live_letters_uri
+from transforms.messages import Message, heartbeat, to_arrow
+from transforms.topics import Broker
 
 SHOPS = pl.DataFrame({"k": ["a", "b"], "size": [1, 2], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema_overrides={"size": pl.Int32})  # fmt: skip
 
@@ -95,3 +100,61 @@ def test_a_job_answers_on_while_its_dimension_is_broken(tmp_path: Path) -> None:
     answers = read(features_live_uri(str(tmp_path), view.name, view.fingerprint))
     assert set(answers["__dimensions"]) == served
     assert len(answers) > 3
+
+
+def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(tmp_path: Path) -> None:
+    """However many jobs and workers read the version, and whatever is killed between."""
+    good = SHOPS.cast({"size": view.dimensions["shops"].schema["size"]})
+    endless = good[:1].with_columns(k=pl.lit("c"), rate=pl.lit(float("inf")))
+    other = good[1:].with_columns(size=pl.lit(9, pl.Int32))  # "b" has a smaller one
+    kinds = {"bad": pl.concat([good, endless, other]), "better": pl.concat([good, other]), "good": good}
+    endless_told = (2, 0, "rate", "a number is finite", "inf")
+    other_told = (0, "k", "one key has one row (the smallest was kept)", "b")
+    path, expected = tmp_path / "in" / "shops" / "s.parquet", dict[tuple[object, ...], None]()
+    path.parent.mkdir(parents=True)
+    for number, kind in enumerate(["good", "bad", "bad", "better", "bad", "good"]):
+        kinds[kind].write_parquet(path)
+        jobs = [asked(tmp_path, number, run_id) for run_id in ("a", "b")]
+        version = jobs[0].assemble.dimensions.versions["shops"]
+        with contextlib.suppress(Killed), dying_after(1 if number == 1 else 9):  # letters come before all else
+            jobs[0].commit()
+        jobs[1].commit()
+        here = [endless_told, (3, *other_told)] if kind == "bad" else [(2, *other_told)] if kind == "better" else []
+        expected |= {(*each[:3], f"{each[3]} (s.parquet, version {version})", each[4]): None for each in here}
+        letters = read(live_letters_uri(str(tmp_path), view.name)) if expected else pl.DataFrame()
+        if expected:
+            assert set(letters.select("source", "partition", "view").rows()) == {("shops", -1, view.name)}
+            found = (
+                letters.sort("arrived", "place", "offset").select("offset", "place", "field", "rule", "value").rows()
+            )
+            assert found == list(expected)
+    assert len(expected) == 3
+
+
+def asked(folder: Path, number: int, run_id: str) -> Job:
+    """A job that has answered a question of its own."""
+    job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, run_id=f"{run_id}{number}")
+    at = histories.at(10 * number)
+    row = {"id": number, "k": "b", "t": at}
+    question = pl.DataFrame([row], schema_overrides=SOURCES["questions"].schema).select(
+        pl.col(name) if name in row else pl.lit(None, kind).alias(name)
+        for name, kind in SOURCES["questions"].schema.items()
+    )
+    until = int((at.timestamp() + 60) * 1e6)
+    messages = [Message("questions", 0, 10 * number, 2**51, None, to_arrow(question))]
+    messages += [Message(name, place, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for place in (0, 1)]  # fmt: skip
+    job.take(messages)
+    return job
+
+
+def test_letters_about_a_dimension_go_to_their_topic_with_the_answers(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "shops" / "s.parquet"
+    path.parent.mkdir(parents=True)
+    good = SHOPS.cast({"size": view.dimensions["shops"].schema["size"]})
+    pl.concat([good, good[:1].with_columns(rate=pl.lit(float("inf")))]).write_parquet(path)
+    job = asked(tmp_path, 1, "a")
+    (answers,) = job.ledger.answers.values()
+    sent = list(Sends(view, Broker("nowhere:1"), "p-", 900_000).answers((b"", answers)))
+    assert [topic for topic, _, _ in sent] == ["p-everything.features", "p-everything.dead_letters"]
+    assert sent[1][1] == b"shops/-1/2/0"
+    assert json.loads(sent[1][2])["rule"].startswith("a number is finite (s.parquet, version ")

@@ -1,7 +1,8 @@
 """Dimensions of a live job: read again when their files have changed, each content kept under its version.
 
 One that cannot be read, as it is half written or has lost a column, costs no answer: the version that served before
-serves on, in a worker that starts meanwhile too, and every look says so until it is mended.
+serves on, in a worker that starts meanwhile too, and every look says so until it is mended.  Of one that can be read,
+rows that break its contract are set aside, and told once with the version.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from apache_beam.metrics import Metrics
 from schemas.errors import MillraceError
 from schemas.views import FeatureView
 from transforms.contracts import Contract
+from transforms.inputs import concat_letters, contradictions
 from transforms.inventory import survey
+from transforms.messages import LETTERS
 from transforms.sources import read_slices
 from transforms.tables import write_aside
 
@@ -38,6 +41,7 @@ class Dimensions:
         self.versions: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self.frames: dict[str, pl.DataFrame] = {}
+        self._letters: list[pl.DataFrame] = []
         self.refused = Metrics.counter("millrace.live", "dimensions_refused")
 
     def refresh(self) -> None:
@@ -64,12 +68,38 @@ class Dimensions:
         stamp = repr([(each.path, each.stamp) for each in slices])
         if self._stamps.get(name) == stamp:
             return
-        frame = read_slices(contract, slices).frame.unique()
+        read = read_slices(contract, slices)
+        frame = read.frame.unique()
         frame = frame.sort(frame.columns)
+        letters, _ = contradictions(self.view, contract, slices, frame)
         version = keep(self.kept, name, frame)
+        self._set_aside(name, version, [each.path for each in slices], concat_letters([read.letters, *letters]))
         if name in self.versions and version != self.versions[name]:
             log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
+
+    def news(self) -> pl.DataFrame:
+        """Letters about the versions read since this was asked last.  `partition` is −1, `offset` a row of file number `place`."""
+        told, self._letters = self._letters, []
+        return pl.concat([pl.DataFrame(schema=LETTERS), *told])
+
+    def _set_aside(self, name: str, version: str, files: list[str], letters: pl.DataFrame) -> None:
+        if not len(letters):
+            return
+        letters = letters.unique(["file", "row"], keep="first", maintain_order=True)
+        places = {path: number for number, path in enumerate(sorted(set(files)))}
+        file = pl.col("file").str.split("/").list.last()
+        told = letters.select(
+            "source", pl.lit(-1, pl.Int32).alias("partition"), pl.col("row").alias("offset"),
+            pl.col("file").replace_strict(places, return_dtype=pl.Int32).alias("place"), "field",
+            pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"), "value",
+            pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived"),
+        ).sort("place", "offset")  # fmt: skip
+        self._letters.append(told)
+        log.warning(
+            "dimension %s, version %s: rows set aside: %d; the first is row %d of %s: %s",
+            name, version, len(told), letters["row"][0], letters["file"][0], letters["rule"][0],
+        )  # fmt: skip
 
     def _as_before(self, name: str) -> bool:
         """Take the version that served last, in this job or an earlier one; whether there is one with the columns read."""

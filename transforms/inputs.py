@@ -174,16 +174,26 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
     frame = read.frame.unique().sort(read.frame.columns)
-    letters, refused = [read.letters], []
+    letters, refused = contradictions(view, contract, slices, frame)
+    used = len(frame) - refused
+    # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
+    return Input(
+        frame, *tell_dimension(plan, name, len(read.frame) + len(read.letters), used, [read.letters, *letters])
+    )
+
+
+def contradictions(
+    view: FeatureView, contract: Contract, slices: Sequence[Slice], frame: pl.DataFrame
+) -> tuple[list[pl.DataFrame], int]:
+    """(Letters for the rows of a dimension that lose to another one of their key, per `Lookup`; how many rows lose for one.)"""
+    letters, refused = [], []
     for feature in view.features:
-        if isinstance(feature, Lookup) and feature.source.name == name:
+        if isinstance(feature, Lookup) and feature.source.name == contract.source.name:
             key = tuple(column for _, column in feature.keys)
             _, conflicts = distinct(frame, key)
             refused.append(conflicts)
             letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
-    used = len(frame) - len(pl.concat(refused).unique())
-    # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
-    return Input(frame, *tell_dimension(plan, name, len(read.frame) + len(read.letters), used, letters))
+    return letters, len(pl.concat(refused).unique())
 
 
 def tell_dimension(

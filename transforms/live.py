@@ -93,6 +93,7 @@ class Sends:
         rows = _features(pair, live_schema(self.view))
         for key, value in answer_messages(rows, self.view.fingerprint, self.most):
             yield topic_of(self.view, self.prefix), key, value
+        yield from self.letters(pair)  # about dimensions
 
     def letters(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
         if head_of(pair[1]).get("letters"):

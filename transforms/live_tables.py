@@ -163,6 +163,25 @@ class BeyondOffsets(Fresh):
         return frame if keep.all() else frame.filter(pl.Series(keep))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewLetters(Fresh):
+    """Letters about rows beyond the offsets of the last commit; and about a dimension's, of partition −1, those that the
+    table does not hold: every worker that reads a version tells of it."""
+
+    app: str
+
+    def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
+        frame = BeyondOffsets(self.app, None, ("source", "partition", "offset"))(table, frame)
+        if not (frame["partition"] < 0).any():
+            return frame
+        what = ["source", "partition", "offset", "place", "field", "rule", "value"]
+        about = frame.filter(partition=-1).unique(what, keep="first", maintain_order=True)
+        for file in () if table is None else data_files(table):
+            known = pl.DataFrame(pl.from_arrow(read_file(file, what)))
+            about = about.join(known, on=what, how="anti", nulls_equal=True)
+        return pl.concat([frame.filter(pl.col("partition") >= 0), about])
+
+
 class UnknownIds(Fresh):
     """Rows whose `row_id` is in none of the table's files of the same dates.  Each file's ids are read once."""
 
@@ -225,6 +244,8 @@ class Ledger:
             if number in self.answers:
                 answer, frames = unpack(self.answers[number])
                 rows.setdefault("answers", []).append(frames["rows"])
+                if "letters" in frames:  # about dimensions
+                    rows.setdefault("letters", []).append(frames["letters"])
                 self.shards = answer["state"]
         told = {
             name: head[name]
@@ -252,8 +273,7 @@ class Ledger:
         writer = Writer(
             live_letters_uri(self.store, self.view.name), LIVE_LETTERS, app_of(f"{self.view.name}/letters"), self.run_id
         )
-        fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
-        return writer.append(frame, told["turn"], told, fresh)
+        return writer.append(frame, told["turn"], told, NewLetters(writer.app))
 
     def _source(self, name: str, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
         source = sources_of(self.view)[name]

@@ -142,7 +142,11 @@ class AssembleStep(beam.DoFn):
         )  # fmt: skip
         held = [head_of(each)["state"] for each in parts]
         state = {name: sum(each[name] for each in held) for name in ("rows", "bytes")}
-        return pack({"kind": "features", "turn": head["turn"], "state": state}, {"rows": rows})
+        letters = self.dimensions.news()
+        told = {"letters": letters} if len(letters) else {}
+        return pack(
+            {"kind": "features", "turn": head["turn"], "state": state, "letters": len(letters)}, {"rows": rows, **told}
+        )
 
 
 class CommitStep(beam.DoFn):
