@@ -14,6 +14,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from beam_pipelines.layout import columns, many, size, wrapped
+from beam_pipelines.live_tracing import print_scored, print_seen
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import guard, read_json
 from schemas.durations import instant, microseconds
@@ -32,6 +33,7 @@ from transforms.inspection import (
     origin,
     view_table,
 )
+from transforms.live_tables import features_live_uri
 from transforms.manifests import read_manifest
 from transforms.places import place_of, tables_below
 from transforms.registry import Registry, registry_uri
@@ -79,7 +81,7 @@ def trace(argv: Sequence[str]) -> int:
     )
     arguments.add_argument("--time", help="the question's time, or its UTC day (default: every time of the key)")
     arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
-    arguments.add_argument("--live", action="store_true", help="of the live feature table")
+    arguments.add_argument("--live", action="store_true", help="of the live tables")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
         "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
@@ -122,10 +124,10 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
             print(f"  {row[view.time].isoformat()}")
         print()
     file, row = found[-1]
-    _print_origin(origin(view, table, file, row), definition, flags.days)
+    _print_origin(origin(view, table, file, row), definition, flags)
 
 
-def _print_origin(found: Origin, definition: Definition, days: bool) -> None:
+def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
     view, row = definition.view, found.row
     asked = ", ".join(f"{name} = {row[name]}" for name in view.key)
     print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
@@ -140,7 +142,10 @@ def _print_origin(found: Origin, definition: Definition, days: bool) -> None:
                 hanging=2,
             )
         )
-    _print_sources(found.seen, days)
+    if "__cut" in row:
+        print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
+    else:
+        _print_sources(found.seen, flags.days)
     print("\ndefinition")
     _print_definition(definition, str(found.commit.get("definition_sha256", "")))
 
@@ -180,9 +185,9 @@ def _print_sources(seen: Sequence[Seen], days: bool) -> None:
 
 
 def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
-    name, table, file, row = find_prediction(flags.store, flags.prediction, model, day)
-    entry = commit_of(table, file)
-    print(f"prediction {row['prediction_id']} of {name}")
+    where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+    entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
+    print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")
     print(
         columns(
             ("column", "value"), [(column, _text(value)) for column, value in row.items() if column != "prediction_id"]
@@ -193,7 +198,7 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
     if entry:
         print(
             wrapped(
-                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}, from {entry.get('features', 'unknown features')}",
+                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
                 hanging=2,
             )
         )
@@ -222,7 +227,9 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
     print(wrapped(f"{where}, SHA-256 {str(made_by.get('sha256'))[:16]}", hanging=2))
     _print_label_files(manifest.get("label_files", []))
     _print_trained(flags.store, trained)
-    if definition is not None:
+    if definition is not None and live:
+        _print_answer(flags, definition, row)
+    elif definition is not None:
         _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
@@ -256,6 +263,19 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
+def _print_answer(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
+    """Which answer a live prediction was made from, and where that came from if the store holds it."""
+    view = definition.view
+    print("\nthe answer that was scored")
+    print_scored(view, row)
+    table = open_table(features_live_uri(flags.store, view.name, view.fingerprint))
+    found = [] if table is None else find_rows(table, {"row_id": row["row_id"]}, row["date"])
+    if table is None or not found:
+        print("  it is not in the live feature table of this store and definition")
+        return
+    _print_origin(origin(view, table, *found[0]), definition, flags)
+
+
 def _print_scored(flags: Any, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
     """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
     uri, _, version = features.rpartition("@")
@@ -266,7 +286,7 @@ def _print_scored(flags: Any, features: str, definition: Definition, row: Mappin
     print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
     table = table or view_table(flags.store, definition.view)
     for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
-        _print_origin(origin(definition.view, table, file, found), definition, flags.days)
+        _print_origin(origin(definition.view, table, file, found), definition, flags)
 
 
 def vacuum(argv: Sequence[str]) -> int:

@@ -229,26 +229,28 @@ def _since(path: str, stamp: str) -> str:
 
 
 def find_prediction(
-    store: str, prediction: int, model: str | None = None, day: date | None = None
+    store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
 ) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
-    """(Model, predictions table, file, row) of a prediction.
+    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live` ones are meant.
 
     Raises:
         DataError: no such prediction.
     """
     looked = []
-    for name in tables_below(store):
+    places = ("predictions_live",) if live else ("predictions", "predictions_live")
+    for name in sorted(tables_below(store)):  # batch before live
         place, _, of = name.partition("/")
-        table = (
-            open_table(FileSystems.join(store, *name.split("/")))
-            if place == "predictions" and model in (None, of)
-            else None
-        )
+        mine = place in places and model in (
+            None,
+            of,
+            of.partition(".")[0],
+        )  # a job of another alias writes to model.alias
+        table = open_table(FileSystems.join(store, *name.split("/"))) if mine else None
         if table is None:
             continue
         looked.append(name)
         for file, row in find_rows(table, {"prediction_id": prediction}, day):
-            return of, table, file, row
+            return name, table, file, row
     raise DataError(
         "The prediction is in the store",
         f"{prediction} not in {', '.join(looked) or 'any table: there are no predictions'}",

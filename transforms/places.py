@@ -9,7 +9,7 @@ from apache_beam.io.filesystems import FileSystems
 from transforms.commits import root_of, versions
 
 # Folder to how many folders below it its tables are.
-PLACES = {"features": 2, "features_live": 2, "predictions": 1, "dead_letters": 1, "sources": 1}
+PLACES = {"features": 2, "features_live": 2, "predictions": 1, "predictions_live": 1, "dead_letters": 1, "sources": 1}
 
 
 def tables_below(store: str) -> list[str]:
