@@ -95,27 +95,32 @@ class Compacted:
             self._append(reduced)
 
     def cell(self, cell: int) -> list[Piece]:
-        """All that cell `cell` holds, with the number it goes by."""
-        return [(self.place, self.whole())] if self.parts and self.place % CELLS == cell else []
+        """All that cell `cell` holds, with the number it goes by: the largest part as it is, and the others as one."""
+        if not self.parts or self.place % CELLS != cell:
+            return []
+        return [(self.place, self._joined(some)) for some in (self.parts[:1], self.parts[1:]) if some]
 
     def whole(self) -> pl.DataFrame:
-        return self._joined([part.frame for part in self.parts])
+        return self._joined(self.parts)
 
     def tables(self, hashes: UInt64s, events: pl.DataFrame) -> dict[str, Any]:
         """A kernel's tables for keys that hash to `hashes`, from here and from their `events` in the panes."""
         wanted = pl.Series(hashes).unique().sort().to_numpy()
         found = [part.frame[rows] for part in self.parts if len(rows := part.find(self.keys, wanted))]
-        kept = self._joined(found)
+        kept = self._one(found)
         if self.kind == "summary":
             return {self.source.name: events, self.summary_name: Summary(kept, ALWAYS)}
         return {self.source.name: pl.concat([events, kept])}
 
     def _append(self, reduced: pl.DataFrame) -> None:
         while self.parts and len(self.parts[-1].frame) <= 2 * len(reduced):
-            reduced = self._joined([self.parts.pop().frame, reduced])
+            reduced = self._one([self.parts.pop().frame, reduced])
         self.parts.append(Part(reduced, ALWAYS))
 
-    def _joined(self, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    def _joined(self, parts: Sequence[Part]) -> pl.DataFrame:
+        return self._one([part.frame for part in parts])
+
+    def _one(self, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
         if not frames:
             return self.nothing
         if len(frames) == 1:

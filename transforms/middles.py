@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import polars as pl
 
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
@@ -117,16 +118,20 @@ def _ever(feature: Trailing | Latest) -> Trailing | Latest:
 
 
 def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
-    """Of `events` that are all in the same windows, those that can be the first or the last of any."""
+    """Of `events` that are all in the same windows, those that can be the first or the last of any, each once."""
     source, keys = features[0].source, [column for _, column in features[0].keys]
     wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
     wanted |= {(each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics}  # fmt: skip
     order = [*(source.order or ()), *(name for name in source.schema if name in events.columns)]
-    place = position(source)
-    parts = []
-    for column, stat in sorted(wanted):
-        rows = events.drop_nulls(column) if column else events
-        extreme = place.min() if stat == "first" else place.max()
-        rows = rows.filter(place == extreme.over(keys)).sort(list(dict.fromkeys(order)))
-        parts.append(rows.unique(keys, keep=stat, maintain_order=True))  # type: ignore[arg-type]
-    return pl.concat(parts)
+    rows = events.sort([position(source), *dict.fromkeys(order)])
+    row = pl.int_range(len(rows), dtype=pl.Int64)
+    picked = {
+        f"# {column} {stat}": (pl.when(pl.col(column).is_not_null()).then(row) if column else row, stat)
+        for column, stat in sorted(wanted)
+    }
+    found = (
+        rows.select(*keys, *(expr.alias(name) for name, (expr, _) in picked.items()))
+        .group_by(keys)
+        .agg(pl.col(name).min() if stat == "first" else pl.col(name).max() for name, (_, stat) in picked.items())
+    )
+    return rows[np.unique(np.concatenate([found[name].drop_nulls().to_numpy() for name in picked]))]
