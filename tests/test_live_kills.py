@@ -70,10 +70,10 @@ class Kills:
         self.prism.child.signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
 
-def killed(live: Live, folder: Path, times: int, seed: int) -> None:
+def killed(live: Live, folder: Path, times: int, seed: int, definition: str = market.DEFINITION) -> None:
     """A job that is killed so many times, from while it starts to while it commits, and started by the same command again."""
     chance = random.Random(seed)
-    stage, kills = Stage(live, folder), Kills(live, folder)
+    stage, kills = Stage(live, folder, definition=definition), Kills(live, folder)
     told = slots(history(), hours=1)
     shares = [len(told) * i // (times + 1) for i in range(times + 2)]
     try:

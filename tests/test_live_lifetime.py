@@ -14,12 +14,14 @@ import polars as pl
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from live_fixtures import Live
 from test_features_pipeline import answers as batch_answers
 from test_features_pipeline import run as run_batch
 from test_journaling import Cell
 from test_lifetime import definition, same
 from test_live import audit, events, placed, questions, run, sales, stream
 from test_live import read as rows_of
+from test_live_kills import killed
 from turns import Job
 
 from beam_pipelines import live, parity
@@ -271,3 +273,16 @@ def test_state_is_bounded_by_keys_and_what_is_open(tmp_path: Path) -> None:
     # Of five keys a summary, the first and the last row, in parts of growing size; and three minutes of rows.
     assert max(each["rows"] for each in held) <= 5 * 2 * (1 + 2) + 3 * 60
     assert max(each["bytes"] for each in held[5:]) <= 1.5 * max(each["bytes"] for each in held[:5])
+
+
+WITHOUT_BEGINNING = """
+    Trailing(sales, by="shop", over="all", stats={"price": ("mean", "std", "max", "first", "last"), "*": "count"}),
+    Latest(sales, by="city", columns=("price", "shop"), max_age="forever"),
+    Trailing(visits, by="shop", over="all", stats={"size": ("mean", "last")}),
+    Lookup(shops"""
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_launcher_and_prism_are_killed_on_a_real_broker(live: Live, tmp_path: Path) -> None:
+    killed(live, tmp_path, 2, 3, market.DEFINITION.replace("\n    Lookup(shops", WITHOUT_BEGINNING))
