@@ -63,6 +63,9 @@ class Journal:
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.horizon = ALWAYS
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
+        # How long, in µs, shards hold events of a source, and the journal those that a repeat may replace.
+        self.held_back = {name: held_back(view, name) for name in view.events}
+        self.remembered = {name: 2 * view.reach(name) for name in view.events}
         reach = max([0, *(view.reach(name) for name in view.events)])
         self.stores: dict[str, Panes] = {
             PENDING: Panes(view.time, MINUTE * 10),
@@ -185,7 +188,7 @@ class Journal:
         else:
             rows = rows.select(columns)
         if self.horizon > ALWAYS:
-            reached = time >= self.horizon - held_back(self.view, name)
+            reached = time >= self.horizon - self.held_back[name]
             old = rows.filter(~reached)
             if len(old):
                 rows = rows.filter(reached)
@@ -208,7 +211,7 @@ class Journal:
         # To the microsecond, since what shards have compacted before then cannot be taken back.
         remembered = pl.lit(True)
         if self.horizon > ALWAYS:
-            remembered = pl.col(str(source.time)).to_physical() >= self.horizon - 2 * self.view.reach(source.name)
+            remembered = pl.col(str(source.time)).to_physical() >= self.horizon - self.remembered[source.name]
         before = [each.filter(remembered) for each in store.take(tuple(unique), hashes, ALWAYS, FOREVER)]
         nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
         if not any(map(len, before)) and len(np.unique(hashes)) == len(hashes):
@@ -327,7 +330,7 @@ class Journal:
         self.stores[ASKED].evict(floor - self.keep)
         for name in self.view.events:
             if name in self.stores:
-                self.stores[name].evict(self.horizon - 2 * self.view.reach(name))
+                self.stores[name].evict(self.horizon - self.remembered[name])
 
     def oldest_pending(self) -> int | None:
         oldest = [int(frame[self.view.time].to_physical().min()) for frame in self.stores[PENDING].all()]  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from transforms.live_tables import app_of, features_live_uri, last_told, live_le
 from transforms.messages import ORIGIN
 from transforms.micros import PLACE, digest, known_columns, rid
 from transforms.replay import sources_of
-from transforms.shards import RID, held_back
+from transforms.shards import RID
 from transforms.tables import data_files, open_table, read_file
 
 # Rows given to the shards in one turn.
@@ -119,8 +119,8 @@ def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
         if name not in start.versions:
             continue
         known = journal.horizon > ALWAYS
-        low = journal.horizon - 2 * view.reach(name) if known else ALWAYS
-        held = journal.horizon - held_back(view, name) if known else ALWAYS
+        low = journal.horizon - journal.remembered[name] if known else ALWAYS
+        held = journal.horizon - journal.held_back[name] if known else ALWAYS
         rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
         columns = view.columns_read(name)
         if repeats_by(view, name):
