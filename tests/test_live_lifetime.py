@@ -25,7 +25,7 @@ from test_live_kills import killed
 from turns import Job
 
 from beam_pipelines import live, parity
-from schemas import FeatureView, Latest, Source, Trailing, load_definition
+from schemas import Derived, FeatureView, Latest, Source, Trailing, load_definition
 from transforms import resume
 from transforms.journal import Turn
 from transforms.live_tables import features_live_uri
@@ -46,6 +46,8 @@ mixed = FeatureView(
         Latest(events, by="k", columns="v", max_age="forever", where=pl.col("s") == "x", name="marked"),
         Trailing(sales, by="k", over=("30s", "all"), stats={"v": ("sum", "mean", "first", "min"), "n": "max", "*": "count"}),
         Latest(sales, by="k", columns=("v", "n"), max_age="forever"),
+        Derived(near=pl.col("g") // 2),
+        Trailing(events, by={"near": "g", "b": "b"}, over="all", stats={"n": ("sum", "max", "std"), "*": "count"}, name="near"),
         Trailing(placed, by="k", over="10s", stats={"v": "sum"}),
         Trailing(questions, by="k", over="all", stats={"x": ("mean", "last", "min"), "*": "count"}, name="crowd"),
     ],
