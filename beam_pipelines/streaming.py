@@ -242,21 +242,20 @@ def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
                 continue
             again, looked = reading.grown(), now
             told = read_status(reading.status)
-            if told.get("turn") != turn:
+            if told.get("turn") != turn or not (unread := reading.unread()):
                 turn, since = told.get("turn"), now
+            elif now - since > STILL + 3e-6 * reading.commit_every:
+                log.warning(
+                    "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
+                    "and start it again; it goes on from its last commit", now - since, unread,
+                )  # fmt: skip
+                since = now
             if (gone := skipped_in(told)) > skipped:
                 log.warning(
                     "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; counted as %s",
                     gone - skipped, SKIPPED,
                 )  # fmt: skip
                 skipped = gone
-            still = now - since
-            if still > STILL + 3e-6 * reading.commit_every and (unread := reading.unread()):
-                log.warning(
-                    "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
-                    "and start it again; it goes on from its last commit", still, unread,
-                )  # fmt: skip
-                since = now
         job.cancel()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")

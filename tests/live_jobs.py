@@ -148,17 +148,18 @@ class Stage:
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
-    def job(
-        self, run_id: str, *flags: str, environment: str = "LOOPBACK", options: Sequence[str] | None = None
-    ) -> Child:
-        """A live job as a process of its own."""
-        beam = self.live.options(environment) if options is None else options
-        command = [
-            sys.executable, "-W", "ignore", "-m", "beam_pipelines.live", "--streaming", "--source=kafka", "--definition", str(self.definition),
-            "--store", str(self.store), "--sources", str(self.folder / "sources"), "--bootstrap", self.live.broker.bootstrap,
-            "--expansion_service", self.live.expansion.address, "--topic_prefix", self.prefix, "--run_id", run_id,
-            "--commit_every=500ms", "--keep=2d", *flags, *beam,
+    def flags(self, run_id: str, beam: Sequence[str]) -> list[str]:
+        """Of a live job."""
+        return [
+            "--streaming", "--source=kafka", "--definition", str(self.definition), "--store", str(self.store),
+            "--sources", str(self.folder / "sources"), "--bootstrap", self.live.broker.bootstrap, "--expansion_service", self.live.expansion.address,
+            "--topic_prefix", self.prefix, "--run_id", run_id, "--commit_every=500ms", "--keep=2d", *beam,
         ]  # fmt: skip
+
+    def job(self, run_id: str, environment: str = "LOOPBACK", options: Sequence[str] | None = None) -> Child:
+        """A live job as a process of its own."""
+        flags = self.flags(run_id, self.live.options(environment) if options is None else options)
+        command = [sys.executable, "-W", "ignore", "-m", "beam_pipelines.live", *flags]
         return Child(command, self.folder / f"{run_id}.log", cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{TESTS}"})
 
     def status(self, run_id: str) -> dict[str, Any]:
@@ -283,8 +284,10 @@ def read(bootstrap: str, topic: str) -> list[tuple[int, int, bytes | None, bytes
         consumer.assign([TopicPartition(topic, number, low) for number, (low, _) in bounds.items()])
         left = {number for number, (low, high) in bounds.items() if high > low}
         found: list[tuple[int, int, bytes | None, bytes]] = []
+        deadline = time.monotonic() + 60
         while left:
-            for message in consumer.consume(1000, timeout=10):
+            assert time.monotonic() < deadline, f"{topic}: partitions {left} do not end"
+            for message in consumer.consume(1000, timeout=0.2):  # it waits so long for the last of a thousand
                 assert message.error() is None
                 found.append((message.partition(), message.offset(), message.key(), message.value()))
                 if message.offset() + 1 >= bounds[message.partition()][1]:
