@@ -13,8 +13,8 @@ from datetime import date
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 
+from beam_pipelines.direct import batch_pipeline
 from beam_pipelines.options import Arguments
 from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
@@ -300,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
             for line in plan_lines(view, work.plan):
                 log.info(line)
-            pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+            pipeline = batch_pipeline(options.beam_args)
             build(pipeline, options, work)
             execute(pipeline)
             run.update(read_json(FileSystems.join(options.folder, "account.json")))

@@ -14,8 +14,8 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 
+from beam_pipelines.direct import batch_pipeline
 from beam_pipelines.options import Arguments, next_day
 from beam_pipelines.reporting import Run, execute, guard, read_json, write_json
 from schemas.errors import ContractError, DataError, DefinitionError, MismatchError, StoreError
@@ -303,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     with Run("inference", options.run_id, options.folder) as run:
         plan = make_plan(options)
-        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+        pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan)
         execute(pipeline)
         run.update(read_json(FileSystems.join(options.folder, "account.json")))

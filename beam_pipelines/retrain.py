@@ -14,9 +14,9 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsSingleton
 
+from beam_pipelines.direct import batch_pipeline
 from beam_pipelines.options import Arguments
 from beam_pipelines.reporting import Run, execute, guard, read_json
 from beam_pipelines.training import Options, code_digest, constraints_digest, resolve, train_and_test
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         differences = changed(bundle, provenance)
         for each in differences:
             print(f"retrain: {each}", file=sys.stderr, flush=True)
-        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+        pipeline = batch_pipeline(options.beam_args)
         tested = train_and_test(pipeline, options, plan, provenance)
         _ = tested.report | "Leave" >> beam.Map(
             leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder

@@ -20,10 +20,10 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import AsSingleton
 from deltalake import DeltaTable
 
+from beam_pipelines.direct import batch_pipeline
 from beam_pipelines.options import Arguments, day, next_day
 from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
@@ -400,7 +400,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     with Run("training", options.run_id, options.folder) as run:
         plan, provenance = resolve(options)
-        pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+        pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan, provenance)
         execute(pipeline)
         report = read_json(FileSystems.join(options.folder, REPORT))
