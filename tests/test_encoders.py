@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import xxhash
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given
@@ -184,14 +185,7 @@ def test_hashing_is_the_same_everywhere() -> None:
 
 
 def hashed(text: str) -> int:
-    """Words of 8 bytes and then the length, through the finaliser of splitmix64 one after another."""
-    data, state = text.encode(), 0xCBF29CE484222325
-    for word in (*(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)), len(data)):
-        z = ((state ^ word) + 0x9E3779B97F4A7C15) % 2**64
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-        state = z ^ z >> 31
-    return state
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 @pytest.mark.parametrize(
