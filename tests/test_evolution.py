@@ -128,7 +128,7 @@ def computed(view: FeatureView, work: Work, uri: str, copies: bool = True) -> tu
     step = ComputeBlock(view, dataclasses.replace(plan, blocks=()), len(plan.blocks), uri, work.copies if copies else None)  # fmt: skip
     step.setup()
     step.start_bundle()
-    out = [*(each for block in plan.blocks for each in step.process(block)), *step.ahead()]
+    out = [*(each for block in plan.blocks for each in step.process(block)), *step.rest()]
     return [each for each in out if isinstance(each, pa.RecordBatch)], [
         each.value for each in out if getattr(each, "tag", "") == "tallies"
     ]

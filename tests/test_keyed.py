@@ -149,7 +149,7 @@ def computed(
         step = Route(view, chosen)
         step.setup()
         step.start_bundle()
-        for each in (*(each for route in routes(chosen) for each in step.process(route)), *step.ahead()):
+        for each in (*(each for route in routes(chosen) for each in step.process(route)), *step.rest()):
             if isinstance(each, pvalue.TaggedOutput):
                 outputs.append(each)
             else:
@@ -158,13 +158,13 @@ def computed(
         gather.setup()
         gather.start_bundle()
         outputs += [each for block in sent.items() for each in gather.process(block, carried)]
-        outputs += gather.ahead()
+        outputs += gather.rest()
     else:
         one = trailing.ComputeBlock(view, chosen, len(chosen.blocks), str(store))
         one.setup()
         one.start_bundle()
         outputs += [each for block in chosen.blocks for each in one.process(block, carried)]
-        outputs += one.ahead()
+        outputs += one.rest()
     tagged = defaultdict(list)
     for each in outputs:
         tagged[each.tag if isinstance(each, pvalue.TaggedOutput) else "features"].append(getattr(each, "value", each))

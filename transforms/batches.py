@@ -7,21 +7,15 @@ import pyarrow as pa
 from apache_beam import coders
 from apache_beam.coders import typecoders
 
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
-
 
 class RecordBatchCoder(coders.Coder):
     """Arrow IPC of exactly the slice, lz4; pickling would write the whole parent buffer."""
 
     def encode(self, value: pa.RecordBatch) -> bytes:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, value.schema, options=_OPTIONS) as writer:
-            writer.write_batch(value)
-        return bytes(sink.getvalue())
+        return to_ipc(value, "lz4")
 
     def decode(self, encoded: bytes) -> pa.RecordBatch:
-        with pa.ipc.open_stream(pa.py_buffer(encoded)) as reader:
-            return reader.read_next_batch()
+        return from_ipc(encoded)
 
     def is_deterministic(self) -> bool:
         return True
@@ -34,6 +28,20 @@ class RecordBatchCoder(coders.Coder):
 
 
 typecoders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
+
+
+def to_ipc(value: pa.RecordBatch, compression: str) -> bytes:
+    """The batch as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, value.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_batch(value)
+    return bytes(sink.getvalue())
+
+
+def from_ipc(encoded: bytes) -> pa.RecordBatch:
+    """The batch of `to_ipc`, whatever its compression."""
+    with pa.ipc.open_stream(pa.py_buffer(encoded)) as reader:
+        return reader.read_next_batch()
 
 
 def frame(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:

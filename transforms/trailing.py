@@ -17,7 +17,7 @@ from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
 from transforms.ahead import Ahead
-from transforms.batches import batch, frame
+from transforms.batches import batch
 from transforms.carrying import load_summaries, stream_summaries
 from transforms.evolution import Copies, compute_with
 from transforms.ids import row_ids
@@ -35,7 +35,7 @@ from transforms.kernels import CORES, Gather, gathered
 from transforms.keyed import KeyedEvents
 from transforms.lookups import account, routing
 from transforms.plan import Block, Plan
-from transforms.routing import SPINE, Route, gathered_read, routes
+from transforms.routing import SPINE, Route, gathered_read, received, routes
 
 log = logging.getLogger("millrace.features")
 
@@ -64,7 +64,7 @@ class TrailingFeatures(beam.PTransform):
             return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
         slices = blocks.pipeline | "Slices" >> beam.Create(list(routes(self.plan))) | "Spread" >> beam.Reshuffle()
         routed = slices | "Route" >> beam.ParDo(Route(self.view, self.plan)).with_outputs(*TAGS, main=FEATURES)
-        routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, pa.RecordBatch]]
+        routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, bytes]]
         gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
         gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri, self.copies)
         features, letters, tallies = typed(
@@ -102,13 +102,14 @@ class ComputeBlock(Ahead):
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
 
     def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        yield from self.ahead(lambda: self.computed(block, carried))
+        if block.shards:
+            yield from self.ahead(lambda: block, lambda _: self.keyed(block, carried))
+        else:
+            read = functools.partial(read_block, self.view, self.plan, block)
+            yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
 
-    def computed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """What the block gives."""
-        if not block.shards:
-            yield from self.answers(block, *read_block(self.view, self.plan, block), carried)
-            return
+    def keyed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events are too many to hold: they are set down as they are read."""
         with set_down(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
@@ -156,34 +157,33 @@ class ComputeGathered(ComputeBlock):
         self.by_index = {block.index: block for block in blocks}
 
     def process(  # type: ignore[override]
-        self, element: tuple[int, Iterable[tuple[str, pa.RecordBatch]]], carried: Carried | None = None
+        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: Carried | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
-        parts: dict[str, list[pl.DataFrame]] = {name: [] for name in (SPINE, *block.events)}
+        parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
-            yield from self.ahead()  # what is too large for memory is set down as it arrives, and alone
+            yield from self.rest()  # what is too large for memory is set down as it arrives, and alone
             yield from self._spilled(block, element[1], carried)
             return
         for name, rows in element[1]:
-            parts[name].append(frame(rows))
-        yield from self.ahead(functools.partial(self._held, block, parts, carried))
+            parts[name].append(rows)
+        read = functools.partial(self._settled, block, parts)
+        yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
 
-    def _held(self, block: Block, parts: dict[str, list[pl.DataFrame]], carried: Carried | None) -> Iterator[Any]:
-        spine = self._spine(block, parts.pop(SPINE))
-        reads = {name: gathered_read(self.plan, name, each) for name, each in parts.items()}
-        settled = {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
-        yield from self.answers(block, spine, settled, carried)
+    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[Input, dict[str, Input]]:
+        held = {name: [received(rows) for rows in each] for name, each in parts.items()}
+        spine = self._spine(block, held.pop(SPINE))
+        reads = {name: gathered_read(self.plan, name, each) for name, each in held.items()}
+        return spine, {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
 
-    def _spilled(
-        self, block: Block, rows_of: Iterable[tuple[str, pa.RecordBatch]], carried: Carried | None
-    ) -> Iterator[Any]:
+    def _spilled(self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: Carried | None) -> Iterator[Any]:
         spine: list[pl.DataFrame] = []
         with set_down(self.view, self.plan, block) as events:
             for name, rows in rows_of:
                 if name == SPINE:
-                    spine.append(frame(rows))
+                    spine.append(received(rows))
                 else:
-                    events.add(name, gathered_read(self.plan, name, [frame(rows)]))
+                    events.add(name, gathered_read(self.plan, name, [received(rows)]))
             yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
 
     def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> Input:
