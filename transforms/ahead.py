@@ -11,6 +11,8 @@ import apache_beam as beam
 from apache_beam import pvalue
 from apache_beam.transforms.window import GlobalWindows
 
+from transforms.collecting import spare_imports
+
 Read = TypeVar("Read")
 
 
@@ -25,6 +27,7 @@ class Ahead(beam.DoFn):
     readers = 1
 
     def setup(self) -> None:
+        spare_imports()
         self.reader, self.worker = ThreadPoolExecutor(self.readers, "read"), ThreadPoolExecutor(1, "work")
 
     def start_bundle(self) -> None:
@@ -52,4 +55,3 @@ class Ahead(beam.DoFn):
     def teardown(self) -> None:
         for each in (self.reader, self.worker):
             each.shutdown(cancel_futures=True)
-

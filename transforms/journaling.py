@@ -11,6 +11,7 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import TimerSpec, on_timer
 
 from schemas.views import FeatureView
+from transforms.collecting import spare_imports
 from transforms.journal import Journal, Turn
 from transforms.micros import micros, packets_of
 from transforms.offsets import FirstThere
@@ -47,6 +48,7 @@ class JournalStep(beam.DoFn):
         self.view, self.live = view, live
 
     def setup(self) -> None:
+        spare_imports()
         self.mirror = Mirror()
         self.assembly = AssembleStep(self.view, self.live)
         self.assembly.setup()

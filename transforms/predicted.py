@@ -28,6 +28,7 @@ from transforms.answers import source_of
 from transforms.batches import frame
 from transforms.champions import SERVING, told_of
 from transforms.clock import FOREVER
+from transforms.collecting import spare_imports
 from transforms.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
 from transforms.messages import LETTERS, Decoded, to_arrow
 from transforms.micros import SKIPPED, Micro, in_order, micro_packet, micros, nothing_there, packets_of
@@ -268,6 +269,7 @@ class CommitPredictions(beam.DoFn):
         self.committed = Metrics.counter("millrace.serving", "rows_committed")
 
     def setup(self) -> None:
+        spare_imports()
         self.mirror = Mirror()
 
     def process(self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG)) -> Iterator[Keyed]:
