@@ -108,7 +108,7 @@ def read(store: Path, view: FeatureView) -> pl.DataFrame:
 @pytest.mark.parametrize("flags", [("--chunk", "3h"), ("--chunk", "1d", "--shards", "3", "--partitions", "1")])
 def test_a_replay_gives_the_table_of_the_batch_pipeline(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """Batch carries snapshots from day to day; live compacts, with questions of up to an hour late still open."""
-    folder = market.write(tmp_path / "batch", {name: market.sources()[name] for name in ("visits", "sales")})
+    folder = market.write(tmp_path / "batch", market.spoiled(market.sources()))
     path = str(market.define(folder, definition("all", "forever")))
     for day in (2, 4, 6):
         run_batch(folder, "--start", str(market.at(day - 2).date()), "--end", str(market.at(day).date()))
