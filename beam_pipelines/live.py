@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -36,7 +37,7 @@ from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
 from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends
 from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
-from transforms.offsets import OVERHEAD, size_limit
+from transforms.offsets import OVERHEAD, reach, size_limit
 from transforms.packets import pack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
@@ -283,10 +284,12 @@ def summary(options: Options) -> dict[str, object]:
         counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept))
     if options.replay is None:
         assert options.broker is not None
-        for topic, ends in end_offsets(options.broker, [f"{live.prefix}{name}" for name in tables]).items():
-            name = topic.removeprefix(live.prefix)
-            done = told.get("next", {}).get(name, {})
-            counts[name]["unread"] = sum(end - done.get(str(number), 0) for number, end in ends.items())
+        with contextlib.suppress(StoreError):  # stopped while the broker is away: what is unread is not known
+            reach("The broker", "--bootstrap", options.broker.bootstrap)
+            for topic, ends in end_offsets(options.broker, [f"{live.prefix}{name}" for name in tables]).items():
+                name = topic.removeprefix(live.prefix)
+                done = told.get("next", {}).get(name, {})
+                counts[name]["unread"] = sum(end - done.get(str(number), 0) for number, end in ends.items())
     figures: dict[str, object] = {
         "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
         "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,

@@ -313,7 +313,10 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
 
     def at_end(told: Mapping[str, Any]) -> bool:
         """Whether nothing has come behind the last words, as after a restart of the features job."""
-        ends = {str(number): offset for number, offset in end_offsets(broker, [topic])[topic].items()}
+        try:
+            ends = {str(number): offset for number, offset in end_offsets(broker, [topic])[topic].items()}
+        except StoreError:  # asked again, once the broker is back
+            return False
         return bool(told["next"][source_of(view)] == ends)
 
     if begin_at_end(plan) and at_end(plan.start):

@@ -97,6 +97,14 @@ class Reading:
     commit_every: int
     skipped: int = 0
 
+    def there(self) -> bool:
+        """Whether the broker can be asked: its client waits ten seconds for one that is away, and Ctrl-C with it."""
+        try:
+            reach("The broker", "--bootstrap", self.broker.bootstrap)
+        except StoreError:
+            return False
+        return True
+
     def grown(self) -> bool:
         """Whether a topic has more partitions than it had, which no reader would notice."""
         now = partitions_of(self.broker, list(self.begin))
@@ -240,7 +248,11 @@ def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
             now = time.monotonic()
             if now - looked <= LOOK:
                 continue
-            again, looked = reading.grown(), now
+            looked = now
+            if not reading.there():
+                since = now
+                continue
+            again = reading.grown()
             told = read_status(reading.status)
             if told.get("turn") != turn or not (unread := reading.unread()):
                 turn, since = told.get("turn"), now

@@ -186,6 +186,25 @@ def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_no
 
 @pytest.mark.live
 @pytest.mark.timeout(280)
+def test_ctrl_c_ends_a_job_of_which_the_broker_is_away(live: Live, broker: Broker, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("one") as job:
+        stage.tell(told[:8])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        broker.stop()
+        try:
+            time.sleep(6)  # past a look at the topics
+            job.signal(signal.SIGINT)
+            assert job.wait(8) == 0, job.output()
+        finally:
+            broker.start()
+    said = job.output()
+    assert "questions unaccounted for  0" in said
+    assert "Traceback" not in said, said
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
 def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) -> None:
     stage, told = Stage(live, tmp_path, partitions=2), slots(history(), share=(2, 1))
     half = len(told) // 2
