@@ -72,8 +72,7 @@ class Stage:
         self.grown: dict[str, int] = {}  # partitions of topics that have got more
         self.rows: dict[str, set[tuple[int, int, int]]] = {}  # places of rows, or of what is none
         self.lost: list[str] = []  # messages that the broker did not take
-        frames = market.sources()
-        market.write(folder, {"shops": frames["shops"]})
+        market.write(folder, {"shops": market.spoiled(market.sources())["shops"]})
 
     def topic(self, source: str) -> str:
         return self.prefix + source
@@ -204,6 +203,7 @@ class Stage:
         }
         letters, spine = self.letters(), self.kept(self.view.spine.name)
         assert not letters.select("source", *PLACES).is_duplicated().any()
+        assert len(letters.filter(pl.col("source") == "shops")) == market.SET_ASIDE["shops"]
         for name in self.sources:
             accepted = list(self.kept(name).select("__partition", "__offset", "__place").iter_rows())
             dead = set(letters.filter(pl.col("source") == name, ~ABOUT_QUESTIONS).select(PLACES).iter_rows())
