@@ -234,6 +234,23 @@ def test_an_event_is_compacted_when_nothing_can_replace_it_any_more(tmp_path: Pa
     assert check(once, str(tmp_path)).differing == 0
 
 
+def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_restart(tmp_path: Path) -> None:
+    """Without windows over all history; the one that replaced it is beyond what state remembers when the job starts again."""
+    bounded = FeatureView(
+        "b", questions, key="id", features=[Trailing(once_reads, by="k", over="10m", stats={"v": "sum"})]
+    )
+    tell = Told(tmp_path, view=bounded)
+    tell([(5000, "a", 5.0, 1)], [(1, 5001.0)])
+    tell([(3900, "a", 7.0, 1)], [])
+    tell([(5530, "a", 1.0, 2)], [(2, 5530.0)])
+    tell.job.commit()
+    tell = Told(tmp_path, run_id="again", view=bounded)
+    tell([(9000, "a", 2.0, 4)], [(3, 5560.0)])
+    totals = {name: row["reads_by_k_v_sum_10m"] for name, row in tell.answers().items()}
+    assert totals == {1: None, 2: None, 3: 1.0}
+    assert check(bounded, str(tmp_path)).differing == 0
+
+
 def test_with_a_longer_keep_no_question_goes_behind_what_is_compacted(tmp_path: Path) -> None:
     tell = Told(tmp_path)
     tell([(0, "a", 1.0), (500, "a", 2.0)], [(1, 600.0)])

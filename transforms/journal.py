@@ -229,7 +229,12 @@ class Journal:
             unique, keep="first", maintain_order=True
         )
         kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
-        gone = old.filter(~pl.col(RID).is_in(first[RID].implode())).select(*unique, pl.col(RID).alias("__instead"))
+        gone = old.filter(~pl.col(RID).is_in(first[RID].implode()))
+        if source.name not in self.lifetime:  # so that a restart, which reads back so far, finds what replaced each row
+            time, since = pl.col(str(source.time)), pl.col("__since").dt.offset_by(f"{self.remembered[source.name]}us")
+            since_first = first.select(*unique, pl.col(str(source.time)).alias("__since"))
+            gone = gone.join(since_first, on=unique).filter(time <= since)
+        gone = gone.select(*unique, pl.col(RID).alias("__instead"))
         if source is not self.view.spine:  # questions are accounted for as such
             self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
         if len(gone):

@@ -124,7 +124,8 @@ def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
         rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
         columns = view.columns_read(name)
         if repeats_by(view, name):
-            gone = _replaced(store, view, name, start.versions[name])
+            far = ALWAYS if name in journal.lifetime or not known else low - journal.remembered[name]
+            gone = _replaced(store, view, name, start.versions[name], far)
             rows = _counted(rows, gone)
             columns = [*columns, RID]
             journal.stores[name].add(rows.select(*known_columns(view, name), RID))
@@ -166,11 +167,10 @@ def _counted(rows: pl.DataFrame, gone: pl.Series) -> pl.DataFrame:
     return rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
 
 
-def _replaced(store: str, view: FeatureView, source: str, version: int) -> pl.Series:
-    """Identities of rows that counted until a repeat known earlier came, however late."""
-    found = [
-        part["__instead"].drop_nulls() for part in pieces_from(store, view, source, version, columns=["__instead"])
-    ]
+def _replaced(store: str, view: FeatureView, source: str, version: int, low: int) -> pl.Series:
+    """Identities of rows that counted until a repeat came, however late, that was known earlier, though not before `low` µs."""
+    parts = pieces_from(store, view, source, version, low, columns=["__instead"])
+    found = [part["__instead"].drop_nulls() for part in parts]
     return pl.concat([pl.Series("__instead", [], pl.Int64), *found])
 
 
