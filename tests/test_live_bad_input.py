@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import market
 import polars as pl
@@ -64,7 +65,10 @@ def spoil(stage: Stage, moment: int) -> None:
         stage.beat_badly(name, 0, b"soon", moment)
         stage.beat_badly(name, 0, b"9" * 5000, moment)
         stage.beat_badly(name, 0, str(int(next_year.timestamp() * 1e6)).encode(), moment)
-        good = to_json(frame.with_columns(pl.col(time_column).dt.offset_by("0s")))
+        if name == "visits":  # a question of now: an old one would rightly be late
+            now = pl.from_epoch(pl.lit(moment - 1_000_000), "us").dt.replace_time_zone("UTC")
+            frame = frame.with_columns(now.alias(time_column), visit=pl.int_range(pl.len()) + 900_000)
+        good = to_json(frame)
         stage.send(name, 0, good[0], moment, rows=1)  # and on with good rows, in another format
 
 
@@ -82,6 +86,18 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
     told = slots(history())
     third = len(told) // 3
     speaking = range(3)  # the fourth says nothing before the end
+
+    def heard(slot: int, happened: Callable[[], Any]) -> Callable[[], Any]:
+        """Whether it happened, as the others speak on: when all are silent nothing moves the clock."""
+
+        def look() -> Any:
+            stage.beat(told[slot].end, partitions=speaking)
+            stage.flush()
+            time.sleep(0.4)
+            return happened()
+
+        return look
+
     with stage.job("full") as job:  # no answer fits
         stage.tell(told[:third], partitions=speaking)
         assert job.wait(120) == 4, job.output()
@@ -93,14 +109,14 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
     assert not len(stage.answers())
     limit(stage, 16_000)  # a few do: messages are made smaller
     with stage.job("goes-on") as job:
-        await_(lambda: len(stage.answers()) > 10, 120, job)
+        await_(heard(third - 1, lambda: len(stage.answers()) > 10), 120, job)
         spoil(stage, told[third].end)
         stage.tell(told[third : 2 * third], partitions=speaking)
         before = commits(stage)
-        await_(lambda: commits(stage) > before, 120, job)
+        await_(heard(2 * third - 1, lambda: commits(stage) > before), 120, job)
         stage.tell(told[2 * third :], partitions=speaking)
         known = len(stage.answers())
-        await_(lambda: len(stage.answers()) > known, 120, job)  # without a word of the idle one
+        await_(heard(-1, lambda: len(stage.answers()) > known), 120, job)  # without a word of the idle one
         stage.beat(FOREVER)
         stage.flush()
         said = end(job)
