@@ -189,8 +189,8 @@ def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None,
     if "topic" in options.sinks:
         assert options.broker is not None
         sends = sends_to(view, options.broker, live.prefix)
-    made = packets | "Live" >> LiveFeatures(view, live, sends)
-    _ = made["commits"] | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
+    commits = packets | "Live" >> LiveFeatures(view, live, sends)
+    _ = commits | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
 
 
 def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:

@@ -46,7 +46,6 @@ class Turn:
     shards: Mapping[int, bytes]
     questions: bytes | None
     entry: bytes
-    letters: bytes | None
 
 
 class Journal:
@@ -382,9 +381,7 @@ class Journal:
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
             "state": size_of(self.stores),
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
-        return Turn(
-            self.turn_number, shards, questions, entry, pack({}, {"letters": letters}) if len(letters) else None
-        )
+        return Turn(self.turn_number, shards, questions, entry)
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]

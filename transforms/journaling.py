@@ -109,8 +109,6 @@ class JournalStep(beam.DoFn):
             if turn.questions is not None:
                 yield pvalue.TaggedOutput("questions", (assembler(turn.number), turn.questions))
         yield pvalue.TaggedOutput("entries", (ONE, turn.entry))
-        if turn.letters is not None:
-            yield pvalue.TaggedOutput("letters", (ONE, turn.letters))
 
     def save(
         self,

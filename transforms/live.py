@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
-import pyarrow as pa
 from apache_beam import typehints
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
@@ -35,8 +34,10 @@ PACKET_BYTES = 2 << 20
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class LiveFeatures(beam.PTransform):
-    """PCollection of packets (bytes, see `Decode…`) → tagged PCollections: `features` (RecordBatch of `live_schema(view)`, one per turn),
-    `commits` (what the tables were told as JSON, one per commit) and `letters` (packets of dead letters); the latter two keyed.
+    """PCollection of packets (bytes, see `Decode…`) → PCollection of commits: (key, what the tables were told as JSON).
+
+    It gives no PCollection of answers: one that nobody reads is worked through all the same, and they are on their topic and in
+    their table.
 
     Args:
         view: what to compute.
@@ -49,7 +50,7 @@ class LiveFeatures(beam.PTransform):
     live: Live
     sends: Sends | None = None
 
-    def expand(self, packets: beam.PCollection) -> dict[str, beam.PCollection]:
+    def expand(self, packets: beam.PCollection) -> beam.PCollection:
         view, live = self.view, self.live
         step = JournalStep if not live.pace else TimedJournalStep
         inside = live.shards == 1  # the shard is in the journal's step
@@ -57,7 +58,7 @@ class LiveFeatures(beam.PTransform):
         journal = (
             packets
             | "ToJournal" >> beam.Map(_keyed).with_output_types(Keyed)
-            | "Journal" >> _keyed_step(step(view, live), *tags, "entries", "letters")
+            | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
         )
         if not inside:
             parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
@@ -67,10 +68,8 @@ class LiveFeatures(beam.PTransform):
         if self.sends is not None:
             entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.letters)
             answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)
-        features = answers | "Features" >> beam.Map(_features, live_schema(view)).with_output_types(pa.RecordBatch)
         ledger = (entries, answers) | "Turns" >> beam.Flatten()
-        commits = ledger | "Commit" >> _keyed_step(CommitStep(view, live))
-        return {"features": features, "commits": commits, "letters": _pairs(journal.letters)}
+        return ledger | "Commit" >> _keyed_step(CommitStep(view, live))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ class Sends:
     most: int
 
     def answers(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
-        rows = _features(pair, live_schema(self.view))
+        rows = batch(unpack(pair[1])[1]["rows"], live_schema(self.view))
         for key, value in answer_messages(rows, self.view.fingerprint, self.most):
             yield topic_of(self.view, self.prefix), key, value
         yield from self.letters(pair)  # about dimensions
@@ -108,10 +107,6 @@ def _pairs(pairs: beam.PCollection) -> beam.PCollection:
 
 def _keyed(packet: bytes) -> Keyed:
     return ONE, packet
-
-
-def _features(pair: Keyed, schema: pa.Schema) -> pa.RecordBatch:
-    return batch(unpack(pair[1])[1]["rows"], schema)
 
 
 def _keyed_step(step: beam.DoFn, *tags: str) -> Any:
