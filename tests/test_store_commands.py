@@ -102,6 +102,24 @@ def test_a_row_leads_to_its_commit_its_run_and_what_it_could_see(store: Path, ca
     assert "as when it was computed" in out
 
 
+def test_a_window_without_a_beginning_saw_every_day_before(tmp_path: Path, capsys: Out, wide: None) -> None:
+    definition = shop.write(tmp_path, 200, shop.DEFINITION.replace('over="3d"', 'over=("3d", "all")'))
+    flags = ["--store", str(tmp_path), "--definition", str(definition)]
+    assert features.main([*flags, "--end", "2024-02-01"]) == 0
+    assert features.main(flags) == 0
+    capsys.readouterr()
+    assert trace([*flags, "--key", "visit=150", "--days"]) == 0
+    out = capsys.readouterr().out
+    asked = (
+        pl.read_parquet(tmp_path / "sources" / "visits" / "part.parquet").filter(visit=150)["asked"].dt.date().item()
+    )
+    sold = pl.read_parquet(tmp_path / "sources" / "sales" / "part.parquet")["sold"].dt.date()
+    days = sold.filter(sold <= asked).unique().sort().to_list()
+    assert len(days) > 4
+    of_sales = out[out.index("  sales:") :]
+    assert re.findall(r"^    (\d{4}-\d\d-\d\d) ", of_sales, re.MULTILINE) == [each.isoformat() for each in days]
+
+
 def test_a_row_computed_from_a_file_that_is_gone_says_so(store: Path, tmp_path: Path, capsys: Out, wide: None) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)
