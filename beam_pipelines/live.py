@@ -35,7 +35,7 @@ from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
-from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends
+from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
 from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
 from transforms.offsets import OVERHEAD, reach, size_limit
 from transforms.packets import pack
@@ -176,7 +176,9 @@ def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None,
     view, live = options.definition.view, options.live
     if options.replay is not None:
         chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
-        packets = chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes)
+        packets = (
+            chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
+        )
     else:
         assert options.broker is not None
         assert start is not None
@@ -184,7 +186,8 @@ def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None,
         first = pipeline | "Start" >> beam.Create([pack({"kind": "start", "index": None, "start": start.to_json()})])
         messages = pipeline | "Topics" >> ReadTopics(options.broker, topics, group)
         decoded = messages | "Decode" >> beam.ParDo(DecodeBundles(view, live.prefix)).with_output_types(bytes)
-        packets = (first, decoded) | "Both" >> beam.Flatten()
+        # Each by itself: what comes after a Flatten is one more way through the runner.
+        packets = (first | "Begin" >> to_journal(), decoded | "ToJournal" >> to_journal()) | "Both" >> beam.Flatten()
     sends = None
     if "topic" in options.sinks:
         assert options.broker is not None

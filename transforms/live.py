@@ -34,7 +34,7 @@ PACKET_BYTES = 2 << 20
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class LiveFeatures(beam.PTransform):
-    """PCollection of packets (bytes, see `Decode…`) → PCollection of commits: (key, what the tables were told as JSON).
+    """PCollection of packets (see `Decode…` and `to_journal`) → PCollection of commits: (key, what the tables were told as JSON).
 
     It gives no PCollection of answers: one that nobody reads is worked through all the same, and they are on their topic and in
     their table.
@@ -55,11 +55,7 @@ class LiveFeatures(beam.PTransform):
         step = JournalStep if not live.pace else TimedJournalStep
         inside = live.shards == 1  # the shard is in the journal's step
         tags = ("answers",) if inside else ("shards", "questions")
-        journal = (
-            packets
-            | "ToJournal" >> beam.Map(_keyed).with_output_types(Keyed)
-            | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
-        )
+        journal = packets | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
         if not inside:
             parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
             asked = (_pairs(journal.questions), parts) | "Parts" >> beam.Flatten()
@@ -105,8 +101,9 @@ def _pairs(pairs: beam.PCollection) -> beam.PCollection:
     return pairs
 
 
-def _keyed(packet: bytes) -> Keyed:
-    return ONE, packet
+def to_journal() -> beam.PTransform:
+    """PCollection of packets (bytes) → the same, addressed to the journal."""
+    return beam.Map(lambda packet: (ONE, packet)).with_output_types(Keyed)
 
 
 def _keyed_step(step: beam.DoFn, *tags: str) -> Any:
