@@ -18,7 +18,7 @@ from transforms.commits import commit_at, commits, file_actions
 from transforms.inventory import stamp_of
 from transforms.manifests import read_manifest
 from transforms.places import tables_below
-from transforms.staleness import Manifest, lifetime_sources
+from transforms.staleness import Manifest, reached_from
 from transforms.tables import DataFile, data_files, open_table, read_file, root_of
 from transforms.vacuum import files_below
 
@@ -204,8 +204,7 @@ def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[Seen]
         if name in view.dimensions:
             result.append(Seen(name, (), manifest.dimensions.get(name), _files(paths, None)))
             continue
-        reach = view.reach(name) if name in view.events else 0
-        first, last = (-(2**62) if name in lifetime_sources(view) else at - reach) // DAY, at // DAY
+        first, last = reached_from(view, name, at) // DAY, at // DAY
         digests = manifest.digests.get(name, {})
         days = tuple((day, *digests[day]) for day in sorted(digests) if first <= day <= last)
         result.append(Seen(name, days, None, _files(paths, (first, last))))

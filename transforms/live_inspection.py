@@ -15,7 +15,7 @@ from transforms.inventory import source_uri
 from transforms.live_tables import sources_root
 from transforms.micros import cut_of
 from transforms.parity import seen_of
-from transforms.staleness import lifetime_sources
+from transforms.staleness import reached_from
 from transforms.tables import open_table
 
 
@@ -56,8 +56,7 @@ def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Vi
         days: tuple[tuple[Any, int], ...] = ()
         if name in view.events and table is not None:
             seen = seen_of(view, store, name, [row["__cut"]], row["date"], row["date"])
-            low = -(2**62) if name in lifetime_sources(view) else at - view.reach(name)
-            times = seen.at(0, low, at)[str(view.events[name].time)]
+            times = seen.at(0, reached_from(view, name, at), at)[str(view.events[name].time)]
             days = tuple(pl.DataFrame({"day": times.dt.date()}).group_by("day").len().sort("day").iter_rows())
         result.append(Visible(name, table, offsets, days))
     return result

@@ -28,7 +28,7 @@ from transforms.kernels import compute
 from transforms.live_tables import features_live_uri, sources_root
 from transforms.micros import PLACE, cut_of, rid
 from transforms.shards import RID
-from transforms.staleness import lifetime_sources
+from transforms.staleness import lifetime_sources, reached_from
 from transforms.tables import data_files, open_table, read_file
 
 Ints = npt.NDArray[np.int64]
@@ -161,7 +161,6 @@ def _check_some(
     seen = {name: seen_of(view, store, name, cuts, first, last) for name in view.events}
     of_row = asked["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
     moments = asked[view.time].to_physical().to_numpy()
-    ever = lifetime_sources(view)
     disturbed = disturbed_by(seen.values(), moments, of_row)
     whole = _computed(view, asked, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions)
     batch = whole
@@ -170,10 +169,7 @@ def _check_some(
         for cut in np.unique(of_row[disturbed]).tolist():
             rows = np.flatnonzero(disturbed & (of_row == cut))
             low, high = int(moments[rows].min()), int(moments[rows].max())
-            tables = {
-                name: each.at(cut, -NEVER if name in ever else low - view.reach(name), high)
-                for name, each in seen.items()
-            }
+            tables = {name: each.at(cut, reached_from(view, name, low), high) for name, each in seen.items()}
             parts.append(_computed(view, asked[rows], tables, dimensions))
             places.append(rows)
         batch = pl.concat(parts)[np.argsort(np.concatenate(places))]

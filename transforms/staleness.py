@@ -246,6 +246,11 @@ def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
     return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]
 
 
+def reached_from(view: FeatureView, source: str, moment: int) -> int:
+    """The earliest time (µs) of a source's rows that a question at `moment` can see."""
+    return -(2**62) if source in lifetime_sources(view) else moment - view.reach(source)
+
+
 def history_digest(
     sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
 ) -> int:
