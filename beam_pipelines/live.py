@@ -37,7 +37,7 @@ from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
 from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
 from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
-from transforms.offsets import OVERHEAD, reach, size_limit
+from transforms.offsets import OVERHEAD, reach, size_limit, unread
 from transforms.packets import pack
 from transforms.replay import Replay, SendChunks, sources_of
 from transforms.resume import Start, find_start
@@ -48,7 +48,6 @@ from transforms.topics import (
     Broker,
     ReadTopics,
     begin_offsets,
-    end_offsets,
     ensure,
     letters_topic,
     stand,
@@ -254,15 +253,12 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
         told = read_status(status)
         if not told or not told["last"] or int(told["turn"]) <= start.turn:
             return False
+        due = {f"{live.prefix}{name}": {int(n): at for n, at in told["next"][name].items()} for name in names}
         try:
-            ends = end_offsets(broker, topics)
+            left = unread(broker, due)
         except StoreError:  # asked again, once the broker is back
             return False
-        return all(
-            told["next"][name].get(str(number)) == end
-            for name in names
-            for number, end in ends[f"{live.prefix}{name}"].items()
-        )
+        return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
 
     skipped = skipped_in({"counts": start.counts})
     if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every, skipped)):
@@ -289,10 +285,10 @@ def summary(options: Options) -> dict[str, object]:
         assert options.broker is not None
         with contextlib.suppress(StoreError):  # stopped while the broker is away: what is unread is not known
             reach("The broker", "--bootstrap", options.broker.bootstrap)
-            for topic, ends in end_offsets(options.broker, [f"{live.prefix}{name}" for name in tables]).items():
-                name = topic.removeprefix(live.prefix)
-                done = told.get("next", {}).get(name, {})
-                counts[name]["unread"] = sum(end - done.get(str(number), 0) for number, end in ends.items())
+            done = {name: told.get("next", {}).get(name, {}) for name in tables}
+            due = {f"{live.prefix}{name}": {int(n): at for n, at in each.items()} for name, each in done.items()}
+            for topic, left in unread(options.broker, due).items():
+                counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
     figures: dict[str, object] = {
         "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
         "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,

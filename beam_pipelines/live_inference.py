@@ -43,11 +43,12 @@ from transforms.champions import ChampionHandler, Serving, check_model, close_al
 from transforms.live_tables import app_of, features_live_uri, last_told
 from transforms.messages import Message
 from transforms.micros import SKIPPED
+from transforms.offsets import unread
 from transforms.predicted import CommitPredictions, Outlet, TimedCommitPredictions, begin_at, to_packet
 from transforms.registry import CHAMPION, Registry, registry_uri
 from transforms.scoring import ARM, Pinned
 from transforms.tables import data_files, open_table
-from transforms.topics import Broker, Produce, ReadTopics, begin_offsets, end_offsets, ensure, stand, topic_of
+from transforms.topics import Broker, Produce, ReadTopics, begin_offsets, ensure, stand, topic_of
 
 log = logging.getLogger("millrace.serving")
 # How a replay tells of its progress.
@@ -313,11 +314,12 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
 
     def at_end(told: Mapping[str, Any]) -> bool:
         """Whether nothing has come behind the last words, as after a restart of the features job."""
+        due = {int(number): offset for number, offset in told["next"][source_of(view)].items()}
         try:
-            ends = {str(number): offset for number, offset in end_offsets(broker, [topic])[topic].items()}
+            left = unread(broker, {topic: due})[topic]
         except StoreError:  # asked again, once the broker is back
             return False
-        return bool(told["next"][source_of(view)] == ends)
+        return all(number in due and not count for number, count in left.items())
 
     if begin_at_end(plan) and at_end(plan.start):
         log.info("the topic had ended, and all of it is scored: nothing to do")

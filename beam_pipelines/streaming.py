@@ -22,8 +22,8 @@ from apache_beam.runners.worker import sdk_worker
 from beam_pipelines.reporting import recovered, write_json
 from schemas.errors import StoreError
 from transforms.micros import SKIPPED
-from transforms.offsets import partitions_of, reach
-from transforms.topics import Broker, end_offsets
+from transforms.offsets import partitions_of, reach, unread
+from transforms.topics import Broker
 
 log = logging.getLogger("millrace.live")
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
@@ -119,15 +119,18 @@ class Reading:
     def unread(self) -> int:
         """Messages behind the last commit; 0 while the broker does not say."""
         told = read_status(self.status).get("next", {})
+        due = {
+            topic: {
+                number: told.get(topic.removeprefix(self.prefix), {}).get(str(number), offset)
+                for number, offset in partitions.items()
+            }
+            for topic, partitions in self.begin.items()
+        }
         try:
-            ends = end_offsets(self.broker, list(self.begin))
+            left = unread(self.broker, due)
         except StoreError:
             return 0
-        return sum(
-            max(ends[topic].get(number, 0) - told.get(topic.removeprefix(self.prefix), {}).get(str(number), offset), 0)
-            for topic, partitions in self.begin.items()
-            for number, offset in partitions.items()
-        )
+        return sum(left[topic].get(number, 0) for topic, partitions in self.begin.items() for number in partitions)
 
 
 def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mapping[int, int]]) -> None:

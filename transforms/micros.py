@@ -17,8 +17,9 @@ from transforms.packets import pack, unpack
 from transforms.shards import RID
 
 PLACE = ["__partition", "__offset", "__place"]
-# How long a hole in a partition's offsets is waited on before Kafka is asked what is in it (µs).
-PATIENCE = 2_000_000
+# How long a hole in a partition's offsets is waited on before Kafka is asked what is in it, and before it is asked again when
+# a record is (µs).  Every transaction ends in a hole, so the former is what its rows wait for.
+PATIENCE, AGAIN = 100_000, 2_000_000
 # Counts offsets at which nothing was: deleted before they were read, compacted away, or a transaction's own.
 SKIPPED = "offsets_skipped"
 # The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
@@ -124,7 +125,7 @@ def in_order(
                 waiting.append(micro)
                 continue
             if next_there(micro.source, micro.partition, next_one) < micro.first:
-                waiting.append(dataclasses.replace(micro, came=now))  # asked about again after a while
+                waiting.append(dataclasses.replace(micro, came=now + AGAIN - PATIENCE))
                 continue
             count(micro.source, SKIPPED, micro.first - next_one)
         if next_one is not None and micro.next <= next_one and micro.messages:

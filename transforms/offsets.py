@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from schemas.errors import StoreError
 from transforms.clock import ALWAYS
-from transforms.topics import WITHIN, Broker, _consumer
+from transforms.topics import WITHIN, Broker, _consumer, end_offsets
 
 # What Kafka's client takes unless told otherwise, and what a record needs beside its value.
 CLIENT_LIMIT, OVERHEAD = 1_000_000, 1_000
@@ -28,17 +30,58 @@ class FirstThere:
     prefix: str
 
     def __call__(self, source: str, partition: int, offset: int) -> int:
-        """Its offset; ALWAYS, before any, while the broker does not say."""
-        from confluent_kafka import TopicPartition
+        """Its offset; that behind the last stable one where there is none; ALWAYS, before any, while the broker does not say."""
+        return first_record(self.broker, f"{self.prefix}{source}", partition, offset)
 
-        properties = {**self.broker.properties, "auto.offset.reset": "earliest"}
-        client = _consumer(dataclasses.replace(self.broker, properties=properties), "millrace-look")
-        try:
-            client.assign([TopicPartition(f"{self.prefix}{source}", partition, offset)])
-            message = client.poll(WITHIN)
-            return ALWAYS if message is None or message.error() else int(message.offset())
-        finally:
-            client.close()
+
+_lock = threading.Lock()
+# A client per broker: one that is there already answers in milliseconds, and each transaction leaves a hole to ask about.
+_clients: dict[str, Any] = {}
+
+
+def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int:
+    """The offset of a partition's first committed record at or after `offset`; that behind the last stable one where there is none.
+
+    Ends of transactions, rows of those that were aborted, and what was compacted away have offsets and are no records.
+    ALWAYS while the broker does not say.
+    """
+    from confluent_kafka import KafkaError, TopicPartition
+
+    properties = {
+        **broker.properties, "auto.offset.reset": "earliest", "enable.partition.eof": "true", "queued.min.messages": "1",
+    }  # fmt: skip
+    name = repr((broker.bootstrap, sorted(properties.items())))
+    with _lock:
+        client = _clients.pop(name, None) or _consumer(
+            dataclasses.replace(broker, properties=properties), "millrace-look"
+        )
+        client.assign([TopicPartition(topic, partition, offset)])
+        message = client.poll(WITHIN)
+        error = None if message is None else message.error()
+        if message is None or (error is not None and error.code() != KafkaError._PARTITION_EOF):
+            client.close()  # the next to ask gets another
+            return ALWAYS
+        client.unassign()  # so that it reads no further
+        _clients[name] = client
+        return int(message.offset())
+
+
+def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+    """Per topic and partition that there is now, how many offsets a consumer that stands at `due` (0 if not named) has before
+    it up to the last stable one; 0 where no record is among them, and nothing more will come of what is there.
+
+    Raises:
+        StoreError: the broker cannot be reached, or has no such topic.
+    """
+    result: dict[str, dict[int, int]] = {}
+    for topic, ends in end_offsets(broker, list(due)).items():
+        for number, end in ends.items():
+            at = due[topic].get(number, 0)
+            if at < end:
+                first = first_record(broker, topic, number, at)
+                at = end if first >= end else max(at, first)
+            result.setdefault(topic, {})[number] = max(end - at, 0)
+    return result
 
 
 def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:

@@ -23,6 +23,9 @@ ANY = -1
 # Rows and bytes of one message of answers: the usual limit of clients and brokers is a megabyte.
 ROWS, MOST = 1000, 950_000
 WITHIN = 10.0
+# Of every consumer: rows of a transaction that was aborted are none, and rows of one that is open are not there yet.
+# `Broker.properties` may say otherwise.
+COMMITTED = {"isolation.level": "read_committed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class ReadTopics(beam.PTransform):
 
     def expand(self, begin: beam.PBegin) -> beam.PCollection:
         config = {
+            **COMMITTED,
             **self.broker.config,
             "group.id": self.group,
             "auto.offset.reset": "earliest",
@@ -256,7 +260,9 @@ def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, 
 
 
 def end_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
-    """The offset that the next message of every partition gets.
+    """The offset behind the last committed message of every partition: its last stable offset.
+
+    What stands before it need not be a message (see `offsets.unread`).
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -315,7 +321,7 @@ def _consumer(broker: Broker, group: str) -> Any:
         raise StoreError(
             "--source kafka needs confluent-kafka", "it is not installed", "pip install 'millrace[live]'"
         ) from None
-    return Consumer({**broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
+    return Consumer({**COMMITTED, **broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
 
 
 def _metadata(broker: Broker, client: Any) -> dict[str, list[int]]:
