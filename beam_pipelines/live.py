@@ -36,6 +36,7 @@ from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inventory import source_uri
 from transforms.live import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
+from transforms.live_owner import claim
 from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
 from transforms.offsets import OVERHEAD, reach, size_limit, unread
 from transforms.packets import pack
@@ -207,6 +208,7 @@ def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
 def main(argv: Sequence[str]) -> int:
     """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
     options = parse(argv)
+    claim(options.definition.view, options.live.store)
     with Run("features --streaming", options.run_id, options.folder) as run:
         if options.replay is not None:
             pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))

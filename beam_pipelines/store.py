@@ -11,7 +11,9 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from apache_beam.io.filesystems import FileSystems
+from deltalake.schema import PrimitiveType
 
 from beam_pipelines.layout import columns, many, size, wrapped
 from beam_pipelines.live_tracing import print_scored, print_seen
@@ -38,6 +40,7 @@ from transforms.manifests import read_manifest
 from transforms.places import place_of, tables_below
 from transforms.registry import Registry, registry_uri
 from transforms.running import running
+from transforms.showing import shown
 from transforms.staleness import as_date
 from transforms.tables import open_table, root_of
 from transforms.vacuum import Rules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
@@ -129,9 +132,13 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
 
 def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
     view, row = definition.view, found.row
-    asked = ", ".join(f"{name} = {row[name]}" for name in view.key)
+    asked = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
     print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
-    print(columns(("feature", "value"), [(name, _text(row[name])) for name in view.columns], ("value",)))
+    print(
+        columns(
+            ("feature", "value"), [(name, shown(row[name], dtype)) for name, dtype in view.columns.items()], ("value",)
+        )
+    )
     print("\ntable")
     print(wrapped(f"{found.table} version {found.version}", hanging=2))
     print(wrapped(f"file {found.file.path}", hanging=2))
@@ -187,10 +194,12 @@ def _print_sources(seen: Sequence[Seen], days: bool) -> None:
 def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
     where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
     entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
+    types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")
     print(
         columns(
-            ("column", "value"), [(column, _text(value)) for column, value in row.items() if column != "prediction_id"]
+            ("column", "value"),
+            [(column, shown(value, types.get(column))) for column, value in row.items() if column != "prediction_id"],
         )
     )
     print("\ntable")
@@ -387,10 +396,6 @@ def _when(entry: Mapping[str, Any]) -> str:
         if "timestamp" in entry
         else ""
     )
-
-
-def _text(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else "null" if value is None else str(value)
 
 
 if __name__ == "__main__":

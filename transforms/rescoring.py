@@ -14,6 +14,7 @@ from transforms.live_tables import features_live_uri
 from transforms.predicted import Outlet
 from transforms.registry import Registry
 from transforms.scoring import Pinned, Scorer, open_scorer, predict
+from transforms.showing import shown
 from transforms.tables import data_files, open_table, read_group
 
 EXAMPLES = 3
@@ -99,7 +100,9 @@ def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFr
     for live, batched in zip(told.filter(~same).rows(named=True), again.filter(~same).rows(named=True), strict=True):
         if len(found.examples) < EXAMPLES:
             differ = [
-                f"{name} {live[name]!r} live, {batched[name]!r} batch" for name in live if live[name] != batched[name]
+                f"{name} {shown(live[name], again.schema[name])} live, {shown(batched[name], again.schema[name])} batch"
+                for name in live
+                if live[name] != batched[name]
             ]
             found.examples.append(f"row {live['row_id']} by version {scorer.version}: {'; '.join(differ)}")
 

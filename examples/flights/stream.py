@@ -266,9 +266,12 @@ class Watch:
         self.version_since: dict[str, float] = {}
         self.consumer = Consumer(
             {
-                "bootstrap.servers": bootstrap, "group.id": "watch", "enable.auto.commit": False, "log_level": 0,
+                "bootstrap.servers": bootstrap,
+                "group.id": "watch",
+                "enable.auto.commit": False,
+                "log_level": 0,
                 "isolation.level": "read_committed",
-            }  # fmt: skip
+            }
         )
         found = self.consumer.list_topics(timeout=10).topics
         self.consumer.assign(
