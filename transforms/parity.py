@@ -109,12 +109,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
         raise DataError(
             f"View {view.name!r} has live answers to compare", f"none in {store}", "Run: millrace features --streaming"
         )
-    texts = (
-        pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files])["__cut"]
-        .unique()
-        .to_list()
-    )
-    cuts = sorted(texts, key=lambda text: sum(cut_of(text).values()))
+    cuts = cuts_of(files)
     result = Parity({name: Compared() for name in view.columns}, cuts=len(cuts))
     for some in _by_dates(files):
         answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
@@ -127,6 +122,13 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
     asked = len(_read(view, store, view.spine.name, PLACE, start, end).unique())
     result.unanswered = asked - result.answers
     return result
+
+
+def cuts_of(files: Sequence[Any]) -> list[str]:
+    """The distinct cuts of the answers in some files, in their order."""
+    parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files]
+    texts = pl.concat(parts)["__cut"].unique().to_list() if parts else []
+    return sorted(texts, key=lambda text: sum(cut_of(text).values()))
 
 
 def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:

@@ -1,0 +1,633 @@
+"""Live answers beside the full batch table: every difference of a bit, and what it comes from.
+
+A live answer could see the rows that had arrived by its cut; the batch table sees every row that its sources hold now.  Both
+sets of rows are laid side by side by content, and each row that only one of them counts gets a cause.  Which causes a
+difference comes from is then computed, never guessed: over live's rows the kernel must give live's bits, over those with all
+causes applied the batch table's; a cause is named when leaving it out gives other bits than the batch table's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+
+from schemas.live import LIVE_LETTERS, repeats_by
+from schemas.views import FeatureView
+from transforms.contracts import judge
+from transforms.dimensions import kept
+from transforms.ids import row_ids
+from transforms.inputs import distinct
+from transforms.inventory import Inventory, source_uri, take_inventory
+from transforms.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.micros import PLACE, rid
+from transforms.parity import (
+    NEVER,
+    Bools,
+    Ints,
+    Seen,
+    _by_dates,
+    _computed,
+    _differ,
+    _read,
+    cuts_of,
+    disturbed_by,
+    shown_at,
+)
+from transforms.shards import RID
+from transforms.sources import read_raw, repeats_of, without_repeats
+from transforms.staleness import reached_from
+from transforms.tables import data_files, open_table, read_file, root_of
+
+# In the order in which they are applied where none of several is needed by itself.
+LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST = (
+    "late row", "history", "before_start", "corrected or erased row", "repeat beyond memory", "row rejected by one side only",
+    "dimension version", "row that live never had",
+)  # fmt: skip
+CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST)
+UNEXPLAINED = "unexplained"
+EXAMPLES = 3
+_CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
+_N = "__number"
+
+
+def memo(method: Any) -> Any:
+    """A method of one name, whose results the object keeps."""
+
+    @functools.wraps(method)
+    def kept_by(self: Any, name: str) -> Any:
+        held = self.__dict__.setdefault(f"_{method.__name__}", {})
+        if name not in held:
+            held[name] = method(self, name)
+        return held[name]
+
+    return kept_by
+
+
+@dataclasses.dataclass
+class Difference:
+    """What came of one cause, or of several together: values and answers that differ, and the first of them."""
+
+    values: int = 0
+    answers: int = 0
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Full:
+    """Live answers beside batch.
+
+    Args:
+        batch: the table and its version, or the sources that the values were computed from.
+        answers: compared, that is, there on both sides.
+        values: compared.
+        causes: by the names of the causes, what differs.
+        only_live: answers that batch lacks, by cause.
+        only_batch: batch's rows from the first to the last live question without a live answer, by cause.
+        waiting: of these, questions that live has and has not answered yet; they are no difference.
+        not_computed: live answers of dates of which the batch table has no row; they are no difference.
+    """
+
+    batch: str
+    answers: int = 0
+    values: int = 0
+    causes: dict[str, Difference] = dataclasses.field(default_factory=dict)
+    only_live: dict[str, int] = dataclasses.field(default_factory=dict)
+    only_batch: dict[str, int] = dataclasses.field(default_factory=dict)
+    waiting: int = 0
+    not_computed: int = 0
+
+    @property
+    def differing(self) -> int:
+        return sum(each.values for each in self.causes.values())
+
+    @property
+    def unexplained(self) -> int:
+        """Values and rows that no cause explains."""
+        values = sum(each.values for name, each in self.causes.items() if name.startswith(UNEXPLAINED))
+        return values + self.only_live.get(UNEXPLAINED, 0) + self.only_batch.get(UNEXPLAINED, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """The batch side.
+
+    Args:
+        view: whose.
+        root: folder of its sources.
+        table: its feature table; None: values are computed from the sources.
+    """
+
+    view: FeatureView
+    root: str
+    table: DeltaTable | None
+
+    @classmethod
+    def of(cls, view: FeatureView, store: str) -> Batch:
+        table = open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
+        return cls(view, sources_root(store), table)
+
+    @property
+    def name(self) -> str:
+        if self.table is None:
+            return f"computed from {self.root}, where there is no table"
+        return f"{root_of(self.table)} version {self.table.version()}"
+
+    @functools.cached_property
+    def inventory(self) -> Inventory:
+        return take_inventory(self.view, self.root, time.time_ns() // 1000)
+
+    @memo
+    def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """(Rows of a source that keep the contract, with `kept`: whether they count; the others.)"""
+        contract, slices = self.inventory.contract(name), self.inventory.slices[name]
+        raw = read_raw(contract, slices)
+        good, letters = judge(contract, raw)
+        bad = raw[letters["place"].to_numpy()]
+        if name == self.view.spine.name:
+            counted = distinct(good, (self.view.time, *self.view.key))[0]
+        elif contract.source.time is None:
+            counted = good.unique()
+        elif contract.source.unique:
+            counted = without_repeats(contract.source, good, repeats_of(contract, slices).first)
+        else:
+            return good.with_columns(pl.lit(True).alias("__kept")), bad
+        numbered = good.with_columns(pl.int_range(pl.len()).over(good.columns).alias(_N))
+        counted = counted.unique().with_columns(pl.lit(0, pl.Int64).alias(_N), pl.lit(True).alias("__kept"))
+        on = [*good.columns, _N]
+        found = numbered.with_columns(pl.col(_N).cast(pl.Int64)).join(counted, on=on, how="left", nulls_equal=True)
+        return found.drop(_N).with_columns(pl.col("__kept").fill_null(False)), bad
+
+    @functools.cached_property
+    def spine(self) -> pl.DataFrame:
+        """Its questions, each once, with `row_id`."""
+        rows = self.rows(self.view.spine.name)[0].filter("__kept").drop("__kept")
+        return rows.with_columns(row_ids(self.view.name, [rows[name] for name in (*self.view.key, self.view.time)]))
+
+    @functools.cached_property
+    def dimensions(self) -> dict[str, pl.DataFrame]:
+        result = {}
+        for name in self.view.dimensions:
+            rows = self.rows(name)[0].filter("__kept").drop("__kept")
+            result[name] = rows.sort(rows.columns)
+        return result
+
+    def values(self, first: date, last: date) -> pl.DataFrame:
+        """Its features of questions of the dates `[first, last]`."""
+        columns = ["row_id", self.view.time, *self.view.columns]
+        if self.table is not None:
+            files = data_files(self.table, first, last + timedelta(days=1))
+            parts = [pl.DataFrame(pl.from_arrow(read_file(file, list(dict.fromkeys(columns))))) for file in files]
+            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(dict.fromkeys(columns))
+            return pl.concat([empty, *parts])
+        day = pl.col(self.view.time).dt.date()
+        asked = self.spine.filter((day >= first) & (day <= last))
+        tables = {name: self.rows(name)[0].filter("__kept").drop("__kept") for name in self.view.events}
+        found = _computed(self.view, asked, {**tables}, self.dimensions)
+        made = found.with_columns(asked["row_id"])
+        return made.with_columns(asked[self.view.time]).select(dict.fromkeys(columns))
+
+    def dates(self) -> set[date]:
+        """Those of which it has rows."""
+        if self.table is not None:
+            return {file.date for file in data_files(self.table)}
+        return set(self.spine[self.view.time].dt.date().unique())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aligned:
+    """A source's rows on both sides.
+
+    Args:
+        rows: the columns that features read.
+        moments: their times, µs.
+        shown, gone: as in `Seen`; of rows that live does not count, never and at once.
+        batch: whether batch counts them.
+        cause: number of the cause, where the sides differ for another reason than the time of arrival.
+    """
+
+    rows: pl.DataFrame
+    moments: Ints
+    shown: Ints
+    gone: Ints
+    batch: Bools
+    cause: npt.NDArray[np.int8]
+
+    @property
+    def seen(self) -> Seen:
+        mine = self.shown < NEVER
+        return Seen(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
+
+    def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
+        """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
+        live = (self.shown <= cut) & (self.gone > cut)
+        late = (self.shown < NEVER) & (self.shown > cut)
+        cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
+        applied = np.isin(cause, [_CODE[name] for name in active])
+        inside = (self.moments >= low) & (self.moments < high)
+        return self.rows.filter(pl.Series(np.where(applied, self.batch, live) & inside))
+
+
+def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
+    """Compare the live answers to questions of `[start, end)` with batch's rows."""
+    table = open_table(features_live_uri(store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table, start, end)
+    cuts = cuts_of(files)
+    result, sides, covered, span = Full(batch.name), _Sides(view, store, batch, cuts), batch.dates(), list[int]()
+    answered = []
+    for some in _by_dates(files) if files else ():
+        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
+        moments = answers[view.time].to_physical().to_numpy()
+        span += [int(moments.min()), int(moments.max())]
+        answered.append(answers["row_id"])
+        values = batch.values(*_days(answers)).unique("row_id", keep="first")
+        missing = answers.join(values, on="row_id", how="anti")
+        unknown = ~missing["date"].is_in(list(covered))
+        result.not_computed += int(unknown.sum())
+        _add(result.only_live, sides.why_live_alone(missing.filter(~unknown)))
+        both = answers.join(values.select("row_id"), on="row_id", how="semi", maintain_order="left")
+        theirs = both.select("row_id").join(values, on="row_id", how="left", maintain_order="left")
+        result.answers += len(both)
+        result.values += len(both) * len(view.columns)
+        wrong = {name: _differ(both[name], theirs[name]) for name in view.columns}
+        differ = np.logical_or.reduce(list(wrong.values())) if len(both) else np.zeros(0, np.bool_)
+        where = np.flatnonzero(differ)
+        for (versions,), part in (
+            both[where].with_columns(pl.Series("__at", where)).group_by("__dimensions", maintain_order=True)
+        ):
+            _explain(result, sides, part, theirs[part["__at"].to_numpy()], str(versions))
+    if span:
+        known = pl.concat(answered)
+        _only_batch(result, sides, known, (min(span), max(span)))
+    return result
+
+
+def _days(rows: pl.DataFrame) -> tuple[date, date]:
+    first, last = rows["date"].min(), rows["date"].max()
+    assert isinstance(first, date)
+    assert isinstance(last, date)
+    return first, last
+
+
+def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, number in more.items():
+        counts[name] = counts.get(name, 0) + number
+
+
+class _Sides:
+    """Both sides' rows, read when they are needed and then kept."""
+
+    def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
+        self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
+        self.rank = {text: place for place, text in enumerate(cuts)}
+
+    @functools.cached_property
+    def letters(self) -> pl.DataFrame:
+        """Live's dead letters of rows that came from topics."""
+        table = open_table(live_letters_uri(self.store, self.view.name))
+        files = [] if table is None else data_files(table)
+        empty = pl.DataFrame(pl.from_arrow(LIVE_LETTERS.empty_table()))
+        parts = [
+            pl.DataFrame(pl.from_arrow(read_file(file, LIVE_LETTERS.names))).select(empty.columns) for file in files
+        ]
+        return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
+
+    @functools.cached_property
+    def asked(self) -> pl.DataFrame:
+        """Live's accepted questions, of every place, with `row_id`."""
+        view = self.view
+        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *PLACE], None, None)
+        return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
+
+    def started(self, name: str, live: pl.DataFrame) -> int:
+        """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
+        table = open_table(source_uri(sources_root(self.store), name))
+        told = last_told(table, app_of(name)) if table is not None else {}
+        begin = (told.get("started") or {}).get(name)
+        if begin is not None:
+            return int(begin)
+        time_column = str((self.view.events.get(name) or self.view.spine).time)
+        first = live.filter(pl.col("__partition") >= 0)[time_column].min()
+        return NEVER if first is None else int(pl.Series([first]).to_physical()[0])
+
+    @memo
+    def aligned(self, name: str) -> Aligned:
+        view, repeats = self.view, list(repeats_by(self.view, name))
+        columns = list(dict.fromkeys([*view.columns_read(name), *repeats]))
+        extra = ["__counted", "__instead"] if repeats else []
+        live = _read(view, self.store, name, [*columns, *PLACE, *extra], None, None)
+        started = self.started(name, live)
+        shown = shown_at(name, live, self.cuts)
+        gone = np.full(len(live), NEVER, np.int64)
+        counted = np.ones(len(live), np.bool_)
+        if repeats:
+            replaced = (
+                pl.DataFrame({RID: live["__instead"], "__gone": shown})
+                .drop_nulls(RID)
+                .group_by(RID)
+                .agg(pl.col("__gone").min())
+            )
+            gone = (
+                live.select(rid(live))
+                .join(replaced, on=RID, how="left", maintain_order="left")["__gone"]
+                .fill_null(NEVER)
+                .to_numpy()
+            )
+            counted = live["__counted"].to_numpy()
+        ours = live.select(columns).with_columns(
+            pl.Series("__shown", shown),
+            pl.Series("__gone", gone),
+            pl.Series("__counted", counted),
+            pl.lit(True).alias("__live"),
+        )
+        good, bad = self.batch.rows(name)
+        theirs = good.select(*columns, "__kept").with_columns(pl.lit(True).alias("__batch"))
+        both = _numbered(ours, columns, ["__counted", "__shown"], [True, False]).join(
+            _numbered(theirs, columns, ["__kept"], [True]), on=[*columns, _N], how="full", coalesce=True, nulls_equal=True
+        ).with_columns(
+            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False), pl.col("__shown", "__gone").fill_null(NEVER)
+        ).with_row_index("__row")  # fmt: skip
+        cause = self._causes(name, both, bad, repeats, started)
+        mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
+        moments = both[str(view.events[name].time)].to_physical().to_numpy()
+        return Aligned(
+            both.select(view.columns_read(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
+            np.where(mine, both["__gone"].to_numpy(), 0), both["__kept"].to_numpy(), cause,
+        )  # fmt: skip
+
+    def _causes(
+        self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
+    ) -> npt.NDArray[np.int8]:
+        """Why a side counts a row that the other does not, as far as that is no matter of the cut."""
+        cause = np.zeros(len(both), np.int8)
+        time_column = str(self.view.events[name].time)
+        identity = list(repeats) or [time_column]
+        one_sided = both.filter(pl.col("__live") != pl.col("__batch"))
+        live_alone = one_sided.filter("__live", "__counted")
+        batch_alone = one_sided.filter("__batch", "__kept")
+        for rows, others in ((live_alone, bad), (batch_alone, None)):
+            if not len(rows):
+                continue
+            at = rows["__row"].to_numpy()
+            if others is not None:
+                rejected = rows["__row"].is_in(_like(rows, others, identity)["__row"].implode()).to_numpy()
+                cause[at] = np.where(rejected, _CODE[REJECTED], _CODE[CORRECTED])
+            else:
+                cause[at] = self._why_batch_alone(name, rows, live_alone, identity, started)
+        if repeats:
+            self._repeats(both, cause, repeats)
+        return cause
+
+    def _why_batch_alone(
+        self, name: str, rows: pl.DataFrame, live_alone: pl.DataFrame, identity: Sequence[str], started: int
+    ) -> npt.NDArray[np.int8]:
+        source = self.view.events.get(name) or self.view.spine
+        early = (rows[str(source.time)].to_physical() < started).to_numpy()
+        result = np.where(early, _CODE[HISTORY], _CODE[LOST]).astype(np.int8)
+        # A row of the same identity, or one of which only the time is another.
+        partners = set(_like(rows, live_alone, identity)["__row"])
+        content = [column for column in rows.columns if column in source.schema and column != source.time]
+        if content and not len(self.view.key if source is self.view.spine else source.unique or ()):
+            partners |= set(_like(rows, live_alone, content)["__row"])
+        result[rows["__row"].is_in(list(partners)).to_numpy()] = _CODE[CORRECTED]
+        letters = self.letters.filter(source=name)
+        about = pl.col("rule").str.contains("before_start")
+        for cause, unknown, told in (
+            (BEFORE_START, HISTORY, letters.filter(about)),
+            (REJECTED, LOST, letters.filter(~about & ~_of_questions())),
+        ):
+            exact = np.zeros(len(rows), np.bool_)
+            for (field,), some in told.group_by("field"):
+                if field in rows.columns:
+                    exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
+            result[exact & (early | (cause == REJECTED))] = _CODE[cause]
+            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are left.
+            rest = result == _CODE[unknown]
+            if 0 < rest.sum() <= len(told) - exact.sum():
+                result[rest] = _CODE[cause]
+        return result
+
+    @staticmethod
+    def _repeats(both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
+        """Rows that both sides have and one counts: for the sake of the row that counts on the other side instead."""
+        rows = both.with_columns(pl.Series("__cause", cause))
+        undecided = rows.filter(
+            "__live",
+            "__batch",
+            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER)),
+        )
+        if not len(undecided):
+            return
+        instead = rows.filter(pl.col("__counted") | pl.col("__kept")).select(
+            *repeats, pl.col("__cause").alias("__theirs"), pl.col("__row").alias("__other")
+        )
+        found = (
+            undecided.join(instead, on=repeats, how="left")
+            .filter(pl.col("__row") != pl.col("__other"))
+            .group_by("__row")
+            .agg(pl.col("__theirs").max())
+        )
+        undecided = undecided.join(found, on="__row", how="left")
+        replaced = undecided["__gone"].to_numpy() < NEVER
+        theirs = undecided["__theirs"].fill_null(0).to_numpy()
+        otherwise = np.where(replaced, _CODE[LATE], _CODE[REPEAT])
+        cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
+
+    def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
+        """Why batch lacks the questions of some live answers."""
+        if not len(answers):
+            return {}
+        view = self.view
+        _, bad = self.batch.rows(view.spine.name)
+        here = answers.join(self.batch.spine.select("row_id"), on="row_id", how="semi")
+        rest = answers.join(here, on="row_id", how="anti")
+        identity = [*view.key, view.time]
+        rejected = rest.join(bad.select(identity), on=identity, how="semi")
+        # Batch's source has the question and its table does not: the table should have been computed again.
+        counts = {UNEXPLAINED: len(here), REJECTED: len(rejected), CORRECTED: len(rest) - len(rejected)}
+        return {name: number for name, number in counts.items() if number}
+
+    def why_batch_alone(self, rows: pl.DataFrame, answered: pl.Series) -> tuple[dict[str, int], int]:
+        """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
+        view = self.view
+        places = self.asked.filter(pl.col("__partition") >= 0)
+        mine = rows.join(places.select("row_id").unique(), on="row_id", how="semi")
+        told = self.letters.filter(_of_questions(), source=view.spine.name).select(
+            pl.col(name[2:]).alias(name) for name in PLACE
+        )
+        refused = mine.join(places.join(told, on=PLACE, how="semi").select("row_id").unique(), on="row_id", how="semi")
+        waits = min(len(mine) - len(refused), pending(view, self.store))
+        counts = {REJECTED: len(refused), UNEXPLAINED: len(mine) - len(refused) - waits}
+        never = self.batch.spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
+        if len(never):
+            asked = self.asked.join(self.batch.spine.select("row_id"), on="row_id", how="anti").with_row_index("__row")
+            codes = self._why_batch_alone(
+                view.spine.name,
+                never.with_row_index("__row"),
+                asked,
+                list(view.key),
+                self.started(view.spine.name, self.asked),
+            )
+            for code in codes.tolist():
+                cause = CAUSES[code - 1]
+                counts[UNEXPLAINED if cause == LOST else cause] = (
+                    counts.get(UNEXPLAINED if cause == LOST else cause, 0) + 1
+                )
+        counts[UNEXPLAINED] += (
+            len(rows) - len(mine) - len(never)
+        )  # a row of the table of which its source knows nothing
+        return {name: number for name, number in counts.items() if number}, waits
+
+
+def pending(view: FeatureView, store: str) -> int:
+    """Questions that waited when the job committed last."""
+    tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
+    tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
+    told = [last_told(open_table(uri), app_of(name)) for uri, name in tables]
+    newest = max(told, key=lambda each: int(each.get("turn", -1)))
+    return int(newest.get("pending") or 0)
+
+
+def _of_questions() -> pl.Expr:
+    """Letters about accepted rows of the spine that were not asked."""
+    return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
+
+
+def _numbered(
+    rows: pl.DataFrame, columns: Sequence[str], by: Sequence[str], descending: Sequence[bool]
+) -> pl.DataFrame:
+    """Rows of the same content numbered, those first that count first."""
+    rows = rows.sort(by, descending=list(descending), maintain_order=True)
+    return rows.with_columns(pl.int_range(pl.len()).over(columns).cast(pl.Int64).alias(_N))
+
+
+def _like(rows: pl.DataFrame, others: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Those of `rows` that agree with one of `others` in some columns."""
+    return rows.join(others.select(columns).unique(), on=list(columns), how="semi", nulls_equal=True)
+
+
+def _explain(result: Full, sides: _Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
+    """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's rows."""
+    view, variant = sides.view, _Variants(sides, answers, versions)
+    touched: dict[str, set[int]] = {}
+    for name in view.columns:
+        live, batch = answers[name], theirs[name]
+        wrong = _differ(live, batch)
+        if not wrong.any():
+            continue
+        known = ~_differ(variant(0)[name], live) & ~_differ(variant(variant.all)[name], batch)
+        needed = _needed(variant, name, batch, wrong & known)
+        for mask in np.unique(needed[wrong]).tolist():
+            rows = np.flatnonzero(wrong & (needed == mask))
+            causes = variant.named(mask)
+            label = ", ".join(causes) or UNEXPLAINED
+            label = f"{UNEXPLAINED}: {label}" if LOST in causes else label
+            each = result.causes.setdefault(label, Difference())
+            each.values += len(rows)
+            touched.setdefault(label, set()).update(rows.tolist())
+            for row in rows[: max(EXAMPLES - len(each.examples), 0)].tolist():
+                about = {key: answers[key][row] for key in (*view.key, view.time)}
+                each.examples.append({**about, "feature": name, "live": live[row], "batch": batch[row]})
+    for label, rows_of in touched.items():
+        result.causes[label].answers += len(rows_of)
+
+
+def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
+    """Of each of some rows, the causes, as bits, that give batch's value together and without any of which it does not come."""
+    needed = np.where(rows, variant.all, 0).astype(np.int64)
+    for number in reversed(range(len(variant.causes))):
+        bit = 1 << number
+        for mask in np.unique(needed[rows]).tolist():
+            same = ~_differ(variant(mask & ~bit)[name], batch)
+            needed[rows & (needed == mask) & same] = mask & ~bit
+    return needed
+
+
+class _Variants:
+    """Some answers' features over live's rows with the differences of some causes applied."""
+
+    def __init__(self, sides: _Sides, answers: pl.DataFrame, versions: str) -> None:
+        self.sides, view = sides, sides.view
+        self.tables = {name: sides.aligned(name) for name in view.events}
+        content = list(view.spine.schema)
+        asked = sides.asked.unique(PLACE)
+        self.live = answers.select(*PLACE).join(asked, on=PLACE, how="left", maintain_order="left").select(content)
+        mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
+        self.batch = pl.DataFrame(
+            {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
+        )
+        root = FileSystems.join(sides.store, "dimensions")
+        self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
+        self.now = sides.batch.dimensions
+        rank = answers["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
+        moments = self.live[view.time].to_physical().to_numpy()
+        disturbed = disturbed_by([each.seen for each in self.tables.values()], moments, rank)
+        self.parts: list[tuple[Ints, int, int | None, int]] = []
+        if (~disturbed).any():
+            self.parts.append((np.flatnonzero(~disturbed), NEVER - 1, None, NEVER))
+        for cut in np.unique(rank[disturbed]).tolist():
+            rows = np.flatnonzero(disturbed & (rank == cut))
+            self.parts.append((rows, cut, int(moments[rows].min()), int(moments[rows].max())))
+        there = {int(code) for each in self.tables.values() for code in np.unique(each.cause)}
+        causes = {CAUSES[code - 1] for code in there if code}
+        causes |= {LATE} if disturbed.any() else set()
+        causes |= {CORRECTED} if not self.live.equals(self.batch) else set()
+        if any(not _same(self.known[name], frame) for name, frame in self.now.items()):
+            causes.add(DIMENSION)
+        self.causes = [cause for cause in CAUSES if cause in causes]
+
+        self._made: dict[int, pl.DataFrame] = {}
+
+    @property
+    def all(self) -> int:
+        """All causes, as bits."""
+        return (1 << len(self.causes)) - 1
+
+    def named(self, mask: int) -> list[str]:
+        return [cause for number, cause in enumerate(self.causes) if mask >> number & 1]
+
+    def __call__(self, mask: int) -> pl.DataFrame:
+        """The features with the causes of these bits applied."""
+        if mask not in self._made:
+            active = self.named(mask)
+            asked = self.batch if CORRECTED in active else self.live
+            dimensions = self.now if DIMENSION in active else self.known
+            parts = [self._part(part, asked, dimensions, active) for part in self.parts]
+            order = np.argsort(np.concatenate([rows for rows, *_ in self.parts]), kind="stable")
+            self._made[mask] = pl.concat(parts)[order].select(list(self.sides.view.columns))
+        return self._made[mask]
+
+    def _part(
+        self, part: tuple[Ints, int, int | None, int], asked: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame], active: Sequence[str]
+    ) -> pl.DataFrame:  # fmt: skip
+        rows, cut, first, high = part
+        view = self.sides.view
+        low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}
+        tables = {name: each.at(cut, low[name], high, active) for name, each in self.tables.items()}
+        return _computed(view, asked[rows], tables, dimensions)
+
+
+def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
+    return a.select(b.columns).sort(b.columns).equals(b.sort(b.columns))
+
+
+def _only_batch(result: Full, sides: _Sides, answered: pl.Series, span: tuple[int, int]) -> None:
+    view, batch = sides.view, sides.batch
+    days = [date(1970, 1, 1) + timedelta(microseconds=each) for each in span]
+    moment = pl.col(view.time).to_physical()
+    rows = batch.values(days[0], days[1]).filter((moment >= span[0]) & (moment <= span[1])).select("row_id", view.time)
+    rows = rows.filter(~pl.col("row_id").is_in(answered.implode())).select("row_id").unique()
+    if len(rows):
+        counts, waits = sides.why_batch_alone(rows, answered)
+        _add(result.only_batch, counts)
+        result.waiting += waits
