@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -30,7 +31,7 @@ from beam_pipelines.streaming import (
     write_status,
 )
 from schemas.durations import microseconds
-from schemas.errors import DefinitionError, StoreError
+from schemas.errors import DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.contracts import EPOCH, MICROSECOND
@@ -217,7 +218,23 @@ def main(argv: Sequence[str]) -> int:
         else:
             run_live(options)
         run.update(summary(options))
+    check_accounts(options, run.figures)
     return 0
+
+
+def check_accounts(options: Options, figures: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        MismatchError: the job has come to its end, and questions are neither answered nor set aside.
+    """
+    lost = figures.get("questions_unaccounted_for", 0)
+    ended = read_status(os.path.join(options.folder, "status.json")).get("last", options.replay is not None)
+    if lost and ended:
+        raise MismatchError(
+            "Every question that a live job took in is answered, set aside or waits",
+            f"{lost} of {options.table} are none of these",
+            "Please report it, with run.json",
+        )
 
 
 def run_live(options: Options) -> None:
@@ -292,7 +309,7 @@ def summary(options: Options) -> dict[str, object]:
             for topic, left in unread(options.broker, due).items():
                 counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
     figures: dict[str, object] = {
-        "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
+        "sources_root": live.dimensions, "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
         "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
         "commit_version": None if table is None else table.version(),
     }  # fmt: skip

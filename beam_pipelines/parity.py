@@ -1,22 +1,29 @@
-"""parity: every live answer computed again in batch, over exactly the events that it could see; and scored again."""
+"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and held
+against the full batch table, with the cause of every difference."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
+from beam_pipelines.layout import columns
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import Run, guard
+from beam_pipelines.reporting import Run, guard, read_json, write_json
 from schemas.errors import MismatchError
 from schemas.loading import Definition, load_definition
+from schemas.views import FeatureView
 from transforms.parity import Parity, check
+from transforms.parity_causes import UNEXPLAINED, Batch, Full, compare
 from transforms.predicted import Outlet
 from transforms.registry import registry_uri
 from transforms.rescoring import Rescored, rescore
+from transforms.showing import shown
 from transforms.tables import open_table
 
 
@@ -27,24 +34,64 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument(
         "--registry", help="MLflow tracking URI, if there are predictions (default: SQLite in <store>/registry)"
     )
+    arguments.add_argument(
+        "--batch_store",
+        help="store of the batch feature table to compare with as well, its sources beside it; without a table its values are "
+        "computed from them (default: --store if it has the table, else the store to which the last live job's --sources belong)",
+    )
+    arguments.add_argument(
+        "--json", metavar="FILE", help="write the figures there too ('-': print them instead of tables)"
+    )
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")
     definition = load_definition(flags.definition)
+    view = definition.view
+    batch_store = flags.batch_store or batch_store_of(view, flags.store)
+    said: list[str] = []
     with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
-        found = check(definition.view, flags.store, flags.start, flags.end)
+        found = check(view, flags.store, flags.start, flags.end)
         run.update(figures(found))
+        said.append(table(view, found))
         scored = rescored(definition, flags)
-        run.update({} if scored is None else {"predictions": dataclasses.asdict(scored)})
-    print(table(found), flush=True)
-    if scored is not None:
-        print(told(scored), flush=True)
+        if scored is not None:
+            run.update({"predictions": dataclasses.asdict(scored)})
+            said.append(told(scored))
+        full = (
+            None
+            if batch_store is None
+            else compare(view, flags.store, Batch.of(view, batch_store), flags.start, flags.end)
+        )
+        run.update({"full_batch": None if full is None else full_figures(full)})
+        said.append(
+            "\nagainst the full batch table: there is none to compare with; name its store with --batch_store"
+            if full is None
+            else full_table(view, full)
+        )
+    if flags.json and flags.json != "-":
+        write_json(flags.json, run.figures)
+    print(json.dumps(run.figures, default=str) if flags.json == "-" else "\n".join(said), flush=True)
+    judge(view, found, scored, full)
+    return 0
+
+
+def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full | None) -> None:
+    """
+    Raises:
+        MismatchError: something differs that may not.
+    """
     if found.differing:
         name, worst = max(found.features.items(), key=lambda item: item[1].differing)
         raise MismatchError(
             "Live and batch agree to the last bit",
-            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as {worst.examples[0]}",
+            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as {example(view, {**worst.examples[0], 'feature': name})}",
             "Please report it, with run.json",
+        )
+    if found.unaccounted:
+        raise MismatchError(
+            "Every question that a live job took in is answered, set aside or waits",
+            f"{found.unaccounted} are none of these",
+            "Please report it, with run.json and the job's",
         )
     if scored is not None and (scored.differing or scored.doubled or scored.stray):
         raise MismatchError(
@@ -52,7 +99,78 @@ def main(argv: Sequence[str]) -> int:
             f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
             "Please report it, with run.json",
         )
-    return 0
+    if full is not None and full.unexplained:
+        value = f"{full.unexplained} values or rows do not: {full.only_live.get(UNEXPLAINED, 0)} answers that batch lacks, {full.only_batch.get(UNEXPLAINED, 0)} rows that live lacks"
+        for name, each in full.causes.items():
+            if name.startswith(UNEXPLAINED):
+                value += f"; {each.values} values ({name}), such as {example(view, each.examples[0])}"
+        raise MismatchError(
+            f"What differs from the full batch table ({full.batch}) comes from a known cause",
+            value,
+            "If its sources changed since it was computed, run: millrace features; else please report it, with run.json",
+        )
+
+
+def batch_store_of(view: FeatureView, store: str) -> str | None:
+    """The store of the batch table that a live store's answers are compared with unless another is named; None: not known."""
+    if open_table(FileSystems.join(store, "features", view.name, view.fingerprint)) is not None:
+        return store
+    newest: tuple[float, str] | None = None
+    for each in FileSystems.match([FileSystems.join(store, "runs", "*", "run.json")])[0].metadata_list:
+        ran = read_json(each.path)
+        if ran.get("pipeline") == "features --streaming" and (root := ran.get("sources_root")):
+            newest = max(newest or (0.0, ""), (float(each.last_updated_in_seconds or 0), str(root)))
+    if newest is None:
+        return None
+    root = newest[1].rstrip("/")
+    # Dimensions alone may lie there, of a job that reads topics.
+    if not root.endswith("/sources") or not _has_sources(view, root):
+        return None
+    return root.removesuffix("/sources")
+
+
+def _has_sources(view: FeatureView, root: str) -> bool:
+    patterns = [
+        FileSystems.join(root, name) + end for name in (view.spine.name, *view.events) for end in ("/**", ".parquet")
+    ]
+    found = [match.metadata_list for match in FileSystems.match(patterns)]
+    return all(one or other for one, other in zip(found[::2], found[1::2], strict=True))
+
+
+def example(view: FeatureView, told: Mapping[str, Any]) -> str:
+    """One difference in words."""
+    dtype = view.columns[told["feature"]]
+    about = ", ".join(f"{name} = {shown(told[name], view.spine.schema[name])}" for name in (*view.key, view.time))
+    return f"{told['feature']} of {about}: {shown(told['live'], dtype)} live, {shown(told['batch'], dtype)} batch"
+
+
+def full_figures(full: Full) -> dict[str, object]:
+    """What came of comparing with the full table, as JSON."""
+    return {
+        "batch": full.batch, "answers_compared": full.answers, "values_compared": full.values, "values_differing": full.differing,
+        "unexplained": full.unexplained, "causes": {name: dataclasses.asdict(each) for name, each in full.causes.items()},
+        "answers_that_batch_lacks": full.only_live, "rows_without_an_answer": full.only_batch, "rows_that_wait": full.waiting,
+        "answers_of_dates_not_computed": full.not_computed,
+    }  # fmt: skip
+
+
+def full_table(view: FeatureView, full: Full) -> str:
+    """A line per cause."""
+    lines = [f"\nagainst the full batch table ({full.batch})"]
+    lines.append(f"  {full.answers:,} answers, {full.values:,} values, {full.differing:,} differ")
+    rows = [
+        (name, f"{each.values:,}", f"{each.answers:,}", example(view, each.examples[0]))
+        for name, each in sorted(full.causes.items(), key=lambda item: -item[1].values)
+    ]
+    if rows:
+        lines.append(columns(("cause", "values", "answers", "such as"), rows, ("values", "answers")))
+    for what, counts in (("answers that batch lacks", full.only_live), ("rows without an answer", full.only_batch)):
+        lines += [f"  {what}: {number:,} ({cause})" for cause, number in sorted(counts.items())]
+    if full.waiting:
+        lines.append(f"  questions that wait: {full.waiting:,}")
+    if full.not_computed:
+        lines.append(f"  answers of dates that the batch table lacks: {full.not_computed:,}")
+    return "\n".join(lines)
 
 
 def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | None:
@@ -79,12 +197,13 @@ def figures(found: Parity) -> dict[str, object]:
         "answers_compared": found.answers, "values_compared": sum(each.rows for each in found.features.values()),
         "values_differing": found.differing, "cuts": found.cuts, "answers_with_later_arrivals": found.by_cut,
         "answers_later_arrivals_change": found.changed_later, "questions_unanswered": found.unanswered,
+        "questions_unaccounted_for": found.unaccounted,
         "features": {name: dataclasses.asdict(each) for name, each in found.features.items()},
     }  # fmt: skip
 
 
-def table(found: Parity) -> str:
-    """A line per feature."""
+def table(view: FeatureView, found: Parity) -> str:
+    """A line per feature, and where values differ an example."""
     width = max(map(len, found.features))
     lines = [
         f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"
@@ -92,6 +211,11 @@ def table(found: Parity) -> str:
     lines += [
         f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  {each.differing:>10,}  {each.changed_later:>13,}"
         for name, each in found.features.items()
+    ]
+    lines += [
+        f"  {example(view, {**told, 'feature': name})}, cut {told['__cut']}"
+        for name, each in found.features.items()
+        for told in each.examples
     ]
     return "\n".join(lines)
 

@@ -20,12 +20,13 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
-from schemas.live import accepted, repeats_by
+from schemas.live import LIVE_LETTERS, accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.dimensions import kept
+from transforms.ids import row_ids
 from transforms.inventory import source_uri
 from transforms.kernels import compute
-from transforms.live_tables import features_live_uri, sources_root
+from transforms.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
 from transforms.micros import PLACE, cut_of, rid
 from transforms.shards import RID
 from transforms.staleness import lifetime_sources, reached_from
@@ -62,6 +63,7 @@ class Parity:
         by_cut: answers that were computed by their own cut, since something came after it.
         changed_later: of these, answers of which later arrivals would change a value.
         unanswered: questions accepted but without an answer.
+        unaccounted: of these, such as are no repeat, no dead letter, and did not wait when the job committed last.
     """
 
     features: dict[str, Compared]
@@ -70,6 +72,7 @@ class Parity:
     by_cut: int = 0
     changed_later: int = 0
     unanswered: int = 0
+    unaccounted: int = 0
 
     @property
     def differing(self) -> int:
@@ -119,9 +122,48 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
                 for name, version in json.loads(str(versions)).items()
             }
             _check_some(view, store, part, cuts, dimensions, result)
-    asked = len(_read(view, store, view.spine.name, PLACE, start, end).unique())
-    result.unanswered = asked - result.answers
+    asked = questions_of(view, store, start, end)
+    result.unanswered = len(asked.unique(PLACE)) - result.answers
+    answered = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
+    left = asked.join(answered, on="row_id", how="anti").join(refused(view, store), on=PLACE, how="anti")
+    result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
     return result
+
+
+def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
+    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
+    rows = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], start, end)
+    rows = rows.filter(pl.col("__partition") >= 0)
+    return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
+
+
+def letters_of(view: FeatureView, store: str) -> pl.DataFrame:
+    """A live job's dead letters of rows that came from topics."""
+    table = open_table(live_letters_uri(store, view.name))
+    files = [] if table is None else data_files(table)
+    empty = pl.DataFrame(pl.from_arrow(LIVE_LETTERS.empty_table()))
+    parts = [pl.DataFrame(pl.from_arrow(read_file(file, LIVE_LETTERS.names))).select(empty.columns) for file in files]
+    return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
+
+
+def of_questions() -> pl.Expr:
+    """Letters about accepted rows of the spine that were not asked."""
+    return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
+
+
+def refused(view: FeatureView, store: str) -> pl.DataFrame:
+    """Places of the questions that were accepted and set aside."""
+    letters = letters_of(view, store).filter(of_questions(), source=view.spine.name)
+    return letters.select(pl.col(name[2:]).alias(name) for name in PLACE)
+
+
+def pending(view: FeatureView, store: str) -> int:
+    """Questions that waited when the job committed last."""
+    tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
+    tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
+    told = [last_told(open_table(uri), app_of(name)) for uri, name in tables]
+    newest = max(told, key=lambda each: int(each.get("turn", -1)))
+    return int(newest.get("pending") or 0)
 
 
 def cuts_of(files: Sequence[Any]) -> list[str]:

@@ -22,14 +22,14 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from schemas.live import LIVE_LETTERS, repeats_by
+from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.contracts import judge
 from transforms.dimensions import kept
 from transforms.ids import row_ids
 from transforms.inputs import distinct
 from transforms.inventory import Inventory, source_uri, take_inventory
-from transforms.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
 from transforms.micros import PLACE, rid
 from transforms.parity import (
     NEVER,
@@ -42,6 +42,11 @@ from transforms.parity import (
     _read,
     cuts_of,
     disturbed_by,
+    letters_of,
+    of_questions,
+    pending,
+    questions_of,
+    refused,
     shown_at,
 )
 from transforms.shards import RID
@@ -188,14 +193,14 @@ class Batch:
         if self.table is not None:
             files = data_files(self.table, first, last + timedelta(days=1))
             parts = [pl.DataFrame(pl.from_arrow(read_file(file, list(dict.fromkeys(columns))))) for file in files]
-            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(dict.fromkeys(columns))
+            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(list(dict.fromkeys(columns)))
             return pl.concat([empty, *parts])
         day = pl.col(self.view.time).dt.date()
         asked = self.spine.filter((day >= first) & (day <= last))
         tables = {name: self.rows(name)[0].filter("__kept").drop("__kept") for name in self.view.events}
         found = _computed(self.view, asked, {**tables}, self.dimensions)
         made = found.with_columns(asked["row_id"])
-        return made.with_columns(asked[self.view.time]).select(dict.fromkeys(columns))
+        return made.with_columns(asked[self.view.time]).select(list(dict.fromkeys(columns)))
 
     def dates(self) -> set[date]:
         """Those of which it has rows."""
@@ -293,14 +298,7 @@ class _Sides:
 
     @functools.cached_property
     def letters(self) -> pl.DataFrame:
-        """Live's dead letters of rows that came from topics."""
-        table = open_table(live_letters_uri(self.store, self.view.name))
-        files = [] if table is None else data_files(table)
-        empty = pl.DataFrame(pl.from_arrow(LIVE_LETTERS.empty_table()))
-        parts = [
-            pl.DataFrame(pl.from_arrow(read_file(file, LIVE_LETTERS.names))).select(empty.columns) for file in files
-        ]
-        return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
+        return letters_of(self.view, self.store)
 
     @functools.cached_property
     def asked(self) -> pl.DataFrame:
@@ -404,7 +402,7 @@ class _Sides:
         about = pl.col("rule").str.contains("before_start")
         for cause, unknown, told in (
             (BEFORE_START, HISTORY, letters.filter(about)),
-            (REJECTED, LOST, letters.filter(~about & ~_of_questions())),
+            (REJECTED, LOST, letters.filter(~about & ~of_questions())),
         ):
             exact = np.zeros(len(rows), np.bool_)
             for (field,), some in told.group_by("field"):
@@ -457,50 +455,28 @@ class _Sides:
         counts = {UNEXPLAINED: len(here), REJECTED: len(rejected), CORRECTED: len(rest) - len(rejected)}
         return {name: number for name, number in counts.items() if number}
 
-    def why_batch_alone(self, rows: pl.DataFrame, answered: pl.Series) -> tuple[dict[str, int], int]:
+    def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
         """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
-        view = self.view
-        places = self.asked.filter(pl.col("__partition") >= 0)
+        view, spine = self.view, self.batch.spine
+        places = questions_of(view, self.store)
         mine = rows.join(places.select("row_id").unique(), on="row_id", how="semi")
-        told = self.letters.filter(_of_questions(), source=view.spine.name).select(
-            pl.col(name[2:]).alias(name) for name in PLACE
-        )
-        refused = mine.join(places.join(told, on=PLACE, how="semi").select("row_id").unique(), on="row_id", how="semi")
-        waits = min(len(mine) - len(refused), pending(view, self.store))
-        counts = {REJECTED: len(refused), UNEXPLAINED: len(mine) - len(refused) - waits}
-        never = self.batch.spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
+        told = places.join(refused(view, self.store), on=PLACE, how="semi").select("row_id").unique()
+        set_aside = mine.join(told, on="row_id", how="semi")
+        left = len(mine) - len(set_aside)
+        waits = min(left, pending(view, self.store))
+        counts = {REJECTED: len(set_aside), UNEXPLAINED: left - waits}
+        never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
         if len(never):
-            asked = self.asked.join(self.batch.spine.select("row_id"), on="row_id", how="anti").with_row_index("__row")
-            codes = self._why_batch_alone(
-                view.spine.name,
-                never.with_row_index("__row"),
-                asked,
-                list(view.key),
-                self.started(view.spine.name, self.asked),
-            )
-            for code in codes.tolist():
-                cause = CAUSES[code - 1]
-                counts[UNEXPLAINED if cause == LOST else cause] = (
-                    counts.get(UNEXPLAINED if cause == LOST else cause, 0) + 1
-                )
+            alone = places.join(spine, on="row_id", how="anti").with_row_index("__row")
+            since = self.started(view.spine.name, places)
+            found = self._why_batch_alone(view.spine.name, never.with_row_index("__row"), alone, list(view.key), since)
+            for code in found.tolist():
+                cause = UNEXPLAINED if code == _CODE[LOST] else CAUSES[code - 1]
+                counts[cause] = counts.get(cause, 0) + 1
         counts[UNEXPLAINED] += (
             len(rows) - len(mine) - len(never)
         )  # a row of the table of which its source knows nothing
         return {name: number for name, number in counts.items() if number}, waits
-
-
-def pending(view: FeatureView, store: str) -> int:
-    """Questions that waited when the job committed last."""
-    tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
-    tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
-    told = [last_told(open_table(uri), app_of(name)) for uri, name in tables]
-    newest = max(told, key=lambda each: int(each.get("turn", -1)))
-    return int(newest.get("pending") or 0)
-
-
-def _of_questions() -> pl.Expr:
-    """Letters about accepted rows of the spine that were not asked."""
-    return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
 
 
 def _numbered(
@@ -628,6 +604,6 @@ def _only_batch(result: Full, sides: _Sides, answered: pl.Series, span: tuple[in
     rows = batch.values(days[0], days[1]).filter((moment >= span[0]) & (moment <= span[1])).select("row_id", view.time)
     rows = rows.filter(~pl.col("row_id").is_in(answered.implode())).select("row_id").unique()
     if len(rows):
-        counts, waits = sides.why_batch_alone(rows, answered)
+        counts, waits = sides.why_batch_alone(rows)
         _add(result.only_batch, counts)
         result.waiting += waits
