@@ -193,7 +193,9 @@ class Batch:
         if self.table is not None:
             files = data_files(self.table, first, last + timedelta(days=1))
             parts = [pl.DataFrame(pl.from_arrow(read_file(file, list(dict.fromkeys(columns))))) for file in files]
-            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(list(dict.fromkeys(columns)))
+            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(
+                list(dict.fromkeys(columns))
+            )
             return pl.concat([empty, *parts])
         day = pl.col(self.view.time).dt.date()
         asked = self.spine.filter((day >= first) & (day <= last))
@@ -539,9 +541,18 @@ class _Variants:
         asked = sides.asked.unique(PLACE)
         self.live = answers.select(*PLACE).join(asked, on=PLACE, how="left", maintain_order="left").select(content)
         mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
-        self.batch = pl.DataFrame(
-            {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
+        theirs = pl.DataFrame({
+            name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content
+        })  # fmt: skip
+        # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other came.
+        places = pl.int_range(pl.len()).alias("__at")
+        other = theirs.with_columns(places).join(
+            self.live.with_columns(places), on=[*content, "__at"], how="anti", nulls_equal=True
         )
+        late = other.join(sides.asked.select(content), on=content, how="semi", nulls_equal=True)["__at"]
+        corrected = other.filter(~pl.col("__at").is_in(late.implode()))["__at"]
+        self.otherwise = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
+        self.batch = theirs
         root = FileSystems.join(sides.store, "dimensions")
         self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
         self.now = sides.batch.dimensions
@@ -557,7 +568,7 @@ class _Variants:
         there = {int(code) for each in self.tables.values() for code in np.unique(each.cause)}
         causes = {CAUSES[code - 1] for code in there if code}
         causes |= {LATE} if disturbed.any() else set()
-        causes |= {CORRECTED} if not self.live.equals(self.batch) else set()
+        causes |= {cause for cause, rows in self.otherwise.items() if len(rows)}
         if any(not _same(self.known[name], frame) for name, frame in self.now.items()):
             causes.add(DIMENSION)
         self.causes = [cause for cause in CAUSES if cause in causes]
@@ -576,12 +587,24 @@ class _Variants:
         """The features with the causes of these bits applied."""
         if mask not in self._made:
             active = self.named(mask)
-            asked = self.batch if CORRECTED in active else self.live
+            asked = self._asked(active)
             dimensions = self.now if DIMENSION in active else self.known
             parts = [self._part(part, asked, dimensions, active) for part in self.parts]
             order = np.argsort(np.concatenate([rows for rows, *_ in self.parts]), kind="stable")
             self._made[mask] = pl.concat(parts)[order].select(list(self.sides.view.columns))
         return self._made[mask]
+
+    def _asked(self, active: Sequence[str]) -> pl.DataFrame:
+        """The questions, those that batch has otherwise as batch has them where the cause is applied."""
+        rows = np.concatenate([places for cause, places in self.otherwise.items() if cause in active] or [[]]).astype(
+            np.int64
+        )
+        if not len(rows):
+            return self.live
+        theirs = np.zeros(len(self.live), np.bool_)
+        theirs[rows] = True
+        flags = pl.Series(theirs)
+        return pl.DataFrame({name: self.batch[name].zip_with(flags, self.live[name]) for name in self.live.columns})
 
     def _part(
         self, part: tuple[Ints, int, int | None, int], asked: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame], active: Sequence[str]
