@@ -151,7 +151,9 @@ def test_a_corrected_and_an_erased_row(tmp_path: Path, frames: Frames) -> None:
 
 def test_a_corrected_row_of_which_the_time_is_another(tmp_path: Path, frames: Frames) -> None:
     moved = (
-        pl.when(pl.int_range(pl.len()) == 40).then(pl.col("counted").dt.offset_by("3h")).otherwise(pl.col("counted"))
+        pl.when(pl.int_range(pl.len()) % 5 == 0)
+        .then(pl.col("counted").dt.offset_by("30h"))
+        .otherwise(pl.col("counted"))
     )
     full = compared(tmp_path, frames, {**frames, "stock": frames["stock"].with_columns(moved.alias("counted"))})
     assert named(full) == {CORRECTED}, full
