@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import market
@@ -314,3 +315,33 @@ def test_a_question_that_is_nowhere_ends_with_exit_code_5(
     assert code == 5
     assert figures["questions_unaccounted_for"] == 1
     assert "1 are none of these" in capsys.readouterr().err
+
+
+def test_whatever_is_mixed_is_explained_by_what_was_done(tmp_path: Path) -> None:
+    for seed in range(4):
+        random = Random(seed)
+        sent, held = dict(market.spoiled(market.sources(60, seed + 10))), {}
+        how: dict[str, Any] = {
+            "chunk": random.choice([1, 4, 12]) * HOUR,
+            "seed": seed,
+            "partitions": random.choice([1, 2]),
+        }
+        causes = {REJECTED}  # questions that come too late
+        if random.random() < 0.6:
+            how["disorder"] = random.choice([2, 40]) * HOUR
+            causes.add(LATE)
+        if random.random() < 0.5:
+            how["start"] = int(market.at(random.uniform(1, 4)).timestamp() * 1e6)
+            causes.add(HISTORY)
+        for name in ("sales", "stock", "visits"):
+            if random.random() < 0.6:
+                causes.add(CORRECTED)
+                gone = random.sample(range(60), 5)
+                held[name] = without(sent[name], gone)
+        if random.random() < 0.5:
+            causes.add(DIMENSION)
+            held["shops"] = sent["shops"].with_columns(rent=pl.col("rent") * 2 + 1)
+        full = compared(tmp_path / str(seed), sent, {**sent, **held}, **how)
+        told = {each for label in named(full) for each in label.split(", ")}
+        assert told <= causes, (seed, causes, full)
+        assert full.unexplained == 0
