@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +25,11 @@ from transforms.rescoring import Rescored, rescore
 from transforms.showing import shown
 from transforms.tables import open_table
 
+NO_BATCH = {
+    "batch": None,
+    "why": "there is none to compare with; name its store with --batch_store, or its sources with --sources",
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """0 when no value differs."""
@@ -40,14 +44,15 @@ def main(argv: Sequence[str]) -> int:
         "computed from them (default: --store if it has the table, else the store to which the last live job's --sources belong)",
     )
     arguments.add_argument(
-        "--json", metavar="FILE", help="write the figures there too ('-': print them instead of tables)"
+        "--sources", help="folder of the batch table's sources (default: beside it, in <batch_store>/sources)"
     )
+    arguments.add_argument("--json", metavar="FILE", help="write the figures there too")
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")
     definition = load_definition(flags.definition)
     view = definition.view
-    batch_store = flags.batch_store or batch_store_of(view, flags.store)
+    side = batch_side(view, flags)
     said: list[str] = []
     with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
         found = check(view, flags.store, flags.start, flags.end)
@@ -57,20 +62,12 @@ def main(argv: Sequence[str]) -> int:
         if scored is not None:
             run.update({"predictions": dataclasses.asdict(scored)})
             said.append(told(scored))
-        full = (
-            None
-            if batch_store is None
-            else compare(view, flags.store, Batch.of(view, batch_store), flags.start, flags.end)
-        )
-        run.update({"full_batch": None if full is None else full_figures(full)})
-        said.append(
-            "\nagainst the full batch table: there is none to compare with; name its store with --batch_store"
-            if full is None
-            else full_table(view, full)
-        )
-    if flags.json and flags.json != "-":
+        full = None if side is None else compare(view, flags.store, side, flags.start, flags.end)
+        run.update({"full_batch": NO_BATCH if full is None else full_figures(full)})
+        said.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
+    if flags.json:
         write_json(flags.json, run.figures)
-    print(json.dumps(run.figures, default=str) if flags.json == "-" else "\n".join(said), flush=True)
+    print("\n".join(said), flush=True)
     judge(view, found, scored, full)
     return 0
 
@@ -111,22 +108,26 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
         )
 
 
-def batch_store_of(view: FeatureView, store: str) -> str | None:
-    """The store of the batch table that a live store's answers are compared with unless another is named; None: not known."""
-    if open_table(FileSystems.join(store, "features", view.name, view.fingerprint)) is not None:
-        return store
+def batch_side(view: FeatureView, flags: argparse.Namespace) -> Batch | None:
+    """The batch table, or sources, that a live store's answers are compared with; None: not known."""
+    if flags.batch_store or flags.sources:
+        return Batch.of(view, flags.batch_store, flags.sources)
+    if open_table(FileSystems.join(flags.store, "features", view.name, view.fingerprint)) is not None:
+        return Batch.of(view, flags.store)
+    root = _last_sources(flags.store)
+    if root is None or not _has_sources(view, root):  # a job that reads topics may find its dimensions alone there
+        return None
+    return Batch.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
+
+
+def _last_sources(store: str) -> str | None:
+    """The folder of sources that the store's last live job was given."""
     newest: tuple[float, str] | None = None
     for each in FileSystems.match([FileSystems.join(store, "runs", "*", "run.json")])[0].metadata_list:
         ran = read_json(each.path)
         if ran.get("pipeline") == "features --streaming" and (root := ran.get("sources_root")):
             newest = max(newest or (0.0, ""), (float(each.last_updated_in_seconds or 0), str(root)))
-    if newest is None:
-        return None
-    root = newest[1].rstrip("/")
-    # Dimensions alone may lie there, of a job that reads topics.
-    if not root.endswith("/sources") or not _has_sources(view, root):
-        return None
-    return root.removesuffix("/sources")
+    return None if newest is None else newest[1].rstrip("/")
 
 
 def _has_sources(view: FeatureView, root: str) -> bool:

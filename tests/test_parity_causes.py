@@ -271,7 +271,7 @@ def test_the_command_compares_with_the_table_and_finds_an_altered_value(
     view, store = live(tmp_path, frames)
     code, figures = told(tmp_path, store)
     assert code == 0
-    assert figures["full_batch"] is None
+    assert figures["full_batch"]["batch"] is None
     assert "none to compare with" in capsys.readouterr().out
     held = batch(tmp_path, frames)
     assert (

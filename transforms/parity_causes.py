@@ -62,6 +62,8 @@ LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST = (
 CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST)
 UNEXPLAINED = "unexplained"
 EXAMPLES = 3
+# Answers explained at a time: a frame of features is held for each set of causes.
+AT_ONCE = 50_000
 _CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
 _N = "__number"
 
@@ -138,14 +140,16 @@ class Batch:
     table: DeltaTable | None
 
     @classmethod
-    def of(cls, view: FeatureView, store: str) -> Batch:
-        table = open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
-        return cls(view, sources_root(store), table)
+    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
+        """Of a store's table and its sources, or those in the folder `root`.  Without a store there are sources alone."""
+        assert store is not None or root is not None
+        table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
+        return cls(view, root or sources_root(str(store)), table)
 
     @property
     def name(self) -> str:
         if self.table is None:
-            return f"computed from {self.root}, where there is no table"
+            return f"computed from {self.root}: there is no table"
         return f"{root_of(self.table)} version {self.table.version()}"
 
     @functools.cached_property
@@ -252,8 +256,8 @@ def compare(view: FeatureView, store: str, batch: Batch, start: date | None = No
     cuts = cuts_of(files)
     result, sides, covered, span = Full(batch.name), _Sides(view, store, batch, cuts), batch.dates(), list[int]()
     answered = []
-    for some in _by_dates(files) if files else ():
-        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
+    for group in _by_dates(files) if files else ():
+        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in group])
         moments = answers[view.time].to_physical().to_numpy()
         span += [int(moments.min()), int(moments.max())]
         answered.append(answers["row_id"])
@@ -272,7 +276,8 @@ def compare(view: FeatureView, store: str, batch: Batch, start: date | None = No
         for (versions,), part in (
             both[where].with_columns(pl.Series("__at", where)).group_by("__dimensions", maintain_order=True)
         ):
-            _explain(result, sides, part, theirs[part["__at"].to_numpy()], str(versions))
+            for some in part.iter_slices(AT_ONCE):
+                _explain(result, sides, some, theirs[some["__at"].to_numpy()], str(versions))
     if span:
         known = pl.concat(answered)
         _only_batch(result, sides, known, (min(span), max(span)))
