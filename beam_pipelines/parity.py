@@ -18,7 +18,8 @@ from schemas.errors import MismatchError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.parity import Parity, check
-from transforms.parity_causes import UNEXPLAINED, Batch, Full, compare
+from transforms.parity_causes import Full, compare
+from transforms.parity_rows import UNEXPLAINED, Batch
 from transforms.predicted import Outlet
 from transforms.registry import registry_uri
 from transforms.rescoring import Rescored, rescore

@@ -7,7 +7,7 @@ import pytest
 
 from transforms.clock import ALWAYS
 from transforms.messages import LETTERS
-from transforms.micros import AGAIN, PATIENCE, SKIPPED, Micro, in_order
+from transforms.micros import AGAIN, PATIENCE, SKIPPED, Micro, in_order, nothing_there
 
 
 def micro(first: int, after: int, came: int = 0) -> Micro:
@@ -62,3 +62,9 @@ def test_a_broker_that_does_not_say_lets_nothing_pass() -> None:
     admitted, waiting = in_order([micro(5, 6)], {"s": {0: 3}}, 10**9, lambda *_: None, Topic())
     assert not admitted
     assert len(waiting) == 1
+
+
+def test_where_nobody_can_be_asked_a_hole_is_waited_on_longer() -> None:
+    for now, passes in ((AGAIN - 1, False), (AGAIN, True)):
+        admitted, waiting = in_order([micro(5, 6)], {"s": {0: 3}}, now, lambda *_: None, nothing_there)
+        assert (len(admitted), len(waiting)) == (int(passes), int(not passes))

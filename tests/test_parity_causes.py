@@ -21,7 +21,8 @@ from schemas import FeatureView
 from schemas.live import LIVE_LETTERS
 from transforms.live_tables import NewLetters, Writer, features_live_uri, live_letters_uri
 from transforms.messages import Message, heartbeat, to_arrow
-from transforms.parity_causes import (
+from transforms.parity_causes import Full, compare
+from transforms.parity_rows import (
     BEFORE_START,
     CORRECTED,
     DIMENSION,
@@ -31,8 +32,6 @@ from transforms.parity_causes import (
     REPEAT,
     UNEXPLAINED,
     Batch,
-    Full,
-    compare,
 )
 from transforms.replay import Replay, chunks_of
 from transforms.tables import data_files, open_table

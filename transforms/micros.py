@@ -18,7 +18,8 @@ from transforms.shards import RID
 
 PLACE = ["__partition", "__offset", "__place"]
 # How long a hole in a partition's offsets is waited on before Kafka is asked what is in it, and before it is asked again when
-# a record is (µs).  Every transaction ends in a hole, so the former is what its rows wait for.
+# a record is (µs).  Every transaction ends in a hole, so the former is what its rows wait for.  Where nobody can be asked, a
+# hole is waited on for the latter.
 PATIENCE, AGAIN = 100_000, 2_000_000
 # Counts offsets at which nothing was: deleted before they were read, compacted away, or a transaction's own.
 SKIPPED = "offsets_skipped"
@@ -121,7 +122,7 @@ def in_order(
         next_one = expected[micro.source].get(micro.partition)
         if next_one is not None and micro.first > next_one:
             behind = bool(waiting) and (waiting[-1].source, waiting[-1].partition) == (micro.source, micro.partition)
-            if behind or now - micro.came < PATIENCE:
+            if behind or now - micro.came < (AGAIN if next_there is nothing_there else PATIENCE):
                 waiting.append(micro)
                 continue
             if next_there(micro.source, micro.partition, next_one) < micro.first:

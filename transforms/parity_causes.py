@@ -9,76 +9,27 @@ causes applied the batch table's; a cause is named when leaving it out gives oth
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from apache_beam.io.filesystems import FileSystems
-from deltalake import DeltaTable
 
-from schemas.live import repeats_by
 from schemas.views import FeatureView
-from transforms.contracts import judge
 from transforms.dimensions import kept
-from transforms.ids import row_ids
-from transforms.inputs import distinct
-from transforms.inventory import Inventory, source_uri, take_inventory
-from transforms.live_tables import app_of, features_live_uri, last_told, sources_root
-from transforms.micros import PLACE, rid
-from transforms.parity import (
-    NEVER,
-    Bools,
-    Ints,
-    Seen,
-    _by_dates,
-    _computed,
-    _differ,
-    _read,
-    cuts_of,
-    disturbed_by,
-    letters_of,
-    of_questions,
-    pending,
-    questions_of,
-    refused,
-    shown_at,
-)
-from transforms.shards import RID
-from transforms.sources import read_raw, repeats_of, without_repeats
+from transforms.live_tables import features_live_uri
+from transforms.micros import PLACE
+from transforms.parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
+from transforms.parity_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, UNEXPLAINED, Batch, Sides
 from transforms.staleness import reached_from
-from transforms.tables import data_files, open_table, read_file, root_of
+from transforms.tables import data_files, open_table, read_file
 
-# In the order in which they are applied where none of several is needed by itself.
-LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST = (
-    "late row", "history", "before_start", "corrected or erased row", "repeat beyond memory", "row rejected by one side only",
-    "dimension version", "row that live never had",
-)  # fmt: skip
-CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST)
-UNEXPLAINED = "unexplained"
 EXAMPLES = 3
 # Answers explained at a time: a frame of features is held for each set of causes.
 AT_ONCE = 50_000
-_CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
-_N = "__number"
-
-
-def memo(method: Any) -> Any:
-    """A method of one name, whose results the object keeps."""
-
-    @functools.wraps(method)
-    def kept_by(self: Any, name: str) -> Any:
-        held = self.__dict__.setdefault(f"_{method.__name__}", {})
-        if name not in held:
-            held[name] = method(self, name)
-        return held[name]
-
-    return kept_by
 
 
 @dataclasses.dataclass
@@ -125,136 +76,12 @@ class Full:
         return values + self.only_live.get(UNEXPLAINED, 0) + self.only_batch.get(UNEXPLAINED, 0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """The batch side.
-
-    Args:
-        view: whose.
-        root: folder of its sources.
-        table: its feature table; None: values are computed from the sources.
-    """
-
-    view: FeatureView
-    root: str
-    table: DeltaTable | None
-
-    @classmethod
-    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
-        """Of a store's table and its sources, or those in the folder `root`.  Without a store there are sources alone."""
-        assert store is not None or root is not None
-        table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
-        return cls(view, root or sources_root(str(store)), table)
-
-    @property
-    def name(self) -> str:
-        if self.table is None:
-            return f"computed from {self.root}: there is no table"
-        return f"{root_of(self.table)} version {self.table.version()}"
-
-    @functools.cached_property
-    def inventory(self) -> Inventory:
-        return take_inventory(self.view, self.root, time.time_ns() // 1000)
-
-    @memo
-    def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """(Rows of a source that keep the contract, with `kept`: whether they count; the others.)"""
-        contract, slices = self.inventory.contract(name), self.inventory.slices[name]
-        raw = read_raw(contract, slices)
-        good, letters = judge(contract, raw)
-        bad = raw[letters["place"].to_numpy()]
-        if name == self.view.spine.name:
-            counted = distinct(good, (self.view.time, *self.view.key))[0]
-        elif contract.source.time is None:
-            counted = good.unique()
-        elif contract.source.unique:
-            counted = without_repeats(contract.source, good, repeats_of(contract, slices).first)
-        else:
-            return good.with_columns(pl.lit(True).alias("__kept")), bad
-        numbered = good.with_columns(pl.int_range(pl.len()).over(good.columns).alias(_N))
-        counted = counted.unique().with_columns(pl.lit(0, pl.Int64).alias(_N), pl.lit(True).alias("__kept"))
-        on = [*good.columns, _N]
-        found = numbered.with_columns(pl.col(_N).cast(pl.Int64)).join(counted, on=on, how="left", nulls_equal=True)
-        return found.drop(_N).with_columns(pl.col("__kept").fill_null(False)), bad
-
-    @functools.cached_property
-    def spine(self) -> pl.DataFrame:
-        """Its questions, each once, with `row_id`."""
-        rows = self.rows(self.view.spine.name)[0].filter("__kept").drop("__kept")
-        return rows.with_columns(row_ids(self.view.name, [rows[name] for name in (*self.view.key, self.view.time)]))
-
-    @functools.cached_property
-    def dimensions(self) -> dict[str, pl.DataFrame]:
-        result = {}
-        for name in self.view.dimensions:
-            rows = self.rows(name)[0].filter("__kept").drop("__kept")
-            result[name] = rows.sort(rows.columns)
-        return result
-
-    def values(self, first: date, last: date) -> pl.DataFrame:
-        """Its features of questions of the dates `[first, last]`."""
-        columns = ["row_id", self.view.time, *self.view.columns]
-        if self.table is not None:
-            files = data_files(self.table, first, last + timedelta(days=1))
-            parts = [pl.DataFrame(pl.from_arrow(read_file(file, list(dict.fromkeys(columns))))) for file in files]
-            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(
-                list(dict.fromkeys(columns))
-            )
-            return pl.concat([empty, *parts])
-        day = pl.col(self.view.time).dt.date()
-        asked = self.spine.filter((day >= first) & (day <= last))
-        tables = {name: self.rows(name)[0].filter("__kept").drop("__kept") for name in self.view.events}
-        found = _computed(self.view, asked, {**tables}, self.dimensions)
-        made = found.with_columns(asked["row_id"])
-        return made.with_columns(asked[self.view.time]).select(list(dict.fromkeys(columns)))
-
-    def dates(self) -> set[date]:
-        """Those of which it has rows."""
-        if self.table is not None:
-            return {file.date for file in data_files(self.table)}
-        return set(self.spine[self.view.time].dt.date().unique())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Aligned:
-    """A source's rows on both sides.
-
-    Args:
-        rows: the columns that features read.
-        moments: their times, µs.
-        shown, gone: as in `Seen`; of rows that live does not count, never and at once.
-        batch: whether batch counts them.
-        cause: number of the cause, where the sides differ for another reason than the time of arrival.
-    """
-
-    rows: pl.DataFrame
-    moments: Ints
-    shown: Ints
-    gone: Ints
-    batch: Bools
-    cause: npt.NDArray[np.int8]
-
-    @property
-    def seen(self) -> Seen:
-        mine = self.shown < NEVER
-        return Seen(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
-
-    def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
-        """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
-        live = (self.shown <= cut) & (self.gone > cut)
-        late = (self.shown < NEVER) & (self.shown > cut)
-        cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
-        applied = np.isin(cause, [_CODE[name] for name in active])
-        inside = (self.moments >= low) & (self.moments < high)
-        return self.rows.filter(pl.Series(np.where(applied, self.batch, live) & inside))
-
-
 def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
     """Compare the live answers to questions of `[start, end)` with batch's rows."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     cuts = cuts_of(files)
-    result, sides, covered, span = Full(batch.name), _Sides(view, store, batch, cuts), batch.dates(), list[int]()
+    result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
     answered = []
     for group in _by_dates(files) if files else ():
         answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in group])
@@ -296,210 +123,7 @@ def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
         counts[name] = counts.get(name, 0) + number
 
 
-class _Sides:
-    """Both sides' rows, read when they are needed and then kept."""
-
-    def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
-        self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
-        self.rank = {text: place for place, text in enumerate(cuts)}
-
-    @functools.cached_property
-    def letters(self) -> pl.DataFrame:
-        return letters_of(self.view, self.store)
-
-    @functools.cached_property
-    def asked(self) -> pl.DataFrame:
-        """Live's accepted questions, of every place, with `row_id`."""
-        view = self.view
-        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *PLACE], None, None)
-        return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
-
-    def started(self, name: str, live: pl.DataFrame) -> int:
-        """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
-        table = open_table(source_uri(sources_root(self.store), name))
-        told = last_told(table, app_of(name)) if table is not None else {}
-        begin = (told.get("started") or {}).get(name)
-        if begin is not None:
-            return int(begin)
-        time_column = str((self.view.events.get(name) or self.view.spine).time)
-        first = live.filter(pl.col("__partition") >= 0)[time_column].min()
-        return NEVER if first is None else int(pl.Series([first]).to_physical()[0])
-
-    @memo
-    def aligned(self, name: str) -> Aligned:
-        view, repeats = self.view, list(repeats_by(self.view, name))
-        columns = list(dict.fromkeys([*view.columns_read(name), *repeats]))
-        extra = ["__counted", "__instead"] if repeats else []
-        live = _read(view, self.store, name, [*columns, *PLACE, *extra], None, None)
-        started = self.started(name, live)
-        shown = shown_at(name, live, self.cuts)
-        gone = np.full(len(live), NEVER, np.int64)
-        counted = np.ones(len(live), np.bool_)
-        if repeats:
-            replaced = (
-                pl.DataFrame({RID: live["__instead"], "__gone": shown})
-                .drop_nulls(RID)
-                .group_by(RID)
-                .agg(pl.col("__gone").min())
-            )
-            gone = (
-                live.select(rid(live))
-                .join(replaced, on=RID, how="left", maintain_order="left")["__gone"]
-                .fill_null(NEVER)
-                .to_numpy()
-            )
-            counted = live["__counted"].to_numpy()
-        ours = live.select(columns).with_columns(
-            pl.Series("__shown", shown),
-            pl.Series("__gone", gone),
-            pl.Series("__counted", counted),
-            pl.lit(True).alias("__live"),
-        )
-        good, bad = self.batch.rows(name)
-        theirs = good.select(*columns, "__kept").with_columns(pl.lit(True).alias("__batch"))
-        both = _numbered(ours, columns, ["__counted", "__shown"], [True, False]).join(
-            _numbered(theirs, columns, ["__kept"], [True]), on=[*columns, _N], how="full", coalesce=True, nulls_equal=True
-        ).with_columns(
-            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False), pl.col("__shown", "__gone").fill_null(NEVER)
-        ).with_row_index("__row")  # fmt: skip
-        cause = self._causes(name, both, bad, repeats, started)
-        mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
-        moments = both[str(view.events[name].time)].to_physical().to_numpy()
-        return Aligned(
-            both.select(view.columns_read(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
-            np.where(mine, both["__gone"].to_numpy(), 0), both["__kept"].to_numpy(), cause,
-        )  # fmt: skip
-
-    def _causes(
-        self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
-    ) -> npt.NDArray[np.int8]:
-        """Why a side counts a row that the other does not, as far as that is no matter of the cut."""
-        cause = np.zeros(len(both), np.int8)
-        time_column = str(self.view.events[name].time)
-        identity = list(repeats) or [time_column]
-        one_sided = both.filter(pl.col("__live") != pl.col("__batch"))
-        live_alone = one_sided.filter("__live", "__counted")
-        batch_alone = one_sided.filter("__batch", "__kept")
-        for rows, others in ((live_alone, bad), (batch_alone, None)):
-            if not len(rows):
-                continue
-            at = rows["__row"].to_numpy()
-            if others is not None:
-                rejected = rows["__row"].is_in(_like(rows, others, identity)["__row"].implode()).to_numpy()
-                cause[at] = np.where(rejected, _CODE[REJECTED], _CODE[CORRECTED])
-            else:
-                cause[at] = self._why_batch_alone(name, rows, live_alone, identity, started)
-        if repeats:
-            self._repeats(both, cause, repeats)
-        return cause
-
-    def _why_batch_alone(
-        self, name: str, rows: pl.DataFrame, live_alone: pl.DataFrame, identity: Sequence[str], started: int
-    ) -> npt.NDArray[np.int8]:
-        source = self.view.events.get(name) or self.view.spine
-        early = (rows[str(source.time)].to_physical() < started).to_numpy()
-        result = np.where(early, _CODE[HISTORY], _CODE[LOST]).astype(np.int8)
-        # A row of the same identity, or one of which only the time is another.
-        partners = set(_like(rows, live_alone, identity)["__row"])
-        content = [column for column in rows.columns if column in source.schema and column != source.time]
-        if content and not len(self.view.key if source is self.view.spine else source.unique or ()):
-            partners |= set(_like(rows, live_alone, content)["__row"])
-        result[rows["__row"].is_in(list(partners)).to_numpy()] = _CODE[CORRECTED]
-        letters = self.letters.filter(source=name)
-        about = pl.col("rule").str.contains("before_start")
-        for cause, unknown, told in (
-            (BEFORE_START, HISTORY, letters.filter(about)),
-            (REJECTED, LOST, letters.filter(~about & ~of_questions())),
-        ):
-            exact = np.zeros(len(rows), np.bool_)
-            for (field,), some in told.group_by("field"):
-                if field in rows.columns:
-                    exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
-            result[exact & (early | (cause == REJECTED))] = _CODE[cause]
-            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are left.
-            rest = result == _CODE[unknown]
-            if 0 < rest.sum() <= len(told) - exact.sum():
-                result[rest] = _CODE[cause]
-        return result
-
-    @staticmethod
-    def _repeats(both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
-        """Rows that both sides have and one counts: for the sake of the row that counts on the other side instead."""
-        rows = both.with_columns(pl.Series("__cause", cause))
-        undecided = rows.filter(
-            "__live",
-            "__batch",
-            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER)),
-        )
-        if not len(undecided):
-            return
-        instead = rows.filter(pl.col("__counted") | pl.col("__kept")).select(
-            *repeats, pl.col("__cause").alias("__theirs"), pl.col("__row").alias("__other")
-        )
-        found = (
-            undecided.join(instead, on=repeats, how="left")
-            .filter(pl.col("__row") != pl.col("__other"))
-            .group_by("__row")
-            .agg(pl.col("__theirs").max())
-        )
-        undecided = undecided.join(found, on="__row", how="left")
-        replaced = undecided["__gone"].to_numpy() < NEVER
-        theirs = undecided["__theirs"].fill_null(0).to_numpy()
-        otherwise = np.where(replaced, _CODE[LATE], _CODE[REPEAT])
-        cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
-
-    def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
-        """Why batch lacks the questions of some live answers."""
-        if not len(answers):
-            return {}
-        view = self.view
-        _, bad = self.batch.rows(view.spine.name)
-        here = answers.join(self.batch.spine.select("row_id"), on="row_id", how="semi")
-        rest = answers.join(here, on="row_id", how="anti")
-        identity = [*view.key, view.time]
-        rejected = rest.join(bad.select(identity), on=identity, how="semi")
-        # Batch's source has the question and its table does not: the table should have been computed again.
-        counts = {UNEXPLAINED: len(here), REJECTED: len(rejected), CORRECTED: len(rest) - len(rejected)}
-        return {name: number for name, number in counts.items() if number}
-
-    def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
-        """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
-        view, spine = self.view, self.batch.spine
-        places = questions_of(view, self.store)
-        mine = rows.join(places.select("row_id").unique(), on="row_id", how="semi")
-        told = places.join(refused(view, self.store), on=PLACE, how="semi").select("row_id").unique()
-        set_aside = mine.join(told, on="row_id", how="semi")
-        left = len(mine) - len(set_aside)
-        waits = min(left, pending(view, self.store))
-        counts = {REJECTED: len(set_aside), UNEXPLAINED: left - waits}
-        never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
-        if len(never):
-            alone = places.join(spine, on="row_id", how="anti").with_row_index("__row")
-            since = self.started(view.spine.name, places)
-            found = self._why_batch_alone(view.spine.name, never.with_row_index("__row"), alone, list(view.key), since)
-            for code in found.tolist():
-                cause = UNEXPLAINED if code == _CODE[LOST] else CAUSES[code - 1]
-                counts[cause] = counts.get(cause, 0) + 1
-        counts[UNEXPLAINED] += (
-            len(rows) - len(mine) - len(never)
-        )  # a row of the table of which its source knows nothing
-        return {name: number for name, number in counts.items() if number}, waits
-
-
-def _numbered(
-    rows: pl.DataFrame, columns: Sequence[str], by: Sequence[str], descending: Sequence[bool]
-) -> pl.DataFrame:
-    """Rows of the same content numbered, those first that count first."""
-    rows = rows.sort(by, descending=list(descending), maintain_order=True)
-    return rows.with_columns(pl.int_range(pl.len()).over(columns).cast(pl.Int64).alias(_N))
-
-
-def _like(rows: pl.DataFrame, others: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Those of `rows` that agree with one of `others` in some columns."""
-    return rows.join(others.select(columns).unique(), on=list(columns), how="semi", nulls_equal=True)
-
-
-def _explain(result: Full, sides: _Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
+def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
     """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's rows."""
     view, variant = sides.view, _Variants(sides, answers, versions)
     touched: dict[str, set[int]] = {}
@@ -539,7 +163,7 @@ def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Int
 class _Variants:
     """Some answers' features over live's rows with the differences of some causes applied."""
 
-    def __init__(self, sides: _Sides, answers: pl.DataFrame, versions: str) -> None:
+    def __init__(self, sides: Sides, answers: pl.DataFrame, versions: str) -> None:
         self.sides, view = sides, sides.view
         self.tables = {name: sides.aligned(name) for name in view.events}
         content = list(view.spine.schema)
@@ -625,7 +249,7 @@ def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
     return a.select(b.columns).sort(b.columns).equals(b.sort(b.columns))
 
 
-def _only_batch(result: Full, sides: _Sides, answered: pl.Series, span: tuple[int, int]) -> None:
+def _only_batch(result: Full, sides: Sides, answered: pl.Series, span: tuple[int, int]) -> None:
     view, batch = sides.view, sides.batch
     days = [date(1970, 1, 1) + timedelta(microseconds=each) for each in span]
     moment = pl.col(view.time).to_physical()
