@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 from beam_pipelines import features, live, parity
+from beam_pipelines.reporting import guard
 from schemas import DefinitionError, FeatureView, load_definition
 from transforms.live import contracts_of
-from transforms.live_tables import features_live_uri, live_letters_uri
+from transforms.live_tables import UnknownIds, features_live_uri, live_letters_uri
 from transforms.messages import decode, from_arrow
 from transforms.replay import Replay, chunks
 from transforms.tables import data_files, open_table, read_file
@@ -85,7 +86,13 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
                 pl.col("source") == name, ~pl.col("rule").str.contains("one key asks")
             ).height == len(frame)
     assert parity.main(["--definition", definition, "--store", str(tmp_path), "--run_id", "parity"]) == 0
-    assert figures(tmp_path, "parity")["answers_later_arrivals_change"] == 0
+    found_out = figures(tmp_path, "parity")
+    assert found_out["answers_later_arrivals_change"] == 0
+    full = found_out["full_batch"]  # the table beside the sources that were replayed
+    assert full["batch"].startswith(figures(folder, "batch")["table"])
+    assert full["answers_compared"] == len(found)
+    assert full["values_differing"] == full["unexplained"] == 0
+    assert full["answers_that_batch_lacks"] == full["rows_without_an_answer"] == {}
 
 
 def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_path: Path) -> None:
@@ -98,8 +105,21 @@ def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_pat
     assert seen["values_differing"] == 0
     assert seen["answers_compared"] == len(found)
     assert seen["answers_later_arrivals_change"] > 0
+    assert seen["full_batch"]["values_differing"] > 0
+    assert set(seen["full_batch"]["causes"]) == {"late row"}
     again = replayed(case, tmp_path, "again", *flags)  # what is in is not written twice
     assert again.sort("row_id").equals(found.sort("row_id"))
+
+
+def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
+    case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh = UnknownIds.__call__
+    monkeypatch.setattr(UnknownIds, "__call__", lambda self, table, frame: fresh(self, table, frame)[1:])
+    argv = ["--streaming", "--definition", case[0], "--store", str(tmp_path), "--sources", str(case[1] / "sources")]
+    assert guard(live.main)([*argv, "--run_id", "lossy", "--chunk", "1d", "--end", "2024-03-03"]) == 5
+    assert figures(tmp_path, "lossy")["questions_unaccounted_for"] >= 1
+    assert "are none of these" in capsys.readouterr().err
 
 
 def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path: Path) -> None:

@@ -225,9 +225,8 @@ class _Variants:
 
     def _asked(self, active: Sequence[str]) -> pl.DataFrame:
         """The questions, those that batch has otherwise as batch has them where the cause is applied."""
-        rows = np.concatenate([places for cause, places in self.otherwise.items() if cause in active] or [[]]).astype(
-            np.int64
-        )
+        none = np.zeros(0, np.int64)
+        rows = np.concatenate([none, *(places for cause, places in self.otherwise.items() if cause in active)])
         if not len(rows):
             return self.live
         theirs = np.zeros(len(self.live), np.bool_)
