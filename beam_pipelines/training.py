@@ -34,6 +34,7 @@ from schemas.splits import Split
 from transforms.bundles import load
 from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine
+from transforms.digits import lost_digits
 from transforms.evaluation import Evaluate, carried
 from transforms.examples import (
     FOLDER,
@@ -224,6 +225,7 @@ def train_and_test(
     findings = findings | "Unseen" >> beam.Map(
         unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
     )
+    findings = findings | "Digits" >> beam.Map(lost_digits, AsSingleton(statistics), AsSingleton(account), model)
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 
