@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,15 @@ from beam_pipelines.options import Arguments, day, next_day
 from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
-from schemas.errors import DataError, GateError, MismatchError, StoreError
+from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.splits import Split
-from transforms.bundles import load
+from transforms.bundles import Bundle, load
+from transforms.champion_rows import OwnRows, OwnTable
 from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine
 from transforms.digits import lost_digits
-from transforms.evaluation import Evaluate, carried
+from transforms.evaluation import Evaluate, Report, carried
 from transforms.examples import (
     FOLDER,
     MakeExamples,
@@ -54,9 +54,10 @@ from transforms.inventory import source_uri, version_of
 from transforms.manifests import read_manifest
 from transforms.matrices import until
 from transforms.probing import require_known
+from transforms.problems import require_same_problem
 from transforms.publishing import REPORT, Publication, publish, rival_of
 from transforms.registry import Registry, registry_uri
-from transforms.scoring import Pinned, Score
+from transforms.scoring import Pinned, Score, open_scorer
 from transforms.searching import trials
 from transforms.statistics import Statistics
 from transforms.tables import data_files, features_uri, open_table
@@ -229,35 +230,82 @@ def train_and_test(
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """How the champion is judged on the test rows: as `pinned`, of its `own` feature table where it reads other features."""
+
+    pinned: Pinned
+    ahead: str
+    own: OwnTable | None = None
+
+
 def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection, split: Split) -> beam.PCollection:
     """One `Rival`: the champion judged on the same test rows, or why it cannot be."""
-    model = options.model
-    registry = Registry(options.registry)
-    version: str | None = None
+    found = comparison(options, split)
+    if isinstance(found, Rival):
+        if found.version is not None:
+            log.warning("version %s is not compared with, and stays champion: %s", found.version, found.reason)
+        return pipeline | "Rival" >> beam.Create([found])
+    missing: beam.PCollection | None = None
+    if found.own is not None:
+        rows, missing = rows | "ChampionRows" >> OwnRows(found.own)
+    scored = rows | "ScoreChampion" >> Score(found.pinned, threads=options.cores, carry=(LABEL,))
+    report = scored | "EvaluateChampion" >> Evaluate(options.model, slices=False)
+    sides = [] if missing is None else [AsSingleton(missing)]
+    return report | "Rival" >> beam.Map(rival, *sides, version=found.pinned.version, ahead=found.ahead)
+
+
+def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Rival:
+    """The champion with its report, which counts only if it covers every test row."""
+    if missing:
+        reason = f"its feature table lacks {missing} of {report.rows + missing} test rows; compute them with its own definition, and train again"
+        return Rival(version, None, reason)
+    return Rival(version, report, ahead=ahead)
+
+
+def comparison(options: Options, split: Split) -> Compared | Rival:
+    """How the champion can be judged on the test rows of `split`, or a `Rival` that says why it cannot."""
+    model, registry, version = options.model, Registry(options.registry), None
     try:
         if (version := rival_of(registry, model.name, options.run_id)) is None:
-            return pipeline | "Rival" >> beam.Create([Rival()])
+            return Rival()
         _, folder = registry.resolve(model.name, version)
-        bundle = load(folder)
-    except StoreError as error:
+        pinned = Pinned(folder, version)
+        bundle = open_scorer(pinned, options.cores).bundle
+    except MillraceError as error:
         log.warning("no champion to compare with: %s", error)
-        return pipeline | "Rival" >> beam.Create(
-            [Rival(version, None, f"the champion could not be read: {error.rule}")]
+        return Rival(version, None, f"the champion could not be read ({error.rule}: {error.value})")
+    ahead = may_know(bundle.manifest, split)
+    if bundle.manifest["objective"] != model.objective:
+        return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
+    inputs = tuple(bundle.encoders.inputs)
+    if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
+        return Compared(pinned, ahead)
+    return own_comparison(options, split, bundle, Compared(pinned, ahead))
+
+
+def own_comparison(options: Options, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
+    """`found` over the champion's own feature table, or why it cannot be."""
+    version, manifest = found.pinned.version, bundle.manifest
+    reads = f"version {version} reads features of fingerprint {bundle.fingerprint}"
+    if (list(manifest["key"]), manifest["time"]) != (list(options.model.view.key), options.model.view.time):
+        return Rival(
+            version, None, f"version {version} is keyed by {', '.join(manifest['key'])} and {manifest['time']}"
         )
-    reason = ""
-    if bundle.fingerprint != model.view.fingerprint:
-        reason = (
-            f"version {version} reads features of fingerprint {bundle.fingerprint}, these have {model.view.fingerprint}"
-        )
-    elif bundle.manifest["objective"] != model.objective:
-        reason = f"version {version} has the objective {bundle.manifest['objective']}"
-    elif missing := sorted(set(bundle.encoders.inputs) - set(schema_of(model).names)):
-        reason = f"version {version} reads {', '.join(missing)}, which these examples lack"
-    if reason:
-        return pipeline | "Rival" >> beam.Create([Rival(version, None, reason)])
-    scored = rows | "ScoreChampion" >> Score(Pinned(folder, version), threads=options.cores, carry=(LABEL,))
-    known = partial(Rival, version, ahead=may_know(bundle.manifest, split))
-    return scored | "EvaluateChampion" >> Evaluate(model, slices=False) | "Rival" >> beam.Map(known)
+    try:
+        table = open_table(features_uri(options.store, manifest["view"], bundle.fingerprint))
+        if table is None:
+            return Rival(version, None, f"{reads}, of which there is no table in {options.store}")
+        files = tuple(data_files(table))
+    except StoreError as error:
+        return Rival(version, None, f"{reads}, whose table cannot be read: {error.value}")
+    if split.test_start is not None:
+        # A file's date is the first of its partition, which may begin before the test.
+        first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
+        files = tuple(file for file in files if first <= file.date < next_day(split.cutoff.date()))
+    own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
+    told = f"{reads}, and was judged by its own table's rows of the same moments (version {table.version()})"
+    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, told) if each))
 
 
 def champion_of(options: Options) -> tuple[str, bytes] | None:
@@ -268,7 +316,7 @@ def champion_of(options: Options) -> tuple[str, bytes] | None:
         if version is None:
             return None
         bundle = load(registry.resolve(name, version)[1])
-    except StoreError as error:
+    except MillraceError as error:
         log.warning("nothing to compare the training data with: %s", error)
         return None
     return (version, bundle.extra[STATISTICS]) if STATISTICS in bundle.extra else None
@@ -401,6 +449,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the pipeline; 0 when the model is registered and every gate holds."""
     options = parse(argv)
     with Run("training", options.run_id, options.folder) as run:
+        check_problem(options)
         plan, provenance = resolve(options)
         pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan, provenance)
@@ -414,9 +463,21 @@ def main(argv: Sequence[str]) -> int:
         raise GateError(
             f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
-            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote",
+            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
         )  # fmt: skip
     return 0
+
+
+def check_problem(options: Options) -> None:
+    """Refuse at once what registering would refuse at the end; a registry that is away does not keep a model from being trained.
+
+    Raises:
+        MismatchError: the model's name stands for another problem.
+    """
+    try:
+        require_same_problem(Registry(options.registry), options.model.name, options.model.problem)
+    except StoreError as error:
+        log.warning("whether the name %r is free is not known: %s", options.model.name, error)
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import polars as pl
 from schemas import encoders
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
-from schemas.expressions import dtype_of, require_row_local
+from schemas.expressions import canonical, dtype_of, require_row_local
 from schemas.features import By, pairs
 from schemas.sources import Source, identifier
 from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
@@ -306,6 +306,28 @@ class Model:
         """Type per input: the features in order, then the spine columns that `encode` names."""
         extra = [column for column in self.encode if column not in self.view.columns]
         return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """What is predicted, flat, as JSON values: versions of one registered model have it in common.
+
+        Features, encoders, parameters, split and gates are not part of it, so that a model can get better.
+        """
+        label = self.label
+        return {
+            "view": self.view.name,
+            "spine": self.view.spine.name,
+            "key": list(self.view.key),
+            "time": self.view.time,
+            "objective": self.objective,
+            "label_source": label.source.name,
+            "label_on": [list(pair) for pair in label.keys],
+            "label_value": canonical(label.value),
+            "label_value_shown": str(label.value),
+            "label_within": microseconds(label.within),
+            "label_within_shown": label.within,
+            "label_absent": label.absent,
+        }
 
     @property
     def horizon(self) -> timedelta:
