@@ -29,13 +29,12 @@ from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
-from schemas.splits import Split
-from transforms.bundles import Bundle, load
-from transforms.champion_rows import OwnRows, OwnTable
+from transforms.bundles import load
+from transforms.challenge import Challenge, Compare
 from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine
 from transforms.digits import lost_digits
-from transforms.evaluation import Evaluate, Report, carried
+from transforms.evaluation import Evaluate, carried
 from transforms.examples import (
     FOLDER,
     MakeExamples,
@@ -44,12 +43,10 @@ from transforms.examples import (
     checked,
     make_plan,
     read_shard,
-    schema_of,
     shards_to_judge,
 )
 from transforms.explaining import Explain
-from transforms.fitting import LABEL, Fit, declared
-from transforms.gates import Rival, may_know
+from transforms.fitting import Fit, declared
 from transforms.inventory import source_uri, version_of
 from transforms.manifests import read_manifest
 from transforms.matrices import until
@@ -57,7 +54,7 @@ from transforms.probing import require_known
 from transforms.problems import require_same_problem
 from transforms.publishing import REPORT, Publication, publish, rival_of
 from transforms.registry import Registry, registry_uri
-from transforms.scoring import Pinned, Score, open_scorer
+from transforms.scoring import Pinned, Score
 from transforms.searching import trials
 from transforms.statistics import Statistics
 from transforms.tables import data_files, features_uri, open_table
@@ -181,7 +178,7 @@ class Tested:
 def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
-    rival = compare(pipeline, options, tested.rows, plan.split)
+    rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
     _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
@@ -230,84 +227,6 @@ def train_and_test(
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """How the champion is judged on the test rows: as `pinned`, of its `own` feature table where it reads other features."""
-
-    pinned: Pinned
-    ahead: str
-    own: OwnTable | None = None
-
-
-def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection, split: Split) -> beam.PCollection:
-    """One `Rival`: the champion judged on the same test rows, or why it cannot be."""
-    found = comparison(options, split)
-    if isinstance(found, Rival):
-        if found.version is not None:
-            log.warning("version %s is not compared with, and stays champion: %s", found.version, found.reason)
-        return pipeline | "Rival" >> beam.Create([found])
-    missing: beam.PCollection | None = None
-    if found.own is not None:
-        rows, missing = rows | "ChampionRows" >> OwnRows(found.own)
-    scored = rows | "ScoreChampion" >> Score(found.pinned, threads=options.cores, carry=(LABEL,))
-    report = scored | "EvaluateChampion" >> Evaluate(options.model, slices=False)
-    sides = [] if missing is None else [AsSingleton(missing)]
-    return report | "Rival" >> beam.Map(rival, *sides, version=found.pinned.version, ahead=found.ahead)
-
-
-def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Rival:
-    """The champion with its report, which counts only if it covers every test row."""
-    if missing:
-        reason = f"its feature table lacks {missing} of {report.rows + missing} test rows; compute them with its own definition, and train again"
-        return Rival(version, None, reason)
-    return Rival(version, report, ahead=ahead)
-
-
-def comparison(options: Options, split: Split) -> Compared | Rival:
-    """How the champion can be judged on the test rows of `split`, or a `Rival` that says why it cannot."""
-    model, registry, version = options.model, Registry(options.registry), None
-    try:
-        if (version := rival_of(registry, model.name, options.run_id)) is None:
-            return Rival()
-        _, folder = registry.resolve(model.name, version)
-        pinned = Pinned(folder, version)
-        bundle = open_scorer(pinned, options.cores).bundle
-    except MillraceError as error:
-        log.warning("no champion to compare with: %s", error)
-        return Rival(version, None, f"the champion could not be read ({error.rule}: {error.value})")
-    ahead = may_know(bundle.manifest, split)
-    if bundle.manifest["objective"] != model.objective:
-        return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
-    inputs = tuple(bundle.encoders.inputs)
-    if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
-        return Compared(pinned, ahead)
-    return own_comparison(options, split, bundle, Compared(pinned, ahead))
-
-
-def own_comparison(options: Options, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
-    """`found` over the champion's own feature table, or why it cannot be."""
-    version, manifest = found.pinned.version, bundle.manifest
-    reads = f"version {version} reads features of fingerprint {bundle.fingerprint}"
-    if (list(manifest["key"]), manifest["time"]) != (list(options.model.view.key), options.model.view.time):
-        return Rival(
-            version, None, f"version {version} is keyed by {', '.join(manifest['key'])} and {manifest['time']}"
-        )
-    try:
-        table = open_table(features_uri(options.store, manifest["view"], bundle.fingerprint))
-        if table is None:
-            return Rival(version, None, f"{reads}, of which there is no table in {options.store}")
-        files = tuple(data_files(table))
-    except StoreError as error:
-        return Rival(version, None, f"{reads}, whose table cannot be read: {error.value}")
-    if split.test_start is not None:
-        # A file's date is the first of its partition, which may begin before the test.
-        first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
-        files = tuple(file for file in files if first <= file.date < next_day(split.cutoff.date()))
-    own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
-    told = f"{reads}, and was judged by its own table's rows of the same moments (version {table.version()})"
-    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, told) if each))
-
-
 def champion_of(options: Options) -> tuple[str, bytes] | None:
     """The champion's version and the statistics of its training data; None where there is none, or no way to know."""
     registry, name = Registry(options.registry), options.model.name
@@ -320,6 +239,10 @@ def champion_of(options: Options) -> tuple[str, bytes] | None:
         log.warning("nothing to compare the training data with: %s", error)
         return None
     return (version, bundle.extra[STATISTICS]) if STATISTICS in bundle.extra else None
+
+
+def challenge_of(options: Options) -> Challenge:
+    return Challenge(options.model, options.registry, options.run_id, options.store, options.cores)
 
 
 def publication(options: Options) -> Publication:

@@ -287,6 +287,13 @@ class Model:
                 raise DefinitionError(
                     f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()"
                 )
+            size = getattr(encoder, "max_size", getattr(encoder, "buckets", 0))
+            if size > 1 << 24:
+                raise DefinitionError(
+                    f"{what}: {type(encoder).__name__} numbers at most 2^24 categories or buckets, which float32 tells apart",
+                    f"{column!r}: {size}",
+                    "Lower it",
+                )
             if isinstance(encoder, encoders.NUMERIC) and not (dtype.is_numeric() or dtype == pl.Boolean):
                 raise DefinitionError(
                     f"{what}: {type(encoder).__name__} encodes numbers",

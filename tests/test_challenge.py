@@ -118,11 +118,15 @@ def test_a_champion_whose_features_are_gone_or_cover_less_is_kept(store: Path) -
         "--end=2024-02-25",
     ]
     assert features.main(words) == 0
-    with pytest.raises(GateError, match=r"its feature table lacks \d+ of \d+ test rows"):
+    with pytest.raises(GateError, match=r"its feature table lacks, or cannot read, \d+ of \d+ test rows"):
         train(store, "half-covered", POOR)
     found = account(store, "half-covered")
     assert (champion(store), found["champion"], found["rival"]["metrics"]) == ("1", "1", None)
     assert "Registered, not champion" in (store / "runs/half-covered/report.html").read_text()
+    for path in rich.rglob("*.parquet"):
+        path.write_bytes(b"broken")
+    with pytest.raises(GateError, match=r"its feature table lacks, or cannot read, (\d+) of \1 test rows"):
+        train(store, "unreadable", POOR)
 
 
 def test_a_champion_that_cannot_be_read_is_kept(store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from datetime import date
 
@@ -10,10 +11,12 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 
+from schemas.errors import StoreError
 from transforms.batches import batch, frame
 from transforms.fitting import LABEL
 from transforms.tables import DataFile, read_group
 
+log = logging.getLogger("millrace.training")
 MISSING = "missing"
 
 
@@ -79,7 +82,11 @@ class _Join(beam.DoFn):
         self.table = table
 
     def process(self, rows: pa.RecordBatch) -> Iterator[pa.RecordBatch | beam.pvalue.TaggedOutput]:
-        found, missing = own_rows(rows, self.table)
+        try:
+            found, missing = own_rows(rows, self.table)
+        except StoreError as error:  # a file of a table that the run itself does not need
+            log.warning("features of the champion cannot be read: %s", error)
+            found, missing = None, rows.num_rows
         yield beam.pvalue.TaggedOutput(MISSING, missing)
         if found is not None:
             yield found

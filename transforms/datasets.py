@@ -103,7 +103,8 @@ def _dull(statistics: Any) -> Iterable[str]:
         name = feature.path.step[0]
         number = feature.WhichOneof("stats") == "num_stats"
         stats = feature.num_stats if number else feature.string_stats
-        constant = (stats.min == stats.max) if number else stats.unique == 1
+        # Not by least and greatest, which are doubles: integers beyond 2^53 may share one.
+        constant = (stats.std_dev == 0) if number else stats.unique == 1
         if name == LABEL:
             if constant:
                 yield f"The label is {stats.min:g} in every training example: there is nothing to learn"
