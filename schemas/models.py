@@ -145,7 +145,7 @@ class Gates:
             more than chance explains, that is with its whole 95 % interval.
         min_slice_rows: smaller slices and groups are shown, not judged.
         margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 % interval
-            of the paired difference.
+            of the paired difference.  Where the two cannot be compared the champion stays.
         protected: columns whose values must be treated alike; they are slices too.
         max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
             (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
@@ -209,7 +209,7 @@ class Model:
         search: trials over parameters; None trains once.
         gates: what it must show.
         seed: XGBoost's seed.
-        name: names the registered model and its tables; default the view's name.
+        name: names the registered model and its tables; default the view's name.  One name is one problem (see `problem`).
     """
 
     view: FeatureView
