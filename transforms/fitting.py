@@ -252,7 +252,8 @@ def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
         return {"boundaries": sorted(set(cuts)) if len(bins.keys) else []}
     if isinstance(encoder, encoders.Impute):
         if isinstance(encoder.value, str):
-            value = bins.quantiles([0.5])[0] if encoder.value == "median" else (part or Moments()).mean
+            moments = part if isinstance(part, Moments) else Moments()
+            value = bins.quantiles([0.5])[0] if encoder.value == "median" else moments.mean
             return {"value": value, **columns}
         return {"value": float(encoder.value), **columns}
     return {}
