@@ -116,6 +116,6 @@ def register(argv: Sequence[str]) -> int:
         raise GateError(
             f"Version {done['model_version']} of {done['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
-            "Improve the model, or promote it by hand: millrace promote",
+            f"Improve the model, or promote it by hand: millrace promote {done['model_version']} --why …",
         )
     return 0

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,13 @@ from beam_pipelines.options import Arguments, day, next_day
 from beam_pipelines.reporting import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
-from schemas.errors import DataError, GateError, MismatchError, StoreError
+from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
-from schemas.splits import Split
 from transforms.bundles import load
+from transforms.challenge import Challenge, Compare
 from transforms.contracts import EPOCH
 from transforms.datasets import STATISTICS, Leaks, columns_of, examine
+from transforms.digits import lost_digits
 from transforms.evaluation import Evaluate, carried
 from transforms.examples import (
     FOLDER,
@@ -43,16 +43,15 @@ from transforms.examples import (
     checked,
     make_plan,
     read_shard,
-    schema_of,
     shards_to_judge,
 )
 from transforms.explaining import Explain
-from transforms.fitting import LABEL, Fit, declared
-from transforms.gates import Rival, may_know
+from transforms.fitting import Fit, declared
 from transforms.inventory import source_uri, version_of
 from transforms.manifests import read_manifest
 from transforms.matrices import until
 from transforms.probing import require_known
+from transforms.problems import require_same_problem
 from transforms.publishing import REPORT, Publication, publish, rival_of
 from transforms.registry import Registry, registry_uri
 from transforms.scoring import Pinned, Score
@@ -179,7 +178,7 @@ class Tested:
 def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
-    rival = compare(pipeline, options, tested.rows, plan.split)
+    rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
     _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
@@ -224,38 +223,8 @@ def train_and_test(
     findings = findings | "Unseen" >> beam.Map(
         unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
     )
+    findings = findings | "Digits" >> beam.Map(lost_digits, AsSingleton(statistics), AsSingleton(account), model)
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
-
-
-def compare(pipeline: beam.Pipeline, options: Options, rows: beam.PCollection, split: Split) -> beam.PCollection:
-    """One `Rival`: the champion judged on the same test rows, or why it cannot be."""
-    model = options.model
-    registry = Registry(options.registry)
-    version: str | None = None
-    try:
-        if (version := rival_of(registry, model.name, options.run_id)) is None:
-            return pipeline | "Rival" >> beam.Create([Rival()])
-        _, folder = registry.resolve(model.name, version)
-        bundle = load(folder)
-    except StoreError as error:
-        log.warning("no champion to compare with: %s", error)
-        return pipeline | "Rival" >> beam.Create(
-            [Rival(version, None, f"the champion could not be read: {error.rule}")]
-        )
-    reason = ""
-    if bundle.fingerprint != model.view.fingerprint:
-        reason = (
-            f"version {version} reads features of fingerprint {bundle.fingerprint}, these have {model.view.fingerprint}"
-        )
-    elif bundle.manifest["objective"] != model.objective:
-        reason = f"version {version} has the objective {bundle.manifest['objective']}"
-    elif missing := sorted(set(bundle.encoders.inputs) - set(schema_of(model).names)):
-        reason = f"version {version} reads {', '.join(missing)}, which these examples lack"
-    if reason:
-        return pipeline | "Rival" >> beam.Create([Rival(version, None, reason)])
-    scored = rows | "ScoreChampion" >> Score(Pinned(folder, version), threads=options.cores, carry=(LABEL,))
-    known = partial(Rival, version, ahead=may_know(bundle.manifest, split))
-    return scored | "EvaluateChampion" >> Evaluate(model, slices=False) | "Rival" >> beam.Map(known)
 
 
 def champion_of(options: Options) -> tuple[str, bytes] | None:
@@ -266,10 +235,14 @@ def champion_of(options: Options) -> tuple[str, bytes] | None:
         if version is None:
             return None
         bundle = load(registry.resolve(name, version)[1])
-    except StoreError as error:
+    except MillraceError as error:
         log.warning("nothing to compare the training data with: %s", error)
         return None
     return (version, bundle.extra[STATISTICS]) if STATISTICS in bundle.extra else None
+
+
+def challenge_of(options: Options) -> Challenge:
+    return Challenge(options.model, options.registry, options.run_id, options.store, options.cores)
 
 
 def publication(options: Options) -> Publication:
@@ -399,6 +372,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the pipeline; 0 when the model is registered and every gate holds."""
     options = parse(argv)
     with Run("training", options.run_id, options.folder) as run:
+        check_problem(options)
         plan, provenance = resolve(options)
         pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan, provenance)
@@ -412,9 +386,21 @@ def main(argv: Sequence[str]) -> int:
         raise GateError(
             f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
-            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote",
+            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
         )  # fmt: skip
     return 0
+
+
+def check_problem(options: Options) -> None:
+    """Refuse at once what registering would refuse at the end; a registry that is away does not keep a model from being trained.
+
+    Raises:
+        MismatchError: the model's name stands for another problem.
+    """
+    try:
+        require_same_problem(Registry(options.registry), options.model.name, options.model.problem)
+    except StoreError as error:
+        log.warning("whether the name %r is free is not known: %s", options.model.name, error)
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:

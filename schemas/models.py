@@ -13,7 +13,7 @@ import polars as pl
 from schemas import encoders
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
-from schemas.expressions import dtype_of, require_row_local
+from schemas.expressions import canonical, dtype_of, require_row_local
 from schemas.features import By, pairs
 from schemas.sources import Source, identifier
 from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
@@ -145,7 +145,7 @@ class Gates:
             more than chance explains, that is with its whole 95 % interval.
         min_slice_rows: smaller slices and groups are shown, not judged.
         margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 % interval
-            of the paired difference.
+            of the paired difference.  Where the two cannot be compared the champion stays.
         protected: columns whose values must be treated alike; they are slices too.
         max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
             (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
@@ -209,7 +209,7 @@ class Model:
         search: trials over parameters; None trains once.
         gates: what it must show.
         seed: XGBoost's seed.
-        name: names the registered model and its tables; default the view's name.
+        name: names the registered model and its tables; default the view's name.  One name is one problem (see `problem`).
     """
 
     view: FeatureView
@@ -287,6 +287,13 @@ class Model:
                 raise DefinitionError(
                     f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()"
                 )
+            size = getattr(encoder, "max_size", getattr(encoder, "buckets", 0))
+            if size > 1 << 24:
+                raise DefinitionError(
+                    f"{what}: {type(encoder).__name__} numbers at most 2^24 categories or buckets, which float32 tells apart",
+                    f"{column!r}: {size}",
+                    "Lower it",
+                )
             if isinstance(encoder, encoders.NUMERIC) and not (dtype.is_numeric() or dtype == pl.Boolean):
                 raise DefinitionError(
                     f"{what}: {type(encoder).__name__} encodes numbers",
@@ -306,6 +313,28 @@ class Model:
         """Type per input: the features in order, then the spine columns that `encode` names."""
         extra = [column for column in self.encode if column not in self.view.columns]
         return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """What is predicted, flat, as JSON values: versions of one registered model have it in common.
+
+        Features, encoders, parameters, split and gates are not part of it, so that a model can get better.
+        """
+        label = self.label
+        return {
+            "view": self.view.name,
+            "spine": self.view.spine.name,
+            "key": list(self.view.key),
+            "time": self.view.time,
+            "objective": self.objective,
+            "label_source": label.source.name,
+            "label_on": [list(pair) for pair in label.keys],
+            "label_value": canonical(label.value),
+            "label_value_shown": str(label.value),
+            "label_within": microseconds(label.within),
+            "label_within_shown": label.within,
+            "label_absent": label.absent,
+        }
 
     @property
     def horizon(self) -> timedelta:

@@ -89,7 +89,14 @@ def test_a_challenger_is_compared_on_the_same_rows() -> None:
     assert not challenge(good, good).holds
     assert verdicts(Gates(), good, "auc", Rival("3", good))[-1].holds
     none = verdicts(gates, good, "auc", Rival("3", None, "it reads other features"))[-1]
-    assert (none.holds, none.judged, none.reason) == (True, False, "it reads other features")
+    assert (none.holds, none.judged) == (False, False)
+    assert none.reason == "not judged, so version 3 stays champion: it reads other features"
+    nobody = verdicts(gates, good, "auc", Rival())[-1]
+    assert (nobody.holds, nobody.judged, nobody.reason) == (True, False, "there is no champion")
+    few = report("binary:logistic", tally(scored(29), "binary:logistic"))
+    verdict = verdicts(Gates(), few, "auc", Rival("3", few))[-1]
+    assert (verdict.holds, verdict.judged) == (False, False)
+    assert "29 test rows" in verdict.reason
     ahead = verdicts(gates, poor, "auc", Rival("3", good, ahead="it has seen these rows"))[-1]
     assert ahead.reason == f"{challenge(poor, good).reason}; it has seen these rows"
 

@@ -207,6 +207,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     "ordinal size": (lambda: encoders.Ordinal(max_size=0), "max_size is at least 1", "0", "Raise"),
     "one-hot count": (lambda: encoders.OneHot(min_count=0), "min_count is at least 1", "0", "Raise"),
     "buckets": (lambda: encoders.Bucketize(1), "buckets is at least 2", "1", "Raise"),
+    "categories beyond float32": (lambda: model(encode={"shop": encoders.Ordinal(max_size=1 << 25)}), "at most 2^24 categories or buckets", "33554432", "Lower"),
     "hashing": (lambda: encoders.Hashing(1), "buckets is at least 2", "1", "Raise"),
     "impute": (lambda: encoders.Impute("mode"), "'mean', 'median' or a number", "'mode'", "Choose"),
     "target": (lambda: encoders.Target(0), "smoothing is above 0", "0", "Raise"),

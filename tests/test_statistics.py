@@ -19,7 +19,7 @@ from transforms import statistics
 from transforms.batches import frame
 from transforms.cells import Numbers
 from transforms.statistics import Describe, Statistics, Strings, describe, described, nothing, proto
-from transforms.sums import ratio
+from transforms.sums import ratio, square_ratio
 
 ROWS = 20_000
 SCHEMA = pa.schema([("x", pa.float32()), ("i", pa.int64()), ("b", pa.bool_()), ("s", pa.string())])
@@ -157,7 +157,7 @@ def test_numbers_are_counted_and_summed_without_rounding(values: list[float | No
     assert (found.rows, found.missing, found.values) == (len(values), values.count(None), len(known))
     assert found.zeros == known.count(0.0)
     assert ratio(found.total) == sum(map(Fraction, known))
-    assert ratio(found.squares) == sum(Fraction(value) ** 2 for value in known)
+    assert square_ratio(found.squares) == sum(Fraction(value) ** 2 for value in known)
     if known:
         assert (found.least, found.greatest) == (min(known), max(known))
         exact = np.sort(known)

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from transforms.sums import exact_sum, ratio
+from transforms import sums
+from transforms.sums import UNIT, exact_squares, exact_sum, integer_sums, ratio
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -32,8 +33,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 # Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
 ROWS = 1 << 24
 FEW = CELLS // 16
-# `sums.exact_sum` counts in 2^−1126; a float32 is a multiple of 2^−149, its square of 2^−298.
-_SUM, _SQUARE = 1126 - 149, 1126 - 298
+# `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its square of 2^−298.
+_SUM, _SQUARE = UNIT - 149, 2 * (UNIT - 149)
+# Integers up to here are float32s and doubles alike.
+_WHOLE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +49,7 @@ class Numbers:
         strange: NaN and infinities, which are in nothing below.
         zeros: values equal to 0.
         least, greatest: ±infinity where there is no value.
-        total, squares: Σx and Σx² in 2^−1126, exact (of integers beyond 2^53: of the nearest doubles and their squares).
+        total, squares: Σx in 2^−1126 and Σx² in 2^−2252, exact.
         cells: which occurred, rising by value [cells].
         counts: values per cell [cells].
         lows: sum of low bits per cell [cells].
@@ -105,10 +108,7 @@ class Numbers:
     @property
     def deviation(self) -> float:
         """Population standard deviation."""
-        if self.least == self.greatest:
-            return 0.0
-        variance = ratio(self.squares) / self.values - (ratio(self.total) / self.values) ** 2
-        return float(max(variance, ratio(0))) ** 0.5
+        return sums.deviation(self.values, self.total, self.squares)
 
     @property
     def middles(self) -> Floats:
@@ -137,6 +137,7 @@ def _numbers(column: pa.Array) -> Numbers:
         return Numbers(rows, missing)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
+    whole = column.drop_null().to_numpy() if pa.types.is_integer(column.type) else None
     # Arrow hands nulls over as NaN; how many NaN are not nulls is told by counting.
     raw = column.to_numpy(zero_copy_only=False)
     single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
@@ -156,12 +157,17 @@ def _numbers(column: pa.Array) -> Numbers:
     found, count = found[there], counts[there]
     sums, squared = sums[there].astype(np.int64), squared[there].astype(np.int64)
     ordered = _named(found)
-    if raw.dtype == np.float32 or np.array_equal(single, raw, equal_nan=True):
+    if whole is not None and (int(whole.min()) < -_WHOLE or int(whole.max()) > _WHOLE):
+        whole = whole.astype(np.int64)
+        least, greatest = float(whole.min()), float(whole.max())
+        total, squares = integer_sums(whole)
+        total, squares = total << UNIT, squares << 2 * UNIT
+    elif raw.dtype == np.float32 or np.array_equal(single, raw, equal_nan=True):
         total, squares = _moments(found, count, sums, squared)
         least, greatest = (_extreme(names, low, found[at(ordered)], at is np.argmax) for at in (np.argmin, np.argmax))
     else:
         wide = raw[np.isfinite(raw)].astype(np.float64)
-        total, squares, least, greatest = exact_sum(wide), exact_sum(wide * wide), float(wide.min()), float(wide.max())
+        total, squares, least, greatest = exact_sum(wide), exact_squares(wide), float(wide.min()), float(wide.max())
     zeros = int(np.count_nonzero(words << np.uint32(1) == 0)) if np.isin(found, (0, _SIGN)).any() else 0
     order = np.argsort(ordered)
     return Numbers(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import apache_beam as beam
@@ -19,6 +19,7 @@ from transforms.examples import schema_of
 from transforms.fitting import LABEL, declared
 from transforms.gates import Verdict
 from transforms.statistics import described
+from transforms.sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
 from transforms.validation import infer_schema, measured, parse_statistics, schema_text
 
 log = logging.getLogger("millrace.training")
@@ -29,6 +30,7 @@ STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
 FEW, ROWS = 20, 5
 # So does one that leaves less than this of the label's variance within its values.
 MOST = 0.8
+_SMALL = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _dull(statistics: Any) -> Iterable[str]:
         name = feature.path.step[0]
         number = feature.WhichOneof("stats") == "num_stats"
         stats = feature.num_stats if number else feature.string_stats
-        constant = (stats.min == stats.max) if number else stats.unique == 1
+        # Not by least and greatest, which are doubles: integers beyond 2^53 may share one.
+        constant = (stats.std_dev == 0) if number else stats.unique == 1
         if name == LABEL:
             if constant:
                 yield f"The label is {stats.min:g} in every training example: there is nothing to learn"
@@ -114,13 +117,26 @@ def _dull(statistics: Any) -> Iterable[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """The labels that go with one value of an input: least, greatest, number, sum and sum of squares."""
+    """The labels that go with one value of an input: least, greatest, number, exact sum and sum of squares.
+
+    `sum` counts in 2^−1126 and `squares` in 2^−2252 (see `transforms.sums`).
+    """
 
     least: float
     most: float
     rows: int
-    sum: float
-    squares: float
+    sum: int
+    squares: int
+
+    @classmethod
+    def of(cls, labels: Floats) -> Level:
+        least, most = float(labels.min()), float(labels.max())
+        if (
+            max(-least, most) <= _SMALL and (labels == np.floor(labels)).all()
+        ):  # as of classes: integers are exact, and quicker
+            total, squares = integer_sums(labels.astype(np.int64))
+            return cls(least, most, len(labels), total << UNIT, squares << 2 * UNIT)
+        return cls(least, most, len(labels), exact_sum(labels), exact_squares(labels))
 
     def __add__(self, other: Level) -> Level:
         return Level(
@@ -150,11 +166,9 @@ class Suspect:
         equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
         if rows["x"].n_unique() > FEW:
             return cls(len(rows), equal, None)
-        y = pl.col("y")
-        groups = rows.group_by("x").agg(
-            y.min(), y.max().alias("most"), pl.len(), y.sum().alias("sum"), (y * y).sum().alias("squares")
-        )
-        return cls(len(rows), equal, {x: Level(*told) for x, *told in groups.iter_rows()})
+        groups = rows.group_by("x").agg("y")
+        parts = zip(groups["x"].to_list(), groups["y"], strict=True)
+        return cls(len(rows), equal, {x: Level.of(labels.to_numpy()) for x, labels in parts})
 
     def __add__(self, other: Suspect) -> Suspect:
         levels: dict[str, Level] | None = None
@@ -180,11 +194,12 @@ class Suspect:
     @property
     def told(self) -> float:
         """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
-        levels = (self.levels or {}).values()
-        rows, mean = sum(each.rows for each in levels), math.fsum(each.sum for each in levels) / max(self.rows, 1)
-        whole = math.fsum(each.squares for each in levels) - rows * mean * mean
-        between = math.fsum(each.rows * (each.sum / each.rows - mean) ** 2 for each in levels)
-        return between / whole if whole > 0 else 0.0
+        levels = list((self.levels or {}).values())
+        rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)
+        # Both times rows, in integers: of labels far from 0 nothing would be left of the differences.
+        whole = rows * sum(each.squares for each in levels) - total * total
+        between = sum(Fraction(rows * each.sum**2, each.rows) for each in levels) - total * total
+        return float(between / whole) if whole > 0 else 0.0
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,18 @@ import pyarrow.compute as pc
 from schemas import encoders
 from schemas.errors import DataError, MismatchError, nearest
 from transforms.ids import hash_column
-from transforms.sums import Floats
+from transforms.sums import Counts, Floats
+
+log = logging.getLogger("millrace.training")
 
 Matrix = npt.NDArray[np.float32]
 _LARGEST = float(np.finfo(np.float32).max)
-_FORMAT = 1
+# Written where no input is split or shifted, so that what earlier versions read has not changed; see `Encoding.state`.
+_FORMAT, _WHOLE_FORMAT = 1, 2
+# Whole numbers up to here are float32s; beyond, neighbours become one.
+EXACT = 1 << 24
+# Most float32 columns that hold any 64-bit integer as their sum, and bounds of what one and two of them hold (see `columns_needed`).
+_PARTS = ((1, 1 << 24), (2, 1 << 48))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +44,9 @@ class Encoding:
         input: column of the feature table.
         type: its Arrow type.
         encoder: as declared.
-        state: what was fitted, as JSON values.
+        state: what was fitted, as JSON values.  Of integers beyond 2^24 there is `base`, an integer that is taken off
+            before anything becomes a float, or `whole` says that boundaries are integers.  `columns` is how many float32
+            columns hold what is passed through or imputed: they add up to it.
     """
 
     input: str
@@ -49,7 +59,7 @@ class Encoding:
         """Columns of the matrix made from this input."""
         if isinstance(self.encoder, encoders.OneHot):
             return [f"{self.input}={category}" for category in (*self.state["categories"], "*")]
-        return [self.input]
+        return [self.input, *(f"{self.input} rest {i}" for i in range(1, self.state.get("columns", 1)))]
 
     @functools.cached_property
     def categories(self) -> pa.Array:
@@ -70,13 +80,61 @@ class Encoding:
             means = np.array([*self.state["means"], self.state["prior"], np.nan])
             codes = _codes(column, self.categories)
             matrix[:, 0] = means[np.where(np.isnan(codes), len(means) - 1, codes).astype(np.int64)]
+        elif "columns" in self.state and "base" in self.state:
+            self._write_whole(column, matrix)
+        elif "columns" in self.state:
+            left = self._number(numbers(column))
+            for place in range(matrix.shape[1]):
+                matrix[:, place] = left
+                left = left - matrix[:, place]
+        elif self.state.get("whole"):
+            whole, known = integers(column)
+            bucket = np.searchsorted(np.array(self.state["boundaries"], np.int64), whole, side="right")
+            matrix[:, 0] = np.where(known, bucket, np.nan)
+        elif "base" in self.state:
+            whole, known = integers(column)
+            values = (_difference(whole, self.state["base"]) - self.state["offset"]) / self.state["scale"]
+            matrix[:, 0] = _missing_unless_finite(np.where(known, values, np.nan))
         else:
             matrix[:, 0] = _missing_unless_finite(self._number(numbers(column)))
+
+    def _write_whole(self, column: pa.Array, matrix: Matrix) -> None:
+        """x − base as float32s that add up to it: the nearest one, the nearest to what is left, and so on."""
+        base, (whole, known) = self.state["base"], integers(column)
+        # Bits modulo 2^64 suffice for what is left: it is less than 2^41.
+        left = whole.view(np.uint64) - np.uint64(base % (1 << 64))
+        nearest = _difference(whole, base)
+        for place in range(matrix.shape[1]):
+            if place:
+                nearest = left.view(np.int64).astype(np.float64)
+            matrix[:, place] = nearest
+            taken = matrix[:, place].astype(np.float64)
+            high = np.floor(taken / 2**32)
+            left = left - (
+                (high.astype(np.int64).view(np.uint64) << np.uint64(32)) + (taken - high * 2**32).astype(np.uint64)
+            )
+        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _told:
+            _told.add(self.input)
+            log.warning(
+                "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 merges neighbours: "
+                "no tree was trained to tell them apart",
+                self.input,
+                lost.size,
+                int(whole[lost[0]]),
+            )
+        if not known.all():
+            matrix[~known] = np.nan
+            if "value" in self.state:
+                rest = self.state["value"]
+                for place in range(matrix.shape[1]):
+                    matrix[~known, place] = rest
+                    rest -= float(np.float32(rest))
 
     def _number(self, values: Floats) -> Floats:
         encoder, state = self.encoder, self.state
         if isinstance(encoder, encoders.Standardize | encoders.MinMax | encoders.Robust):
-            scaled: Floats = (values - state["offset"]) / state["scale"]
+            # Of doubles the offset has a rest: a mean to 53 bits is not enough for values that lie close together.
+            scaled: Floats = (values - state["offset"] - state.get("rest", 0.0)) / state["scale"]
             return scaled
         if isinstance(encoder, encoders.Bucketize):
             bucket = np.searchsorted(np.array(state["boundaries"], np.float64), values, side="right")
@@ -143,7 +201,9 @@ class Fitted:
             {"input": each.input, "type": each.type, "encoder": _declared(each.encoder), "state": dict(each.state)}
             for each in self.encodings
         ]
-        return json.dumps({"format": _FORMAT, "inputs": inputs}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        whole = any({"base", "columns", "whole", "rest"} & set(each.state) for each in self.encodings)
+        content = {"format": _WHOLE_FORMAT if whole else _FORMAT, "inputs": inputs}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Fitted:
@@ -153,9 +213,9 @@ class Fitted:
             MismatchError: written by another version of Millrace.
         """
         content = json.loads(text)
-        if content.get("format") != _FORMAT:
+        if content.get("format") not in (_FORMAT, _WHOLE_FORMAT):
             raise MismatchError(
-                f"Encoders are in format {_FORMAT}",
+                f"Encoders are in format {_FORMAT} or {_WHOLE_FORMAT}",
                 content.get("format"),
                 "Use the version of Millrace that trained the model",
             )
@@ -198,6 +258,37 @@ def numbers(column: pa.Array) -> Floats:
     # Always by way of doubles: an integer column of one batch has nulls and that of the next has none.
     values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return _missing_unless_finite(values)
+
+
+def is_whole(kind: str) -> bool:
+    """Whether a column of this Arrow type, as text, can hold integers beyond 2^24."""
+    return kind in ("int32", "int64")
+
+
+def integers(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
+    """An integer column as int64, 0 for null, and which values are known."""
+    known = column.is_valid().to_numpy(zero_copy_only=False)
+    values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(values, np.int64), known
+
+
+def columns_needed(least: int, greatest: int) -> int:
+    """How many float32 columns hold x − least of every integer from `least` to `greatest`.
+
+    A float32 has 24 bits.  What it leaves of a number below 2^48 is at most 2^23, and of one of 64 bits at most 2^40,
+    which a second leaves at most 2^16 of.
+    """
+    return next((count for count, bound in _PARTS if greatest - least <= bound), 3)
+
+
+def _difference(whole: Counts, base: int) -> Floats:
+    """x − base as the nearest double, without overflow."""
+    high, low = (whole >> 32) - (base >> 32), (whole & 0xFFFFFFFF) - (base & 0xFFFFFFFF)
+    return high * 2.0**32 + low
+
+
+# Inputs that this process has warned of.
+_told: set[str] = set()
 
 
 def _missing_unless_finite(values: Floats) -> Floats:

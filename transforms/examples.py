@@ -96,12 +96,14 @@ class Account:
         counts: per split.
         labels: per split, examples by label; for classes only.
         shards: the files written.
+        rounded: examples whose label is a whole number that float32 does not hold.
     """
 
     rows: int = 0
     counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
+    rounded: int = 0
 
     @property
     def outside(self) -> int:
@@ -188,7 +190,16 @@ def make_examples(plan: Plan, block: Block) -> tuple[dict[str, pa.RecordBatch], 
     parts, counts = labels.examples(labelled, model.label, plan.split, model.view.time)
     classes = model.objective in ("binary:logistic", "multi:softprob")
     seen = {name: dict(part[LABEL].value_counts().iter_rows()) if classes else {} for name, part in parts.items()}
-    return {name: batch(part, schema) for name, part in parts.items()}, Account(len(rows), counts, seen)
+    rounded = sum(int(part.select(_rounded().sum()).item() or 0) for part in parts.values())
+    examples = {name: batch(part, schema) for name, part in parts.items()}
+    return examples, Account(len(rows), counts, seen, rounded=rounded)
+
+
+def _rounded() -> pl.Expr:
+    """Whether a label is a whole number that float32 rounds; of those beyond 2^53 doubles do not tell."""
+    label = pl.col(LABEL)
+    beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
+    return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
 
 
 def write_shard(plan: Plan, split: str, block: Block, rows: pa.RecordBatch) -> Shard:
@@ -263,16 +274,18 @@ class _Make(beam.DoFn):
 
 def add_accounts(accounts: Iterable[Account]) -> Account:
     """Sums of accounts, in any order of merging."""
-    rows, counts, shards = 0, dict.fromkeys(SPLITS, Counts()), set()
+    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
     for each in accounts:
         rows += each.rows
+        rounded += each.rounded
         shards |= set(each.shards)
         for name in each.counts:
             counts[name] = counts[name] + each.counts[name]
             for label, count in each.labels[name].items():
                 seen[name][label] = seen[name].get(label, 0) + count
-    return Account(rows, counts, seen, tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index))))
+    ordered = tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index)))
+    return Account(rows, counts, seen, ordered, rounded)
 
 
 def checked(account: Account, plan: Plan) -> Account:

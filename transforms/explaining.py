@@ -179,7 +179,10 @@ def by_input(scorer: Scorer, found: npt.NDArray[np.float32]) -> npt.NDArray[np.f
 def _raw(column: pa.Array, encoded: bool) -> list[Any]:
     """A column's values for a picture: numbers, or texts where its type is no number."""
     kind = column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+    if pa.types.is_integer(kind):
+        whole: list[Any] = column.to_pylist()
+        return whole
+    if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return [None if np.isnan(value) else float(f"{value:.6g}") for value in numbers(column).tolist()]
     shown: list[Any] = (texts(column) if encoded else column.cast(pa.string())).to_pylist()
     return shown

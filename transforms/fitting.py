@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import apache_beam as beam
@@ -11,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from schemas import Model, encoders
-from transforms.encoders import Encoding, Fitted, column_of, numbers, texts
-from transforms.sums import Bins, Floats, Moments, exact_sum, exact_sums, ratio
+from transforms.encoders import EXACT, Encoding, Fitted, column_of, columns_needed, integers, is_whole, numbers, texts
+from transforms.sums import Bins, Counts, Floats, Moments, exact_sum, exact_sums, ratio
 
 # Most distinct values of which quantiles are exact; beyond, values are cut to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
@@ -67,7 +69,7 @@ class Fitting(beam.CombineFn):
 
     def of(self, batch: pa.RecordBatch) -> State:
         """The accumulator of one batch."""
-        parts = ((each, _part(each, batch)) for each in self.encodings if each.encoder is not None)
+        parts = ((each, _part(each, batch)) for each in self.encodings)
         return {each.input: part for each, part in parts if part is not None}
 
     def merge_accumulators(self, states: Iterable[State]) -> State:
@@ -119,6 +121,67 @@ class Vocabulary:
         return sorted(frequent, key=lambda name: (-self.counts[name], name))[:max_size]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What quantiles of integers are read from.
+
+    Args:
+        moments: least and greatest.
+        bins: of their doubles.
+        whole: of the integers themselves; None once bits would have to be dropped, which depends on how many there are
+            and not on the order of merging.
+    """
+
+    moments: Moments
+    bins: Bins
+    whole: Bins | None
+
+    @classmethod
+    def of(cls, values: Counts) -> Ranks:
+        whole = Bins.of_integers(values, QUANTILE_BINS)
+        moments = (
+            Moments(len(values), least=int(values.min()), greatest=int(values.max())) if len(values) else Moments()
+        )
+        return cls(moments, Bins.of(values.astype(np.float64), QUANTILE_BINS), None if whole.shift else whole)
+
+    def __add__(self, other: Ranks) -> Ranks:
+        whole = None if self.whole is None or other.whole is None else self.whole + other.whole
+        whole = None if whole is None or whole.shift else whole
+        return Ranks(self.moments + other.moments, self.bins + other.bins, whole)
+
+    def quantiles(self, at: Iterable[float]) -> list[Fraction]:
+        if self.whole is not None:
+            return self.whole.integer_quantiles(at)
+        return [Fraction(value) for value in self.bins.quantiles(at)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubles:
+    """Doubles that are passed on, imputed: their moments, and which occurred."""
+
+    moments: Moments
+    bins: Bins
+
+    def __add__(self, other: Doubles) -> Doubles:
+        return Doubles(self.moments + other.moments, self.bins + other.bins)
+
+    @property
+    def columns(self) -> int:
+        """How many float32 columns tell apart what occurred."""
+        values = self.bins.values
+        return next((count for count in (1, 2) if not _merged(values, count)), 3)
+
+
+def _merged(values: Floats, columns: int) -> bool:
+    """Whether any two of the rising `values` are one in so many float32 columns."""
+    same = np.ones(max(len(values) - 1, 0), bool)
+    for _ in range(columns):
+        single = values.astype(np.float32)
+        same &= single[1:] == single[:-1]
+        values = values - single
+    return bool(same.any())
+
+
 def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
     total = dict(left)
     for name, count in right.items():
@@ -129,17 +192,27 @@ def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
 def _part(each: Encoding, batch: pa.RecordBatch) -> Part | None:
     """What `batch` adds to what is fitted for one input; None where nothing is."""
     encoder = each.encoder
-    if isinstance(encoder, encoders.Hashing | encoders.Log) or _given(encoder):
+    if isinstance(encoder, encoders.Hashing | encoders.Log):
+        return None
+    passed = encoder is None or _given(encoder)
+    if passed and not is_whole(each.type) and (encoder is None or each.type != "double"):
         return None
     column = column_of(batch, each)
     if isinstance(encoder, encoders.Target):
         return Vocabulary.of(texts(column), numbers(batch.column(batch.schema.get_field_index(LABEL))))
     if isinstance(encoder, encoders.Ordinal):
         return Vocabulary.of(texts(column))
+    ranked = isinstance(encoder, encoders.Robust | encoders.Bucketize) or encoder == encoders.Impute("median")
+    if is_whole(each.type):
+        whole, known = integers(column)
+        whole = whole if known.all() else whole[known]
+        if passed:
+            return Moments(len(whole), least=int(whole.min()), greatest=int(whole.max())) if len(whole) else None
+        return Ranks.of(whole) if ranked else Moments.of_integers(whole)
     values = numbers(column)
-    if isinstance(encoder, encoders.Robust | encoders.Bucketize) or encoder == encoders.Impute("median"):
-        return Bins.of(values, QUANTILE_BINS)
-    return Moments.of(values)
+    if isinstance(encoder, encoders.Impute) and each.type == "double":
+        return Doubles(Moments.of(values), Bins.of(values, QUANTILE_BINS))
+    return Bins.of(values, QUANTILE_BINS) if ranked else Moments.of(values)
 
 
 def _given(encoder: encoders.Encoder | None) -> bool:
@@ -153,12 +226,23 @@ def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
         return _target(encoder, part or Vocabulary())
     if isinstance(encoder, encoders.Ordinal):
         return {"categories": (part or Vocabulary()).ranked(encoder.min_count, encoder.max_size)}
+    if is_whole(each.type) and part is not None:
+        moments = part.moments if isinstance(part, Ranks) else part
+        if moments.count and (moments.least < -EXACT or moments.greatest > EXACT):
+            return _whole(encoder, part, int(moments.least), int(moments.greatest))
+        part = part.bins if isinstance(part, Ranks) else part
     if isinstance(encoder, encoders.Standardize):
         moments = part or Moments()
-        return {"offset": moments.mean, "scale": moments.deviation or 1.0}
+        state = {"offset": moments.mean, "scale": moments.deviation or 1.0}
+        rest = float(moments.exact_mean - Fraction(moments.mean)) if each.type == "double" else 0.0
+        return {**state, "rest": rest} if rest else state
     if isinstance(encoder, encoders.MinMax):
         moments = part if part and part.count else Moments(least=0.0, greatest=0.0)
         return {"offset": moments.least, "scale": moments.greatest - moments.least or 1.0}
+    columns: dict[str, Any] = {}
+    if isinstance(part, Doubles):
+        columns = {"columns": part.columns} if part.columns > 1 else {}
+        part = part.bins if encoder == encoders.Impute("median") else part.moments
     bins = part if isinstance(part, Bins) else Bins.empty(QUANTILE_BINS)
     if isinstance(encoder, encoders.Robust):
         low, middle, high = bins.quantiles((0.25, 0.5, 0.75))
@@ -168,9 +252,39 @@ def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
         return {"boundaries": sorted(set(cuts)) if len(bins.keys) else []}
     if isinstance(encoder, encoders.Impute):
         if isinstance(encoder.value, str):
-            return {"value": bins.quantiles([0.5])[0] if encoder.value == "median" else (part or Moments()).mean}
-        return {"value": float(encoder.value)}
+            moments = part if isinstance(part, Moments) else Moments()
+            value = bins.quantiles([0.5])[0] if encoder.value == "median" else moments.mean
+            return {"value": value, **columns}
+        return {"value": float(encoder.value), **columns}
     return {}
+
+
+def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> dict[str, Any]:
+    """The state of an integer input that has values beyond 2^24: an exact integer is taken off before it becomes a float."""
+    if isinstance(encoder, encoders.Standardize) and isinstance(part, Moments):
+        return _around(part.exact_mean, part.deviation)
+    if isinstance(encoder, encoders.MinMax):
+        return _around(Fraction(least), float(greatest - least))
+    if isinstance(encoder, encoders.Robust) and isinstance(part, Ranks):
+        low, middle, high = part.quantiles((0.25, 0.5, 0.75))
+        return _around(middle, float(high - low))
+    if isinstance(encoder, encoders.Bucketize) and isinstance(part, Ranks):
+        # Of integers as many lie below a boundary as below the next integer.
+        cuts = part.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
+        return {"boundaries": sorted({math.ceil(cut) for cut in cuts}), "whole": True}
+    state = {"base": least, "columns": columns_needed(least, greatest)}
+    if isinstance(encoder, encoders.Impute):
+        if isinstance(part, Ranks):
+            (value,) = part.quantiles([0.5])
+        else:
+            value = Fraction(encoder.value) if not isinstance(encoder.value, str) else part.exact_mean
+        return {**state, "value": float(value - least)}
+    return state
+
+
+def _around(middle: Fraction, scale: float) -> dict[str, Any]:
+    base = round(middle)
+    return {"base": base, "offset": float(middle - base), "scale": scale or 1.0}
 
 
 def _target(encoder: encoders.Target, part: Vocabulary) -> dict[str, Any]:

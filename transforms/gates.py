@@ -11,7 +11,7 @@ from schemas import Gates
 from schemas.models import RISING
 from schemas.splits import Split
 from transforms.evaluation import Report, Slice
-from transforms.resampling import interval
+from transforms.resampling import LEAST_ROWS, interval
 
 # Rates whose greatest difference between groups each measure is.
 RATES = {
@@ -21,9 +21,17 @@ RATES = {
 }
 
 
+# In the name of the gate that compares with the champion.
+BEATS = "beats the champion's"
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one gate said.  `judged` is False where there was nothing to judge by; such a gate holds."""
+    """What one gate said.
+
+    `judged` is False where there was nothing to judge by.  Such a gate holds, except against a champion: that one is
+    replaced only by a model that was compared with it.
+    """
 
     gate: str
     holds: bool
@@ -39,7 +47,7 @@ class Rival:
         version: None where there is none.
         report: of the same test rows; None where it could not score them.
         reason: why not.
-        ahead: why it may know these rows already.
+        ahead: what the comparison has to be read with: why it may know these rows already, which features it read.
     """
 
     version: str | None = None
@@ -139,12 +147,16 @@ def _difference(name: str, bound: float, found: Mapping[str, Any]) -> Verdict:
 
 
 def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verdict:
-    gate = f"{metric} beats the champion's by {margin:g}"
-    if rival.report is None:
+    gate = f"{metric} {BEATS} by {margin:g}"
+    if rival.version is None:
         return Verdict(gate, True, rival.reason, judged=False)
+    if rival.report is None:
+        return _not_judged(gate, rival, rival.reason)
     ours, theirs = report.metrics[metric], rival.report.metrics[metric]
     if ours is None or theirs is None:
-        return Verdict(gate, True, f"{metric} is undefined on these rows", judged=False)
+        return _not_judged(gate, rival, f"{metric} is undefined on these rows")
+    if report.rows < LEAST_ROWS:
+        return _not_judged(gate, rival, f"{report.rows} test rows, of fewer than {LEAST_ROWS} chance cannot be told")
     sign = 1 if metric in RISING else -1
     better = sign * (ours - theirs)
     reason = f"{ours:.4f} against {theirs:.4f} of version {rival.version}, better by {better:+.4f}"
@@ -156,6 +168,10 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
     if rival.ahead:
         reason += f"; {rival.ahead}"
     return Verdict(gate, least >= margin, reason)
+
+
+def _not_judged(gate: str, rival: Rival, reason: str) -> Verdict:
+    return Verdict(gate, False, f"not judged, so version {rival.version} stays champion: {reason}", judged=False)
 
 
 def paired(report: Report, other: Report) -> dict[str, tuple[float, tuple[float, float] | None]]:

@@ -16,6 +16,7 @@ from schemas import Model, encoders
 from transforms.encoders import Fitted, Matrix, column_of, texts
 from transforms.fitting import LABEL
 from transforms.labels import LABEL_TIME
+from transforms.windows import ExactSum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,28 +73,30 @@ def hindsight(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -
             columns[name] = pl.from_arrow(batch.column(batch.schema.get_field_index(name)))
         parts.append(pl.DataFrame(columns))
     rows = pl.concat(parts) if parts else pl.DataFrame(schema={LABEL: pl.Float32, LABEL_TIME: pl.Datetime("us", "UTC")})
-    # Of one moment the labels are added in order, so that sums do not depend on that of the files.
-    rows = rows.sort(LABEL_TIME, LABEL)
     return Hindsight(
         fitted, model.view.time, _running(rows, []), {each.input: _running(rows, [each.input]) for each in inputs}
     )
 
 
 def _running(rows: pl.DataFrame, by: list[str]) -> pl.DataFrame:
-    """Sum and count of labels until each moment that brought one, by category."""
-    names = [pl.col(name).alias("category") for name in by]
+    """Sum and count of labels until each moment that brought one, by category; sums are exact, rounded once."""
     frame = rows.select(
-        *names,
-        pl.col(LABEL_TIME).alias("known"),
-        pl.col(LABEL).cast(pl.Float64).alias("sum"),
-        count=pl.lit(1, pl.Int64),
+        *(pl.col(name).alias("category") for name in by),
+        known=pl.col(LABEL_TIME),
+        label=pl.col(LABEL).cast(pl.Float64),
     )
     keys = ["category"] if by else []
-    frame = frame.drop_nulls(keys) if keys else frame
+    frame = (frame.drop_nulls(keys) if keys else frame).sort(*keys, "known").with_row_index("row")
     moments = (
         frame.group_by([*keys, "known"], maintain_order=True)
-        .agg(pl.col("sum").sum(), pl.col("count").sum())
-        .sort("known")
+        .agg(end=pl.col("row").last().cast(pl.Int64) + 1)
+        .with_columns(start=pl.lit(0, pl.Int64))
     )
-    running = [pl.col(name).cum_sum().over(keys) if keys else pl.col(name).cum_sum() for name in ("sum", "count")]
-    return moments.with_columns(running)
+    if keys:
+        first = frame.group_by(keys).agg(start=pl.col("row").first().cast(pl.Int64))
+        moments = moments.drop("start").join(first, on=keys, how="left", maintain_order="left")
+    start, end = moments["start"].to_numpy(), moments["end"].to_numpy()
+    sums = ExactSum(frame["label"].to_numpy()).total(start, end)
+    return moments.select(*keys, "known", sum=pl.Series(sums, dtype=pl.Float64), count=pl.Series(end - start)).sort(
+        "known"
+    )

@@ -20,7 +20,8 @@ from transforms.datasets import Findings
 from transforms.evaluation import Report, as_json
 from transforms.examples import Account
 from transforms.explaining import Explanation
-from transforms.gates import Rival, fairness, paired, verdicts
+from transforms.gates import BEATS, Rival, fairness, paired, verdicts
+from transforms.problems import problem_of, require_same_problem
 from transforms.registry import Registry
 from transforms.report import FILE, render
 from transforms.searching import Result, Trial
@@ -101,10 +102,12 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the model was altered.
+        MismatchError: the name stands for another problem in the registry.
     """
     failed = [each for each in content["gates"] if not each["holds"]]
     registry, name, run_id = Registry(uri), content["model"], pending["run_id"]
     bundle = load(content["bundle"], pending["digest"])
+    require_same_problem(registry, name, problem_of(bundle.manifest))
     with tempfile.TemporaryDirectory() as artifacts:
         for file, text in {**pending["files"], "report.json": _text(content)}.items():
             with open(os.path.join(artifacts, file), "w", encoding="utf-8") as handle:
@@ -120,11 +123,14 @@ def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, fold
     # A run killed within its promotion has written down a move that never came.
     half = bool(moves) and moves[-1]["version"] == version and moves[-1]["before"] == champion
     if not failed and (half or not any(entry["version"] == version for entry in moves)):
-        if champion == content["rival"]["version"]:
+        rival = content["rival"]
+        # Earlier versions let a gate hold that had not been judged, and their runs can still be registered.
+        beaten = rival["version"] is None or all(each["judged"] for each in content["gates"] if BEATS in each["gate"])
+        if champion == rival["version"] and beaten:
             registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
             champion = version
         else:
-            kept = f"the champion is version {champion}, which was not compared with: millrace promote {version}"
+            kept = f"the champion is {f'version {champion}' if champion else 'none'}, which was not compared with: millrace promote {version} --why …"
     done = {**content, "model_version": version, "champion": champion, "kept": kept}
     page = render(done, bundle.manifest, _points(folder))
     _leave(folder, {FILE: page, REPORT: _text(done)})
@@ -140,11 +146,11 @@ def rival_of(registry: Registry, name: str, run_id: str) -> str | None:
     earlier attempt promoted.
 
     Raises:
-        StoreError: the registry cannot be reached, or the champion cannot be read.
+        StoreError: the registry cannot be reached.
     """
     version = registry.champion(name)
     moves = [entry for entry in registry.history(name) if entry["version"] == version] if version is not None else []
-    if moves and load(registry.resolve(name, version)[1]).manifest.get("run_id") == run_id:
+    if moves and version is not None and registry.run_of(name, version) == run_id:
         before: str | None = moves[-1]["before"]
         return before
     return version

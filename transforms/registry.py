@@ -123,6 +123,18 @@ class Registry:
         with self._client() as client:
             return None if client is None else self._aliases(client, name).get(alias)
 
+    def numbers(self, name: str) -> list[str]:
+        """Versions that Millrace registered under `name`, oldest first."""
+        with self._client() as client:
+            found = {} if client is None else self._versions(client, name)
+        return [version for version, each in found.items() if DIGEST in each.tags]
+
+    def run_of(self, name: str, version: str) -> str:
+        """The run that registered a version; "" where that is not known."""
+        with self._client() as client:
+            found = {} if client is None else self._versions(client, name)
+        return str(found[version].tags.get(RUN, "")) if version in found else ""
+
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
         """A version (None: the champion) and the folder that `load` reads it from, its manifest's digest checked.
 

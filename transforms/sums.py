@@ -7,6 +7,7 @@ changed with it could not be reproduced, so both are accumulated here exactly.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -20,7 +21,8 @@ Keys = npt.NDArray[np.uint64]
 # frexp gives 53-bit integers times 2^(exponent − 53); the least exponent is that of the least subnormal, −1073.
 _MANTISSA = 53
 _HALF = 27
-_UNIT = 1073 + _MANTISSA
+# `exact_sum` counts in 2^−UNIT, `exact_squares` in 2^−(2 · UNIT).
+UNIT = 1073 + _MANTISSA
 # bincount adds in doubles: halves of 27 bits stay exact for 2^26 values.
 _MOST = 1 << 26
 
@@ -47,8 +49,62 @@ def exact_sums(values: Floats, groups: Counts, size: int) -> list[int]:
         low = np.bincount(place, weights=whole & ((1 << _HALF) - 1)).astype(np.int64)
         for cell, upper, lower in zip(cells.tolist(), high.tolist(), low.tolist(), strict=True):
             group, shift = divmod(cell, span)
-            totals[group] += ((upper << _HALF) + lower) << (shift + least - _MANTISSA + _UNIT)
+            totals[group] += ((upper << _HALF) + lower) << (shift + least - _MANTISSA + UNIT)
     return totals
+
+
+def exact_squares(values: Floats) -> int:
+    """Sum of the squares of finite doubles without rounding, as an integer number of 2^−2252.
+
+    >>> square_ratio(exact_squares(np.array([1e16 + 2, 0.5])))
+    Fraction(400000000000000160000000000000017, 4)
+    """
+    total = 0
+    for start in range(0, len(values), _MOST):
+        mantissa, exponent = np.frexp(values[start : start + _MOST])
+        whole = np.ldexp(mantissa, _MANTISSA).astype(np.int64)
+        high, low = whole >> _HALF, whole & ((1 << _HALF) - 1)
+        least = int(exponent.min())
+        cells, place = _cells((exponent - least).astype(np.int64))
+        # (high · 2^27 + low)², each product of at most 54 bits and added in halves.
+        for product, shift in ((high * high, 2 * _HALF), (high * low, _HALF + 1), (low * low, 0)):
+            for part, up in ((product >> _HALF, _HALF), (product & ((1 << _HALF) - 1), 0)):
+                sums = np.bincount(place, weights=part)
+                for cell, found in zip(cells.tolist(), sums.astype(np.int64).tolist(), strict=True):
+                    total += found << (shift + up + 2 * (cell + least - _MANTISSA + UNIT))
+    return total
+
+
+def integer_sums(values: Counts) -> tuple[int, int]:
+    """Σx and Σx² of 64-bit integers, without rounding or overflow (fewer than 2^31 values)."""
+    high, low = values >> 32, values & 0xFFFFFFFF
+    squares = (_total(high * high) << 64) + (_total(high * low) << 33) + _total(low.astype(np.uint64) ** np.uint64(2))
+    return _total(values), squares
+
+
+def _total(values: Counts | Keys) -> int:
+    high, low = values >> values.dtype.type(32), values & values.dtype.type(0xFFFFFFFF)
+    return (int(high.sum()) << 32) + int(low.sum())
+
+
+def square_ratio(total: int) -> Fraction:
+    """What `exact_squares` counted, as a number."""
+    return Fraction(total, 1 << 2 * UNIT)
+
+
+def deviation(count: int, total: int, squares: int) -> float:
+    """Population standard deviation of `count` values of which `exact_sum` is `total` and `exact_squares` is `squares`."""
+    return root(Fraction(count * squares - total * total, (count << UNIT) ** 2)) if count else 0.0
+
+
+def root(value: Fraction) -> float:
+    """Square root of a fraction that is not negative, to the nearest double, also where the fraction itself is none."""
+    shift = max(0, 132 - value.numerator.bit_length() + value.denominator.bit_length()) & ~1
+    scaled, rest = divmod(value.numerator << shift, value.denominator)
+    found = math.isqrt(scaled)
+    # The last of some 65 bits says that there is more, so that rounding to 53 is rounding the root.
+    inexact = bool(rest) or found * found != scaled
+    return float(Fraction(found << 1 | inexact, 2 << shift // 2))
 
 
 def _cells(keys: Counts) -> tuple[Counts, Counts]:
@@ -62,12 +118,12 @@ def _cells(keys: Counts) -> tuple[Counts, Counts]:
 
 def ratio(total: int) -> Fraction:
     """What `exact_sum` counted, as a number."""
-    return Fraction(total, 1 << _UNIT)
+    return Fraction(total, 1 << UNIT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, sum, sum of squares, least and greatest of the values that are not NaN."""
+    """Count, exact sum, exact sum of squares (see `exact_sum`, `exact_squares`), least and greatest of known values."""
 
     count: int = 0
     total: int = 0
@@ -77,10 +133,19 @@ class Moments:
 
     @classmethod
     def of(cls, values: Floats) -> Moments:
+        """Of the doubles that are not NaN."""
         known = values[~np.isnan(values)]
         if not len(known):
             return cls()
-        return cls(len(known), exact_sum(known), exact_sum(known * known), float(known.min()), float(known.max()))
+        return cls(len(known), exact_sum(known), exact_squares(known), float(known.min()), float(known.max()))
+
+    @classmethod
+    def of_integers(cls, values: Counts) -> Moments:
+        """Of 64-bit integers; least and greatest are integers too."""
+        if not len(values):
+            return cls()
+        total, squares = integer_sums(values)
+        return cls(len(values), total << UNIT, squares << 2 * UNIT, int(values.min()), int(values.max()))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -92,18 +157,19 @@ class Moments:
         )
 
     @property
+    def exact_mean(self) -> Fraction:
+        """0 where there is no value."""
+        return ratio(self.total) / self.count if self.count else Fraction(0)
+
+    @property
     def mean(self) -> float:
         """0 where there is no value."""
-        return float(ratio(self.total) / self.count) if self.count else 0.0
+        return float(self.exact_mean)
 
     @property
     def deviation(self) -> float:
         """Population standard deviation; 0 where there is no value."""
-        if not self.count:
-            return 0.0
-        variance = ratio(self.squares) / self.count - (ratio(self.total) / self.count) ** 2
-        # Squares of doubles are rounded each by itself, so a constant may come out a hair below 0.
-        return float(max(variance, Fraction(0))) ** 0.5 if self.least < self.greatest else 0.0
+        return deviation(self.count, self.total, self.squares)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,6 +197,12 @@ class Bins:
         return cls(np.empty(0, np.uint64), np.empty((0, counters), np.int64), 0, limit)
 
     @classmethod
+    def of_integers(cls, values: Counts, limit: int) -> Bins:
+        """Bins of 64-bit integers by their own bits, so that those beyond 2^53 stay apart; see `integer_quantiles`."""
+        keys = np.ascontiguousarray(values).view(np.uint64) ^ _SIGN
+        return _summed(keys, np.ones((len(keys), 1), np.int64), 0, limit)
+
+    @classmethod
     def of(cls, values: Floats, limit: int, weights: Counts | None = None) -> Bins:
         """Bins of the values that are not NaN; `weights` int64 [rows, counters] counts each row as often as it says."""
         counters = np.ones((len(values), 1), np.int64) if weights is None else weights
@@ -156,18 +228,27 @@ class Bins:
 
     def quantiles(self, at: Iterable[float]) -> list[float]:
         """Linear quantiles (type 7 of Hyndman & Fan 1996) of the first counter; 0 where there is no value."""
+        values = self.values
+        at = list(at)
+        found = [(float(values[low]), float(values[high]), share) for low, high, share in self._between(at)]
+        return [first + (second - first) * float(share) for first, second, share in found] or [0.0] * len(at)
+
+    def integer_quantiles(self, at: Iterable[float]) -> list[Fraction]:
+        """As `quantiles`, exactly, of what `of_integers` counted without dropping bits."""
+        values = (self.keys ^ _SIGN).view(np.int64)
+        found = [(int(values[low]), int(values[high]), share) for low, high, share in self._between(at)]
+        return [first + (second - first) * share for first, second, share in found]
+
+    def _between(self, at: Iterable[float]) -> list[tuple[int, int, Fraction]]:
+        """Per quantile the two bins that it lies between, and how far from the first to the second; nothing of no values."""
         running = np.cumsum(self.counts[:, 0])
         if not len(running) or not running[-1]:
-            return [0.0 for _ in at]
-        values, last = self.values, int(running[-1]) - 1
-        result = []
-        for share in at:
-            place = Fraction(share) * last
+            return []
+        last, result = int(running[-1]) - 1, []
+        for place in (Fraction(share) * last for share in at):
             low = int(place)
-            first, second = (
-                float(values[np.searchsorted(running, rank, "right")]) for rank in (low, min(low + 1, last))
-            )
-            result.append(first + (second - first) * float(place - low))
+            first, second = (int(np.searchsorted(running, rank, "right")) for rank in (low, min(low + 1, last)))
+            result.append((first, second, place - low))
         return result
 
 

@@ -222,7 +222,7 @@ def save_best(
         booster = handle.read()
     manifest = {
         "model": model.name, "objective": model.objective, "classes": classes_of(model, account), "metric": model.metric,
-        "view": model.view.name, "fingerprint": model.view.fingerprint, "key": list(model.view.key), "time": model.view.time,
+        "problem": model.problem, "view": model.view.name, "fingerprint": model.view.fingerprint, "key": list(model.view.key), "time": model.view.time,
         "inputs": fitted.inputs, "columns": fitted.names, "rounds": best.rounds, "params": dict(best.trial.params), "seed": model.seed,
         "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, **provenance,
     }  # fmt: skip
