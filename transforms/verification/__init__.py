@@ -10,9 +10,11 @@ from transforms.verification.check import (
     Verification,
     Verified,
     verify_rows,
+    verify_written,
 )
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import Files, Frames, spine_rows
+from transforms.verification.sample import choose, choose_files, every_row
 
 __all__ = [
     "ROWS",
@@ -24,7 +26,11 @@ __all__ = [
     "Frames",
     "Verification",
     "Verified",
+    "choose",
+    "choose_files",
+    "every_row",
     "recompute",
     "spine_rows",
     "verify_rows",
+    "verify_written",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from schemas.durations import DAY
 from schemas.errors import MismatchError
+from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
-from transforms.contracts import Contract
+from transforms.contracts import EPOCH, Contract
 from transforms.inventory import Slice
 from transforms.tables import DataFile
 from transforms.verification.plain_features import recompute
@@ -23,8 +26,8 @@ from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, 
 ROWS = 100
 SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
 # Values of a source that are read in a second, for what is left undone for want of time; and what a run's files take.
-VALUES_PER_SECOND = 25e6
-SECONDS_PER_GROUP, SECONDS_PER_ROW = 0.002, 0.0006
+VALUES_PER_SECOND = 15e6
+SECONDS_PER_GROUP, SECONDS_PER_VALUE = 0.002, 3e-5
 # Rows recomputed in one pass over the sources where every row is wanted.
 AT_ONCE = 20_000
 EXAMPLES = 3
@@ -148,50 +151,48 @@ class Verification:
         """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped): what
         the time allows by estimate, and at least one row."""
         rows, seconds = int(self.amount.rows or 1), self.amount.seconds
-        most = max(rows // ROWS_PER_FILE, 1)
-        if seconds is None:
-            return rows, *choose_files(files, most, self.run_id), False
+        most, each = max(rows // ROWS_PER_FILE, 1), SECONDS_PER_VALUE * len(self.view.columns)
         chosen, starts = choose_files(files, most, self.run_id)
-        whole = self._seconds(None)
-        if whole + rows * SECONDS_PER_ROW <= seconds:
+        if seconds is None:
             return rows, chosen, starts, False
-        for few in range(most, 0, -1):
-            count = -(-rows * few // most)
-            chosen, starts = choose_files(files, few, self.run_id)
-            spent = min(self._seconds(chosen), whole)
-            if spent + count * SECONDS_PER_ROW <= seconds:
-                return count, chosen, starts, True
-        return max(min(rows, int((seconds - self._seconds(chosen)) / SECONDS_PER_ROW)), 1), chosen, starts, True
+        whole = self._seconds(None)
+        if whole + rows * each <= seconds:
+            return rows, chosen, starts, False
+        # Dates cost reading, rows computing: as many rows as time allows, and not all of one date.
+        count, few = 1, 1
+        for dates in range(1, most + 1):
+            left = seconds - self._seconds(choose_files(files, dates, self.run_id)[0])
+            if (rows_left := min(int(left / each), 2 * ROWS_PER_FILE * dates, rows)) >= count:
+                count, few = rows_left, dates
+        return count, *choose_files(files, few, self.run_id), True
 
     def _seconds(self, files: Sequence[DataFile] | None) -> float:
         """About how long it takes to read what the spine rows of `files` can see (None: all rows of the sources)."""
         total = 0.0
+        days = None if files is None else np.array([(file.date - EPOCH.date()).days for file in files]) * DAY
         for name, slices in self.slices.items():
-            source = self.contracts[name].source
-            twice = 2 if source.unique else 1
-            for each in slices:
-                near = files is None or source.time is None or any(self._near(each, name, file) for file in files)
-                total += near * (SECONDS_PER_GROUP + each.rows * (len(source.schema) + twice) / VALUES_PER_SECOND)
-        return total
+            source, reach = self.contracts[name].source, self._reaches.get(name, 0)
+            rows, low, high = (np.array([getattr(each, field) for each in slices]) for field in ("rows", "low", "high"))
+            near = np.ones(len(rows), np.bool_)
+            if days is not None and source.time is not None:
+                seen = low[:, None] < days + DAY
+                if reach is not None:
+                    seen &= high[:, None] >= days - reach
+                near = seen.any(axis=1)
+            total += near.sum() * SECONDS_PER_GROUP + rows[near].sum() * len(source.schema) / VALUES_PER_SECOND
+            total += rows.sum() * len(source.unique or ()) / VALUES_PER_SECOND
+        return float(total)
 
-    def _near(self, each: Slice, name: str, file: DataFile) -> bool:
-        """Whether spine rows of the file's date can see rows of the row group."""
-        start = file.date.toordinal() - 719_163  # days since 1970
-        back = self.view.reach(name) if name in self.view.sources else 0
-        ever = any(name == source for source in self._lifetime)
-        return each.low < (start + 1) * DAY and (ever or each.high >= start * DAY - back)
-
-    @property
-    def _lifetime(self) -> set[str]:
-        return {
+    @functools.cached_property
+    def _reaches(self) -> dict[str, int | None]:
+        """How far back each source is seen, µs; None: for ever."""
+        ever = {
             feature.source.name
             for feature in self.view.features
-            for length in (
-                [each.length for each in feature.statistics] if hasattr(feature, "statistics")
-                else [feature.length] if hasattr(feature, "length") else []
-            )
-            if length is None
-        }  # fmt: skip
+            if (isinstance(feature, Trailing) and "all" in feature.over)
+            or (isinstance(feature, Latest) and feature.length is None)
+        }
+        return {name: None if name in ever else self.view.reach(name) for name in self.view.events}
 
     def _rows(self, rows: pl.DataFrame, tables: Files, least: int) -> Verified:
         """Verify `rows`; of more than `least` those that memory allows."""
@@ -204,6 +205,24 @@ class Verification:
             if half >= max(least, 1):
                 return self._rows(rows[:half], tables, least)
             return self._rows(rows[:half], tables, half) + self._rows(rows[half:], tables, len(rows) - half)
+
+
+def verify_written(
+    written: Sequence[tuple[DataFile, Mapping[str, str]]], verification: Verification | None
+) -> Verified | None:
+    """Verify some of the rows in files that are about to be committed.
+
+    Raises:
+        MismatchError: a value differs.
+    """
+    if verification is None:
+        return None
+    found = verification.of_files([file for file, _ in written])
+    found.require_equal(
+        "What a run publishes is what the definition says, computed plainly from all rows of the sources",
+        "Nothing was committed.  Compute everything again with --full; if it differs still, please report it",
+    )
+    return found
 
 
 def verify_rows(view: FeatureView, published: pl.DataFrame, spine: pl.DataFrame, tables: Tables) -> Verified:
@@ -238,8 +257,3 @@ def differ(left: pl.Series, right: pl.Series) -> pl.Series:
 
 def _row(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in (*view.key, view.time)}
-
-
-def total(results: Iterator[Verified]) -> Verified:
-    """Sum of several."""
-    return sum(results, Verified())

@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.expressions import columns_of
 from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView
 from transforms.verification.plain_expressions import evaluate, holds, stored
 from transforms.verification.plain_sources import Tables, Wanted, dimension_rows, events
-from transforms.verification.plain_statistics import statistic, variance, variances_allowed
+from transforms.verification.plain_statistics import rounded, statistic, variance, variances_allowed
 
 Reading = Trailing | Latest | Lookup
 Waiting = list[tuple[Reading, pl.DataFrame]]
@@ -30,28 +29,31 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
     """
     frame, moments = spine, spine[view.time].to_physical().to_numpy()
     waiting: Waiting = []
+    derived: list[Derived] = []
+    to_come: set[str] = set()  # names that `waiting` and `derived` will make
 
-    def gather(frame: pl.DataFrame) -> pl.DataFrame:
-        made = _gathered(view, waiting, moments, tables, published)
-        waiting.clear()
-        return frame.with_columns(made)
-
-    for feature in view.features:
-        reads = (
-            {column for expr in feature.columns.values() for column in columns_of(expr)}
-            if isinstance(feature, Derived)
-            else {column for column, _ in feature.keys}
-        )
-        if not reads <= set(frame.columns):
-            frame = gather(frame)
-        if isinstance(feature, Derived):
+    def settle(frame: pl.DataFrame) -> pl.DataFrame:
+        frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
+        for feature in derived:
             made = [
                 stored(evaluate(expr, frame), view.columns[name]).alias(name) for name, expr in feature.columns.items()
             ]
             frame = frame.with_columns(made)
-        else:  # with the keys as they are here: a Derived below may hide them
-            waiting.append((feature, _values(feature, frame)))
-    return gather(frame).select(*view.context, *view.columns)
+        for each in (waiting, derived, to_come):
+            each.clear()
+        return frame
+
+    # A source is read once for all features that can be computed together: whatever comes before one of their keys.
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            derived.append(feature)
+            to_come |= set(feature.columns)
+            continue
+        if to_come & {column for column, _ in feature.keys}:
+            frame = settle(frame)
+        waiting.append((feature, _values(feature, frame)))
+        to_come |= set(feature.outputs({**view.spine.schema, **view.columns}))
+    return settle(frame).select(*view.context, *view.columns)
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
@@ -99,9 +101,7 @@ def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables:
     rows = dimension_rows(tables, feature.source.name, keys, values)
     rows = rows.select(*keys, *(pl.col(column).alias(f"__{column}") for column in feature.columns))
     found = values.join(rows, on=keys, how="left", maintain_order="left")
-    return [
-        stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()
-    ]
+    return [stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
 
 
 def _windowed(
@@ -142,28 +142,35 @@ def _windowed(
         if each.column == "*":
             made.append(pl.Series(each.name, [len(places) for places in inside], pl.Int64))
             continue
-        column = seen[each.column]
-        parts = [column.gather(pl.Series(places)) for places in inside]
+        parts = _parts(seen[each.column], each.stat, inside)
         if each.stat in ("var", "std"):
             made.append(_variances(each.name, each.stat, parts, published[each.name]))
             continue
-        results = [statistic(each.stat, part) for part in parts]
-        if each.stat in ORDERED:
-            dtype = column.dtype
-        else:
-            dtype = pl.Int64() if each.stat in ("count", "n_unique") else pl.Float64()
-        made.append(stored(pl.Series(each.name, results, dtype), view.columns[each.name]).alias(each.name))
+        dtype = (
+            seen[each.column].dtype if each.stat in ORDERED
+            else pl.Int64() if each.stat in ("count", "n_unique") else pl.Float64()
+        )  # fmt: skip
+        results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
+        made.append(stored(results, view.columns[each.name]).alias(each.name))
     return made
 
 
-def _variances(name: str, stat: str, parts: Sequence[pl.Series], published: pl.Series) -> pl.Series:
+def _parts(column: pl.Series, stat: str, inside: Sequence[npt.NDArray[np.int64]]) -> list[list[Any]]:
+    """The values of each window, in order."""
+    if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
+        return [column.gather(pl.Series(places)).drop_nulls().to_list() for places in inside]
+    numbers = column.cast(pl.Float64).to_numpy()  # of which NaN is none: it was read as null
+    return [values[~np.isnan(values)].tolist() for values in (numbers[places] for places in inside)]
+
+
+def _variances(name: str, stat: str, parts: Sequence[list[float]], published: pl.Series) -> pl.Series:
     results: list[float | None] = []
     for part, given in zip(parts, published.to_list(), strict=True):
-        exact = variance(part.drop_nulls().cast(pl.Float64).to_list())
+        exact = variance(part)
         if exact is None:
             results.append(None)
             continue
         low, high = variances_allowed(exact, stat)
-        number = float(given if given is not None and low <= given <= high else np.float32(float(statistic(stat, part))))
+        number = float(given if given is not None and low <= given <= high else np.float32(rounded(exact, stat)))
         results.append(number if np.isfinite(number) else None)
     return pl.Series(name, results, pl.Float32)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from schemas.errors import ContractError
 from schemas.sources import Source
@@ -90,9 +91,7 @@ class Files:
         for each in self.slices[name]:
             if wanted is not None and self.skip and not _overlaps(each, wanted):
                 continue
-            if wanted is not None and not _any_within(contract, each, wanted):
-                continue
-            for frame in _read(contract, each, columns):
+            for frame in _read(contract, each, columns, wanted):
                 held.append(frame)
                 if sum(map(len, held)) >= PIECE:
                     yield pl.concat(held)
@@ -229,36 +228,30 @@ def _moments(times: pl.Series) -> Ints:
 
 
 def _overlaps(each: Slice, wanted: Sequence[Wanted]) -> bool:
+    """Whether by its footer some row of the row group is within reach."""
     for one in wanted:
-        low = -EVER if one.length is None else int(one.moments.min()) - one.length
-        if each.low < int(one.moments.max()) and each.high >= low:
+        moments = np.sort(one.moments)
+        after = np.searchsorted(moments, each.low, "right")
+        if after < len(moments) and (one.length is None or moments[after] - one.length <= each.high):
             return True
     return False
 
 
-def _any_within(contract: Contract, each: Slice, wanted: Sequence[Wanted]) -> bool:
-    source = contract.source
-    times = [name for name in (source.time, source.event_time) if name is not None]
-    for frame in _read(contract, each, times):
-        known, placed = _times(source, frame)
-        if any(one.within(known, placed).any() for one in wanted):
-            return True
-    return False
-
-
-def _read(contract: Contract, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is null."""
+def _read(
+    contract: Contract, each: Slice, columns: Sequence[str], wanted: Sequence[Wanted] | None
+) -> Iterator[pl.DataFrame]:
+    """Columns of a row group; nothing where by its times no row is within reach."""
     source = contract.source
     file = open_parquet(each.path, source)
-    given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
-    there = [name for name in columns if name in contract.columns or name in file.schema_arrow.names or name in given]
-    rules = dataclasses.replace(contract, columns=tuple(there))
-    inside = [name for name in there if name in file.schema_arrow.names]
+    times = [name for name in (source.time, source.event_time) if name is not None]
     try:
-        for batch in file.iter_batches(PIECE, [each.group], inside):
-            frame = rules.cast(pa.Table.from_batches([batch]), each.path)
-            missing = [pl.lit(None, source.schema[name]).alias(name) for name in columns if name not in there]
-            yield frame.with_columns(missing).select(columns) if missing else frame
+        # Footers are not believed where they say that nothing is within reach.
+        if (
+            wanted is None
+            or _overlaps(each, wanted)
+            or any(_any_within(source, frame, wanted) for frame in _pieces(contract, file, each, times))
+        ):
+            yield from _pieces(contract, file, each, columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise ContractError(
             f"Source {source.name!r}: every file is whole Parquet",
@@ -271,3 +264,25 @@ def _read(contract: Contract, each: Slice, columns: Sequence[str]) -> Iterator[p
             f"{each.path} was replaced",
             "Run the same command again; write new files aside and rename them",
         )
+
+
+def _any_within(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> bool:
+    known, placed = _times(source, frame)
+    return any(one.within(known, placed).any() for one in wanted)
+
+
+def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is null."""
+    types, names = contract.source.schema, file.schema_arrow.names
+    given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
+    there = [name for name in columns if name in contract.columns or name in names or name in given]
+    missing = [pl.lit(None, types[name]).alias(name) for name in columns if name not in there]
+    rules, inside = dataclasses.replace(contract, columns=tuple(there)), [name for name in there if name in names]
+    parts = (
+        [file.read_row_group(each.group, inside)]
+        if each.rows <= PIECE
+        else (pa.Table.from_batches([batch]) for batch in file.iter_batches(PIECE, [each.group], inside))
+    )
+    for part in parts:
+        frame = rules.cast(part, each.path)
+        yield frame.with_columns(missing).select(columns) if missing else frame

@@ -7,41 +7,44 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 # The definition promises 40 good bits of a variance before it is rounded to float32.
 _VARIANCE = Fraction(1, 2**40)
 
 
-def statistic(stat: str, values: pl.Series) -> Any:
-    """`stat` of the values in order of time; nulls are not values."""
-    values = values.drop_nulls()
+def statistic(stat: str, values: list[Any]) -> Any:
+    """`stat` of the values, in order of time and without nulls; numbers as float64 where the statistic needs them."""
     if stat == "count":
         return len(values)
     if stat == "n_unique":
-        return len(set(values.to_list()))
-    if not len(values):
+        return len(set(values))
+    if not values:
         return None
     if stat in ("first", "last"):
         return values[0 if stat == "first" else -1]
-    numbers = values.cast(pl.Float64).to_list()
     match stat:
         case "sum":
-            return math.fsum(numbers)
+            return math.fsum(values)
         case "mean":
-            return math.fsum(numbers) / len(numbers)
-        case "var" | "std":
-            exact = variance(numbers)
-            return None if exact is None else rounded(exact, stat)
+            return math.fsum(values) / len(values)
         case "min":
-            return min(numbers)
+            return min(values)
         case "max":
-            return max(numbers)
+            return max(values)
         case "median":
-            ordered = sorted(numbers)
+            ordered = sorted(values)
             return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
         case _:
-            return float(np.quantile(numbers, int(stat[1:]) / 100))
+            return quantile(values, int(stat[1:]) / 100)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear interpolation between neighbours (type 7), from the nearer of the two, as NumPy rounds it."""
+    ordered, at = sorted(values), (len(values) - 1) * q
+    below = math.floor(at)
+    a, b = ordered[below], ordered[min(below + 1, len(values) - 1)]
+    t = at - below
+    return a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
 
 
 def variance(numbers: list[float]) -> Fraction | None:

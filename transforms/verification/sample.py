@@ -93,7 +93,10 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
     edges = np.array([0, len(rows) - 1])
     # One in four by chance alone: rows without values have answers too.
     chance = np.argsort(draw)
-    mixed = [*edges, *(int(place) for i in range(quota) for place in (order[i : i + 1] if i % 4 else chance[i : i + 1]))]
+    mixed = [
+        *edges,
+        *(int(place) for i in range(quota) for place in (order[i : i + 1] if i % 4 else chance[i : i + 1])),
+    ]
     places = list(dict.fromkeys(int(place) for place in mixed))[:quota]
     return rows[places].with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__rank"))
 
