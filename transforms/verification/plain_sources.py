@@ -277,7 +277,9 @@ def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequ
     given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
     there = [name for name in columns if name in contract.columns or name in names or name in given]
     missing = [pl.lit(None, types[name]).alias(name) for name in columns if name not in there]
-    rules, inside = dataclasses.replace(contract, columns=tuple(there)), [name for name in there if name in names]
+    # A contract of exactly these columns: what a run reads beside those that it judges is its own affair.
+    rules = Contract(contract.source, tuple(there), contract.required, contract.now, contract.partitions)
+    inside = [name for name in there if name in names]
     parts = (
         [file.read_row_group(each.group, inside)]
         if each.rows <= PIECE

@@ -69,8 +69,8 @@ def _spread(files: Sequence[DataFile], most: int, run_id: str) -> list[DataFile]
 
 
 def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str) -> Sample:
-    """`count` rows of `files`, of each its edges, then mostly rows that have values."""
-    quota = -(-count // max(len(files), 1))
+    """`count` rows of `files`, of each its edges, then those that have most values and some by chance, in turn."""
+    quota = 2 * -(-count // max(len(files), 1))  # of which a file with few rows leaves some to the others
     ranked, first = [], []
     for file in files:
         rows = frame(read_file(file)).sort(view.time, *view.key)
@@ -89,13 +89,12 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
     """`quota` of a file's rows in order of `__rank`."""
     nulls = rows.select(pl.sum_horizontal(pl.col(name).is_null() for name in view.columns)).to_series().to_numpy()
     draw = _draw(rows, run_id)
-    order = np.lexsort((draw, nulls > np.median(nulls)))
+    fullest, chance = np.lexsort((draw, nulls)), np.argsort(draw)
     edges = np.array([0, len(rows) - 1])
-    # One in four by chance alone: rows without values have answers too.
-    chance = np.argsort(draw)
+    # Half by chance alone: rows whose windows are empty have answers too.
     mixed = [
         *edges,
-        *(int(place) for i in range(quota) for place in (order[i : i + 1] if i % 4 else chance[i : i + 1])),
+        *(int(place) for i in range(quota) for place in (chance if i % 2 else fullest)[i : i + 1]),
     ]
     places = list(dict.fromkeys(int(place) for place in mixed))[:quota]
     return rows[places].with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__rank"))
