@@ -52,8 +52,8 @@ def choose_files(files: Iterable[DataFile], most: int, run_id: str) -> tuple[lis
     known = sorted(set(files), key=lambda file: (file.date, file.path))
     days = sorted({file.date for file in known})
     begin = {day for day in days if day - timedelta(days=1) not in set(days)}
-    starts = _spread([next(file for file in known if file.date == day) for day in sorted(begin)], MOST_STARTS, run_id)
-    starts = starts[: max(most, 1)]
+    firsts = [next(file for file in known if file.date == day) for day in sorted(begin)]
+    starts = _spread(firsts, max(min(most, MOST_STARTS), 1), run_id)
     rest = [file for file in known if file not in starts]
     ends = rest[-1:] if most > len(starts) else []
     more = _spread([file for file in rest if file not in ends], most - len(starts) - len(ends), run_id)
