@@ -166,11 +166,11 @@ class Work:
     stale: Stale
     current: Current
     base: int | None
-    inventory: Inventory | None = None
-    everything: bool = False
     segments: tuple[Segment, ...] = ()
     since: Mapping[int, Snapshot | None] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
+    inventory: Inventory | None = None
+    everything: bool = False
 
 
 def prepare(options: Options) -> Work:
@@ -215,12 +215,12 @@ def prepare(options: Options) -> Work:
     older = [] if options.full else older_tables(options.store, view)
     copies = find_copies(view, inventory, current, older, days)
     if not lifetime_sources(view):
-        return Work(plan, stale, current, base, inventory, everything, copies=copies)
+        return Work(plan, stale, current, base, copies=copies, inventory=inventory, everything=everything)
     usable = {first: None if everything else usable_snapshot(view, manifest, current, first) for first, _ in ranges}
     since = {first: found and Snapshot(found[0], tuple(found[1])) for first, found in usable.items()}
     timeless = {name: inventory.timeless(name) for name in view.events if everything}
     parts = segments(view, plan, since, inventory.slices, timeless)
-    return Work(plan, stale, current, base, inventory, everything, parts, since, copies)
+    return Work(plan, stale, current, base, parts, since, copies, inventory, everything)
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:

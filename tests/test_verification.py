@@ -25,7 +25,7 @@ from test_kernels import same
 from beam_pipelines import cli, features, verify
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing, load_definition
 from schemas.errors import ContractError, MismatchError
-from transforms import kernels
+from transforms import evolution, kernels
 from transforms.contracts import Contract
 from transforms.inventory import take_inventory
 from transforms.kernels import compute
@@ -174,14 +174,15 @@ def test_a_window_holds_more_rows_than_memory_and_is_verified_in_parts(tmp_path:
 
 def test_a_column_that_no_feature_needs_may_be_missing_from_a_file(tmp_path: Path) -> None:
     frames = market.sources(30)
-    folder = market.write(tmp_path, {**frames, "sales": frames["sales"].drop("city")}) / "sources"
+    frames["stock"] = frames["stock"].drop("note")
+    folder = market.write(tmp_path, frames) / "sources"
     text = (
         market.DEFINITION[: market.DEFINITION.index("view =")]
         + """view = FeatureView("few", visits, key="visit", features=[
-        Trailing(sales, by="shop", over="1d", stats={"price": ("sum", "count")})])"""
+        Trailing(stock, by="shop", over="1d", stats={"pieces": ("sum", "count")})])"""
     )
     view = load_definition(str(market.define(tmp_path, text))).view
-    rows = compute(view, frames["visits"], {"sales": frames["sales"]})
+    rows = compute(view, frames["visits"], {"stock": frames["stock"]})
     found = verification(view, folder).of_files(published(view, rows, tmp_path / "table"))
     assert (found.rows, found.differing) == (30, 0)
 
@@ -219,12 +220,23 @@ def test_integers_are_computed_in_64_bits_and_null_beyond(a: int, b: int, c: int
         assert evaluate(expr, frame)[0] == (exact if -(2**63) <= exact < 2**63 else None)
 
 
-def test_unsigned_results_may_be_negative_and_floats_are_wide() -> None:
-    frame = pl.DataFrame({"s": ["abc"], "f": [0.1]}, schema={"s": pl.String, "f": pl.Float32})
-    assert evaluate(pl.col("s").str.len_bytes() - 10, frame)[0] == -7
+def test_arithmetic_is_wide_and_all_else_reads_values_as_they_are() -> None:
+    frame = pl.DataFrame(
+        {"s": ["abc"], "f": [0.1], "n": [-128]}, schema={"s": pl.String, "f": pl.Float32, "n": pl.Int8}
+    )
     wide = float(np.float32(0.1))
-    assert evaluate((pl.col("f") * 3 + 1e-9).alias("x"), frame)[0] == wide * 3 + 1e-9
-    assert evaluate(pl.when(pl.col("f") > 0.1).then(pl.col("s").str.len_bytes()).otherwise(pl.lit(0)), frame)[0] == 3
+
+    def value(expr: pl.Expr) -> Any:
+        return evaluate(expr, frame)[0]
+
+    assert value(pl.col("s").str.len_bytes() - 10) == -7
+    assert (value(-pl.col("n")), value(pl.col("n").abs()), value(pl.col("n") ** 3)) == (128, 128, -(128**3))
+    assert value((pl.col("f") * 3 + 1e-9).alias("x")) == wide * 3 + 1e-9
+    assert value(pl.col("f") > 0.1) is False, "a comparison reads the column as it is"
+    assert value(pl.col("f") * 1 > 0.1) is True
+    assert value(pl.when(pl.col("f") > 0).then(pl.col("s").str.len_bytes()).otherwise(pl.lit(0))) == 3
+    assert value(pl.col("s").str.slice(pl.col("n") + 129)) == "bc"
+    assert value(pl.col("s").hash(1)) == pl.Series(["abc"]).hash(1).reinterpret(signed=True)[0]
     assert evaluate(pl.lit(2), frame).to_list() == [2]
 
 
@@ -400,12 +412,14 @@ def test_integers_that_wrap_are_caught(tmp_path: Path, monkeypatch: pytest.Monke
     text = market.DEFINITION.replace("hour=", 'total=pl.col("city") * 2_000_000_000, hour=')
     market.write(tmp_path, frames)
 
-    def narrow(feature: Derived, types: Mapping[str, pl.DataType]) -> list[pl.Expr]:
-        made = {name: kernels.stored(expr, types[name]) for name, expr in feature.columns.items()}
-        wraps = pl.col("city").cast(pl.Int64) * 2_000_000_000 % 2**32 - 2**31
-        return [(wraps if name == "total" else expr).alias(name) for name, expr in made.items()]
+    real = kernels.compute
+    city = pl.col("city").cast(pl.Int64)
 
-    monkeypatch.setattr(kernels, "derived", narrow)
+    def narrow(*args: Any, **named: Any) -> pl.DataFrame:
+        made, spine = real(*args, **named), args[1]
+        return made.with_columns(spine.select(total=(city * 2_000_000_000 + 2**31) % 2**32 - 2**31).to_series())
+
+    monkeypatch.setattr(evolution, "compute", narrow)
     told = refused(tmp_path, text=text)
     assert "'total' of visit=" in told
 
