@@ -18,6 +18,7 @@ COMMANDS = {
     "schema": ("beam_pipelines.schema", "infer, check or update the schema.pbtxt that features must keep"),
     "plan": ("beam_pipelines.plan", "print what `features` would do, and run nothing"),
     "parity": ("beam_pipelines.parity", "compute live answers again in batch, and compare them to the bit"),
+    "verify": ("beam_pipelines.verify", "compute rows of a feature table again, plainly, and compare them to the bit"),
     "tables": ("beam_pipelines.store:tables", "list every table of a store"),
     "trace": ("beam_pipelines.store:trace", "follow a feature row or a prediction back to what it was made from"),
     "vacuum": ("beam_pipelines.store:vacuum", "remove what no commit names and no kept version needs"),

@@ -18,6 +18,7 @@ from beam_pipelines.direct import batch_pipeline
 from beam_pipelines.options import Arguments
 from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
+from beam_pipelines.verify import VerifyFlags, add_verification
 from schemas.durations import DAY
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
@@ -25,7 +26,7 @@ from transforms.carrying import CarrySummaries, Segment, Snapshot, segments, sna
 from transforms.contracts import day_of
 from transforms.evolution import Copies, find_copies
 from transforms.inputs import Tally, add_tallies, conserve
-from transforms.inventory import take_inventory
+from transforms.inventory import Inventory, take_inventory
 from transforms.manifests import WriteManifest, older_tables, read_manifest
 from transforms.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
 from transforms.publication import AlsoChecked, Rules, Validate, make_check
@@ -44,6 +45,7 @@ from transforms.tables import (
     open_table,
 )
 from transforms.trailing import TrailingFeatures
+from transforms.verification import Verification, Verified, verify_written
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
@@ -65,6 +67,7 @@ class Options:
     key_shards: int | None
     broadcast_mb: float
     rules: Rules | None
+    verify: VerifyFlags
     now: int
     beam_args: tuple[str, ...]
 
@@ -128,6 +131,7 @@ def parse(
         action="store_true",
         help="compute the same features live, from topics or a replay; has flags of its own",
     )
+    add_verification(arguments)
     arguments.add_validation()
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
@@ -140,7 +144,8 @@ def parse(
         definition=definition, store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
         run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
         block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], key_shards=flags.key_shards,
-        broadcast_mb=flags.broadcast_mb, rules=rules, now=time.time_ns() // 1000, beam_args=tuple(rest),
+        broadcast_mb=flags.broadcast_mb, rules=rules, verify=VerifyFlags(flags.verify, flags.verify_share),
+        now=time.time_ns() // 1000, beam_args=tuple(rest),
     )  # fmt: skip
 
 
@@ -164,6 +169,8 @@ class Work:
     segments: tuple[Segment, ...] = ()
     since: Mapping[int, Snapshot | None] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
+    inventory: Inventory | None = None
+    everything: bool = False
 
 
 def prepare(options: Options) -> Work:
@@ -208,11 +215,12 @@ def prepare(options: Options) -> Work:
     older = [] if options.full else older_tables(options.store, view)
     copies = find_copies(view, inventory, current, older, days)
     if not lifetime_sources(view):
-        return Work(plan, stale, current, base, copies=copies)
+        return Work(plan, stale, current, base, copies=copies, inventory=inventory, everything=everything)
     usable = {first: None if everything else usable_snapshot(view, manifest, current, first) for first, _ in ranges}
     since = {first: found and Snapshot(found[0], tuple(found[1])) for first, found in usable.items()}
     timeless = {name: inventory.timeless(name) for name in view.events if everything}
-    return Work(plan, stale, current, base, segments(view, plan, since, inventory.slices, timeless), since, copies)
+    parts = segments(view, plan, since, inventory.slices, timeless)
+    return Work(plan, stale, current, base, parts, since, copies, inventory, everything)
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
@@ -244,6 +252,8 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
+    verified = beam.pvalue.AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
+    counted = counted | "AfterVerify" >> beam.Map(lambda written, _: written, verified)
     buried = beam.pvalue.AsSingleton(letters | "DeadLetters" >> WriteTable(of_letters))
     # Letters first: killed in between, a run is repeated, while dates once committed are not computed again for their letters.
     counted = counted | "AfterLetters" >> beam.Map(lambda written, _: written, buried)
@@ -261,16 +271,30 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
             table, AlsoChecked(manifest), (tallied, beam.pvalue.AsSingleton(judged))
         )
     account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, buried, account)
+    _ = committed | "Account" >> beam.Map(write_account, tallied, buried, verified, account)
 
 
-def write_account(committed: Committed, tallies: dict[str, Tally], buried: Committed, path: str) -> None:
+def verification(options: Options, work: Work) -> Verification | None:
+    """What verifies rows of the run before they are committed; None where `--verify 0` turned it off."""
+    assert work.inventory is not None
+    amount = options.verify.amount(options.now, work.everything)
+    if amount is None:
+        return None
+    view, inventory = options.definition.view, work.inventory
+    contracts = {view.spine.name: inventory.spine, **inventory.contracts}
+    return Verification(view, contracts, inventory.slices, amount, options.run_id)
+
+
+def write_account(
+    committed: Committed, tallies: dict[str, Tally], buried: Committed, verified: Verified | None, path: str
+) -> None:
     """Leave the run's figures where the launcher, on whatever machine, finds them."""
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(path, {
         "rows_in": sum(each.read for each in tallies.values()), "rows_out": committed.rows, "set_aside": buried.rows,
         "sources": {name: tally.counts for name, tally in tallies.items()},
         "files": committed.files, "dates": len(committed.dates), "commit_version": committed.version, **days,
+        **({} if verified is None else {"verified": str(verified), "verification": verified.figures}),
     })  # fmt: skip
 
 

@@ -40,8 +40,8 @@ class Run:
     ...     run["rows out"] = 336776
     """
 
-    def __init__(self, pipeline: str, run_id: str, folder: str) -> None:
-        self.pipeline, self.folder = pipeline, folder
+    def __init__(self, pipeline: str, run_id: str, folder: str, quiet: bool = False) -> None:
+        self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
         self.figures: dict[str, Any] = {"pipeline": pipeline, "run_id": run_id}
         self.where = ""  # what it works on, for messages
         progress()
@@ -89,7 +89,8 @@ class Run:
         if rows:
             self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
         write_json(FileSystems.join(self.folder, "run.json"), self.figures)
-        print(table(self.pipeline, self.figures), flush=True)
+        if not self.quiet:
+            print(table(self.pipeline, self.figures), flush=True)
 
 
 def table(title: str, figures: dict[str, Any]) -> str:

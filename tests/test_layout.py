@@ -23,6 +23,14 @@ MAY_IMPORT = {
     "examples": {"schemas", "examples"},
     "deploy": {"schemas", "deploy"},
 }
+# What verifies the features shares nothing with what computes them: besides itself it may import these of transforms/.
+VERIFICATION = "transforms/verification/"
+VERIFICATION_MAY = {
+    f"transforms.{name}"
+    for name in (
+        "verification", "batches", "ids", "tables", "commits", "places", "contracts", "inventory", "sources", "digests",
+    )
+}  # fmt: skip
 PIPELINES = {f"beam_pipelines.{name}" for name in ("features", "training", "inference")}
 # A use case's entry points run pipelines; its definition and its data never do.
 ENTRY_POINTS = {"examples/flights/run.py", "examples/flights/stream.py"}
@@ -89,6 +97,12 @@ def faults(source: str, path: str) -> list[str]:
             )
             if top not in allowed:
                 found.append(f"{here}; {room}/ may import only {', '.join(sorted(allowed))} of ours")
+            if (
+                path.startswith(VERIFICATION)
+                and top == "transforms"
+                and not any(within(name, each) for each in VERIFICATION_MAY)
+            ):
+                found.append(f"{here}; what verifies features shares nothing with what computes them")
             this = path.removesuffix(".py").replace("/", ".")
             if this in PIPELINES and any(within(name, other) for other in PIPELINES - {this}):
                 found.append(f"{here}; the pipelines meet only in tables, topics, files and the registry")
@@ -126,6 +140,13 @@ def test_imports_follow_the_plan() -> None:
         ("schemas/tables.py", "import apache_beam as beam", "schemas/ may import only polars, pyarrow"),
         ("schemas/tables.py", "def f():\n    from transforms.tables import read", "may import only schemas of ours"),
         ("schemas/tables.py", "from ..transforms import tables", "may import only schemas of ours"),
+        (
+            "transforms/verification/check.py",
+            "from transforms.kernels import stored",
+            "shares nothing with what computes",
+        ),
+        ("transforms/verification/check.py", "from ..windows import statistic", "shares nothing with what computes"),
+        ("transforms/verification/check.py", "from transforms import lifetime", "shares nothing with what computes"),
         ("transforms/topics.py", "from deploy.streaming.kafka import Broker", "may import only schemas, transforms"),
         ("deploy/streaming/kafka.py", "from transforms import topics", "may import only deploy, schemas of ours"),
         ("transforms/scoring.py", "from beam_pipelines.options import Options", "may import only schemas, transforms"),
@@ -155,6 +176,10 @@ def test_an_import_against_the_plan_is_found(path: str, source: str, fault: str)
             "import tensorflow_data_validation as tfdv\nfrom google.protobuf import json_format",
         ),
         ("beam_pipelines/cli.py", "from beam_pipelines import features, inference, training"),
+        (
+            "transforms/verification/check.py",
+            "from transforms.tables import DataFile\nfrom transforms import contracts",
+        ),
         ("examples/flights/run.py", "from beam_pipelines import features"),
         (
             "examples/flights/stream.py",

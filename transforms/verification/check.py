@@ -1,0 +1,259 @@
+"""Published rows against the same rows computed plainly."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from schemas.durations import DAY
+from schemas.errors import MismatchError
+from schemas.features import Latest, Trailing
+from schemas.views import FeatureView
+from transforms.contracts import EPOCH, Contract
+from transforms.inventory import Slice
+from transforms.tables import DataFile
+from transforms.verification.plain_features import recompute
+from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows
+from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, every_row
+
+# Rows verified by default, and the share of a run's time that this may take: of a run over everything, of any other.
+ROWS = 100
+SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
+# Values of a source that are read in a second, for what is left undone for want of time; and what a run's files take.
+VALUES_PER_SECOND = 12e6
+SECONDS_PER_GROUP, SECONDS_PER_VALUE = 0.002, 4e-5
+# Rows recomputed in one pass over the sources where every row is wanted.
+AT_ONCE = 20_000
+EXAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How many rows to verify.
+
+    Args:
+        rows: at most so many; None: all.
+        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each lifetime
+            group; None: as long as it takes.
+        began: when the run began, µs since 1970.
+    """
+
+    rows: int | None = ROWS
+    share: float | None = None
+    began: int = 0
+
+    @property
+    def seconds(self) -> float | None:
+        """What may be spent, as of now."""
+        return None if self.share is None else max(time.time() - self.began / 1e6, 0.0) * self.share
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A value that is not the one computed plainly; `row` holds the spine row's key and time."""
+
+    row: Mapping[str, Any]
+    feature: str
+    published: Any
+    recomputed: Any
+
+    def __str__(self) -> str:
+        row = ", ".join(f"{name}={value}" for name, value in self.row.items())
+        return f"{self.feature!r} of {row} is {self.published!r}, recomputed {self.recomputed!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """Rows verified, of how many; values compared; those that differ, some of them as examples; seconds taken."""
+
+    rows: int = 0
+    of: int = 0
+    values: int = 0
+    differing: int = 0
+    seconds: float = 0.0
+    examples: tuple[Difference, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.rows:,} rows (of {self.of:,}), {self.differing:,} differing, {self.seconds:.1f} s"
+
+    def __add__(self, other: Verified) -> Verified:
+        return Verified(
+            self.rows + other.rows,
+            max(self.of, other.of),
+            self.values + other.values,
+            self.differing + other.differing,
+            self.seconds + other.seconds,
+            (*self.examples, *other.examples)[:EXAMPLES],
+        )
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "rows": self.rows, "of": self.of, "values": self.values, "differing": self.differing,
+            "seconds": round(self.seconds, 3), "examples": [dataclasses.asdict(each) for each in self.examples],
+        }  # fmt: skip
+
+    def require_equal(self, what: str, fix: str) -> None:
+        """Refuse a difference.
+
+        Raises:
+            MismatchError: names a row, its feature and both values.
+        """
+        if self.differing:
+            raise MismatchError(
+                what,
+                f"{self.differing:,} of {self.values:,} values of {self.rows:,} rows differ: {'; '.join(map(str, self.examples))}",
+                fix,
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verification:
+    """Verifies rows of a view's feature table from all rows of its sources.
+
+    Args:
+        view: the view.
+        contracts: per source, the spine's under its own name, the rules by which its rows count.
+        slices: per source, its row groups as the run listed them.
+        amount: how many rows.
+        run_id: chooses the rows, with their ids.
+    """
+
+    view: FeatureView
+    contracts: Mapping[str, Contract]
+    slices: Mapping[str, Sequence[Slice]]
+    amount: Amount
+    run_id: str
+
+    def of_files(self, files: Sequence[DataFile]) -> Verified:
+        """Verify rows of `files`, published or about to be."""
+        began = time.perf_counter()
+        total = sum(file.rows for file in set(files))
+        result = Verified(of=total)
+        tables = Files(self.contracts, self.slices)
+        if self.amount.rows is None or (self.amount.share is None and self.amount.rows >= total):
+            for rows in every_row(files, AT_ONCE):
+                result += self._rows(rows, tables, len(rows))
+        elif self.amount.rows and total:
+            count, chosen, starts, skip = self._affordable(files)
+            sample = choose(self.view, chosen, starts, count, self.run_id)
+            result += self._rows(sample.rows, dataclasses.replace(tables, skip=skip), sample.least)
+        return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+    def _affordable(self, files: Sequence[DataFile]) -> tuple[int, list[DataFile], list[DataFile], bool]:
+        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped): what
+        the time allows by estimate, and at least one row."""
+        rows, seconds = int(self.amount.rows or 1), self.amount.seconds
+        most, each = max(rows // ROWS_PER_FILE, 1), SECONDS_PER_VALUE * len(self.view.columns)
+        chosen, starts = choose_files(files, most, self.run_id)
+        if seconds is None:
+            return rows, chosen, starts, False
+        whole = self._seconds(None)
+        if whole + rows * each <= seconds:
+            return rows, chosen, starts, False
+        # Dates cost reading, rows computing: as many rows as time allows, and not all of one date.
+        count, few = 1, 1
+        for dates in range(1, most + 1):
+            left = seconds - self._seconds(choose_files(files, dates, self.run_id)[0])
+            if (rows_left := min(int(left / each), 2 * ROWS_PER_FILE * dates, rows)) >= count:
+                count, few = rows_left, dates
+        return count, *choose_files(files, few, self.run_id), True
+
+    def _seconds(self, files: Sequence[DataFile] | None) -> float:
+        """About how long it takes to read what the spine rows of `files` can see (None: all rows of the sources)."""
+        total = 0.0
+        days = None if files is None else np.array([(file.date - EPOCH.date()).days for file in files]) * DAY
+        for name, slices in self.slices.items():
+            source, reach = self.contracts[name].source, self._reaches.get(name, 0)
+            rows, low, high = (np.array([getattr(each, field) for each in slices]) for field in ("rows", "low", "high"))
+            near = np.ones(len(rows), np.bool_)
+            if days is not None and source.time is not None:
+                seen = low[:, None] < days + DAY
+                if reach is not None:
+                    seen &= high[:, None] >= days - reach
+                near = seen.any(axis=1)
+            total += near.sum() * SECONDS_PER_GROUP + rows[near].sum() * len(source.schema) / VALUES_PER_SECOND
+            total += rows.sum() * len(source.unique or ()) / VALUES_PER_SECOND
+        return float(total)
+
+    @functools.cached_property
+    def _reaches(self) -> dict[str, int | None]:
+        """How far back each source is seen, µs; None: for ever."""
+        ever = {
+            feature.source.name
+            for feature in self.view.features
+            if (isinstance(feature, Trailing) and "all" in feature.over)
+            or (isinstance(feature, Latest) and feature.length is None)
+        }
+        return {name: None if name in ever else self.view.reach(name) for name in self.view.events}
+
+    def _rows(self, rows: pl.DataFrame, tables: Files, least: int) -> Verified:
+        """Verify `rows`; of more than `least` those that memory allows."""
+        try:
+            return verify_rows(self.view, rows, spine_rows(self.view, tables, rows), tables)
+        except TooManyRows:
+            half = len(rows) // 2
+            if len(rows) == 1:
+                return self._rows(rows, dataclasses.replace(tables, most=EVER), 1)
+            if half >= max(least, 1):
+                return self._rows(rows[:half], tables, least)
+            return self._rows(rows[:half], tables, half) + self._rows(rows[half:], tables, len(rows) - half)
+
+
+def verify_written(
+    written: Sequence[tuple[DataFile, Mapping[str, str]]], verification: Verification | None
+) -> Verified | None:
+    """Verify some of the rows in files that are about to be committed.
+
+    Raises:
+        MismatchError: a value differs.
+    """
+    if verification is None:
+        return None
+    found = verification.of_files([file for file, _ in written])
+    found.require_equal(
+        "What a run publishes is what the definition says, computed plainly from all rows of the sources",
+        "Nothing was committed.  Compute everything again with --full; if it differs still, please report it",
+    )
+    return found
+
+
+def verify_rows(view: FeatureView, published: pl.DataFrame, spine: pl.DataFrame, tables: Tables) -> Verified:
+    """Compare published rows with those computed plainly.
+
+    Args:
+        spine: the published rows' spine rows, in their order; `__found` is null where the source has none.
+    """
+    found = spine["__found"].fill_null(False)
+    differences = [
+        Difference(_row(view, row), "the spine row", "published", "not in its source")
+        for row in published.filter(~found).iter_rows(named=True)
+    ]
+    published, spine = published.filter(found), spine.filter(found).drop("__found")
+    own = recompute(view, spine, tables, published)
+    count = len(differences)
+    for name in own.columns:
+        places = differ(published[name], own[name]).arg_true().to_list()
+        count += len(places)
+        for place in places[: max(EXAMPLES - len(differences), 0)]:
+            row = _row(view, published.row(place, named=True))
+            differences.append(Difference(row, name, published[name][place], own[name][place]))
+    return Verified(len(found), 0, len(found) * len(view.columns), count, 0.0, tuple(differences[:EXAMPLES]))
+
+
+def differ(left: pl.Series, right: pl.Series) -> pl.Series:
+    """Where two columns differ in a bit; nulls are equal."""
+    if left.dtype == pl.Float32:
+        left, right = (side.reinterpret(signed=False) for side in (left, right.cast(pl.Float32)))
+    return left.ne_missing(right)
+
+
+def _row(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in (*view.key, view.time)}

@@ -1,0 +1,176 @@
+"""Features of a few spine rows, each as its definition says: filter the events, compute the statistic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
+from schemas.views import FeatureView
+from transforms.verification.plain_expressions import evaluate, holds, stored
+from transforms.verification.plain_sources import Tables, Wanted, dimension_rows, events
+from transforms.verification.plain_statistics import rounded, statistic, variance, variances_allowed
+
+Reading = Trailing | Latest | Lookup
+Waiting = list[tuple[Reading, pl.DataFrame]]
+
+
+def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published: pl.DataFrame) -> pl.DataFrame:
+    """The features of the spine rows, in their order.
+
+    Args:
+        spine: the spine source's columns.
+        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the promised
+            bits allow (see `plain_statistics`).
+    """
+    frame, moments = spine, spine[view.time].to_physical().to_numpy()
+    waiting: Waiting = []
+    derived: list[Derived] = []
+    to_come: set[str] = set()  # names that `waiting` and `derived` will make
+
+    def settle(frame: pl.DataFrame) -> pl.DataFrame:
+        frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
+        for feature in derived:
+            made = [
+                stored(evaluate(expr, frame), view.columns[name]).alias(name) for name, expr in feature.columns.items()
+            ]
+            frame = frame.with_columns(made)
+        for each in (waiting, derived, to_come):
+            each.clear()
+        return frame
+
+    # A source is read once for all features that can be computed together: whatever comes before one of their keys.
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            derived.append(feature)
+            to_come |= set(feature.columns)
+            continue
+        if to_come & {column for column, _ in feature.keys}:
+            frame = settle(frame)
+        waiting.append((feature, _values(feature, frame)))
+        to_come |= set(feature.outputs({**view.spine.schema, **view.columns}))
+    return settle(frame).select(*view.context, *view.columns)
+
+
+def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
+    """The spine rows' keys under the names and in the types of the source's; a key that its type does not hold is null."""
+    types = feature.source.schema
+    return pl.DataFrame([frame[left].cast(types[right], strict=False).alias(right) for left, right in feature.keys])
+
+
+def _gathered(
+    view: FeatureView, waiting: Waiting, moments: npt.NDArray[np.int64], tables: Tables, published: pl.DataFrame
+) -> list[pl.Series]:
+    made: list[pl.Series] = []
+    for name in dict.fromkeys(feature.source.name for feature, _ in waiting):
+        some = [(feature, values) for feature, values in waiting if feature.source.name == name]
+        if some[0][0].source.time is None:
+            for feature, values in some:
+                assert isinstance(feature, Lookup)
+                made += _looked_up(view, feature, values, tables)
+            continue
+        wanted = [
+            Wanted(tuple(values.columns), values, moments, _length(feature))
+            for feature, values in some
+            if not isinstance(feature, Lookup)
+        ]
+        tied = any(isinstance(feature, Latest) or _ordered(feature) for feature, _ in some)
+        seen = events(view, tables, name, wanted, tied)
+        for feature, values in some:
+            assert not isinstance(feature, Lookup)
+            made += _windowed(view, feature, values, moments, seen, published)
+    return made
+
+
+def _ordered(feature: Reading) -> bool:
+    return isinstance(feature, Trailing) and any(each.stat in ORDERED for each in feature.statistics)
+
+
+def _length(feature: Trailing | Latest) -> int | None:
+    """How far back the longest window reaches."""
+    lengths = [each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
+    return None if None in lengths else max(length for length in lengths if length is not None)
+
+
+def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables: Tables) -> list[pl.Series]:
+    keys = values.columns
+    rows = dimension_rows(tables, feature.source.name, keys, values)
+    rows = rows.select(*keys, *(pl.col(column).alias(f"__{column}") for column in feature.columns))
+    found = values.join(rows, on=keys, how="left", maintain_order="left")
+    return [stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
+
+
+def _windowed(
+    view: FeatureView, feature: Trailing | Latest, values: pl.DataFrame, moments: npt.NDArray[np.int64],
+    seen: pl.DataFrame, published: pl.DataFrame,
+) -> list[pl.Series]:  # fmt: skip
+    """Columns of one feature from the events in order of place (see `plain_sources.events`)."""
+    source, keys = feature.source, list(values.columns)
+    if feature.where is not None:
+        seen = seen.filter(holds(feature.where, seen))
+    groups = values.drop_nulls().unique().with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__key"))
+    seen = seen.join(groups, on=keys, how="inner", maintain_order="left").sort("__key", maintain_order=True)
+    of_row = values.join(groups, on=keys, how="left", maintain_order="left")["__key"].fill_null(-1).to_numpy()
+    known = seen[str(source.time)].to_physical().to_numpy()
+    placed = seen[source.event_time or str(source.time)].to_physical().to_numpy()
+    key = seen["__key"].to_numpy()
+
+    def window(row: int, length: int | None) -> Any:
+        """Places of the events in `[t − length, t)` that were known before t."""
+        t = moments[row]
+        first, last = np.searchsorted(key, of_row[row], "left"), np.searchsorted(key, of_row[row], "right")
+        low = 0 if length is None else np.searchsorted(placed[first:last], t - length, "left")
+        high = np.searchsorted(placed[first:last], t, "left")
+        inside = np.arange(first + low, max(first + high, first + low))
+        return inside[known[inside] < t]
+
+    rows = range(len(moments))
+    if isinstance(feature, Latest):
+        found = [window(row, feature.length) for row in rows]
+        at = pl.Series([int(places[-1]) if len(places) else None for places in found], dtype=pl.Int64)
+        return [
+            stored(seen[column].gather(at), view.columns[name]).alias(name) for column, name in feature.renamed.items()
+        ]
+    windows = {each.length: [window(row, each.length) for row in rows] for each in feature.statistics}
+    made = []
+    for each in feature.statistics:
+        inside = windows[each.length]
+        if each.column == "*":
+            made.append(pl.Series(each.name, [len(places) for places in inside], pl.Int64))
+            continue
+        parts = _parts(seen[each.column], each.stat, inside)
+        if each.stat in ("var", "std"):
+            made.append(_variances(each.name, each.stat, parts, published[each.name]))
+            continue
+        dtype = (
+            seen[each.column].dtype if each.stat in ORDERED
+            else pl.Int64() if each.stat in ("count", "n_unique") else pl.Float64()
+        )  # fmt: skip
+        results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
+        made.append(stored(results, view.columns[each.name]).alias(each.name))
+    return made
+
+
+def _parts(column: pl.Series, stat: str, inside: Sequence[npt.NDArray[np.int64]]) -> list[list[Any]]:
+    """The values of each window, in order."""
+    if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
+        return [column.gather(pl.Series(places)).drop_nulls().to_list() for places in inside]
+    numbers = column.cast(pl.Float64).to_numpy()  # of which NaN is none: it was read as null
+    return [values[~np.isnan(values)].tolist() for values in (numbers[places] for places in inside)]
+
+
+def _variances(name: str, stat: str, parts: Sequence[list[float]], published: pl.Series) -> pl.Series:
+    results: list[float | None] = []
+    for part, given in zip(parts, published.to_list(), strict=True):
+        exact = variance(part)
+        if exact is None:
+            results.append(None)
+            continue
+        low, high = variances_allowed(exact, stat)
+        number = float(given if given is not None and low <= given <= high else np.float32(rounded(exact, stat)))
+        results.append(number if np.isfinite(number) else None)
+    return pl.Series(name, results, pl.Float32)

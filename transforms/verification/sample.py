@@ -1,0 +1,127 @@
+"""Which of the rows to be published are verified: spread over dates and files, chosen by a hash of row and run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+
+import numpy as np
+import polars as pl
+
+from schemas.expressions import canonical
+from schemas.features import Latest, Trailing
+from schemas.views import FeatureView
+from transforms.batches import frame
+from transforms.ids import combine, hash_column, hash_text
+from transforms.tables import DataFile, read_file
+
+# Sampled rows per file that is opened for them.
+ROWS_PER_FILE = 12
+# Starts of ranges of dates that a sample looks into; more are spread over.
+MOST_STARTS = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """Published rows, the most telling first.  The first `least` are one for each lifetime group."""
+
+    rows: pl.DataFrame
+    least: int
+
+
+def lifetime_groups(view: FeatureView) -> list[list[str]]:
+    """Names of the features over all history, those of one source, key and condition together."""
+    groups: dict[tuple[str, object, str | None], list[str]] = {}
+    for feature in view.features:
+        if not isinstance(feature, Trailing | Latest):
+            continue
+        where = None if feature.where is None else canonical(feature.where)
+        names = (
+            [each.name for each in feature.statistics if each.length is None]
+            if isinstance(feature, Trailing)
+            else list(feature.renamed.values()) if feature.length is None else []
+        )  # fmt: skip
+        if names:
+            groups.setdefault((feature.source.name, feature.keys, where), []).extend(names)
+    return list(groups.values())
+
+
+def choose_files(files: Iterable[DataFile], most: int, run_id: str) -> tuple[list[DataFile], list[DataFile]]:
+    """(Files to sample from, those of them that begin a range of dates)."""
+    known = sorted(set(files), key=lambda file: (file.date, file.path))
+    days = sorted({file.date for file in known})
+    begin = {day for day in days if day - timedelta(days=1) not in set(days)}
+    firsts = [next(file for file in known if file.date == day) for day in sorted(begin)]
+    starts = _spread(firsts, max(min(most, MOST_STARTS), 1), run_id)
+    rest = [file for file in known if file not in starts]
+    ends = rest[-1:] if most > len(starts) else []
+    more = _spread([file for file in rest if file not in ends], most - len(starts) - len(ends), run_id)
+    return [*starts, *ends, *more], starts
+
+
+def _spread(files: Sequence[DataFile], most: int, run_id: str) -> list[DataFile]:
+    """At most so many of the files, at equal distances from a place that the run's id chooses."""
+    if len(files) <= most:
+        return list(files)
+    offset = int(hash_text(run_id)) % 1000 / 1000
+    return [files[int((i + offset) * len(files) / most)] for i in range(max(most, 0))]
+
+
+def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str) -> Sample:
+    """`count` rows of `files`, of each its edges, then those that have most values and some by chance, in turn."""
+    quota = 2 * -(-count // max(len(files), 1))  # of which a file with few rows leaves some to the others
+    ranked, first = [], []
+    for file in files:
+        rows = frame(read_file(file)).sort(view.time, *view.key)
+        ranked.append(_ranked(view, rows, quota, run_id))
+        if file in starts:
+            first.append(rows)
+    groups = lifetime_groups(view)
+    least = [_with_history(view, first, names, run_id) for names in groups] if first else []
+    whole = pl.concat([*least, pl.concat(ranked).sort("__rank", maintain_order=True).drop("__rank")])
+    distinct = whole.unique("row_id", keep="first", maintain_order=True)
+    musts = len(pl.concat(least)["row_id"].unique()) if least else 0
+    return Sample(distinct[: max(count, musts)], musts)
+
+
+def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> pl.DataFrame:
+    """`quota` of a file's rows in order of `__rank`."""
+    nulls = rows.select(pl.sum_horizontal(pl.col(name).is_null() for name in view.columns)).to_series().to_numpy()
+    draw = _draw(rows, run_id)
+    fullest, chance = np.lexsort((draw, nulls)), np.argsort(draw)
+    edges = np.array([0, len(rows) - 1])
+    # Half by chance alone: rows whose windows are empty have answers too.
+    mixed = [
+        *edges,
+        *(int(place) for i in range(quota) for place in (chance if i % 2 else fullest)[i : i + 1]),
+    ]
+    places = list(dict.fromkeys(int(place) for place in mixed))[:quota]
+    return rows[places].with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__rank"))
+
+
+def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequence[str], run_id: str) -> pl.DataFrame:
+    """One row whose features over all history have values, of the first such of a range: what they saw came before it."""
+    start = starts[int(hash_text(run_id)) % len(starts)]
+    filled = [pl.col(name).cast(pl.Int64) > 0 if view.columns[name].is_integer() else pl.col(name).is_not_null() for name in names]  # fmt: skip
+    rows = start.filter(pl.any_horizontal(filled).fill_null(False))[:20]
+    rows = rows if len(rows) else start[:20]
+    return rows[[int(np.argmin(_draw(rows, run_id)))]]
+
+
+def _draw(rows: pl.DataFrame, run_id: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    return combine([hash_column(rows["row_id"]), hash_text(run_id)])
+
+
+def every_row(files: Iterable[DataFile], at_once: int) -> Iterator[pl.DataFrame]:
+    """All rows of the files, so many at a time."""
+    held: list[pl.DataFrame] = []
+    for file in sorted(set(files), key=lambda file: (file.date, file.path)):
+        rows = frame(read_file(file))
+        for start in range(0, len(rows), at_once):
+            held.append(rows[start : start + at_once])
+            if sum(map(len, held)) >= at_once:
+                yield pl.concat(held)
+                held = []
+    if held:
+        yield pl.concat(held)
