@@ -20,7 +20,7 @@ from polars.testing import assert_frame_equal
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.tables import DEAD_LETTERS
 from transforms import keyed, lookups, plan, sources, trailing
-from transforms.carrying import Segment, Summarise, merge_in_order, segments
+from transforms.carrying import Segment, Summarise, chains, merge_in_order, segments
 from transforms.contracts import EPOCH, MICROSECOND
 from transforms.inputs import Tally, add_tallies
 from transforms.inventory import Inventory, take_inventory
@@ -138,12 +138,13 @@ def computed(
     outputs: list[Any] = []
     carried: dict[int, tuple[str, ...]] | None = None
     if lifetime_sources(view):
-        spans: tuple[Segment, ...] = segments(view, chosen, {}, inventory.slices, {name: inventory.timeless(name) for name in view.events})  # fmt: skip
+        over = chains(chosen, {})
+        spans: tuple[Segment, ...] = segments(view, chosen, over, inventory.slices, {name: inventory.timeless(name) for name in view.events})  # fmt: skip
         step = Summarise(view, chosen, str(store), "run")
         told = [each for span in spans for each in step.process(span)]
         outputs += [each for each in told if isinstance(each, pvalue.TaggedOutput)]
         parts = [each for each in told if not isinstance(each, pvalue.TaggedOutput)]
-        carried = merge_in_order(parts, view, chosen, str(store), "run", {})
+        carried = merge_in_order(parts, view, str(store), "run", over)
     if shuffled:
         sent = defaultdict(list)
         step = Route(view, chosen)
