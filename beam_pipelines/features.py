@@ -186,6 +186,11 @@ class Work:
     chains: tuple[Chain, ...] = ()
     outdated: tuple[int, ...] = ()  # days of the table that an older version wrote, and may have got wrong
 
+    def plan_lines(self, view: FeatureView) -> Iterator[str]:
+        """The plan in sentences."""
+        if self.plan is not None:
+            yield from plan_lines(view, self.plan, self.chains, self.segments, self.current.looked)
+
 
 def prepare(options: Options) -> Work:
     """Decide what to compute: the interval asked for, everything, or what is missing or stale.
@@ -369,7 +374,7 @@ def main(argv: Sequence[str]) -> int:
             )
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in plan_lines(view, work.plan):
+            for line in work.plan_lines(view):
                 log.info(line)
             pipeline = batch_pipeline(options.beam_args)
             build(pipeline, options, work)

@@ -120,6 +120,10 @@ def outdated(manifest: Manifest) -> list[int]:
     return sorted(day for day, digest in manifest.dates.items() if digest == OUTDATED)
 
 
+# What `Current` was looked up in: rows digested, and rows whose unique columns were looked through for repeats.
+DIGESTED, REPEATS = "digested", "repeats"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Current:
     """The sources as they are now: digests by day if they are known, `digested` (of all days, unless the table is new).
@@ -134,6 +138,7 @@ class Current:
     dimensions: Mapping[str, int]
     whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
     digested: bool = False
+    looked: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
@@ -144,17 +149,23 @@ def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) 
     """
     known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
     files, digests, repeats, dimensions, whole = {}, {}, {}, {}, {}
+    looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
     for name, slices in inventory.slices.items():
         contract = inventory.contract(name)
         files[name] = _spans(slices, contract)
         if contract.source.time is None:
             dimensions[name] = _dimension_digest(contract, slices)
+            looked[DIGESTED][name] = sum(each.rows for each in slices)
             continue
         if contract.source.unique is not None:
             repeats[name] = repeats_of(contract, slices)
+            looked[REPEATS][name] = sum(each.rows for each in slices)
         whole[name] = contract.latest // DAY - 1
         digests[name] = digests_now(name, contract, slices, files[name], known) if manifest.dates else {}
-    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates))
+        if manifest.dates:
+            unread = _unread(name, slices, files[name], known)[1]
+            looked[DIGESTED][name] = sum(each.rows for each, _, _ in unread)
+    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates), looked)
 
 
 def read_anew(manifest: Manifest) -> Manifest:
@@ -178,21 +189,28 @@ def digests_now(
     name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
 ) -> Digests:
     """Digests of a source by day; what has not changed since `manifest` is taken from there."""
-    before, known = manifest.files.get(name, {}), manifest.digests.get(name, {})
-    covered = Days(manifest.covered.get(name, ()))
+    known = manifest.digests.get(name, {})
+    days, unread = _unread(name, slices, now, manifest)
+    parts = [
+        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
+        for each, low, high in unread
+    ]
+    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+
+
+def _unread(
+    name: str, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
+) -> tuple[Days, list[tuple[Slice, int, int]]]:
+    """(Days of a source whose digests `manifest` does not know, what to read for them: slices with first and last day)."""
+    before, covered = manifest.files.get(name, {}), Days(manifest.covered.get(name, ()))
     unread: list[tuple[int, int]] = []
     for path, (stamp, low, high) in now.items():
         unread += [(low, high)] if before.get(path, ("",))[0] != stamp else covered.missing(low, high)
     unread += [(low, high) for path, (stamp, low, high) in before.items() if now.get(path, ("",))[0] != stamp]
-    if not unread:
-        return dict(known)
     days = Days(unread)
-    parts = [
-        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
-        for each in slices
-        for low, high in days.overlapping(each.low // DAY, each.high // DAY)
+    return days, [
+        (each, low, high) for each in slices for low, high in days.overlapping(each.low // DAY, each.high // DAY)
     ]
-    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
 
 
 class Days:
