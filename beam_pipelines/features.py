@@ -262,11 +262,11 @@ def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> It
     """What a run over `ranges` (µs) does about `days` that an older version may have got wrong, and what it leaves as it is."""
     left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
     if len(days) > len(left):
-        yield f"{many(len(days) - len(left), 'day')} of the table were {WRITTEN_BEFORE}"
+        yield f"rows of {many(len(days) - len(left), 'day')} {WRITTEN_BEFORE}"
     if left:
         yield (
-            f"{many(len(left), 'more day')} of the table, from {as_date(left[0])} to {as_date(left[-1])}, were written before and "
-            "may be wrong in the same way: a run without --start and --end recomputes them"
+            f"rows of {many(len(left), 'more day')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
+            "and may be wrong in the same way: a run without --start and --end recomputes them"
         )
 
 

@@ -142,6 +142,9 @@ def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
                 hanging=2,
             )
         )
+    if found.outdated:
+        told = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        print(wrapped(told, hanging=2))
     if "__cut" in row:
         print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
     else:
