@@ -14,12 +14,14 @@ import io
 import random
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import oracles
 import polars as pl
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -45,6 +47,7 @@ MOMENT = pl.Datetime("us", "UTC")
 
 DEFINITION = """
 import polars as pl
+import pytest
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 
 asks = Source("asks", time="at", columns={"id": pl.Int64, "k": pl.Int64, "x": pl.Float64})
@@ -390,7 +393,100 @@ def assert_summaries_equal(got: pl.DataFrame, expected: pl.DataFrame, keys: list
     assert_frame_equal(*found, check_exact=True)
 
 
-TestSequences = Sequences.TestCase
-TestSequences.settings = settings(
-    max_examples=50, stateful_step_count=6, deadline=None, suppress_health_check=list(HealthCheck)
+class ThroughBeam(Sequences):
+    """The same with every run through the pipeline's `main`."""
+
+    beam = True
+
+
+def looking(examples: int, steps: int = 6) -> settings:
+    return settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+class TestSequences(Sequences.TestCase):  # type: ignore[name-defined, misc]
+    settings = looking(50)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+class TestManySequences(Sequences.TestCase):  # type: ignore[name-defined, misc]
+    settings = looking(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+class TestSequencesThroughBeam(ThroughBeam.TestCase):  # type: ignore[name-defined, misc]
+    settings = looking(50)
+
+
+PLAIN = Flags(0, None, False, False, 800_000, "auto", "auto", again=False, killed=False, cleaned=False)
+
+
+@pytest.fixture
+def story() -> Iterator[Sequences]:
+    """A store with a payment on each day."""
+    made = Sequences()
+    made.add("pays", [pay(day) for day in range(DAYS)])
+    yield made
+    made.teardown()
+
+
+def pay(day: int, hour: int = 6) -> Row:
+    return {"at": START + timedelta(days=day, hours=hour), "no": None, "k": 1, "v": 2.0**day, "s": "a"}
+
+
+def ask(story: Sequences, days: Iterable[int], **how: Any) -> None:
+    story.change(("days with questions", set(days)))
+    story.launch(dataclasses.replace(PLAIN, **how))
+
+
+@pytest.mark.parametrize("beam", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then"), [(range(5), (5, 7, 9)), (range(10), (2, 4, 6)), ((5, 8), ()), ((1, 3, 5), ())]
 )
+def test_days_apart_from_each_other_are_computed_in_one_run(
+    story: Sequences, first: Iterable[int], then: Iterable[int], beam: bool
+) -> None:
+    story.beam = beam
+    ask(story, first)
+    story.add("pays", [] if then else [pay(1, 7)])  # late
+    ask(story, then)
+    story.add("pays", [pay(0, 7)])
+    story.launch(dataclasses.replace(PLAIN, block_rows=2, plan="shuffle"))
+
+
+def test_a_launch_that_was_killed_leaves_the_snapshots_of_the_one_before(story: Sequences) -> None:
+    ask(story, (2, 5))
+    story.add("pays", [pay(1, 7)])
+    late = str(story.numbers)
+    story.launch(dataclasses.replace(PLAIN, again=True, killed=True))  # under the run id that committed before
+    story.files["pays"][late] = []
+    story.write("pays", late, [])
+    ask(story, (8,))
+
+
+def test_questions_that_were_all_deleted_may_come_back(story: Sequences) -> None:
+    ask(story, (2, 5, 7))
+    asked = dict(story.files["asks"])
+    for name in asked:
+        story.files["asks"][name] = []
+        story.write("asks", name, [])
+    story.launch(PLAIN)
+    story.files["asks"] = asked
+    for name, rows in asked.items():
+        story.write("asks", name, rows)
+    story.launch(PLAIN)
+
+
+@pytest.mark.parametrize("change", ["deleted", "late"])
+def test_full_on_some_days_does_not_hide_what_changed_on_others(story: Sequences, change: str) -> None:
+    ask(story, range(9))
+    if change == "deleted":
+        story.delete("pays", None, 2)
+    else:
+        story.add("pays", [pay(2, 7)])
+    story.launch(dataclasses.replace(PLAIN, full=True, bounds=(5, 6)))
+    story.launch(PLAIN)
+    ask(story, (9,))
