@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import pytest
 
 from beam_pipelines import features, store
 from beam_pipelines.plan import main as plan
-from transforms.manifests import read_manifest
+from transforms.manifests import read_manifest, warn_of_outdated
 from transforms.staleness import OUTDATED, VERSION
 from transforms.tables import open_table
 
@@ -154,3 +155,19 @@ def test_a_row_of_it_is_traced_with_a_warning(old: Path, capsys: Out) -> None:
     assert "may be wrong" not in " ".join(capsys.readouterr().out.split())
     assert store.trace([*words[:1], str(old / "plain.py"), *words[2:]]) == 0
     assert "may be wrong" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_readers_of_it_are_warned(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As training and inference are, before they read."""
+    monkey = logging.getLogger("millrace")
+    propagates, monkey.propagate = monkey.propagate, True
+    try:
+        for view, warned in (("ever", True), ("plain", False)):
+            caplog.clear()
+            options = features.parse(["--definition", str(old / f"{view}.py"), "--store", str(old)])
+            table = open_table(options.table)
+            assert table is not None
+            warn_of_outdated(options.definition.view, table)
+            assert ("8 days of" in caplog.text) == warned
+    finally:
+        monkey.propagate = propagates

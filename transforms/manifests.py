@@ -17,7 +17,7 @@ from transforms.commits import commit_at, metadata_of
 from transforms.evolution import Older, told_by
 from transforms.inputs import Tally, digests_read
 from transforms.places import folders
-from transforms.staleness import EMPTY, Current, Manifest, advance, continued
+from transforms.staleness import EMPTY, Current, Manifest, advance, continued, outdated
 from transforms.tables import data_files, open_table, root_of, write_aside
 
 log = logging.getLogger("millrace.features")
@@ -42,6 +42,21 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
         raise StoreError(
             "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
         ) from None
+
+
+def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
+    """Tell a reader of the table that an older version may have got some of its days wrong."""
+    try:
+        days = outdated(continued(view, read_manifest(table)))
+    except StoreError:  # told by those who need it
+        return
+    if days:
+        log.warning(
+            "%d days of %s were written when windows over all history could count events twice or too early: "
+            "run millrace features, which computes them again, before you use them",
+            len(days),
+            root_of(table),
+        )
 
 
 def older_tables(store: str, view: FeatureView) -> list[Older]:
