@@ -22,7 +22,7 @@ from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
 from beam_pipelines.store import trained
 from schemas.durations import DAY
-from schemas.errors import MillraceError, StoreError
+from schemas.errors import StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
 from schemas.views import FeatureView
@@ -272,14 +272,9 @@ def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> It
 
 def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
     """Models, by name and version or by their run, that were trained on the table up to this version."""
-    try:
-        found = trained(store, None)
-    except (MillraceError, OSError, ValueError) as error:
-        log.warning("which models were trained on %s cannot be told: %s", table, error)
-        return []
     return [
         f"{name} (table version {pin.version})"
-        for name, manifest in found.items()
+        for name, manifest in trained(store, None, whole=False).items()
         for pin in pins_of({name: manifest})
         if pin.table == place_of(table) and version is not None and pin.version <= version
     ]

@@ -85,12 +85,17 @@ def test_all_is_computed_again_and_who_learned_from_it_is_told(
 
 @pytest.mark.parametrize("registry", ["none", "broken"])
 def test_without_a_registry_it_is_computed_all_the_same(old: Path, registry: str, capsys: Out) -> None:
+    train(old, "ever", "learned", 1)
+    train(old, "ever", "spoiled", 1)
+    (old / "runs" / "spoiled" / "model" / "manifest.json").write_text("{")
     if registry == "broken":
         (old / "registry").mkdir()
         (old / "registry" / "mlflow.db").write_text("no database")
-    assert run(old)["models_trained_on_outdated_days"] == []
+    assert run(old)["models_trained_on_outdated_days"] == ["run learned (table version 1)"]
     assert ever(old) == RIGHT
-    assert ("cannot be told" in capsys.readouterr().err) == (registry == "broken")
+    said = capsys.readouterr().err
+    assert "the model of run spoiled cannot be read" in said
+    assert ("the model registry cannot be read" in said) == (registry == "broken")
 
 
 def test_a_run_of_some_days_leaves_the_others_to_be_computed(old: Path, capsys: Out) -> None:
