@@ -272,9 +272,13 @@ def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> It
 
 def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
     """Models, by name and version or by their run, that were trained on the table up to this version."""
+    every = trained(store, None, whole=False)
+    # A registered model is found again in the folder of the run that trained it.
+    registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
     return [
         f"{name} (table version {pin.version})"
-        for name, manifest in trained(store, None, whole=False).items()
+        for name, manifest in every.items()
+        if not (name.startswith("run ") and manifest.get("run_id") in registered)
         for pin in pins_of({name: manifest})
         if pin.table == place_of(table) and version is not None and pin.version <= version
     ]
