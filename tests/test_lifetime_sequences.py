@@ -406,7 +406,7 @@ def looking(examples: int, steps: int = 6) -> settings:
 
 
 class TestSequences(Sequences.TestCase):  # type: ignore[name-defined, misc]
-    settings = looking(50)
+    settings = looking(50, steps=4)
 
 
 @pytest.mark.slow
