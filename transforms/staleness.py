@@ -25,7 +25,7 @@ _MASK = 2**64 - 1
 # Days back of a window over all history.
 EVER = 1_000_000
 MOST_SNAPSHOTS = 100
-# Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too late, and days
+# Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too early, and days
 # that were computed from them; and digests of rows that were gone when they were last read.
 VERSION = 2
 # The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
