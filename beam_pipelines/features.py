@@ -8,29 +8,48 @@ import importlib
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
 
 from beam_pipelines.direct import batch_pipeline
+from beam_pipelines.layout import many
 from beam_pipelines.options import Arguments
 from beam_pipelines.planning import plan_lines
 from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
+from beam_pipelines.store import trained
 from beam_pipelines.verify import VerifyFlags, add_verification
 from schemas.durations import DAY
+from schemas.errors import StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
-from transforms.carrying import CarrySummaries, Segment, Snapshot, segments, snapshots
+from schemas.views import FeatureView
+from transforms.carrying import CarrySummaries, Chain, Segment, chains, segments, usable_snapshot
 from transforms.contracts import day_of
 from transforms.evolution import Copies, find_copies
 from transforms.inputs import Tally, add_tallies, conserve
-from transforms.inventory import Inventory, take_inventory
+from transforms.inventory import ALWAYS, Inventory, take_inventory
 from transforms.manifests import WriteManifest, older_tables, read_manifest
+from transforms.places import place_of
 from transforms.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
 from transforms.publication import AlsoChecked, Rules, Validate, make_check
-from transforms.staleness import EMPTY, Current, Stale, examine, find_stale, lifetime_sources, usable_snapshot
+from transforms.staleness import (
+    EMPTY,
+    WRITTEN_BEFORE,
+    Current,
+    Manifest,
+    Stale,
+    as_date,
+    continued,
+    examine,
+    find_stale,
+    lifetime_sources,
+    outdated,
+    usable_snapshots,
+)
 from transforms.statistics import Statistics, columns_of
 from transforms.tables import (
     CommitFiles,
@@ -45,6 +64,7 @@ from transforms.tables import (
     open_table,
 )
 from transforms.trailing import TrailingFeatures
+from transforms.vacuum import pins_of
 from transforms.verification import Verification, Verified, verify_written
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
@@ -166,11 +186,17 @@ class Work:
     stale: Stale
     current: Current
     base: int | None
-    segments: tuple[Segment, ...] = ()
-    since: Mapping[int, Snapshot | None] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
     inventory: Inventory | None = None
     everything: bool = False
+    segments: tuple[Segment, ...] = ()
+    chains: tuple[Chain, ...] = ()
+    outdated: tuple[int, ...] = ()  # days of the table that an older version wrote, and may have got wrong
+
+    def plan_lines(self, view: FeatureView) -> Iterator[str]:
+        """The plan in sentences."""
+        if self.plan is not None:
+            yield from plan_lines(view, self.plan, self.chains, self.segments, self.current.looked)
 
 
 def prepare(options: Options) -> Work:
@@ -181,10 +207,12 @@ def prepare(options: Options) -> Work:
     """
     view = options.definition.view
     inventory, table = take_inventory(view, options.sources, options.now), open_table(options.table)
-    manifest = EMPTY if options.full else read_manifest(table)
-    current, base = examine(inventory, manifest), None if table is None else int(table.version())
+    bounded = options.start is not None or options.end is not None
+    # A run of some days builds on what is known of the others, also where it computes its own from nothing.
+    manifest = EMPTY if options.full and not bounded else continued(view, read_manifest(table))
+    current, base = examine(inventory, manifest, options.full), None if table is None else int(table.version())
     everything = False
-    if options.start is not None or options.end is not None:
+    if bounded:
         stale = Stale({})
         ranges = [interval(view, inventory, options.start, options.end)]
     elif options.full or not manifest.dates:
@@ -193,8 +221,9 @@ def prepare(options: Options) -> Work:
     else:
         stale = find_stale(view, manifest, current, options.refresh)
         ranges = stale.ranges()
-    if not everything:
-        stale = dataclasses.replace(stale, notes=(*stale.notes, *inventory.notes))
+    old = outdated(_read_if_whole(view, table) if everything else manifest)
+    notes = outdated_notes(old, [(ALWAYS, -ALWAYS)]) if everything else [*outdated_notes(old, ranges), *inventory.notes]
+    stale = dataclasses.replace(stale, notes=(*stale.notes, *notes))
     if not ranges:
         return Work(None, stale, current, base)
     repeats = {name: each.first for name, each in current.repeats.items()}
@@ -204,7 +233,7 @@ def prepare(options: Options) -> Work:
         ranges,
         repeats,
         everything,
-        digest=not current.digests.get(view.spine.name),
+        digest=not current.digested,
         block_rows=options.block_rows,
         shuffled=options.shuffled,
         summarised=lifetime_sources(view),
@@ -215,12 +244,51 @@ def prepare(options: Options) -> Work:
     older = [] if options.full else older_tables(options.store, view)
     copies = find_copies(view, inventory, current, older, days)
     if not lifetime_sources(view):
-        return Work(plan, stale, current, base, copies=copies, inventory=inventory, everything=everything)
-    usable = {first: None if everything else usable_snapshot(view, manifest, current, first) for first, _ in ranges}
-    since = {first: found and Snapshot(found[0], tuple(found[1])) for first, found in usable.items()}
+        return Work(plan, stale, current, base, copies, inventory, everything)
+    found = {
+        first: None
+        if options.full
+        else usable_snapshot(options.table, usable_snapshots(view, manifest, current, first))
+        for first, _ in ranges
+    }
+    over = chains(plan, found)
     timeless = {name: inventory.timeless(name) for name in view.events if everything}
-    parts = segments(view, plan, since, inventory.slices, timeless)
-    return Work(plan, stale, current, base, parts, since, copies, inventory, everything)
+    summarised = segments(view, plan, over, inventory.slices, timeless)
+    return Work(plan, stale, current, base, copies, inventory, everything, summarised, over, tuple(old))
+
+
+def _read_if_whole(view: FeatureView, table: DeltaTable | None) -> Manifest:
+    """The manifest that a run over everything does without."""
+    try:
+        return continued(view, read_manifest(table))
+    except StoreError:
+        return EMPTY
+
+
+def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """What a run over `ranges` (µs) does about `days` that an older version may have got wrong, and what it leaves as it is."""
+    left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
+    if len(days) > len(left):
+        yield f"rows of {many(len(days) - len(left), 'day')} {WRITTEN_BEFORE}"
+    if left:
+        yield (
+            f"rows of {many(len(left), 'more day')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
+            "and may be wrong in the same way: a run without --start and --end recomputes them"
+        )
+
+
+def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
+    """Models, by name and version or by their run, that were trained on the table up to this version."""
+    every = trained(store, None, whole=False)
+    # A registered model is found again in the folder of the run that trained it.
+    registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
+    return [
+        f"{name} (table version {pin.version})"
+        for name, manifest in every.items()
+        if not (name.startswith("run ") and manifest.get("run_id") in registered)
+        for pin in pins_of({name: manifest})
+        if pin.table == place_of(table) and version is not None and pin.version <= version
+    ]
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
@@ -234,16 +302,17 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     # A run that was stopped over its dead rows and is resumed has told of rows that may be mended since: each launch tells anew.
     launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
     of_letters = Target(dead, DEAD_LETTERS, plan.dates, launch, newest(dead), {"view": view.name}, metadata)
-    left = {each.until: each.files for each in snapshots(view, plan, options.run_id)}
-    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None, left)
+    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
 
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
-    if work.segments:
-        summarise = CarrySummaries(view, plan, options.table, options.run_id, work.since)
+    history: tuple[beam.pvalue.AsSingleton, ...] = ()
+    if work.chains:
+        summarise = CarrySummaries(view, plan, options.table, options.run_id, work.chains)
         carried, old_letters, old_tallies = (
             pipeline | "Segments" >> beam.Create(list(work.segments)) | "History" >> summarise
         )
-        compute = TrailingFeatures(view, plan, beam.pvalue.AsSingleton(carried), options.table, work.copies)
+        history = (beam.pvalue.AsSingleton(carried),)
+        compute = TrailingFeatures(view, plan, history[0], options.table, work.copies)
         features, letters, tallies = blocks | "Features" >> compute
         letters = (letters, old_letters) | "AllLetters" >> beam.Flatten()
         tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
@@ -258,7 +327,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     # Letters first: killed in between, a run is repeated, while dates once committed are not computed again for their letters.
     counted = counted | "AfterLetters" >> beam.Map(lambda written, _: written, buried)
     if options.rules is None:
-        committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied,))
+        committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied, *history))
     else:
         command = f"--definition {options.definition.name} --store {options.store}"
         check = make_check(
@@ -268,7 +337,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
         statistics = features | "Statistics" >> Statistics(columns_of(view))
         judged = statistics | "Validate" >> Validate(check, tallied, buried)
         committed = counted | "Commit" >> CommitFiles(
-            table, AlsoChecked(manifest), (tallied, beam.pvalue.AsSingleton(judged))
+            table, AlsoChecked(manifest), (tallied, *history, beam.pvalue.AsSingleton(judged))
         )
     account = FileSystems.join(options.folder, "account.json")
     _ = committed | "Account" >> beam.Map(write_account, tallied, buried, verified, account)
@@ -309,6 +378,11 @@ def main(argv: Sequence[str]) -> int:
         work = prepare(options)
         for note in work.stale.notes:
             log.warning(note)
+        if work.outdated:
+            models = models_trained_on(options.store, options.table, work.base)
+            for model in models:
+                log.warning("trained on such days, so train it again: %s", model)
+            run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
         if work.plan is None:
             run.update(
                 {
@@ -322,7 +396,7 @@ def main(argv: Sequence[str]) -> int:
             )
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in plan_lines(view, work.plan):
+            for line in work.plan_lines(view):
                 log.info(line)
             pipeline = batch_pipeline(options.beam_args)
             build(pipeline, options, work)

@@ -27,6 +27,7 @@ from transforms.batches import frame
 from transforms.bundles import Bundle, digest_of, load
 from transforms.champions import check_model
 from transforms.ids import row_ids
+from transforms.manifests import warn_of_outdated
 from transforms.registry import Registry, registry_uri
 from transforms.scoring import Pinned, Score, columns_read
 from transforms.tables import (
@@ -172,6 +173,7 @@ def feature_files(
             "Features are computed before they are scored", f"no table at {uri}", f"Compute them with: {again}"
         )
     check_fields(uri, table, schema, f"Compute them again with: {again}")
+    warn_of_outdated(view, table)
     every = data_files(table)
     files = tuple(data_files(table, options.start, options.end))
     if not files:

@@ -12,7 +12,7 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from beam_pipelines import features
 from beam_pipelines.features import Options, Work
 from beam_pipelines.layout import columns, many, wrapped
-from beam_pipelines.planning import plan_lines
+from beam_pipelines.planning import looked_lines
 from beam_pipelines.reporting import guard
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
@@ -21,6 +21,7 @@ from transforms.contracts import day_of
 from transforms.evolution import Copies, reading
 from transforms.inventory import Inventory, take_inventory
 from transforms.plan import Plan
+from transforms.staleness import lifetime_sources
 
 MOST_LINES = 40
 
@@ -43,13 +44,16 @@ def main(argv: Sequence[str]) -> int:
     print("\ndates")
     if work.plan is None:
         print("  nothing to do: no date is missing or stale")
+        for line in looked_lines(work.current.looked):
+            print(wrapped(line, hanging=2))
     else:
         _print_dates(options, work, work.plan)
         if work.copies is not None:
             print("\ncopied columns")
             _print_copies(view, work.copies, work.plan)
         print("\nplan")
-        _print_plan(view, work.plan)
+        for line in work.plan_lines(view):
+            print(wrapped(line, hanging=2))
         print("\nBeam steps")
         for step, inside in steps(options, work).items():
             print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
@@ -100,8 +104,9 @@ def read(view: FeatureView, inventory: Inventory) -> Iterator[tuple[str, str, st
         if name == view.spine.name:
             use.append("the questions")
         if name in view.events:
-            reach = max([0, view.reach(name)])
-            use.append(f"events, {_length(reach)} back" if reach else "events, all before")
+            reach = f"{_length(view.reach(name))} back"
+            ever = "all before, as a summary" + (f" but for {reach}" if view.reach(name) else "")
+            use.append(f"events, {ever if name in lifetime_sources(view) else reach}")
         if name in view.dimensions:
             use.append("dimension")
         files = len({each.path for each in slices})
@@ -185,11 +190,6 @@ def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[st
         else:
             result.append((day, day, names))
     return result
-
-
-def _print_plan(view: FeatureView, plan: Plan) -> None:
-    for line in plan_lines(view, plan):
-        print(wrapped(line, hanging=2))
 
 
 def steps(options: Options, work: Work) -> Mapping[str, list[str]]:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from beam_pipelines.layout import many
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
-from transforms.inventory import Slice
+from transforms.carrying import Chain, Segment
+from transforms.contracts import day_of
+from transforms.inventory import ALWAYS, Slice
 from transforms.middles import LONG
 from transforms.plan import MOST_BLOCKS, Block, Plan, amplification, reached
+from transforms.staleness import DIGESTED, REPEATS
 
 
-def plan_lines(view: FeatureView, plan: Plan) -> Iterator[str]:
-    """One line each for the blocks, their size, how they are cut by key, and each dimension."""
+def plan_lines(
+    view: FeatureView,
+    plan: Plan,
+    chains: Sequence[Chain] = (),
+    segments: Sequence[Segment] = (),
+    looked: Mapping[str, Mapping[str, int]] | None = None,
+) -> Iterator[str]:
+    """One line each for the blocks, their size, how they are cut by key, what is summarised before them, and each dimension.
+
+    Args:
+        chains, segments: of the history that windows without a beginning see.
+        looked: rows that were read to see what is stale (`staleness.Current`).
+    """
     how = (
         "each slice is read once and its rows are sent to their blocks"
         if plan.shuffled
@@ -24,9 +38,37 @@ def plan_lines(view: FeatureView, plan: Plan) -> Iterator[str]:
     sizes = [_rows(each) for each in plan.blocks]
     yield f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together"
     yield from _shards(view, plan)
+    yield from _history(chains, segments)
     for name, slices in plan.dimensions.items():
         how = "routed: blocks read past it and keep what they look up" if name in plan.routed else "broadcast"
         yield f"{name}: {how} ({many(sum(each.rows for each in slices), 'row')})"
+    yield from looked_lines(looked or {})
+
+
+def _history(chains: Sequence[Chain], segments: Sequence[Segment]) -> Iterator[str]:
+    """What is read beside the blocks for windows without a beginning: of each source, from when, and how many rows."""
+    starts = [chain.start for chain in chains]
+    since = [
+        *(["its first row (there is no snapshot to start from)"] if ALWAYS in starts else []),
+        *(f"the snapshot of {day_of(start)}" for start in starts if start != ALWAYS),
+    ]
+    for name in dict.fromkeys(name for each in segments for name in each.events):
+        rows = sum(piece.rows for each in segments for piece in each.events.get(name, ()))
+        yield (
+            f'windows over all history ("all", "forever"): {name} is summarised from {", ".join(since)} on; '
+            f"slices of {many(rows, 'row')} are read for it, beside those of the blocks"
+        )
+
+
+def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """What is read before a run, to see what there is to do."""
+    digested, repeats = looked.get(DIGESTED, {}), looked.get(REPEATS, {})
+    if any(digested.values()):
+        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
+        yield f"read before the run, to see what has changed: {told}"
+    if any(repeats.values()):
+        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in repeats.items() if rows)
+        yield f"read before the run, unique columns alone, to find repeats: {told}"
 
 
 def _shards(view: FeatureView, plan: Plan) -> Iterator[str]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from deltalake.schema import PrimitiveType
 from beam_pipelines.layout import columns, many, size, wrapped
 from beam_pipelines.live_tracing import print_scored, print_seen
 from beam_pipelines.options import Arguments
-from beam_pipelines.reporting import guard, read_json
+from beam_pipelines.reporting import guard, log, read_json
 from schemas.durations import instant, microseconds
-from schemas.errors import DataError, DefinitionError, StoreError
+from schemas.errors import DataError, DefinitionError, MillraceError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.bundles import MANIFEST
 from transforms.commits import root_of as root_of_uri
@@ -149,6 +149,9 @@ def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
                 hanging=2,
             )
         )
+    if found.outdated:
+        told = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        print(wrapped(told, hanging=2))
     if "__cut" in row:
         print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
     else:
@@ -332,27 +335,42 @@ def vacuum(argv: Sequence[str]) -> int:
     return 0
 
 
-def trained(store: str, registry: str | None) -> dict[str, Mapping[str, object]]:
+def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, Mapping[str, object]]:
     """Manifests of every model whose training data must stay: those registered, and those trained in this store.
 
+    Args:
+        whole: raise where one of them cannot be read, so that nobody knows what may go; else say so and leave it out.
+
     Raises:
-        StoreError: the registry or a model in it cannot be read, so that nobody knows what may go.
+        StoreError: the registry or a model in it cannot be read.
     """
     found: dict[str, Mapping[str, object]] = {}
-    models = Registry(registry_uri(store, registry))
-    for name, version in models.models():
-        _, folder = models.resolve(name, version)
-        found[f"{name} {version}"] = read_json(os.path.join(folder, MANIFEST))
+
+    @contextlib.contextmanager
+    def reading(what: str) -> Iterator[None]:
+        try:
+            yield
+        except (MillraceError, OSError, ValueError) as error:
+            if whole:
+                raise
+            log.warning("%s cannot be read, so it is not known what was trained on: %s", what, error)
+
+    with reading("the model registry"):
+        models = Registry(registry_uri(store, registry))
+        for name, version in models.models():
+            with reading(f"model {name} {version}"):
+                found[f"{name} {version}"] = read_json(os.path.join(models.resolve(name, version)[1], MANIFEST))
     runs = Path(store, "runs")  # a registry elsewhere, or one that was away when the model was trained
     for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
-        try:
-            found.setdefault(f"run {path.parts[-3]}", json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                "The manifest of a trained model can be read",
-                f"{path}: {error}",
-                "Restore it, or delete its run's folder",
-            ) from None
+        with reading(f"the model of run {path.parts[-3]}"):
+            try:
+                found.setdefault(f"run {path.parts[-3]}", json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise StoreError(
+                    "The manifest of a trained model can be read",
+                    f"{path}: {error}",
+                    "Restore it, or delete its run's folder",
+                ) from None
     return found
 
 

@@ -48,7 +48,7 @@ from transforms.examples import (
 from transforms.explaining import Explain
 from transforms.fitting import Fit, declared
 from transforms.inventory import source_uri, version_of
-from transforms.manifests import read_manifest
+from transforms.manifests import read_manifest, warn_of_outdated
 from transforms.matrices import until
 from transforms.probing import require_known
 from transforms.problems import require_same_problem
@@ -284,6 +284,7 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
     model = options.model
     require_known(model.objective, trials(model))  # refused before anything is read
     table = open_features(options)
+    warn_of_outdated(model.view, table)
     files = data_files(table, options.start, options.cutoff)
     if not files:
         raise DataError("The feature table has rows before the cutoff", f"none from {options.start or 'the first day'} to {options.cutoff or 'the last'}", "Choose other dates, or compute features")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,19 +11,18 @@ import numpy as np
 import oracles
 import polars as pl
 import pytest
-from apache_beam import pvalue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from without_beam import outputs_of
 
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.tables import DEAD_LETTERS
-from transforms import keyed, lookups, plan, sources, trailing
-from transforms.carrying import Segment, Summarise, merge_in_order, segments
+from transforms import keyed, lookups, plan, sources
+from transforms.carrying import Chain, Segment, chains, segments
 from transforms.contracts import EPOCH, MICROSECOND
-from transforms.inputs import Tally, add_tallies
+from transforms.inputs import Tally
 from transforms.inventory import Inventory, take_inventory
-from transforms.routing import Route, routes
 from transforms.staleness import lifetime_sources
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
@@ -135,44 +133,17 @@ def computed(
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Tally]]:
     """Features, dead letters and accounts, as the steps of the pipeline give them; checked to be whole and in order."""
     chosen, inventory = planned(view, store, shuffled=shuffled, **choices)
-    outputs: list[Any] = []
-    carried: dict[int, tuple[str, ...]] | None = None
+    spans: tuple[Segment, ...] = ()
+    over: tuple[Chain, ...] = ()
     if lifetime_sources(view):
-        spans: tuple[Segment, ...] = segments(view, chosen, {}, inventory.slices, {name: inventory.timeless(name) for name in view.events})  # fmt: skip
-        step = Summarise(view, chosen, str(store), "run")
-        told = [each for span in spans for each in step.process(span)]
-        outputs += [each for each in told if isinstance(each, pvalue.TaggedOutput)]
-        parts = [each for each in told if not isinstance(each, pvalue.TaggedOutput)]
-        carried = merge_in_order(parts, view, chosen, str(store), "run", {})
-    if shuffled:
-        sent = defaultdict(list)
-        step = Route(view, chosen)
-        step.setup()
-        step.start_bundle()
-        for each in (*(each for route in routes(chosen) for each in step.process(route)), *step.rest()):
-            if isinstance(each, pvalue.TaggedOutput):
-                outputs.append(each)
-            else:
-                sent[each[0]].append(each[1])
-        gather = trailing.ComputeGathered(view, chosen, chosen.blocks, str(store))
-        gather.setup()
-        gather.start_bundle()
-        outputs += [each for block in sent.items() for each in gather.process(block, carried)]
-        outputs += gather.rest()
-    else:
-        one = trailing.ComputeBlock(view, chosen, len(chosen.blocks), str(store))
-        one.setup()
-        one.start_bundle()
-        outputs += [each for block in chosen.blocks for each in one.process(block, carried)]
-        outputs += one.rest()
-    tagged = defaultdict(list)
-    for each in outputs:
-        tagged[each.tag if isinstance(each, pvalue.TaggedOutput) else "features"].append(getattr(each, "value", each))
-    for each in tagged["features"]:
+        over = chains(chosen, {})
+        spans = segments(view, chosen, over, inventory.slices, {name: inventory.timeless(name) for name in view.events})
+    made = outputs_of(view, chosen, str(store), spans, over)
+    for each in made.features:
         assert each.schema == view.output_schema
-    features = pl.concat([pl.from_arrow(each) for each in tagged["features"]]).sort("at", "id")
-    letters = pl.concat([pl.from_arrow(each) for each in [DEAD_LETTERS.empty_table(), *tagged["letters"]]])
-    tallies = add_tallies(tagged["tallies"])
+    features = pl.concat([pl.from_arrow(each) for each in made.features]).sort("at", "id")
+    letters = pl.concat([pl.from_arrow(each) for each in [DEAD_LETTERS.empty_table(), *made.letters]])
+    tallies = dict(made.tallies)
     assert all(tally.conserved for tally in tallies.values())
     return features, letters.sort(letters.columns), tallies
 

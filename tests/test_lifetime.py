@@ -89,3 +89,14 @@ def test_new_days_go_on_from_the_last_summary(tmp_path: Path) -> None:
     figures = run(tmp_path / "a")
     assert figures["first"] == str(days()[3])
     same(answers(tmp_path / "a"), long(tmp_path / "b", frames))
+
+
+def test_a_key_may_be_called_as_a_summary_calls_its_last_rows(tmp_path: Path) -> None:
+    frames = sources()
+    for name, (window, age) in {"a": ("all", "forever"), "b": ("3650d", "3650d")}.items():
+        text = definition(window, age).replace('"city": pl.Int32', '"latest": pl.Int32').replace('"city"', '"latest"')
+        market.write(tmp_path / name, {source: frame.rename({"city": "latest"}) for source, frame in frames.items()})
+        market.define(tmp_path / name, text)
+        run(tmp_path / name)
+    expected = answers(tmp_path / "b")
+    same(answers(tmp_path / "a"), expected.rename({each: each.replace("_3650d", "_all") for each in expected.columns}))

@@ -193,3 +193,39 @@ def test_the_plan_of_a_run_is_logged_as_it_is_printed(long: list[str], capsys: O
     said = capsys.readouterr().err
     for line in told.splitlines():
         assert line.strip() in said
+
+
+def test_what_windows_over_all_history_read_is_told(long: list[str], capsys: Out, tmp_path: Path) -> None:
+    definition = Path(long[1])
+    text = definition.read_text()
+    definition.write_text(text.replace('over=("3d", "40d")', 'over=("3d", "all")').replace('"median", ', ""))
+    path = tmp_path / "sources" / "sales" / "part.parquet"
+    sales = pl.read_parquet(path)
+    sales.write_parquet(path, row_group_size=100)
+    capsys.readouterr()
+    assert main(long) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sales .* events, all before, as a summary but for 3 d back", section(out, "sources"))
+    told = section(out, "plan")
+    # A new table: whatever there is, and once more for the summary that the run leaves.
+    assert "sales is summarised from its first row (there is no snapshot to start from) on; slices of " in told
+    assert re.search(rf"slices of {len(sales):,} rows are read for it, beside those of the blocks", told)
+    assert f"unique columns alone, to find repeats: {len(sales):,} rows of sales" in told
+    assert "to see what has changed" in told  # the dimension: nothing of a new table's days is known before
+    assert "of sales" not in told.split("to see what has changed")[1].split("\n")[0]
+
+    assert features.main([*long, "--end", "2024-02-20", "--no-statistics"]) == 0
+    told = plan(long, capsys)
+    days = sales.filter(pl.col("sold").dt.date() >= pl.date(2024, 2, 20))
+    assert "sales is summarised from the snapshot of 2024-02-20 on" in told
+    (read,) = re.findall(r"slices of ([\d,]+) rows are read for it", told)
+    assert len(days) <= int(read.replace(",", "")) <= len(days) + 100, "row groups from that day on, and no others"
+    (digested,) = re.findall(r"to see what has changed: .*?([\d,]+) rows of sales", told)
+    assert len(days) <= int(digested.replace(",", "")) <= len(days) + 100
+
+    assert features.main([*long, "--no-statistics"]) == 0
+    capsys.readouterr()
+    assert main(long) == 0
+    dates = section(capsys.readouterr().out, "dates")
+    assert "nothing to do" in dates
+    assert f"to find repeats: {len(sales):,} rows of sales" in dates

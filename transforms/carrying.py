@@ -2,11 +2,15 @@
 
 Every span of time between a snapshot and the last block is summarised on its own, in parallel; one small step then merges
 them in order of time, so that each block finds the summary of everything before it.  No run reads what a snapshot covers.
+
+The spans of a run tile the time from each snapshot that it starts from (`Chain`): several ranges of days, with days between
+them that are not computed, share one chain, and no event enters a summary twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +23,7 @@ from apache_beam import pvalue
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.durations import DAY
+from schemas.errors import StoreError
 from schemas.expressions import canonical
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView
@@ -54,6 +59,26 @@ class Snapshot:
     files: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Time `[start, end)` µs that is summarised without a gap, on top of `base`: what it leaves at each of the times `wanted`
+    is the summary of everything before.  Without `base` it begins with all history."""
+
+    base: Snapshot | None
+    end: int
+    wanted: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return ALWAYS if self.base is None else self.base.until
+
+
+# A summarised segment: its start and end, and the files of its summaries.
+Part = tuple[int, int, tuple[str, ...]]
+# Per time (µs) the files of the summaries of everything before it.
+Carried = Mapping[int, tuple[str, ...]]
+
+
 def lifetime_groups(view: FeatureView) -> Groups:
     """Features with windows over all history by source, key and condition, under the name of their summary."""
     groups: dict[str, list[Trailing | Latest]] = {}
@@ -65,22 +90,37 @@ def lifetime_groups(view: FeatureView) -> Groups:
     return {name: tuple(group) for name, group in groups.items() if any(map(is_lifetime, group))}
 
 
+def chains(plan: Plan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
+    """How the summaries before every block come about; `found` is, by the start of each range, the newest snapshot before it.
+
+    Chains do not overlap: a range goes on from the range before it, through the time between the two, unless its snapshot
+    reaches further.
+    """
+    made: list[Chain] = []
+    for first, last in plan.ranges:
+        wanted = (*(block.start for block in plan.blocks if first <= block.start < last), last)
+        base = found.get(first)
+        if made and (base is None or base.until <= made[-1].end):
+            made[-1] = dataclasses.replace(made[-1], end=last, wanted=(*made[-1].wanted, *wanted))
+        else:
+            made.append(Chain(base, last, wanted))
+    return tuple(made)
+
+
 def segments(
     view: FeatureView,
     plan: Plan,
-    since: Mapping[int, Snapshot | None],
+    over: Sequence[Chain],
     slices: Mapping[str, Sequence[Slice]],
     timeless: Mapping[str, Sequence[Slice]],
 ) -> tuple[Segment, ...]:
-    """Spans from each range's snapshot (`since`, by the range's start) to its last block's end, cut where blocks are cut."""
+    """What there is to summarise: each chain, cut where blocks and ranges begin and end."""
     sources = lifetime_sources(view)
     result: list[Segment] = []
-    for first, last in plan.ranges:
-        base = since.get(first)
-        begin = ALWAYS if base is None else base.until
-        cuts = [begin, *(block.start for block in plan.blocks if first <= block.start < last), last]
-        for low, high in itertools.pairwise(dict.fromkeys(cuts)):
-            run_in = high <= first
+    for chain in over:
+        cuts = sorted({chain.start, *chain.wanted})
+        for low, high in itertools.pairwise(cuts):
+            before = high <= plan.start
             inside = {
                 name: tuple(
                     dict.fromkeys(
@@ -92,19 +132,19 @@ def segments(
                 )
                 for name in sources
             }
-            result.append(Segment(len(result), low, high, run_in and plan.dates is None, run_in, inside))
+            result.append(Segment(len(result), low, high, before and plan.dates is None, before, inside))
     return tuple(result)
 
 
 @dataclasses.dataclass(eq=False)
 class CarrySummaries(beam.PTransform):
-    """PCollection[Segment] → (PCollection of one dict: block index → file name per group; dead letters; tallies)."""
+    """PCollection[Segment] → (PCollection of one `Carried`; dead letters; tallies)."""
 
     view: FeatureView
     plan: Plan
     uri: str
     run_id: str
-    since: Mapping[int, Snapshot | None]
+    chains: tuple[Chain, ...]
 
     def expand(self, spans: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         step = Summarise(self.view, dataclasses.replace(self.plan, blocks=()), self.uri, self.run_id)
@@ -114,28 +154,26 @@ class CarrySummaries(beam.PTransform):
             | "Summarise" >> beam.ParDo(step).with_outputs("letters", "tallies", main="parts")
         )
         outputs.letters.element_type = pa.RecordBatch
-        carried = (
-            outputs.parts
-            | "Gather" >> beam.combiners.ToList()
-            | "Merge" >> beam.Map(merge_in_order, self.view, self.plan, self.uri, self.run_id, self.since)
-        )
+        parts = outputs.parts | "Gather" >> beam.combiners.ToList()
+        carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
+        # After the merge for good, which a runner may repeat.
+        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
         return carried, outputs.letters, outputs.tallies
 
 
 class Summarise(beam.DoFn):
-    """Segment → (start, file name per group); tagged: letters and tallies where it accounts for its events."""
+    """Segment → `Part`; tagged: letters and tallies where it accounts for its events."""
 
     def __init__(self, view: FeatureView, plan: Plan, uri: str, run_id: str) -> None:
         self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
 
-    def process(self, segment: Segment) -> Iterator[tuple[int, tuple[str, ...]] | pvalue.TaggedOutput]:
+    def process(self, segment: Segment) -> Iterator[Part | pvalue.TaggedOutput]:
         inputs = {name: read_segment(self.view, self.plan, segment, name) for name in segment.events}
         files = []
         for i, group in enumerate(lifetime_groups(self.view).values()):
-            name = f"{self.run_id}-part-{segment.index}-{i}.parquet"
-            write_summary(self.uri, name, summarise(group, inputs[group[0].source.name].frame))
-            files.append(name)
-        yield segment.start, tuple(files)
+            summary = summarise(group, inputs[group[0].source.name].frame)
+            files.append(write_summary(self.uri, f"{self.run_id}-part-{segment.index}-{i}", summary))
+        yield segment.start, segment.end, tuple(files)
         if segment.accounts:
             letters = letters_batch(self.view, [each.letters for each in inputs.values()])
             if letters.num_rows:
@@ -158,71 +196,72 @@ def read_segment(view: FeatureView, plan: Plan, segment: Segment, name: str) -> 
 
 
 def merge_in_order(
-    parts: Iterable[tuple[int, tuple[str, ...]]],
-    view: FeatureView,
-    plan: Plan,
-    uri: str,
-    run_id: str,
-    since: Mapping[int, Snapshot | None],
+    parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
 ) -> dict[int, tuple[str, ...]]:
-    """Per block the files of its summaries; the last merged summary of each range stays as a snapshot for later runs."""
+    """The summaries of everything before each time that a chain is wanted at.
+
+    Raises:
+        StoreError: the parts leave a gap or overlap, so that some event would be missed or counted twice.
+    """
     groups = list(lifetime_groups(view).values())
-    by_start = dict(parts)
+    waiting = sorted(parts, reverse=True)
     result: dict[int, tuple[str, ...]] = {}
-    for first, last in plan.ranges:
-        base = since.get(first)
-        held: list[pl.DataFrame | None] = (
-            [read_summary(uri, name) for name in base.files] if base else [None] * len(groups)
+    for chain in over:
+        held: list[pl.DataFrame] = (
+            [read_summary(uri, name) for name in chain.base.files]
+            if chain.base is not None
+            else [summarise(group, pl.DataFrame(schema=group[0].source.schema)) for group in groups]
         )
-        starts = sorted(start for start in by_start if (ALWAYS if base is None else base.until) <= start < last)
-        blocks = {block.start: block.index for block in plan.blocks if first <= block.start < last}
-        for start in starts:
-            if start in blocks:
-                result[blocks[start]] = _write_all(uri, run_id, start, held, groups)
-            for i, name in enumerate(by_start[start]):
-                held[i] = merge(held[i], read_summary(uri, name), [column for _, column in groups[i][0].keys])
-        _write_all(uri, run_id, last, held, groups)
-    for names in by_start.values():
-        FileSystems.delete([FileSystems.join(uri, FOLDER, name) for name in names])
+        until = chain.start
+        for moment in sorted(chain.wanted):
+            while until < moment:
+                start, end, names = waiting.pop() if waiting else (moment, moment, ())
+                if start != until or end > moment:
+                    raise StoreError(
+                        "Summaries of a source's past follow each other without a gap",
+                        f"what follows {until} begins at {start} and ends at {end}, on the way to {moment}",
+                        "Nothing was committed; this is a defect of Millrace: please report it",
+                    )
+                until = end
+                for i, (name, group) in enumerate(zip(names, groups, strict=True)):
+                    part, keys = read_summary(uri, name), [column for _, column in group[0].keys]
+                    held[i] = merge(held[i], part, keys) if len(held[i]) else part
+            result[moment] = (
+                chain.base.files
+                if chain.base is not None and moment == chain.start
+                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(held))
+            )
     return result
 
 
-def _write_all(
-    uri: str,
-    run_id: str,
-    until: int,
-    held: Sequence[pl.DataFrame | None],
-    groups: Sequence[tuple[Trailing | Latest, ...]],
-) -> tuple[str, ...]:
-    names = snapshot_files(run_id, until, len(groups))
-    for name, summary, group in zip(names, held, groups, strict=True):
-        write_summary(uri, name, summarise(group, _no_events(group)) if summary is None else summary)
-    return names
+def remove_parts(parts: Iterable[Part], carried: Carried, uri: str) -> None:
+    """Delete the summaries of segments once what was `carried` from them is there."""
+    paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
+    FileSystems.delete([path for path in paths if FileSystems.exists(path)])
 
 
-def _no_events(group: Sequence[Trailing | Latest]) -> pl.DataFrame:
-    return pl.DataFrame(schema=group[0].source.schema)
+def left_for_later(carried: Carried) -> dict[int, tuple[str, ...]]:
+    """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
+    return {until: files for until, files in sorted(carried.items()) if until % DAY == 0}
 
 
-def snapshot_files(run_id: str, until: int, groups: int) -> tuple[str, ...]:
-    return tuple(f"{run_id}-{until}-{i}.parquet" for i in range(groups))
+def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
+    """The first of the candidates whose files are all there."""
+    for until, files in candidates:
+        if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
+            return Snapshot(until, tuple(files))
+    return None
 
 
-def snapshots(view: FeatureView, plan: Plan, run_id: str) -> tuple[Snapshot, ...]:
-    """What a run leaves behind: a snapshot at each midnight where a block starts, and at its ends."""
-    moments = sorted({block.start for block in plan.blocks} | {last for _, last in plan.ranges})
-    count = len(lifetime_groups(view))
-    return (
-        tuple(Snapshot(until, snapshot_files(run_id, until, count)) for until in moments if until % DAY == 0)
-        if count
-        else ()
-    )
-
-
-def write_summary(uri: str, name: str, summary: pl.DataFrame) -> None:
+def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
+    """The name of the file, which ends with a digest of its content: what some manifest names is never overwritten with other
+    content, even by a later launch under the same run id."""
     sink = io.BytesIO()
     summary.write_parquet(sink, compression="lz4")
-    write_aside(FileSystems.join(uri, FOLDER), name, pa.py_buffer(sink.getvalue()))
+    content = sink.getvalue()
+    file = f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    write_aside(FileSystems.join(uri, FOLDER), file, pa.py_buffer(content))
+    return file
 
 
 def read_summary(uri: str, name: str) -> pl.DataFrame:
@@ -230,11 +269,9 @@ def read_summary(uri: str, name: str) -> pl.DataFrame:
         return pl.read_parquet(io.BytesIO(handle.read()))
 
 
-def stream_summaries(
-    view: FeatureView, uri: str, block: Block, files: Mapping[int, tuple[str, ...]]
-) -> Iterator[tuple[str, pl.DataFrame]]:
+def stream_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> Iterator[tuple[str, pl.DataFrame]]:
     """As `load_summaries`, a few rows at a time, each with the name of its summary."""
-    for name, file in zip(lifetime_groups(view), files[block.index], strict=True):
+    for name, file in zip(lifetime_groups(view), files[block.start], strict=True):
         with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
             yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
@@ -242,11 +279,9 @@ def stream_summaries(
                 yield name, pl.from_arrow(batch)  # type: ignore[misc]
 
 
-def load_summaries(
-    view: FeatureView, uri: str, block: Block, files: Mapping[int, tuple[str, ...]]
-) -> dict[str, Summary]:
+def load_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> dict[str, Summary]:
     """The summaries of everything before the block, by the names a kernel looks for."""
     return {
         name: Summary(read_summary(uri, file), block.start)
-        for name, file in zip(lifetime_groups(view), files[block.index], strict=True)
+        for name, file in zip(lifetime_groups(view), files[block.start], strict=True)
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 
+@functools.cache  # to count what is spared walks it too
 def spare_imports() -> None:
     """Take what is there now out of Python's garbage collection, once a process; called where a worker sets up.
 

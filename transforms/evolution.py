@@ -34,8 +34,19 @@ from transforms.digests import Digests
 from transforms.ids import row_ids
 from transforms.inventory import Inventory, Slice, open_parquet
 from transforms.kernels import Gather, Reading, compute, gathered
+from transforms.lifetime import is_lifetime
 from transforms.sources import Repeats
-from transforms.staleness import Current, Manifest, as_date, digests_now, digests_within, dimensions_digest, reaches
+from transforms.staleness import (
+    VERSION,
+    Current,
+    Manifest,
+    as_date,
+    digests_now,
+    digests_within,
+    dimensions_digest,
+    reaches,
+    read_anew,
+)
 from transforms.tables import DataFile, read_file
 
 log = logging.getLogger("millrace.features")
@@ -142,6 +153,8 @@ def _outputs(feature: Reading) -> list[str]:
 
 def _copies(view: FeatureView, inventory: Inventory, current: Current, older: Older, days: Sequence[int]) -> Copies:
     manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
+    if manifest.version < VERSION:
+        same = [name for name in same if name not in of_all_history(view)]
     back = dict(manifest.about["reaches"])
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
     files: dict[int, list[DataFile]] = {}
@@ -187,6 +200,21 @@ def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
     return result
 
 
+def of_all_history(view: FeatureView) -> set[str]:
+    """Features whose windows have no beginning, and those that use such features."""
+    found: set[str] = set()
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            found |= {name for name, expr in feature.columns.items() if found.intersection(columns_of(expr))}
+        elif found.intersection(left for left, _ in feature.keys):
+            found |= {*_outputs(feature)}
+        elif isinstance(feature, Trailing):
+            found |= {each.name for each in feature.statistics if each.length is None}
+        elif is_lifetime(feature):
+            found |= {*_outputs(feature)}
+    return found
+
+
 # (Day, days back) → whether all that a window of that day sees of a source is what it was.
 Proof = Callable[[int, int], bool]
 
@@ -214,7 +242,8 @@ def _proof(
     first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
     files = {path: held for path, held in current.files[source].items() if held[1] <= last and held[2] >= first}
     try:
-        rows = digests_now(source, then, [each for each in slices if each.path in files], files, manifest)
+        known = read_anew(manifest) if manifest.version < VERSION else manifest
+        rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
     except ContractError:  # a column that is no longer needed need not be there
         return _never, False
     dropped = current.repeats[source].dropped if source in current.repeats else {}

@@ -18,7 +18,7 @@ from transforms.commits import commit_at, commits, file_actions
 from transforms.inventory import stamp_of
 from transforms.manifests import read_manifest
 from transforms.places import tables_below
-from transforms.staleness import Manifest, reached_from
+from transforms.staleness import VERSION, Manifest, lifetime_sources, reached_from
 from transforms.tables import DataFile, data_files, open_table, read_file, root_of
 from transforms.vacuum import files_below
 
@@ -108,6 +108,7 @@ class Origin:
     file: DataFile
     commit: Mapping[str, Any]
     seen: tuple[Seen, ...]
+    outdated: bool = False  # written by a version whose windows over all history may be wrong
 
 
 def view_table(store: str, view: FeatureView, version: int | None = None, place: str = "features") -> DeltaTable:
@@ -193,7 +194,8 @@ def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: Mapping[st
     made = open_table(uri, entry["version"]) if "version" in entry else None
     manifest = read_manifest(made) if made is not None else None
     seen = () if manifest is None else tuple(_seen(view, manifest, row[view.time]))
-    return Origin(row, uri, int(table.version()), file, entry, seen)
+    old = manifest is not None and manifest.version < VERSION and bool(lifetime_sources(view))
+    return Origin(row, uri, int(table.version()), file, entry, seen, old)
 
 
 def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[Seen]:

@@ -17,7 +17,7 @@ from schemas.expressions import canonical
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.lifetime import Carried, Summary, summary_name
+from transforms.lifetime import LATEST, Carried, Summary, summary_name
 from transforms.sorting import Sorting, codes
 from transforms.windows import Bools, Column, Ints, Once, lazy, statistic
 
@@ -153,7 +153,7 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
     own = _taken(history.events, feature.renamed, last, found)
     if feature.length is not None or history.carried is None:
         return own
-    before = history.restored(history.carried.value("latest")).struct.unnest()
+    before = history.restored(history.carried.value(LATEST)).struct.unnest()
     return [
         pl.select(
             pl.when(pl.Series(found))

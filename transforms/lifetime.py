@@ -18,6 +18,8 @@ from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.windows import Bools, Digits, Floats, Ints, decompose, squared, total, variance
 
+# The column of a summary that holds the last row; no key has that name.
+LATEST = " latest"
 SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
 
@@ -47,7 +49,7 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     """Summary of `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
 
     Columns: the keys, `#` (rows), and per column c what its statistics need: `c n`, `c s<unit>`, `c q<unit>`, `c min`,
-    `c max`, `c first`, `c last`; `latest`: the last row as a struct.
+    `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
     """
     first = features[0]
     if first.where is not None:
@@ -75,7 +77,7 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
             if stats & set(SQUARED):
                 digits += _digit_columns(f"{column} q", decompose(*squared(numbers)))
     if taken:
-        made.append(pl.struct(taken).last().alias("latest"))
+        made.append(pl.struct(taken).last().alias(LATEST))
     made += [pl.col(each.name).sum() for each in digits]
     return events.with_columns(digits).group_by(keys, maintain_order=True).agg(made)
 

@@ -12,11 +12,12 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
+from transforms.carrying import Carried, left_for_later
 from transforms.commits import commit_at, metadata_of
 from transforms.evolution import Older, told_by
 from transforms.inputs import Tally, digests_read
 from transforms.places import folders
-from transforms.staleness import EMPTY, Current, Manifest, advance
+from transforms.staleness import EMPTY, Current, Manifest, advance, continued, outdated
 from transforms.tables import data_files, open_table, root_of, write_aside
 
 log = logging.getLogger("millrace.features")
@@ -41,6 +42,21 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
         raise StoreError(
             "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
         ) from None
+
+
+def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
+    """Tell a reader of the table that an older version may have got some of its days wrong."""
+    try:
+        days = outdated(continued(view, read_manifest(table)))
+    except StoreError:  # told by those who need it
+        return
+    if days:
+        log.warning(
+            "%d days of %s were written when windows over all history could count events twice or too early: "
+            "run millrace features, which computes them again, before you use them",
+            len(days),
+            root_of(table),
+        )
 
 
 def older_tables(store: str, view: FeatureView) -> list[Older]:
@@ -69,11 +85,14 @@ class WriteManifest:
     ranges: tuple[tuple[int, int], ...]
     current: Current
     everything: bool
-    snapshots: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, table: DeltaTable | None, tallies: Mapping[str, Tally]) -> dict[str, str]:
-        before = EMPTY if self.everything else read_manifest(table)
-        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, self.snapshots)
+    def __call__(
+        self, table: DeltaTable | None, tallies: Mapping[str, Tally], carried: Carried | None = None
+    ) -> dict[str, str]:
+        """`carried`: the summaries of all history that the run made."""
+        before = EMPTY if self.everything else continued(self.view, read_manifest(table))
+        left = left_for_later(carried or {})
+        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
         after = dataclasses.replace(after, about=told_by(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
         write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -25,6 +25,12 @@ _MASK = 2**64 - 1
 # Days back of a window over all history.
 EVER = 1_000_000
 MOST_SNAPSHOTS = 100
+# Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too early, and days
+# that were computed from them; and digests of rows that were gone when they were last read.
+VERSION = 2
+# The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
+OUTDATED = -1
+WRITTEN_BEFORE = f"written before manifests of version {VERSION}, when windows over all history could count events twice or too early: recomputed"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +46,7 @@ class Manifest:
         dimensions: digest per dimension as last used; `looked_up` has it per computed day.
         snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
         about: the view in terms that another view can be compared with (`evolution.about`).
+        version: of the rules by which it was made (`VERSION`).
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -51,6 +58,7 @@ class Manifest:
     looked_up: Mapping[int, int]
     snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    version: int = VERSION
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -84,6 +92,7 @@ class Manifest:
                 _ints(raw["looked_up"]),
                 {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
                 raw.get("about", {}),
+                int(raw.get("version", 1)),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(
@@ -98,9 +107,26 @@ def _ints(values: Mapping[str, int]) -> dict[int, int]:
 EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 
 
+def continued(view: FeatureView, manifest: Manifest) -> Manifest:
+    """What of a manifest, whose version may be older, a run may build upon: of the days of a view with windows over all history
+    that is their names, so that they are computed again."""
+    if manifest.version >= VERSION or not lifetime_sources(view):
+        return manifest
+    return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
+
+
+def outdated(manifest: Manifest) -> list[int]:
+    """Days of a `continued` manifest whose rows are as an older version wrote them."""
+    return sorted(day for day, digest in manifest.dates.items() if digest == OUTDATED)
+
+
+# What `Current` was looked up in: rows digested, and rows whose unique columns were looked through for repeats.
+DIGESTED, REPEATS = "digested", "repeats"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Current:
-    """The sources as they are now: digests by day where they are known (all days, unless the table is new).
+    """The sources as they are now: digests by day if they are known, `digested` (of all days, unless the table is new).
 
     `whole` is per source the last day no moment of which is too far ahead of the run's clock: of a later one some rows may
     have been set aside that the next run takes, so it does not count as covered.
@@ -111,22 +137,40 @@ class Current:
     repeats: Mapping[str, Repeats]
     dimensions: Mapping[str, int]
     whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    digested: bool = False
+    looked: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
-def examine(inventory: Inventory, manifest: Manifest) -> Current:
-    """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others."""
+def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
+    """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others.
+
+    Args:
+        everything: digest all files, whatever the manifest knows of them.
+    """
+    known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
     files, digests, repeats, dimensions, whole = {}, {}, {}, {}, {}
+    looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
     for name, slices in inventory.slices.items():
         contract = inventory.contract(name)
         files[name] = _spans(slices, contract)
         if contract.source.time is None:
             dimensions[name] = _dimension_digest(contract, slices)
+            looked[DIGESTED][name] = sum(each.rows for each in slices)
             continue
         if contract.source.unique is not None:
             repeats[name] = repeats_of(contract, slices)
+            looked[REPEATS][name] = sum(each.rows for each in slices)
         whole[name] = contract.latest // DAY - 1
-        digests[name] = digests_now(name, contract, slices, files[name], manifest) if manifest.dates else {}
-    return Current(files, digests, repeats, dimensions, whole)
+        digests[name] = digests_now(name, contract, slices, files[name], known) if manifest.dates else {}
+        if manifest.dates:
+            unread = _unread(name, slices, files[name], known)[1]
+            looked[DIGESTED][name] = sum(each.rows for each, _, _ in unread)
+    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates), looked)
+
+
+def read_anew(manifest: Manifest) -> Manifest:
+    """`manifest` as if no file had been digested."""
+    return dataclasses.replace(manifest, files={}, covered={}, digests={})
 
 
 def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
@@ -145,21 +189,28 @@ def digests_now(
     name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
 ) -> Digests:
     """Digests of a source by day; what has not changed since `manifest` is taken from there."""
-    before, known = manifest.files.get(name, {}), manifest.digests.get(name, {})
-    covered = Days(manifest.covered.get(name, ()))
+    known = manifest.digests.get(name, {})
+    days, unread = _unread(name, slices, now, manifest)
+    parts = [
+        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
+        for each, low, high in unread
+    ]
+    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+
+
+def _unread(
+    name: str, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
+) -> tuple[Days, list[tuple[Slice, int, int]]]:
+    """(Days of a source whose digests `manifest` does not know, what to read for them: slices with first and last day)."""
+    before, covered = manifest.files.get(name, {}), Days(manifest.covered.get(name, ()))
     unread: list[tuple[int, int]] = []
     for path, (stamp, low, high) in now.items():
         unread += [(low, high)] if before.get(path, ("",))[0] != stamp else covered.missing(low, high)
     unread += [(low, high) for path, (stamp, low, high) in before.items() if now.get(path, ("",))[0] != stamp]
-    if not unread:
-        return dict(known)
     days = Days(unread)
-    parts = [
-        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
-        for each in slices
-        for low, high in days.overlapping(each.low // DAY, each.high // DAY)
+    return days, [
+        (each, low, high) for each in slices for low, high in days.overlapping(each.low // DAY, each.high // DAY)
     ]
-    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
 
 
 class Days:
@@ -303,6 +354,8 @@ def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh:
     for day in sorted(asked | set(manifest.dates)):
         if day not in manifest.dates:
             reasons[day] = "never computed"
+        elif manifest.dates[day] == OUTDATED:
+            reasons[day] = WRITTEN_BEFORE
         elif now[day] != manifest.dates[day]:
             reasons[day] = _why(view, manifest, current.digests, dropped, day)
         elif refresh and manifest.looked_up.get(day) != lookup:
@@ -356,15 +409,11 @@ def advance(
         read: for the first run, which has no manifest to start from, the digests of what it read.
         left: files of summaries of all history per µs until which they reach.
     """
-    if current.digests.get(view.spine.name):
+    if current.digested:
         digests = {name: dict(each) for name, each in current.digests.items()}
         covered = {name: [(low, high) for _, low, high in files.values()] for name, files in current.files.items()}
     else:
-        digests = {name: {**manifest.digests.get(name, {}), **read.get(name, {})} for name in reaches(view)}
-        first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
-        covered = {
-            name: [*manifest.covered.get(name, ()), (first - back, last)] for name, back in reaches(view).items()
-        }
+        digests, covered = _digested(view, manifest, current, read, computed)
     covered = {
         name: [(low, min(high, whole)) for low, high in Days(spans).spans if low <= whole]
         for name, spans in covered.items()
@@ -394,13 +443,42 @@ def advance(
     )
 
 
-def usable_snapshot(
+def _digested(
+    view: FeatureView,
+    manifest: Manifest,
+    current: Current,
+    read: Mapping[str, Digests],
+    computed: Sequence[tuple[int, int]],
+) -> tuple[dict[str, Digests], dict[str, list[tuple[int, int]]]]:
+    """(Digests, covered spans) after a first run, which digested what it read and no more.
+
+    Another first run may have committed meanwhile: what it knows of other days holds unless their files have changed since.
+    """
+    first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
+    digests, covered = {}, {}
+    for name, back in reaches(view).items():
+        mine, now, before = (first - back, last), current.files.get(name, {}), manifest.files.get(name, {})
+        changed = [
+            each.get(path, ("", 0, -1))[1:]
+            for path in {*now, *before}
+            if now.get(path, ("",))[0] != before.get(path, ("",))[0]
+            for each in (now, before)
+        ]
+        anew = Days([mine, *((low, high) for low, high in changed if low <= high)])
+        kept = {day: value for day, value in manifest.digests.get(name, {}).items() if day not in anew}
+        digests[name] = {**kept, **read.get(name, {})}
+        covered[name] = [mine]
+        for low, high in manifest.covered.get(name, ()):
+            covered[name] += anew.missing(low, high)
+    return digests, covered
+
+
+def usable_snapshots(
     view: FeatureView, manifest: Manifest, current: Current, before: int
-) -> tuple[int, Sequence[str]] | None:
-    """The newest snapshot (µs, files) not after `before` µs whose history is still as it was; None where there is none."""
+) -> Iterator[tuple[int, Sequence[str]]]:
+    """Snapshots (µs, files) not after `before` µs whose history is still as it was, the newest first."""
     sources = lifetime_sources(view)
     dropped = {name: each.dropped for name, each in current.repeats.items()}
     for until, (files, digest) in sorted(manifest.snapshots.items(), reverse=True):
-        if until <= before and current.digests and history_digest(sources, current.digests, dropped, until) == digest:
-            return until, files
-    return None
+        if until <= before and current.digested and history_digest(sources, current.digests, dropped, until) == digest:
+            yield until, files

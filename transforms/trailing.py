@@ -18,7 +18,7 @@ from apache_beam import pvalue, typehints
 from schemas.views import FeatureView
 from transforms.ahead import Ahead
 from transforms.batches import batch
-from transforms.carrying import load_summaries, stream_summaries
+from transforms.carrying import Carried, load_summaries, stream_summaries
 from transforms.evolution import Copies, compute_with
 from transforms.ids import row_ids
 from transforms.inputs import (
@@ -47,7 +47,7 @@ class TrailingFeatures(beam.PTransform):
 
     A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
     slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
-    per block the summaries that `carrying.CarrySummaries` left under `uri`.  Columns of `copies` are not computed.
+    the summaries before each block that `carrying.CarrySummaries` left under `uri`.  Columns of `copies` are not computed.
     """
 
     view: FeatureView
@@ -78,8 +78,6 @@ class TrailingFeatures(beam.PTransform):
         )
 
 
-# Per block the files of its summaries.
-Carried = Mapping[int, tuple[str, ...]]
 FEATURES, TAGS = "features", ("letters", "tallies")
 
 
