@@ -19,6 +19,7 @@ from beam_pipelines import features, parity
 from beam_pipelines.reporting import guard
 from schemas import FeatureView
 from schemas.live import LIVE_LETTERS
+from transforms.journal import Journal
 from transforms.live_tables import NewLetters, Writer, features_live_uri, live_letters_uri
 from transforms.messages import Message, heartbeat, to_arrow
 from transforms.parity_causes import Full, compare
@@ -34,6 +35,7 @@ from transforms.parity_rows import (
     Batch,
 )
 from transforms.replay import Replay, chunks_of
+from transforms.shards import RID
 from transforms.tables import data_files, open_table
 
 Frames = dict[str, pl.DataFrame]
@@ -190,6 +192,18 @@ def test_a_repeat_beyond_what_live_remembers(tmp_path: Path, frames: Frames) -> 
     assert named(full) == {REPEAT}, full
     near = {**frames, "sales": pl.concat([frames["sales"], again.with_columns(sold=pl.lit(market.at(1.5)).cast(US))])}
     assert named(compared(tmp_path / "near", near, near)) == set()
+
+
+def test_a_repeat_that_live_counts_though_it_knows_the_first_is_explained_by_nothing(
+    tmp_path: Path, frames: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = frames["sales"].filter(pl.col("sold") < market.at(0.7), pl.col("shop").is_not_null())[:6]
+    again = first.with_columns(sold=pl.lit(market.at(1.5)).cast(US), price=pl.lit(5000.25))
+    sent = {**frames, "sales": pl.concat([frames["sales"], again])}
+    nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
+    monkeypatch.setattr(Journal, "_without_repeats", lambda self, source, rows: (rows, nothing))
+    full = compared(tmp_path, sent, sent)
+    assert {label.split(":")[0] for label in named(full)} == {UNEXPLAINED}, full
 
 
 def test_a_row_rejected_live_alone_for_the_clock_of_its_arrival(tmp_path: Path, frames: Frames) -> None:

@@ -23,7 +23,7 @@ from transforms.dimensions import kept
 from transforms.live_tables import features_live_uri
 from transforms.micros import PLACE
 from transforms.parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
-from transforms.parity_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, UNEXPLAINED, Batch, Sides
+from transforms.parity_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
 from transforms.staleness import reached_from
 from transforms.tables import data_files, open_table, read_file
 
@@ -138,7 +138,7 @@ def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataF
             rows = np.flatnonzero(wrong & (needed == mask))
             causes = variant.named(mask)
             label = ", ".join(causes) or UNEXPLAINED
-            label = f"{UNEXPLAINED}: {label}" if LOST in causes else label
+            label = f"{UNEXPLAINED}: {label}" if {LOST, TWICE} & set(causes) else label
             each = result.causes.setdefault(label, Difference())
             each.values += len(rows)
             touched.setdefault(label, set()).update(rows.tolist())

@@ -42,11 +42,13 @@ from transforms.sources import read_raw, repeats_of, without_repeats
 from transforms.tables import data_files, open_table, read_file, root_of
 
 # In the order in which they are applied where none of several is needed by itself.
-LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST = (
+LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
     "late row", "history", "before_start", "corrected or erased row", "repeat beyond memory", "row rejected by one side only",
-    "dimension version", "row that live never had",
+    "dimension version",
 )  # fmt: skip
-CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST)
+# What explains nothing, though a value may come from it.
+LOST, TWICE = "row that live never had", "repeat that live should have known"
+CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST, TWICE)
 UNEXPLAINED = "unexplained"
 _CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
 _N = "__number"
@@ -283,7 +285,7 @@ class Sides:
             else:
                 cause[at] = self._why_batch_alone(name, rows, live_alone, identity, started)
         if repeats:
-            self._repeats(both, cause, repeats)
+            self._repeats(name, both, cause, repeats)
         return cause
 
     def _why_batch_alone(
@@ -315,10 +317,10 @@ class Sides:
                 result[rest] = _CODE[cause]
         return result
 
-    @staticmethod
-    def _repeats(both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
+    def _repeats(self, name: str, both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
         """Rows that both sides have and one counts: for the sake of the row that counts on the other side instead."""
-        rows = both.with_columns(pl.Series("__cause", cause))
+        moment = pl.col(str(self.view.events[name].time)).to_physical()
+        rows = both.with_columns(pl.Series("__cause", cause), moment.alias("__moment"))
         undecided = rows.filter(
             "__live",
             "__batch",
@@ -327,18 +329,30 @@ class Sides:
         if not len(undecided):
             return
         instead = rows.filter(pl.col("__counted") | pl.col("__kept")).select(
-            *repeats, pl.col("__cause").alias("__theirs"), pl.col("__row").alias("__other")
+            *repeats,
+            pl.col("__cause").alias("__theirs"),
+            pl.col("__row").alias("__other"),
+            pl.col("__moment").alias("__first"),
         )
         found = (
             undecided.join(instead, on=repeats, how="left")
             .filter(pl.col("__row") != pl.col("__other"))
             .group_by("__row")
-            .agg(pl.col("__theirs").max())
+            .agg(pl.col("__theirs").max(), pl.col("__first").min())
         )
         undecided = undecided.join(found, on="__row", how="left")
         replaced = undecided["__gone"].to_numpy() < NEVER
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
-        otherwise = np.where(replaced, _CODE[LATE], _CODE[REPEAT])
+        # Live had come this far when it took the row in, and remembers what is not older than twice the longest window.
+        known = rows.filter("__live").select("__shown", "__moment")
+        asked = pl.DataFrame({
+            "__shown": shown_at(self.view.spine.name, self.asked, self.cuts), "__moment": self.asked[self.view.time].to_physical(),
+        })  # fmt: skip
+        until = pl.concat([known, asked]).sort("__shown").with_columns(pl.col("__moment").cum_max())
+        at = np.searchsorted(until["__shown"].to_numpy(), undecided["__shown"].to_numpy(), "right") - 1
+        far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
+        forgotten = undecided["__first"].fill_null(NEVER).to_numpy() < far
+        otherwise = np.where(replaced, _CODE[LATE], np.where(forgotten, _CODE[REPEAT], _CODE[TWICE]))
         cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
 
     def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
@@ -371,7 +385,7 @@ class Sides:
             since = self.started(view.spine.name, places)
             found = self._why_batch_alone(view.spine.name, never.with_row_index("__row"), alone, list(view.key), since)
             for code in found.tolist():
-                cause = UNEXPLAINED if code == _CODE[LOST] else CAUSES[code - 1]
+                cause = UNEXPLAINED if code >= _CODE[LOST] else CAUSES[code - 1]
                 counts[cause] = counts.get(cause, 0) + 1
         counts[UNEXPLAINED] += (
             len(rows) - len(mine) - len(never)
