@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -206,7 +206,19 @@ class Trailing:
     def meaning(self, name: str) -> dict[str, Any]:
         each = next(each for each in self.statistics if each.name == name)
         used = [] if each.column == "*" else [each.column]
-        return {"trailing": [each.column, each.stat, each.length], **_events_meaning(self, used, each.stat in ORDERED)}
+        return {
+            "trailing": [each.column, each.stat, each.length],
+            **_events_meaning(self, used, each.stat in ORDERED),
+            **_ties(self, breaks_ties(self, used, each.stat in ORDERED)),
+        }
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
+        return any(
+            breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED)
+            for each in self.statistics
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,7 +275,16 @@ class Latest:
 
     def meaning(self, name: str) -> dict[str, Any]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        return {"latest": [column, self.length], **_events_meaning(self, [column], ordered=True)}
+        return {
+            "latest": [column, self.length],
+            **_events_meaning(self, [column], ordered=True),
+            **_ties(self, breaks_ties(self, [column], ordered=True)),
+        }
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
+        return any(breaks_ties(self, [column], ordered=True) for column in self.columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -314,7 +335,13 @@ class Lookup:
 
     def meaning(self, name: str) -> dict[str, Any]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+        known = {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+        return {**known, **_ties(self, column not in {key for _, key in self.keys})}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows of a key is taken."""
+        return not set(self.columns) <= {key for _, key in self.keys}
 
 
 Feature = Derived | Trailing | Latest | Lookup
@@ -387,6 +414,30 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
         "source": source.name, "keys": feature.keys, "where": where, "types": _types(feature, read),
         "time": source.time, "event_time": source.event_time, "not_before": str(instant(source.not_before)), "unique": source.unique, "order": source.order if ordered else None,
     }  # fmt: skip
+
+
+def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool) -> bool:
+    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken.
+
+    Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics take one.
+    What the rows have in common by then cannot depend on which it is.
+    """
+    source, keys = feature.source, {column for _, column in feature.keys}
+    repeats = False
+    if source.unique is not None:
+        where = set() if feature.where is None else set(columns_of(feature.where))
+        placed = {source.event_time} - {None}
+        repeats = not {*used, *keys, *where, *placed} <= {*source.unique, source.time}
+    common = {*keys, source.event_time or source.time, *(source.order or ())}
+    alone = source.unique is not None and set(source.unique) <= common  # no two rows have all of it in common
+    return repeats or (ordered and not alone and not set(used) <= common)
+
+
+def _ties(feature: Trailing | Latest | Lookup, chooses: bool) -> dict[str, Any]:
+    """The part of a feature's meaning that says which of several rows it takes."""
+    if not chooses:
+        return {}
+    return {"ties": [[name, str(feature.source.schema[name])] for name in feature.source.tie_order]}
 
 
 def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str, str]:

@@ -179,7 +179,7 @@ class FeatureView:
         return max(lengths)
 
     def columns_read(self, source: str) -> list[str]:
-        """Columns of `source` that some feature needs, in declared order."""
+        """Columns of `source` that some feature needs, in declared order: by them a row is judged."""
         declared = self.sources[source]
         read: set[str] = {*(declared.unique or ()), *(declared.order or ())}
         for feature in self.features:
@@ -198,6 +198,28 @@ class FeatureView:
                 read |= set(declared.columns)
         times = {name for name in (declared.time, declared.event_time) if name}
         return [name for name in declared.schema if name in read | times]
+
+    def columns_ordering(self, source: str) -> tuple[str, ...]:
+        """Further columns of `source` that decide which of several rows a feature takes, in declared order.
+
+        Those that stand in `tie_order` before the last one that is read: rows which these do not tell apart are alike in all
+        that is read.  No row is judged by them.
+        """
+        declared = self.sources[source]
+        if declared is self.spine:  # all of its columns are read anyway
+            return ()
+        if not any(feature.chooses for feature in self.features if not isinstance(feature, Derived) and feature.source is declared):
+            return ()
+        read = set(self.columns_read(source))
+        order = declared.tie_order
+        last = max(place for place, name in enumerate(order) if name in read)
+        before = set(order[:last]) - read
+        return tuple(name for name in declared.schema if name in before)
+
+    def columns_held(self, source: str) -> list[str]:
+        """Columns of `source` that are read: those that features need and those that break ties, in declared order."""
+        wanted = {*self.columns_read(source), *self.columns_ordering(source)}
+        return [name for name in self.sources[source].schema if name in wanted]
 
     @functools.cached_property
     def meanings(self) -> dict[str, str]:

@@ -258,12 +258,12 @@ class History:
 
     @lazy
     def ordered_rows(self) -> Ints:
-        """As `rows`, places of one key and moment put in order by `order`, then by all columns."""
+        """As `rows`, places of one key and moment put in order by what breaks their source's ties."""
         tied = self.sorting.ties()
         if not len(tied):
             return self.rows
-        by = [*(self.source.order or ()), *(name for name in self.source.schema if name in self.events.columns)]
-        some = self.events.select(list(dict.fromkeys(by))).select(pl.all().gather(pl.Series(self.rows[tied])))
+        by = self.source.ties(self.events.columns)
+        some = self.events.select(by).select(pl.all().gather(pl.Series(self.rows[tied])))
         some = some.select(pl.Series("__place", self.sorting.sorted_keys[tied]), pl.all())
         rows = self.rows.copy()
         rows[tied] = self.rows[tied][some.select(pl.arg_sort_by(some.columns)).to_series().to_numpy()]

@@ -101,12 +101,8 @@ def merge(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]
 
 
 def order(source: Source, events: pl.DataFrame) -> list[str]:
-    """Columns that put events of a key in order: time, then `order`, then all of them."""
-    return list(
-        dict.fromkeys(
-            [str(source.time), *(source.order or ()), *(name for name in source.schema if name in events.columns)]
-        )
-    )
+    """Columns that put events of a key in order: time, then what breaks its ties."""
+    return list(dict.fromkeys([str(source.time), *source.ties(events.columns)]))
 
 
 def needed(features: Sequence[Trailing | Latest]) -> dict[str, set[str]]:

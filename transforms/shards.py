@@ -230,7 +230,7 @@ class Shard:
             low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
             wanted = hashes[group.asked][mine]
             found = self.panes[group.source].take(group.known, wanted, low if group.kind == "none" else ALWAYS, high)
-            columns = self.view.columns_read(group.source)
+            columns = self.view.columns_held(group.source)
             events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
             tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
             result[i] = some.select("__position").with_columns(gathered(self.view, group.features, some, tables))
@@ -239,7 +239,7 @@ class Shard:
 
 def _nothing(view: FeatureView, source: str) -> pl.DataFrame:
     schema = view.sources[source].schema
-    return pl.DataFrame(schema={name: schema[name] for name in view.columns_read(source)})
+    return pl.DataFrame(schema={name: schema[name] for name in view.columns_held(source)})
 
 
 def assemble(
