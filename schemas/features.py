@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from schemas.arithmetic import COUNTED, Arithmetic, Bounds, bounds_of, in_64_bits
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, columns_of, dtype_of, passes, require_row_local
@@ -20,6 +21,9 @@ QUANTILE = re.compile(r"q(0[1-9]|[1-9]\d)")
 COMPACT = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
 # Read one row each rather than all of a window: their ties need an order.
 ORDERED = ("first", "last")
+
+# In the meaning of what integers of 32 bits, or floats, may have computed to another value.
+ARITHMETIC = "64 bits"
 
 By = str | tuple[str, ...] | Mapping[str, str]
 
@@ -77,6 +81,14 @@ class Derived:
                 )
             result[name] = stored(dtype_of(expr, known, what), what)
         return result
+
+    def computed(
+        self, known: Mapping[str, pl.DataType], bounds: Mapping[str, Bounds], kept: Mapping[str, pl.DataType]
+    ) -> dict[str, Arithmetic]:
+        """Its expressions as they are computed, given the columns `known` above it, and the types under which they are `kept`."""
+        return {
+            name: in_64_bits(expr, known, bounds, rounded=kept[name].is_float()) for name, expr in self.columns.items()
+        }
 
     def meaning(self, name: str) -> dict[str, Any]:
         """What decides the values of the feature `name`, as JSON."""
@@ -175,6 +187,11 @@ class Trailing:
         return chosen
 
     @property
+    def condition(self) -> pl.Expr | None:
+        """`where` as it is computed."""
+        return None if self.where is None else _condition(self).expr
+
+    @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
@@ -256,6 +273,11 @@ class Latest:
             self.source.require(column, "columns")
 
     @property
+    def condition(self) -> pl.Expr | None:
+        """`where` as it is computed."""
+        return None if self.where is None else _condition(self).expr
+
+    @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
@@ -319,7 +341,7 @@ class Lookup:
         for column in self.columns:
             self.source.require(column, "columns")
 
-    where = None
+    where = condition = None
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
@@ -342,6 +364,17 @@ class Lookup:
     def chooses(self) -> bool:
         """Whether some value of it depends on which of several rows of a key is taken."""
         return not set(self.columns) <= {key for _, key in self.keys}
+
+
+def limits_of(feature: Trailing | Latest | Lookup) -> dict[str, Bounds | None]:
+    """What integer features can be; None of others."""
+    schema = feature.source.schema
+    if not isinstance(feature, Trailing):
+        return {name: bounds_of(schema[column]) for column, name in feature.renamed.items()}
+    return {
+        each.name: COUNTED if each.stat in ("count", "n_unique") else bounds_of(schema[each.column]) if each.stat in ORDERED else None
+        for each in feature.statistics
+    }
 
 
 Feature = Derived | Trailing | Latest | Lookup
@@ -376,6 +409,11 @@ def _of_events(feature: Trailing | Latest) -> str:
     return what
 
 
+def _condition(feature: Trailing | Latest) -> Arithmetic:
+    assert feature.where is not None
+    return in_64_bits(feature.where, feature.source.schema)
+
+
 def _lifetime(source: Source, what: str) -> None:
     if source.event_time is not None:
         raise DefinitionError(
@@ -407,11 +445,12 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
 def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:
     source = feature.source
     where = None if feature.where is None else canonical(feature.where)
+    where_arithmetic = {} if feature.where is None or not _condition(feature).changed else {"arithmetic": ARITHMETIC}
     read = list(source.schema) if ordered and source.order is None else used
     if feature.where is not None:
         read = [*read, *columns_of(feature.where)]
     return {
-        "source": source.name, "keys": feature.keys, "where": where, "types": _types(feature, read),
+        "source": source.name, "keys": feature.keys, "where": where, **where_arithmetic, "types": _types(feature, read),
         "time": source.time, "event_time": source.event_time, "not_before": str(instant(source.not_before)), "unique": source.unique, "order": source.order if ordered else None,
     }  # fmt: skip
 

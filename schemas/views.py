@@ -11,9 +11,10 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from schemas.arithmetic import Arithmetic, Bounds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import columns_of
-from schemas.features import Derived, Feature, Latest, Lookup, Trailing, iter_sources
+from schemas.features import ARITHMETIC, Derived, Feature, Latest, Lookup, Trailing, iter_sources, limits_of
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Raised when a kernel computes other values from the same definition and data.
@@ -222,6 +223,25 @@ class FeatureView:
         return [name for name in self.sources[source].schema if name in wanted]
 
     @functools.cached_property
+    def arithmetic(self) -> dict[str, Arithmetic]:
+        """Per column of a Derived the expression as it is computed."""
+        known, bounds, result = dict(self.spine.schema), dict[str, Bounds](), dict[str, Arithmetic]()
+        for feature in self.features:
+            limits: dict[str, Bounds | None]
+            if isinstance(feature, Derived):
+                made = feature.computed(known, bounds, self.columns)
+                result |= made
+                limits = {name: each.bounds for name, each in made.items()}
+            else:
+                limits = limits_of(feature)
+            for name, limit in limits.items():
+                known[name] = self.columns[name]
+                bounds.pop(name, None)
+                if limit is not None and known[name].is_integer():
+                    bounds[name] = limit
+        return result
+
+    @functools.cached_property
     def meanings(self) -> dict[str, str]:
         """Digest per feature of what decides its values, features above it included."""
         digests: dict[str, str] = {}
@@ -236,6 +256,8 @@ class FeatureView:
                     "type": str(self.columns[name]),
                     **feature.meaning(name),
                 }
+                if isinstance(feature, Derived) and self.arithmetic[name].changed:
+                    meaning["arithmetic"] = ARITHMETIC
                 above = (
                     columns_of(feature.columns[name])
                     if isinstance(feature, Derived)

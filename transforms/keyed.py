@@ -117,7 +117,7 @@ class GroupEvents:
 
     def __init__(self, view: FeatureView, plan: Plan, block: Block, features: Sequence[Events], folder: str) -> None:
         first, self.view, self.block, self.folder = features[0], view, block, folder
-        self.source, self.keys, self.where = first.source, first.keys, first.where
+        self.source, self.keys, self.where = first.source, first.keys, first.condition
         self.known, self.asked = tuple(right for _, right in self.keys), tuple(left for left, _ in self.keys)
         self.columns = _columns(features, plan.contracts[self.source.name].read)
         self.name = first.name if self.where is not None else self.source.name

@@ -60,7 +60,7 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     """
     source, known = label.source, str(label.source.time)
     keys = [f"__key{i}" for i in range(len(label.keys))]
-    value = label.value.cast(pl.Float64)
+    value = label.computed.cast(pl.Float64)
     first = (
         _first_of_each_moment(events, [column for _, column in label.keys], source)
         .select(

@@ -50,8 +50,8 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     `c max`, `c first`, `c last`; `latest`: the last row as a struct.
     """
     first = features[0]
-    if first.where is not None:
-        events = events.filter(first.where)
+    if first.condition is not None:
+        events = events.filter(first.condition)
     source, keys = first.source, [column for _, column in first.keys]
     events = events.drop_nulls(keys)
     taken = sorted({column for feature in features if isinstance(feature, Latest) for column in feature.columns})

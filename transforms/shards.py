@@ -24,7 +24,7 @@ from schemas.views import FeatureView
 from transforms.clock import ALWAYS
 from transforms.compacted import Compacted, Kind, by_kind
 from transforms.ids import UInt64s
-from transforms.kernels import Reading, compute, derived, gathered
+from transforms.kernels import Reading, compute, gathered, with_derived
 from transforms.packets import Frames, pack, unpack
 from transforms.panes import CELLS, Panes, Store, key_hashes, size_of
 from transforms.staleness import lifetime_sources
@@ -131,7 +131,7 @@ def with_keys(view: FeatureView, groups: Sequence[Group], questions: pl.DataFram
     if not wanted:
         return questions
     for _, feature in _early(view):
-        questions = questions.with_columns(derived(feature, view.columns))
+        questions = with_derived(view, feature, questions)
     return questions
 
 
