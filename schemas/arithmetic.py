@@ -31,7 +31,17 @@ COUNTED: Bounds = (0, 2**48)
 _HUGE = 2**200
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64, pl.Int128: 128}
 _UNSIGNED = {pl.UInt8: 8, pl.UInt16: 16, pl.UInt32: 32, pl.UInt64: 64, pl.UInt128: 128}
-_ARITHMETIC = ("Plus", "Minus", "Multiply", "TrueDivide", "FloorDivide", "Divide", "RustDivide", "TruncDivide", "Modulus")
+_ARITHMETIC = (
+    "Plus",
+    "Minus",
+    "Multiply",
+    "TrueDivide",
+    "FloorDivide",
+    "Divide",
+    "RustDivide",
+    "TruncDivide",
+    "Modulus",
+)
 # What float64 computes and one rounding to float32 ends as float32 itself would have it.
 _ROUNDED_ONCE = ("Plus", "Minus", "Multiply", "TrueDivide")
 _TRANSCENDENT = ("Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc")
@@ -93,11 +103,15 @@ def _in_64_bits(
     guards = [node_expression(each) for each in exact.guards] if exact.status > allowed else []
     overflow = None
     if guards:
-        overflow = pl.any_horizontal([each.is_not_null() & each.cast(pl.Int64, strict=False).is_null() for each in guards])
+        overflow = pl.any_horizontal(
+            [each.is_not_null() & each.cast(pl.Int64, strict=False).is_null() for each in guards]
+        )
     made = node_expression(exact.wide) if exact.status > allowed else expr
     changed, bounds = usual.status > allowed, exact.bounds
     if bounds is not None and not _within(bounds, INT64):
-        if pl.DataFrame(schema=dict(columns)).select(made.alias("_"))["_"].dtype == pl.UInt64 and "Hash" in json.dumps(node):
+        if pl.DataFrame(schema=dict(columns)).select(made.alias("_"))["_"].dtype == pl.UInt64 and "Hash" in json.dumps(
+            node
+        ):
             # Kept as the integer of the same 64 bits: as a number half of all hashes would be null.
             made, changed = made.reinterpret(signed=True), True
         else:
@@ -131,6 +145,7 @@ class _Value:
         status: `EQUAL`, `ROUNDED` or `DIFFERS`.
         wide: the part in 64 bits; `node` itself unless something in it is computed.
         guards: numbers of 128 bits on the way that int64 may not hold.
+        found: type of `wide`, where it holds others: a list of wider numbers.
     """
 
     node: Tree
@@ -139,6 +154,7 @@ class _Value:
     status: int
     wide: Tree
     guards: tuple[Tree, ...] = ()
+    found: pl.DataType | None = None
 
     @property
     def integer(self) -> bool:
@@ -172,7 +188,9 @@ class _Visit:
 
     def _binary(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
         if dtype.is_float():
-            return self._floats(node, dtype, parts, op in _ROUNDED_ONCE)
+            # By a constant Polars divides as by multiplying with its inverse, which rounds twice.
+            constant = op == "TrueDivide" and "Column" not in json.dumps(parts[1].node)
+            return self._floats(node, dtype, parts, op in _ROUNDED_ONCE and not constant)
         left, right = (part.bounds for part in parts)
         assert left is not None
         assert right is not None
@@ -217,7 +235,9 @@ class _Visit:
             return dataclasses.replace(made, node=node)
         if name == "Abs" and whole:
             low, high = _known(parts[0])
-            return self._integers(node, dtype, parts, (0 if low <= 0 <= high else min(abs(low), abs(high)), max(abs(low), abs(high))))
+            return self._integers(
+                node, dtype, parts, (0 if low <= 0 <= high else min(abs(low), abs(high)), max(abs(low), abs(high)))
+            )
         if name == "SumHorizontal":
             if whole:
                 every = [_known(part) for part in parts]
@@ -236,7 +256,7 @@ class _Visit:
         base, exponent = parts
         (low, high), (least, most) = _known(base), _known(exponent)
         bounds = (-_HUGE, _HUGE)
-        if 0 <= least and most <= 200 and max(abs(low), abs(high)) < _HUGE:
+        if least >= 0 and most <= 200 and max(abs(low), abs(high)) < _HUGE:
             top = max(abs(low), abs(high), 1) ** most
             bounds = (0 if low >= 0 else -top, top)
         if _within(bounds, INT64):
@@ -244,7 +264,9 @@ class _Visit:
         # 128 bits wrap too: what a float64 finds beyond 2**100 is beyond int64, whatever they make of it.
         about = _with(node, [_cast(base.wide, "Float64"), _cast(exponent.wide, "Float64")])
         exact = _with(node, [_cast(base.wide, "Int128"), _cast(exponent.wide, "Int64")])
-        chosen = pl.when(node_expression(about).abs() >= 2.0**100).then(pl.lit(2**100)).otherwise(node_expression(exact))
+        chosen = (
+            pl.when(node_expression(about).abs() >= 2.0**100).then(pl.lit(2**100)).otherwise(node_expression(exact))
+        )
         guard = serialised(chosen)
         guards = (*base.guards, *exponent.guards, guard)
         return _Value(node, dtype, self.int64, DIFFERS, _cast(guard, "Int64"), guards)
@@ -253,18 +275,22 @@ class _Visit:
         """The sum of a list's numbers; None for any other function."""
         if tuple(path) != ("ListExpr", "Sum") or len(parts) != 1:
             return None
-        inner = parts[0].dtype.inner  # type: ignore[attr-defined]
+        inner = (parts[0].found or parts[0].dtype).inner  # type: ignore[attr-defined]
         limits = bounds_of(inner, self.int64)
         if inner == pl.Float32:
-            return _Value(node, dtype, None, DIFFERS, _with(node, [_cast(parts[0].wide, {"List": "Float64"})]), parts[0].guards)
+            return _Value(
+                node, dtype, None, DIFFERS, _with(node, [_cast(parts[0].wide, {"List": "Float64"})]), parts[0].guards
+            )
         if limits is None or inner == pl.Boolean:
             return None
         small = _within(limits, (-(2**32), 2**32))  # of fewer than 2**31 of them int64 holds the sum
         made = _with(node, [_cast(parts[0].wide, {"List": "Int64" if small else "Int128"})])
-        narrow = inner in (pl.Int32, pl.UInt32, pl.UInt64)
+        narrow = dtype in (pl.Int32, pl.UInt32, pl.UInt64)
         equal = parts[0].status == EQUAL and not narrow and (small or self.int64 != INT64)
         guards = parts[0].guards if small else (*parts[0].guards, made)
-        return _Value(node, dtype, self.int64, EQUAL if equal else DIFFERS, made if small else _cast(made, "Int64"), guards)
+        return _Value(
+            node, dtype, self.int64, EQUAL if equal else DIFFERS, made if small else _cast(made, "Int64"), guards
+        )
 
     def _other(self, node: Tree, dtype: pl.DataType, kind: str, parts: Sequence[_Value]) -> _Value:
         """Anything that computes nothing itself: as it was, unless a part of it differs."""
@@ -280,7 +306,10 @@ class _Visit:
             return _Value(node, dtype, self._limits(node, dtype, kind, parts), EQUAL, node)
         guards = tuple(guard for part in parts for guard in part.guards if part.status != EQUAL)
         widest = [part.wide if part.status != EQUAL else part.node for part in parts]
-        narrow = [_cast(new, _type_of(part.node, part.dtype)) if part.status != EQUAL else new for part, new in zip(parts, widest, strict=True)]
+        narrow = [
+            _cast(new, _type_of(part.node, part.dtype)) if part.status != EQUAL else new
+            for part, new in zip(parts, widest, strict=True)
+        ]
         made = _with(node, widest)
         try:
             found = self.dtype(made)
@@ -288,7 +317,7 @@ class _Visit:
             found = None
         if found is None or _kind(found) != _kind(dtype):  # it takes no wider type
             made, found = _with(node, narrow), dtype
-        return _Value(node, dtype, self._limits(node, found, kind, parts), status, made, guards)
+        return _Value(node, dtype, self._limits(node, found, kind, parts), status, made, guards, found)
 
     def _limits(self, node: Tree, dtype: pl.DataType, kind: str, parts: Sequence[_Value]) -> Bounds | None:
         own = bounds_of(dtype, self.int64)
@@ -296,7 +325,7 @@ class _Visit:
             return None
         every = [part.bounds for part in parts]
         if kind == "Cast":
-            return _meet(own, every[0])
+            return own if node[kind]["options"] == "Overflowing" else _meet(own, every[0])
         if kind == "Alias":
             return every[0]
         if kind == "Ternary":
@@ -308,7 +337,7 @@ class _Visit:
         path = function_names(node[kind]["function"])
         if path[0] in ("FillNull", "Coalesce", "MaxHorizontal", "MinHorizontal"):
             return _union(every, own)
-        for name in (path[-1], path[0]):
+        for name in (path[-1], path[0]) if path[0] != "StructExpr" else ():  # whose fields have names of their own
             if name in _RANGES:
                 return _meet((-_HUGE, _HUGE), _RANGES[name])
         return own
@@ -384,6 +413,11 @@ def _counts(part: _Value) -> bool:
 
 
 def _kind(dtype: pl.DataType) -> str:
+    """What a type is apart from its width."""
+    if isinstance(dtype, pl.List):
+        return f"list of {_kind(dtype.inner)}"  # type: ignore[arg-type]
+    if isinstance(dtype, pl.Struct):
+        return "; ".join(f"{field.name}: {_kind(field.dtype)}" for field in dtype.fields)  # type: ignore[arg-type]
     return "integer" if dtype.is_integer() else "float" if dtype.is_float() else str(dtype)
 
 

@@ -372,7 +372,11 @@ def limits_of(feature: Trailing | Latest | Lookup) -> dict[str, Bounds | None]:
     if not isinstance(feature, Trailing):
         return {name: bounds_of(schema[column]) for column, name in feature.renamed.items()}
     return {
-        each.name: COUNTED if each.stat in ("count", "n_unique") else bounds_of(schema[each.column]) if each.stat in ORDERED else None
+        each.name: COUNTED
+        if each.stat in ("count", "n_unique")
+        else bounds_of(schema[each.column])
+        if each.stat in ORDERED
+        else None
         for each in feature.statistics
     }
 

@@ -209,7 +209,11 @@ class FeatureView:
         declared = self.sources[source]
         if declared is self.spine:  # all of its columns are read anyway
             return ()
-        if not any(feature.chooses for feature in self.features if not isinstance(feature, Derived) and feature.source is declared):
+        if not any(
+            feature.chooses
+            for feature in self.features
+            if not isinstance(feature, Derived) and feature.source is declared
+        ):
             return ()
         read = set(self.columns_read(source))
         order = declared.tie_order

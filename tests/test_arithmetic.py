@@ -21,7 +21,13 @@ from transforms.labels import attach
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 WIDTHS = {"i8": (pl.Int8, 8), "i16": (pl.Int16, 16), "i32": (pl.Int32, 32), "i64": (pl.Int64, 64)}
-COLUMNS = {**{name: dtype for name, (dtype, _) in WIDTHS.items()}, "b": pl.Boolean, "f": pl.Float32, "d": pl.Float64, "s": pl.String}
+COLUMNS = {
+    **{name: dtype for name, (dtype, _) in WIDTHS.items()},
+    "b": pl.Boolean,
+    "f": pl.Float32,
+    "d": pl.Float64,
+    "s": pl.String,
+}
 Row = dict[str, Any]
 
 
@@ -31,7 +37,9 @@ def float32(value: float) -> float:
 
 def integers(bits: int) -> st.SearchStrategy[int]:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return st.integers(low, high) | st.sampled_from([low, low + 1, -1, 0, 1, 2, 7, high - 1, high]) | st.integers(-20, 20)
+    return (
+        st.integers(low, high) | st.sampled_from([low, low + 1, -1, 0, 1, 2, 7, high - 1, high]) | st.integers(-20, 20)
+    )
 
 
 @st.composite
@@ -82,7 +90,9 @@ def chosen(a: Expr, b: Expr, c: Expr) -> Expr:
 
 def narrowed(a: Expr, name: str) -> Expr:
     dtype, bits = WIDTHS[name]
-    return one(a, lambda x: x.cast(dtype, strict=False), lambda x: x if -(2 ** (bits - 1)) <= x < 2 ** (bits - 1) else None)
+    return one(
+        a, lambda x: x.cast(dtype, strict=False), lambda x: x if -(2 ** (bits - 1)) <= x < 2 ** (bits - 1) else None
+    )
 
 
 def summed(a: Expr, b: Expr) -> Expr:
@@ -97,7 +107,9 @@ LEAVES = st.one_of(
     st.just(Expr(pl.col("s").str.len_bytes(), lambda row: None if row["s"] is None else len(row["s"].encode()))),
     st.just(Expr(pl.col("b").cast(pl.UInt8), lambda row: None if row["b"] is None else int(row["b"]))),
 )
-LITERALS = st.sampled_from([-1, 1, 2, 3, 10, 60, 1000, 100_000, 2**31, 10**10]).map(lambda n: Expr(pl.lit(n), lambda _: n))
+LITERALS = st.sampled_from([-1, 1, 2, 3, 10, 60, 1000, 100_000, 2**31, 10**10]).map(
+    lambda n: Expr(pl.lit(n), lambda _: n)
+)
 
 
 def deeper(some: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
@@ -193,7 +205,7 @@ KEPT: dict[str, pl.Expr] = {
 CHANGED: dict[str, pl.Expr] = {
     "a product": pl.col("i32") * pl.col("i32"), "a difference of lengths": pl.col("s").str.len_bytes() - 10, "a hash": pl.col("s").hash(1),
     "a sum": pl.col("i8") + 1, "a power": pl.col("i32") ** 2, "a sign": -pl.col("i8"), "an absolute value": pl.col("i16").abs(), "a product of int64": pl.col("i64") * 10,
-    "a condition": pl.col("i8") * 2 > 100, "two steps in float32": (pl.col("f") - pl.col("f")) / pl.col("f"), "a constant that float32 rounds": pl.col("f") * 0.1,
+    "a condition": pl.col("i8") * 2 > 100, "a quotient by a constant": pl.col("f") / 3, "two steps in float32": (pl.col("f") - pl.col("f")) / pl.col("f"), "a constant that float32 rounds": pl.col("f") * 0.1,
     "a logarithm of float32": pl.col("f").log(), "a list": pl.concat_list("i32", "i32").list.sum(), "columns added": pl.sum_horizontal("i8", "i8"), "a day of a month": pl.col("t").dt.day() * pl.col("i8"),
 }  # fmt: skip
 WIDE = {**COLUMNS, "t": pl.Datetime("us", "UTC")}
@@ -222,6 +234,13 @@ def test_lists_hashes_and_powers() -> None:
     assert value(pl.col("s").hash(1)) == frame["s"].hash(1).item() - 2**64
     assert value(pl.col("i32") ** 9) is None
     assert value(pl.col("i64") ** 200) is None
+    square = pl.col("i32") * pl.col("i32")
+    assert value(pl.concat_list(square, square).list.sum()) == 2 * (2**31 - 1) ** 2
+    assert value(pl.concat_list(square, square, square).list.sum()) is None
+    assert value(pl.concat_list(square, pl.lit(1)).list.max()) == (2**31 - 1) ** 2
+    assert value(pl.struct(x=square, Year=pl.col("i32")).struct.field("x")) == (2**31 - 1) ** 2
+    assert value(pl.struct(Year=pl.col("i32")).struct.field("Year") * 4) == 4 * (2**31 - 1)
+    assert value(pl.col("i32").cast(pl.Int8, wrap_numerical=True) - 200) == -201
     assert value((pl.col("i32") * 2).cast(pl.String)) == "4294967294"
 
 
@@ -239,7 +258,9 @@ def asked() -> pl.DataFrame:
 
 
 def happened() -> pl.DataFrame:
-    return pl.DataFrame({"at": [at(1), at(2)], "k": [1, 1], "qty": [100_000, 2], "cents": [99_999, 3]}, schema=ev.schema)
+    return pl.DataFrame(
+        {"at": [at(1), at(2)], "k": [1, 1], "qty": [100_000, 2], "cents": [99_999, 3]}, schema=ev.schema
+    )
 
 
 def test_derived_conditions_and_labels_do_not_wrap(caplog: pytest.LogCaptureFixture) -> None:
@@ -273,5 +294,10 @@ def test_a_feature_is_bounded_by_the_column_it_comes_from() -> None:
         Derived(age=pl.col("at").dt.year() - pl.col("dim_year"), queue=pl.col("ev_by_k_count_1d") - pl.col("ev_by_k_count_1h"), squared=pl.col("dim_year") * pl.col("dim_year")),
         Derived(again=pl.col("squared") * pl.col("squared")),
     ])  # fmt: skip
-    assert {name: each.changed for name, each in view.arithmetic.items()} == {"age": False, "queue": False, "squared": False, "again": True}
+    assert {name: each.changed for name, each in view.arithmetic.items()} == {
+        "age": False,
+        "queue": False,
+        "squared": False,
+        "again": True,
+    }
     assert all(view.arithmetic[name].overflow is None for name in ("age", "queue", "squared"))

@@ -103,7 +103,17 @@ def read(uri: str) -> pl.DataFrame:
 
 def batch(root: Path, store: Path, chosen: Sequence[str], others: bool, *flags: str) -> pl.DataFrame:
     path, view = define(root, chosen, others)
-    argv = ["--definition", path, "--store", str(store), "--sources", str(root / "sources"), "--max_dead_fraction", "1", *flags]
+    argv = [
+        "--definition",
+        path,
+        "--store",
+        str(store),
+        "--sources",
+        str(root / "sources"),
+        "--max_dead_fraction",
+        "1",
+        *flags,
+    ]
     assert features.main(argv) == 0
     return read(f"{store}/features/tied/{view.fingerprint}")
 
@@ -152,7 +162,9 @@ def test_a_feature_alone_and_in_company_is_that_of_the_rows(
     assert differing(batch(folder, tmp_path, [name], others), view, folder) == []
 
 
-@pytest.mark.parametrize("flags", [("--plan", "shuffle"), ("--key_shards", "3", "--block_rows", "200"), ("--broadcast_mb", "0")])
+@pytest.mark.parametrize(
+    "flags", [("--plan", "shuffle"), ("--key_shards", "3", "--block_rows", "200"), ("--broadcast_mb", "0")]
+)
 def test_every_plan_takes_the_same_rows(
     root: tuple[Path, dict[str, pl.DataFrame]], tmp_path: Path, flags: tuple[str, ...]
 ) -> None:

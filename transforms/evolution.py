@@ -207,7 +207,9 @@ def _proof(
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
     now = _rules(contract.source, contract.read, contract.ordering)
-    if before is None or any(before[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")):
+    if before is None or any(
+        before[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
+    ):
         return _never, False
     exactly = before["columns"] == now["columns"]
     same = exactly and before.get("ordering") == now.get("ordering")

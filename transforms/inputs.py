@@ -194,7 +194,9 @@ def dimension_rows(contract: Contract, frame: pl.DataFrame) -> pl.DataFrame:
 def losing(frame: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
     """Rows of a dimension (`dimension_rows`) that stand below another one of their key."""
     several = frame.filter(frame.select(pl.struct(key).is_duplicated()).to_series())
-    return several.join(several.unique(key, keep="first", maintain_order=True), on=frame.columns, how="anti", nulls_equal=True)
+    return several.join(
+        several.unique(key, keep="first", maintain_order=True), on=frame.columns, how="anti", nulls_equal=True
+    )
 
 
 def contradictions(

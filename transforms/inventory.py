@@ -333,7 +333,9 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """
     spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
     contracts = {
-        name: spine if source is view.spine else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
+        name: spine
+        if source is view.spine
+        else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
     surveyed = {name: survey(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}

@@ -82,7 +82,9 @@ def gathered(
             return None
         where = None if first.where is None else canonical(first.where)
         with computing(f"where of {first.name!r}"):
-            events = tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.condition)
+            events = (
+                tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.condition)
+            )
         name = summary_name(first.source.name, first.keys, where)
         return History(first.source, first.keys, events, frame, view.time, tables.get(name))
 
@@ -137,7 +139,9 @@ def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl
         if each.overflow is not None and result[name].null_count():
             lost = int((frame.select(each.overflow.alias("_"))["_"] & result[name].is_null()).sum())
             if lost:
-                log.warning("Derived %r: %s of %s values are null: int64 cannot hold them", name, f"{lost:,}", f"{len(frame):,}")
+                log.warning(
+                    "Derived %r: %s of %s values are null: int64 cannot hold them", name, f"{lost:,}", f"{len(frame):,}"
+                )
     return result
 
 

@@ -51,7 +51,9 @@ def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spin
     wanted = spine.select(pl.col(left).cast(types[right], strict=False).alias(right) for left, right in feature.keys)
     wanted = wanted.drop_nulls().unique()
     parts = [read.frame.join(wanted, on=keys, how="semi") for read in stream_slices(contract, slices)]
-    return dimension_rows(contract, pl.concat([pl.DataFrame(schema={name: types[name] for name in contract.read}), *parts]))
+    return dimension_rows(
+        contract, pl.concat([pl.DataFrame(schema={name: types[name] for name in contract.read}), *parts])
+    )
 
 
 def account(view: FeatureView, plan: Plan, name: str, part_rows: int = BLOCK_ROWS) -> Input:
