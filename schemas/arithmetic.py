@@ -86,7 +86,7 @@ def in_64_bits(
 
     Args:
         bounds: of integer columns that hold less than their types could.
-        rounded: whether the result is kept as float32.
+        rounded: whether the result is kept as float32, so that only what that tells apart is a change.
     """
     return _in_64_bits(canonical(expr), tuple(columns.items()), tuple((bounds or {}).items()), rounded)
 
@@ -100,13 +100,13 @@ def _in_64_bits(
     allowed = ROUNDED if rounded else EQUAL
     exact = _Visit(columns, known, INT64).node(node)
     usual = _Visit(columns, known, USUAL).node(node)
-    guards = [node_expression(each) for each in exact.guards] if exact.status > allowed else []
+    guards = [node_expression(each) for each in exact.guards] if exact.status > EQUAL else []
     overflow = None
     if guards:
         overflow = pl.any_horizontal(
             [each.is_not_null() & each.cast(pl.Int64, strict=False).is_null() for each in guards]
         )
-    made = node_expression(exact.wide) if exact.status > allowed else expr
+    made = node_expression(exact.wide) if exact.status > EQUAL else expr
     changed, bounds = usual.status > allowed, exact.bounds
     if bounds is not None and not _within(bounds, INT64):
         if pl.DataFrame(schema=dict(columns)).select(made.alias("_"))["_"].dtype == pl.UInt64 and "Hash" in json.dumps(
@@ -188,9 +188,9 @@ class _Visit:
 
     def _binary(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
         if dtype.is_float():
-            # By a constant Polars divides as by multiplying with its inverse, which rounds twice.
-            constant = op == "TrueDivide" and "Column" not in json.dumps(parts[1].node)
-            return self._floats(node, dtype, parts, op in _ROUNDED_ONCE and not constant)
+            if op == "TrueDivide" and "Column" not in json.dumps(parts[1].node):
+                return self._quotient(node, dtype, parts)
+            return self._floats(node, dtype, parts, op in _ROUNDED_ONCE)
         left, right = (part.bounds for part in parts)
         assert left is not None
         assert right is not None
@@ -220,6 +220,20 @@ class _Visit:
             status = ROUNDED if once and equal and all(map(_of_float32, parts)) else DIFFERS
         guards = tuple(guard for part in parts for guard in part.guards)
         return _Value(node, dtype, None, status, _with(node, [_cast(part.wide, "Float64") for part in parts]), guards)
+
+    def _quotient(self, node: Tree, dtype: pl.DataType, parts: Sequence[_Value]) -> _Value:
+        """A quotient by a constant.
+
+        Polars multiplies by the constant's inverse, which rounds twice, unless there is but one row: then it divides.  So the
+        same row had other bits alone than in company.  Divided by a column it is a quotient always.
+        """
+        over, under = (node_expression(_cast(part.wide, "Float64")) for part in parts)
+        column = serialised(over.is_not_null().cast(pl.Float64) * under)
+        made = self._floats(node, dtype, parts, True)
+        status = (
+            made.status if _power_of_two(parts[1]) else max(made.status, ROUNDED if dtype == pl.Float64 else DIFFERS)
+        )
+        return dataclasses.replace(made, status=status, wide=_with(node, [_cast(parts[0].wide, "Float64"), column]))
 
     def _function(self, node: Tree, dtype: pl.DataType, path: Sequence[str], parts: Sequence[_Value]) -> _Value | None:
         """A function that computes; None for any other."""
@@ -402,6 +416,15 @@ def _of_float32(part: _Value) -> bool:
             return struct.unpack("f", struct.pack("f", value))[0] == value or math.isnan(value)
         return False
     return part.dtype == pl.Float32
+
+
+def _power_of_two(part: _Value) -> bool:
+    """Whether it is a constant whose inverse is exact."""
+    if "Literal" not in part.node or not isinstance(part.node["Literal"], dict):
+        return False
+    number = part.node["Literal"].get("Dyn", {})
+    (value,) = number.values() if isinstance(number, dict) and len(number) == 1 else (0,)
+    return isinstance(value, int | float) and value != 0 and abs(math.frexp(value)[0]) == 0.5
 
 
 def _numeric(dtype: pl.DataType) -> bool:

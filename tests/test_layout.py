@@ -34,7 +34,7 @@ TFDV_FILES = {"transforms/validation.py"}
 PACKAGE_EXTRAS = {"live", "examples"}  # tests and benchmarks may use them all
 # What a module comes with, where the name does not say it; the last two are what Beam itself stands on.
 DISTRIBUTION = {"google": "protobuf", "sklearn": "scikit-learn", "fastavro": "apache-beam", "grpc": "apache-beam"}
-LINES = 450
+LINES = 520
 
 
 def imported(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
