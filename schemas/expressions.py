@@ -39,12 +39,12 @@ _REASONS = {
 
 def canonical(expr: pl.Expr) -> str:
     """The expression as sorted JSON: equal text, equal values."""
-    return json.dumps(_tree(expr), sort_keys=True, separators=(",", ":"))
+    return json.dumps(serialised(expr), sort_keys=True, separators=(",", ":"))
 
 
 def passes(expr: pl.Expr, name: str) -> bool:
     """Whether `expr` is the column `name` itself, perhaps cast."""
-    node = _tree(expr)
+    node = serialised(expr)
     if "Cast" in node:
         node = node["Cast"]["expr"]
     return bool(node == {"Column": name})
@@ -66,7 +66,7 @@ def require_row_local(expr: pl.Expr, what: str) -> None:
     if expr.meta.has_multiple_outputs():
         raise DefinitionError(f"{what} yields one column", str(expr), "Name a single column instead of a selector")
     try:
-        tree = _tree(expr)
+        tree = serialised(expr)
     except Exception as error:
         raise DefinitionError(
             f"{what} can be written down (no Python function)", f"{expr}: {error}", "Use Polars' own functions"
@@ -97,7 +97,8 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
         ) from None
 
 
-def _tree(expr: pl.Expr) -> Any:
+def serialised(expr: pl.Expr) -> Any:
+    """The expression as Polars serialises it."""
     return json.loads(expr.meta.serialize(format="json"))
 
 
@@ -116,7 +117,7 @@ def _offences(node: Any) -> Iterator[tuple[str, str]]:
     if kind not in _PLAIN and kind != "Function":
         yield _text(node), _REASONS.get(kind, "is not known to be row-local")
         return
-    for child in _children(kind, body):
+    for child in children_of(kind, body):
         yield from _offences(child)
     if kind == "Cast" and "Categorical" in json.dumps(body["dtype"]):
         yield _text(node), "numbers categories by their first row in a batch (use pl.Enum)"
@@ -125,14 +126,14 @@ def _offences(node: Any) -> Iterator[tuple[str, str]]:
 
 
 def _function_offences(node: Any) -> Iterator[tuple[str, str]]:
-    path = _names(node["Function"]["function"])
+    path = function_names(node["Function"]["function"])
     if path[0] in _FUNCTIONS:
         yield _text(node), _FUNCTIONS[path[0]]
     elif any(word in name for name in path for word in ("Sample", "Shuffle", "Random")):
         yield _text(node), "draws at random"
     else:
         try:
-            alone = _expression(node).meta.is_row_separable()
+            alone = node_expression(node).meta.is_row_separable()
         except pl.exceptions.PolarsError:
             yield _text(node), "is not known to be row-local"
         else:
@@ -140,17 +141,18 @@ def _function_offences(node: Any) -> Iterator[tuple[str, str]]:
                 yield _text(node), "depends on other rows of the batch"
 
 
-def _names(function: Any) -> list[str]:
+def function_names(function: Any) -> list[str]:
     """`{"ListExpr": {"Sample": …}}` as its names, outermost first."""
     if isinstance(function, str):
         return [function]
     if isinstance(function, dict) and len(function) == 1:
         ((name, inner),) = function.items()
-        return [name, *_names(inner)]
+        return [name, *function_names(inner)]
     return []
 
 
-def _children(kind: str, body: Any) -> Iterator[Any]:
+def children_of(kind: str, body: Any) -> Iterator[Any]:
+    """The parts of a serialised expression that are expressions."""
     if kind == "Function":
         yield from body["input"]
     elif kind == "Alias":
@@ -159,12 +161,13 @@ def _children(kind: str, body: Any) -> Iterator[Any]:
         yield from (value for key, value in body.items() if key not in ("op", "dtype", "options"))
 
 
-def _expression(node: Any) -> pl.Expr:
+def node_expression(node: Any) -> pl.Expr:
+    """The expression of `serialised`."""
     return pl.Expr.deserialize(io.StringIO(json.dumps(node)), format="json")
 
 
 def _text(node: Any) -> str:
     try:
-        return str(_expression(node))
+        return str(node_expression(node))
     except Exception:
         return json.dumps(node)[:80]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
+from schemas.arithmetic import COUNTED, Arithmetic, Bounds, bounds_of, in_64_bits
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, columns_of, dtype_of, passes, require_row_local
@@ -20,6 +21,9 @@ QUANTILE = re.compile(r"q(0[1-9]|[1-9]\d)")
 COMPACT = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
 # Read one row each rather than all of a window: their ties need an order.
 ORDERED = ("first", "last")
+
+# In the meaning of what integers of 32 bits, or floats, may have computed to another value.
+ARITHMETIC = "64 bits"
 
 By = str | tuple[str, ...] | Mapping[str, str]
 
@@ -77,6 +81,14 @@ class Derived:
                 )
             result[name] = stored(dtype_of(expr, known, what), what)
         return result
+
+    def computed(
+        self, known: Mapping[str, pl.DataType], bounds: Mapping[str, Bounds], kept: Mapping[str, pl.DataType]
+    ) -> dict[str, Arithmetic]:
+        """Its expressions as they are computed, given the columns `known` above it, and the types under which they are `kept`."""
+        return {
+            name: in_64_bits(expr, known, bounds, rounded=kept[name].is_float()) for name, expr in self.columns.items()
+        }
 
     def meaning(self, name: str) -> dict[str, Any]:
         """What decides the values of the feature `name`, as JSON."""
@@ -175,6 +187,11 @@ class Trailing:
         return chosen
 
     @property
+    def condition(self) -> pl.Expr | None:
+        """`where` as it is computed."""
+        return None if self.where is None else _condition(self).expr
+
+    @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
@@ -206,7 +223,19 @@ class Trailing:
     def meaning(self, name: str) -> dict[str, Any]:
         each = next(each for each in self.statistics if each.name == name)
         used = [] if each.column == "*" else [each.column]
-        return {"trailing": [each.column, each.stat, each.length], **_events_meaning(self, used, each.stat in ORDERED)}
+        return {
+            "trailing": [each.column, each.stat, each.length],
+            **_events_meaning(self, used, each.stat in ORDERED),
+            **_ties(self, breaks_ties(self, used, each.stat in ORDERED)),
+        }
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
+        return any(
+            breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED)
+            for each in self.statistics
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,6 +273,11 @@ class Latest:
             self.source.require(column, "columns")
 
     @property
+    def condition(self) -> pl.Expr | None:
+        """`where` as it is computed."""
+        return None if self.where is None else _condition(self).expr
+
+    @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
@@ -263,7 +297,16 @@ class Latest:
 
     def meaning(self, name: str) -> dict[str, Any]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        return {"latest": [column, self.length], **_events_meaning(self, [column], ordered=True)}
+        return {
+            "latest": [column, self.length],
+            **_events_meaning(self, [column], ordered=True),
+            **_ties(self, breaks_ties(self, [column], ordered=True)),
+        }
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
+        return any(breaks_ties(self, [column], ordered=True) for column in self.columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,7 +341,7 @@ class Lookup:
         for column in self.columns:
             self.source.require(column, "columns")
 
-    where = None
+    where = condition = None
 
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
@@ -314,7 +357,28 @@ class Lookup:
 
     def meaning(self, name: str) -> dict[str, Any]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+        known = {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+        return {**known, **_ties(self, column not in {key for _, key in self.keys})}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some value of it depends on which of several rows of a key is taken."""
+        return not set(self.columns) <= {key for _, key in self.keys}
+
+
+def limits_of(feature: Trailing | Latest | Lookup) -> dict[str, Bounds | None]:
+    """What integer features can be; None of others."""
+    schema = feature.source.schema
+    if not isinstance(feature, Trailing):
+        return {name: bounds_of(schema[column]) for column, name in feature.renamed.items()}
+    return {
+        each.name: COUNTED
+        if each.stat in ("count", "n_unique")
+        else bounds_of(schema[each.column])
+        if each.stat in ORDERED
+        else None
+        for each in feature.statistics
+    }
 
 
 Feature = Derived | Trailing | Latest | Lookup
@@ -349,6 +413,11 @@ def _of_events(feature: Trailing | Latest) -> str:
     return what
 
 
+def _condition(feature: Trailing | Latest) -> Arithmetic:
+    assert feature.where is not None
+    return in_64_bits(feature.where, feature.source.schema)
+
+
 def _lifetime(source: Source, what: str) -> None:
     if source.event_time is not None:
         raise DefinitionError(
@@ -380,13 +449,38 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
 def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:
     source = feature.source
     where = None if feature.where is None else canonical(feature.where)
+    where_arithmetic = {} if feature.where is None or not _condition(feature).changed else {"arithmetic": ARITHMETIC}
     read = list(source.schema) if ordered and source.order is None else used
     if feature.where is not None:
         read = [*read, *columns_of(feature.where)]
     return {
-        "source": source.name, "keys": feature.keys, "where": where, "types": _types(feature, read),
+        "source": source.name, "keys": feature.keys, "where": where, **where_arithmetic, "types": _types(feature, read),
         "time": source.time, "event_time": source.event_time, "not_before": str(instant(source.not_before)), "unique": source.unique, "order": source.order if ordered else None,
     }  # fmt: skip
+
+
+def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool) -> bool:
+    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken.
+
+    Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics take one.
+    What the rows have in common by then cannot depend on which it is.
+    """
+    source, keys = feature.source, {column for _, column in feature.keys}
+    repeats = False
+    if source.unique is not None:
+        where = set() if feature.where is None else set(columns_of(feature.where))
+        placed = {source.event_time} - {None}
+        repeats = not {*used, *keys, *where, *placed} <= {*source.unique, source.time}
+    common = {*keys, source.event_time or source.time, *(source.order or ())}
+    alone = source.unique is not None and set(source.unique) <= common  # no two rows have all of it in common
+    return repeats or (ordered and not alone and not set(used) <= common)
+
+
+def _ties(feature: Trailing | Latest | Lookup, chooses: bool) -> dict[str, Any]:
+    """The part of a feature's meaning that says which of several rows it takes."""
+    if not chooses:
+        return {}
+    return {"ties": [[name, str(feature.source.schema[name])] for name in feature.source.tie_order]}
 
 
 def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from schemas import encoders
+from schemas.arithmetic import in_64_bits
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, dtype_of, require_row_local
@@ -83,6 +84,11 @@ class Label:
     @property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.on, "on")
+
+    @property
+    def computed(self) -> pl.Expr:
+        """`value` as it is computed: in 64 bits."""
+        return in_64_bits(self.value, self.source.schema).expr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,19 @@ class Source:
         times = {name: TIME for name in (self.time, self.event_time) if name is not None}
         return {**times, **self.columns}  # type: ignore[dict-item]
 
+    @property
+    def tie_order(self) -> tuple[str, ...]:
+        """The columns that put rows in order which nothing else tells apart: `order`, then all declared ones as declared.
+
+        A null comes first, NaN is null and −0.0 is 0.0; strings are compared by their bytes, false is before true.
+        """
+        return tuple(dict.fromkeys([*(self.order or ()), *self.schema]))
+
+    def ties(self, columns: Iterable[str]) -> list[str]:
+        """`tie_order` as far as `columns` go, those of a frame: rows that they do not tell apart are alike to its reader."""
+        known = set(columns)
+        return [name for name in self.tie_order if name in known]
+
     def require(self, column: str, use: str) -> None:
         """Refuse a `column` this source does not declare."""
         if column not in self.schema:

@@ -11,9 +11,10 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from schemas.arithmetic import Arithmetic, Bounds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import columns_of
-from schemas.features import Derived, Feature, Latest, Lookup, Trailing, iter_sources
+from schemas.features import ARITHMETIC, Derived, Feature, Latest, Lookup, Trailing, iter_sources, limits_of
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Raised when a kernel computes other values from the same definition and data.
@@ -179,7 +180,7 @@ class FeatureView:
         return max(lengths)
 
     def columns_read(self, source: str) -> list[str]:
-        """Columns of `source` that some feature needs, in declared order."""
+        """Columns of `source` that some feature needs, in declared order: by them a row is judged."""
         declared = self.sources[source]
         read: set[str] = {*(declared.unique or ()), *(declared.order or ())}
         for feature in self.features:
@@ -199,6 +200,51 @@ class FeatureView:
         times = {name for name in (declared.time, declared.event_time) if name}
         return [name for name in declared.schema if name in read | times]
 
+    def columns_ordering(self, source: str) -> tuple[str, ...]:
+        """Further columns of `source` that decide which of several rows a feature takes, in declared order.
+
+        Those that stand in `tie_order` before the last one that is read: rows which these do not tell apart are alike in all
+        that is read.  No row is judged by them.
+        """
+        declared = self.sources[source]
+        if declared is self.spine:  # all of its columns are read anyway
+            return ()
+        if not any(
+            feature.chooses
+            for feature in self.features
+            if not isinstance(feature, Derived) and feature.source is declared
+        ):
+            return ()
+        read = set(self.columns_read(source))
+        order = declared.tie_order
+        last = max(place for place, name in enumerate(order) if name in read)
+        before = set(order[:last]) - read
+        return tuple(name for name in declared.schema if name in before)
+
+    def columns_held(self, source: str) -> list[str]:
+        """Columns of `source` that are read: those that features need and those that break ties, in declared order."""
+        wanted = {*self.columns_read(source), *self.columns_ordering(source)}
+        return [name for name in self.sources[source].schema if name in wanted]
+
+    @functools.cached_property
+    def arithmetic(self) -> dict[str, Arithmetic]:
+        """Per column of a Derived the expression as it is computed."""
+        known, bounds, result = dict(self.spine.schema), dict[str, Bounds](), dict[str, Arithmetic]()
+        for feature in self.features:
+            limits: dict[str, Bounds | None]
+            if isinstance(feature, Derived):
+                made = feature.computed(known, bounds, self.columns)
+                result |= made
+                limits = {name: each.bounds for name, each in made.items()}
+            else:
+                limits = limits_of(feature)
+            for name, limit in limits.items():
+                known[name] = self.columns[name]
+                bounds.pop(name, None)
+                if limit is not None and known[name].is_integer():
+                    bounds[name] = limit
+        return result
+
     @functools.cached_property
     def meanings(self) -> dict[str, str]:
         """Digest per feature of what decides its values, features above it included."""
@@ -214,6 +260,8 @@ class FeatureView:
                     "type": str(self.columns[name]),
                     **feature.meaning(name),
                 }
+                if isinstance(feature, Derived) and self.arithmetic[name].changed:
+                    meaning["arithmetic"] = ARITHMETIC
                 above = (
                     columns_of(feature.columns[name])
                     if isinstance(feature, Derived)

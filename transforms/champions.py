@@ -94,7 +94,10 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
             f"version {version} of {bundle.name!r} trained on {mine[0]}/{mine[1]}, "
             f"the definition describes {view.name}/{view.fingerprint}"
         )
-        fix = f"Train again with: {train}; or restore the definition it was trained with"
+        fix = (
+            f"Train again with: {train}; or restore the definition it was trained with. "
+            "If it is the same, a newer Millrace computes some of its features differently (CHANGELOG.md says which): train again"
+        )
         raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
     known = {field.name: str(field.type) for field in view.output_schema}
     wanted = bundle.encoders.inputs

@@ -56,10 +56,10 @@ class Compacted:
 
     def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, cell: int) -> None:
         first = features[0]
-        self.source, self.where, self.name = first.source, first.where, first.name
+        self.source, self.where, self.name = first.source, first.condition, first.name
         self.features, self.kind, self.place = features, kind, cell
         self.keys = tuple(column for _, column in first.keys)
-        self.columns = view.columns_read(first.source.name)
+        self.columns = view.columns_held(first.source.name)
         self.summary_name = summary_name(
             first.source.name, first.keys, None if first.where is None else canonical(first.where)
         )

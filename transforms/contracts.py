@@ -40,10 +40,11 @@ class Contract:
 
     Args:
         source: the source.
-        columns: those that are read.
+        columns: those by which rows are judged.
         required: columns that may not be null beside the time: a spine's key.
         now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
         partitions: columns that are not in the files (see `inventory.survey`).
+        ordering: further columns that are read, only to put rows in order (see `FeatureView.columns_ordering`).
     """
 
     source: Source
@@ -51,6 +52,15 @@ class Contract:
     required: tuple[str, ...] = ()
     now: int = 2**62
     partitions: Partitions | None = None
+    ordering: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All columns that are read, in the order of `columns` without any for `ordering`, else as declared."""
+        if not self.ordering:
+            return self.columns
+        wanted = {*self.columns, *self.ordering}
+        return tuple(name for name in self.source.schema if name in wanted)
 
     @property
     def latest(self) -> int:
@@ -109,21 +119,21 @@ class Contract:
         """
         self.check(table.schema, file)
         given = {} if self.partitions is None else self.partitions.values.get(file, {})
-        inside = [name for name in self.columns if name not in given]
+        inside = [name for name in self.read if name not in given]
         frame: pl.DataFrame = pl.from_arrow(table.select(inside))  # type: ignore[assignment]
-        if len(inside) < len(self.columns):
+        if len(inside) < len(self.read):
             types = {name: self.source.schema[name] for name in given}
             values = pl.DataFrame({name: [value] for name, value in given.items()}).cast(types)  # type: ignore[arg-type]
             frame = pl.DataFrame({
-                name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows) for name in self.columns
+                name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows) for name in self.read
             })  # fmt: skip
-        return frame.cast({name: self.source.schema[name] for name in self.columns})
+        return frame.cast({name: self.source.schema[name] for name in self.read})
 
     def check(self, schema: pa.Schema, file: str) -> None:
         """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
         what = f"Source {self.source.name!r}"
         given = {} if self.partitions is None else self.partitions.types
-        for name in self.columns:
+        for name in self.read:
             if name not in schema.names and name not in given:
                 raise ContractError(
                     f"{what}: every file has the declared column {name!r}",

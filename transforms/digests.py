@@ -26,7 +26,7 @@ def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), hi
         moments = frame[str(contract.source.time)].to_physical()
     if not len(frame):
         return {}
-    hashes = combine([hash_column(frame[name]) for name in contract.columns])
+    hashes = combine([hash_column(frame[name]) for name in contract.read])
     days = moments.to_numpy() // DAY
     if (days[1:] < days[:-1]).any():
         order = np.argsort(days, kind="stable")

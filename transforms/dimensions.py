@@ -19,9 +19,10 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from schemas.errors import MillraceError
+from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.contracts import Contract
-from transforms.inputs import concat_letters, contradictions
+from transforms.inputs import concat_letters, contradictions, dimension_rows
 from transforms.inventory import survey
 from transforms.messages import LETTERS
 from transforms.sources import read_slices
@@ -56,12 +57,15 @@ class Dimensions:
         self.looked = now
         for name, source in self.view.dimensions.items():
             try:
-                self._read(name, Contract(source, tuple(self.view.columns_read(name))))
+                self._read(name, self._contract(name, source))
             except MillraceError as error:
                 if name not in self.frames and not self._as_before(name):
                     raise
                 self.refused.inc()
                 log.error("dimension %s is broken; version %s serves on: %s", name, self.versions[name], error)
+
+    def _contract(self, name: str, source: Source) -> Contract:
+        return Contract(source, tuple(self.view.columns_read(name)), ordering=self.view.columns_ordering(name))
 
     def _read(self, name: str, contract: Contract) -> None:
         contract, slices = survey(self.root, contract)
@@ -69,8 +73,7 @@ class Dimensions:
         if self._stamps.get(name) == stamp:
             return
         read = read_slices(contract, slices)
-        frame = read.frame.unique()
-        frame = frame.sort(frame.columns)
+        frame = dimension_rows(contract, read.frame)
         letters, _ = contradictions(self.view, contract, slices, frame)
         version = keep(self.kept, name, frame)
         self._set_aside(name, version, [each.path for each in slices], concat_letters([read.letters, *letters]))

@@ -59,10 +59,12 @@ _LARGEST = 3.4e38
 def about(view: FeatureView) -> dict[str, Any]:
     """What a manifest says of the view, for later views to compare themselves with."""
     told = {
-        "spine": {"key": view.key, **_rules(view.spine, tuple(view.spine.schema))},
+        "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
         "meanings": view.meanings,
         "sources": {
-            name: _rules(source, tuple(view.spine.schema if source is view.spine else view.columns_read(name)))
+            name: _rules(source, view.spine.schema)
+            if source is view.spine
+            else _rules(source, view.columns_held(name), view.columns_ordering(name))
             for name, source in view.sources.items()
         },
         "reaches": list(reaches(view).items()),
@@ -70,12 +72,17 @@ def about(view: FeatureView) -> dict[str, Any]:
     return json.loads(json.dumps(told))
 
 
-def _rules(source: Source, columns: Sequence[str]) -> dict[str, Any]:
-    """Whatever decides which rows of a source count."""
+def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
+    """Whatever decides which rows of a source count.
+
+    Args:
+        columns: all that are read; rows are judged by those that are not in `ordering`.
+    """
     return {
         "name": source.name, "time": source.time, "event_time": source.event_time,
         "unique": source.unique and list(source.unique), "order": source.order and list(source.order),
         "not_before": str(instant(source.not_before)), "columns": [[name, str(source.schema[name])] for name in columns],
+        **({"ordering": list(ordering)} if ordering else {}),
     }  # fmt: skip
 
 
@@ -227,11 +234,14 @@ def _proof(
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
-    now = _rules(contract.source, contract.columns)
-    if before is None or any(before[rule] != value for rule, value in now.items() if rule != "columns"):
+    now = _rules(contract.source, contract.read, contract.ordering)
+    if before is None or any(
+        before[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
+    ):
         return _never, False
     exactly = before["columns"] == now["columns"]
-    then = contract if exactly else _alike(contract, before["columns"], slices, current.repeats.get(source))
+    same = exactly and before.get("ordering") == now.get("ordering")
+    then = contract if same else _alike(contract, before, slices, current.repeats.get(source))
     if then is None:
         return _never, False
     if contract.source.time is None:
@@ -267,20 +277,22 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 
 
 def _alike(
-    contract: Contract, columns: Sequence[Sequence[str]], slices: Sequence[Slice], repeats: Repeats | None
+    contract: Contract, before: Mapping[str, Any], slices: Sequence[Slice], repeats: Repeats | None
 ) -> Contract | None:
-    """The contract of an older view that read other columns, if the very same rows keep both; None where that is not sure.
+    """The contract of an older view that read or judged by other columns, if the very same rows keep both; None where that is
+    not sure.
 
     Columns decide about rows in two ways: numbers must be finite, and of repeats at one moment the smallest row stays.
     """
-    declared = contract.source.schema
+    declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
         return None
     if any(name not in declared or str(declared[name]) != dtype for name, dtype in columns):
         return None
-    names = tuple(name for name, _ in columns)
-    floats = [name for name in {*names} ^ {*contract.columns} if declared[name].is_float()]
-    return dataclasses.replace(contract, columns=names) if finite(slices, contract.source, floats) else None
+    judged = tuple(name for name, _ in columns if name not in ordering)
+    floats = [name for name in {*judged} ^ {*contract.columns} if declared[name].is_float()]
+    then = dataclasses.replace(contract, columns=judged, ordering=tuple(ordering))
+    return then if finite(slices, contract.source, floats) else None
 
 
 def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:

@@ -135,7 +135,7 @@ def make_plan(
         ContractError: a file of the label's source cannot be read as declared.
     """
     label = model.label
-    contract = Contract(label.source, _columns_read(model), now=now)
+    contract = Contract(label.source, _columns_read(model), now=now, ordering=_columns_ordering(model))
     contract, slices = survey(sources, contract, version)
     parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
@@ -164,6 +164,13 @@ def _columns_read(model: Model) -> tuple[str, ...]:
     )
     used |= set(source.unique or ()) | (set(source.schema) if source.order is None else set(source.order))
     return tuple(name for name in source.schema if name in used)
+
+
+def _columns_ordering(model: Model) -> tuple[str, ...]:
+    """Further columns of the label's source that decide which of several rows of a key and moment labels (see `FeatureView.columns_ordering`)."""
+    read, order = set(_columns_read(model)), model.label.source.tie_order
+    before = set(order[: max(place for place, name in enumerate(order) if name in read)]) - read
+    return tuple(name for name in model.label.source.schema if name in before)
 
 
 def schema_of(model: Model) -> pa.Schema:

@@ -173,12 +173,29 @@ def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
     """A dimension, one row per key of each `Lookup`, its letters dated at the start of the interval."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
-    frame = read.frame.unique().sort(read.frame.columns)
+    frame = dimension_rows(contract, read.frame)
     letters, refused = contradictions(view, contract, slices, frame)
     used = len(frame) - refused
     # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
     return Input(
         frame, *tell_dimension(plan, name, len(read.frame) + len(read.letters), used, [read.letters, *letters])
+    )
+
+
+def dimension_rows(contract: Contract, frame: pl.DataFrame) -> pl.DataFrame:
+    """A dimension's rows without the columns that only put them in order, each once; of one key's rows the first is looked up."""
+    order = contract.source.ties(frame.columns)
+    if not contract.ordering:
+        return frame.unique().sort(order)
+    columns = list(contract.columns)
+    return frame.sort(order).unique(columns, keep="first", maintain_order=True).select(columns)
+
+
+def losing(frame: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
+    """Rows of a dimension (`dimension_rows`) that stand below another one of their key."""
+    several = frame.filter(frame.select(pl.struct(key).is_duplicated()).to_series())
+    return several.join(
+        several.unique(key, keep="first", maintain_order=True), on=frame.columns, how="anti", nulls_equal=True
     )
 
 
@@ -190,7 +207,7 @@ def contradictions(
     for feature in view.features:
         if isinstance(feature, Lookup) and feature.source.name == contract.source.name:
             key = tuple(column for _, column in feature.keys)
-            _, conflicts = distinct(frame, key)
+            conflicts = losing(frame, key)
             refused.append(conflicts)
             letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
     return letters, len(pl.concat(refused).unique())

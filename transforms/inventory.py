@@ -151,7 +151,7 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
     """Refuse files of which some hold a column as it is declared and others do not, by one of each."""
     schemas = ((path, open_parquet(path, contract.source).schema_arrow) for path in paths)
-    seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.columns}
+    seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
     for path, schema in schemas:
         for name, found in seen.items():
             if name not in schema.names:
@@ -183,7 +183,7 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
             f"deletion vectors in {uri}",
             "Have its owner rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and delta.enableDeletionVectors=false",
         )
-    columns = [name for name in table.metadata().partition_columns if name in contract.columns]
+    columns = [name for name in table.metadata().partition_columns if name in contract.read]
     if contract.source.time in columns:
         raise ContractError(
             f"{what}: the time of its rows is in its files",
@@ -333,7 +333,9 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """
     spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
     contracts = {
-        name: spine if source is view.spine else Contract(source, tuple(view.columns_read(name)), now=now)
+        name: spine
+        if source is view.spine
+        else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
     surveyed = {name: survey(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}

@@ -172,7 +172,7 @@ class Journal:
         late = int(rows.select((time < floor).sum()).item())
         if late:
             self._count(name, "late", late)
-        columns = self.view.columns_read(name)
+        columns = self.view.columns_held(name)
         if repeats_by(self.view, name):
             rows = rows.select(*known_columns(self.view, name), rid(rows))
             counted, retracted = self._without_repeats(source, rows)
@@ -217,12 +217,7 @@ class Journal:
             store.add(rows.filter(remembered))
             return rows, nothing
         old = pl.concat(before).join(rows, on=unique, how="semi") if before else rows.clear()
-        order = [
-            *unique,
-            str(source.time),
-            *(source.order or ()),
-            *(name for name in source.schema if name in rows.columns),
-        ]
+        order = [*unique, str(source.time), *source.ties(rows.columns)]
         both = pl.concat([old, rows])
         first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
             unique, keep="first", maintain_order=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from transforms.windows import Bools, Column, Ints, Once, lazy, statistic
 EXPANDED_ROWS = 4_000_000
 # numpy and Polars let go of the interpreter while they work, so threads do share the cores.
 CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+log = logging.getLogger("millrace.features")
 Reading = Trailing | Latest | Lookup
 Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, Any]], list[pl.Series]]
 
@@ -55,7 +57,7 @@ def compute(
             waiting = []
         if isinstance(feature, Derived):
             with computing(f"Derived({', '.join(feature.columns)})"):
-                frame = frame.with_columns(derived(feature, view.columns))
+                frame = with_derived(view, feature, frame)
         else:
             waiting.append(feature)
     frame = frame.with_columns(gather(view, waiting, frame, tables))
@@ -80,7 +82,9 @@ def gathered(
             return None
         where = None if first.where is None else canonical(first.where)
         with computing(f"where of {first.name!r}"):
-            events = tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.where)
+            events = (
+                tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.condition)
+            )
         name = summary_name(first.source.name, first.keys, where)
         return History(first.source, first.keys, events, frame, view.time, tables.get(name))
 
@@ -127,9 +131,18 @@ def computing(what: str) -> Iterator[None]:
         ) from None
 
 
-def derived(feature: Derived, types: Mapping[str, pl.DataType]) -> list[pl.Expr]:
-    """The feature's expressions in their stored types; what is not finite is not a value."""
-    return [stored(expr, types[name]).alias(name) for name, expr in feature.columns.items()]
+def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
+    """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
+    made = {name: view.arithmetic[name] for name in feature.columns}
+    result = frame.with_columns(stored(each.expr, view.columns[name]).alias(name) for name, each in made.items())
+    for name, each in made.items():
+        if each.overflow is not None and result[name].null_count():
+            lost = int((frame.select(each.overflow.alias("_"))["_"] & result[name].is_null()).sum())
+            if lost:
+                log.warning(
+                    "Derived %r: %s of %s values are null: int64 cannot hold them", name, f"{lost:,}", f"{len(frame):,}"
+                )
+    return result
 
 
 def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -258,12 +271,12 @@ class History:
 
     @lazy
     def ordered_rows(self) -> Ints:
-        """As `rows`, places of one key and moment put in order by `order`, then by all columns."""
+        """As `rows`, places of one key and moment put in order by what breaks their source's ties."""
         tied = self.sorting.ties()
         if not len(tied):
             return self.rows
-        by = [*(self.source.order or ()), *(name for name in self.source.schema if name in self.events.columns)]
-        some = self.events.select(list(dict.fromkeys(by))).select(pl.all().gather(pl.Series(self.rows[tied])))
+        by = self.source.ties(self.events.columns)
+        some = self.events.select(by).select(pl.all().gather(pl.Series(self.rows[tied])))
         some = some.select(pl.Series("__place", self.sorting.sorted_keys[tied]), pl.all())
         rows = self.rows.copy()
         rows[tied] = self.rows[tied][some.select(pl.arg_sort_by(some.columns)).to_series().to_numpy()]

@@ -117,9 +117,9 @@ class GroupEvents:
 
     def __init__(self, view: FeatureView, plan: Plan, block: Block, features: Sequence[Events], folder: str) -> None:
         first, self.view, self.block, self.folder = features[0], view, block, folder
-        self.source, self.keys, self.where = first.source, first.keys, first.where
+        self.source, self.keys, self.where = first.source, first.keys, first.condition
         self.known, self.asked = tuple(right for _, right in self.keys), tuple(left for left, _ in self.keys)
-        self.columns = _columns(features, plan.contracts[self.source.name].columns)
+        self.columns = _columns(features, plan.contracts[self.source.name].read)
         self.name = first.name if self.where is not None else self.source.name
         self.summary_name = summary_name(*identity(first))
         self.parts = block.shards[self.source.name]
@@ -215,4 +215,4 @@ def _identifying(view: FeatureView, plan: Plan, name: str) -> tuple[str, ...]:
 
 def _nothing(plan: Plan, name: str) -> pl.DataFrame:
     contract = plan.contracts[name]
-    return pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.columns})
+    return pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.read})

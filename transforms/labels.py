@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas import Label
 from schemas.durations import microseconds
 from schemas.errors import DataError
+from schemas.sources import Source
 from schemas.splits import GroupSplit, Split
 from transforms.fitting import LABEL
 from transforms.ids import row_ids
@@ -59,9 +60,9 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     """
     source, known = label.source, str(label.source.time)
     keys = [f"__key{i}" for i in range(len(label.keys))]
-    value = label.value.cast(pl.Float64)
+    value = label.computed.cast(pl.Float64)
     first = (
-        _first_of_each_moment(events, [column for _, column in label.keys], known, source.order or ())
+        _first_of_each_moment(events, [column for _, column in label.keys], source)
         .select(
             *(_key(events, column).alias(key) for key, (_, column) in zip(keys, label.keys)),
             pl.col(known).alias("__known"),
@@ -194,12 +195,12 @@ def _key(frame: pl.DataFrame, column: str) -> pl.Expr:
     return pl.col(column).cast(pl.Int64) if frame.schema[column].is_integer() else pl.col(column)
 
 
-def _first_of_each_moment(events: pl.DataFrame, keys: Sequence[str], time: str, order: Sequence[str]) -> pl.DataFrame:
-    """Of events of one key and moment the first by `order`, then by all columns; events without a key left out."""
+def _first_of_each_moment(events: pl.DataFrame, keys: Sequence[str], source: Source) -> pl.DataFrame:
+    """Of events of one key and moment the first by what breaks their source's ties; events without a key left out."""
     events = events.drop_nulls(keys)
-    moment = [*keys, time]
+    moment = [*keys, str(source.time)]
     again = events.select(pl.struct(moment).is_duplicated()).to_series()
     if not again.any():
         return events
-    first = events.filter(again).sort([*order, *events.columns]).unique(moment, keep="first", maintain_order=True)
+    first = events.filter(again).sort(source.ties(events.columns)).unique(moment, keep="first", maintain_order=True)
     return pl.concat([events.filter(~again), first])

@@ -52,8 +52,8 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
     """
     first = features[0]
-    if first.where is not None:
-        events = events.filter(first.where)
+    if first.condition is not None:
+        events = events.filter(first.condition)
     source, keys = first.source, [column for _, column in first.keys]
     events = events.drop_nulls(keys)
     taken = sorted({column for feature in features if isinstance(feature, Latest) for column in feature.columns})
@@ -103,12 +103,8 @@ def merge(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]
 
 
 def order(source: Source, events: pl.DataFrame) -> list[str]:
-    """Columns that put events of a key in order: time, then `order`, then all of them."""
-    return list(
-        dict.fromkeys(
-            [str(source.time), *(source.order or ()), *(name for name in source.schema if name in events.columns)]
-        )
-    )
+    """Columns that put events of a key in order: time, then what breaks its ties."""
+    return list(dict.fromkeys([str(source.time), *source.ties(events.columns)]))
 
 
 def needed(features: Sequence[Trailing | Latest]) -> dict[str, set[str]]:

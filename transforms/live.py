@@ -117,7 +117,7 @@ def contracts_of(view: FeatureView) -> dict[str, Contract]:
     return {
         view.spine.name: spine,
         **{
-            name: Contract(source, tuple(view.columns_read(name)))
+            name: Contract(source, tuple(view.columns_read(name)))  # rows hold all declared columns anyway
             for name, source in view.events.items()
             if source is not view.spine
         },

@@ -12,7 +12,7 @@ import polars as pl
 from schemas.features import Lookup
 from schemas.views import FeatureView
 from transforms.contracts import Contract
-from transforms.inputs import ONE_ROW, Input, distinct, locate, tell_dimension
+from transforms.inputs import ONE_ROW, Input, dimension_rows, locate, losing, tell_dimension
 from transforms.inventory import Slice
 from transforms.kernels import Gather, Reading, gathered
 from transforms.plan import BLOCK_ROWS, Plan
@@ -45,14 +45,15 @@ def _gather(
 
 
 def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
-    """The dimension's rows of the keys in `spine`, each once, sorted by all columns: of one key's rows the first is the one
+    """The dimension's rows of the keys in `spine`, in the order of `dimension_rows`: of one key's rows the first is the one
     that a `Lookup` over the whole dimension takes."""
     types, keys = contract.source.schema, [right for _, right in feature.keys]
     wanted = spine.select(pl.col(left).cast(types[right], strict=False).alias(right) for left, right in feature.keys)
     wanted = wanted.drop_nulls().unique()
     parts = [read.frame.join(wanted, on=keys, how="semi") for read in stream_slices(contract, slices)]
-    frame = pl.concat([pl.DataFrame(schema={name: types[name] for name in contract.columns}), *parts]).unique()
-    return frame.sort(frame.columns)
+    return dimension_rows(
+        contract, pl.concat([pl.DataFrame(schema={name: types[name] for name in contract.read}), *parts])
+    )
 
 
 def account(view: FeatureView, plan: Plan, name: str, part_rows: int = BLOCK_ROWS) -> Input:
@@ -75,9 +76,9 @@ def account(view: FeatureView, plan: Plan, name: str, part_rows: int = BLOCK_ROW
             found = []
             for part in range(spill.parts):
                 chunks = list(spill.read(part, CHUNK))
-                frame = pl.concat(chunks).unique() if chunks else pl.DataFrame()
+                frame = dimension_rows(contract, pl.concat(chunks)) if chunks else pl.DataFrame()
                 rows += len(frame) if key == keys[0] else 0
-                found += [distinct(frame, key)[1]] if chunks else []
+                found += [losing(frame, key)] if chunks else []
             conflicts = pl.concat(found) if found else None
             if conflicts is not None and len(conflicts):
                 refused.append(conflicts)

@@ -139,7 +139,7 @@ def in_order(
 
 def known_columns(view: FeatureView, name: str) -> list[str]:
     """What is kept of a source's rows to tell which of two repeats stays: what ties are broken by."""
-    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_read(name)
+    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_held(name)
 
 
 def rid(rows: pl.DataFrame) -> pl.Series:

@@ -122,8 +122,7 @@ def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame
     source, keys = features[0].source, [column for _, column in features[0].keys]
     wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
     wanted |= {(each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics}  # fmt: skip
-    order = [*(source.order or ()), *(name for name in source.schema if name in events.columns)]
-    rows = events.sort([position(source), *dict.fromkeys(order)])
+    rows = events.sort([position(source), *source.ties(events.columns)])
     row = pl.int_range(len(rows), dtype=pl.Int64)
     picked = {
         f"# {column} {stat}": (pl.when(pl.col(column).is_not_null()).then(row) if column else row, stat)

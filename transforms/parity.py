@@ -235,7 +235,7 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
         None if name in lifetime_sources(view) else first - timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
     )
     extra = ["__counted", "__instead"] if repeats_by(view, name) else []
-    rows = _read(view, store, name, [*view.columns_read(name), *PLACE, *extra], back, last + timedelta(days=1))
+    rows = _read(view, store, name, [*view.columns_held(name), *PLACE, *extra], back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
     if repeats_by(view, name):
@@ -256,7 +256,7 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
         counted = rows["__counted"].to_numpy()
         rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
     moments = rows[str(source.time)].to_physical().to_numpy()
-    return Seen(rows.select(view.columns_read(name)), moments, shown, gone)
+    return Seen(rows.select(view.columns_held(name)), moments, shown, gone)
 
 
 def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:

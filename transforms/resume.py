@@ -122,7 +122,7 @@ def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
         low = journal.horizon - journal.remembered[name] if known else ALWAYS
         held = journal.horizon - journal.held_back[name] if known else ALWAYS
         rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
-        columns = view.columns_read(name)
+        columns = view.columns_held(name)
         if repeats_by(view, name):
             far = ALWAYS if name in journal.lifetime or not known else low - journal.remembered[name]
             gone = _replaced(store, view, name, start.versions[name], far)
@@ -147,7 +147,7 @@ def _seed_compacted(
         for i, group in enumerate(journal.groups)
         if group.source == name and group.kind != "none"
     }
-    moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_read(name)
+    moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_held(name)
     if repeats_by(view, name):
         columns = [*columns, *PLACE, "__counted"]
     for rows in pieces_from(store, view, name, version, end=until, columns=columns):

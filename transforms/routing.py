@@ -113,5 +113,5 @@ def _owned(letters: pl.DataFrame, plan: Plan, name: str) -> pl.DataFrame:
 def gathered_read(plan: Plan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
     """What a block was sent, as if it had read it; letters were told where the slices were read."""
     contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
-    schema = {column: contract.source.schema[column] for column in contract.columns}
+    schema = {column: contract.source.schema[column] for column in contract.read}
     return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=LETTERS))

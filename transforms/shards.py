@@ -24,7 +24,7 @@ from schemas.views import FeatureView
 from transforms.clock import ALWAYS
 from transforms.compacted import Compacted, Kind, by_kind
 from transforms.ids import UInt64s
-from transforms.kernels import Reading, compute, derived, gathered
+from transforms.kernels import Reading, compute, gathered, with_derived
 from transforms.packets import Frames, pack, unpack
 from transforms.panes import CELLS, Panes, Store, key_hashes, size_of
 from transforms.staleness import lifetime_sources
@@ -131,7 +131,7 @@ def with_keys(view: FeatureView, groups: Sequence[Group], questions: pl.DataFram
     if not wanted:
         return questions
     for _, feature in _early(view):
-        questions = questions.with_columns(derived(feature, view.columns))
+        questions = with_derived(view, feature, questions)
     return questions
 
 
@@ -230,7 +230,7 @@ class Shard:
             low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
             wanted = hashes[group.asked][mine]
             found = self.panes[group.source].take(group.known, wanted, low if group.kind == "none" else ALWAYS, high)
-            columns = self.view.columns_read(group.source)
+            columns = self.view.columns_held(group.source)
             events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
             tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
             result[i] = some.select("__position").with_columns(gathered(self.view, group.features, some, tables))
@@ -239,7 +239,7 @@ class Shard:
 
 def _nothing(view: FeatureView, source: str) -> pl.DataFrame:
     schema = view.sources[source].schema
-    return pl.DataFrame(schema={name: schema[name] for name in view.columns_read(source)})
+    return pl.DataFrame(schema={name: schema[name] for name in view.columns_held(source)})
 
 
 def assemble(

@@ -70,7 +70,7 @@ def read_slices(
     stamps = {each.path: each.stamp or None for each in slices}
     parts = [_read_file(contract, path, groups, stamps[path]) for path, groups in _by_file(slices)]
     if not parts:
-        frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.columns})
+        frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
         return Read(frame, pl.DataFrame(schema=LETTERS))
     whole = pl.concat(parts)
     owners = _owners(contract, slices, whole)
@@ -137,7 +137,7 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
     """A row group in pieces of `chunk` rows, each as if it were a row group."""
     file, first = open_parquet(piece.path, contract.source), piece.first
     with _whole(contract, piece.path):
-        for batch in file.iter_batches(chunk, [piece.group], list(contract.columns)):
+        for batch in file.iter_batches(chunk, [piece.group], list(contract.read)):
             rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
             yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
             first += len(rows)
@@ -147,7 +147,7 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
 def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
     """Rows of `slices` in declared types, not judged."""
     parts = [_read_file(contract, path, groups) for path, groups in _by_file(slices)]
-    return pl.concat([pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.columns}), *parts])
+    return pl.concat([pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read}), *parts])
 
 
 def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
@@ -160,7 +160,7 @@ def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
 def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | None = None) -> pl.DataFrame:
     file = open_parquet(path, contract.source)
     with _whole(contract, path):
-        table = file.read_row_groups(groups, list(contract.columns))
+        table = file.read_row_groups(groups, list(contract.read))
     _unchanged(contract, path, stamp)
     return contract.cast(table, path)
 
@@ -262,7 +262,7 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     """
     source = contract.source
     unique = list(source.unique or ())
-    narrow = dataclasses.replace(contract, columns=tuple(unique), required=())
+    narrow = dataclasses.replace(contract, columns=tuple(unique), ordering=(), required=())
     if not slices:
         return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
     parts = -(-sum(each.rows for each in slices) // REPEATS_AT_ONCE)
@@ -308,13 +308,12 @@ def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame |
     if source.unique is None or repeats is None or not len(repeats):
         return frame
     unique = list(source.unique)
-    order = [*(source.order or ()), *(name for name in source.schema if name in frame.columns)]
     joined = frame.with_row_index("__place").join(repeats, on=unique, how="inner")
     if not len(joined):
         return frame
     first = (
         joined.filter(pl.col(str(source.time)).to_physical() == pl.col("__known"))
-        .sort(list(dict.fromkeys(order)))
+        .sort(source.ties(frame.columns))
         .unique(unique, keep="first", maintain_order=True)
     )
     dropped = joined.join(first.select("__place"), on="__place", how="anti")["__place"]

@@ -245,7 +245,7 @@ def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
     total = 0
     for read in stream_slices(contract, slices):
         if len(read.frame):
-            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.columns])))
+            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.read])))
     return total & _MASK
 
 
