@@ -188,8 +188,8 @@ class _Visit:
 
     def _binary(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
         if dtype.is_float():
-            if op == "TrueDivide" and "Column" not in json.dumps(parts[1].node):
-                return self._quotient(node, dtype, parts)
+            if op in ("TrueDivide", "FloorDivide", "Modulus") and "Column" not in json.dumps(parts[1].node):
+                return self._quotient(node, dtype, op, parts)
             return self._floats(node, dtype, parts, op in _ROUNDED_ONCE)
         left, right = (part.bounds for part in parts)
         assert left is not None
@@ -221,18 +221,18 @@ class _Visit:
         guards = tuple(guard for part in parts for guard in part.guards)
         return _Value(node, dtype, None, status, _with(node, [_cast(part.wide, "Float64") for part in parts]), guards)
 
-    def _quotient(self, node: Tree, dtype: pl.DataType, parts: Sequence[_Value]) -> _Value:
-        """A quotient by a constant.
+    def _quotient(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
+        """A quotient by a constant, its floor, or what remains.
 
         Polars multiplies by the constant's inverse, which rounds twice, unless there is but one row: then it divides.  So the
         same row had other bits alone than in company.  Divided by a column it is a quotient always.
         """
         over, under = (node_expression(_cast(part.wide, "Float64")) for part in parts)
         column = serialised(over.is_not_null().cast(pl.Float64) * under)
-        made = self._floats(node, dtype, parts, True)
-        status = (
-            made.status if _power_of_two(parts[1]) else max(made.status, ROUNDED if dtype == pl.Float64 else DIFFERS)
-        )
+        made = self._floats(node, dtype, parts, op in _ROUNDED_ONCE)
+        # A quotient that is rounded twice is mostly the same float32; its floor is another number.
+        differs = ROUNDED if dtype == pl.Float64 and op == "TrueDivide" else DIFFERS
+        status = made.status if _power_of_two(parts[1]) else max(made.status, differs)
         return dataclasses.replace(made, status=status, wide=_with(node, [_cast(parts[0].wide, "Float64"), column]))
 
     def _function(self, node: Tree, dtype: pl.DataType, path: Sequence[str], parts: Sequence[_Value]) -> _Value | None:

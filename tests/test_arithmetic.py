@@ -206,7 +206,7 @@ CHANGED: dict[str, pl.Expr] = {
     "a product": pl.col("i32") * pl.col("i32"), "a difference of lengths": pl.col("s").str.len_bytes() - 10, "a hash": pl.col("s").hash(1),
     "a sum": pl.col("i8") + 1, "a power": pl.col("i32") ** 2, "a sign": -pl.col("i8"), "an absolute value": pl.col("i16").abs(), "a product of int64": pl.col("i64") * 10,
     "a condition": pl.col("i8") * 2 > 100, "a quotient by a constant": pl.col("f") / 3, "a quotient cut to an integer": (pl.col("d") / 0.1).floor(), "two steps in float32": (pl.col("f") - pl.col("f")) / pl.col("f"), "a constant that float32 rounds": pl.col("f") * 0.1,
-    "a logarithm of float32": pl.col("f").log(), "a list": pl.concat_list("i32", "i32").list.sum(), "columns added": pl.sum_horizontal("i8", "i8"), "a day of a month": pl.col("t").dt.day() * pl.col("i8"),
+    "a floor by a constant": pl.col("d") // 0.1, "a remainder by a constant": pl.col("d") % 0.1, "a logarithm of float32": pl.col("f").log(), "a list": pl.concat_list("i32", "i32").list.sum(), "columns added": pl.sum_horizontal("i8", "i8"), "a day of a month": pl.col("t").dt.day() * pl.col("i8"),
 }  # fmt: skip
 WIDE = {**COLUMNS, "t": pl.Datetime("us", "UTC")}
 
@@ -312,6 +312,8 @@ def test_a_quotient_by_a_constant_is_the_same_alone_and_in_company(dtype: Any) -
         (pl.col("x") / 0.1).floor(),
         (1 - pl.col("x") / 49).cast(pl.Float64),
         pl.col("x") / 8,
+        pl.col("x") * 0.1 // 0.1,
+        pl.col("x") * 0.1 % 0.3,
     ):
         made = in_64_bits(expr, frame.schema, rounded=True).expr
         whole = frame.select(made.cast(pl.Float64).alias("x"))["x"].to_list()

@@ -16,6 +16,7 @@ import oracles
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import test_arithmetic as arithmetic
 from histories import T0, at, histories, many_questions, view
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from test_kernels import same
 
 from beam_pipelines import cli, features, verify
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing, load_definition
+from schemas.arithmetic import in_64_bits
 from schemas.errors import ContractError, MismatchError
 from transforms import evolution, kernels
 from transforms.contracts import Contract
@@ -32,7 +34,7 @@ from transforms.kernels import compute
 from transforms.tables import DataFile, data_files, newest, open_table, write_files
 from transforms.trailing import features_batch
 from transforms.verification import Amount, Files, Frames, Verification, Verified, recompute
-from transforms.verification.plain_expressions import evaluate
+from transforms.verification.plain_expressions import evaluate, stored
 from transforms.verification.plain_statistics import quantile, statistic, variance, variances_allowed
 from transforms.verification.sample import choose, choose_files, lifetime_groups
 
@@ -238,6 +240,47 @@ def test_arithmetic_is_wide_and_all_else_reads_values_as_they_are() -> None:
     assert value(pl.col("s").str.slice(pl.col("n") + 129)) == "bc"
     assert value(pl.col("s").hash(1)) == pl.Series(["abc"]).hash(1).reinterpret(signed=True)[0]
     assert evaluate(pl.lit(2), frame).to_list() == [2]
+
+
+@settings(max_examples=150, deadline=None)
+@given(arithmetic.TREES, st.lists(arithmetic.rows(), min_size=1, max_size=6))
+def test_integers_of_expressions_are_those_of_python(tree: arithmetic.Expr, some: list[arithmetic.Row]) -> None:
+    frame = arithmetic.table(some)
+    assert stored(evaluate(tree.polars, frame), pl.Int64()).to_list() == [tree.python(row) for row in some]
+
+
+@settings(max_examples=100, deadline=None)
+@given(arithmetic.FLOATS, st.lists(arithmetic.rows(), min_size=1, max_size=6))
+def test_floats_of_expressions_are_those_of_python(tree: arithmetic.Expr, some: list[arithmetic.Row]) -> None:
+    wanted = [None if value is None else arithmetic.float32(value) for value in map(tree.python, some)]
+    assert evaluate(tree.polars, arithmetic.table(some)).cast(pl.Float32).to_list() == wanted
+
+
+square = pl.col("i32") * pl.col("i32")
+EXPRESSIONS = [
+    *arithmetic.KEPT.values(), *arithmetic.CHANGED.values(),
+    pl.col("d") // 0.1, pl.col("d") % 0.1, pl.col("f") // 3, pl.col("i32") // 7, pl.col("i32") % -7, pl.col("i32") // pl.col("i8"),
+    pl.col("f").round(2), (pl.col("f") * 3).round(2), pl.col("f").clip(-1, 0.1), pl.col("f").fill_null(0.1), pl.col("f").sqrt(),
+    pl.col("d") ** 2, pl.col("f") ** 3, pl.col("f") ** 0.5, (pl.col("d") / 1e6).exp(), pl.coalesce("f", "d"), pl.col("i8").is_in([1, 2]),
+    pl.col("i32") ** 9, (-pl.col("i64")) ** 3, pl.sum_horizontal("i32", "i32", "i64"), pl.mean_horizontal("i32", "d"), pl.max_horizontal("f", "d"),
+    pl.concat_list("i32", "i32").list.sum(), pl.concat_list(square, square, square).list.sum(), pl.concat_list(square, pl.lit(1)).list.max(),
+    pl.struct(x=square, Year=pl.col("i32")).struct.field("x"), pl.struct(Year=pl.col("i32")).struct.field("Year") * 4,
+    pl.col("i32").cast(pl.Int8, wrap_numerical=True) - 200, (pl.col("i32") * 2).cast(pl.String), pl.col("t").dt.offset_by("1d") - pl.col("t"),
+    (pl.col("t") - pl.datetime(2020, 1, 1, time_zone="UTC")).dt.total_days(), pl.col("s").str.len_chars().cast(pl.Int8) * 100,
+    pl.when(pl.col("b")).then(pl.col("i8") * 100).otherwise(pl.col("f")), pl.concat_str("s", square), pl.col("i8").abs() - pl.col("b"),
+]  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(some=st.lists(arithmetic.rows(), min_size=1, max_size=6))
+@pytest.mark.parametrize("expr", EXPRESSIONS, ids=str)
+def test_an_expression_is_what_the_pipelines_make_of_it(expr: pl.Expr, some: list[arithmetic.Row]) -> None:
+    frame = arithmetic.table(some).with_columns(
+        t=pl.lit(datetime(2024, 1, 9, 7, 31, tzinfo=UTC)).dt.cast_time_unit("us")
+    )
+    theirs = frame.select(in_64_bits(expr, frame.schema, rounded=True).expr.alias("x")).to_series()
+    dtype = pl.Int64() if theirs.dtype.is_integer() else pl.Float32() if theirs.dtype.is_numeric() else theirs.dtype
+    assert stored(evaluate(expr, frame), dtype).to_list() == stored(theirs, dtype).to_list()
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 1e10, -1e-5, 3.25, 1e16]), min_size=1, max_size=9), st.integers(1, 99))

@@ -1,7 +1,7 @@
 """Expressions of a definition evaluated one operation at a time, arithmetic in the widest types.
 
-What computes numbers reads integers as Int64 and floats as Float64, whatever the width of the columns; sums, differences,
-products and negatives of integers are taken in 128 bits, and are null where they leave Int64.  All else reads values as they are.
+What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64, whatever
+the width of the columns.  All else reads values as they are.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-_EXACT = {"Plus": lambda a, b: a + b, "Minus": lambda a, b: a - b, "Multiply": lambda a, b: a * b}
-_ARITHMETIC = {*_EXACT, "TrueDivide", "FloorDivide", "Divide", "RustDivide", "TruncDivide", "Modulus"}
-# Functions that compute; the name that Polars' written form begins with.
-_COMPUTING = {
-    "Negate", "Abs", "Pow", "SumHorizontal", "MeanHorizontal", "Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc",
+# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with these names.
+_WHOLE = {
+    "Plus", "Minus", "Multiply", "FloorDivide", "Divide", "RustDivide", "TruncDivide", "Modulus",
+    "Negate", "Abs", "Pow", "SumHorizontal", "ListExpr",
 }  # fmt: skip
+_OTHER = {"TrueDivide", "MeanHorizontal", "Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc"}
+_MINUS = json.loads((0 - pl.col("__0")).meta.serialize(format="json"))
+# A power that float64 finds beyond this is beyond Int64, whatever 128 bits make of it.
+_LARGE = 2.0**100
 
 
 def evaluate(expr: pl.Expr, frame: pl.DataFrame) -> pl.Series:
@@ -40,66 +44,84 @@ def stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
     return result.set(~result.is_finite().fill_null(True), None) if dtype.is_float() else result
 
 
-def _wide(values: pl.Series) -> pl.Series:
-    """`values` in the widest type of their kind."""
-    if values.dtype.is_integer():
-        return values.cast(pl.Int128 if values.dtype == pl.UInt64 else pl.Int64)
-    return values.cast(pl.Float64) if values.dtype.is_float() else values
-
-
 def _value(node: Any, frame: pl.DataFrame) -> pl.Series:
     ((kind, body),) = node.items()
     if kind == "Column":
         return frame[body]
     if kind == "Alias":
         return _value(body[0], frame)
+    what = _computation(node)
     inputs: dict[str, pl.Series] = {}
-    over = _over(node, frame, inputs)
-    height = pl.Series("__height", [0]).new_from_index(0, len(frame))
-
-    def made(inputs: dict[str, pl.Series]) -> pl.Series:
-        operands = pl.DataFrame([height, *(series.alias(name) for name, series in inputs.items())])
-        if kind == "BinaryExpr" and body["op"] in _EXACT:
-            sides = [operands.select(_expression(over[kind][side])).to_series() for side in ("left", "right")]
-            if all(side.dtype.is_integer() for side in sides):
-                return _exactly(body["op"], *sides)
-        if _is_negative(node) and all(series.dtype.is_integer() for series in inputs.values()):
-            return _exactly("Minus", pl.Series([0]), *inputs.values())
-        return operands.select(_expression(over).alias("_")).to_series()
-
-    if _computes(node):
-        result = made({name: _wide(series) for name, series in inputs.items()})
-        return result.cast(pl.Int64, strict=False) if result.dtype.is_integer() else result
+    # Beside a literal Polars divides otherwise than beside a column: an operator gets columns alone.
+    over = _over(node, frame, inputs, literals=what is not None and kind == "BinaryExpr")
+    if what is not None:
+        return _computed(what, over, inputs, len(frame))
     try:
-        return made(inputs)
+        return _made(over, inputs, len(frame))
     except pl.exceptions.PolarsError:  # it does not take the wider type of what was computed
         types = {name: _narrow(child, frame) for name, child in zip(inputs, _reading(node), strict=True)}
-        return made({name: series.cast(types[name], strict=False) for name, series in inputs.items()})
+        return _made(over, {name: each.cast(types[name], strict=False) for name, each in inputs.items()}, len(frame))
 
 
-def _computes(node: Any) -> bool:
+def _computation(node: Any) -> str | None:
+    """Which arithmetic `node` does, if any."""
     ((kind, body),) = node.items()
-    return (kind == "BinaryExpr" and body["op"] in _ARITHMETIC) or (
-        kind == "Function" and _name(body["function"]) in _COMPUTING
-    )
+    if kind == "BinaryExpr":
+        return body["op"] if body["op"] in _WHOLE | _OTHER else None
+    if kind != "Function":
+        return None
+    function = body["function"]
+    name = function if isinstance(function, str) else str(next(iter(function)))
+    if name == "ListExpr":
+        return name if function[name] == "Sum" else None
+    return name if name in _WHOLE | _OTHER else None
 
 
-def _is_negative(node: Any) -> bool:
-    return "Function" in node and _name(node["Function"]["function"]) == "Negate"
+def _computed(what: str, node: Any, inputs: dict[str, pl.Series], height: int) -> pl.Series:
+    if what == "TrueDivide" and all(each.dtype.is_numeric() for each in inputs.values()):
+        return _quotient(*inputs.values())
+    wide = {name: _wide(each, whole=what in _WHOLE) for name, each in inputs.items()}
+    if what == "Negate" and all(each.dtype == pl.Int128 for each in wide.values()):
+        node = _MINUS  # Polars has no negative of 128 bits
+    result = _made(node, wide, height)
+    if not result.dtype.is_integer():
+        return result
+    if what == "Pow":
+        about = _made(node, {name: _wide(each, whole=False) for name, each in inputs.items()}, height).cast(pl.Float64)
+        result = result.set((about.abs() >= _LARGE).fill_null(False), None)
+    return result.cast(pl.Int64, strict=False)
 
 
-def _name(function: Any) -> str:
-    return function if isinstance(function, str) else str(next(iter(function)))
+def _made(node: Any, inputs: dict[str, pl.Series], height: int) -> pl.Series:
+    rows = pl.Series("__height", [0]).new_from_index(0, height)
+    operands = pl.DataFrame([rows, *(series.alias(name) for name, series in inputs.items())])
+    return operands.select(_expression(node).alias("_")).to_series()
+
+
+def _quotient(left: pl.Series, right: pl.Series) -> pl.Series:
+    """The quotient of each two numbers, rounded once."""
+    with np.errstate(all="ignore"):
+        a, b = (side.cast(pl.Float64).fill_null(np.nan).to_numpy() for side in (left, right))
+        result = pl.Series(a / b)
+    return result.set(left.is_null() | right.is_null(), None)
+
+
+def _wide(values: pl.Series, whole: bool) -> pl.Series:
+    """`values` in the widest type of their kind; integers as such only where `whole`."""
+    dtype = values.dtype
+    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
+    if inner.is_integer():
+        wide: pl.DataType = pl.Int128() if whole else pl.Float64()
+    elif inner.is_float():
+        wide = pl.Float64()
+    else:
+        return values
+    return values.cast(pl.List(wide) if isinstance(dtype, pl.List) else wide)
 
 
 def _narrow(node: Any, frame: pl.DataFrame) -> pl.DataType:
     """The type that Polars itself gives a part of an expression."""
     return frame.clear().select(_expression(node).alias("_")).to_series().dtype
-
-
-def _exactly(op: str, left: pl.Series, right: pl.Series) -> pl.Series:
-    exact = _EXACT[op](pl.lit(left).cast(pl.Int128), pl.lit(right).cast(pl.Int128))
-    return pl.select(exact.cast(pl.Int64, strict=False)).to_series()
 
 
 def _operands(node: Any) -> list[Any]:
@@ -116,15 +138,20 @@ def _reading(node: Any) -> list[Any]:
     return [child for child in _operands(node) if _expression(child).meta.root_names()]
 
 
-def _over(node: Any, frame: pl.DataFrame, inputs: dict[str, pl.Series]) -> Any:
-    """`node` with every operand that reads columns evaluated and replaced by one column of `inputs`."""
+def _over(node: Any, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals: bool) -> Any:
+    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of `inputs`."""
 
     def operand(child: Any) -> Any:
-        if not _expression(child).meta.root_names():
+        if _expression(child).meta.root_names():
+            value = _value(child, frame)
+        elif literals:
+            value = pl.select(_expression(child)).to_series()
+        else:
             return child
-        value, name = _value(child, frame), f"__{len(inputs)}"
+        name = f"__{len(inputs)}"
         inputs[name] = value if len(value) == len(frame) else value.new_from_index(0, len(frame))
-        return {"Column": name}
+        # Some functions read their operands' names: fields of a struct are called so.
+        return {"Alias": [{"Column": name}, _expression(child).meta.output_name()]}
 
     ((kind, body),) = node.items()
     if kind == "Function":
