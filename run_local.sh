@@ -38,7 +38,7 @@ export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}" MLFLOW_DISABLE_TELEMETR
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
 
 digest() {
-    { cat constraints.txt setup.py; printf '%s\n' */__init__.py; } |  # an editable install maps the packages there were
+    { cat constraints.txt setup.py; printf '%s\n' */__init__.py */*/__init__.py; } |  # an editable install maps the packages there were
         { if command -v sha256sum >/dev/null; then sha256sum; elif command -v shasum >/dev/null; then shasum -a 256; else cksum; fi; }
 }
 

@@ -6,27 +6,42 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from beam_pipelines.reporting import guard
+from beam_pipelines.runtime.run_report import guard
 from schemas.errors import DefinitionError, nearest
 
 # Command to (module, or module:function, and what it does); imported when called, since some bring TensorFlow or MLflow along.
 COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
     "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
-    "retrain": ("beam_pipelines.retrain", "train a registered version again from what it records, and compare"),
+    "retrain": (
+        "beam_pipelines.commands.retrain",
+        "train a registered version again from what it records, and compare",
+    ),
     "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
-    "schema": ("beam_pipelines.schema", "infer, check or update the schema.pbtxt that features must keep"),
-    "plan": ("beam_pipelines.plan", "print what `features` would do, and run nothing"),
-    "parity": ("beam_pipelines.parity", "compute live answers again in batch, and compare them to the bit"),
-    "verify": ("beam_pipelines.verify", "compute rows of a feature table again, plainly, and compare them to the bit"),
-    "tables": ("beam_pipelines.store:tables", "list every table of a store"),
-    "trace": ("beam_pipelines.store:trace", "follow a feature row or a prediction back to what it was made from"),
-    "vacuum": ("beam_pipelines.store:vacuum", "remove what no commit names and no kept version needs"),
-    "models": ("beam_pipelines.models:models", "list registered models, their metrics, the champion, and why"),
-    "promote": ("beam_pipelines.models:promote", "make a version the champion, with a reason"),
-    "rollback": ("beam_pipelines.models:rollback", "give the alias back to the champion before, with a reason"),
-    "register": ("beam_pipelines.models:register", "register a model that was trained while the registry was away"),
-    "new": ("beam_pipelines.new", "write a definition that runs"),
+    "schema": ("beam_pipelines.commands.schema", "infer, check or update the schema.pbtxt that features must keep"),
+    "plan": ("beam_pipelines.commands.plan", "print what `features` would do, and run nothing"),
+    "parity": ("beam_pipelines.commands.parity", "compute live answers again in batch, and compare them to the bit"),
+    "verify": (
+        "beam_pipelines.commands.verify",
+        "compute rows of a feature table again, plainly, and compare them to the bit",
+    ),
+    "tables": ("beam_pipelines.commands.tables:tables", "list every table of a store"),
+    "trace": (
+        "beam_pipelines.commands.tables:trace",
+        "follow a feature row or a prediction back to what it was made from",
+    ),
+    "vacuum": ("beam_pipelines.commands.tables:vacuum", "remove what no commit names and no kept version needs"),
+    "models": ("beam_pipelines.commands.models:models", "list registered models, their metrics, the champion, and why"),
+    "promote": ("beam_pipelines.commands.models:promote", "make a version the champion, with a reason"),
+    "rollback": (
+        "beam_pipelines.commands.models:rollback",
+        "give the alias back to the champion before, with a reason",
+    ),
+    "register": (
+        "beam_pipelines.commands.models:register",
+        "register a model that was trained while the registry was away",
+    ),
+    "new": ("beam_pipelines.commands.new", "write a definition that runs"),
 }
 USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
 

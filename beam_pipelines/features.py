@@ -15,28 +15,24 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from beam_pipelines.direct import batch_pipeline
-from beam_pipelines.layout import many
-from beam_pipelines.options import Arguments
-from beam_pipelines.planning import plan_lines
-from beam_pipelines.reporting import Run, execute, guard, log, read_json, write_json
-from beam_pipelines.store import trained
-from beam_pipelines.verify import VerifyFlags, add_verification
+from beam_pipelines.commands.tables import trained
+from beam_pipelines.commands.verify import VerifyFlags, add_verification
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.local_runner import batch_pipeline
+from beam_pipelines.runtime.plan_text import plan_lines
+from beam_pipelines.runtime.run_report import Run, execute, guard, log, read_json, write_json
+from beam_pipelines.runtime.terminal import many
 from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
 from schemas.views import FeatureView
-from transforms.carrying import CarrySummaries, Chain, Segment, chains, segments, usable_snapshot
-from transforms.contracts import day_of
-from transforms.evolution import Copies, find_copies
-from transforms.inputs import Tally, add_tallies, conserve
-from transforms.inventory import ALWAYS, Inventory, take_inventory
-from transforms.manifests import WriteManifest, older_tables, read_manifest
-from transforms.places import place_of
-from transforms.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
-from transforms.publication import AlsoChecked, Rules, Validate, make_check
-from transforms.staleness import (
+from transforms.features.block_inputs import Tally, add_tallies, conserve
+from transforms.features.column_reuse import Copies, find_copies
+from transforms.features.history_snapshots import CarrySummaries, Chain, Segment, chains, segments, usable_snapshot
+from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest
+from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
+from transforms.features.staleness import (
     EMPTY,
     WRITTEN_BEFORE,
     Current,
@@ -50,8 +46,10 @@ from transforms.staleness import (
     outdated,
     usable_snapshots,
 )
-from transforms.statistics import Statistics, columns_of
-from transforms.tables import (
+from transforms.features.trailing_features import TrailingFeatures
+from transforms.sources.contracts import day_of
+from transforms.sources.inventory import ALWAYS, Inventory, take_inventory
+from transforms.storage.delta_tables import (
     CommitFiles,
     Committed,
     Target,
@@ -63,8 +61,10 @@ from transforms.tables import (
     newest,
     open_table,
 )
-from transforms.trailing import TrailingFeatures
-from transforms.vacuum import pins_of
+from transforms.storage.paths import place_of
+from transforms.storage.vacuum import pins_of
+from transforms.validation.publish_check import AlsoChecked, Rules, Validate, make_check
+from transforms.validation.statistics import Statistics, columns_of
 from transforms.verification import Verification, Verified, verify_written
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
@@ -368,9 +368,9 @@ def write_account(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the features are committed.  With --streaming the same features, live: see `beam_pipelines.live`."""
+    """Run the pipeline; 0 when the features are committed.  With --streaming the same features, live: see `beam_pipelines.features_streaming`."""
     if "--streaming" in argv:
-        return int(importlib.import_module("beam_pipelines.live").main(argv))
+        return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
     options = parse(argv)
     view = options.definition.view
     with Run("features", options.run_id, options.folder) as run:

@@ -15,22 +15,22 @@ import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
-from beam_pipelines.direct import batch_pipeline
-from beam_pipelines.options import Arguments, next_day
-from beam_pipelines.reporting import Run, execute, guard, read_json, write_json
+from beam_pipelines.runtime.arguments import Arguments, next_day
+from beam_pipelines.runtime.local_runner import batch_pipeline
+from beam_pipelines.runtime.run_report import Run, execute, guard, read_json, write_json
 from schemas.errors import ContractError, DataError, DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import predictions
 from schemas.views import FeatureView
-from transforms.batches import batch as to_batch
-from transforms.batches import frame
-from transforms.bundles import Bundle, digest_of, load
-from transforms.champions import check_model
-from transforms.ids import row_ids
-from transforms.manifests import warn_of_outdated
-from transforms.registry import Registry, registry_uri
-from transforms.scoring import Pinned, Score, columns_read
-from transforms.tables import (
+from transforms.features.manifest_store import warn_of_outdated
+from transforms.inference.champion_model import check_model
+from transforms.models.bundle import Bundle, digest_of, load
+from transforms.models.registry import Registry, registry_uri
+from transforms.models.scoring import Pinned, Score, columns_read
+from transforms.records.record_batches import batch as to_batch
+from transforms.records.record_batches import frame
+from transforms.records.row_hashing import row_ids
+from transforms.storage.delta_tables import (
     Committed,
     DataFile,
     ReadTable,
@@ -44,7 +44,7 @@ from transforms.tables import (
     open_table,
     predictions_uri,
 )
-from transforms.tffiles import Part, ReadExamples, WriteParts, matching, publish_parts
+from transforms.storage.tfrecord_io import Part, ReadExamples, WriteParts, matching, publish_parts
 
 Written = list[tuple[DataFile, dict[str, str]]] | list[Part]
 
@@ -299,9 +299,9 @@ def finish(files: Written, read: int, prefix: str | None, target: Target, accoun
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the predictions are published.  With --streaming, live: see `beam_pipelines.live_inference`."""
+    """Run the pipeline; 0 when the predictions are published.  With --streaming, live: see `beam_pipelines.inference_streaming`."""
     if "--streaming" in argv:
-        return int(importlib.import_module("beam_pipelines.live_inference").main(argv))
+        return int(importlib.import_module("beam_pipelines.inference_streaming").main(argv))
     options = parse(argv)
     with Run("inference", options.run_id, options.folder) as run:
         plan = make_plan(options)

@@ -22,20 +22,26 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 from deltalake import DeltaTable
 
-from beam_pipelines.direct import batch_pipeline
-from beam_pipelines.options import Arguments, day, next_day
-from beam_pipelines.reporting import Run, execute, guard, read_json
+from beam_pipelines.runtime.arguments import Arguments, day, next_day
+from beam_pipelines.runtime.local_runner import batch_pipeline
+from beam_pipelines.runtime.run_report import Run, execute, guard, read_json
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
-from transforms.bundles import load
-from transforms.challenge import Challenge, Compare
-from transforms.contracts import EPOCH
-from transforms.datasets import STATISTICS, Leaks, columns_of, examine
-from transforms.digits import lost_digits
-from transforms.evaluation import Evaluate, carried
-from transforms.examples import (
+from transforms.evaluation.evaluate import Evaluate, carried
+from transforms.evaluation.shap import Explain
+from transforms.features.manifest_store import read_manifest, warn_of_outdated
+from transforms.models.bundle import load
+from transforms.models.problem_identity import require_same_problem
+from transforms.models.registry import Registry, registry_uri
+from transforms.models.scoring import Pinned, Score
+from transforms.sources.contracts import EPOCH
+from transforms.sources.inventory import source_uri, version_of
+from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.training.champion_comparison import Challenge, Compare
+from transforms.training.data_checks import STATISTICS, Leaks, columns_of, examine
+from transforms.training.examples import (
     FOLDER,
     MakeExamples,
     Plan,
@@ -45,21 +51,15 @@ from transforms.examples import (
     read_shard,
     shards_to_judge,
 )
-from transforms.explaining import Explain
-from transforms.fitting import Fit, declared
-from transforms.inventory import source_uri, version_of
-from transforms.manifests import read_manifest, warn_of_outdated
-from transforms.matrices import until
-from transforms.probing import require_known
-from transforms.problems import require_same_problem
-from transforms.publishing import REPORT, Publication, publish, rival_of
-from transforms.registry import Registry, registry_uri
-from transforms.scoring import Pinned, Score
-from transforms.searching import trials
-from transforms.statistics import Statistics
-from transforms.tables import data_files, features_uri, open_table
-from transforms.training import Study, Train, save_best
-from transforms.unseen import unseen
+from transforms.training.fit_encoders import Fit, declared
+from transforms.training.float32_checks import lost_digits
+from transforms.training.hyperparameter_search import trials
+from transforms.training.publish_model import REPORT, Publication, publish, rival_of
+from transforms.training.trainer import Study, Train, save_best
+from transforms.training.unseen_categories import unseen
+from transforms.training.xgboost_checks import require_known
+from transforms.training.xgboost_data import until
+from transforms.validation.statistics import Statistics
 
 log = logging.getLogger("millrace.training")
 PACKAGES = ("beam_pipelines", "transforms", "schemas")
@@ -351,8 +351,8 @@ def code_digest() -> str:
     """SHA-256 of this program's source."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(path for name in PACKAGES for path in (root / name).glob("*.py")):
-        digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ import polars as pl
 
 from benchmarks import features_case, features_join
 from benchmarks.measure import Measurement, Side, arguments, machine, raw, run, say, summary, write_json
-from transforms.plan import BLOCK_ROWS
+from transforms.features.plan import BLOCK_ROWS
 
 SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic", "join", "feast")
 # Feast's default store joins every row of a key with every other: it is asked for on a thirtieth of the data, or not at all.

@@ -39,8 +39,8 @@ def polars(sources: str, out: str) -> dict[str, Any]:
 def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
     """The same kernel called in one plain process, block by block; no Beam, no contracts, no commits."""
 
-    from transforms.kernels import compute
-    from transforms.plan import make_plan
+    from transforms.features.kernel import compute
+    from transforms.features.plan import make_plan
 
     plan = make_plan(view, sources, None, None, 2**61, block_rows)
     os.makedirs(out, exist_ok=True)

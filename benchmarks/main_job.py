@@ -82,7 +82,7 @@ def check(outputs: Mapping[str, Path]) -> dict[str, Any]:
         SystemExit: they do not.
     """
     from examples.flights.definition import model
-    from transforms.tables import features_uri, predictions_uri
+    from transforms.storage.delta_tables import features_uri, predictions_uri
 
     native, store = outputs["native"], str(outputs["pipelines"])
     view = model.view
@@ -105,7 +105,7 @@ def check(outputs: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _table(uri: str) -> pl.DataFrame:
-    from transforms.tables import data_files, open_table
+    from transforms.storage.delta_tables import data_files, open_table
 
     table = open_table(uri)
     assert table is not None, uri

@@ -40,7 +40,7 @@ def write(folder: Path, rows: int, columns: int) -> None:
 
 def millrace(source: str, out: str) -> dict[str, Any]:
     """What the features pipeline does with each batch, and the proto at the end."""
-    from transforms.statistics import describe, described, nothing, proto
+    from transforms.validation.statistics import describe, described, nothing, proto
 
     paths = sorted(Path(source).glob("*.parquet"))
     schema = pq.read_schema(paths[0])

@@ -27,10 +27,10 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
 from schemas.loading import load_definition
-from transforms.messages import HEARTBEAT, Message
-from transforms.replay import sources_of
-from transforms.shards import groups_of
-from transforms.topics import Broker, Produce, ReadTopics, begin_offsets, stand
+from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, stand
+from transforms.streaming.messages import HEARTBEAT, Message
+from transforms.streaming.replay import sources_of
+from transforms.streaming.shards import groups_of
 
 # (group and key as text, (microseconds, the event's columns that are read, or the question's row id))
 Element = tuple[str, tuple[int, Any]]

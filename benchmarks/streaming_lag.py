@@ -42,7 +42,7 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
             questions.append(rows.select(*view.key, view.time).with_columns(pl.lit(stamp).alias("there")))
         times.setdefault(record.topic(), []).append(stamp)
     asked = pl.concat(questions)
-    from transforms.ids import row_ids
+    from transforms.records.row_hashing import row_ids
 
     asked = asked.with_columns(row_ids(view.name, [asked[name] for name in (*view.key, view.time)]))
     moments = asked[view.time].to_physical().to_numpy()

@@ -56,7 +56,7 @@ def champion(store: Path) -> str:
     from examples.flights import data
     from schemas.errors import GateError
     from schemas.loading import load_definition
-    from transforms.registry import Registry, registry_uri
+    from transforms.models.registry import Registry, registry_uri
 
     uri, name = registry_uri(str(store)), load_definition(DEFINITION).require_model().name
     if not (store / "registry").exists() or Registry(uri).champion(name) is None:

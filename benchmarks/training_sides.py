@@ -205,9 +205,9 @@ def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any
     import pyarrow.parquet as pq
 
     from schemas import load_definition
-    from transforms.examples import Account, Shard, read_shard
-    from transforms.fitting import fit
-    from transforms.training import Study
+    from transforms.training.examples import Account, Shard, read_shard
+    from transforms.training.fit_encoders import fit
+    from transforms.training.trainer import Study
 
     model = load_definition(f"{store}/definition.py").require_model()
     files = [
@@ -225,8 +225,8 @@ def train_ours(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dict[
     import os
 
     from benchmarks.measure import stage
-    from transforms.searching import Trial
-    from transforms.training import side_by_side
+    from transforms.training.hyperparameter_search import Trial
+    from transforms.training.trainer import side_by_side
 
     study, account, fitted = _study(store, shards, out, os.cpu_count() or 1)
     with stage("train"):
@@ -268,8 +268,8 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
 def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> dict[str, Any]:
     """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either way."""
     from benchmarks.measure import stage
-    from transforms.searching import Trial
-    from transforms.training import Bench, side_by_side
+    from transforms.training.hyperparameter_search import Trial
+    from transforms.training.trainer import Bench, side_by_side
 
     study, account, fitted = _study(store, shards, out, 2)
     several = [Trial(i, {"max_depth": 4, "eta": 0.05 + i / 50}, rounds=300) for i in range(trials)]

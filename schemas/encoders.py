@@ -1,4 +1,4 @@
-"""Encoders a model declares for its inputs.  They are fitted on the training split and saved with the model; see `transforms/encoders.py`."""
+"""Encoders a model declares for its inputs.  They are fitted on the training split and saved with the model; see `transforms/models/encoders.py`."""
 
 from __future__ import annotations
 

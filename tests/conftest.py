@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from processes import Zygote
 
-pytest_plugins = ["live_fixtures"]
+from tests.support.processes import Zygote
+
+pytest_plugins = ["tests.support.live_fixtures"]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

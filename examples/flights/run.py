@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beam_pipelines.reporting import guard, read_json, write_json
+from beam_pipelines.runtime.run_report import guard, read_json, write_json
 
 DEFINITION = "examples.flights.definition"
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import polars as pl
 
-from beam_pipelines.reporting import guard, progress, read_json, write_json
+from beam_pipelines.runtime.run_report import guard, progress, read_json, write_json
 from schemas.errors import DataError, GateError
 from schemas.loading import load_definition
-from transforms.clock import FOREVER
-from transforms.messages import HEARTBEAT
+from transforms.streaming.completeness import FOREVER
+from transforms.streaming.messages import HEARTBEAT
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = "examples.flights.definition"
@@ -137,7 +137,7 @@ def judge(figures: dict[str, Any]) -> int:
 
 def models(store: Path) -> tuple[str, str]:
     """Two registered versions, the champion first; whatever is missing for them is made."""
-    from transforms.registry import Registry, registry_uri
+    from transforms.models.registry import Registry, registry_uri
 
     name, registry = load_definition(DEFINITION).require_model().name, Registry(registry_uri(str(store)))
     for definition in (DEFINITION, str(second_definition(store))):
@@ -167,7 +167,7 @@ def second_definition(store: Path) -> Path:
 @contextlib.contextmanager
 def swapping(case: Case) -> Iterator[Callable[[], None]]:
     """A function that makes the second version champion; afterwards the first is it again."""
-    from transforms.registry import Registry, registry_uri
+    from transforms.models.registry import Registry, registry_uri
 
     if not case.first:
         yield lambda: None
@@ -454,11 +454,11 @@ def tail(case: Case, name: str) -> str:
 
 def in_process(case: Case) -> dict[str, Any]:
     """The month replayed through the same steps on the runner in this process, then its answers scored, swapping halfway."""
-    from beam_pipelines import live, live_inference
+    from beam_pipelines import features_streaming, inference_streaming
 
     between = ["--start", case.start, "--end", case.end]
     flags = ["--streaming", "--source=replay", "--chunk=6h", "--sources", str(case.store / "sources"), *between]
-    live.main([*case.common, "--run_id", "live", *flags])
+    features_streaming.main([*case.common, "--run_id", "live", *flags])
     found = read_json(os.path.join(case.live, "runs", "live", "run.json"))
     figures = {
         "mode": "replay in one process", "events": found["rows_in"], "questions": found["counts"][case.view.spine.name]["rows"],
@@ -470,7 +470,7 @@ def in_process(case: Case) -> dict[str, Any]:
             log.addHandler(halfway := Halfway(swap))
             try:
                 paced = ["--streaming", "--source=replay", "--poll=100ms", "--pace=100ms"]
-                live_inference.main([*case.common, *case.registry, "--run_id", "inference", *paced])
+                inference_streaming.main([*case.common, *case.registry, "--run_id", "inference", *paced])
             finally:
                 log.removeHandler(halfway)
         made = read_json(os.path.join(case.live, "runs", "inference", "run.json"))
@@ -489,7 +489,7 @@ class Halfway(logging.Handler):
         self.swap: Callable[[], None] | None = swap
 
     def emit(self, record: logging.LogRecord) -> None:
-        from beam_pipelines.live_inference import REPLAY
+        from beam_pipelines.inference_streaming import REPLAY
 
         if self.swap is not None and record.msg == REPLAY and 2 * record.args[0] >= record.args[1]:  # type: ignore[index,operator]
             swap, self.swap = self.swap, None
@@ -505,7 +505,7 @@ def parity(case: Case) -> dict[str, Any]:
     Raises:
         MismatchError: a bit differs.
     """
-    from beam_pipelines import parity
+    from beam_pipelines.commands import parity
 
     parity.main([*case.common, "--run_id", "parity", *(case.registry if case.first else ())])
     found = read_json(os.path.join(case.live, "runs", "parity", "run.json"))

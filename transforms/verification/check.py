@@ -15,9 +15,9 @@ from schemas.durations import DAY
 from schemas.errors import MismatchError
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
-from transforms.contracts import EPOCH, Contract
-from transforms.inventory import Slice
-from transforms.tables import DataFile
+from transforms.sources.contracts import EPOCH, Contract
+from transforms.sources.inventory import Slice
+from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows
 from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, every_row

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.contracts import Contract, judge
-from transforms.inventory import Slice, open_parquet, stamp_of
+from transforms.sources.contracts import Contract, judge
+from transforms.sources.inventory import Slice, open_parquet, stamp_of
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

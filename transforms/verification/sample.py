@@ -12,9 +12,9 @@ import polars as pl
 from schemas.expressions import canonical
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
-from transforms.batches import frame
-from transforms.ids import combine, hash_column, hash_text
-from transforms.tables import DataFile, read_file
+from transforms.records.record_batches import frame
+from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.storage.delta_tables import DataFile, read_file
 
 # Sampled rows per file that is opened for them.
 ROWS_PER_FILE = 12

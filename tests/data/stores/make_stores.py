@@ -23,14 +23,13 @@ import numpy as np
 import polars as pl
 
 from beam_pipelines import cli
-from beam_pipelines import live as live_features
 from schemas import load_definition
-from transforms import replay
-from transforms.messages import Message
-from transforms.tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming import replay
+from transforms.streaming.messages import Message
 
 HERE = Path(__file__).parent
-# Where they are made; `tests/stores.py` writes another folder in its place where the registry names it.
+# Where they are made; `tests/support/stores.py` writes another folder in its place where the registry names it.
 ROOT = Path("/tmp/millrace-stores")
 START = datetime(2024, 3, 1, tzinfo=UTC)
 MOMENT = pl.Datetime("us", "UTC")
@@ -113,7 +112,9 @@ model = Model(
     params={"max_depth": 3, "eta": 0.3}, rounds=8, gates=Gates(at_least={"auc": 0.5}),
 )
 """
-SHOP = SHOP_SOURCES + """
+SHOP = (
+    SHOP_SOURCES
+    + """
 view = FeatureView("buying", visits, key="visit", features=[
     Derived(age=pl.col("age"), decades=pl.col("age") / 10.0),
     Trailing(sales, by="shop", over=("1d", "3d"), stats={"amount": ("mean", "sum", "std", "max", "q95", "count"), "*": "count"}),
@@ -123,8 +124,12 @@ view = FeatureView("buying", visits, key="visit", features=[
     Lookup(shops, by="shop", columns=("city", "rent")),
     Derived(busy=pl.col("sales_by_shop_count_1d") + 1),
 ])
-""" + SHOP_MODEL
-LIVE = SHOP_SOURCES + """
+"""
+    + SHOP_MODEL
+)
+LIVE = (
+    SHOP_SOURCES
+    + """
 view = FeatureView("buying", visits, key="visit", features=[
     Derived(age=pl.col("age"), decades=pl.col("age") / 10.0),
     Trailing(sales, by="shop", over=("1d", "all"), stats={"amount": ("mean", "sum", "std", "max", "last", "count"), "*": "count"}),
@@ -133,7 +138,11 @@ view = FeatureView("buying", visits, key="visit", features=[
     Latest(sales, by="shop", columns=("visit", "amount"), max_age="2d"),
     Lookup(shops, by="shop", columns=("city", "rent")),
 ])
-""" + SHOP_MODEL.replace('encoders.Ordinal()}', 'encoders.Ordinal(), "stock_by_shop_note_last_all": encoders.Ordinal()}')
+"""
+    + SHOP_MODEL.replace(
+        "encoders.Ordinal()}", 'encoders.Ordinal(), "stock_by_shop_note_last_all": encoders.Ordinal()}'
+    )
+)
 
 
 def shop_sources(visits: int, days: int, seed: int) -> dict[str, pl.DataFrame]:
@@ -280,7 +289,11 @@ def lifetime(name: str, days: Sequence[int], late: bool) -> None:
     right = lifetime_truth(frames["q"], events)
     rows = made.rows("features", "vw", "*").sort("id")
     stored = {str(row["id"]): {column: row[column] for column in right[str(row["id"])]} for row in rows.iter_rows(named=True)}  # fmt: skip
-    made.expected |= {"right": right, "stored": stored, "wrong_rows": sum(stored[each] != right[each] for each in right)}
+    made.expected |= {
+        "right": right,
+        "stored": stored,
+        "wrong_rows": sum(stored[each] != right[each] for each in right),
+    }
     made.pack()
 
 

@@ -1,0 +1,1 @@
+"""The commands of `millrace` that are not pipelines."""

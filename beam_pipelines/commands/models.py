@@ -1,0 +1,121 @@
+"""What one asks of the registry: `models`, `promote`, `rollback`, `register`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.run_report import read_json
+from beam_pipelines.runtime.terminal import columns
+from schemas.errors import DataError, GateError, StoreError
+from transforms.models.registry import Registry, registry_uri
+from transforms.training.publish_model import PENDING, REPORT, enter
+
+
+def _arguments(command: str, text: str, why: bool = False) -> Arguments:
+    arguments = Arguments(f"millrace {command}", text, definition=None, beam=False)
+    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
+    if command != "register":
+        arguments.add_argument("--model", help="its registered name (default: the only one there is)")
+    if why:
+        arguments.add_argument("--why", required=True, help="the reason, kept with the move")
+        arguments.add_argument("--who", help="who decided (default: the user of this machine)")
+    return arguments
+
+
+def _named(flags: Any) -> tuple[Registry, str]:
+    """The registry, and the model meant."""
+    registry = Registry(registry_uri(flags.store, flags.registry))
+    names = sorted({name for name, _ in registry.models()})
+    if flags.model is None and len(names) == 1:
+        return registry, names[0]
+    if flags.model is None or flags.model not in names:
+        value = f"{', '.join(names) or 'no model'} in {registry.uri}"
+        fix = "Name one with --model" if names else "Train one with: millrace training"
+        raise DataError("A model is named where there are several, and is registered", value, fix)
+    return registry, flags.model
+
+
+def models(argv: Sequence[str]) -> int:
+    """List registered models: versions, test metrics, the alias, and what their gates said."""
+    flags = _arguments("models", models.__doc__ or "").parse_all(argv)
+    registry = Registry(registry_uri(flags.store, flags.registry))
+    names = sorted({name for name, _ in registry.models()} & ({flags.model} if flags.model else set()) or {name for name, _ in registry.models() if not flags.model})  # fmt: skip
+    if not names:
+        raise DataError(
+            "Models are registered before they are listed",
+            f"none in {registry.uri}",
+            "Train one with: millrace training",
+        )
+    for name in names:
+        rows = []
+        for each in registry.versions(name):
+            tested = {
+                key.removeprefix("test_"): value for key, value in each["metrics"].items() if key.startswith("test_")
+            }
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in sorted(tested.items()))
+            at = f"{datetime.fromtimestamp(each['at'] / 1000, UTC):%Y-%m-%d %H:%M}"
+            rows.append(
+                (each["version"], "champion" if each["champion"] else "", at, each["run"], each["gates"], shown)
+            )
+        print(name)
+        print(columns(("version", "alias", "registered (UTC)", "run", "gates", "test metrics"), rows, "version"))
+        for entry in registry.history(name)[-5:]:
+            before = f" after version {entry['before']}" if entry["before"] else ""
+            print(f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: {entry['why']} ({entry['who']})")  # fmt: skip
+    return 0
+
+
+def promote(argv: Sequence[str]) -> int:
+    """Give a version the alias champion, whatever its gates said; who, when and why are kept."""
+    arguments = _arguments("promote", promote.__doc__ or "", why=True)
+    arguments.add_argument("version", help="of the model")
+    flags = arguments.parse_all(argv)
+    registry, name = _named(flags)
+    before = registry.promote(name, flags.version, flags.why, flags.who)
+    if before == flags.version:
+        print(f"{name}: version {before} is champion already")
+    else:
+        print(f"{name}: version {flags.version} is champion, after {'version ' + before if before else 'none'}")
+    return 0
+
+
+def rollback(argv: Sequence[str]) -> int:
+    """Give the alias back to the champion before; who, when and why are kept."""
+    flags = _arguments("rollback", rollback.__doc__ or "", why=True).parse_all(argv)
+    registry, name = _named(flags)
+    before, after = registry.rollback(name, flags.why, flags.who)
+    print(f"{name}: version {after} is champion again, after version {before}")
+    return 0
+
+
+def register(argv: Sequence[str]) -> int:
+    """Register a model that was trained while the registry could not be reached."""
+    arguments = _arguments("register", register.__doc__ or "")
+    arguments.add_argument("run", help="the run that trained it")
+    flags = arguments.parse_all(argv)
+    folder = FileSystems.join(flags.store, "runs", flags.run)
+    try:
+        content, pending = (read_json(FileSystems.join(folder, name)) for name in (REPORT, PENDING))
+    except OSError as error:
+        raise StoreError(
+            "A model is trained before it is registered",
+            f"{folder}: {error}",
+            f"Run: millrace training --run_id {flags.run}",
+        ) from None
+    done = enter(content, pending, registry_uri(flags.store, flags.registry), folder)
+    champion = f"version {done['champion']}" if done["champion"] else "none"
+    kept = f" ({done['kept']})" if done["kept"] else ""
+    print(f"{done['model']}: version {done['model_version']} is registered; the champion is {champion}{kept}")
+    failed = [each for each in done["gates"] if not each["holds"]]
+    if failed:
+        raise GateError(
+            f"Version {done['model_version']} of {done['model']} passes its gates to become champion",
+            "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
+            f"Improve the model, or promote it by hand: millrace promote {done['model_version']} --why …",
+        )
+    return 0

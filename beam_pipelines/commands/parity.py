@@ -1,0 +1,226 @@
+"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and held
+against the full batch table, with the cause of every difference."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.run_report import Run, guard, read_json, write_json
+from beam_pipelines.runtime.terminal import columns
+from schemas.errors import MismatchError
+from schemas.loading import Definition, load_definition
+from schemas.views import FeatureView
+from transforms.inference.live_output import Outlet
+from transforms.lineage.counted_rows import UNEXPLAINED, Batch
+from transforms.lineage.difference_causes import Full, compare
+from transforms.lineage.feature_parity import Parity, check
+from transforms.lineage.prediction_parity import Rescored, rescore
+from transforms.models.registry import registry_uri
+from transforms.records.value_text import shown
+from transforms.storage.delta_tables import open_table
+
+NO_BATCH = {
+    "batch": None,
+    "why": "there is none to compare with; name its store with --batch_store, or its sources with --sources",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when no value differs."""
+    arguments = Arguments("millrace parity", "Compute live answers again in batch and compare them to the bit.")
+    arguments.add_interval("questions")
+    arguments.add_argument(
+        "--registry", help="MLflow tracking URI, if there are predictions (default: SQLite in <store>/registry)"
+    )
+    arguments.add_argument(
+        "--batch_store",
+        help="store of the batch feature table to compare with as well, its sources beside it; without a table its values are "
+        "computed from them (default: --store if it has the table, else the store to which the last live job's --sources belong)",
+    )
+    arguments.add_argument(
+        "--sources", help="folder of the batch table's sources (default: beside it, in <batch_store>/sources)"
+    )
+    arguments.add_argument("--json", metavar="FILE", help="write the figures there too")
+    flags, rest = arguments.parse(argv)
+    if rest:
+        arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")
+    definition = load_definition(flags.definition)
+    view = definition.view
+    side = batch_side(view, flags)
+    said: list[str] = []
+    with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
+        found = check(view, flags.store, flags.start, flags.end)
+        run.update(figures(found))
+        said.append(table(view, found))
+        scored = rescored(definition, flags)
+        if scored is not None:
+            run.update({"predictions": dataclasses.asdict(scored)})
+            said.append(told(scored))
+        full = None if side is None else compare(view, flags.store, side, flags.start, flags.end)
+        run.update({"full_batch": NO_BATCH if full is None else full_figures(full)})
+        said.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
+    if flags.json:
+        write_json(flags.json, run.figures)
+    print("\n".join(said), flush=True)
+    judge(view, found, scored, full)
+    return 0
+
+
+def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full | None) -> None:
+    """
+    Raises:
+        MismatchError: something differs that may not.
+    """
+    if found.differing:
+        name, worst = max(found.features.items(), key=lambda item: item[1].differing)
+        raise MismatchError(
+            "Live and batch agree to the last bit",
+            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as {example(view, {**worst.examples[0], 'feature': name})}",
+            "Please report it, with run.json",
+        )
+    if found.unaccounted:
+        raise MismatchError(
+            "Every question that a live job took in is answered, set aside or waits",
+            f"{found.unaccounted} are none of these",
+            "Please report it, with run.json and the job's",
+        )
+    if scored is not None and (scored.differing or scored.doubled or scored.stray):
+        raise MismatchError(
+            "Live predictions are a batch job's, one for each answer",
+            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
+            "Please report it, with run.json",
+        )
+    if full is not None and full.unexplained:
+        value = f"{full.unexplained} values or rows do not: {full.only_live.get(UNEXPLAINED, 0)} answers that batch lacks, {full.only_batch.get(UNEXPLAINED, 0)} rows that live lacks"
+        for name, each in full.causes.items():
+            if name.startswith(UNEXPLAINED):
+                value += f"; {each.values} values ({name}), such as {example(view, each.examples[0])}"
+        raise MismatchError(
+            f"What differs from the full batch table ({full.batch}) comes from a known cause",
+            value,
+            "If its sources changed since it was computed, run: millrace features; else please report it, with run.json",
+        )
+
+
+def batch_side(view: FeatureView, flags: argparse.Namespace) -> Batch | None:
+    """The batch table, or sources, that a live store's answers are compared with; None: not known."""
+    if flags.batch_store or flags.sources:
+        return Batch.of(view, flags.batch_store, flags.sources)
+    if open_table(FileSystems.join(flags.store, "features", view.name, view.fingerprint)) is not None:
+        return Batch.of(view, flags.store)
+    root = _last_sources(flags.store)
+    if root is None or not _has_sources(view, root):  # a job that reads topics may find its dimensions alone there
+        return None
+    return Batch.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
+
+
+def _last_sources(store: str) -> str | None:
+    """The folder of sources that the store's last live job was given."""
+    newest: tuple[float, str] | None = None
+    for each in FileSystems.match([FileSystems.join(store, "runs", "*", "run.json")])[0].metadata_list:
+        ran = read_json(each.path)
+        if ran.get("pipeline") == "features --streaming" and (root := ran.get("sources_root")):
+            newest = max(newest or (0.0, ""), (float(each.last_updated_in_seconds or 0), str(root)))
+    return None if newest is None else newest[1].rstrip("/")
+
+
+def _has_sources(view: FeatureView, root: str) -> bool:
+    patterns = [
+        FileSystems.join(root, name) + end for name in (view.spine.name, *view.events) for end in ("/**", ".parquet")
+    ]
+    found = [match.metadata_list for match in FileSystems.match(patterns)]
+    return all(one or other for one, other in zip(found[::2], found[1::2], strict=True))
+
+
+def example(view: FeatureView, told: Mapping[str, Any]) -> str:
+    """One difference in words."""
+    dtype = view.columns[told["feature"]]
+    about = ", ".join(f"{name} = {shown(told[name], view.spine.schema[name])}" for name in (*view.key, view.time))
+    return f"{told['feature']} of {about}: {shown(told['live'], dtype)} live, {shown(told['batch'], dtype)} batch"
+
+
+def full_figures(full: Full) -> dict[str, object]:
+    """What came of comparing with the full table, as JSON."""
+    return {
+        "batch": full.batch, "answers_compared": full.answers, "values_compared": full.values, "values_differing": full.differing,
+        "unexplained": full.unexplained, "causes": {name: dataclasses.asdict(each) for name, each in full.causes.items()},
+        "answers_that_batch_lacks": full.only_live, "rows_without_an_answer": full.only_batch, "rows_that_wait": full.waiting,
+        "answers_of_dates_not_computed": full.not_computed,
+    }  # fmt: skip
+
+
+def full_table(view: FeatureView, full: Full) -> str:
+    """A line per cause."""
+    lines = [f"\nagainst the full batch table ({full.batch})"]
+    lines.append(f"  {full.answers:,} answers, {full.values:,} values, {full.differing:,} differ")
+    rows = [
+        (name, f"{each.values:,}", f"{each.answers:,}", example(view, each.examples[0]))
+        for name, each in sorted(full.causes.items(), key=lambda item: -item[1].values)
+    ]
+    if rows:
+        lines.append(columns(("cause", "values", "answers", "such as"), rows, ("values", "answers")))
+    for what, counts in (("answers that batch lacks", full.only_live), ("rows without an answer", full.only_batch)):
+        lines += [f"  {what}: {number:,} ({cause})" for cause, number in sorted(counts.items())]
+    if full.waiting:
+        lines.append(f"  questions that wait: {full.waiting:,}")
+    if full.not_computed:
+        lines.append(f"  answers of dates that the batch table lacks: {full.not_computed:,}")
+    return "\n".join(lines)
+
+
+def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | None:
+    """The predictions scored again; None where the store has none."""
+    view, model = definition.view, definition.model
+    if model is None or open_table(Outlet(view, model.name, flags.store, "").uri) is None:
+        return None
+    registry = registry_uri(flags.store, flags.registry)
+    return rescore(view, flags.store, model.name, registry, flags.start, flags.end)
+
+
+def told(scored: Rescored) -> str:
+    """A line of the predictions."""
+    versions = ", ".join(f"{rows:,} by version {version}" for version, rows in scored.compared.items()) or "none"
+    return (
+        f"  predictions: {versions}; {scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer, "
+        f"{scored.otherwise} of an answer told otherwise, {scored.missing} answers without one (yet)"
+    )
+
+
+def figures(found: Parity) -> dict[str, object]:
+    """The result as JSON."""
+    return {
+        "answers_compared": found.answers, "values_compared": sum(each.rows for each in found.features.values()),
+        "values_differing": found.differing, "cuts": found.cuts, "answers_with_later_arrivals": found.by_cut,
+        "answers_later_arrivals_change": found.changed_later, "questions_unanswered": found.unanswered,
+        "questions_unaccounted_for": found.unaccounted,
+        "features": {name: dataclasses.asdict(each) for name, each in found.features.items()},
+    }  # fmt: skip
+
+
+def table(view: FeatureView, found: Parity) -> str:
+    """A line per feature, and where values differ an example."""
+    width = max(map(len, found.features))
+    lines = [
+        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"
+    ]
+    lines += [
+        f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  {each.differing:>10,}  {each.changed_later:>13,}"
+        for name, each in found.features.items()
+    ]
+    lines += [
+        f"  {example(view, {**told, 'feature': name})}, cut {told['__cut']}"
+        for name, each in found.features.items()
+        for told in each.examples
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""retrain: a registered version once more, from the table versions, definition and seeds it records; the same metrics come out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.pvalue import AsSingleton
+
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.local_runner import batch_pipeline
+from beam_pipelines.runtime.run_report import Run, execute, guard, read_json
+from beam_pipelines.training import Options, code_digest, constraints_digest, resolve, train_and_test
+from schemas.durations import instant
+from schemas.errors import DataError, MismatchError, StoreError
+from schemas.loading import load_definition
+from transforms.evaluation.evaluate import Report, as_json
+from transforms.models.bundle import Bundle, load
+from transforms.models.registry import Registry, registry_uri
+from transforms.storage.delta_tables import write_aside
+from transforms.training.examples import Account
+from transforms.training.trainer import Trained
+from transforms.training.trial_log import metrics_of
+
+AGAIN = "retrain.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train a registered version again and compare; 0 when model and metrics are the same to the last bit."""
+    arguments = Arguments("millrace retrain", main.__doc__ or "", definition=None)
+    arguments.add_argument("version", help="a registered version's number")
+    arguments.add_argument("--model", help="its registered name (default: that of the store's only model)")
+    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
+    # The version is a word of its own, which `parse` would take for a stray one.
+    flags, rest = arguments.parse(argv)
+    registry = Registry(registry_uri(flags.store, flags.registry))
+    name = flags.model or only_model(registry)
+    version, folder = registry.resolve(name, flags.version)
+    bundle = load(folder)
+    with (
+        recorded(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options,
+        Run("retrain", flags.run_id, options.folder) as run,
+    ):
+        plan, provenance = resolve(options)
+        differences = changed(bundle, provenance)
+        for each in differences:
+            print(f"retrain: {each}", file=sys.stderr, flush=True)
+        pipeline = batch_pipeline(options.beam_args)
+        tested = train_and_test(pipeline, options, plan, provenance)
+        _ = tested.report | "Leave" >> beam.Map(
+            leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder
+        )
+        execute(pipeline)
+        found = read_json(FileSystems.join(options.folder, AGAIN))
+        before = metrics_of(registry, name, version)
+        again = load(options.bundle)
+        same_model = again.booster == bundle.booster and again.encoders == bundle.encoders
+        now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
+        apart = {metric: (before.get(metric), value) for metric, value in now.items() if before.get(metric) != value}
+        run.update({"model": name, "version": version, **now, "same_metrics": not apart, "same_model": same_model})
+        FileSystems.delete([options.examples])
+    if apart or not same_model:
+        said = (
+            ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in apart.items())
+            or "the booster's bytes differ"
+        )
+        raise MismatchError(
+            f"Version {version} of {name} comes out the same from what it records", said,
+            "; ".join(differences) or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
+        )  # fmt: skip
+    return 0
+
+
+def only_model(registry: Registry) -> str:
+    """The registry's only model.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    with registry._client() as client:
+        names = [] if client is None else sorted(each.name for each in client.search_registered_models())
+    if len(names) != 1:
+        raise DataError("A model is named where there are several", ", ".join(names) or "none", "Write --model NAME")
+    return str(names[0])
+
+
+@contextlib.contextmanager
+def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: tuple[str, ...]) -> Iterator[Options]:
+    """The options of the run that trained the bundle, under another run id, as long as its definition is on disk.
+
+    Raises:
+        StoreError: the version was registered before models recorded what this needs.
+    """
+    manifest = bundle.manifest
+    missing = [key for key in ("read", "definition", "cores", "feature_table") if key not in manifest]
+    if missing or "source" not in manifest["definition"]:
+        raise StoreError(
+            "A version records what it was trained on",
+            f"no {', '.join(missing) or 'definition'}",
+            "Train it again with: millrace training",
+        )
+    read = manifest["read"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "definition.py"
+        path.write_text(manifest["definition"]["source"], encoding="utf-8")
+        definition = load_definition(str(path))
+        if definition.view.fingerprint != bundle.fingerprint:
+            raise MismatchError(
+                "The recorded definition gives the recorded fingerprint", f"{definition.view.fingerprint} and {bundle.fingerprint}",
+                "Use the code version that trained it: " + str(manifest.get("code_version")),
+            )  # fmt: skip
+        cutoff = instant(read["cutoff"]).date()
+        yield Options(
+            definition=definition, store=store, sources=read["sources"], run_id=run_id,
+            features_version=manifest["feature_table"]["version"], start=date.fromisoformat(read["start"]) if read["start"] else None,
+            cutoff=cutoff, registry=registry, cores=manifest["cores"], device=manifest["device"], keep_examples=False,
+            now=read["now"], beam_args=beam_args, label_version=manifest["label_table"]["version"],
+        )  # fmt: skip
+
+
+def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
+    """What is not as it was when the version was trained, in words.
+
+    Raises:
+        MismatchError: files of the label's source, which has no versions, are others now.
+    """
+    before = bundle.manifest
+    if provenance["label_table"]["version"] is None and provenance["label_files"] != before["label_files"]:
+        gone = sorted(set(before["label_files"]) ^ set(provenance["label_files"]))
+        raise MismatchError(
+            "The label's source holds the files that the version was trained on", f"{len(gone)} differ, as {gone[0]}",
+            "Restore them; a source that is a Delta table keeps its versions",
+        )  # fmt: skip
+    words = []
+    if before["code_sha256"] != code_digest():
+        words.append(
+            f"the code is not that of the version ({before['code_version']}, SHA-256 {before['code_sha256'][:12]})"
+        )
+    if before["constraints_sha256"] != constraints_digest():
+        words.append(
+            f"the installed packages are not those of the version (SHA-256 {before['constraints_sha256'][:12]})"
+        )
+    return words
+
+
+def leave(report: Report, trained: Trained, account: Account, folder: str) -> None:
+    """Write what came out where the launching process finds it."""
+    content = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
+    write_aside(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""`millrace trace` of live answers and predictions: what an answer's cut shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from beam_pipelines.runtime.terminal import many, wrapped
+from schemas.views import FeatureView
+from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
+
+
+def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool, most: int) -> None:
+    """Where the question of a live answer came from, and what the answer could see.
+
+    Args:
+        row: of the live feature table.
+        days: list the days of each source however many; else up to `most`.
+    """
+    late = ", after its partition had told of later ones" if row["__late"] else ""
+    print("\nquestion")
+    print(wrapped(f"{_place(view.spine.name, row)}, answered {row['__answered'].isoformat()}{late}", hanging=2))
+    print("\nsources, as the answer could see them")
+    for each in visible_to(view, store, row):
+        _print_visible(each, days, most)
+    for dimension in looked_up(store, row):
+        _print_looked(dimension)
+
+
+def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
+    """Which answer a live prediction was made from, and when."""
+    where = _place(f"{view.name}.features", row)
+    print(wrapped(f"of the answer at {where}, answered {row['__answered'].isoformat()}, scored {row['__scored'].isoformat()}", hanging=2))  # fmt: skip
+
+
+def _place(topic: str, row: Mapping[str, Any]) -> str:
+    return f"{topic}: partition {row['__partition']}, offset {row['__offset']}, row {row['__place']} of the message"
+
+
+def _print_visible(each: Visible, days: bool, most: int) -> None:
+    upto = ", ".join(f"{partition}: {offset}" for partition, offset in each.cut.items()) or "nothing"
+    print(wrapped(f"{each.source}, offsets before {upto} ({each.table or 'not in this store'})", hanging=2))
+    total = sum(count for _, count in each.days)
+    if len(each.days) > most and not days:
+        print(f"    {each.days[0][0]} to {each.days[-1][0]}, {many(total, 'row')} in {many(len(each.days), 'day')} (--days lists them)")  # fmt: skip
+    else:
+        for day, count in each.days:
+            print(f"    {day}  {count:>9,} rows")
+
+
+def _print_looked(each: Looked) -> None:
+    print(wrapped(f"{each.source}: dimension, version {each.version} ({each.path or 'no longer kept'})", hanging=2))

@@ -1,0 +1,118 @@
+"""verify: rows of a feature table computed again, plainly, from all rows of the sources."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from apache_beam.io.filesystems import FileSystems
+
+from beam_pipelines.runtime.arguments import Arguments, fraction
+from beam_pipelines.runtime.run_report import Run, guard
+from schemas.errors import DataError
+from schemas.loading import load_definition
+from schemas.views import FeatureView
+from transforms.sources.inventory import take_inventory
+from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.verification import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount, Verification, Verified
+
+ALL = -1
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when no value differs; 5 and the row, its feature and both values when one does."""
+    arguments = Arguments(
+        "millrace verify", "Compute rows of a feature table again, plainly, from all rows of the sources."
+    )
+    arguments.add_interval("spine rows")
+    arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
+    arguments.add_argument("--rows", type=some_or_all, default=ROWS, metavar="N|all", help=f"how many (default {ROWS})")
+    arguments.add_argument("--live", action="store_true", help="live answers, each from the rows that it could see")
+    arguments.add_argument("--json", action="store_true", help="print what was found as JSON")
+    flags, rest = arguments.parse(argv)
+    if rest:
+        arguments.error(f"unknown flag {rest[0]}; verify runs here, not on Beam")
+    view = load_definition(flags.definition).view
+    rows = None if flags.rows == ALL else flags.rows
+    with Run("verify", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id), quiet=flags.json) as run:
+        if flags.live:
+            from transforms.lineage.live_verification import verify_live
+
+            found = verify_live(view, flags.store, rows, flags.run_id, flags.start, flags.end)
+        else:
+            found = verify_table(view, flags, rows)
+        run.update({"verified": str(found), "verification": found.figures})
+        if flags.json:
+            print(json.dumps(found.figures, indent=2, default=str), flush=True)
+    kind = "--live " if flags.live else ""
+    found.require_equal(
+        "Published rows are what the definition says, computed plainly from all rows of the sources",
+        "If it is not the sources that have changed since (millrace plan says which dates are stale), please report it, "
+        f"with run.json: millrace verify {kind}--run_id {flags.run_id}",
+    )
+    return 0
+
+
+def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None) -> Verified:
+    """Verify rows of the view's batch table.
+
+    Raises:
+        DataError: it has none in the interval.
+    """
+    table = open_table(features_uri(flags.store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table, flags.start, flags.end)
+    if not files:
+        raise DataError(f"View {view.name!r} has rows to verify", f"none in {flags.store}", "Run: millrace features")
+    inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
+    contracts = {view.spine.name: inventory.spine, **inventory.contracts}
+    return Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyFlags:
+    """`--verify` (None: not given) and `--verify_share` of a run."""
+
+    rows: int | None = None
+    share: float | None = None
+
+    def amount(self, began: int, everything: bool) -> Amount | None:
+        """How many rows a run verifies that began at `began`, µs since 1970; None: none at all."""
+        if self.rows == 0:
+            return None
+        if self.rows is not None:
+            return Amount(None if self.rows == ALL else self.rows, self.share, began)
+        share = self.share if self.share is not None else SHARE_OF_EVERYTHING if everything else SHARE
+        return Amount(ROWS, share, began)
+
+
+def add_verification(arguments: Arguments) -> None:
+    """--verify and --verify_share."""
+    arguments.add_argument(
+        "--verify",
+        type=some_or_all,
+        metavar="N|all",
+        help=f"rows to compute again plainly, from all rows of the sources, before the commit; 0: none (default: up to {ROWS}, as time allows)",
+    )
+    arguments.add_argument(
+        "--verify_share",
+        type=fraction,
+        help=f"share of the run's time that this may take (default: {SHARE_OF_EVERYTHING:g} of a run over everything and "
+        f"{SHARE:g} of any other; no limit where --verify says how many)",
+    )
+
+
+def some_or_all(text: str) -> int:
+    """A number of rows, or `ALL`."""
+    if text == "all":
+        return ALL
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor all")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

@@ -1,0 +1,324 @@
+"""Live features: topics (or files replayed as such) → features exactly as of each question's time → topic and tables.
+
+`millrace features --streaming`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.job_supervisor import (
+    Reading,
+    knock,
+    read_status,
+    run_until,
+    skipped_in,
+    until_told,
+    warn_of_loss,
+    write_status,
+)
+from beam_pipelines.runtime.run_report import Run, execute, guard
+from schemas.durations import microseconds
+from schemas.errors import DefinitionError, MismatchError, StoreError
+from schemas.loading import Definition, load_definition
+from schemas.views import FeatureView
+from transforms.records.frame_packets import pack
+from transforms.sources.contracts import EPOCH, MICROSECOND
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.streaming.kafka import (
+    Broker,
+    ReadTopics,
+    begin_offsets,
+    ensure,
+    letters_topic,
+    stand,
+    tell_end,
+    topic_of,
+)
+from transforms.streaming.kafka_admin import OVERHEAD, reach, size_limit, unread
+from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
+from transforms.streaming.live_tables import app_of, features_live_uri, last_told, sources_root
+from transforms.streaming.mirrored_state import Live
+from transforms.streaming.recovery import Start, find_start
+from transforms.streaming.replay import Replay, SendChunks, sources_of
+from transforms.streaming.shards import groups_of
+from transforms.streaming.store_owner import claim
+
+log = logging.getLogger("millrace.live")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """What one live job does."""
+
+    definition: Definition
+    run_id: str
+    live: Live
+    replay: Replay | None
+    broker: Broker | None
+    sinks: tuple[str, ...]
+    beam_args: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.live.store, "runs", self.run_id)
+
+    @property
+    def table(self) -> str:
+        view = self.definition.view
+        return features_live_uri(self.live.store, view.name, view.fingerprint)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Options from flags.
+
+    Raises:
+        DefinitionError: a flag or the definition is refused.
+    """
+    arguments = Arguments("millrace features --streaming", "Answer questions as they arrive.")
+    arguments.add_interval("messages (replay only)")
+    arguments.add_argument("--streaming", action="store_true", help="live: this pipeline")
+    arguments.add_argument(
+        "--source", choices=("kafka", "replay"), default="replay", help="where messages come from (default: replay)"
+    )
+    arguments.add_argument("--sources", help="replay: folder of the files to send; dimensions are read there too")
+    arguments.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
+    arguments.add_argument(
+        "--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)"
+    )
+    arguments.add_argument("--topic_prefix", default="", help="before the name of every topic")
+    arguments.add_argument(
+        "--sink",
+        choices=("table", "topic", "both"),
+        help="where answers go (default: both with kafka, table with replay)",
+    )
+    arguments.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="parallel shards of keys (default 1: nothing on its way through the runner)",
+    )
+    for name, value, text in (
+        ("pace", "200ms", "least time between turns"), ("commit_every", "10s", "least time between commits"),
+        ("keep", "1h", "late questions are answered for this long"), ("dimension_every", "60s", "how often dimensions are looked at"),
+        ("chunk", "1h", "replay: what arrives within this long comes together"), ("disorder", "0s", "replay: rows arrive up to this late"),
+    ):  # fmt: skip
+        arguments.add_argument(f"--{name}", default=value, help=f"{text} (default {value})")
+    arguments.add_argument("--partitions", type=int, default=2, help="replay: partitions of every topic (default 2)")
+    arguments.add_argument("--seed", type=int, default=0, help="replay: of the disorder")
+    flags, rest = arguments.parse(argv)
+    definition = load_definition(flags.definition)
+    lengths = {
+        name: microseconds(getattr(flags, name), f"--{name}", zero=True)
+        for name in ("pace", "commit_every", "keep", "dimension_every", "chunk", "disorder")
+    }
+    replaying = flags.source == "replay"
+    sources = os.path.abspath(flags.sources) if flags.sources and "://" not in flags.sources else flags.sources
+    if replaying and (sources is None or sources == sources_root(flags.store)):
+        raise DefinitionError(
+            "A replay reads its files from another place than it writes to",
+            f"--sources {sources or 'left out'}, --store {flags.store}",
+            "Name the folder of the files with --sources, and a store of the live job's own",
+        )
+    sink = flags.sink or ("table" if replaying else "both")
+    live = Live(
+        store=flags.store, run_id=flags.run_id, dimensions=sources or sources_root(flags.store), shards=max(flags.shards, 1),
+        keep=lengths["keep"], pace=0 if replaying else max(lengths["pace"], 1000), commit_every=lengths["commit_every"],
+        dimension_every=lengths["dimension_every"], prefix=flags.topic_prefix, table=sink != "topic",
+        kafka=None if replaying else Broker(flags.bootstrap or "", flags.expansion_service),
+    )  # fmt: skip
+    span = {
+        name: (day - EPOCH.date()) // MICROSECOND
+        for name in ("start", "end")
+        if (day := getattr(flags, name)) is not None
+    }
+    replay = (
+        Replay(
+            sources,
+            **span,
+            partitions=max(flags.partitions, 1),
+            disorder=lengths["disorder"],
+            seed=flags.seed,
+            chunk=max(lengths["chunk"], 1),
+        )
+        if replaying
+        else None
+    )
+    if not replaying and flags.bootstrap is None:
+        raise DefinitionError(
+            "Live from Kafka, a broker is named", "no --bootstrap", "Add --bootstrap HOST:PORT, or --source replay"
+        )
+    broker = Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None
+    if sink != "table" and broker is None:
+        raise DefinitionError(
+            "A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table"
+        )
+    groups_of(definition.view)
+    return Options(
+        definition, flags.run_id, live, replay, broker, ("table", "topic") if sink == "both" else (sink,), tuple(rest)
+    )
+
+
+def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None, group: str = "") -> None:
+    """The graph: messages → packets → turns → answers → tables and topics."""
+    view, live = options.definition.view, options.live
+    if options.replay is not None:
+        chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
+        packets = (
+            chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
+        )
+    else:
+        assert options.broker is not None
+        assert start is not None
+        topics = tuple(f"{live.prefix}{name}" for name in sources_of(view))
+        first = pipeline | "Start" >> beam.Create([pack({"kind": "start", "index": None, "start": start.to_json()})])
+        messages = pipeline | "Topics" >> ReadTopics(options.broker, topics, group)
+        decoded = messages | "Decode" >> beam.ParDo(DecodeBundles(view, live.prefix)).with_output_types(bytes)
+        # Each by itself: what comes after a Flatten is one more way through the runner.
+        packets = (first | "Begin" >> to_journal(), decoded | "ToJournal" >> to_journal()) | "Both" >> beam.Flatten()
+    sends = None
+    if "topic" in options.sinks:
+        assert options.broker is not None
+        sends = sends_to(view, options.broker, live.prefix)
+    commits = packets | "Live" >> LiveFeatures(view, live, sends)
+    _ = commits | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
+
+
+def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
+    """The topics of answers and letters, made if they are missing, and what their messages may weigh."""
+    topics = topic_of(view, prefix), letters_topic(view, prefix)
+    ensure(broker, topics)
+    limits = [size_limit(broker, [topic]) for topic in topics]
+    properties = {**broker.properties, "message.max.bytes": str(max(limits))}
+    return Sends(view, dataclasses.replace(broker, properties=properties), prefix, max(limits[0] - OVERHEAD, 1))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
+    options = parse(argv)
+    claim(options.definition.view, options.live.store)
+    with Run("features --streaming", options.run_id, options.folder) as run:
+        if options.replay is not None:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
+            build(pipeline, options)
+            execute(pipeline)
+        else:
+            run_live(options)
+        run.update(summary(options))
+    check_accounts(options, run.figures)
+    return 0
+
+
+def check_accounts(options: Options, figures: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        MismatchError: the job has come to its end, and questions are neither answered nor set aside.
+    """
+    lost = figures.get("questions_unaccounted_for", 0)
+    ended = read_status(os.path.join(options.folder, "status.json")).get("last", options.replay is not None)
+    if lost and ended:
+        raise MismatchError(
+            "Every question that a live job took in is answered, set aside or waits",
+            f"{lost} of {options.table} are none of these",
+            "Please report it, with run.json",
+        )
+
+
+def run_live(options: Options) -> None:
+    """Place the consumers where the tables end, run, and cancel when all is told or somebody says stop.
+
+    When a topic has got more partitions, which no reader would notice, the job goes on from its last commit with all of them.
+    """
+    assert options.broker is not None
+    pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
+    knock(options.broker, pipeline_options)
+    with until_told():
+        while _launch(options, pipeline_options):
+            pass
+
+
+def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
+    """One launch; whether there is to be another."""
+    view, live, broker = options.definition.view, options.live, options.broker
+    assert broker is not None
+    names = list(sources_of(view))
+    topics = [f"{live.prefix}{name}" for name in names]
+    begin = begin_offsets(broker, topics)
+    start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
+    group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
+    due = {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names}
+    warn_of_loss(begin, due)
+    stand(broker, group, due)
+    pipeline = beam.Pipeline(options=pipeline_options)
+    build(pipeline, options, start, group)
+    status = os.path.join(options.folder, "status.json")
+    text = f"running: turn {start.turn}, reading on from {json.dumps(start.next)}"
+
+    def over() -> bool:
+        """Whether all is told and committed, and nothing has come behind the last words."""
+        told = read_status(status)
+        if not told or not told["last"] or int(told["turn"]) <= start.turn:
+            return False
+        due = {f"{live.prefix}{name}": {int(n): at for n, at in told["next"][name].items()} for name in names}
+        try:
+            left = unread(broker, due)
+        except StoreError:  # asked again, once the broker is back
+            return False
+        return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
+
+    skipped = skipped_in({"counts": start.counts})
+    if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every, skipped)):
+        return True
+    if "topic" in options.sinks and over():  # so that who reads the answers ends too
+        tell_end(broker, topic_of(view, live.prefix))
+    return False
+
+
+def summary(options: Options) -> dict[str, object]:
+    """What the closing table says, from the tables and the broker."""
+    view, live = options.definition.view, options.live
+    table = open_table(options.table)
+    tables = {name: open_table(source_uri(sources_root(live.store), name)) for name in sources_of(view)}
+    told = read_status(os.path.join(options.folder, "status.json"))
+    if not told:  # nothing came
+        said = [last_told(table, app_of(view.name)), *(last_told(each, app_of(name)) for name, each in tables.items())]
+        told = max(said, key=lambda each: each.get("turn", 0))
+    counts = {name: dict(told.get("counts", {}).get(name, {})) for name in tables}
+    answered = 0 if table is None else sum(file.rows for file in data_files(table))
+    for name, kept in tables.items():
+        counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept))
+    if options.replay is None:
+        assert options.broker is not None
+        with contextlib.suppress(StoreError):  # stopped while the broker is away: what is unread is not known
+            reach("The broker", "--bootstrap", options.broker.bootstrap)
+            done = {name: told.get("next", {}).get(name, {}) for name in tables}
+            due = {f"{live.prefix}{name}": {int(n): at for n, at in each.items()} for name, each in done.items()}
+            for topic, left in unread(options.broker, due).items():
+                counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
+    figures: dict[str, object] = {
+        "sources_root": live.dimensions, "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
+        "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
+        "commit_version": None if table is None else table.version(),
+    }  # fmt: skip
+    if live.table:
+        asked = counts[view.spine.name]
+        aside = sum(asked.get(what, 0) for what in ("repeated", "conflicting", "too_late"))
+        figures["questions_unaccounted_for"] = asked["rows"] - answered - aside - (told.get("pending") or 0)
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main)(sys.argv[1:]))

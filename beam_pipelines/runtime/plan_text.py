@@ -1,0 +1,124 @@
+"""A plan in sentences: how the work is cut, what is held at once, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from beam_pipelines.runtime.terminal import many
+from schemas.features import COMPACT, ORDERED, Latest, Trailing
+from schemas.views import FeatureView
+from transforms.features.history_snapshots import Chain, Segment
+from transforms.features.long_windows import LONG
+from transforms.features.plan import MOST_BLOCKS, Block, Plan, amplification, reached
+from transforms.features.staleness import DIGESTED, REPEATS
+from transforms.sources.contracts import day_of
+from transforms.sources.inventory import ALWAYS, Slice
+
+
+def plan_lines(
+    view: FeatureView,
+    plan: Plan,
+    chains: Sequence[Chain] = (),
+    segments: Sequence[Segment] = (),
+    looked: Mapping[str, Mapping[str, int]] | None = None,
+) -> Iterator[str]:
+    """One line each for the blocks, their size, how they are cut by key, what is summarised before them, and each dimension.
+
+    Args:
+        chains, segments: of the history that windows without a beginning see.
+        looked: rows that were read to see what is stale (`staleness.Current`).
+    """
+    how = (
+        "each slice is read once and its rows are sent to their blocks"
+        if plan.shuffled
+        else "each block reads the slices it needs"
+    )
+    times = 1 if plan.shuffled else amplification(plan.blocks)
+    yield f"{many(len(plan.blocks), 'block')}, {how}; a row is read {times:.2g} times on average"
+    sizes = [_rows(each) for each in plan.blocks]
+    yield f"the largest block's slices hold {many(max(sizes, default=0), 'row')}, {many(sum(sizes), 'row')} together"
+    yield from _shards(view, plan)
+    yield from _history(chains, segments)
+    for name, slices in plan.dimensions.items():
+        how = "routed: blocks read past it and keep what they look up" if name in plan.routed else "broadcast"
+        yield f"{name}: {how} ({many(sum(each.rows for each in slices), 'row')})"
+    yield from looked_lines(looked or {})
+
+
+def _history(chains: Sequence[Chain], segments: Sequence[Segment]) -> Iterator[str]:
+    """What is read beside the blocks for windows without a beginning: of each source, from when, and how many rows."""
+    starts = [chain.start for chain in chains]
+    since = [
+        *(["its first row (there is no snapshot to start from)"] if ALWAYS in starts else []),
+        *(f"the snapshot of {day_of(start)}" for start in starts if start != ALWAYS),
+    ]
+    for name in dict.fromkeys(name for each in segments for name in each.events):
+        rows = sum(piece.rows for each in segments for piece in each.events.get(name, ()))
+        yield (
+            f'windows over all history ("all", "forever"): {name} is summarised from {", ".join(since)} on; '
+            f"slices of {many(rows, 'row')} are read for it, beside those of the blocks"
+        )
+
+
+def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """What is read before a run, to see what there is to do."""
+    digested, repeats = looked.get(DIGESTED, {}), looked.get(REPEATS, {})
+    if any(digested.values()):
+        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
+        yield f"read before the run, to see what has changed: {told}"
+    if any(repeats.values()):
+        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in repeats.items() if rows)
+        yield f"read before the run, unique columns alone, to find repeats: {told}"
+
+
+def _shards(view: FeatureView, plan: Plan) -> Iterator[str]:
+    cut = [block for block in plan.blocks if block.shards]
+    if not cut:
+        return
+    block = max(cut, key=lambda each: (max(each.shards.values(), default=1), _rows(each)))
+    shards, limit = max(block.shards.values(), default=1), MOST_BLOCKS * block.part_rows
+    some = "" if len(cut) == len(plan.blocks) else f" of {len(cut)} of them"
+    name = max(block.events, key=lambda each: reached(view, block, each, unknown=1.0), default="")
+    rows = reached(view, block, name, unknown=1.0) if name else 0
+    window = max(windows(view, name), default=(0, ""))[1] if name else ""
+    if rows > limit and window:
+        why = f"the {window} window of {name} reaches {many(rows, 'row')}, more than {limit:,}"
+    elif _rows(block) > limit:
+        why = f"its slices hold {many(_rows(block), 'row')}, more than {limit:,}"
+    else:
+        why = "asked for (--key_shards)"
+    yield f"key shards {shards} per block{some}: {why}; rows wait on local disk, and one shard of one key is in memory at a time"
+    span = min(each.end - each.start for each in cut)
+    long = {
+        (name, window, stat in COMPACT and (stat in ORDERED or view.events[name].event_time is None))
+        for name in block.events
+        for length, window, stat in _statistics(view, name)
+        if length is not None and length > LONG * span
+    }
+    reduced = sorted({f"{window} of {name}" for name, window, fits in long if fits})
+    if reduced:
+        yield f"of what all windows of a block share one row per key is kept: {', '.join(reduced)}"
+    whole = sorted({f"{window} of {name}" for name, window, fits in long if not fits})
+    if whole:
+        yield (
+            "medians, quantiles, n_unique, and sums by event_time hold all events of a key at once, however many: "
+            + ", ".join(whole)
+        )
+
+
+def windows(view: FeatureView, source: str) -> Iterator[tuple[int, str]]:
+    """(µs, as written) of each window over `source` that has a length."""
+    yield from {(length, window) for length, window, _ in _statistics(view, source) if length is not None}
+
+
+def _statistics(view: FeatureView, source: str) -> Iterator[tuple[int | None, str, str]]:
+    for feature in view.features:
+        if isinstance(feature, Trailing) and feature.source.name == source:
+            yield from ((each.length, each.window, each.stat) for each in feature.statistics)
+        elif isinstance(feature, Latest) and feature.source.name == source:
+            yield feature.length, str(feature.max_age), "last"
+
+
+def _rows(block: Block) -> int:
+    slices: list[Slice] = [*block.spine, *(each for some in block.events.values() for each in some)]
+    return sum(each.rows for each in slices)

@@ -1,0 +1,270 @@
+"""What a run says: progress while it works, a closing table, `run.json`; and errors without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import TestOptions
+
+from schemas import errors
+from schemas.errors import MillraceError
+from transforms.storage.run_markers import MARK, mark, unmark
+
+log = logging.getLogger("millrace")
+ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
+STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
+
+
+class Translated(Exception):
+    """A dry run (Beam's `--dry_run`) came to where the job would be submitted.  Not an error: the command line says so and ends well."""
+
+
+class Run:
+    """Figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
+
+    >>> with Run("features", run_id, folder) as run:
+    ...     run["rows out"] = 336776
+    """
+
+    def __init__(self, pipeline: str, run_id: str, folder: str, quiet: bool = False) -> None:
+        self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
+        self.figures: dict[str, Any] = {"pipeline": pipeline, "run_id": run_id}
+        self.where = ""  # what it works on, for messages
+        progress()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.figures[name] = value
+
+    def update(self, figures: Mapping[str, Any]) -> None:
+        self.figures.update(figures)
+
+    def __enter__(self) -> Run:
+        self.start = time.perf_counter()
+        self._alone()
+        try:
+            mark(self.folder, self.pipeline, str(self.figures["run_id"]))
+        except MillraceError as error:
+            error.run = self  # type: ignore[attr-defined]
+            raise
+        return self
+
+    def _alone(self) -> None:
+        """Refuse a run id that another pipeline has used: each would write over what the other tells of itself."""
+        for name in (MARK, "run.json"):
+            try:
+                other = read_json(FileSystems.join(self.folder, name))["pipeline"]
+            except Exception:  # not there, by whatever name Beam's file systems call it, or no account of a run
+                continue
+            if other != self.pipeline:
+                raise errors.DefinitionError(
+                    "A --run_id names one run of one pipeline",
+                    f"{self.figures['run_id']!r}, which is a run of {other} in {self.folder}",
+                    "Choose another, or leave it out and have one made up",
+                )
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            error.run = self  # type: ignore[attr-defined]  # for `guard`, which says how to go on
+        if error is None or isinstance(error, MillraceError):
+            unmark(self.folder)  # after anything else the job may still be at work elsewhere
+        if error is not None:
+            return
+        seconds = time.perf_counter() - self.start
+        self.figures["seconds"] = round(seconds, 3)
+        rows = self.figures.get("rows_out")
+        if rows:
+            self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
+        write_json(FileSystems.join(self.folder, "run.json"), self.figures)
+        if not self.quiet:
+            print(table(self.pipeline, self.figures), flush=True)
+
+
+def table(title: str, figures: dict[str, Any]) -> str:
+    """The figures as lines of a name and a value; nested ones are left to `run.json`."""
+    flat = {
+        name.replace("_", " "): _text(value)
+        for name, value in figures.items()
+        if not isinstance(value, dict | list) and name != "pipeline"
+    }
+    for name, value in figures.items():
+        if name == "sources":
+            for source, tally in value.items():
+                flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
+    width = max(map(len, flat), default=0)
+    return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def write_json(path: str, value: Any) -> None:
+    """`value` as a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    if "://" in path:
+        with FileSystems.create(path, mime_type="application/json") as handle:
+            handle.write(text.encode())
+        return
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".part", "w") as handle:
+            handle.write(text)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        raise errors.StoreError(
+            "The store can be written",
+            f"{path}: {error.strerror}",
+            "Free space or grant access, then run the same command again",
+        ) from None
+
+
+def read_json(path: str) -> Any:
+    """What `write_json` wrote."""
+    with FileSystems.open(path) as handle:
+        return json.loads(handle.read())
+
+
+def progress() -> None:
+    """Show the library's log lines: over each other on a terminal, one by one elsewhere."""
+    if not log.handlers:
+        log.addHandler(_Progress())
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        for name in (
+            "apache_beam.runners.common",
+            "apache_beam.runners.worker.sdk_worker",
+            "apache_beam.runners.portability.fn_api_runner.fn_runner",
+            "root",  # which says what a portable runner says
+        ):
+            logging.getLogger(name).addFilter(lambda record: not _traceback_of_mistake(record))
+
+
+class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.over = sys.stderr.isatty()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"{record.name.removeprefix('millrace.')}: {record.getMessage()}"
+        try:
+            if self.over and record.levelno < logging.WARNING:
+                sys.stderr.write(f"\r\x1b[K{line[:100]}")
+            else:
+                sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+
+def execute(pipeline: beam.Pipeline) -> Any:
+    """Run to the end.
+
+    Raises:
+        MillraceError: the one that a step raised, wherever it ran.
+        Translated: `--dry_run` was asked for.
+    """
+    result = None
+    try:
+        result = pipeline.run()
+        result.wait_until_finish()
+    except Exception as error:
+        known = recovered(error)
+        if known is error:
+            raise
+        raise known from None
+    finally:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+    if (job := getattr(result, "job", None)) is not None and pipeline.options.view_as(TestOptions).dry_run:
+        raise Translated(f"translated {len(job.proto_pipeline.components.transforms)} steps; a dry run submits nothing")
+    return result
+
+
+def recovered(error: BaseException) -> BaseException:
+    """The MillraceError inside what a runner made of it, naming the step; or the error itself."""
+    text = str(error)
+    step = STEP.search(text)
+    where = f"It happened in step {step[1]!r}" if step else ""
+    if isinstance(error, MillraceError):
+        return type(error)(STEP.sub("", text), None, where) if step else error
+    found = ERROR.findall(text)
+    if not found:
+        return error
+    kind, message = found[-1]
+    return getattr(errors, kind, MillraceError)(STEP.sub("", message), None, where)  # type: ignore[no-any-return]
+
+
+def _traceback_of_mistake(record: logging.LogRecord) -> bool:
+    """Whether Beam is about to print where in our code a user's mistake was noticed."""
+    return bool(record.exc_info and isinstance(record.exc_info[1], MillraceError)) or (
+        "schemas.errors." in record.getMessage()
+    )
+
+
+def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """`main` with a user's mistake printed as one message, its exit code returned, and the command that goes on from there."""
+
+    @functools.wraps(main)
+    def guarded(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except Translated as done:
+            print(f"millrace: {done}", flush=True)
+            return 0
+        except MillraceError as error:
+            print(f"millrace: {error}{resume(error, argv)}", file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            how = resume(error, argv) or "\n  run the same command again"
+            print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
+            return 130
+        except Exception as error:
+            if how := resume(error, argv):
+                traceback.print_exc()
+                print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
+                return 70
+            raise
+
+    return guarded
+
+
+def resume(error: BaseException, argv: Sequence[str]) -> str:
+    """Lines that name the run in which `error` came up, its table and dates, and the command that resumes it."""
+    run = getattr(error, "run", None)
+    if run is None:
+        return ""
+    command, run_id = run.pipeline.split()[0], str(run.figures["run_id"])
+    words = list(argv[1:] if argv and argv[0] == command else argv)
+    kept = [
+        word
+        for i, word in enumerate(words)
+        if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
+    ]
+    where = f": {run.where}" if run.where else ""
+    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {shlex.join(['millrace', command, *kept, '--run_id', run_id])}"

@@ -1,0 +1,121 @@
+"""A registered version trained again from what it records; trials in the registry, each once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from beam_pipelines import cli, features, training
+from schemas.errors import MismatchError
+from tests.support import shop
+from transforms.models.registry import Registry, registry_uri
+from transforms.training.trial_log import log_trials
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with sources and a feature table."""
+    store = tmp_path_factory.mktemp("shop")
+    path = shop.write(store)
+    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
+    return store
+
+
+@pytest.fixture
+def store(computed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(computed, tmp_path / "store"))
+
+
+def flags(store: Path, run_id: str, *more: str) -> list[str]:
+    return [
+        "--definition",
+        str(store / "definition.py"),
+        "--store",
+        str(store),
+        "--run_id",
+        run_id,
+        "--threads=1",
+        *more,
+    ]
+
+
+def account(store: Path, run_id: str) -> dict[str, Any]:
+    return json.loads((store / "runs" / run_id / "training.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = store / "definition.py"
+    search = "rounds=12, search=Search(3, {'eta': (0.1, 0.5), 'subsample': (0.5, 1.0)}, method='sobol')"
+    path.write_text(shop.DEFINITION.replace("rounds=12", search).replace("encoders.OneHot()", "encoders.Target()"))
+    arguments = [each for each in flags(store, "first") if each != "--threads=1"]
+    assert training.main([*arguments, "--threads=2"]) == 0
+    # Later features and another definition in the place of the first do not matter.
+    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "g", "--full"]) == 0
+    path.write_text("nothing = 1")
+    assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
+    found = json.loads((store / "runs/again/run.json").read_text())
+    assert found["same_metrics"]
+    assert found["same_model"]
+    assert found["test_auc"] == account(store, "first")["metrics"]["auc"]
+    assert not (store / "examples/buying/again").exists()
+    assert Registry(registry_uri(str(store))).champion("buying") == "1"
+
+    registry = Registry(registry_uri(str(store)))
+    assert log_trials(registry, "buying", "first", "auc", []) == 0
+    with registry._client() as client:
+        runs = client.search_runs([client.get_experiment_by_name("buying").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.tags["millrace.trial"] for run in nested) == ["0", "1", "2"]
+    for run in nested:
+        told = account(store, "first")["trials"][int(run.data.tags["millrace.trial"])]
+        assert run.data.metrics["best_validate_auc"] == told["value"]
+
+    # A source without versions whose files have changed is refused.
+    pl.read_parquet(store / "sources/sales/part.parquet").head(-1).write_parquet(store / "sources/sales/part.parquet")
+    assert cli.main(["retrain", "1", "--store", str(store)]) == MismatchError.exit_code
+    assert "holds the files that the version was trained on" in capsys.readouterr().err
+
+
+def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
+    folder = store / "sources/sales"
+    rows = pl.read_parquet(folder / "part.parquet")
+    shutil.rmtree(folder)
+    rows.write_delta(folder)
+    assert training.main(flags(store, "first")) == 0
+    before = account(store, "first")
+    rows.with_columns(amount=-pl.col("amount")).write_delta(
+        folder, mode="overwrite"
+    )  # nobody bought, says the newest version
+    assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
+    found = json.loads((store / "runs/again/run.json").read_text())
+    assert found["same_metrics"]
+    assert found["same_model"]
+    assert found["test_auc"] == before["metrics"]["auc"]
+
+
+def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(store: Path) -> None:
+    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds it."""
+    definition = str(store / "definition.py")
+    assert training.main(flags(store, "first")) == 0
+    path = store / "sources/visits/part.parquet"
+    visits = pl.read_parquet(path)
+    for number in range(1, 4):
+        visits.with_columns(age=pl.col("age") + number).write_parquet(path)
+        assert features.main(["--definition", definition, "--store", str(store), "--run_id", f"later-{number}"]) == 0
+    (table,) = (store / "features" / "buying").iterdir()
+    before = set(table.rglob("date=*/*.parquet"))
+    shutil.rmtree(store / "runs")  # the registry's own copy says what it was trained on
+    assert cli.main(["vacuum", "--store", str(store), "--older_than", "0s", "--retention", "0s", "--force"]) == 0
+    gone = before - set(table.rglob("date=*/*.parquet"))
+    assert gone == {path for path in before if path.name.startswith(("later-1-", "later-2-"))}, "the versions between"
+    assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
+    found = json.loads((store / "runs/again/run.json").read_text())
+    assert found["same_metrics"]
+    assert found["same_model"]

@@ -1,0 +1,58 @@
+"""The journal's step by hand: what it says when a job starts again from its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.streaming.test_live import SOURCES, run, stream, view
+from transforms.records.frame_packets import head_of, pack
+from transforms.streaming.journal_dofn import TimedJournalStep
+from transforms.streaming.mirrored_state import ONE, Live
+from transforms.streaming.recovery import find_start
+
+
+class Cell:
+    """State of a key."""
+
+    def __init__(self) -> None:
+        self.held: Any = None
+        self.many: list[Any] = []
+
+    def read(self) -> Any:
+        return self.held if self.held is not None else self.many
+
+    def write(self, value: Any) -> None:
+        self.held = value
+
+    def add(self, value: Any) -> None:
+        self.many.append(value)
+
+    def clear(self) -> None:
+        self.many = []
+
+    def set(self, _: float) -> None:
+        """As a timer."""
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_job_that_had_ended_says_so_when_it_starts_again_and_another_waits(tmp_path: Path, ended: bool) -> None:
+    """Killed between its last commit and its last word, it has nothing left to read that could wake it."""
+    chunks = stream(Random(5), 3)  # rows of every source
+    run(tmp_path, chunks if ended else chunks[:-1], {len(chunks) - 1}, {})
+    begin = {name: {0: 0, 1: 0} for name in SOURCES}
+    start = find_start(view, str(tmp_path), begin)
+    step = TimedJournalStep(view, Live(str(tmp_path), "again", str(tmp_path / "in"), pace=1000, keep=30_000_000))
+    step.setup()
+    head, bag, wake, *cells = (Cell() for _ in range(11))
+    first = pack({"kind": "start", "index": None, "start": start.to_json()})
+    list(step.process((ONE, first), head, bag, wake, *cells))
+    said = [head_of(each.value[1]) for each in step.woken(ONE, head, bag, wake, *cells) if each.tag == "entries"]
+    assert any(each.get("last") for each in said) == ended
+    if ended:
+        assert said[-1]["turn"] > start.turn
+    again = [head_of(each.value[1]) for each in step.woken(ONE, head, bag, wake, *cells) if each.tag == "entries"]
+    assert [each.get("kind") for each in again] == ["tick"]  # once is enough

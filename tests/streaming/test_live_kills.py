@@ -1,0 +1,316 @@
+"""Live jobs that are killed and frozen, on a real broker and engine: whatever happens, every message is accounted for once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+
+from beam_pipelines.runtime.job_supervisor import CANCELLED_WITHIN
+from deploy.streaming.kafka import Broker
+from deploy.streaming.prism import Prism
+from deploy.streaming.processes import Child
+from tests.streaming.test_live import audit, run, stream
+from tests.support import market
+from tests.support.live_fixtures import Live
+from tests.support.live_jobs import Slot, Stage, await_, end, high_marks, slots
+from transforms.storage.delta_tables import open_table
+from transforms.streaming.completeness import FOREVER
+
+EVENTS = ("visits", "sales", "stock")
+
+
+def history(rows: int = 120) -> dict[str, pl.DataFrame]:
+    """Good rows and bad, without the dimension."""
+    frames = market.spoiled(market.sources(rows))
+    return {name: frames[name] for name in EVENTS}
+
+
+def commits(stage: Stage) -> int:
+    """Commits there are of the sources' tables."""
+    uris = [f"{stage.store}/sources/{name}" for name in stage.sources]
+    return sum(table.version() + 1 for table in map(open_table, uris) if table is not None)
+
+
+class Kills:
+    """Ends a part of a running job: the launcher with its workers, the workers of the pool, or Prism."""
+
+    def __init__(self, live: Live, folder: Path) -> None:
+        self.live, self.prism = live, Prism(folder)
+        self.prism.start()
+
+    def job(self, stage: Stage, run_id: str, what: str) -> Child:
+        pool = self.live.workers.options if what == "workers" else ["--environment_type=LOOPBACK"]
+        return stage.job(run_id, options=[*self.prism.options, *pool])
+
+    def kill(self, what: str, job: Child) -> None:
+        if what == "launcher":
+            job.kill()
+        elif what == "workers":
+            assert self.live.workers.child is not None
+            for worker in psutil.Process(self.live.workers.child.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # one of an earlier job, gone already
+                    if "SdkHarness" in " ".join(worker.cmdline()):
+                        worker.kill()
+        else:
+            self.prism.kill()
+            self.prism.start()
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Prism stands still, or goes on."""
+        assert self.prism.child is not None
+        self.prism.child.signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
+
+def killed(live: Live, folder: Path, times: int, seed: int, definition: str = market.DEFINITION) -> None:
+    """A job that is killed so many times, from while it starts to while it commits, and started by the same command again."""
+    chance = random.Random(seed)
+    stage, kills = Stage(live, folder, definition=definition), Kills(live, folder)
+    told = slots(history(), hours=1)
+    shares = [len(told) * i // (times + 1) for i in range(times + 2)]
+    try:
+        for number, what in zip(range(times), itertools.cycle(["launcher", "prism", "launcher", "workers"])):
+            with kills.job(stage, "same", what) as job:
+                stage.tell(told[shares[number] : shares[number + 1]])
+                before = commits(stage)
+                if what == "workers" or chance.random() < 0.6:  # amid its work
+                    await_(lambda before=before: commits(stage) > before, 100, job)
+                    time.sleep(chance.random() * 0.8)
+                else:
+                    if what == "prism":  # before that it would find the next one
+                        await_(lambda job=job: "running: " in job.output(), 150, job)
+                    time.sleep(chance.random() * (2 if what == "prism" else 8))
+                kills.kill(what, job)
+                if what == "workers":  # which Prism may not notice
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        job.wait(2)
+                    job.signal(signal.SIGINT)
+                    job.wait(60)
+                    assert "Traceback" not in job.output(), job.output()
+                elif what == "prism":
+                    assert job.wait(60) != 0
+                    assert "Traceback" not in job.output(), job.output()
+                    if commits(stage) > before:
+                        assert "nothing is lost" in job.output(), job.output()
+        stage.tell(told[shares[times] :])
+        stage.beat(FOREVER)
+        stage.flush()
+        with kills.job(stage, "same", "launcher") as job:
+            said = end(job)
+        assert "questions unaccounted for  0" in said
+        answers = stage.audit()
+        assert len(answers) > 100
+        with kills.job(stage, "same", "launcher") as job:  # as if killed before it could say that it has ended
+            end(job)
+        assert len(stage.audit()) == len(answers)
+    finally:
+        kills.prism.stop()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_launcher_prism_and_workers_are_killed_and_nothing_is_lost_or_twice(live: Live, tmp_path: Path) -> None:
+    killed(live, tmp_path, 4, 1)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(6))
+def test_thirty_kills_of_the_features_job(live: Live, tmp_path: Path, seed: int) -> None:
+    killed(live, tmp_path, 5, seed)
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, broker: Broker, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    third = len(told) // 3
+    assert live.workers.child is not None
+    with stage.job("one", environment="EXTERNAL") as job:
+        stage.tell(told[:third])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        broker.stop()
+        time.sleep(3)
+        broker.start()
+        before = commits(stage)
+        stage.tell(told[third : 2 * third])
+        await_(lambda: commits(stage) > before, 120, job)
+        stage.tell(told[2 * third :])
+        live.workers.child.signal(signal.SIGSTOP)  # amid bundles
+        time.sleep(4)
+        live.workers.child.signal(signal.SIGCONT)
+        stage.beat(FOREVER)
+        stage.flush()
+        end(job)
+    counts = stage.status("one")["counts"]
+    assert not any(each.get("offsets_skipped") for each in counts.values())
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_nothing_twice(live: Live, tmp_path: Path) -> None:  # fmt: skip
+    """The workers are the pool's: should Prism, thawed, not have heard of the end, they go on beside the restarted job."""
+    stage, told, kills = Stage(live, tmp_path), slots(history()), Kills(live, tmp_path)
+    half = len(told) // 2
+    try:
+        with kills.job(stage, "one", "workers") as job:
+            stage.tell(told[:half])
+            await_(lambda: commits(stage) >= 3, 100, job)
+            kills.freeze()
+            job.signal(signal.SIGINT)
+            began = time.monotonic()
+            assert job.wait(60) == 0
+            assert CANCELLED_WITHIN < time.monotonic() - began < CANCELLED_WITHIN + 10
+            assert "the runner has not answered for 10 s" in job.output()
+            assert "Traceback" not in job.output()
+        kills.freeze(False)
+        with kills.job(stage, "one", "launcher") as job:
+            stage.tell(told[half:])
+            stage.beat(FOREVER)
+            stage.flush()
+            end(job)
+        stage.audit()
+    finally:
+        kills.prism.stop()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_ctrl_c_ends_a_job_of_which_the_broker_is_away(live: Live, broker: Broker, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("one") as job:
+        stage.tell(told[:8])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        broker.stop()
+        try:
+            time.sleep(6)  # past a look at the topics
+            job.signal(signal.SIGINT)
+            assert job.wait(8) == 0, job.output()
+        finally:
+            broker.start()
+    said = job.output()
+    assert "questions unaccounted for  0" in said
+    assert "Traceback" not in said, said
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path, partitions=2), slots(history(), share=(2, 1))
+    half = len(told) // 2
+    with stage.job("one") as job:
+        stage.tell(told[:half])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        stage.grow("sales", 3)
+        moved = [Slot([(name, 2 if name == "sales" else place, rows) for name, place, rows in slot.parts], slot.end) for slot in told[half:]]  # fmt: skip
+        stage.tell(moved, beats=False)
+        stage.beat(told[-1].end)
+        stage.flush()
+        await_(lambda: "starting again, with all of them" in job.output(), 120, job)
+        stage.beat(FOREVER)
+        stage.beat(FOREVER, ["sales"], [2])
+        stage.flush()
+        said = end(job)
+    assert "sales has 3 partitions now, 2 before" in said
+    assert "questions unaccounted for  0" in said
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_a_restart_needs_nothing_from_the_broker_that_was_read_before(live: Live, tmp_path: Path) -> None:
+    """Retention shorter than the windows: what the first run read is deleted, the second seeds from `sources/`."""
+    stage, told = Stage(live, tmp_path), slots(history())
+    half = len(told) // 2
+    with stage.job("first") as job:
+        stage.tell(told[:half])
+        stage.beat(FOREVER)
+        stage.flush()
+        end(job)
+    first = stage.answers()
+    ends = high_marks(live.broker.bootstrap, [stage.topic(name) for name in stage.sources])
+    live.broker.delete({place: offset for place, offset in ends.items() if offset})
+    with stage.job("second") as job:  # the end that the first run heard is none: more rows come
+        stage.tell(told[half:])
+        stage.beat(FOREVER)
+        stage.flush()
+        said = end(job)
+    assert "questions unaccounted for  0" in said
+    answers = stage.audit()
+    assert answers.join(first, on="row_id", how="semi").sort("row_id").equals(first.sort("row_id"))
+    fresh = answers.join(first, on="row_id", how="anti")
+    assert len(fresh) > 40
+    assert not fresh["__late"].any()
+    # Windows of two days reach over the restart.
+    assert fresh.sort("asked")["sales_by_shop_count_2d"].head(5).max() > 0  # type: ignore[operator]
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_records_deleted_before_they_were_read_are_counted_and_hold_nothing_up(live: Live, tmp_path: Path) -> None:
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("first") as job:
+        stage.tell(told[:8])
+        await_(lambda: commits(stage) >= 3, 100, job)
+        job.signal(signal.SIGINT)
+        assert job.wait(60) in (0, 130), job.output()
+    stage.tell(told[8:12])
+    due, lost = stage.status("first")["next"]["sales"]["0"], stage.sent["sales", 0]
+    live.broker.delete({(stage.topic("sales"), 0): lost})
+    with stage.job("second") as job:
+        stage.tell(told[12:20])
+        await_(lambda: "offsets were not there to be read" in job.output(), 100, job)
+        stage.tell(told[20:])
+        stage.beat(FOREVER)
+        stage.flush()
+        said = end(job)
+    assert f"sales/0: the broker no longer has offsets {due} to {lost - 1}, which were not read" in said
+    assert f"live: {lost - due} offsets were not there to be read" in said
+    assert f", {lost - due} offsets_skipped" in said
+    assert stage.status("second")["counts"]["sales"]["offsets_skipped"] == lost - due > 0
+    kept = set(stage.kept("sales").select("__partition", "__offset", "__place").iter_rows())
+    dead = set(stage.letters().filter(source="sales").select("partition", "offset", "place").iter_rows())
+    missing = {place for place in stage.rows["sales"] - kept - dead if place[0] == 0 and place[1] < lost}
+    stage.rows["sales"] -= missing  # the broker's loss
+    assert missing
+    stage.audit()
+
+
+@pytest.mark.live
+@pytest.mark.timeout(280)
+def test_two_jobs_on_one_table_write_every_row_once(live: Live, tmp_path: Path) -> None:
+    """As after a launcher that was killed while its job ran on: the restarted one is the second."""
+    stage, told = Stage(live, tmp_path), slots(history())
+    with stage.job("one", environment="EXTERNAL") as one, stage.job("two") as two:
+        for slot in told:
+            stage.tell([slot])
+            time.sleep(0.05)
+        stage.beat(FOREVER)
+        stage.flush()
+        end(one)
+        end(two)
+    stage.audit()
+
+
+def test_a_job_killed_at_every_step_of_its_commits_loses_nothing(tmp_path: Path) -> None:
+    """Without Beam and broker, so that each moment is hit: after letters, after each source, before the answers."""
+    done = 0
+    for seed in itertools.count(1):
+        chunks = stream(random.Random(seed))
+        kills = {number: number % 6 for number in range(len(chunks))}
+        store = tmp_path / str(seed)
+        job = run(store, chunks, set(range(0, len(chunks), 2)), kills)
+        audit(str(store), chunks, job)
+        done += len(kills)
+        if done >= 60:
+            break

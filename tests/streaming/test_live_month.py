@@ -1,0 +1,92 @@
+"""A month of real flights through a real broker and engine, and what batch says of it: not a bit differs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from deploy.streaming.processes import Child
+from examples.flights import data
+from schemas.loading import load_definition
+from tests.support.live_fixtures import Live
+from tests.support.live_jobs import high_marks
+from transforms.lineage.feature_parity import check
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.live_tables import features_live_uri, sources_root
+from transforms.streaming.replay import sources_of
+
+ROOT = Path(__file__).parents[2]
+DEFINITION = "examples.flights.definition"
+START, END, SECONDS = "2013-03-01", "2013-04-01", 40
+
+
+def rows_of(uri: str, columns: list[str]) -> pl.DataFrame:
+    table = open_table(uri)
+    assert table is not None
+    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in data_files(table)])
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_bit(live: Live, tmp_path: Path) -> None:
+    """Partitions 6 : 3 : 1 : 0; the job stops in the middle, a third of the month comes meanwhile, and it catches up."""
+    view, store, prefix = load_definition(DEFINITION).view, tmp_path / "live", "month-"
+    data.write(str(tmp_path / "store"))
+    sources = list(sources_of(view))
+    live.broker.create(*(prefix + name for name in sources), partitions=4)
+    common = ["--definition", DEFINITION, "--sources", str(tmp_path / "store" / "sources"), "--bootstrap", live.broker.bootstrap,
+              "--topic_prefix", prefix]  # fmt: skip
+    job = [sys.executable, "-m", "beam_pipelines.features", *common, "--streaming", "--source=kafka", "--store", str(store), "--run_id=month",
+           "--expansion_service", live.expansion.address, "--commit_every=2s", *live.options()]  # fmt: skip
+    producer = [sys.executable, "-m", "deploy.streaming.producer", *common, "--start", START, "--end", END,
+                "--speed", str(31 * 86_400 / SECONDS), "--share=6,3,1,0", "--status", str(tmp_path / "told.json")]  # fmt: skip
+
+    def told() -> float:
+        """How much of the month has been sent."""
+        try:
+            at = json.loads((tmp_path / "told.json").read_text())["time"] / 1e6
+        except (OSError, ValueError):
+            return 0.0
+        return float(at - data_start) / (31 * 86_400)
+
+    data_start = pl.Series([START]).str.to_datetime("%Y-%m-%d", time_zone="UTC")[0].timestamp()
+    with Child(producer, tmp_path / "producer.log", cwd=ROOT) as sending:
+        with Child(job, tmp_path / "job.log", cwd=ROOT) as first:
+            while told() < 0.4:
+                assert first.running, first.output()
+                assert sending.running, sending.output()
+                time.sleep(0.2)
+            first.signal(signal.SIGINT)
+            assert first.wait(60) in (0, 130), first.output()
+        while told() < 0.7:
+            assert sending.running, sending.output()
+            time.sleep(0.2)
+        with Child(job, tmp_path / "job.log", cwd=ROOT) as second:
+            assert sending.wait(SECONDS + 120) == 0, sending.output()
+            assert second.wait(300) == 0, second.output()
+    assert "questions unaccounted for  0" in second.output()
+    ends = high_marks(live.broker.bootstrap, [prefix + name for name in sources])
+    status = json.loads((store / "runs" / "month" / "status.json").read_text())
+    assert {(prefix + name, int(number)): offset for name, each in status["next"].items() for number, offset in each.items()} == ends  # fmt: skip
+    sent = json.loads((tmp_path / "told.json").read_text())["sent"]
+    for name in sources:
+        kept = rows_of(f"{sources_root(str(store))}/{name}", ["__partition", "__offset", "__place"])
+        assert kept.is_unique().all()
+        by_partition = dict(kept["__partition"].value_counts().iter_rows())
+        assert [by_partition.get(number, 0) for number in range(4)] == sent[name]
+    spine = sent[view.spine.name]
+    assert spine[0] > spine[1] > spine[2] > spine[3] == 0  # uneven, the last idle
+    answers = rows_of(features_live_uri(str(store), view.name, view.fingerprint), ["row_id", "__late"])
+    assert answers["row_id"].n_unique() == len(answers) == sum(spine)
+    assert not answers["__late"].any()
+    found = check(view, str(store))
+    assert found.answers == len(answers)
+    assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
+    print(f"{sum(each.rows for each in found.features.values()):,} values, {found.cuts} cuts: 0 differ")

@@ -1,0 +1,90 @@
+"""A store holds the live jobs of one view: a second one is refused before anything is written, also in stores of before."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from beam_pipelines import features, features_streaming
+from beam_pipelines.runtime.run_report import guard
+from schemas import load_definition
+from tests.support import market
+from transforms.streaming.store_owner import OWNER, claim
+
+OTHER = market.DEFINITION.replace('"demand"', '"another"')
+# Windows of another length: the same columns are read, and so rows are judged alike.
+LONGER = market.DEFINITION.replace('over="1d", where', 'over="2d", where')
+# Does not read `stock.note`, and rows are not judged by their price.
+FEWER = market.DEFINITION.replace('"price": ("mean", "std", "q95", "max", "last"), ', "").replace(
+    'where=pl.col("price") > 20, stats={"price": "sum"}', 'where=pl.col("city") > 1, stats={"*": "count"}'
+)
+
+
+def argv(folder: Path, store: Path, text: str = market.DEFINITION, name: str = "first") -> list[str]:
+    definition = market.define(folder / name, text)
+    return [
+        "--streaming", "--definition", str(definition), "--store", str(store), "--sources", str(folder / "sources"),
+        "--run_id", name, "--chunk=12h",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(Folder with sources, store) after a view's job."""
+    folder = tmp_path_factory.mktemp("lived")
+    market.write(folder, market.spoiled(market.sources(30)))
+    assert features_streaming.main(argv(folder, folder / "store")) == 0
+    return folder, folder / "store"
+
+
+def content(store: Path) -> dict[str, int]:
+    return {
+        os.path.join(where, name): os.stat(os.path.join(where, name)).st_mtime_ns
+        for where, _, names in os.walk(store)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(OTHER, ["'another'", "'demand'", "one view"]), (FEWER, ["source 'sales'", "price"])],
+)
+def test_another_view_or_other_columns_are_refused_before_anything_is_written(
+    lived: tuple[Path, Path], capsys: pytest.CaptureFixture[str], text: str, words: list[str], old: bool
+) -> None:
+    folder, store = lived
+    if old:
+        (store / OWNER).rename(folder / "note")
+    try:
+        before = content(store)
+        assert guard(features_streaming.main)(argv(folder, store, text, "second")) == 4
+        said = capsys.readouterr().err
+        assert all(word in said for word in [*words, "another --store", str(store)]), said
+        assert content(store) == before
+    finally:
+        if old:
+            (folder / "note").rename(store / OWNER)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_view_goes_on_and_so_does_one_that_reads_the_same_columns(lived: tuple[Path, Path], old: bool) -> None:
+    folder, store = lived
+    kept = (store / OWNER).read_text()
+    for text in (market.DEFINITION, LONGER):
+        (store / OWNER).unlink(missing_ok=True) if old else None
+        claim(load_definition(str(market.define(folder / "same", text))).view, str(store))
+    assert json.loads((store / OWNER).read_text())["view"] == "demand"
+    (store / OWNER).write_text(kept)
+    assert features_streaming.main(argv(folder, store, name="again")) == 0
+
+
+def test_a_model_s_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
+    market.write(tmp_path, market.sources(20))
+    definition = market.define(tmp_path, OTHER)
+    assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
+    (tmp_path / "dead_letters" / "live_predictions_model").mkdir(parents=True)
+    claim(load_definition(str(market.define(tmp_path / "mine"))).view, str(tmp_path))

@@ -1,0 +1,59 @@
+"""Tables of a live job that others write to as well: what the job last told is found however much came after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+
+from schemas.errors import StoreError
+from tests.streaming.test_live import audit, run, stream
+from transforms.storage.delta_tables import open_table
+from transforms.streaming.live_tables import Writer, app_of, last_told, sources_root
+
+
+@contextlib.contextmanager
+def others_commit(times: int) -> Iterator[None]:
+    """After every commit of the job others commit to the table as well, as a vacuum or a change of properties does."""
+    append = Writer.append
+
+    def crowded(self: Writer, *args: Any) -> int:
+        done = append(self, *args)
+        table = open_table(self.uri)
+        for number in range(times if table is not None else 0):
+            DeltaTable(self.uri).alter.set_table_properties({"delta.targetFileSize": str(2**20 + number)})
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "append", crowded)
+        yield
+
+
+def test_commits_of_others_between_two_of_the_job_do_not_make_it_read_again(tmp_path: Path) -> None:
+    chunks = stream(Random(7), 3)
+    with others_commit(21):
+        job = run(tmp_path, chunks, {1}, {2: None})
+    audit(str(tmp_path), chunks, job)
+    table = open_table(f"{sources_root(str(tmp_path))}/events")
+    assert table is not None
+    assert table.version() > 21
+
+
+def test_a_table_of_others_alone_has_been_told_nothing_and_a_lost_log_is_said(tmp_path: Path) -> None:
+    chunks = stream(Random(7), 3)
+    run(tmp_path, chunks, {1}, {})
+    table = open_table(f"{sources_root(str(tmp_path))}/events")
+    assert table is not None
+    assert last_told(table, app_of("another view")) == {}
+    assert last_told(table, app_of("events"))["turn"] > 0
+    log = Path(sources_root(str(tmp_path))) / "events" / "_delta_log" / f"{table.version():020}.json"
+    table.create_checkpoint()
+    log.unlink()
+    table = open_table(f"{sources_root(str(tmp_path))}/events")
+    with pytest.raises(StoreError, match="log can be read"):
+        last_told(table, app_of("events"))

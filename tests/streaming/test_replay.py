@@ -1,0 +1,180 @@
+"""Files replayed through the whole live graph, in this process, against the batch pipeline over the same files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from beam_pipelines import features, features_streaming
+from beam_pipelines.commands import parity
+from beam_pipelines.runtime.run_report import guard
+from schemas import DefinitionError, FeatureView, load_definition
+from tests.support import market
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.live_features import contracts_of
+from transforms.streaming.live_tables import UnknownIds, features_live_uri, live_letters_uri
+from transforms.streaming.messages import decode, from_arrow
+from transforms.streaming.replay import Replay, chunks
+
+DAYS = 4
+
+
+def answers(view: FeatureView, store: Path) -> pl.DataFrame:
+    return read(features_live_uri(str(store), view.name, view.fingerprint))
+
+
+def read(uri: str) -> pl.DataFrame:
+    table = open_table(uri)
+    assert table is not None
+    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)])
+
+
+def figures(store: Path, run_id: str) -> dict[str, Any]:
+    return json.loads((store / "runs" / run_id / "run.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The definition's file, and a folder that holds the market's sources, good rows and bad."""
+    folder = tmp_path_factory.mktemp("market")
+    market.write(folder, market.spoiled(market.sources()))
+    return str(market.define(folder)), folder
+
+
+def replayed(case: tuple[str, Path], store: Path, run_id: str, *flags: str) -> pl.DataFrame:
+    definition, folder = case
+    argv = [
+        "--streaming",
+        "--definition",
+        definition,
+        "--store",
+        str(store),
+        "--sources",
+        str(folder / "sources"),
+        "--run_id",
+        run_id,
+        *flags,
+    ]
+    assert features_streaming.main(argv) == 0
+    return answers(load_definition(definition).view, store)
+
+
+def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tuple[str, Path], tmp_path: Path) -> None:
+    definition, folder = case
+    view = load_definition(definition).view
+    found = replayed(case, tmp_path, "first", "--chunk", "3h")
+    features.main(["--definition", definition, "--store", str(folder), "--run_id", "batch"])
+    batch = read(figures(folder, "batch")["table"])
+    columns = [name for name in view.output_schema.names if name != "date"]
+    assert found.select(columns).sort("row_id").equals(batch.select(columns).sort("row_id"))
+    counts = figures(tmp_path, "first")["counts"]
+    for name in ("visits", "sales", "stock"):
+        assert counts[name].get("dead", 0) + counts[name].get("conflicting", 0) == market.SET_ASIDE[name]
+        assert counts[name].get("repeated", 0) == market.REPEATED[name]
+    letters = read(live_letters_uri(str(tmp_path), view.name))
+    assert len(letters) == sum(market.SET_ASIDE.values())  # a dimension's too
+    # Every row is in a table, once: accepted or set aside.
+    for name, frame in market.spoiled(market.sources()).items():
+        if name != "shops":
+            kept = open_table(str(tmp_path / "sources" / name))
+            assert kept is not None
+            assert sum(file.rows for file in data_files(kept)) + letters.filter(
+                pl.col("source") == name, ~pl.col("rule").str.contains("one key asks")
+            ).height == len(frame)
+    assert parity.main(["--definition", definition, "--store", str(tmp_path), "--run_id", "parity"]) == 0
+    found_out = figures(tmp_path, "parity")
+    assert found_out["answers_later_arrivals_change"] == 0
+    full = found_out["full_batch"]  # the table beside the sources that were replayed
+    assert full["batch"].startswith(figures(folder, "batch")["table"])
+    assert full["answers_compared"] == len(found)
+    assert full["values_differing"] == full["unexplained"] == 0
+    assert full["answers_that_batch_lacks"] == full["rows_without_an_answer"] == {}
+
+
+def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_path: Path) -> None:
+    flags = ("--disorder", "9h", "--keep", "12h", "--chunk", "2h", "--partitions", "1", "--shards", "3", "--seed", "5")
+    found = replayed(case, tmp_path, "wild", *flags)
+    assert found["__late"].any()
+    assert found["row_id"].n_unique() == len(found)
+    assert parity.main(["--definition", case[0], "--store", str(tmp_path), "--run_id", "parity"]) == 0
+    seen = figures(tmp_path, "parity")
+    assert seen["values_differing"] == 0
+    assert seen["answers_compared"] == len(found)
+    assert seen["answers_later_arrivals_change"] > 0
+    assert seen["full_batch"]["values_differing"] > 0
+    assert set(seen["full_batch"]["causes"]) == {"late row"}
+    again = replayed(case, tmp_path, "again", *flags)  # what is in is not written twice
+    assert again.sort("row_id").equals(found.sort("row_id"))
+
+
+def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
+    case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh = UnknownIds.__call__
+    monkeypatch.setattr(UnknownIds, "__call__", lambda self, table, frame: fresh(self, table, frame)[1:])
+    argv = ["--streaming", "--definition", case[0], "--store", str(tmp_path), "--sources", str(case[1] / "sources")]
+    assert guard(features_streaming.main)([*argv, "--run_id", "lossy", "--chunk", "1d", "--end", "2024-03-03"]) == 5
+    assert figures(tmp_path, "lossy")["questions_unaccounted_for"] >= 1
+    assert "are none of these" in capsys.readouterr().err
+
+
+def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path: Path) -> None:
+    view = load_definition(case[0]).view
+    market.write(tmp_path, market.sources(60))  # good rows: JSON has no infinity
+    contracts = contracts_of(view)
+
+    def rows(form: str) -> list[tuple[Any, ...]]:
+        found = []
+        for messages in chunks(view, Replay(str(tmp_path / "sources"), partitions=1, format=form, rows=1)):
+            for message in messages:
+                held = decode(contracts[message.topic], [message])
+                found.append(
+                    (
+                        message.topic,
+                        message.offset,
+                        message.timestamp,
+                        held.rows.drop("__place").rows(),
+                        held.letters["rule"].to_list(),
+                    )
+                )
+        return found
+
+    assert len(rows("arrow")) > 250
+    assert rows("arrow") == rows("json")
+
+
+def test_the_same_seed_gives_the_same_messages_and_offsets_have_no_holes(case: tuple[str, Path]) -> None:
+    view = load_definition(case[0]).view
+    replay = Replay(str(case[1] / "sources"), partitions=3, disorder=10**10, seed=4, rows=7)
+    first, second = (list(chunks(view, replay)) for _ in range(2))
+    assert first == second
+    offsets: dict[tuple[str, int], list[int]] = {}
+    for message in (message for chunk in first for message in chunk):
+        offsets.setdefault((message.topic, message.partition), []).append(message.offset)
+    assert all(each == list(range(len(each))) for each in offsets.values())
+    stamps = [[message.timestamp for message in chunk] for chunk in first[:-1]]
+    assert all(chunk == sorted(chunk) for chunk in stamps)
+    assert all(a[-1] // replay.chunk < b[0] // replay.chunk for a, b in itertools.pairwise(stamps) if a and b)
+    assert any(from_arrow(message.value).num_rows > 1 for message in first[5])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "from another place than it writes to"),
+        (["--source", "kafka"], "a broker is named"),
+        (["--sources", "/elsewhere", "--sink", "topic"], "topic is written to a broker"),
+        (["--sources", "/elsewhere", "--pase", "1s"], "--pace"),
+        (["--sources", "/elsewhere", "--keep", "soon"], "whole number and a unit"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(
+    case: tuple[str, Path], tmp_path: Path, flags: list[str], words: str
+) -> None:
+    with pytest.raises(DefinitionError, match=words):
+        features_streaming.parse(["--streaming", "--definition", case[0], "--store", str(tmp_path), *flags])

@@ -1,0 +1,250 @@
+"""Messages in and out: three formats, one contract, and a letter with its place for whatever breaks it."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas import FeatureView, Source, Trailing
+from schemas.errors import StoreError
+from schemas.live import live_schema
+from transforms.records.record_batches import batch
+from transforms.sources.contracts import Contract
+from transforms.streaming.kafka import Broker, answer_messages, begin_offsets, letter_messages
+from transforms.streaming.live_features import DecodeBundles
+from transforms.streaming.messages import (
+    HEARTBEAT,
+    Message,
+    by_partition,
+    decode,
+    decode_topic,
+    from_arrow,
+    heartbeat,
+    to_arrow,
+    to_json,
+)
+from transforms.streaming.micro_batches import micro_packet, micros
+
+NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
+ARRIVED = int(NOW.timestamp() * 1e6)
+sales = Source(
+    "sales", time="sold", unique="id", ahead="1h",
+    columns={"id": pl.Int64, "shop": pl.String, "price": pl.Float64, "few": pl.Int8, "fast": pl.Boolean, "day": pl.Date, "rate": pl.Float32},
+)  # fmt: skip
+contract = Contract(sales, tuple(sales.schema))
+ROW: dict[str, Any] = {
+    "sold": NOW,
+    "id": 1,
+    "shop": "a",
+    "price": 9.99,
+    "few": 3,
+    "fast": True,
+    "day": NOW.date(),
+    "rate": 0.5,
+}
+
+
+def frame(*changes: dict[str, Any]) -> pl.DataFrame:
+    return pl.DataFrame([{**ROW, **each} for each in changes], schema=sales.schema, orient="row")
+
+
+def message(value: bytes, offset: int = 0, partition: int = 0, key: bytes | None = None) -> Message:
+    return Message("sales", partition, offset, ARRIVED, key, value)
+
+
+def avro(rows: pl.DataFrame) -> bytes:
+    fastavro = pytest.importorskip("fastavro")
+    fields = [
+        {"name": "sold", "type": {"type": "long", "logicalType": "timestamp-micros"}}, {"name": "id", "type": "int"},
+        {"name": "shop", "type": ["null", "string"]}, {"name": "price", "type": "double"}, {"name": "few", "type": "int"},
+        {"name": "fast", "type": "boolean"}, {"name": "day", "type": {"type": "int", "logicalType": "date"}}, {"name": "rate", "type": "float"},
+    ]  # fmt: skip
+    sink = io.BytesIO()
+    fastavro.writer(sink, {"type": "record", "name": "sale", "fields": fields}, rows.to_dicts())
+    return sink.getvalue()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | st.text(max_size=5),
+            st.none() | st.floats(-1e30, 1e30),
+            st.integers(-(2**63), 2**63 - 1),
+            st.integers(-128, 127),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
+    rows = frame(
+        *(
+            {"shop": shop, "price": price, "id": number, "few": few, "sold": NOW - timedelta(microseconds=few + 200)}
+            for shop, price, number, few in values
+        )
+    )
+    as_arrow = decode(contract, [message(to_arrow(rows))])
+    lines = to_json(rows)
+    one_by_one = decode(contract, [message(line, offset) for offset, line in enumerate(lines)])
+    together = decode(contract, [message(b"[" + b",".join(lines) + b"]")])
+    for found in (as_arrow, one_by_one, together):
+        assert not len(found.letters)
+        assert found.rows.select(sales.schema.keys()).equals(rows)
+    assert as_arrow.rows["__place"].to_list() == together.rows["__place"].to_list() == list(range(len(rows)))
+    assert one_by_one.rows["__offset"].to_list() == list(range(len(rows)))
+
+
+def test_avro_containers_are_read() -> None:
+    rows = frame({}, {"id": 2, "shop": None})
+    value = avro(rows)
+    found = decode(contract, [message(value)])
+    assert not len(found.letters), found.letters["rule"].to_list()
+    assert found.rows["shop"].to_list() == ["a", None]
+    assert found.rows["sold"].to_list() == [NOW, NOW]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"\x00\x01garbage", "Arrow IPC stream, json or an avro"),
+        (b"", "Arrow IPC stream, json or an avro"),
+        (b'{"id": 1', "delimiter"),
+        (b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "'id' is Int64"),
+        (b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "'id' is Int64"),
+        (b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "ISO 8601 with its zone"),
+        (b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 300, "fast": true, "day": "2024-05-01", "rate": 1}', "a number beyond it"),
+        (b'{"sold": "2024-05-01T12:00:00Z"}', "declared column 'id'"),
+        (b"[1, 2]", "object or a list"),
+        (b"Obj\x01nonsense", "Avro container"),
+        (b"\xff\xff\xff\xff nonsense", ""),
+        (to_arrow(frame({}).drop("price")), "declared column 'price'"),
+        (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' is Float64"),
+    ],
+)  # fmt: skip
+def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
+    good = [message(line, offset) for offset, line in enumerate(to_json(frame({}, {"id": 2})))]
+    found = decode(contract, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
+    assert found.rows["id"].to_list() == [1, 2]
+    (letter,) = found.letters.rows(named=True)
+    assert (letter["source"], letter["partition"], letter["offset"], letter["place"]) == ("sales", 0, 7, -1)
+    assert reason.lower() in letter["rule"].lower()
+
+
+def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
+    rows = frame(
+        {}, {"id": None}, {"price": float("inf")}, {"sold": None}, {"sold": datetime(1970, 1, 1, tzinfo=UTC)}, {"id": 6}
+    )
+    found = decode(contract, [message(to_arrow(rows), 3, 1)])
+    assert found.rows["id"].to_list() == [1, 6]
+    assert found.letters["place"].to_list() == [1, 2, 3, 4]
+    assert set(found.letters["offset"]) == {3}
+    assert set(found.letters["partition"]) == {1}
+    assert found.letters["field"].to_list() == ["id", "price", "sold", "sold"]
+
+
+def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
+    rows = frame(
+        {"sold": NOW + timedelta(hours=1)},
+        {"sold": NOW + timedelta(hours=1, microseconds=1)},
+        {"sold": NOW + timedelta(days=365)},
+        {"sold": NOW - timedelta(days=365 * 15)},
+    )
+    found = decode(contract, [message(to_arrow(rows))])
+    assert len(found.rows) == 2  # from 2009 it may be: that stops no clock, since clocks do not turn back
+    assert found.letters["place"].to_list() == [1, 2]
+    assert "at most 1h ahead" in found.letters["rule"][0]
+
+
+def test_heartbeats_are_no_rows() -> None:
+    key, value = heartbeat(123)
+    found = decode(
+        contract,
+        [message(value, 0, key=key), message(b"later", 1, key=HEARTBEAT), message(heartbeat(99)[1], 2, key=key)],
+    )
+    assert found.heartbeat == 123
+    assert len(found.rows) == 0
+    assert found.letters["offset"].to_list() == [1]
+
+
+def test_messages_are_put_in_order_of_offsets_by_partition() -> None:
+    some = [message(b"", 2), message(b"", 0, 1), message(b"", 1), message(b"", 0)]
+    assert {place: [each.offset for each in group] for place, group in by_partition(some).items()} == {
+        ("sales", 0): [0, 1, 2],
+        ("sales", 1): [0],
+    }
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=12))
+def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[int, int]]) -> None:
+    kinds: list[tuple[bytes | None, bytes]] = [
+        (None, to_arrow(frame({}, {"price": None}))), (None, to_arrow(frame({"id": None}, {"id": 7}))), (None, to_json(frame({"id": 8}))[0]),
+        (None, b"oops"), heartbeat(123), (HEARTBEAT, b"soon"),
+    ]  # fmt: skip
+    some = [message(kinds[kind][1], offset, where, kinds[kind][0]) for offset, (where, kind) in enumerate(sent)]
+    partitions = [group for _, group in sorted(by_partition(some).items())]
+    together = decode_topic(contract, partitions)
+    parts = [("sales", group[0].partition, group[0].offset, group[-1].offset + 1, len(group)) for group in partitions]
+    carried = micros(micro_packet([(*part, held) for part, held in zip(parts, together, strict=True)], ARRIVED))
+    for group, held, micro in zip(partitions, together, carried, strict=True):
+        alone, by = decode(contract, group), ["offset", "place", "rule"]
+        assert held.rows.equals(alone.rows)
+        assert held.letters.sort(by).equals(alone.letters.sort(by))
+        assert held.heartbeat == alone.heartbeat == micro.heartbeat
+        assert (micro.partition, micro.messages) == (group[0].partition, len(group))
+        assert micro.rows.equals(alone.rows)
+        assert micro.letters.equals(held.letters)
+
+
+def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = to_arrow(frame({}, {"id": 2}))
+    monkeypatch.setattr("transforms.streaming.live_features.PACKET_BYTES", 2 * len(rows))
+    spine = Source("asks", time="t", columns={"id": pl.Int64})
+    reads = Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})
+    step = DecodeBundles(FeatureView("v", spine, key="id", features=[reads]))
+    step.setup()
+    step.start_bundle()
+    some = [message(rows, offset) for offset in range(5)]
+    packets = [each.value for sent in some for each in step.process(sent)]
+    packets += [each.value for each in step.finish_bundle()]
+    step.start_bundle()
+    assert not list(step.finish_bundle())
+    found = [micro for packet in packets for micro in micros(packet)]
+    assert [(micro.first, micro.next, len(micro.rows)) for micro in found] == [(0, 2, 4), (2, 4, 4), (4, 5, 2)]
+
+
+def test_answers_travel_as_arrow_with_their_row_ids() -> None:
+    spine = Source("asks", time="t", columns={"id": pl.Int64})
+    view = FeatureView(
+        "v", spine, key="id", features=[Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})]
+    )
+    schema = live_schema(view)
+    rows = pl.DataFrame(
+        {"t": [NOW] * 2500, "id": range(2500), "sales_by_id_price_sum_1h": [1.0] * 2500, "row_id": range(2500)}
+    )
+    rows = rows.with_columns(
+        pl.lit(NOW.date()).alias("date"), *(pl.lit(None).alias(name) for name in schema.names if name.startswith("__"))
+    )
+    pairs = list(answer_messages(batch(rows.select(schema.names), schema), view.fingerprint))
+    assert [key.decode() for key, _ in pairs] == [f"{view.fingerprint}:{first:016x}" for first in (0, 1000, 2000)]
+    assert pa.Table.from_batches([from_arrow(value) for _, value in pairs])["row_id"].to_pylist() == list(range(2500))
+
+
+def test_letters_travel_as_json() -> None:
+    letters = decode(contract, [message(b"oops", 5)]).letters
+    ((key, value),) = letter_messages(letters)
+    assert key == b"sales/0/5/-1"
+    assert json.loads(value)["value"] == "oops"
+
+
+def test_a_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transforms.streaming.kafka.WITHIN", 0.5)
+    with pytest.raises(StoreError, match=r"broker answers.*127\.0\.0\.1:1"):
+        begin_offsets(Broker("127.0.0.1:1"), ["sales"])

@@ -1,0 +1,79 @@
+"""A live job without Beam: the same journal, shards and ledger, driven by hand, so that a test can stop it anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas import FeatureView
+from transforms.records.frame_packets import head_of, unpack
+from transforms.streaming.journal import Journal, Turn
+from transforms.streaming.live_features import contracts_of, decoded
+from transforms.streaming.live_tables import Ledger
+from transforms.streaming.messages import Message
+from transforms.streaming.micro_batches import micros
+from transforms.streaming.mirrored_state import Live
+from transforms.streaming.recovery import find_start, resume
+from transforms.streaming.shard_dofns import AssembleStep
+from transforms.streaming.shards import Shard
+
+HOUR = 3_600_000_000
+
+
+class Job:
+    """One process of a live job."""
+
+    def __init__(
+        self,
+        view: FeatureView,
+        store: Path,
+        dimensions: Path,
+        begin: Mapping[str, Mapping[int, int]],
+        run_id: str = "t",
+        shards: int = 2,
+        keep: int = HOUR,
+    ) -> None:
+        self.view, self.store = view, str(store)
+        self.live = Live(str(store), run_id, str(dimensions), shards=shards, keep=keep)
+        self.journal = Journal(view, shards, keep)
+        self.shards = [Shard(view, number, shards) for number in range(shards)]
+        self.ledger = Ledger(view, str(store), run_id)
+        self.assemble = AssembleStep(view, self.live)
+        self.assemble.setup()
+        self.contracts = contracts_of(view)
+        self.now = 0
+        start = find_start(view, str(store), begin)
+        self.start = {
+            name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()
+        }
+        for turn in resume(self.journal, str(store), start, 0):
+            self._pass_on(turn)
+        if self.journal.answerable(0):
+            self._pass_on(self.journal.turn([], 0))
+
+    def take(self, messages: Sequence[Message]) -> None:
+        """Decode messages, make a turn of them."""
+        packet = decoded(self.contracts, messages)
+        self.now = max(self.now, head_of(packet)["arrived"])
+        admitted, waiting = self.journal.admit(micros(packet), self.now)
+        assert not waiting
+        self._pass_on(self.journal.turn(admitted, self.now))
+
+    def _pass_on(self, turn: Turn) -> None:
+        answers = []
+        for number, packet in turn.shards.items():
+            answer = self.shards[number].apply(*unpack(packet))
+            answers += [answer] if answer is not None else []
+        self.ledger.take(turn.entry)
+        if turn.questions is not None:
+            assert head_of(turn.questions)["parts"] == len(answers)
+            self.ledger.take(self.assemble.answer(turn.questions, answers))
+
+    def commit(self) -> dict[str, Any]:
+        return self.ledger.commit(turns) if (turns := self.ledger.whole()) else {}
+
+
+def unread(messages: Iterable[Message], start: Mapping[str, Mapping[int, int]]) -> list[Message]:
+    """What a consumer placed at `start` reads."""
+    return [each for each in messages if each.offset >= start[each.topic].get(each.partition, 0)]

@@ -1,0 +1,1 @@
+"""Metrics, bootstrap intervals, gates and SHAP contributions of a tested model."""

@@ -1,0 +1,275 @@
+"""Confidence intervals by the Poisson bootstrap (Chamandy et al. 2012): each row enters each replicate Poisson(1) times.
+
+How often is a hash of the row's id and the replicate, so neither bundles nor the order of merging matter, and two models
+scored on the same rows have the same replicates: their differences are paired.  What is accumulated are integer counts
+per cell of a fine histogram and replicate.  A metric of a replicate is read off the cells' middles; its offset to the
+exact metric, at most half of a cell's width, is taken out of the interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from transforms.evaluation.metrics import of_true_class
+from transforms.records.exact_sums import Floats
+from transforms.records.row_hashing import mix
+
+REPLICATES = 200
+# Rows below which no interval is given: so few resample nearly to themselves.
+LEAST_ROWS = 30
+LEVEL = 0.95
+# Cells per unit of log odds, and the log odds beyond which all are one cell.
+_CELLS, _BOUND = 128, 16
+# Bits dropped of a float32 error: 8 of its mantissa stay, so a cell is 0.4 % wide.
+_DROPPED = 15
+# Classes up to which each one's AUC has an interval, and cells per unit of log odds there.
+CLASSES = 20
+_COARSE = 16
+# Rows of several classes are in one cell of each kind; keys of different kinds differ from this bit on.
+_KIND = 1 << 40
+# Rows hashed at a time: they stay in the caches.
+_CACHED = 1024
+# The most by which reading a metric off cells may move it (relative to it, where it is above 1) for there to be an interval.
+HIDDEN = 0.02
+_EPSILON = float(np.finfo(np.float32).eps)
+
+Counts = npt.NDArray[np.int32]
+
+
+def _inverse() -> npt.NDArray[np.uint8]:
+    """Poisson(1) by the upper 16 bits of a uniform number; probabilities are right to 2^−16."""
+    below = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(20)])
+    return np.searchsorted(below, (np.arange(1 << 16) + 0.5) / (1 << 16), side="right").astype(np.uint8)
+
+
+_POISSON = _inverse()
+
+
+def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
+    """How often each row enters each replicate: [rows, replicates].
+
+    >>> weights(np.array([7, 8]), 4).tolist() == [weights(np.array([row]), 4)[0].tolist() for row in (7, 8)]
+    True
+    """
+    words = -(-replicates // 4)
+    result = np.empty((len(row_ids), words * 4), np.uint8)
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for start in range(0, len(row_ids), _CACHED):
+            mixed = mix(row_ids[start : start + _CACHED].view(np.uint64))
+            hashed = mix((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
+            np.take(_POISSON, hashed.view(np.uint16), out=result[start : start + _CACHED], mode="clip")
+    return result[:, :replicates]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cells:
+    """Counts per cell and replicate.
+
+    Args:
+        keys: cells that occurred, rising, int64 [cells].
+        counts: int32 [cells, replicates].
+        plain: rows per cell, each counted once, int64 [cells].
+    """
+
+    keys: npt.NDArray[np.int64]
+    counts: Counts
+    plain: npt.NDArray[np.int64]
+
+    def __add__(self, other: Cells) -> Cells:
+        if len(self.keys) == len(other.keys) and bool((self.keys == other.keys).all()):
+            return Cells(self.keys, self.counts + other.counts, self.plain + other.plain)
+        keys = np.union1d(self.keys, other.keys)
+        counts = np.zeros((len(keys), self.counts.shape[1]), np.int32)
+        plain = np.zeros(len(keys), np.int64)
+        for each in (self, other):
+            place = np.searchsorted(keys, each.keys)
+            counts[place] += each.counts
+            plain[place] += each.plain
+        return Cells(keys, counts, plain)
+
+    @property
+    def rows(self) -> int:
+        return int(self.plain[self.keys < _KIND].sum())
+
+
+def cells_of(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> Cells:
+    """The cells of rows with `keys` [rows], or [kinds, rows], that enter replicates as often as `drawn` [rows, replicates] says."""
+    if keys.ndim == 2:
+        kinds = [cells_of(each, drawn) for each in keys]
+        return Cells(*(np.concatenate([getattr(each, name) for each in kinds]) for name in ("keys", "counts", "plain")))
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(keys) else np.zeros(0, int)
+    sums = np.add.reduceat(drawn[order], first, axis=0, dtype=np.int32) if len(keys) else np.zeros((0, drawn.shape[1]), np.int32)  # fmt: skip
+    return Cells(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
+
+
+def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Cell of each row, [rows] or [kinds, rows].  Twice the score's cell and the label (binary) or the leading bits of the
+    error (regression); of several classes twice the true one's cell and whether it was chosen, the true and the chosen
+    one, and twice each one's coarse cell and whether it is the true one."""
+    if objective == "binary:logistic":
+        return _odds(scores) * 2 + (label > 0)
+    if objective == "multi:softprob":
+        true, chosen = label.astype(np.int64), scores.argmax(axis=1)
+        kinds = [_odds(of_true_class(label, scores)) * 2 + (chosen == true), _KIND + (true << 16) + chosen]
+        if scores.shape[1] <= CLASSES:
+            step = _CELLS // _COARSE
+            kinds += [(2 + k) * _KIND + _odds(scores[:, k]) // step * 2 + (true == k) for k in range(scores.shape[1])]
+        return np.stack(kinds)
+    error = np.abs(scores.astype(np.float64) - label).astype(np.float32)
+    return (error.view(np.uint32) >> np.uint32(_DROPPED)).astype(np.int64)
+
+
+def _odds(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    share = np.clip(scores.astype(np.float64), _EPSILON, 1 - _EPSILON)
+    # One value at a time from the C library, as in `metrics`.
+    odds = pc.ln(pa.array(share / (1 - share))).to_numpy()
+    return np.floor(np.clip(odds, -_BOUND, _BOUND) * _CELLS).astype(np.int64) + _BOUND * _CELLS
+
+
+def _share(cells: npt.NDArray[np.int64]) -> Floats:
+    """The middle of each cell, as a probability."""
+    return 1 / (1 + np.exp(_BOUND - (cells + 0.5) / _CELLS))
+
+
+def replicated(objective: str, cells: Cells, threshold: float = 0.5) -> dict[str, Floats]:
+    """Each metric in every replicate, NaN where undefined there; the last value is that of the rows themselves."""
+    counts = np.column_stack([cells.counts, cells.plain]).astype(np.int64)
+    rows = counts.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if objective == "binary:logistic":
+            return _binary(cells.keys, counts, rows, threshold)
+        if objective == "multi:softprob":
+            return _multiple(cells.keys, counts)
+        error = _errors(cells)
+        return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
+
+
+def _errors(cells: Cells) -> Floats:
+    """The middle of each cell of absolute errors."""
+    middle = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    return np.where(cells.keys == 0, 0.0, middle.astype(np.float64))
+
+
+def error_quantiles(cells: Cells, shares: Sequence[float]) -> list[tuple[float, float]]:
+    """(share, absolute error that so many rows do not exceed), to half a cell: 0.2 %."""
+    below = np.cumsum(cells.plain)
+    places = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
+    return [(share, float(_errors(cells)[place])) for share, place in zip(shares, places, strict=True)]
+
+
+def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
+    """Also `… of class k`.  Means are over the classes that occur in a replicate."""
+    kind, inner = keys // _KIND, keys % _KIND
+    plain, pairs = counts[kind == 0], counts[kind == 1]
+    rows, losses = plain.sum(axis=0), -np.log(_share(inner[kind == 0] >> 1))
+    result = {"log_loss": losses @ plain / rows, "accuracy": (inner[kind == 0] & 1) @ plain / rows}
+    true, chosen = inner[kind == 1] >> 16, inner[kind == 1] & 0xFFFF
+    found: dict[str, list[Floats]] = {"auc": [], "precision": [], "recall": []}
+    for k in np.unique(true).tolist():
+        occurs, taken = pairs[true == k].sum(axis=0), pairs[chosen == k].sum(axis=0)
+        hits = pairs[(true == k) & (chosen == k)].sum(axis=0)
+        of_class = {"precision": np.where(occurs > 0, hits / np.maximum(taken, 1), np.nan), "recall": hits / occurs}
+        mine = kind == 2 + k
+        if mine.any():
+            of_class["auc"] = _area(inner[mine], counts[mine])
+        elif (kind > 1).any():
+            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # unknown to the model: ranked by chance
+        for name, values in of_class.items():
+            found[name].append(values)
+            result[f"{name} of class {k}"] = values
+    for name, each in found.items():
+        if each:
+            known = np.isfinite(np.stack(each))
+            result[f"macro_{name}"] = np.where(known, np.stack(each), 0).sum(axis=0) / known.sum(axis=0)
+    return result
+
+
+def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
+    """AUC of each replicate: the share of pairs ranked rightly, ties counted half."""
+    label = (keys & 1)[:, None]
+    # Cells of one score are neighbours: negatives first.
+    first = np.flatnonzero(np.concatenate([[True], (keys[1:] >> 1) != (keys[:-1] >> 1)]))
+    up, down = np.add.reduceat(counts * label, first, axis=0), np.add.reduceat(counts * (1 - label), first, axis=0)
+    won: Floats = (up * (2 * (np.cumsum(down, axis=0) - down) + down)).sum(axis=0)
+    return won / (2.0 * up.sum(axis=0) * down.sum(axis=0))
+
+
+def _binary(
+    keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], threshold: float
+) -> dict[str, Floats]:
+    label, share = (keys & 1)[:, None], _share(keys >> 1)
+    positive, negative = counts * label, counts * (1 - label)
+    hits, misses = positive.sum(axis=0), negative.sum(axis=0)
+    losses = -np.log(np.where(label[:, 0] == 1, share, 1 - share))
+    # Cells of one score are neighbours: negatives first.
+    first = np.flatnonzero(np.concatenate([[True], (keys[1:] >> 1) != (keys[:-1] >> 1)]))
+    up, down = np.add.reduceat(positive, first, axis=0), np.add.reduceat(negative, first, axis=0)
+    below = np.cumsum(down, axis=0) - down
+    won = (up * (2 * below + down)).sum(axis=0)
+    caught, alarms = np.cumsum(up[::-1], axis=0), np.cumsum(down[::-1], axis=0)
+    precision = caught / np.maximum(caught + alarms, 1)
+    selected = share >= threshold
+    true, false = positive[selected].sum(axis=0), negative[selected].sum(axis=0)
+    bucket = np.minimum((share * 10).astype(int), 9)
+    gaps = np.zeros(counts.shape[1])
+    for each in np.unique(bucket):
+        inside = bucket == each
+        gaps += np.abs(positive[inside].sum(axis=0) - share[inside] @ counts[inside])
+    return {
+        "auc": won / (2.0 * hits * misses),
+        "average_precision": np.where(hits > 0, (up[::-1] * precision).sum(axis=0) / hits, np.nan),
+        "log_loss": losses @ counts / rows,
+        "brier": ((share[:, None] - label) ** 2 * counts).sum(axis=0) / rows,
+        "calibration_error": gaps / rows,
+        "precision": true / (true + false),
+        "recall": true / hits,
+        "false_positive_rate": false / misses,
+        "selection_rate": (true + false) / rows,
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replicates:
+    """Each metric in every replicate, the offset to the exact metric taken out."""
+
+    values: dict[str, Floats]
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Of one metric."""
+        return interval(self.values[name]) if name in self.values else None
+
+
+def replicates(
+    objective: str, cells: Cells, exact: dict[str, float | None], threshold: float = 0.5
+) -> Replicates | None:
+    """The replicates of `exact` metrics, NaN where cells hide what a metric is made of; None of too few rows."""
+    if cells.rows < LEAST_ROWS:
+        return None
+    values = {}
+    for name, drawn in replicated(objective, cells, threshold).items():
+        if (value := exact.get(name)) is None:
+            continue
+        offset = value - drawn[-1]
+        # Cells that hide what a metric is made of, as of probabilities beyond the last cell, say nothing of its spread.
+        hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
+        values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
+    return Replicates(values)
+
+
+def interval(values: Floats) -> tuple[float, float] | None:
+    """The middle 95 % of replicates; None where the metric is undefined in more than half of them."""
+    defined = values[np.isfinite(values)]
+    if 2 * len(defined) < len(values) or not len(defined):
+        return None
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

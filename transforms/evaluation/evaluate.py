@@ -1,0 +1,291 @@
+"""Judges a scored test split: metrics with intervals, overall and by slice.  What gates say of them: `transforms/evaluation/gates.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas import Gates, Model
+from schemas.models import RISING
+from schemas.tables import scores
+from transforms.evaluation import metrics as measures
+from transforms.evaluation.bootstrap import (
+    Cells,
+    Replicates,
+    cells_of,
+    error_quantiles,
+    interval,
+    keys_of,
+    replicates,
+    weights,
+)
+from transforms.evaluation.metrics import Tally, auc_error, metrics
+from transforms.models.scoring import carried_name
+from transforms.records.exact_sums import Bins
+from transforms.records.record_batches import frame
+from transforms.training.fit_encoders import LABEL
+
+# (column, value as text or None) of each column of a slice; () is the whole.
+Key = tuple[tuple[str, str | None], ...]
+Interval = tuple[float, float]
+Intervals = Mapping[str, Interval | None]
+# Classes up to which the whole confusion matrix is told, and quantiles of the absolute error.
+MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is accumulated of the whole or a slice: exact tallies, and counts per bootstrap replicate where rows have ids."""
+
+    tally: Tally
+    cells: Cells | None = None
+
+    def __add__(self, other: Part) -> Part:
+        cells = None if self.cells is None or other.cells is None else self.cells + other.cells
+        return Part(self.tally + other.tally, cells)
+
+
+Tallies = dict[Key, Part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Metrics of a test split.
+
+    Args:
+        rows: examples.
+        metrics: overall; None where undefined.
+        slices: by value of each declared slice, the largest first.
+        auc_error: the most by which binning may have moved the overall AUC.
+        intervals: 95 % of each metric; empty without row ids.
+        details: of binary models precision and recall by threshold, calibration, and the points of curves; of several
+            classes each one's metrics and how often it was taken for another; of regression quantiles of the error.
+        replicates: metrics per bootstrap replicate, for paired differences.
+    """
+
+    rows: int
+    metrics: Mapping[str, float | None]
+    slices: tuple[Slice, ...] = ()
+    auc_error: float = 0.0
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    replicates: Replicates | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Metrics of the examples with one value of a slice's columns.
+
+    Args:
+        by: columns and values.
+        rows: examples.
+        metrics: theirs.
+        intervals: 95 % of each; empty of fewer than 30 rows.
+        gaps: 95 % of how much worse than the whole, on the same replicates.
+        rates: of binary models: shares selected, of positives and of negatives, at the threshold.
+    """
+
+    by: Key
+    rows: int
+    metrics: Mapping[str, float | None]
+    intervals: Intervals = dataclasses.field(default_factory=dict)
+    gaps: Intervals = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{column}={'null' if value is None else value}" for column, value in self.by)
+
+
+def carried(gates: Gates) -> tuple[str, ...]:
+    """Columns of the examples that `tally` needs beside the scores."""
+    return tuple(dict.fromkeys([*(name for group in gates.slices for name in _group(group)), LABEL]))
+
+
+def _group(group: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (group,) if isinstance(group, str) else tuple(group)
+
+
+def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[str, ...]] = ()) -> Tallies:
+    """What `scored` adds to the metrics of the whole and of each slice.
+
+    Args:
+        scored: what `Score` makes of examples when it carries the columns named by `carried`.
+    """
+    rows = frame(scored)
+    label = rows[carried_name(LABEL)].cast(pl.Float64).to_numpy()
+    several = [name for name in scores(len(rows.columns)) if name in rows.columns]
+    values = rows.select(several).to_numpy() if several else rows["score"].to_numpy()
+    if not len(label):
+        return {}
+    drawn = keys = None
+    if "row_id" in rows.columns:
+        drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
+
+    def part(index: Any) -> Part:
+        cells = None if drawn is None or keys is None else cells_of(keys[..., index], drawn[index])
+        return Part(Tally.of(objective, label[index], values[index]), cells)
+
+    result: Tallies = {(): part(slice(None))}
+    for group in slices:
+        columns = _group(group)
+        texts = rows.select(pl.col(carried_name(name)).cast(pl.String).alias(name) for name in columns)
+        places = texts.with_row_index("__row").group_by(list(columns)).agg("__row")
+        for *key, place in places.iter_rows():
+            result[tuple(zip(columns, key))] = part(np.array(place))
+    return result
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets its type hints
+class Tallying(beam.CombineFn):
+    """RecordBatches of scored examples → `Report`."""
+
+    objective: str
+    slices: tuple[str | tuple[str, ...], ...] = ()
+    threshold: float = 0.5
+
+    def create_accumulator(self) -> Tallies:
+        return {}
+
+    def add_input(self, state: Tallies, scored: pa.RecordBatch) -> Tallies:
+        return self.merge_accumulators([state, tally(scored, self.objective, self.slices)])
+
+    def merge_accumulators(self, states: Iterable[Tallies]) -> Tallies:
+        total: Tallies = {}
+        for state in states:
+            for key, part in state.items():
+                total[key] = total[key] + part if key in total else part
+        return total
+
+    def extract_output(self, state: Tallies) -> Report:
+        return report(self.objective, state, self.threshold)
+
+
+def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
+    """The metrics of everything tallied."""
+    whole = state.get((), Part(Tally()))
+    drawn = _drawn(objective, whole, threshold)
+    parts = [_slice(objective, key, part, drawn, threshold) for key, part in state.items() if key]
+    parts.sort(key=lambda each: ([column for column, _ in each.by], -each.rows, each.name))
+    bins = whole.tally.bins
+    return Report(
+        whole.tally.rows, metrics(objective, whole.tally, threshold), tuple(parts), auc_error(bins) if bins else 0.0,
+        _intervals(drawn), _details(objective, whole, drawn, threshold), drawn,
+    )  # fmt: skip
+
+
+def _exact(objective: str, part: Part, threshold: float) -> dict[str, float | None]:
+    bins, found = part.tally.bins, metrics(objective, part.tally, threshold)
+    if objective == "multi:softprob":
+        each = measures.per_class(part.tally)
+        found |= {f"{name} of class {of['class']}": of[name] for of in each for name in ("auc", "precision", "recall")}
+    return {**found, **(measures.confusion(bins, threshold) if bins else {})}
+
+
+def _drawn(objective: str, part: Part, threshold: float) -> Replicates | None:
+    if part.cells is None:
+        return None
+    return replicates(objective, part.cells, _exact(objective, part, threshold), threshold)
+
+
+def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
+    return (
+        {}
+        if drawn is None
+        else {name: interval(values) for name, values in drawn.values.items() if " of class " not in name}
+    )
+
+
+def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, threshold: float) -> Slice:
+    drawn = _drawn(objective, part, threshold)
+    gaps = {}
+    if drawn is not None and whole is not None:
+        for name, values in drawn.values.items():
+            if name in whole.values and " of class " not in name:
+                gap = whole.values[name] - values
+                gaps[name] = interval(gap if name in RISING else -gap)
+    bins = part.tally.bins
+    rates = measures.confusion(bins, threshold) if bins else {}
+    return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
+
+
+def _details(objective: str, whole: Part, drawn: Replicates | None, threshold: float) -> dict[str, Any]:
+    if not whole.tally.rows:
+        return {}
+    if objective == "multi:softprob":
+        return _classes(whole.tally, drawn)
+    if (bins := whole.tally.bins) is None:
+        return (
+            {}
+            if whole.cells is None
+            else {"errors": [{"share": share, "error": error} for share, error in error_quantiles(whole.cells, ERRORS)]}
+        )
+    return _binary(whole, bins, threshold)
+
+
+def _classes(whole: Tally, drawn: Replicates | None) -> dict[str, Any]:
+    found = measures.per_class(whole)
+    for each in found:
+        spans = (
+            {name: drawn.interval(f"{name} of class {each['class']}") for name in ("auc", "precision", "recall")}
+            if drawn
+            else {}
+        )
+        each["intervals"] = spans
+    if len(found) > MATRIX:
+        return {"classes": found}
+    rows = dict(whole.pairs)
+    return {
+        "classes": found,
+        "confusion": [[rows.get((true, chosen), 0) for chosen in range(len(found))] for true in range(len(found))],
+    }
+
+
+def _binary(whole: Part, bins: Bins, threshold: float) -> dict[str, Any]:
+    at = []
+    for each in sorted({*THRESHOLDS, threshold}):
+        drawn = _drawn("binary:logistic", whole, each)
+        shown = {name: drawn.interval(name) for name in ("precision", "recall")} if drawn else {}
+        at.append({"threshold": each, **measures.confusion(bins, each), "intervals": shown})
+    points = [{"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)]
+    return {"thresholds": at, "calibration": points, **measures.curves(bins)}
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Evaluate(beam.PTransform):
+    """PCollection[RecordBatch] of scored examples → one `Report`.
+
+    Args:
+        model: whose objective, slices and threshold.
+        slices: whether slices are judged, too.
+    """
+
+    model: Model
+    slices: bool = True
+
+    def expand(self, scored: beam.PCollection) -> beam.PCollection:
+        gates = self.model.gates
+        tallying = Tallying(self.model.objective, gates.slices if self.slices else (), gates.threshold)
+        return scored | "Tally" >> beam.CombineGlobally(tallying)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as JSON values."""
+    return {
+        "rows": report.rows,
+        "metrics": dict(report.metrics),
+        "intervals": dict(report.intervals),
+        "auc_error": report.auc_error,
+        "slices": [
+            {"by": dict(each.by), "rows": each.rows, "metrics": dict(each.metrics), "intervals": dict(each.intervals), "gaps": dict(each.gaps), "rates": dict(each.rates)}
+            for each in report.slices
+        ],
+        **report.details,
+    }  # fmt: skip

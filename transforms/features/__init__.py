@@ -1,0 +1,1 @@
+"""The feature kernel, and the batch engine around it."""

@@ -1,0 +1,399 @@
+"""A changed view: which columns of an older table of it are, provably, what would be computed now, and how they are used.
+
+A column is copied for a day only if all of this holds, by digests and never by clocks; else it is computed:
+
+- the feature's meaning is the same (`FeatureView.meanings`: expressions, windows, types, kernel), and the spine's;
+- the day was computed from the very rows that the older table's manifest digests (its inputs' digest says so);
+- of each source the feature needs, itself or through the features it uses, every day within reach still has those rows, and
+  the same rows keep the contract now as then; of each dimension the whole content is the same.
+
+`Derived` columns are always computed: their rows alone decide them, and nothing is read for them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from schemas.durations import DAY, instant
+from schemas.errors import ContractError, StoreError
+from schemas.expressions import columns_of
+from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.kernel import Gather, Reading, compute, gathered
+from transforms.features.lifetime_summaries import is_lifetime
+from transforms.features.staleness import (
+    VERSION,
+    Current,
+    Manifest,
+    as_date,
+    digests_now,
+    digests_within,
+    dimensions_digest,
+    reaches,
+    read_anew,
+)
+from transforms.records.row_hashing import row_ids
+from transforms.sources.contracts import Contract
+from transforms.sources.day_digests import Digests
+from transforms.sources.inventory import Inventory, Slice, open_parquet
+from transforms.sources.reader import Repeats
+from transforms.storage.delta_tables import DataFile, read_file
+
+log = logging.getLogger("millrace.features")
+
+CANDIDATES = 3
+# What a float column must stay below to break no contract.
+_LARGEST = 3.4e38
+
+
+def about(view: FeatureView) -> dict[str, Any]:
+    """What a manifest says of the view, for later views to compare themselves with."""
+    told = {
+        "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
+        "meanings": view.meanings,
+        "sources": {
+            name: _rules(source, view.spine.schema)
+            if source is view.spine
+            else _rules(source, view.columns_held(name), view.columns_ordering(name))
+            for name, source in view.sources.items()
+        },
+        "reaches": list(reaches(view).items()),
+    }
+    return json.loads(json.dumps(told))
+
+
+def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
+    """Whatever decides which rows of a source count.
+
+    Args:
+        columns: all that are read; rows are judged by those that are not in `ordering`.
+    """
+    return {
+        "name": source.name, "time": source.time, "event_time": source.event_time,
+        "unique": source.unique and list(source.unique), "order": source.order and list(source.order),
+        "not_before": str(instant(source.not_before)), "columns": [[name, str(source.schema[name])] for name in columns],
+        **({"ordering": list(ordering)} if ordering else {}),
+    }  # fmt: skip
+
+
+def told_by(view: FeatureView, before: Manifest) -> dict[str, Any]:
+    """`about` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
+    mine = about(view)
+    return mine if not before.dates or before.about == mine else {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Older:
+    """A table of the same view under another fingerprint: address, version, manifest and files of that version."""
+
+    uri: str
+    version: int
+    manifest: Manifest
+    files: tuple[DataFile, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Columns to take from an older table.
+
+    Args:
+        uri, version: of that table.
+        columns: per day the columns to take; days left out have none.
+        files: per day the files that hold them.
+    """
+
+    uri: str
+    version: int
+    columns: Mapping[int, tuple[str, ...]]
+    files: Mapping[int, tuple[DataFile, ...]]
+
+    def classes(self, days: Iterable[int]) -> dict[tuple[str, ...], list[int]]:
+        """`days` by the columns that are copied for them."""
+        result: dict[tuple[str, ...], list[int]] = {}
+        for day in sorted(days):
+            result.setdefault(self.columns.get(day, ()), []).append(day)
+        return result
+
+
+def find_copies(
+    view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[Older], days: Sequence[int]
+) -> Copies | None:
+    """The most that one of the `tables` can give for `days`; None if nothing.  Of equals the first is taken.
+
+    Raises:
+        ContractError: a source that changed cannot be read.
+    """
+    mine = about(view)
+    known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == mine["spine"]]
+    known.sort(key=lambda each: -len(_same(view, each.manifest)))
+    found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
+    best = max(found, key=lambda each: sum(map(len, each.columns.values())), default=None)
+    return best if best is not None and best.columns else None
+
+
+def _same(view: FeatureView, manifest: Manifest) -> list[str]:
+    """Features worth copying that mean the same there."""
+    before = manifest.about["meanings"]
+    return [name for name in reading(view) if before.get(name) == view.meanings[name]]
+
+
+def reading(view: FeatureView) -> list[str]:
+    """Features that read other rows than their own."""
+    return [name for feature in view.features if not isinstance(feature, Derived) for name in _outputs(feature)]
+
+
+def _outputs(feature: Reading) -> list[str]:
+    return (
+        [each.name for each in feature.statistics] if isinstance(feature, Trailing) else list(feature.renamed.values())
+    )
+
+
+def _copies(view: FeatureView, inventory: Inventory, current: Current, older: Older, days: Sequence[int]) -> Copies:
+    manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
+    if manifest.version < VERSION:
+        same = [name for name in same if name not in of_all_history(view)]
+    back = dict(manifest.about["reaches"])
+    inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
+    files: dict[int, list[DataFile]] = {}
+    for file in older.files:
+        files.setdefault((file.date - as_date(0)).days, []).append(file)
+    days = [day for day, digest in inputs.items() if digest == manifest.dates[day] and day in files]
+    if not days:
+        return Copies(older.uri, older.version, {}, {})
+    proof_of = functools.cache(functools.partial(_proof, view, inventory, current, manifest, (days[0], days[-1])))
+
+    def proven(source: str, ordered: bool, day: int) -> bool:
+        proof, exactly = proof_of(source)
+        return (exactly or not ordered) and proof(day, back.get(source, 0))
+
+    columns: dict[int, tuple[str, ...]] = {}
+    one: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for day in days:
+        if not proof_of(spine)[0](day, 0):
+            continue
+        names = tuple(name for name in same if all(proven(source, order, day) for source, order in needs[name]))
+        if names:
+            columns[day] = one.setdefault(names, names)
+    return Copies(older.uri, older.version, columns, {day: tuple(files[day]) for day in columns})
+
+
+def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
+    """Per feature the sources that decide it, through the features it uses too, each with whether the order of its rows does."""
+    result: dict[str, frozenset[tuple[str, bool]]] = {}
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            above = {name: set(columns_of(expr)) for name, expr in feature.columns.items()}
+            own: dict[str, set[tuple[str, bool]]] = {name: set() for name in above}
+        else:
+            keys, source = {left for left, _ in feature.keys}, feature.source.name
+            above = dict.fromkeys(_outputs(feature), keys)
+            own = {name: {(source, True)} for name in above}
+            if isinstance(feature, Trailing):
+                own = {each.name: {(source, each.stat in ORDERED)} for each in feature.statistics}
+        result |= {
+            name: frozenset(own[name].union(*(result.get(column, frozenset()) for column in columns)))
+            for name, columns in above.items()
+        }
+    return result
+
+
+def of_all_history(view: FeatureView) -> set[str]:
+    """Features whose windows have no beginning, and those that use such features."""
+    found: set[str] = set()
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            found |= {name for name, expr in feature.columns.items() if found.intersection(columns_of(expr))}
+        elif found.intersection(left for left, _ in feature.keys):
+            found |= {*_outputs(feature)}
+        elif isinstance(feature, Trailing):
+            found |= {each.name for each in feature.statistics if each.length is None}
+        elif is_lifetime(feature):
+            found |= {*_outputs(feature)}
+    return found
+
+
+# (Day, days back) → whether all that a window of that day sees of a source is what it was.
+Proof = Callable[[int, int], bool]
+
+
+def _proof(
+    view: FeatureView, inventory: Inventory, current: Current, manifest: Manifest, span: tuple[int, int], source: str
+) -> tuple[Proof, bool]:
+    """(Proof for the source and the days of `span`, whether it was read with the same columns, and so with rows of one moment
+    in the same order)."""
+    spine = source == view.spine.name
+    before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
+    contract, slices = inventory.contract(source), inventory.slices[source]
+    now = _rules(contract.source, contract.read, contract.ordering)
+    if before is None or any(
+        before[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
+    ):
+        return _never, False
+    exactly = before["columns"] == now["columns"]
+    same = exactly and before.get("ordering") == now.get("ordering")
+    then = contract if same else _alike(contract, before, slices, current.repeats.get(source))
+    if then is None:
+        return _never, False
+    if contract.source.time is None:
+        content = manifest.dimensions.get(source) == current.dimensions[source]
+        used = dimensions_digest(manifest.dimensions)
+        return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
+    # What no window of these days can see need not be read.
+    first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
+    files = {path: held for path, held in current.files[source].items() if held[1] <= last and held[2] >= first}
+    try:
+        known = read_anew(manifest) if manifest.version < VERSION else manifest
+        rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
+    except ContractError:  # a column that is no longer needed need not be there
+        return _never, False
+    dropped = current.repeats[source].dropped if source in current.repeats else {}
+    changed = sorted(
+        _differing(rows, manifest.digests.get(source, {})) | _differing(dropped, manifest.dropped.get(source, {}))
+    )
+
+    def proof(day: int, back: int) -> bool:
+        at = bisect.bisect_left(changed, day - back)
+        return day <= current.whole[source] and (at == len(changed) or changed[at] > day)
+
+    return proof, exactly
+
+
+def _never(day: int, back: int) -> bool:
+    return False
+
+
+def _differing(now: Digests, before: Digests) -> set[int]:
+    return {day for day in {*now, *before} if now.get(day) != before.get(day)}
+
+
+def _alike(
+    contract: Contract, before: Mapping[str, Any], slices: Sequence[Slice], repeats: Repeats | None
+) -> Contract | None:
+    """The contract of an older view that read or judged by other columns, if the very same rows keep both; None where that is
+    not sure.
+
+    Columns decide about rows in two ways: numbers must be finite, and of repeats at one moment the smallest row stays.
+    """
+    declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
+    if contract.source.time is None or (repeats is not None and len(repeats.first)):
+        return None
+    if any(name not in declared or str(declared[name]) != dtype for name, dtype in columns):
+        return None
+    judged = tuple(name for name, _ in columns if name not in ordering)
+    floats = [name for name in {*judged} ^ {*contract.columns} if declared[name].is_float()]
+    then = dataclasses.replace(contract, columns=judged, ordering=tuple(ordering))
+    return then if finite(slices, contract.source, floats) else None
+
+
+def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:
+    """Whether footers say that these columns hold no infinity, and nothing beyond float32."""
+    groups: dict[str, list[int]] = {}
+    for each in slices if columns else ():
+        groups.setdefault(each.path, []).append(each.group)
+    for path, wanted in groups.items():
+        meta = open_parquet(path, source).metadata
+        places = {meta.schema.column(i).path: i for i in range(meta.num_columns)}
+        for group in wanted:
+            for name in columns:
+                told = meta.row_group(group).column(places[name]).statistics if name in places else None
+                if told is None or not _bounded(told, meta.row_group(group).num_rows):
+                    return False
+    return True
+
+
+def _bounded(told: Any, rows: int) -> bool:
+    if not told.has_min_max:
+        return bool(told.has_null_count and told.null_count == rows)
+    return bool(abs(told.min) < _LARGEST and abs(told.max) < _LARGEST)
+
+
+def compute_with(
+    view: FeatureView,
+    spine: pl.DataFrame,
+    tables: Mapping[str, Any],
+    copies: Copies | None = None,
+    gather: Gather = gathered,
+) -> pl.DataFrame:
+    """As `kernels.compute`, columns of `copies` taken from there.
+
+    A question that the older table does not answer, or a file of it that is gone, has its columns computed.
+    """
+    if copies is None or not len(spine):
+        return compute(view, spine, tables, gather)
+    days = spine[view.time].to_physical().to_numpy() // DAY
+    parts, places = [], []
+    for names, chosen in copies.classes(np.unique(days).tolist()).items():
+        place = np.flatnonzero(np.isin(days, chosen))
+        some = spine[place]
+        old = _aligned(view, copies, some, names, chosen) if names else None
+        parts.append(compute(view, some, tables, gather if old is None else functools.partial(_gather, old, gather)))
+        places.append(place)
+    return pl.concat(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def _aligned(
+    view: FeatureView, copies: Copies, spine: pl.DataFrame, names: Sequence[str], days: Sequence[int]
+) -> pl.DataFrame | None:
+    """The older table's columns in the spine's order of rows; None if they do not answer every question once."""
+    wanted = ["row_id", *names]
+    try:
+        parts = [pl.from_arrow(read_file(file, wanted)) for day in days for file in copies.files[day]]
+    except StoreError as error:
+        log.warning("computed instead of copied: %s", error)
+        return None
+    old: pl.DataFrame = pl.concat(parts)  # type: ignore[type-var, assignment]
+    ids = row_ids(view.name, [spine[name] for name in (*view.key, view.time)])
+    order = pl.DataFrame({"row_id": ids}).join(
+        old.with_row_index("__place").select("row_id", "__place"), on="row_id", how="left", maintain_order="left"
+    )["__place"]
+    if len(order) != len(spine) or len(old) != len(spine) or order.null_count():
+        log.warning(
+            "computed instead of copied: %s version %d has other rows of %s",
+            copies.uri,
+            copies.version,
+            as_date(days[0]),
+        )
+        return None
+    return old.select(names)[order.to_numpy()]
+
+
+def _gather(
+    old: pl.DataFrame,
+    gather: Gather,
+    view: FeatureView,
+    features: Sequence[Reading],
+    frame: pl.DataFrame,
+    tables: Mapping[str, Any],
+) -> list[pl.Series]:
+    """Columns of `features`: those of `old`, and the others computed."""
+    copied = [name for feature in features for name in _outputs(feature) if name in old.columns]
+    return [*gather(view, list(rest(features, copied)), frame, tables), *(old[name] for name in copied)]
+
+
+def rest(features: Iterable[Reading], without: Iterable[str]) -> Iterator[Reading]:
+    """Features that give the same columns less those in `without`."""
+    gone = set(without)
+    for feature in features:
+        if not gone.intersection(_outputs(feature)):
+            yield feature
+        elif isinstance(feature, Latest | Lookup):
+            left = tuple(column for column, name in feature.renamed.items() if name not in gone)
+            if left:
+                yield dataclasses.replace(feature, columns=left)
+        else:
+            by_window: dict[str, dict[str, tuple[str, ...]]] = {}
+            for each in feature.statistics:
+                if each.name not in gone:
+                    stats = by_window.setdefault(each.window, {})
+                    stats[each.column] = (*stats.get(each.column, ()), each.stat)
+            yield from (dataclasses.replace(feature, over=window, stats=stats) for window, stats in by_window.items())

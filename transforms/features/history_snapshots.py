@@ -1,0 +1,287 @@
+"""Summaries of all that came before a block, made by the run itself or taken from the snapshot that an earlier run left.
+
+Every span of time between a snapshot and the last block is summarised on its own, in parallel; one small step then merges
+them in order of time, so that each block finds the summary of everything before it.  No run reads what a snapshot covers.
+
+The spans of a run tile the time from each snapshot that it starts from (`Chain`): several ranges of days, with days between
+them that are not computed, share one chain, and no event enters a summary twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam import pvalue
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.durations import DAY
+from schemas.errors import StoreError
+from schemas.expressions import canonical
+from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.views import FeatureView
+from transforms.features.block_inputs import Input, letters_batch, settle_events
+from transforms.features.lifetime_summaries import Summary, is_lifetime, merge, summarise, summary_name
+from transforms.features.plan import Block, Plan
+from transforms.features.staleness import lifetime_sources
+from transforms.sources.inventory import ALWAYS, Slice
+from transforms.sources.reader import CHUNK, read_slices
+from transforms.storage.delta_tables import write_aside
+
+FOLDER = "_summaries"
+Groups = dict[str, tuple[Trailing | Latest, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A span of time `[start, end)` µs to summarise; `accounts` if its events are accounted for nowhere else."""
+
+    index: int
+    start: int
+    end: int
+    accounts: bool
+    digests: bool
+    events: Mapping[str, tuple[Slice, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The summaries of everything before `until` µs: file name per group, in the order of `lifetime_groups`."""
+
+    until: int
+    files: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Time `[start, end)` µs that is summarised without a gap, on top of `base`: what it leaves at each of the times `wanted`
+    is the summary of everything before.  Without `base` it begins with all history."""
+
+    base: Snapshot | None
+    end: int
+    wanted: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return ALWAYS if self.base is None else self.base.until
+
+
+# A summarised segment: its start and end, and the files of its summaries.
+Part = tuple[int, int, tuple[str, ...]]
+# Per time (µs) the files of the summaries of everything before it.
+Carried = Mapping[int, tuple[str, ...]]
+
+
+def lifetime_groups(view: FeatureView) -> Groups:
+    """Features with windows over all history by source, key and condition, under the name of their summary."""
+    groups: dict[str, list[Trailing | Latest]] = {}
+    for feature in view.features:
+        if isinstance(feature, Derived | Lookup):
+            continue
+        where = None if feature.where is None else canonical(feature.where)
+        groups.setdefault(summary_name(feature.source.name, feature.keys, where), []).append(feature)
+    return {name: tuple(group) for name, group in groups.items() if any(map(is_lifetime, group))}
+
+
+def chains(plan: Plan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
+    """How the summaries before every block come about; `found` is, by the start of each range, the newest snapshot before it.
+
+    Chains do not overlap: a range goes on from the range before it, through the time between the two, unless its snapshot
+    reaches further.
+    """
+    made: list[Chain] = []
+    for first, last in plan.ranges:
+        wanted = (*(block.start for block in plan.blocks if first <= block.start < last), last)
+        base = found.get(first)
+        if made and (base is None or base.until <= made[-1].end):
+            made[-1] = dataclasses.replace(made[-1], end=last, wanted=(*made[-1].wanted, *wanted))
+        else:
+            made.append(Chain(base, last, wanted))
+    return tuple(made)
+
+
+def segments(
+    view: FeatureView,
+    plan: Plan,
+    over: Sequence[Chain],
+    slices: Mapping[str, Sequence[Slice]],
+    timeless: Mapping[str, Sequence[Slice]],
+) -> tuple[Segment, ...]:
+    """What there is to summarise: each chain, cut where blocks and ranges begin and end."""
+    sources = lifetime_sources(view)
+    result: list[Segment] = []
+    for chain in over:
+        cuts = sorted({chain.start, *chain.wanted})
+        for low, high in itertools.pairwise(cuts):
+            before = high <= plan.start
+            inside = {
+                name: tuple(
+                    dict.fromkeys(
+                        [
+                            *(each for each in slices[name] if each.low < high and each.high >= low),
+                            *(timeless.get(name, ()) if low == ALWAYS else ()),
+                        ]
+                    )
+                )
+                for name in sources
+            }
+            result.append(Segment(len(result), low, high, before and plan.dates is None, before, inside))
+    return tuple(result)
+
+
+@dataclasses.dataclass(eq=False)
+class CarrySummaries(beam.PTransform):
+    """PCollection[Segment] → (PCollection of one `Carried`; dead letters; tallies)."""
+
+    view: FeatureView
+    plan: Plan
+    uri: str
+    run_id: str
+    chains: tuple[Chain, ...]
+
+    def expand(self, spans: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+        step = Summarise(self.view, dataclasses.replace(self.plan, blocks=()), self.uri, self.run_id)
+        outputs = (
+            spans
+            | "Spread" >> beam.Reshuffle()
+            | "Summarise" >> beam.ParDo(step).with_outputs("letters", "tallies", main="parts")
+        )
+        outputs.letters.element_type = pa.RecordBatch
+        parts = outputs.parts | "Gather" >> beam.combiners.ToList()
+        carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
+        # After the merge for good, which a runner may repeat.
+        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
+        return carried, outputs.letters, outputs.tallies
+
+
+class Summarise(beam.DoFn):
+    """Segment → `Part`; tagged: letters and tallies where it accounts for its events."""
+
+    def __init__(self, view: FeatureView, plan: Plan, uri: str, run_id: str) -> None:
+        self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
+
+    def process(self, segment: Segment) -> Iterator[Part | pvalue.TaggedOutput]:
+        inputs = {name: read_segment(self.view, self.plan, segment, name) for name in segment.events}
+        files = []
+        for i, group in enumerate(lifetime_groups(self.view).values()):
+            summary = summarise(group, inputs[group[0].source.name].frame)
+            files.append(write_summary(self.uri, f"{self.run_id}-part-{segment.index}-{i}", summary))
+        yield segment.start, segment.end, tuple(files)
+        if segment.accounts:
+            letters = letters_batch(self.view, [each.letters for each in inputs.values()])
+            if letters.num_rows:
+                yield pvalue.TaggedOutput("letters", letters)
+        for each in inputs.values():
+            yield pvalue.TaggedOutput("tallies", each.tally)
+
+
+def read_segment(view: FeatureView, plan: Plan, segment: Segment, name: str) -> Input:
+    """Events known in the segment, without repeats; letters and account only if it accounts for them."""
+    contract = plan.contracts[name]
+    own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
+    span = (segment.start, segment.end) if segment.digests else None
+    read = read_slices(contract, segment.events[name], segment.start, segment.end, own=own, span=span)
+    block = Block(0, segment.start, segment.end, (segment.start, segment.end), (), {})
+    settled = settle_events(view, plan, block, name, read)
+    counted = dataclasses.replace(settled.tally, used=settled.tally.used + settled.tally.outside, outside=0)
+    nothing = dataclasses.replace(counted, read=0, used=0, repeated=0, dead=0)
+    return dataclasses.replace(settled, tally=counted if segment.accounts else nothing)
+
+
+def merge_in_order(
+    parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
+) -> dict[int, tuple[str, ...]]:
+    """The summaries of everything before each time that a chain is wanted at.
+
+    Raises:
+        StoreError: the parts leave a gap or overlap, so that some event would be missed or counted twice.
+    """
+    groups = list(lifetime_groups(view).values())
+    waiting = sorted(parts, reverse=True)
+    result: dict[int, tuple[str, ...]] = {}
+    for chain in over:
+        held: list[pl.DataFrame] = (
+            [read_summary(uri, name) for name in chain.base.files]
+            if chain.base is not None
+            else [summarise(group, pl.DataFrame(schema=group[0].source.schema)) for group in groups]
+        )
+        until = chain.start
+        for moment in sorted(chain.wanted):
+            while until < moment:
+                start, end, names = waiting.pop() if waiting else (moment, moment, ())
+                if start != until or end > moment:
+                    raise StoreError(
+                        "Summaries of a source's past follow each other without a gap",
+                        f"what follows {until} begins at {start} and ends at {end}, on the way to {moment}",
+                        "Nothing was committed; this is a defect of Millrace: please report it",
+                    )
+                until = end
+                for i, (name, group) in enumerate(zip(names, groups, strict=True)):
+                    part, keys = read_summary(uri, name), [column for _, column in group[0].keys]
+                    held[i] = merge(held[i], part, keys) if len(held[i]) else part
+            result[moment] = (
+                chain.base.files
+                if chain.base is not None and moment == chain.start
+                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(held))
+            )
+    return result
+
+
+def remove_parts(parts: Iterable[Part], carried: Carried, uri: str) -> None:
+    """Delete the summaries of segments once what was `carried` from them is there."""
+    paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
+    FileSystems.delete([path for path in paths if FileSystems.exists(path)])
+
+
+def left_for_later(carried: Carried) -> dict[int, tuple[str, ...]]:
+    """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
+    return {until: files for until, files in sorted(carried.items()) if until % DAY == 0}
+
+
+def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
+    """The first of the candidates whose files are all there."""
+    for until, files in candidates:
+        if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
+            return Snapshot(until, tuple(files))
+    return None
+
+
+def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
+    """The name of the file, which ends with a digest of its content: what some manifest names is never overwritten with other
+    content, even by a later launch under the same run id."""
+    sink = io.BytesIO()
+    summary.write_parquet(sink, compression="lz4")
+    content = sink.getvalue()
+    file = f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    write_aside(FileSystems.join(uri, FOLDER), file, pa.py_buffer(content))
+    return file
+
+
+def read_summary(uri: str, name: str) -> pl.DataFrame:
+    with FileSystems.open(FileSystems.join(uri, FOLDER, name)) as handle:
+        return pl.read_parquet(io.BytesIO(handle.read()))
+
+
+def stream_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> Iterator[tuple[str, pl.DataFrame]]:
+    """As `load_summaries`, a few rows at a time, each with the name of its summary."""
+    for name, file in zip(lifetime_groups(view), files[block.start], strict=True):
+        with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
+            read = pq.ParquetFile(handle)
+            yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
+            for batch in read.iter_batches(CHUNK):
+                yield name, pl.from_arrow(batch)  # type: ignore[misc]
+
+
+def load_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> dict[str, Summary]:
+    """The summaries of everything before the block, by the names a kernel looks for."""
+    return {
+        name: Summary(read_summary(uri, file), block.start)
+        for name, file in zip(lifetime_groups(view), files[block.start], strict=True)
+    }

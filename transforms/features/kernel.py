@@ -1,0 +1,353 @@
+"""What a feature is: spine rows and the events before them in, features out.  Knows nothing of Beam, blocks or shards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from schemas.errors import DataError
+from schemas.expressions import canonical
+from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.lifetime_summaries import LATEST, Carried, Summary, summary_name
+from transforms.features.window_bounds import Sorting, codes
+from transforms.features.window_statistics import Bools, Column, Ints, Once, lazy, statistic
+
+# Rows that the general path (event_time) may hold at once.
+EXPANDED_ROWS = 4_000_000
+# numpy and Polars let go of the interpreter while they work, so threads do share the cores.
+CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+log = logging.getLogger("millrace.features")
+Reading = Trailing | Latest | Lookup
+Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, Any]], list[pl.Series]]
+
+
+def compute(
+    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, Any], gather: Gather | None = None
+) -> pl.DataFrame:
+    """Features of each spine row, exactly as of its time.
+
+    Args:
+        spine: the spine source's columns, any order of rows.
+        tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
+            irrelevant), repeats by `unique` already removed; dimensions with one row per key.
+            For windows over all history they hold all of it; or, under `lifetime.summary_name`, the `Summary` of what came
+            before the events that they hold, or of those that all windows of one length hold.
+        gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
+
+    Returns:
+        The spine's context columns and the features, in the spine's order of rows.
+    """
+    gather = gather or gathered
+    frame = spine
+    waiting: list[Trailing | Latest | Lookup] = []
+    for feature in view.features:
+        if isinstance(feature, Derived) or any(column in view.columns for column, _ in feature.keys):
+            # It may read what is waiting.
+            frame = frame.with_columns(gather(view, waiting, frame, tables))
+            waiting = []
+        if isinstance(feature, Derived):
+            with computing(f"Derived({', '.join(feature.columns)})"):
+                frame = with_derived(view, feature, frame)
+        else:
+            waiting.append(feature)
+    frame = frame.with_columns(gather(view, waiting, frame, tables))
+    return frame.select(*view.context, *(pl.col(name).cast(dtype) for name, dtype in view.columns.items()))
+
+
+def gathered(
+    view: FeatureView,
+    features: Sequence[Trailing | Latest | Lookup],
+    frame: pl.DataFrame,
+    tables: Mapping[str, Any],
+) -> list[pl.Series]:
+    """Columns of features that read other tables: those of one source, key and condition share a history, and histories share the cores."""
+    groups: dict[tuple[str, object, str | None], list[Trailing | Latest | Lookup]] = {}
+    for feature in features:
+        where = None if feature.where is None else canonical(feature.where)
+        groups.setdefault((feature.source.name, feature.keys, where), []).append(feature)
+
+    def history_of(group: list[Reading]) -> History | None:
+        first = group[0]
+        if isinstance(first, Lookup):
+            return None
+        where = None if first.where is None else canonical(first.where)
+        with computing(f"where of {first.name!r}"):
+            events = (
+                tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.condition)
+            )
+        name = summary_name(first.source.name, first.keys, where)
+        return History(first.source, first.keys, events, frame, view.time, tables.get(name))
+
+    def work(task: tuple[Reading, History | None, list[Statistic]]) -> list[pl.Series]:
+        feature, history, wanted = task
+        if isinstance(feature, Lookup):
+            return looked_up(feature, frame, tables[feature.source.name])
+        assert history is not None
+        return (
+            latest(feature, history) if isinstance(feature, Latest) else [_statistic(history, each) for each in wanted]
+        )
+
+    # A history's statistics begin as soon as it is there, beside those that are still being sorted.
+    histories = [(group, CORES.submit(history_of, group)) for group in groups.values()]
+    tasks = [
+        CORES.submit(work, (feature, history.result(), part))
+        for group, history in histories
+        for feature in group
+        for part in _parts(feature)
+    ]
+    return [series for task in tasks for series in task.result()]
+
+
+def _parts(feature: Reading) -> list[list[Statistic]]:
+    """The statistics of a Trailing, those together that share their work; one part without any for other features."""
+    if not isinstance(feature, Trailing):
+        return [[]]
+    parts: dict[tuple[str, str], list[Statistic]] = {}
+    for each in feature.statistics:
+        parts.setdefault((each.column, each.stat), []).append(each)
+    return list(parts.values())
+
+
+@contextlib.contextmanager
+def computing(what: str) -> Iterator[None]:
+    """Turn a failure of the user's expression into one that names it."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise DataError(
+            f"{what} has an answer for every row",
+            str(error).splitlines()[0],
+            "Let what does not fit be null, as in cast(…, strict=False)",
+        ) from None
+
+
+def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
+    """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
+    made = {name: view.arithmetic[name] for name in feature.columns}
+    result = frame.with_columns(stored(each.expr, view.columns[name]).alias(name) for name, each in made.items())
+    for name, each in made.items():
+        if each.overflow is not None and result[name].null_count():
+            lost = int((frame.select(each.overflow.alias("_"))["_"] & result[name].is_null()).sum())
+            if lost:
+                log.warning(
+                    "Derived %r: %s of %s values are null: int64 cannot hold them", name, f"{lost:,}", f"{len(frame):,}"
+                )
+    return result
+
+
+def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """`expr` as `dtype`; float32 last, and null for what it cannot hold."""
+    result = expr.cast(dtype, strict=False)
+    return pl.when(result.is_finite()).then(result) if dtype.is_float() else result
+
+
+def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
+    """Columns of the dimension's row of each spine row's key."""
+    left, right = codes(spine, dimension, feature.keys)
+    rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
+    rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key wins
+    found = rows[left]
+    return _taken(dimension, feature.renamed, found, found >= 0)
+
+
+def latest(feature: Latest, history: History) -> list[pl.Series]:
+    """Columns of the last row in `[t − max_age, t)`."""
+    last, found = history.spread(history.windows(feature.length, ordered=True), _last)
+    own = _taken(history.events, feature.renamed, last, found)
+    if feature.length is not None or history.carried is None:
+        return own
+    before = history.restored(history.carried.value(LATEST)).struct.unnest()
+    return [
+        pl.select(
+            pl.when(pl.Series(found))
+            .then(series)
+            .otherwise(stored(pl.lit(before[column]), series.dtype))
+            .alias(series.name)
+        ).to_series()
+        for column, series in zip(feature.renamed, own, strict=True)
+    ]
+
+
+def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
+    found = hi > lo
+    last = np.zeros(len(lo), np.int64)
+    last[found] = rows[hi[found] - 1]
+    return last, found
+
+
+def _statistic(history: History, wanted: Statistic) -> pl.Series:
+    carried = history.carried if wanted.length == history.summed else None
+
+    def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+        if carried is not None and wanted.stat not in ORDERED:
+            return carried.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
+        if wanted.column == "*":
+            return hi - lo, np.ones(len(lo), np.bool_)
+        values, valid = statistic(history.column(wanted.column, rows), wanted.stat, lo, hi)
+        return (rows[values] if wanted.stat in ORDERED and len(rows) else values), valid
+
+    values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
+    if wanted.stat in ORDERED:
+        (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
+        if carried is None:
+            return own
+        before = stored(pl.lit(history.restored(carried.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        return pl.select(
+            pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
+        ).to_series()
+    if wanted.stat in ("count", "n_unique"):
+        return pl.Series(wanted.name, values, pl.Int64)
+    with np.errstate(over="ignore"):
+        numbers = values.astype(np.float32)
+    # What is beyond float32 is not a number it can hold.
+    numbers[~(valid & np.isfinite(numbers))] = np.nan
+    return pl.Series(wanted.name, numbers, nan_to_null=True)
+
+
+def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: Bools) -> list[pl.Series]:
+    """`table`'s columns at `rows`, null where not found."""
+    if not len(table):
+        return [
+            pl.Series(name, [None] * len(rows), dtype=_kept(table[column].dtype)) for column, name in renamed.items()
+        ]
+    at = pl.Series(rows) if found.all() else pl.Series(rows).set(pl.Series(~found), None)
+    taken = table.select(list(renamed)).select(pl.all().gather(at))
+    return taken.select(
+        stored(pl.col(column), _kept(taken[column].dtype)).alias(name) for column, name in renamed.items()
+    ).get_columns()
+
+
+def _kept(dtype: pl.DataType) -> pl.DataType:
+    return pl.Int64() if dtype.is_integer() else pl.Float32() if dtype.is_numeric() else dtype
+
+
+class History:
+    """A source's events grouped by key and sorted by position in time, and where each spine row's windows lie in them."""
+
+    def __init__(
+        self,
+        source: Source,
+        keys: Sequence[tuple[str, str]],
+        events: pl.DataFrame,
+        spine: pl.DataFrame,
+        time: str,
+        summary: Summary | None = None,
+    ) -> None:
+        left, right = codes(spine, events, keys)
+        if (right < 0).any():
+            events, right = events.filter(pl.Series(right >= 0)), right[right >= 0]
+        self.source = source
+        known = _microseconds(events[str(source.time)])
+        positions = known if source.event_time is None else _microseconds(events[source.event_time])
+        self.moments = _microseconds(spine[time])
+        self.sorting = Sorting(positions, right, self.moments, left)
+        self.events = events
+        self.known = None if source.event_time is None else known
+        self._columns = Once()
+        self.until, self.carried, self.summed = None, None, None if summary is None else summary.length
+        if summary is not None:
+            mine, theirs = codes(spine, summary.frame, keys)
+            row = np.full(int(theirs.max(initial=0)) + 2, -1, np.int64)
+            row[theirs] = np.arange(len(theirs))
+            self.until, self.carried = (
+                summary.until,
+                Carried(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
+            )
+
+    @lazy
+    def rows(self) -> Ints:
+        """Row of `events` per place in sorted order."""
+        return self.sorting.order
+
+    @lazy
+    def ordered_rows(self) -> Ints:
+        """As `rows`, places of one key and moment put in order by what breaks their source's ties."""
+        tied = self.sorting.ties()
+        if not len(tied):
+            return self.rows
+        by = self.source.ties(self.events.columns)
+        some = self.events.select(by).select(pl.all().gather(pl.Series(self.rows[tied])))
+        some = some.select(pl.Series("__place", self.sorting.sorted_keys[tied]), pl.all())
+        rows = self.rows.copy()
+        rows[tied] = self.rows[tied][some.select(pl.arg_sort_by(some.columns)).to_series().to_numpy()]
+        return rows
+
+    def windows(self, length: int | None, ordered: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `sorting.spine_order`."""
+        rows = self.ordered_rows if ordered else self.rows
+        lo, hi = self.sorting.bounds(length, self.until)
+        if self.known is None:
+            yield rows, lo, hi
+            return
+        # Placed in time earlier than known: give every window rows of its own, less those not yet known.
+        ends = np.cumsum(hi - lo)
+        start = 0
+        while start < len(lo):
+            stop = max(
+                start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + EXPANDED_ROWS, "right"))
+            )
+            lengths = hi[start:stop] - lo[start:stop]
+            owner = np.repeat(np.arange(len(lengths)), lengths)
+            first = np.cumsum(lengths) - lengths
+            candidates = rows[np.arange(len(owner)) - first[owner] + lo[start:stop][owner]]
+            moments = self.moments[self.sorting.spine_order[start:stop]]
+            seen = self.known[candidates] < moments[owner]
+            counts = np.bincount(owner[seen], minlength=len(lengths))
+            until = np.cumsum(counts)
+            yield candidates[seen], until - counts, until
+            start = stop
+        if not len(lo):
+            yield rows[:0], lo, hi
+
+    def column(self, name: str, rows: Ints) -> Column:
+        """Values of a column in the order of `rows`."""
+        if self.known is not None:  # rows are a few windows' own
+            return self._column(name, rows)
+        made: Column = self._columns.get((name, rows is self.rows), lambda: self._column(name, rows))
+        return made
+
+    def _column(self, name: str, rows: Ints) -> Column:
+        series = self.events[name].gather(pl.Series(rows))
+        if series.dtype == pl.String:
+            series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
+        elif series.dtype.is_temporal() or series.dtype == pl.Boolean:
+            series = series.to_physical().cast(pl.Int64)
+        if series.dtype.is_float():
+            series = series.fill_nan(None)
+        valid = series.is_not_null().to_numpy() if series.null_count() else None
+        return Column(series.fill_null(0).to_numpy(), valid)
+
+    def spread(
+        self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[npt.NDArray[Any], Bools]]
+    ) -> tuple[npt.NDArray[Any], Bools]:
+        """`function` of all windows, in the spine's order of rows."""
+        values, valid = [], np.empty(len(self.moments), np.bool_)
+        start = 0
+        for rows, lo, hi in windows:
+            value, known = function(rows, lo, hi)
+            values.append(value)
+            valid[self.sorting.spine_order[start : start + len(lo)]] = known
+            start += len(lo)
+        result = np.empty(len(self.moments), values[0].dtype)
+        result[self.sorting.spine_order] = values[0] if len(values) == 1 else np.concatenate(values)
+        return result, valid
+
+    def restored(self, series: pl.Series) -> pl.Series:
+        """A series in the order of windows, in the spine's order of rows."""
+        back = np.empty(len(series), np.int64)
+        back[self.sorting.spine_order] = np.arange(len(series))
+        return series.gather(pl.Series(back))
+
+
+def _microseconds(series: pl.Series) -> Ints:
+    return series.to_physical().to_numpy()

@@ -1,0 +1,218 @@
+"""A block whose windows reach more events than memory holds: its events are cut by the hash of each feature group's key.
+
+Events are streamed once and set down apart by group (source, key and condition) and by the key's hash.  Then one part of one
+group at a time is taken up, and the kernel answers the questions whose keys it holds: all events of a key are in one part, so
+the kernel never knows.  A key that holds most of the rows cannot be cut by its hash; what bounds that is `middles`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from schemas.expressions import canonical, columns_of
+from schemas.features import ORDERED, Latest, Lookup, Trailing
+from schemas.views import FeatureView
+from transforms.features.block_inputs import Input, Tally, concat_letters, label, settle_events
+from transforms.features.kernel import Reading, computing, gathered
+from transforms.features.lifetime_summaries import Summary, summary_name
+from transforms.features.long_windows import Part, divide, position
+from transforms.features.plan import Block, Plan
+from transforms.records.disk_partitions import Spill, part_of, places_by_part
+from transforms.sources.reader import CHUNK, LETTERS, Read
+
+log = logging.getLogger("millrace.features")
+
+Identity = tuple[str, tuple[tuple[str, str], ...], str | None]
+Events = Trailing | Latest
+
+
+def identity(feature: Reading) -> Identity:
+    """Features of one identity share a history."""
+    return feature.source.name, feature.keys, None if feature.where is None else canonical(feature.where)
+
+
+def event_groups(features: Iterable[object]) -> dict[Identity, list[Events]]:
+    """Trailing and Latest features by source, key and condition."""
+    groups: dict[Identity, list[Events]] = {}
+    for feature in features:
+        if isinstance(feature, Trailing | Latest):
+            groups.setdefault(identity(feature), []).append(feature)
+    return groups
+
+
+class KeyedEvents:
+    """A block's events on local disk, from which `gather` answers.
+
+    Args:
+        folder: where rows are set down; whoever made it removes it.
+    """
+
+    def __init__(self, view: FeatureView, plan: Plan, block: Block, folder: str) -> None:
+        self.view, self.plan, self.block = view, plan, block
+        self.groups = {
+            name: GroupEvents(view, plan, block, group, folder) for name, group in event_groups(view.features).items()
+        }
+        self.inputs = {
+            name: Input(_nothing(plan, name), concat_letters([]), Tally(label(plan, name))) for name in block.events
+        }
+        self.suspects = {name: Spill(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events}  # fmt: skip
+
+    def add(self, name: str, read: Read) -> None:
+        """Events of a source that were read; those that may repeat others wait until all have come."""
+        contract, repeats = self.plan.contracts[name], self.plan.repeats.get(name)
+        clear = read.frame
+        if contract is self.plan.spine:
+            self.suspects[name].add(clear)
+            clear = clear.clear()
+        elif repeats is not None and len(repeats):
+            unique = list(contract.source.unique or ())
+            again = clear.with_row_index("__place").join(repeats, on=unique, how="semi")["__place"]
+            self.suspects[name].add(clear[again.to_numpy()])
+            alone = np.ones(len(clear), np.bool_)
+            alone[again.to_numpy()] = False
+            clear = clear.filter(pl.Series(alone))
+        self._settle(name, Read(clear, read.letters, read.digests))
+
+    def settled(self) -> dict[str, Input]:
+        """Letters and accounts of all that was added; the rows themselves are set down."""
+        for name, suspects in self.suspects.items():
+            for part in range(suspects.parts):
+                rows = list(suspects.read(part, CHUNK))
+                if rows:
+                    self._settle(name, Read(pl.concat(rows), pl.DataFrame(schema=LETTERS)))
+        return self.inputs
+
+    def _settle(self, name: str, read: Read) -> None:
+        settled, before = settle_events(self.view, self.plan, self.block, name, read), self.inputs[name]
+        for (source, *_), group in self.groups.items():
+            if source == name:
+                group.add(settled.frame)
+        letters = concat_letters([before.letters, settled.letters]) if len(settled.letters) else before.letters
+        self.inputs[name] = Input(before.frame, letters, before.tally + settled.tally)
+
+    def carry(self, name: str, summary: pl.DataFrame) -> None:
+        """Rows of the summary of all that came before the block, of the name by which a kernel looks for it."""
+        for group in self.groups.values():
+            if group.summary_name == name:
+                group.carry(summary)
+
+    def gather(
+        self, view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, Any]
+    ) -> list[pl.Series]:
+        """As `kernels.gathered`, one part of one group at a time."""
+        lookups = [feature for feature in features if isinstance(feature, Lookup)]
+        columns = gathered(view, lookups, frame, tables)
+        for name, group in event_groups(features).items():
+            columns += self.groups[name].answer(group, frame)
+        return columns
+
+
+class GroupEvents:
+    """Events of one group, apart by the hash of its key."""
+
+    def __init__(self, view: FeatureView, plan: Plan, block: Block, features: Sequence[Events], folder: str) -> None:
+        first, self.view, self.block, self.folder = features[0], view, block, folder
+        self.source, self.keys, self.where = first.source, first.keys, first.condition
+        self.known, self.asked = tuple(right for _, right in self.keys), tuple(left for left, _ in self.keys)
+        self.columns = _columns(features, plan.contracts[self.source.name].read)
+        self.name = first.name if self.where is not None else self.source.name
+        self.summary_name = summary_name(*identity(first))
+        self.parts = block.shards[self.source.name]
+        self.spill = Spill(folder, self.known, self.parts)
+        self.summaries: Spill | None = None
+        lengths = [length for feature in features for length in _lengths(feature)]
+        self.since = min(block.start - (length or 0) for length in lengths)
+
+    def add(self, events: pl.DataFrame) -> None:
+        rows = events.filter(position(self.source) >= self.since)
+        if self.where is not None:
+            with computing(f"where of {self.name!r}"):
+                rows = rows.filter(self.where)
+        self.spill.add(rows.select(self.columns).drop_nulls(self.known))
+
+    def carry(self, summary: pl.DataFrame) -> None:
+        if self.summaries is None:
+            self.summaries = Spill(self.folder, self.known, self.parts)
+            self._empty = summary.clear()
+        self.summaries.add(summary)
+
+    def answer(self, features: Sequence[Events], frame: pl.DataFrame) -> list[pl.Series]:
+        """Columns of `features` in the order of the `frame`'s rows."""
+        asked = frame.select(list(dict.fromkeys([*self.asked, self.view.time])))
+        moments = asked[self.view.time].to_physical()
+        span = (int(moments.min()), int(moments.max()) + 1) if len(frame) else (0, 0)  # type: ignore[arg-type]
+        made: dict[str, list[pl.Series]] = {}
+        order = []
+        for part, places in enumerate(places_by_part(part_of(asked, self.asked, self.parts), self.parts)):
+            # A part of its own for no questions would have no types: one is answered in any case.
+            if not len(places) and (len(frame) or part):
+                continue
+            order.append(places)
+            for column in self._answer(features, asked[places], part, span):
+                made.setdefault(column.name, []).append(column)
+        back = np.argsort(np.concatenate(order), kind="stable")
+        return [pl.concat(columns)[back] if len(order) > 1 else columns[0] for columns in made.values()]
+
+    def _answer(
+        self, features: Sequence[Events], asked: pl.DataFrame, part: int, span: tuple[int, int]
+    ) -> list[pl.Series]:
+        columns = []
+        for task in divide(features, span, self.block.start):
+            events, middle = task.events(self._read(part), self._none)
+            tables: dict[str, Any] = {self.source.name: events}
+            if middle is not None:
+                tables[self.summary_name] = middle
+            elif self.summaries is not None:
+                rows = pl.concat([self._empty, *self.summaries.read(part, CHUNK)])
+                tables[self.summary_name] = Summary(rows, self.block.start)
+            self._tell(task, len(events))
+            columns += gathered(self.view, task.features, asked, tables)
+        return columns
+
+    @property
+    def _none(self) -> pl.DataFrame:
+        return pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns})
+
+    def _read(self, part: int) -> Iterable[pl.DataFrame]:
+        return self.spill.read(part, CHUNK)
+
+    def _tell(self, task: Part, rows: int) -> None:
+        if rows > 4 * self.block.part_rows:
+            log.warning(
+                "%s by %s: %s rows of one key, or a few, are held at once; %s",
+                self.name, ", ".join(self.known), f"{rows:,}",
+                "a median, quantile or n_unique over a window longer than a block needs them" if task.length is None
+                else "a smaller --block_rows holds less",
+            )  # fmt: skip
+
+
+def _lengths(feature: Events) -> list[int | None]:
+    return [each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
+
+
+def _columns(features: Sequence[Events], read: Sequence[str]) -> list[str]:
+    """Columns of the events that the features need, in the order in which they are read."""
+    first = features[0]
+    wanted = {right for _, right in first.keys} | {str(first.source.time), first.source.event_time or ""}
+    wanted |= set() if first.where is None else set(columns_of(first.where))
+    for feature in features:
+        if isinstance(feature, Latest) or any(each.stat in ORDERED for each in feature.statistics):
+            return list(read)  # which put rows of one moment in order
+        wanted |= {each.column for each in feature.statistics}
+    return [name for name in read if name in wanted]
+
+
+def _identifying(view: FeatureView, plan: Plan, name: str) -> tuple[str, ...]:
+    """Columns that rows have in common of which one is kept."""
+    contract = plan.contracts[name]
+    return (view.time, *view.key) if contract is plan.spine else tuple(contract.source.unique or ())
+
+
+def _nothing(plan: Plan, name: str) -> pl.DataFrame:
+    contract = plan.contracts[name]
+    return pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.read})

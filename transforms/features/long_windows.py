@@ -1,0 +1,136 @@
+"""Windows longer than a block: what all windows of a block have in common is reduced to what their statistics need of it.
+
+For questions asked in `[a, b)` every window `[t − W, t)` with W > b − a holds all events of `[b − W, a)`, its middle.  Only the
+events of `[a − W, b − W)` and `[a, b)`, its edges, are in some windows and not in others.  So a window of a year costs a block
+twice its own length, however many events a key has:
+
+- counts, sums and extremes of the middle are one row per key (`lifetime.summarise`), exact, to which the edges' are added;
+- of `first`, `last` and `Latest` the middle can give one row per key and column: these rows stay, the others go.
+
+Medians, quantiles and numbers of different values have no such summary: their windows keep all events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import polars as pl
+
+from schemas.features import COMPACT, ORDERED, Latest, Trailing
+from schemas.sources import Source
+from transforms.features.column_reuse import rest
+from transforms.features.lifetime_summaries import Summary, merge, summarise
+
+# A window is divided if it is longer than so many times the span of the questions: then its edges are less than half of it.
+LONG = 2
+
+
+def position(source: Source) -> pl.Expr:
+    """Where an event lies in windows, µs."""
+    return pl.col(str(source.event_time or source.time)).to_physical()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Features of one group that are answered from the same rows.
+
+    Args:
+        since: events placed before this are in no window, µs.
+        length: of the windows whose middle `[middle[0], middle[1])` is reduced; None: all events are kept.
+        summed: whether to a summary; else to the rows that may be first or last.
+    """
+
+    features: tuple[Trailing | Latest, ...]
+    since: int
+    length: int | None = None
+    middle: tuple[int, int] = (0, 0)
+    summed: bool = False
+
+    def events(self, chunks: Iterable[pl.DataFrame], nothing: pl.DataFrame) -> tuple[pl.DataFrame, Summary | None]:
+        """The rows that the kernel needs, and the summary of the others."""
+        place, source = position(self.features[0].source), self.features[0].source
+        low, high = self.middle
+        inside = (place >= low) & (place < high) & (pl.col(str(source.time)).to_physical() < high)
+        rows, kept, summary = [nothing], [nothing], None
+        for chunk in chunks:
+            chunk = chunk.filter(place >= self.since)
+            if self.length is None:
+                rows.append(chunk)
+                continue
+            rows.append(chunk.filter(~inside))
+            middle = chunk.filter(inside)
+            if not len(middle):
+                continue
+            if self.summed:
+                keys = [column for _, column in self.features[0].keys]
+                summary = merge(summary, summarise([_ever(each) for each in self.features], middle), keys)
+            else:
+                kept = [firsts_and_lasts(self.features, pl.concat([*kept, middle]))]
+        return pl.concat([*rows, *kept]), None if summary is None else Summary(summary, self.middle[1], self.length)
+
+
+def divide(features: Sequence[Trailing | Latest], span: tuple[int, int], start: int) -> list[Part]:
+    """`features` of one group for questions asked in `span` (µs), by how the events of their windows can be reduced.
+
+    Args:
+        start: lifetime windows hold the events from here on, µs; those before are in a summary of their own.
+    """
+    first, last = span
+    by: dict[tuple[int | None, bool], list[Trailing | Latest]] = {}
+    for feature in features:
+        if isinstance(feature, Latest):
+            by.setdefault((_long(feature.length, span), False), []).append(feature)
+            continue
+        chosen: dict[tuple[int | None, bool], list[str]] = {}
+        for each in feature.statistics:
+            length, summed = _long(each.length, span), each.stat in COMPACT and each.stat not in ORDERED
+            if not (each.stat in ORDERED or (summed and feature.source.event_time is None)):
+                length = None
+            chosen.setdefault((length, summed and length is not None), []).append(each.name)
+        for kind, names in chosen.items():
+            others = [each.name for each in feature.statistics if each.name not in names]
+            by.setdefault(kind, []).extend(rest([feature], others))  # type: ignore[arg-type]
+    parts = []
+    for (length, summed), some in by.items():
+        lengths = [
+            each
+            for feature in some
+            for each in (
+                [one.length for one in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
+            )
+        ]
+        since = min(start if each is None else first - each for each in lengths)
+        middle = (0, 0) if length is None else (last - length, first)
+        parts.append(Part(tuple(some), since, length, middle, summed))
+    return parts
+
+
+def _long(length: int | None, span: tuple[int, int]) -> int | None:
+    return length if length is not None and length > LONG * (span[1] - span[0]) > 0 else None
+
+
+def _ever(feature: Trailing | Latest) -> Trailing | Latest:
+    """The same statistics over all of what is there."""
+    assert isinstance(feature, Trailing)
+    return dataclasses.replace(feature, over="all")
+
+
+def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
+    """Of `events` that are all in the same windows, those that can be the first or the last of any, each once."""
+    source, keys = features[0].source, [column for _, column in features[0].keys]
+    wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
+    wanted |= {(each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics}  # fmt: skip
+    rows = events.sort([position(source), *source.ties(events.columns)])
+    row = pl.int_range(len(rows), dtype=pl.Int64)
+    picked = {
+        f"# {column} {stat}": (pl.when(pl.col(column).is_not_null()).then(row) if column else row, stat)
+        for column, stat in sorted(wanted)
+    }
+    found = (
+        rows.select(*keys, *(expr.alias(name) for name, (expr, _) in picked.items()))
+        .group_by(keys)
+        .agg(pl.col(name).min() if stat == "first" else pl.col(name).max() for name, (_, stat) in picked.items())
+    )
+    return rows[np.unique(np.concatenate([found[name].drop_nulls().to_numpy() for name in picked]))]

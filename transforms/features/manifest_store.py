@@ -1,0 +1,99 @@
+"""Manifests at rest: written beside a feature table before the commit that names them, read back by the next run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+
+from schemas.errors import StoreError
+from schemas.views import FeatureView
+from transforms.features.block_inputs import Tally, digests_read
+from transforms.features.column_reuse import Older, told_by
+from transforms.features.history_snapshots import Carried, left_for_later
+from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
+from transforms.storage.delta_log import commit_at, metadata_of
+from transforms.storage.delta_tables import data_files, open_table, root_of, write_aside
+from transforms.storage.paths import folders
+
+log = logging.getLogger("millrace.features")
+
+FOLDER = "_manifests"  # Delta leaves folders with an underscore alone
+
+
+def read_manifest(table: DeltaTable | None) -> Manifest:
+    """The manifest of the table's newest commit that has one; an empty one for a new table.
+
+    Raises:
+        StoreError: it is gone or spoiled.
+    """
+    name = None if table is None else metadata_of(table, "manifest")
+    if table is None or name is None:
+        return EMPTY
+    path = FileSystems.join(root_of(table), FOLDER, name)
+    try:
+        with FileSystems.open(path) as handle:
+            return Manifest.from_json(handle.read().decode())
+    except OSError as error:
+        raise StoreError(
+            "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
+        ) from None
+
+
+def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
+    """Tell a reader of the table that an older version may have got some of its days wrong."""
+    try:
+        days = outdated(continued(view, read_manifest(table)))
+    except StoreError:  # told by those who need it
+        return
+    if days:
+        log.warning(
+            "%d days of %s were written when windows over all history could count events twice or too early: "
+            "run millrace features, which computes them again, before you use them",
+            len(days),
+            root_of(table),
+        )
+
+
+def older_tables(store: str, view: FeatureView) -> list[Older]:
+    """The tables of the same view's other fingerprints, the last written first; one that cannot be read is passed over."""
+    found = []
+    root = FileSystems.join(store, "features", view.name)
+    for (fingerprint,) in folders(root, 1):
+        uri = FileSystems.join(root, fingerprint)
+        try:
+            table = open_table(uri) if fingerprint != view.fingerprint else None
+            if table is not None:
+                at = commit_at(uri, table.version()).get("timestamp", 0)
+                found.append((at, Older(uri, int(table.version()), read_manifest(table), tuple(data_files(table)))))
+        except StoreError as error:
+            log.warning("nothing is copied from it: %s", error)
+    return [older for _, older in sorted(found, key=lambda each: each[0], reverse=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteManifest:
+    """Metadata for a commit of `ranges` (µs): writes the manifest that follows from the snapshot the commit builds on."""
+
+    view: FeatureView
+    uri: str
+    run_id: str
+    ranges: tuple[tuple[int, int], ...]
+    current: Current
+    everything: bool
+
+    def __call__(
+        self, table: DeltaTable | None, tallies: Mapping[str, Tally], carried: Carried | None = None
+    ) -> dict[str, str]:
+        """`carried`: the summaries of all history that the run made."""
+        before = EMPTY if self.everything else continued(self.view, read_manifest(table))
+        left = left_for_later(carried or {})
+        after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
+        after = dataclasses.replace(after, about=told_by(self.view, before))
+        name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
+        write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
+        return {"manifest": name}

@@ -1,0 +1,314 @@
+"""How a view's work is cut: time blocks, each of which sees its spine rows and every event their windows can reach.
+
+A plan decides where rows are computed, never what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+
+import numpy as np
+import polars as pl
+
+from schemas.durations import DAY
+from schemas.errors import DataError
+from schemas.views import FeatureView
+from transforms.sources.contracts import EPOCH, Contract, day_of
+from transforms.sources.inventory import ALWAYS, Inventory, Slice, take_inventory
+from transforms.sources.reader import repeats_of
+from transforms.storage.delta_tables import days_between
+
+# Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
+BLOCK_ROWS = 800_000
+# Reading a row this often still costs less than sending it once.
+MOST_READS = 6.0
+# A block that reads more than so many times its own rows is cut by key hash; a part holds one time the rows of a block.
+MOST_BLOCKS = 3
+MOST_SHARDS = 1000
+# Bytes of a dimension that every worker may hold.
+BROADCAST_BYTES = 64_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Spine rows of `[start, end)` µs, and the slices that hold them and the events they can see.
+
+    `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
+    `spans` is, per source, the span of time to digest by day; `summarised` sources come with a summary of their past.
+    `shards` is, per source of events, into how many parts they are cut by key hash, of about `part_rows` rows each; empty for a
+    block that is computed at once.
+    """
+
+    index: int
+    start: int
+    end: int
+    own: tuple[int, int]
+    spine: tuple[Slice, ...]
+    events: Mapping[str, tuple[Slice, ...]]
+    spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    summarised: tuple[str, ...] = ()
+    shards: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    part_rows: int = BLOCK_ROWS
+
+    def owns(self, source: str) -> tuple[int, int]:
+        """The span of events of `source` that this block accounts for; what came before is the summaries' affair."""
+        return (self.start, self.own[1]) if source in self.summarised else self.own
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Blocks that tile the ranges of a run.
+
+    `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
+    of time that any window can see.  If `shuffled`, each slice is read once and its rows are sent to their blocks; else each
+    block reads the slices it needs.  `routed` dimensions are too large to be held: their rows are read when they are looked up.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    dates: tuple[date, ...] | None
+    reached: tuple[int, int]
+    blocks: tuple[Block, ...]
+    dimensions: Mapping[str, tuple[Slice, ...]]
+    repeats: Mapping[str, pl.DataFrame]
+    contracts: Mapping[str, Contract]
+    spine: Contract
+    shuffled: bool = False
+    routed: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> int:
+        return self.ranges[0][0]
+
+    @property
+    def end(self) -> int:
+        return self.ranges[-1][1]
+
+
+def make_plan(
+    view: FeatureView, root: str, start: date | None, end: date | None, now: int, block_rows: int = BLOCK_ROWS
+) -> Plan:
+    """Cut the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
+
+    Raises:
+        DataError: no spine rows in the interval, or a source without files.
+        ContractError: files that cannot be read as declared.
+    """
+    inventory = take_inventory(view, root, now)
+    repeats = {
+        name: repeats_of(inventory.contracts[name], inventory.slices[name]).first
+        for name, source in view.events.items()
+        if source.unique
+    }
+    return cut(
+        view,
+        inventory,
+        [interval(view, inventory, start, end)],
+        repeats,
+        everything=start is None and end is None,
+        block_rows=block_rows,
+    )
+
+
+def interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
+    """`[start, end)` in µs, open ends taken from the data.
+
+    Raises:
+        DataError: there are no spine rows in it.
+    """
+    low, high = inventory.extent
+    first = low if start is None else _microseconds(start)
+    last = high if end is None else _microseconds(end)
+    if first >= last or not _overlapping(inventory.slices[view.spine.name], first, last):
+        where = f"[{day_of(first)}, {day_of(max(last, first))})"
+        there = (
+            f"none in {where}; there are rows from {day_of(low)} to {day_of(high - 1)}"
+            if low < high
+            else "no row with a plausible time"
+        )
+        raise DataError(
+            f"Source {view.spine.name!r} has rows in the interval",
+            there,
+            "Choose another --start and --end, or write the rows first",
+        )
+    return first, last
+
+
+def cut(
+    view: FeatureView,
+    inventory: Inventory,
+    ranges: Sequence[tuple[int, int]],
+    repeats: Mapping[str, pl.DataFrame],
+    everything: bool = False,
+    digest: bool = False,
+    block_rows: int = BLOCK_ROWS,
+    shuffled: bool | None = None,
+    summarised: tuple[str, ...] = (),
+    key_shards: int | None = None,
+    broadcast_bytes: float = BROADCAST_BYTES,
+) -> Plan:
+    """Blocks over `ranges` of µs.
+
+    Args:
+        everything: the ranges are all there is, so rows without a plausible time belong to this run too.
+        digest: have blocks digest what they read, all of each day that the ranges' windows reach.
+        summarised: sources whose past is summarised and digested apart (see `carrying`).
+        shuffled: None chooses, by how often a row would be read in vain without a shuffle.
+        key_shards: None cuts blocks by key hash that read too much at once; 1 none, more every block.
+        broadcast_bytes: a larger dimension is routed.
+    """
+    spine = inventory.slices[view.spine.name]
+    events = {name: inventory.slices[name] for name in view.events}
+    timeless = {name: inventory.timeless(name) if everything else () for name in (view.spine.name, *events)}
+    blocks: list[Block] = []
+    for first, last in ranges:
+        cuts = _cuts(_overlapping(spine, first, last), events, first, last, block_rows)
+        for begin, stop in itertools.pairwise(cuts):
+            own = (ALWAYS if everything and begin == first else begin, 2**62 if everything and stop == last else stop)
+            # A day is digested whole or not at all, so the first block reads from the midnight before its reach.
+            spans = (
+                {
+                    name: (
+                        (begin - view.reach(name)) // DAY * DAY if begin == first and name not in summarised else begin,
+                        stop,
+                    )
+                    for name in events
+                }
+                if digest
+                else {}
+            )
+            lows = {name: spans.get(name, (begin - view.reach(name), stop))[0] for name in events}
+            spans |= {view.spine.name: (spans.get(view.spine.name, (begin, stop))[0], stop)} if digest else {}
+            reached = {
+                name: _overlapping(events[name], min(low, begin - view.reach(name)), stop) for name, low in lows.items()
+            }
+            asked = _overlapping(spine, begin, stop)
+            if not blocks:
+                asked = _joined(asked, timeless[view.spine.name])
+                reached = {
+                    name: slices if name in summarised else _joined(slices, timeless[name])
+                    for name, slices in reached.items()
+                }
+            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans, summarised))
+    dimensions = {name: inventory.slices[name] for name in view.dimensions}
+    dates = (
+        None
+        if everything
+        else tuple(
+            day for first, last in ranges for day in days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
+        )
+    )
+    inside = [each for first, last in ranges for each in _overlapping(spine, first, last)]
+    first, last = ranges[0][0], ranges[-1][1]
+    reach = (
+        max(first, min((each.low for each in inside), default=first)),
+        min(last, max((each.high for each in inside), default=first) + 1),
+    )
+    if shuffled is None:
+        shuffled = in_vain(view, blocks) > MOST_READS
+    blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
+    routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
+    return Plan(
+        tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled, routed
+    )  # fmt: skip
+
+
+def with_shards(
+    view: FeatureView, block: Block, block_rows: int, shuffled: bool, key_shards: int | None = None
+) -> Block:
+    """`block`, cut by key hash where it would hold too many rows at once: as many as it reads, or as are sent to it."""
+    needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
+    held = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    if key_shards == 1 or (key_shards is None and held <= MOST_BLOCKS * block_rows):
+        return block
+    shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
+    return dataclasses.replace(block, shards=shards, part_rows=block_rows)
+
+
+def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
+    """About how many events of `source` the block's windows can see; without one, how many questions the block has."""
+    if source is None:
+        return rows_within(block.spine, block.start, block.end, unknown)
+    return rows_within(block.events[source], block.start - view.reach(source), block.end, unknown)
+
+
+def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0.0) -> int:
+    """About how many rows of `slices` lie in `[low, high)` µs, taken to spread evenly over their row groups.
+
+    Args:
+        unknown: the share to take of row groups whose files do not tell their times.
+    """
+    total = 0.0
+    for each in slices:
+        share = max(min(each.high + 1, high) - max(each.low, low), 0) / (each.high + 1 - each.low)
+        total += each.rows * (share if each.high < 2**62 else unknown)
+    return round(total)
+
+
+def size(contract: Contract, slices: Sequence[Slice]) -> int:
+    """About how many bytes the columns of `slices` take in memory."""
+    width = sum(32 if contract.source.schema[name] == pl.String else 8 for name in contract.columns)
+    return width * sum(each.rows for each in slices)
+
+
+def _rows(block: Block) -> int:
+    return sum(each.rows for slices in (block.spine, *block.events.values()) for each in slices)
+
+
+def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
+    """How many rows are read for each that a block needs: 1 and a little for sources sorted by time, however long the windows."""
+    read = sum(map(_rows, blocks))
+    needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
+    return read / max(needed, 1)
+
+
+def amplification(blocks: Sequence[Block]) -> float:
+    """How often a row is read on average when each block reads its own slices: 1 and a little for sources sorted by time."""
+    read = [
+        (name, each)
+        for block in blocks
+        for name, slices in [("", block.spine), *block.events.items()]
+        for each in slices
+    ]
+    return sum(each.rows for _, each in read) / max(sum(each.rows for _, each in set(read)), 1)
+
+
+def _overlapping(slices: Sequence[Slice], low: int, high: int) -> tuple[Slice, ...]:
+    return tuple(each for each in slices if each.low < high and each.high >= low)
+
+
+def _joined(slices: Sequence[Slice], more: Sequence[Slice]) -> tuple[Slice, ...]:
+    return tuple(dict.fromkeys([*slices, *more]))
+
+
+def _cuts(
+    spine: Sequence[Slice], events: Mapping[str, Sequence[Slice]], first: int, last: int, block_rows: int
+) -> list[int]:
+    """Bounds of blocks of about `block_rows` rows, at midnights unless one day alone is too much.
+
+    Rows are taken to spread evenly over their row group's span.
+    """
+    days = np.arange(first // DAY, -(-last // DAY) + 1) * DAY
+    rows = np.zeros(len(days) - 1)
+    for each in (*spine, *(each for slices in events.values() for each in slices)):
+        low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
+        share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)
+        rows += share * each.rows
+    cuts, held = [first], 0.0
+    for i, day_rows in enumerate(rows):
+        if held and held + day_rows > block_rows:
+            cuts.append(int(days[i]))
+            held = 0.0
+        pieces = int(day_rows // block_rows)
+        for piece in range(1, pieces + 1) if pieces else ():
+            cut = int(days[i]) + DAY * piece // (pieces + 1)
+            if first < cut < last:
+                cuts.append(cut)
+        held = day_rows / (pieces + 1) if pieces else held + day_rows
+    return [*dict.fromkeys(cut for cut in cuts if cut < last), last]
+
+
+def _microseconds(day: date) -> int:
+    return (day - EPOCH.date()).days * DAY

@@ -1,0 +1,88 @@
+"""Dimensions too large to be held by every worker: each block reads past the whole of one and keeps the rows it looks up."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from schemas.features import Lookup
+from schemas.views import FeatureView
+from transforms.features.block_inputs import ONE_ROW, Input, dimension_rows, locate, losing, tell_dimension
+from transforms.features.kernel import Gather, Reading, gathered
+from transforms.features.plan import BLOCK_ROWS, Plan
+from transforms.records.disk_partitions import Spill
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import Slice
+from transforms.sources.reader import CHUNK, stream_slices
+
+
+def routing(plan: Plan, gather: Gather = gathered) -> Gather:
+    """`gather`, with the routed dimensions of `plan` read as they are looked up."""
+    return functools.partial(_gather, plan, gather) if plan.routed else gather
+
+
+def _gather(
+    plan: Plan,
+    gather: Gather,
+    view: FeatureView,
+    features: Sequence[Reading],
+    frame: pl.DataFrame,
+    tables: Mapping[str, Any],
+) -> list[pl.Series]:
+    columns, others = [], []
+    for feature in features:
+        if isinstance(feature, Lookup) and feature.source.name in plan.routed:
+            name = feature.source.name
+            rows = looked_at(plan.contracts[name], plan.dimensions[name], feature, frame)
+            columns += gathered(view, [feature], frame, {name: rows})
+        else:
+            others.append(feature)
+    return [*columns, *gather(view, others, frame, tables)]
+
+
+def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
+    """The dimension's rows of the keys in `spine`, in the order of `dimension_rows`: of one key's rows the first is the one
+    that a `Lookup` over the whole dimension takes."""
+    types, keys = contract.source.schema, [right for _, right in feature.keys]
+    wanted = spine.select(pl.col(left).cast(types[right], strict=False).alias(right) for left, right in feature.keys)
+    wanted = wanted.drop_nulls().unique()
+    parts = [read.frame.join(wanted, on=keys, how="semi") for read in stream_slices(contract, slices)]
+    return dimension_rows(
+        contract, pl.concat([pl.DataFrame(schema={name: types[name] for name in contract.read}), *parts])
+    )
+
+
+def account(view: FeatureView, plan: Plan, name: str, part_rows: int = BLOCK_ROWS) -> Input:
+    """As `inputs.read_dimension` but for the rows: letters and account, some keys at a time."""
+    contract, slices = plan.contracts[name], plan.dimensions[name]
+    keys = list(dict.fromkeys(
+        tuple(column for _, column in feature.keys)
+        for feature in view.features if isinstance(feature, Lookup) and feature.source.name == name
+    ))  # fmt: skip
+    total, rows, letters, refused = 0, 0, [], []
+    with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
+        parts = -(-sum(each.rows for each in slices) // part_rows)
+        spills = [Spill(folder, key, max(parts, 1)) for key in keys]
+        for read in stream_slices(contract, slices):
+            total += len(read.frame) + len(read.letters)
+            letters.append(read.letters)
+            for spill in spills:
+                spill.add(read.frame)
+        for key, spill in zip(keys, spills, strict=True):
+            found = []
+            for part in range(spill.parts):
+                chunks = list(spill.read(part, CHUNK))
+                frame = dimension_rows(contract, pl.concat(chunks)) if chunks else pl.DataFrame()
+                rows += len(frame) if key == keys[0] else 0
+                found += [losing(frame, key)] if chunks else []
+            conflicts = pl.concat(found) if found else None
+            if conflicts is not None and len(conflicts):
+                refused.append(conflicts)
+                letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+    used = rows - (len(pl.concat(refused).unique()) if refused else 0)
+    nothing = pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.columns})
+    return Input(nothing, *tell_dimension(plan, name, total, used, letters))

@@ -1,0 +1,117 @@
+"""Rows sent to the blocks that need them: for sources that are not sorted by time, or where reading is dear."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import polars as pl
+from apache_beam import pvalue
+
+from schemas.views import FeatureView
+from transforms.features.block_inputs import Tally, label, letters_batch
+from transforms.features.plan import Plan
+from transforms.records.prefetch import Ahead
+from transforms.records.record_batches import frame, from_ipc, to_ipc
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import Slice
+from transforms.sources.reader import CHUNK, LETTERS, Read, stream_slices
+
+SPINE = ""
+Routed = tuple[int, tuple[str, bytes]]
+
+
+def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
+    """(source, slice), each once, for every slice that some block needs."""
+    spine = plan.spine.source.name
+    needed = {(spine, each) for block in plan.blocks for each in block.spine}
+    needed |= {(name, each) for block in plan.blocks for name, slices in block.events.items() for each in slices}
+    yield from sorted(needed, key=lambda route: (route[0], route[1].path, route[1].group))
+
+
+class Route(Ahead):
+    """(source, slice) → (block, (source or SPINE, rows)) per block that needs rows of it; tagged: the slice's dead letters and what
+    of its account no block can give.
+
+    Rows are bytes already (see `sent`): packed here, in a thread of their own, and so small that it costs little to copy them, as a
+    shuffle does several times.
+    """
+
+    readers = os.cpu_count() or 1
+
+    def __init__(self, view: FeatureView, plan: Plan) -> None:
+        self.view, self.plan = view, plan
+
+    def process(self, route: tuple[str, Slice]) -> Iterator[Routed | pvalue.TaggedOutput]:
+        name, piece = route
+        yield from self.ahead(lambda: self._reads(name, piece), lambda reads: self._routed(name, reads))
+
+    def _reads(self, name: str, piece: Slice) -> list[Read] | Iterator[Read]:
+        plan, spine = self.plan, self.plan.spine.source.name
+        contract = plan.spine if name == spine else plan.contracts[name]
+        spans = [block.spans[name] for block in plan.blocks if name in block.spans]
+        span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
+        reads = stream_slices(contract, [piece], span=span)
+        return list(reads) if piece.rows <= CHUNK else reads
+
+    def _routed(self, name: str, reads: Iterable[Read]) -> Iterator[Routed | pvalue.TaggedOutput]:
+        for read in reads:
+            yield from self._sent(name, read)
+
+    def _sent(self, name: str, read: Read) -> Iterator[Routed | pvalue.TaggedOutput]:
+        plan, spine = self.plan, self.plan.spine.source.name
+        time = str((plan.spine if name == spine else plan.contracts[name]).source.time)
+        moments = read.frame[time].to_physical().to_numpy()
+        rows = read.frame
+        if (moments[1:] < moments[:-1]).any():
+            rows = rows.sort(time)
+            moments = np.sort(moments)
+        wanted = [(SPINE, 0)] if name == spine else []
+        wanted += [(name, self.view.reach(name))] if name in plan.contracts else []
+        for tag, reach in wanted:
+            seen = np.zeros(len(moments), np.bool_)
+            for block in plan.blocks:
+                first, last = np.searchsorted(moments, [block.start - reach, block.end])
+                if last > first:
+                    seen[first:last] = True
+                    yield block.index, (tag, sent(rows[int(first) : int(last)]))
+            told = name if tag == SPINE else label(plan, name)
+            dead = _owned(read.letters, plan, tag) if tag == SPINE or name != spine else read.letters.clear()
+            stray = int(_own(moments[~seen], plan, tag).sum()) if tag != SPINE else 0
+            digests = read.digests if tag != SPINE or name not in plan.contracts else {}
+            yield pvalue.TaggedOutput("tallies", Tally(told, stray + len(dead), 0, stray, 0, len(dead), digests))
+            if len(dead):
+                yield pvalue.TaggedOutput("letters", letters_batch(self.view, [dead]))
+
+
+def sent(rows: pl.DataFrame) -> bytes:
+    """Rows as they are sent: Arrow IPC, packed by Zstandard into a third of what LZ4 leaves of keys and times."""
+    (only,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
+    return to_ipc(only, "zstd")
+
+
+def received(rows: bytes) -> pl.DataFrame:
+    return frame(from_ipc(rows))
+
+
+def _own(
+    moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: Plan, name: str
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which moments some block accounts for."""
+    inside = np.zeros(len(moments), np.bool_)
+    for block in plan.blocks:
+        since, until = block.owns(name)
+        inside |= (moments >= since) & (moments < until)
+    return inside
+
+
+def _owned(letters: pl.DataFrame, plan: Plan, name: str) -> pl.DataFrame:
+    return letters.filter(pl.Series(_own(letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
+
+
+def gathered_read(plan: Plan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
+    """What a block was sent, as if it had read it; letters were told where the slices were read."""
+    contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
+    schema = {column: contract.source.schema[column] for column in contract.read}
+    return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=LETTERS))

@@ -1,0 +1,239 @@
+"""Events and spine rows → features, block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+from apache_beam import pvalue, typehints
+
+from schemas.views import FeatureView
+from transforms.features.block_inputs import (
+    Input,
+    letters_batch,
+    read_dimension,
+    read_events,
+    read_spine,
+    settle_events,
+    settle_spine,
+    stream_events,
+)
+from transforms.features.column_reuse import Copies, compute_with
+from transforms.features.history_snapshots import Carried, load_summaries, stream_summaries
+from transforms.features.kernel import CORES, Gather, gathered
+from transforms.features.key_partitions import KeyedEvents
+from transforms.features.plan import Block, Plan
+from transforms.features.routed_dimensions import account, routing
+from transforms.features.shuffle import SPINE, Route, gathered_read, received, routes
+from transforms.records.prefetch import Ahead
+from transforms.records.record_batches import batch
+from transforms.records.row_hashing import row_ids
+
+log = logging.getLogger("millrace.features")
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class TrailingFeatures(beam.PTransform):
+    """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
+    dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`inputs.Tally`).
+
+    A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
+    slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
+    the summaries before each block that `carrying.CarrySummaries` left under `uri`.  Columns of `copies` are not computed.
+    """
+
+    view: FeatureView
+    plan: Plan
+    carried: pvalue.AsSingleton | None = None
+    uri: str = ""
+    copies: Copies | None = None
+
+    def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+        rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
+        side = () if self.carried is None else (self.carried,)
+        if not self.plan.shuffled:
+            compute_block = ComputeBlock(self.view, rules, count, self.uri, self.copies)
+            return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
+        slices = blocks.pipeline | "Slices" >> beam.Create(list(routes(self.plan))) | "Spread" >> beam.Reshuffle()
+        routed = slices | "Route" >> beam.ParDo(Route(self.view, self.plan)).with_outputs(*TAGS, main=FEATURES)
+        routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, bytes]]
+        gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
+        gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri, self.copies)
+        features, letters, tallies = typed(
+            gathered | "Compute" >> beam.ParDo(gather, *side).with_outputs(*TAGS, main=FEATURES)
+        )
+        routed.letters.element_type = pa.RecordBatch
+        return (
+            features,
+            (letters, routed.letters) | "Letters" >> beam.Flatten(),
+            (tallies, routed.tallies) | "Tallies" >> beam.Flatten(),
+        )
+
+
+FEATURES, TAGS = "features", ("letters", "tallies")
+
+
+def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+    """Features, letters and tallies, the first two known to hold RecordBatches."""
+    features, letters = outputs[FEATURES], outputs.letters
+    features.element_type = letters.element_type = pa.RecordBatch
+    return features, letters, outputs.tallies
+
+
+class ComputeBlock(Ahead):
+    """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
+
+    def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "", copies: Copies | None = None) -> None:
+        self.view, self.plan, self.blocks, self.uri, self.copies = view, plan, blocks, uri, copies
+
+    def setup(self) -> None:
+        super().setup()
+        held = [name for name in self.plan.dimensions if name not in self.plan.routed]
+        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
+
+    def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        if block.shards:
+            yield from self.ahead(lambda: block, lambda _: self.keyed(block, carried))
+        else:
+            read = functools.partial(read_block, self.view, self.plan, block)
+            yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+
+    def keyed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events are too many to hold: they are set down as they are read."""
+        with set_down(self.view, self.plan, block) as events:
+            for name in block.events:
+                for read in stream_events(self.view, self.plan, block, name):
+                    events.add(name, read)
+            yield from self.keyed_answers(block, read_spine(self.view, self.plan, block), events, carried)
+
+    def answers(
+        self, block: Block, spine: Input, events: Mapping[str, Input], carried: Carried | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events are in memory."""
+        summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
+        frames = {**{name: each.frame for name, each in events.items()}, **summaries}
+        yield from self._told(block, spine, frames, list(events.values()), gathered)
+
+    def keyed_answers(
+        self, block: Block, spine: Input, events: KeyedEvents, carried: Carried | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """What a block gives whose events were set down, apart by the hash of their keys."""
+        settled = events.settled()
+        for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
+            events.carry(name, rows)
+        yield from self._told(block, spine, {}, list(settled.values()), events.gather)
+
+    def _told(
+        self, block: Block, spine: Input, tables: Mapping[str, Any], inputs: list[Input], gather: Gather
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        tables = {**{name: each.frame for name, each in self.dimensions.items()}, **tables}
+        features = answer(self.view, self.plan, spine, tables, self.copies, gather)
+        log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
+        if features.num_rows:
+            yield features
+        if block.index == 0:
+            inputs = [*inputs, *self.dimensions.values()]
+            inputs += [account(self.view, self.plan, name) for name in self.plan.routed]
+        yield from told(self.view, [spine, *inputs])
+
+
+class ComputeGathered(ComputeBlock):
+    """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
+
+    def __init__(
+        self, view: FeatureView, plan: Plan, blocks: Sequence[Block], uri: str = "", copies: Copies | None = None
+    ) -> None:
+        super().__init__(view, plan, len(blocks), uri, copies)
+        self.by_index = {block.index: block for block in blocks}
+
+    def process(  # type: ignore[override]
+        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: Carried | None = None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        block = self.by_index[element[0]]
+        parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
+        if block.shards:
+            yield from self.rest()  # what is too large for memory is set down as it arrives, and alone
+            yield from self._spilled(block, element[1], carried)
+            return
+        for name, rows in element[1]:
+            parts[name].append(rows)
+        read = functools.partial(self._settled, block, parts)
+        yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+
+    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[Input, dict[str, Input]]:
+        held = {name: [received(rows) for rows in each] for name, each in parts.items()}
+        spine = self._spine(block, held.pop(SPINE))
+        reads = {name: gathered_read(self.plan, name, each) for name, each in held.items()}
+        return spine, {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
+
+    def _spilled(self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: Carried | None) -> Iterator[Any]:
+        spine: list[pl.DataFrame] = []
+        with set_down(self.view, self.plan, block) as events:
+            for name, rows in rows_of:
+                if name == SPINE:
+                    spine.append(received(rows))
+                else:
+                    events.add(name, gathered_read(self.plan, name, [received(rows)]))
+            yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
+
+    def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> Input:
+        return settle_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
+
+
+@contextlib.contextmanager
+def set_down(view: FeatureView, plan: Plan, block: Block) -> Iterator[KeyedEvents]:
+    """A place on local disk for a block's events, for as long as it takes to answer from them."""
+    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+        yield KeyedEvents(view, plan, block, folder)
+
+
+def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict[str, Input]]:
+    """The block's questions and, per source, the events they can see; sources are read side by side."""
+    spine = CORES.submit(read_spine, view, plan, block)
+    events = {name: CORES.submit(read_events, view, plan, block, name) for name in block.events}
+    return spine.result(), {name: each.result() for name, each in events.items()}
+
+
+def answer(
+    view: FeatureView,
+    plan: Plan,
+    spine: Input,
+    tables: Mapping[str, Any],
+    copies: Copies | None = None,
+    gather: Gather = gathered,
+) -> pa.RecordBatch:
+    """The features of a block's questions; see `kernels.compute`."""
+    return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
+
+
+def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:
+    """The dead letters and tallies of what was read, as tagged outputs."""
+    inputs = list(inputs)
+    letters = letters_batch(view, [each.letters for each in inputs])
+    if letters.num_rows:
+        yield pvalue.TaggedOutput("letters", letters)
+    for each in inputs:
+        yield pvalue.TaggedOutput("tallies", each.tally)
+
+
+def compute_block(
+    view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, Input]
+) -> tuple[pa.RecordBatch, list[Input]]:
+    """The block's features, and the inputs they were computed from, all in memory."""
+    spine, events = read_block(view, plan, block)
+    tables = {name: each.frame for name, each in (*dimensions.items(), *events.items())}
+    return answer(view, plan, spine, tables), [spine, *events.values()]
+
+
+def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:
+    """Computed features with `row_id` and `date`, as a RecordBatch of `view.output_schema`."""
+    identity = row_ids(view.name, [features[name] for name in (*view.key, view.time)])
+    return batch(features.with_columns(identity, pl.col(view.time).dt.date().alias("date")), view.output_schema)

@@ -1,0 +1,152 @@
+"""Events and spine rows in one order, so that a window is two binary searches; and keys as small integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from transforms.features.window_statistics import Ints, Once
+
+# Places looked up one by one up to here: below, a pass over all keys costs more.
+MANY = 20_000
+
+
+class Sorting:
+    """Events and spine rows under one integer key, code · span + time, so that a window is two binary searches."""
+
+    def __init__(self, positions: Ints, codes: Ints, moments: Ints, spine_codes: Ints) -> None:
+        self.base = int(min(positions.min(initial=2**62), moments.min(initial=2**62)))
+        last = int(max(positions.max(initial=-(2**62)), moments.max(initial=-(2**62))))
+        self.positions, self.codes, self.moments, self.spine_codes = positions, codes, moments, spine_codes
+        self.span = max(last - self.base + 2, 2)
+        self.unique: Ints | None = None
+        groups = int(max(codes.max(initial=0), spine_codes.max(initial=0))) + 1
+        if groups * self.span >= 2**62:
+            self.unique = np.unique(positions)
+            self.span = len(self.unique) + 1
+        self.order, self.sorted_keys = self._sorted(codes, positions)
+        self.spine_order, _ = self._sorted(spine_codes, moments)
+        self.sorted_codes = spine_codes[self.spine_order]
+        self.sorted_moments = moments[self.spine_order]
+        self.ends = self._search(self.sorted_moments)
+        self._starts = Once()
+
+    def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
+        """(Rows by code and time, their keys in that order.)"""
+        keys = codes * self.span + self._place(times)
+        order = by_code(codes) if rising(times) else pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
+        return order, keys[order]
+
+    def _place(self, times: Ints) -> Ints:
+        """Times as numbers in `[0, span)`; times before the first event are 0."""
+        if self.unique is not None:
+            return np.searchsorted(self.unique, times, "left").astype(np.int64)
+        return np.clip(times - self.base, 0, None)
+
+    def _search(self, times: Ints) -> Ints:
+        """Place of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
+        wanted = self.sorted_codes * self.span + self._place(times)
+        found = places(self.sorted_keys, wanted)
+        return np.where(self.sorted_codes < 0, 0, found)
+
+    def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
+        """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
+
+        def search() -> Ints:
+            far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
+            return self._search(far if length is None else self.sorted_moments - length)
+
+        return self._starts.get(length, search), self.ends
+
+    def ties(self) -> Ints:
+        """Places that share key and moment with a neighbour."""
+        same = self.sorted_keys[1:] == self.sorted_keys[:-1]
+        edge = np.zeros(1, np.bool_)
+        return np.flatnonzero(np.concatenate([edge, same]) | np.concatenate([same, edge]))
+
+
+def rising(times: Ints) -> bool:
+    """Whether no time is before the one above it."""
+    return bool((times[1:] >= times[:-1]).all())
+
+
+def by_code(codes: Ints) -> Ints:
+    """Rows in the order of small codes (−1 first), equal ones as they were: numpy sorts 16 bits by radix."""
+    least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
+    order: Ints | None = None
+    for shift in range(0, max((most - least).bit_length(), 1), 16):
+        digit = (codes - least >> shift).astype(np.uint16)
+        then = np.argsort(digit if order is None else digit[order], kind="stable")
+        order = then if order is None else order[then]
+    assert order is not None
+    return order
+
+
+def places(keys: Ints, wanted: Ints) -> Ints:
+    """The first place in sorted `keys` that is not less than each of the sorted `wanted`: many in one pass over both."""
+    if len(wanted) < MANY:
+        return np.searchsorted(keys, wanted, "left")
+    left = pl.DataFrame({"key": pl.Series(wanted).set_sorted()})
+    right = pl.DataFrame({"key": pl.Series(keys).set_sorted(), "place": np.arange(len(keys))})
+    found = left.join_asof(right, on="key", strategy="forward", check_sortedness=False)["place"]
+    return found.fill_null(len(keys)).to_numpy()
+
+
+def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
+    """Equal keys as equal small integers on both sides; −1 for a null key, and for a spine row whose key is not in `table`."""
+    left, right = np.zeros(len(spine), np.int64), np.zeros(len(table), np.int64)
+    for spine_column, table_column in keys:
+        a, b = _column_codes(spine[spine_column], table[table_column])
+        size = int(max(a.max(initial=0), b.max(initial=0))) + 1
+        if int(max(left.max(initial=0), right.max(initial=0)) + 1) * size >= 2**62:
+            left, right = _dense(left, right)
+        left = np.where((left < 0) | (a < 0), -1, left * size + a)
+        right = np.where((right < 0) | (b < 0), -1, right * size + b)
+    return _dense(left, right)
+
+
+def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:
+    if left.dtype == pl.String:
+        shared = pl.Categorical(pl.Categories.random())
+        # Both live until both have codes: Polars forgets the categories with the last column that uses them.
+        pair = right.cast(shared), left.cast(shared)
+        right, left = (side.to_physical() for side in pair)
+    else:
+        left, right = left.to_physical().cast(pl.Int64), right.to_physical().cast(pl.Int64)
+        lows: list[Any] = [low for low in (left.min(), right.min()) if low is not None]
+        highs: list[Any] = [high for high in (left.max(), right.max()) if high is not None]
+        if lows and max(highs) - min(lows) < 2**40:
+            left, right = left - min(lows), right - min(lows)
+        else:
+            levels = right.drop_nulls().unique().sort()
+            left, right = (_positions(levels, side) for side in (left, right))
+    return tuple(side.cast(pl.Int64).fill_null(-1).to_numpy() for side in (left, right))  # type: ignore[return-value]
+
+
+def _positions(levels: pl.Series, side: pl.Series) -> pl.Series:
+    if not len(levels):
+        return pl.Series([None] * len(side), dtype=pl.Int64)
+    at = levels.search_sorted(side).clip(0, len(levels) - 1).cast(pl.Int64)
+    return at.set(~levels.gather(at).eq_missing(side), None)
+
+
+def _dense(left: Ints, right: Ints) -> tuple[Ints, Ints]:
+    """The codes that occur on the right renumbered without gaps; others on the left become −1."""
+    top = int(max(left.max(initial=-1), right.max(initial=-1))) + 1
+    if top <= 8 * (len(left) + len(right)) + 1024:
+        used = np.zeros(top + 1, np.bool_)
+        used[right[right >= 0]] = True
+        number = np.where(used, np.cumsum(used) - 1, -1)
+        number[-1] = -1  # where −1 points
+        return number[left], number[right]
+    levels = np.unique(right[right >= 0])
+    at = np.searchsorted(levels, left)
+    known = (
+        (left >= 0) & (levels[np.minimum(at, len(levels) - 1)] == left)
+        if len(levels)
+        else np.zeros(len(left), np.bool_)
+    )
+    return np.where(known, at, -1), np.where(right < 0, -1, np.searchsorted(levels, right))

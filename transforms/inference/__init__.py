@@ -1,0 +1,1 @@
+"""Batch and live inference: the champion model, live input, live predictions."""

@@ -1,0 +1,360 @@
+"""The model that bears an alias, in a live job: looked for anew while it serves, and swapped between two batches.
+
+Each worker process holds one, with a thread that reads the alias again and again.  A new version is fetched, checked and
+warmed there, then takes over by one assignment; a version that is broken is refused, and what served before serves on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import ModelHandler
+
+from schemas.errors import MillraceError, MismatchError, StoreError
+from schemas.live import SEEN, live_predictions, scorable
+from schemas.views import FeatureView
+from transforms.models.bundle import Bundle
+from transforms.models.registry import CHAMPION, Registry
+from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
+from transforms.records.frame_packets import head_of, pack
+
+log = logging.getLogger("millrace.serving")
+# What a batch says beside its rows, in its schema's metadata: a packet of where it comes from; who scored it, as JSON.
+TOLD, SERVING = b"millrace.told", b"millrace.serving"
+# Swaps and refusals that are kept to be told.
+KEPT = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What a live job scores with.
+
+    Args:
+        registry: MLflow tracking URI.
+        model: registered name.
+        view: whose rows are scored.
+        first: the version that served at launch; a worker that starts while the alias names a broken one begins with it.
+        classes: scores per row.  They are columns, and so stay what they were at launch.
+        alias: whose bearer serves.
+        arm: part of every prediction's identity.
+        poll: how often the alias is read, µs.
+        threads: of XGBoost in each worker.
+    """
+
+    registry: str
+    model: str
+    view: FeatureView
+    first: Pinned
+    classes: int = 1
+    alias: str = CHAMPION
+    arm: str = ARM
+    poll: int = 5_000_000
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """A model that serves since a moment (µs since 1970)."""
+
+    scorer: Scorer
+    since: int
+
+    @property
+    def version(self) -> str:
+        return self.scorer.version
+
+
+def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
+    """Refuse a model that was trained on other features than the definition describes now.
+
+    Args:
+        bundle: the model.
+        version: as it is registered.
+        view: of the definition.
+        train: the command that trains one.
+
+    Raises:
+        MismatchError: fingerprints or inputs differ.
+    """
+    mine = (bundle.manifest["view"], bundle.fingerprint)
+    if mine != (view.name, view.fingerprint):
+        value = (
+            f"version {version} of {bundle.name!r} trained on {mine[0]}/{mine[1]}, "
+            f"the definition describes {view.name}/{view.fingerprint}"
+        )
+        fix = (
+            f"Train again with: {train}; or restore the definition it was trained with. "
+            "If it is the same, a newer Millrace computes some of its features differently (CHANGELOG.md says which): train again"
+        )
+        raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
+    known = {field.name: str(field.type) for field in view.output_schema}
+    wanted = bundle.encoders.inputs
+    if wrong := [f"{name}: {kind}" for name, kind in wanted.items() if known.get(name) != kind]:
+        value = f"{', '.join(wrong)}, not in the view of {view.fingerprint}"
+        raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
+
+
+def open_checked(serving: Serving, model: Pinned) -> Scorer:
+    """A model ready to serve: files as registered, made for these features, and it has scored a row.
+
+    Raises:
+        StoreError: files missing or altered.
+        MismatchError: made for other features, or it gives another number of scores.
+    """
+    scorer = open_scorer(model, serving.threads)
+    bundle, view = scorer.bundle, serving.view
+    check_model(bundle, scorer.version, view, "millrace training")
+    if bundle.classes != serving.classes:
+        value = f"version {scorer.version} gives {bundle.classes}, the job began with {serving.classes}"
+        fix = "Start the job anew with a predictions table of its own: give the model another name"
+        raise MismatchError("A live job's scores are the same columns throughout", value, fix)
+    schema = scorable(view)
+    row = pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)
+    predict(scorer, row, serving.arm, SEEN.names)
+    return scorer
+
+
+class Champion:
+    """The bearer of the alias, in this process.
+
+    Args:
+        serving: what is wanted.
+        watch: whether a thread looks after it.
+
+    Raises:
+        MillraceError: neither the bearer nor the version at launch can serve.
+    """
+
+    def __init__(self, serving: Serving, watch: bool = True) -> None:
+        self.serving, self.worker = serving, f"{socket.gethostname()}/{os.getpid()}"
+        self.swaps: list[dict[str, Any]] = []
+        self.refused: list[dict[str, Any]] = []
+        self._registry, self._lock, self._stop = Registry(serving.registry), threading.Lock(), threading.Event()
+        self._skipped: tuple[str, Any] | None = None
+        self._trouble, self._folder, self._began = "", "", ""
+        self._news = {"swaps": 0, "refused": 0}
+        self._held: Held | None = None
+        self.look()
+        if self._held is None:
+            self._swap(open_checked(serving, serving.first))
+        if watch:
+            _open.add(self)
+            threading.Thread(
+                target=_watch, args=(weakref.ref(self), self._stop, serving.poll / 1e6), daemon=True
+            ).start()
+
+    @property
+    def held(self) -> Held:
+        assert self._held is not None
+        return self._held
+
+    def take(self) -> tuple[Held, int]:
+        """What serves, and the time now (µs): before another one's `since`, whenever that takes over."""
+        with self._lock:
+            return self.held, time.time_ns() // 1000
+
+    def news(self) -> dict[str, int]:
+        """Swaps and refusals since the last time this was asked."""
+        with self._lock:
+            result, self._news = self._news, {"swaps": 0, "refused": 0}
+            return result
+
+    def begin(self, held: Held, rows: pa.RecordBatch) -> None:
+        """Tell of the first rows that a model scores here."""
+        with self._lock:
+            if self._began == held.version or held is not self._held or not rows.num_rows:
+                return
+            self._began = held.version
+        places = [
+            f"{source}/{partition}@{first}" for source, partition, first, *_ in head_of(told_of(rows)).get("parts", ())
+        ]
+        log.warning(
+            "version %s of %r scores from %s on", held.version, self.serving.model, ", ".join(places) or "the next row"
+        )
+
+    def look(self) -> None:
+        """Read the alias; where another version bears it, let that one serve if it can."""
+        serving = self.serving
+        try:
+            version = self._registry.bearer(serving.model, serving.alias)
+            if version is None:
+                value = f"nobody bears {serving.alias!r} of {serving.model!r} in {serving.registry}"
+                raise StoreError("The alias of a live job has a bearer", value, "Give it back with: millrace promote")
+        except Exception as error:  # whatever a registry does, the model in memory serves on
+            self._say(error)
+            return
+        if self._trouble:
+            log.warning("the registry answers again: %s bears %r of %r", version, serving.alias, serving.model)
+            self._trouble = ""
+        if self._held is not None and version == self._held.version:
+            self._skipped = None
+        elif self._skipped is None or self._skipped != (version, _state(self._folder)):
+            self._try(version)
+
+    def close(self) -> None:
+        """Look no more; what is held serves on."""
+        self._stop.set()
+
+    def _try(self, version: str) -> None:
+        serving, began = self.serving, time.perf_counter()
+        try:
+            _, folder, digest = self._registry.locate(serving.model, version)
+        except Exception as error:
+            self._say(error)
+            return
+        self._folder, state = folder, _state(folder)
+        try:
+            scorer = open_checked(serving, Pinned(folder, version, digest))
+        except Exception as error:  # a model may be broken in any way
+            self._refuse(version, error)
+            self._skipped = version, state
+            return
+        self._skipped = None
+        self._swap(scorer, time.perf_counter() - began)
+
+    def _swap(self, scorer: Scorer, took: float = 0.0) -> None:
+        before = self._held
+        with self._lock:
+            held = Held(scorer, time.time_ns() // 1000)
+            self._held = held
+            if before is not None:
+                swap = {"at": held.since, "from": before.version, "to": held.version}
+                self.swaps = [*self.swaps, swap][-KEPT:]
+                self._news["swaps"] += 1
+        which = f"version {held.version} of {self.serving.model!r}"
+        if before is None:
+            log.info("%s serves", which)
+        else:
+            log.warning(
+                "%s serves instead of version %s since %s (loaded, checked and warmed in %.2f s)",
+                which, before.version, _moment(held.since), took,
+            )  # fmt: skip
+
+    def _refuse(self, version: str, error: Exception) -> None:
+        serving = "what served at launch" if self._held is None else f"version {self._held.version}"
+        known = isinstance(error, MillraceError)
+        rule = error.rule if isinstance(error, MillraceError) else "A model can be loaded and scores a row"
+        value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
+        entry = {"at": time.time_ns() // 1000, "version": version, "rule": rule, "value": str(value), "fix": fix}
+        with self._lock:
+            self.refused = [*self.refused, entry][-KEPT:]
+            self._news["refused"] += 1
+        log.error(
+            "version %s of %r is refused, %s serves on: %s  It is tried again when the alias moves or its files change.",
+            version, self.serving.model, serving, error if known else f"{rule}. Got: {value}.",
+        )  # fmt: skip
+
+    def _say(self, error: Exception) -> None:
+        """Tell of a registry's trouble, once until it changes."""
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            serving = "the version of the launch" if self._held is None else f"version {self._held.version}"
+            log.warning("%s serves on while the registry is asked again: %s", serving, error)
+
+
+_open: weakref.WeakSet[Champion] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Stop the threads of this process that look after models."""
+    for champion in list(_open):
+        champion.close()
+
+
+def _watch(champion: weakref.ref[Champion], stop: threading.Event, poll: float) -> None:
+    while not stop.wait(poll):
+        if (alive := champion()) is None:
+            return
+        alive.look()
+        del alive
+
+
+def _state(folder: str) -> tuple[Any, ...]:
+    """What shows that a folder's files have changed."""
+    try:
+        if "://" in folder:
+            (found,) = FileSystems.match([FileSystems.join(folder, "*")])
+            return tuple(sorted((each.path, each.size_in_bytes, each.last_updated_in_seconds) for each in found.metadata_list))  # fmt: skip
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries]
+        return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
+    except Exception as error:  # gone, or not to be read: until that changes
+        return (type(error).__name__,)
+
+
+def _moment(at: int) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(at // 1_000_000)) + f".{at // 1000 % 1000:03} UTC"
+
+
+class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
+    """RunInference over live feature rows: each batch is scored by the model that serves when its turn comes.
+
+    Takes batches of `schemas.live.scorable(view)` and gives `schemas.live.live_predictions(view, classes)`; a packet in the
+    schema's metadata (`TOLD`) travels on, with what this worker serves.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        super().__init__()
+        self.serving = serving
+        self._counters = {name: Metrics.counter("millrace.serving", name) for name in ("swaps", "refused")}
+        self._version = Metrics.gauge("millrace.serving", "model_version")
+
+    def load_model(self) -> Champion:
+        return Champion(self.serving)
+
+    def run_inference(
+        self, batch: Sequence[pa.RecordBatch], model: Champion, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[pa.RecordBatch]:
+        rows: pa.RecordBatch = batch  # RunInference takes a batch as it comes
+        held, at = model.take()
+        for name, number in model.news().items():
+            if number:
+                self._counters[name].inc(number)
+        if held.version.isdigit():
+            self._version.set(int(held.version))
+        model.begin(held, rows)
+        return [score_live(self.serving, model, held, at, rows)]
+
+    def should_skip_batching(self) -> bool:
+        return True
+
+    def get_num_bytes(self, batch: Sequence[pa.RecordBatch]) -> int:
+        return int(batch.nbytes)  # type: ignore[attr-defined]
+
+    def get_metrics_namespace(self) -> str:
+        return "millrace.serving"
+
+
+def score_live(serving: Serving, champion: Champion, held: Held, at: int, rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Predictions of a batch with one model, stamped `at` µs."""
+    schema = live_predictions(serving.view, serving.classes)
+    if rows.num_rows:
+        made = predict(held.scorer, rows, serving.arm, SEEN.names)
+        columns = [
+            *made.columns,
+            pa.repeat(pa.scalar(at, pa.int64()), rows.num_rows).cast(schema.field("__scored").type),
+        ]
+    else:
+        columns = [pa.array([], field.type) for field in schema]
+    serving_now = {
+        "worker": champion.worker, "version": held.version, "since": held.since, "refused": champion.refused,
+    }  # fmt: skip
+    metadata = {TOLD: told_of(rows), SERVING: json.dumps(serving_now).encode()}
+    return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
+
+
+def told_of(rows: pa.RecordBatch) -> bytes:
+    """The packet that travels with a batch."""
+    return bytes((rows.schema.metadata or {}).get(TOLD, pack({})))

@@ -1,0 +1,348 @@
+"""Live predictions on their way out: messages for the topic, and commits to a table that holds each row once.
+
+The order is: scored, acknowledged by the broker, committed.  A commit carries the next offset of every partition of the
+features topic, so that a job that was killed reads on from there; what comes again is scored again, and its id is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import TimerSpec, on_timer
+from deltalake import DeltaTable
+
+from schemas.live import LIVE_LETTERS, live_predictions
+from schemas.views import FeatureView
+from transforms.inference.champion_model import SERVING, told_of
+from transforms.inference.live_input import source_of
+from transforms.models.scoring import ARM
+from transforms.records.frame_packets import head_of, unpack
+from transforms.records.garbage_collection import spare_imports
+from transforms.records.record_batches import frame
+from transforms.storage.delta_tables import open_table
+from transforms.streaming.completeness import FOREVER
+from transforms.streaming.kafka import ROWS, Broker, letter_messages
+from transforms.streaming.kafka_admin import FirstThere
+from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
+from transforms.streaming.messages import LETTERS, Decoded, to_arrow
+from transforms.streaming.micro_batches import SKIPPED, Micro, in_order, micro_packet, micros, nothing_there, packets_of
+from transforms.streaming.mirrored_state import BAG, HEAD, ONE, Keyed, Mirror, StateParam, now_us, read_head, write_head
+
+# Reigns (a model in a worker) whose beginning the status tells.
+REIGNS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlet:
+    """Where a live job's predictions go.
+
+    Args:
+        view: whose rows are scored.
+        model: names topic and table.
+        store: where the tables lie.
+        run_id: begins the names of files.
+        classes: scores per row.
+        arm: of the predictions.
+        prefix: before the names of topics.
+        table: whether the table gets the rows; without, only where the job stands.
+        commit_every: least time between commits, µs.
+        kafka: where the features topic is, which knows why an offset does not come; None: a replay.
+    """
+
+    view: FeatureView
+    model: str
+    store: str
+    run_id: str
+    classes: int = 1
+    arm: str = ARM
+    prefix: str = ""
+    table: bool = True
+    commit_every: int = 10_000_000
+    kafka: Broker | None = None
+
+    @property
+    def uri(self) -> str:
+        return FileSystems.join(self.store, "predictions_live", self.model)
+
+    @property
+    def letters_uri(self) -> str:
+        return FileSystems.join(self.store, "dead_letters", f"live_predictions_{self.model}")
+
+    @property
+    def topics(self) -> tuple[str, str]:
+        """Of predictions and of dead letters."""
+        return f"{self.prefix}{self.model}.predictions", f"{self.prefix}{self.model}.predictions.dead_letters"
+
+    def messages(self, rows: pa.RecordBatch) -> Iterator[tuple[str, bytes, bytes]]:
+        """A batch of predictions as messages, and what was set aside beside it.  A row is known by its `prediction_id`."""
+        topic, letters_topic = self.topics
+        plain = rows.replace_schema_metadata(None)
+        for start in range(0, rows.num_rows, ROWS):
+            part = plain.slice(start, ROWS)
+            first = part.column(part.schema.get_field_index("prediction_id"))[0].as_py()
+            yield topic, f"{self.model}:{self.arm}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), to_arrow(part)
+        letters = unpack(told_of(rows))[1].get("letters")
+        if letters is not None:
+            for key, value in letter_messages(letters):
+                yield letters_topic, key, value
+
+
+def to_packet(rows: pa.RecordBatch) -> Keyed:
+    """A batch of predictions as a packet for the ledger: a micro-batch per partition."""
+    told, frames = unpack(told_of(rows))
+    serving = json.loads((rows.schema.metadata or {}).get(SERVING, b"{}"))
+    # Polars takes no metadata that is not text.
+    whole, letters, parts = (
+        frame(rows.replace_schema_metadata(None)),
+        frames.get("letters", pl.DataFrame(schema=LETTERS)),
+        [],
+    )
+    for source, partition, first, after, count, beat in told["parts"]:
+        mine = whole if len(told["parts"]) == 1 else whole.filter(pl.col("__partition") == partition)
+        bad = letters if len(told["parts"]) == 1 else letters.filter(pl.col("partition") == partition)
+        parts.append((source, partition, first, after, count, Decoded(mine, bad, beat)))
+    return ONE, micro_packet(parts, 0, came=told["came"], more={"serving": serving})
+
+
+class _Once(UnknownIds):
+    """As `UnknownIds`; keeps what it found to be new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = pl.DataFrame()
+
+    def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
+        self.kept = super().__call__(table, frame)
+        return self.kept
+
+
+def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
+    """What a new ledger starts from: what the table's last commit told, else `begin`, the first offset per partition."""
+    told = last_told(open_table(outlet.uri), app_of(outlet.model))
+    source = source_of(outlet.view)
+    done = told.get("next", {}).get(source, {})
+    return {
+        **told,
+        "next": {source: {str(number): int(done.get(str(number), first)) for number, first in begin.items()}},
+    }
+
+
+class Ledger:
+    """Predictions in order of offsets, until they are committed.  What of it must survive is `state` and the inbox."""
+
+    def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
+        self.outlet, self.source = outlet, source_of(outlet.view)
+        self.turn = int(start.get("turn", 0))
+        self.next = {int(number): int(offset) for number, offset in start["next"][self.source].items()}
+        self.ended = {int(number): int(offset) for number, offset in start.get("ended", {}).items()}
+        self.rows = {"read": 0, "predicted": 0, "repeated": 0, "letters": 0, **start.get("rows", {})}
+        self.by_version: dict[str, int] = dict(start.get("by_version", {}))
+        self.reigns: dict[str, dict[str, Any]] = dict(start.get("reigns", {}))
+        self.refused: dict[str, dict[str, Any]] = dict(start.get("refused", {}))
+        self.since = int(start.get("since", now_us()))  # the last commit
+        self.inbox: list[Micro] = []
+        self._ids = _Once()
+        self._next_there = nothing_there if outlet.kafka is None else FirstThere(outlet.kafka, outlet.prefix)
+
+    def state(self) -> dict[str, Any]:
+        """What must survive beside the inbox."""
+        return {**self.head(), "reigns": self.reigns, "refused": self.refused, "since": self.since}
+
+    def head(self) -> dict[str, Any]:
+        """What commits tell."""
+        return {
+            "turn": self.turn, "next": {self.source: {str(number): offset for number, offset in self.next.items()}},
+            "ended": {str(number): offset for number, offset in self.ended.items()}, "rows": self.rows, "by_version": self.by_version,
+        }  # fmt: skip
+
+    def take(self, packet: bytes) -> None:
+        serving = head_of(packet).get("serving")
+        some = micros(packet)
+        self.inbox += some
+        if not serving:
+            return
+        key = f"{serving['worker']} {serving['since']}"
+        reign = self.reigns.setdefault(key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}})  # fmt: skip
+        for micro in some:
+            if len(micro.rows):
+                known = reign["offsets"].get(str(micro.partition), micro.first)
+                reign["offsets"][str(micro.partition)] = min(known, micro.first)
+        for each in serving["refused"]:
+            self.refused[f"{each['version']} {each['at']}"] = each
+        for held in (self.reigns, self.refused):
+            while len(held) > REIGNS:
+                del held[next(iter(held))]
+
+    @property
+    def last(self) -> bool:
+        """Whether the last word of every partition is that nothing follows."""
+        return bool(self.next) and all(self.ended.get(number) == offset for number, offset in self.next.items())
+
+    def commit(self, now: int) -> dict[str, Any] | None:
+        """Commit what is there in order, and keep the rest; what is to be told, or None if there was nothing."""
+
+        def count(_: str, what: str, number: int) -> None:
+            if what == SKIPPED:
+                self.rows[what] = self.rows.get(what, 0) + number
+
+        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_there)
+        if not admitted:
+            return None
+        rows, letters = [], [pl.DataFrame(schema=LETTERS)]
+        for micro in admitted:
+            due = self.next.get(micro.partition, micro.first)
+            rows.append(micro.rows if due <= micro.first else micro.rows.filter(pl.col("__offset") >= due))
+            letters.append(micro.letters if due <= micro.first else micro.letters.filter(pl.col("offset") >= due))
+            self.next[micro.partition] = max(micro.next, due)
+            if micro.heartbeat is not None and micro.heartbeat >= FOREVER:
+                self.ended[micro.partition] = self.next[micro.partition]
+        return self._write(pl.concat(rows), pl.concat(letters), now)
+
+    def _write(self, rows: pl.DataFrame, letters: pl.DataFrame, now: int) -> dict[str, Any]:
+        outlet = self.outlet
+        self.turn += 1
+        self.rows["read"] += len(rows)
+        once = rows.unique("row_id", keep="first", maintain_order=True)
+        if len(letters):
+            self.rows["letters"] += self._letters(letters)
+        table, schema, app = (
+            open_table(outlet.uri),
+            live_predictions(outlet.view, outlet.classes),
+            app_of(outlet.model),
+        )
+        fresh = self._ids(table, once)
+        told = self._told(rows, once, fresh) if outlet.table else self._told(rows, once, once)
+        Writer(outlet.uri, schema, app, outlet.run_id).append(once if outlet.table else once.clear(), self.turn, told, self._ids, always=True)  # fmt: skip
+        return {**told, **self._status(rows, now)}
+
+    def _told(self, rows: pl.DataFrame, once: pl.DataFrame, fresh: pl.DataFrame) -> dict[str, Any]:
+        self.rows["predicted"] += len(fresh)
+        self.rows["repeated"] += len(rows) - len(fresh)
+        for version, number in fresh["model_version"].value_counts().iter_rows():
+            self.by_version[version] = self.by_version.get(version, 0) + number
+        newest = max(self.reigns.values(), key=lambda each: int(each["since"]), default={"version": None})
+        return {**self.head(), "model": self.outlet.model, "version": newest["version"]}
+
+    def _status(self, rows: pl.DataFrame, now: int) -> dict[str, Any]:
+        reigns = sorted(self.reigns.values(), key=lambda each: (each["worker"], each["since"]))
+        swaps = [
+            {"at": after["since"], "from": before["version"], "to": after["version"], "offsets": after["offsets"], "worker": after["worker"]}
+            for before, after in itertools.pairwise(reigns)
+            if before["worker"] == after["worker"]
+        ]  # fmt: skip
+        workers = {each["worker"]: {"version": each["version"], "since": each["since"]} for each in reigns}
+        lag = (rows["__scored"].to_physical() - rows["__arrived"].to_physical()).to_numpy() / 1e6
+        marks = (
+            dict(zip(("median", "p99", "max"), np.quantile(lag, (0.5, 0.99, 1)).round(4).tolist())) if len(lag) else {}
+        )
+        return {
+            "last": self.last, "at": now,
+            "swaps": sorted(swaps, key=lambda each: int(each["at"])), "refused": list(self.refused.values()), "workers": workers,
+            "lag_s": {"rows": len(lag), **marks},
+        }  # fmt: skip
+
+    def _letters(self, letters: pl.DataFrame) -> int:
+        outlet = self.outlet
+        arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+        named = letters.with_columns(pl.lit(outlet.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
+        writer = Writer(outlet.letters_uri, LIVE_LETTERS, app_of(f"{outlet.model}/letters"), outlet.run_id)
+        fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
+        return writer.append(named, self.turn, self.head(), fresh)
+
+
+class CommitPredictions(beam.DoFn):
+    """Packets of predictions → commits, an interval at a time; what was told as JSON.  One key."""
+
+    def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
+        self.outlet, self.start = outlet, start
+        self.committed = Metrics.counter("millrace.serving", "rows_committed")
+
+    def setup(self) -> None:
+        spare_imports()
+        self.mirror = Mirror()
+
+    def process(self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG)) -> Iterator[Keyed]:
+        yield from self.taken(element, head, bag)
+
+    def taken(self, element: Keyed, head: Any, bag: Any) -> Iterator[Keyed]:
+        """Take a packet in; commit when it is time."""
+        key, packet = element
+        told = read_head(head)
+        ledger = self.ledger(key, told, bag)
+        bag.add(packet)
+        ledger.take(packet)
+        ends = any(part[5] is not None for part in head_of(packet)["parts"])
+        if ends or now_us() - ledger.since >= self.outlet.commit_every:
+            yield from self.commit(ledger, bag)
+        self.save(key, told, ledger, head)
+
+    def ledger(self, key: bytes, told: Mapping[str, Any], bag: Any) -> Ledger:
+        def build() -> Ledger:
+            ledger = Ledger(self.outlet, told.get("ledger", self.start))
+            for packet in bag.read():
+                ledger.take(packet)
+            return ledger
+
+        return self.mirror.get(key, told["version"], build)
+
+    def commit(self, ledger: Ledger, bag: Any) -> Iterator[Keyed]:
+        before = ledger.rows["predicted"]
+        told = ledger.commit(now_us())
+        ledger.since = now_us()
+        if told is not None:
+            self.committed.inc(ledger.rows["predicted"] - before)
+            bag.clear()
+            for packet in packets_of(ledger.inbox):
+                bag.add(packet)
+            yield ONE, json.dumps(told).encode()
+
+    def save(self, key: bytes, told: dict[str, Any], ledger: Ledger, head: Any) -> None:
+        told.update(version=told["version"] + 1, ledger=ledger.state())
+        write_head(head, told)
+        self.mirror.put(key, told["version"], ledger)
+
+
+WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
+
+
+class TimedCommitPredictions(CommitPredictions):
+    """As `CommitPredictions`; a timer commits what is left when nothing more comes."""
+
+    def process(
+        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG), wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[Keyed]:  # fmt: skip
+        yield from self.taken(element, head, bag)
+        self.arm(head, wake)
+
+    def arm(self, head: Any, wake: Any) -> None:
+        """Wake up once after this interval, unless that is set already."""
+        told, now = read_head(head), now_us()
+        at = now + self.outlet.commit_every
+        if not now - 5_000_000 < told.get("wake", 0) <= at:
+            told["wake"] = at
+            wake.set(at / 1e6)
+            write_head(head, told)
+
+    @on_timer(WAKE)
+    def woken(
+        self, key: Any = beam.DoFn.KeyParam, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG), wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[Keyed]:  # fmt: skip
+        told = read_head(head)
+        ledger = self.ledger(key, told, bag)
+        if ledger.inbox:
+            yield from self.commit(ledger, bag)
+        told["wake"] = 0
+        self.save(key, told, ledger, head)
+        if ledger.inbox:  # a hole is waited on
+            self.arm(head, wake)

@@ -1,0 +1,406 @@
+"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the other does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+
+from schemas.live import repeats_by
+from schemas.views import FeatureView
+from transforms.features.block_inputs import distinct
+from transforms.lineage.feature_parity import (
+    NEVER,
+    Bools,
+    Ints,
+    Seen,
+    _computed,
+    _read,
+    letters_of,
+    of_questions,
+    pending,
+    questions_of,
+    refused,
+    shown_at,
+)
+from transforms.records.row_hashing import row_ids
+from transforms.sources.contracts import judge
+from transforms.sources.inventory import Inventory, source_uri, take_inventory
+from transforms.sources.reader import read_raw, repeats_of, without_repeats
+from transforms.storage.delta_tables import data_files, open_table, read_file, root_of
+from transforms.streaming.live_tables import app_of, last_told, sources_root
+from transforms.streaming.micro_batches import PLACE, rid
+from transforms.streaming.shards import RID
+
+# In the order in which they are applied where none of several is needed by itself.
+LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
+    "late row", "history", "before_start", "corrected or erased row", "repeat beyond memory", "row rejected by one side only",
+    "dimension version",
+)  # fmt: skip
+# What explains nothing, though a value may come from it.
+LOST, TWICE = "row that live never had", "repeat that live should have known"
+CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST, TWICE)
+UNEXPLAINED = "unexplained"
+_CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
+_N = "__number"
+
+
+def memo(method: Any) -> Any:
+    """A method of one name, whose results the object keeps."""
+
+    @functools.wraps(method)
+    def kept_by(self: Any, name: str) -> Any:
+        held = self.__dict__.setdefault(f"_{method.__name__}", {})
+        if name not in held:
+            held[name] = method(self, name)
+        return held[name]
+
+    return kept_by
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """The batch side.
+
+    Args:
+        view: whose.
+        root: folder of its sources.
+        table: its feature table; None: values are computed from the sources.
+    """
+
+    view: FeatureView
+    root: str
+    table: DeltaTable | None
+
+    @classmethod
+    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
+        """Of a store's table and its sources, or those in the folder `root`.  Without a store there are sources alone."""
+        assert store is not None or root is not None
+        table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
+        return cls(view, root or sources_root(str(store)), table)
+
+    @property
+    def name(self) -> str:
+        if self.table is None:
+            return f"computed from {self.root}: there is no table"
+        return f"{root_of(self.table)} version {self.table.version()}"
+
+    @functools.cached_property
+    def inventory(self) -> Inventory:
+        return take_inventory(self.view, self.root, time.time_ns() // 1000)
+
+    @memo
+    def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """(Rows of a source that keep the contract, with `kept`: whether they count; the others.)"""
+        contract, slices = self.inventory.contract(name), self.inventory.slices[name]
+        raw = read_raw(contract, slices)
+        good, letters = judge(contract, raw)
+        bad = raw[letters["place"].to_numpy()]
+        if name == self.view.spine.name:
+            counted = distinct(good, (self.view.time, *self.view.key))[0]
+        elif contract.source.time is None:
+            counted = good.unique()
+        elif contract.source.unique:
+            counted = without_repeats(contract.source, good, repeats_of(contract, slices).first)
+        else:
+            return good.with_columns(pl.lit(True).alias("__kept")), bad
+        numbered = good.with_columns(pl.int_range(pl.len()).over(good.columns).alias(_N))
+        counted = counted.unique().with_columns(pl.lit(0, pl.Int64).alias(_N), pl.lit(True).alias("__kept"))
+        on = [*good.columns, _N]
+        found = numbered.with_columns(pl.col(_N).cast(pl.Int64)).join(counted, on=on, how="left", nulls_equal=True)
+        return found.drop(_N).with_columns(pl.col("__kept").fill_null(False)), bad
+
+    @functools.cached_property
+    def spine(self) -> pl.DataFrame:
+        """Its questions, each once, with `row_id`."""
+        rows = self.rows(self.view.spine.name)[0].filter("__kept").drop("__kept")
+        return rows.with_columns(row_ids(self.view.name, [rows[name] for name in (*self.view.key, self.view.time)]))
+
+    @functools.cached_property
+    def dimensions(self) -> dict[str, pl.DataFrame]:
+        result = {}
+        for name in self.view.dimensions:
+            rows = self.rows(name)[0].filter("__kept").drop("__kept")
+            result[name] = rows.sort(rows.columns)
+        return result
+
+    def values(self, first: date, last: date) -> pl.DataFrame:
+        """Its features of questions of the dates `[first, last]`."""
+        columns = ["row_id", self.view.time, *self.view.columns]
+        if self.table is not None:
+            files = data_files(self.table, first, last + timedelta(days=1))
+            parts = [pl.DataFrame(pl.from_arrow(read_file(file, list(dict.fromkeys(columns))))) for file in files]
+            empty = pl.DataFrame(pl.from_arrow(self.view.output_schema.empty_table())).select(
+                list(dict.fromkeys(columns))
+            )
+            return pl.concat([empty, *parts])
+        day = pl.col(self.view.time).dt.date()
+        asked = self.spine.filter((day >= first) & (day <= last))
+        tables = {name: self.rows(name)[0].filter("__kept").drop("__kept") for name in self.view.events}
+        found = _computed(self.view, asked, {**tables}, self.dimensions)
+        made = found.with_columns(asked["row_id"])
+        return made.with_columns(asked[self.view.time]).select(list(dict.fromkeys(columns)))
+
+    def dates(self) -> set[date]:
+        """Those of which it has rows."""
+        if self.table is not None:
+            return {file.date for file in data_files(self.table)}
+        return set(self.spine[self.view.time].dt.date().unique())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aligned:
+    """A source's rows on both sides.
+
+    Args:
+        rows: the columns that features read.
+        moments: their times, µs.
+        shown, gone: as in `Seen`; of rows that live does not count, never and at once.
+        batch: whether batch counts them.
+        cause: number of the cause, where the sides differ for another reason than the time of arrival.
+    """
+
+    rows: pl.DataFrame
+    moments: Ints
+    shown: Ints
+    gone: Ints
+    batch: Bools
+    cause: npt.NDArray[np.int8]
+
+    @property
+    def seen(self) -> Seen:
+        mine = self.shown < NEVER
+        return Seen(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
+
+    def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
+        """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
+        live = (self.shown <= cut) & (self.gone > cut)
+        late = (self.shown < NEVER) & (self.shown > cut)
+        cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
+        applied = np.isin(cause, [_CODE[name] for name in active])
+        inside = (self.moments >= low) & (self.moments < high)
+        return self.rows.filter(pl.Series(np.where(applied, self.batch, live) & inside))
+
+
+class Sides:
+    """Both sides' rows, read when they are needed and then kept."""
+
+    def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
+        self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
+        self.rank = {text: place for place, text in enumerate(cuts)}
+
+    @functools.cached_property
+    def letters(self) -> pl.DataFrame:
+        return letters_of(self.view, self.store)
+
+    @functools.cached_property
+    def asked(self) -> pl.DataFrame:
+        """Live's accepted questions, of every place, with `row_id`."""
+        view = self.view
+        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *PLACE], None, None)
+        return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
+
+    def started(self, name: str, live: pl.DataFrame) -> int:
+        """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
+        table = open_table(source_uri(sources_root(self.store), name))
+        told = last_told(table, app_of(name)) if table is not None else {}
+        begin = (told.get("started") or {}).get(name)
+        if begin is not None:
+            return int(begin)
+        time_column = str((self.view.events.get(name) or self.view.spine).time)
+        first = live.filter(pl.col("__partition") >= 0)[time_column].min()
+        return NEVER if first is None else int(pl.Series([first]).to_physical()[0])
+
+    @memo
+    def aligned(self, name: str) -> Aligned:
+        view, repeats = self.view, list(repeats_by(self.view, name))
+        columns = list(dict.fromkeys([*view.columns_read(name), *repeats]))
+        extra = ["__counted", "__instead"] if repeats else []
+        live = _read(view, self.store, name, [*columns, *PLACE, *extra], None, None)
+        started = self.started(name, live)
+        shown = shown_at(name, live, self.cuts)
+        gone = np.full(len(live), NEVER, np.int64)
+        counted = np.ones(len(live), np.bool_)
+        if repeats:
+            replaced = (
+                pl.DataFrame({RID: live["__instead"], "__gone": shown})
+                .drop_nulls(RID)
+                .group_by(RID)
+                .agg(pl.col("__gone").min())
+            )
+            gone = (
+                live.select(rid(live))
+                .join(replaced, on=RID, how="left", maintain_order="left")["__gone"]
+                .fill_null(NEVER)
+                .to_numpy()
+            )
+            counted = live["__counted"].to_numpy()
+        ours = live.select(columns).with_columns(
+            pl.Series("__shown", shown),
+            pl.Series("__gone", gone),
+            pl.Series("__counted", counted),
+            pl.lit(True).alias("__live"),
+        )
+        good, bad = self.batch.rows(name)
+        theirs = good.select(*columns, "__kept").with_columns(pl.lit(True).alias("__batch"))
+        both = _numbered(ours, columns, ["__counted", "__shown"], [True, False]).join(
+            _numbered(theirs, columns, ["__kept"], [True]), on=[*columns, _N], how="full", coalesce=True, nulls_equal=True
+        ).with_columns(
+            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False), pl.col("__shown", "__gone").fill_null(NEVER)
+        ).with_row_index("__row")  # fmt: skip
+        cause = self._causes(name, both, bad, repeats, started)
+        mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
+        moments = both[str(view.events[name].time)].to_physical().to_numpy()
+        return Aligned(
+            both.select(view.columns_read(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
+            np.where(mine, both["__gone"].to_numpy(), 0), both["__kept"].to_numpy(), cause,
+        )  # fmt: skip
+
+    def _causes(
+        self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
+    ) -> npt.NDArray[np.int8]:
+        """Why a side counts a row that the other does not, as far as that is no matter of the cut."""
+        cause = np.zeros(len(both), np.int8)
+        time_column = str(self.view.events[name].time)
+        identity = list(repeats) or [time_column]
+        one_sided = both.filter(pl.col("__live") != pl.col("__batch"))
+        live_alone = one_sided.filter("__live", "__counted")
+        batch_alone = one_sided.filter("__batch", "__kept")
+        for rows, others in ((live_alone, bad), (batch_alone, None)):
+            if not len(rows):
+                continue
+            at = rows["__row"].to_numpy()
+            if others is not None:
+                rejected = rows["__row"].is_in(_like(rows, others, identity)["__row"].implode()).to_numpy()
+                cause[at] = np.where(rejected, _CODE[REJECTED], _CODE[CORRECTED])
+            else:
+                cause[at] = self._why_batch_alone(name, rows, live_alone, identity, started)
+        if repeats:
+            self._repeats(name, both, cause, repeats)
+        return cause
+
+    def _why_batch_alone(
+        self, name: str, rows: pl.DataFrame, live_alone: pl.DataFrame, identity: Sequence[str], started: int
+    ) -> npt.NDArray[np.int8]:
+        source = self.view.events.get(name) or self.view.spine
+        early = (rows[str(source.time)].to_physical() < started).to_numpy()
+        result = np.where(early, _CODE[HISTORY], _CODE[LOST]).astype(np.int8)
+        # A row of the same identity, or one of which only the time is another.
+        partners = set(_like(rows, live_alone, identity)["__row"])
+        content = [column for column in rows.columns if column in source.schema and column != source.time]
+        if content and not len(self.view.key if source is self.view.spine else source.unique or ()):
+            partners |= set(_like(rows, live_alone, content)["__row"])
+        result[rows["__row"].is_in(list(partners)).to_numpy()] = _CODE[CORRECTED]
+        letters = self.letters.filter(source=name)
+        about = pl.col("rule").str.contains("before_start")
+        for cause, unknown, told in (
+            (BEFORE_START, HISTORY, letters.filter(about)),
+            (REJECTED, LOST, letters.filter(~about & ~of_questions())),
+        ):
+            exact = np.zeros(len(rows), np.bool_)
+            for (field,), some in told.group_by("field"):
+                if field in rows.columns:
+                    exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
+            result[exact & (early | (cause == REJECTED))] = _CODE[cause]
+            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are left.
+            rest = result == _CODE[unknown]
+            if 0 < rest.sum() <= len(told) - exact.sum():
+                result[rest] = _CODE[cause]
+        return result
+
+    def _repeats(self, name: str, both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
+        """Rows that both sides have and one counts: for the sake of the row that counts on the other side instead."""
+        moment = pl.col(str(self.view.events[name].time)).to_physical()
+        rows = both.with_columns(pl.Series("__cause", cause), moment.alias("__moment"))
+        undecided = rows.filter(
+            "__live",
+            "__batch",
+            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER)),
+        )
+        if not len(undecided):
+            return
+        instead = rows.filter(pl.col("__counted") | pl.col("__kept")).select(
+            *repeats,
+            pl.col("__cause").alias("__theirs"),
+            pl.col("__row").alias("__other"),
+            pl.col("__moment").alias("__first"),
+        )
+        found = (
+            undecided.join(instead, on=repeats, how="left")
+            .filter(pl.col("__row") != pl.col("__other"))
+            .group_by("__row")
+            .agg(pl.col("__theirs").max(), pl.col("__first").min())
+        )
+        undecided = undecided.join(found, on="__row", how="left")
+        replaced = undecided["__gone"].to_numpy() < NEVER
+        theirs = undecided["__theirs"].fill_null(0).to_numpy()
+        # Live had come this far when it took the row in, and remembers what is not older than twice the longest window.
+        known = rows.filter("__live").select("__shown", "__moment")
+        asked = pl.DataFrame({
+            "__shown": shown_at(self.view.spine.name, self.asked, self.cuts), "__moment": self.asked[self.view.time].to_physical(),
+        })  # fmt: skip
+        until = pl.concat([known, asked]).sort("__shown").with_columns(pl.col("__moment").cum_max())
+        at = np.searchsorted(until["__shown"].to_numpy(), undecided["__shown"].to_numpy(), "right") - 1
+        far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
+        forgotten = undecided["__first"].fill_null(NEVER).to_numpy() < far
+        otherwise = np.where(replaced, _CODE[LATE], np.where(forgotten, _CODE[REPEAT], _CODE[TWICE]))
+        cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
+
+    def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
+        """Why batch lacks the questions of some live answers."""
+        if not len(answers):
+            return {}
+        view = self.view
+        _, bad = self.batch.rows(view.spine.name)
+        here = answers.join(self.batch.spine.select("row_id"), on="row_id", how="semi")
+        rest = answers.join(here, on="row_id", how="anti")
+        identity = [*view.key, view.time]
+        rejected = rest.join(bad.select(identity), on=identity, how="semi")
+        # Batch's source has the question and its table does not: the table should have been computed again.
+        counts = {UNEXPLAINED: len(here), REJECTED: len(rejected), CORRECTED: len(rest) - len(rejected)}
+        return {name: number for name, number in counts.items() if number}
+
+    def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
+        """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
+        view, spine = self.view, self.batch.spine
+        places = questions_of(view, self.store)
+        mine = rows.join(places.select("row_id").unique(), on="row_id", how="semi")
+        told = places.join(refused(view, self.store), on=PLACE, how="semi").select("row_id").unique()
+        set_aside = mine.join(told, on="row_id", how="semi")
+        left = len(mine) - len(set_aside)
+        waits = min(left, pending(view, self.store))
+        counts = {REJECTED: len(set_aside), UNEXPLAINED: left - waits}
+        never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
+        if len(never):
+            alone = places.join(spine, on="row_id", how="anti").with_row_index("__row")
+            since = self.started(view.spine.name, places)
+            found = self._why_batch_alone(view.spine.name, never.with_row_index("__row"), alone, list(view.key), since)
+            for code in found.tolist():
+                cause = UNEXPLAINED if code >= _CODE[LOST] else CAUSES[code - 1]
+                counts[cause] = counts.get(cause, 0) + 1
+        counts[UNEXPLAINED] += (
+            len(rows) - len(mine) - len(never)
+        )  # a row of the table of which its source knows nothing
+        return {name: number for name, number in counts.items() if number}, waits
+
+
+def _numbered(
+    rows: pl.DataFrame, columns: Sequence[str], by: Sequence[str], descending: Sequence[bool]
+) -> pl.DataFrame:
+    """Rows of the same content numbered, those first that count first."""
+    rows = rows.sort(by, descending=list(descending), maintain_order=True)
+    return rows.with_columns(pl.int_range(pl.len()).over(columns).cast(pl.Int64).alias(_N))
+
+
+def _like(rows: pl.DataFrame, others: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Those of `rows` that agree with one of `others` in some columns."""
+    return rows.join(others.select(columns).unique(), on=list(columns), how="semi", nulls_equal=True)

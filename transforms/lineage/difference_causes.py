@@ -1,0 +1,260 @@
+"""Live answers beside the full batch table: every difference of a bit, and what it comes from.
+
+A live answer could see the rows that had arrived by its cut; the batch table sees every row that its sources hold now.  Both
+sets of rows are laid side by side by content, and each row that only one of them counts gets a cause.  Which causes a
+difference comes from is then computed, never guessed: over live's rows the kernel must give live's bits, over those with all
+causes applied the batch table's; a cause is named when leaving it out gives other bits than the batch table's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.views import FeatureView
+from transforms.features.staleness import reached_from
+from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
+from transforms.lineage.feature_parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_tables import features_live_uri
+from transforms.streaming.micro_batches import PLACE
+
+EXAMPLES = 3
+# Answers explained at a time: a frame of features is held for each set of causes.
+AT_ONCE = 50_000
+
+
+@dataclasses.dataclass
+class Difference:
+    """What came of one cause, or of several together: values and answers that differ, and the first of them."""
+
+    values: int = 0
+    answers: int = 0
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Full:
+    """Live answers beside batch.
+
+    Args:
+        batch: the table and its version, or the sources that the values were computed from.
+        answers: compared, that is, there on both sides.
+        values: compared.
+        causes: by the names of the causes, what differs.
+        only_live: answers that batch lacks, by cause.
+        only_batch: batch's rows from the first to the last live question without a live answer, by cause.
+        waiting: of these, questions that live has and has not answered yet; they are no difference.
+        not_computed: live answers of dates of which the batch table has no row; they are no difference.
+    """
+
+    batch: str
+    answers: int = 0
+    values: int = 0
+    causes: dict[str, Difference] = dataclasses.field(default_factory=dict)
+    only_live: dict[str, int] = dataclasses.field(default_factory=dict)
+    only_batch: dict[str, int] = dataclasses.field(default_factory=dict)
+    waiting: int = 0
+    not_computed: int = 0
+
+    @property
+    def differing(self) -> int:
+        return sum(each.values for each in self.causes.values())
+
+    @property
+    def unexplained(self) -> int:
+        """Values and rows that no cause explains."""
+        values = sum(each.values for name, each in self.causes.items() if name.startswith(UNEXPLAINED))
+        return values + self.only_live.get(UNEXPLAINED, 0) + self.only_batch.get(UNEXPLAINED, 0)
+
+
+def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
+    """Compare the live answers to questions of `[start, end)` with batch's rows."""
+    table = open_table(features_live_uri(store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table, start, end)
+    cuts = cuts_of(files)
+    result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
+    answered = []
+    for group in _by_dates(files) if files else ():
+        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in group])
+        moments = answers[view.time].to_physical().to_numpy()
+        span += [int(moments.min()), int(moments.max())]
+        answered.append(answers["row_id"])
+        values = batch.values(*_days(answers)).unique("row_id", keep="first")
+        missing = answers.join(values, on="row_id", how="anti")
+        unknown = ~missing["date"].is_in(list(covered))
+        result.not_computed += int(unknown.sum())
+        _add(result.only_live, sides.why_live_alone(missing.filter(~unknown)))
+        both = answers.join(values.select("row_id"), on="row_id", how="semi", maintain_order="left")
+        theirs = both.select("row_id").join(values, on="row_id", how="left", maintain_order="left")
+        result.answers += len(both)
+        result.values += len(both) * len(view.columns)
+        wrong = {name: _differ(both[name], theirs[name]) for name in view.columns}
+        differ = np.logical_or.reduce(list(wrong.values())) if len(both) else np.zeros(0, np.bool_)
+        where = np.flatnonzero(differ)
+        for (versions,), part in (
+            both[where].with_columns(pl.Series("__at", where)).group_by("__dimensions", maintain_order=True)
+        ):
+            for some in part.iter_slices(AT_ONCE):
+                _explain(result, sides, some, theirs[some["__at"].to_numpy()], str(versions))
+    if span:
+        known = pl.concat(answered)
+        _only_batch(result, sides, known, (min(span), max(span)))
+    return result
+
+
+def _days(rows: pl.DataFrame) -> tuple[date, date]:
+    first, last = rows["date"].min(), rows["date"].max()
+    assert isinstance(first, date)
+    assert isinstance(last, date)
+    return first, last
+
+
+def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, number in more.items():
+        counts[name] = counts.get(name, 0) + number
+
+
+def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
+    """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's rows."""
+    view, variant = sides.view, _Variants(sides, answers, versions)
+    touched: dict[str, set[int]] = {}
+    for name in view.columns:
+        live, batch = answers[name], theirs[name]
+        wrong = _differ(live, batch)
+        if not wrong.any():
+            continue
+        known = ~_differ(variant(0)[name], live) & ~_differ(variant(variant.all)[name], batch)
+        needed = _needed(variant, name, batch, wrong & known)
+        for mask in np.unique(needed[wrong]).tolist():
+            rows = np.flatnonzero(wrong & (needed == mask))
+            causes = variant.named(mask)
+            label = ", ".join(causes) or UNEXPLAINED
+            label = f"{UNEXPLAINED}: {label}" if {LOST, TWICE} & set(causes) else label
+            each = result.causes.setdefault(label, Difference())
+            each.values += len(rows)
+            touched.setdefault(label, set()).update(rows.tolist())
+            for row in rows[: max(EXAMPLES - len(each.examples), 0)].tolist():
+                about = {key: answers[key][row] for key in (*view.key, view.time)}
+                each.examples.append({**about, "feature": name, "live": live[row], "batch": batch[row]})
+    for label, rows_of in touched.items():
+        result.causes[label].answers += len(rows_of)
+
+
+def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
+    """Of each of some rows, the causes, as bits, that give batch's value together and without any of which it does not come."""
+    needed = np.where(rows, variant.all, 0).astype(np.int64)
+    for number in reversed(range(len(variant.causes))):
+        bit = 1 << number
+        for mask in np.unique(needed[rows]).tolist():
+            same = ~_differ(variant(mask & ~bit)[name], batch)
+            needed[rows & (needed == mask) & same] = mask & ~bit
+    return needed
+
+
+class _Variants:
+    """Some answers' features over live's rows with the differences of some causes applied."""
+
+    def __init__(self, sides: Sides, answers: pl.DataFrame, versions: str) -> None:
+        self.sides, view = sides, sides.view
+        self.tables = {name: sides.aligned(name) for name in view.events}
+        content = list(view.spine.schema)
+        asked = sides.asked.unique(PLACE)
+        self.live = answers.select(*PLACE).join(asked, on=PLACE, how="left", maintain_order="left").select(content)
+        mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
+        theirs = pl.DataFrame({
+            name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content
+        })  # fmt: skip
+        # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other came.
+        places = pl.int_range(pl.len()).alias("__at")
+        other = theirs.with_columns(places).join(
+            self.live.with_columns(places), on=[*content, "__at"], how="anti", nulls_equal=True
+        )
+        late = other.join(sides.asked.select(content), on=content, how="semi", nulls_equal=True)["__at"]
+        corrected = other.filter(~pl.col("__at").is_in(late.implode()))["__at"]
+        self.otherwise = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
+        self.batch = theirs
+        root = FileSystems.join(sides.store, "dimensions")
+        self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
+        self.now = sides.batch.dimensions
+        rank = answers["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
+        moments = self.live[view.time].to_physical().to_numpy()
+        disturbed = disturbed_by([each.seen for each in self.tables.values()], moments, rank)
+        self.parts: list[tuple[Ints, int, int | None, int]] = []
+        if (~disturbed).any():
+            self.parts.append((np.flatnonzero(~disturbed), NEVER - 1, None, NEVER))
+        for cut in np.unique(rank[disturbed]).tolist():
+            rows = np.flatnonzero(disturbed & (rank == cut))
+            self.parts.append((rows, cut, int(moments[rows].min()), int(moments[rows].max())))
+        there = {int(code) for each in self.tables.values() for code in np.unique(each.cause)}
+        causes = {CAUSES[code - 1] for code in there if code}
+        causes |= {LATE} if disturbed.any() else set()
+        causes |= {cause for cause, rows in self.otherwise.items() if len(rows)}
+        if any(not _same(self.known[name], frame) for name, frame in self.now.items()):
+            causes.add(DIMENSION)
+        self.causes = [cause for cause in CAUSES if cause in causes]
+
+        self._made: dict[int, pl.DataFrame] = {}
+
+    @property
+    def all(self) -> int:
+        """All causes, as bits."""
+        return (1 << len(self.causes)) - 1
+
+    def named(self, mask: int) -> list[str]:
+        return [cause for number, cause in enumerate(self.causes) if mask >> number & 1]
+
+    def __call__(self, mask: int) -> pl.DataFrame:
+        """The features with the causes of these bits applied."""
+        if mask not in self._made:
+            active = self.named(mask)
+            asked = self._asked(active)
+            dimensions = self.now if DIMENSION in active else self.known
+            parts = [self._part(part, asked, dimensions, active) for part in self.parts]
+            order = np.argsort(np.concatenate([rows for rows, *_ in self.parts]), kind="stable")
+            self._made[mask] = pl.concat(parts)[order].select(list(self.sides.view.columns))
+        return self._made[mask]
+
+    def _asked(self, active: Sequence[str]) -> pl.DataFrame:
+        """The questions, those that batch has otherwise as batch has them where the cause is applied."""
+        none = np.zeros(0, np.int64)
+        rows = np.concatenate([none, *(places for cause, places in self.otherwise.items() if cause in active)])
+        if not len(rows):
+            return self.live
+        theirs = np.zeros(len(self.live), np.bool_)
+        theirs[rows] = True
+        flags = pl.Series(theirs)
+        return pl.DataFrame({name: self.batch[name].zip_with(flags, self.live[name]) for name in self.live.columns})
+
+    def _part(
+        self, part: tuple[Ints, int, int | None, int], asked: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame], active: Sequence[str]
+    ) -> pl.DataFrame:  # fmt: skip
+        rows, cut, first, high = part
+        view = self.sides.view
+        low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}
+        tables = {name: each.at(cut, low[name], high, active) for name, each in self.tables.items()}
+        return _computed(view, asked[rows], tables, dimensions)
+
+
+def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
+    return a.select(b.columns).sort(b.columns).equals(b.sort(b.columns))
+
+
+def _only_batch(result: Full, sides: Sides, answered: pl.Series, span: tuple[int, int]) -> None:
+    view, batch = sides.view, sides.batch
+    days = [date(1970, 1, 1) + timedelta(microseconds=each) for each in span]
+    moment = pl.col(view.time).to_physical()
+    rows = batch.values(days[0], days[1]).filter((moment >= span[0]) & (moment <= span[1])).select("row_id", view.time)
+    rows = rows.filter(~pl.col("row_id").is_in(answered.implode())).select("row_id").unique()
+    if len(rows):
+        counts, waits = sides.why_batch_alone(rows)
+        _add(result.only_batch, counts)
+        result.waiting += waits

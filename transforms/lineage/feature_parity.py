@@ -1,0 +1,323 @@
+"""Batch and live agree to the bit: every live answer computed again, from exactly the events that it could see.
+
+An answer's cut names, per partition, the offset it saw up to.  Cuts grow, so they have an order, and every event has a
+first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing known
+before a question came after its cut, the answer over everything is the answer over the cut, and one computation serves
+all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import DataError
+from schemas.live import LIVE_LETTERS, accepted, repeats_by
+from schemas.views import FeatureView
+from transforms.features.kernel import compute
+from transforms.features.staleness import lifetime_sources, reached_from
+from transforms.records.row_hashing import row_ids
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.streaming.micro_batches import PLACE, cut_of, rid
+from transforms.streaming.shards import RID
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+NEVER = 2**62
+EXAMPLES = 3
+# Answers computed at a time.
+ANSWERS = 500_000
+
+
+@dataclasses.dataclass
+class Compared:
+    """One feature: values compared, nulls on each side, values that differ, and those that later arrivals would change."""
+
+    rows: int = 0
+    nulls_live: int = 0
+    nulls_batch: int = 0
+    differing: int = 0
+    changed_later: int = 0
+    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Parity:
+    """What came of comparing.
+
+    Args:
+        features: per feature.
+        answers: rows compared.
+        cuts: distinct cuts among them.
+        by_cut: answers that were computed by their own cut, since something came after it.
+        changed_later: of these, answers of which later arrivals would change a value.
+        unanswered: questions accepted but without an answer.
+        unaccounted: of these, such as are no repeat, no dead letter, and did not wait when the job committed last.
+    """
+
+    features: dict[str, Compared]
+    answers: int = 0
+    cuts: int = 0
+    by_cut: int = 0
+    changed_later: int = 0
+    unanswered: int = 0
+    unaccounted: int = 0
+
+    @property
+    def differing(self) -> int:
+        return sum(each.differing for each in self.features.values())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """A source's rows, and by the order of cuts: the first that shows each, and the first that no longer does."""
+
+    rows: pl.DataFrame
+    moments: Ints
+    shown: Ints
+    gone: Ints
+
+    def at(self, cut: int, low: int, high: int) -> pl.DataFrame:
+        """Rows of time `[low, high)` that count as of `cut`."""
+        return self.rows.filter(
+            pl.Series((self.shown <= cut) & (self.gone > cut) & (self.moments >= low) & (self.moments < high))
+        )
+
+    @property
+    def latest(self) -> Ints:
+        """The last cut at which each row's standing changed."""
+        return np.maximum(self.shown, np.where(self.gone < NEVER, self.gone, 0))
+
+
+def check(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
+    """Compare the live answers to questions of `[start, end)` with batch.
+
+    Raises:
+        DataError: there are no answers.
+    """
+    table = open_table(features_live_uri(store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table, start, end)
+    if not files:
+        raise DataError(
+            f"View {view.name!r} has live answers to compare", f"none in {store}", "Run: millrace features --streaming"
+        )
+    cuts = cuts_of(files)
+    result = Parity({name: Compared() for name in view.columns}, cuts=len(cuts))
+    for some in _by_dates(files):
+        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
+        for (versions,), part in answers.group_by("__dimensions"):
+            dimensions = {
+                name: kept(FileSystems.join(store, "dimensions"), name, version)
+                for name, version in json.loads(str(versions)).items()
+            }
+            _check_some(view, store, part, cuts, dimensions, result)
+    asked = questions_of(view, store, start, end)
+    result.unanswered = len(asked.unique(PLACE)) - result.answers
+    answered = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
+    left = asked.join(answered, on="row_id", how="anti").join(refused(view, store), on=PLACE, how="anti")
+    result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
+    return result
+
+
+def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
+    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
+    rows = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], start, end)
+    rows = rows.filter(pl.col("__partition") >= 0)
+    return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
+
+
+def letters_of(view: FeatureView, store: str) -> pl.DataFrame:
+    """A live job's dead letters of rows that came from topics."""
+    table = open_table(live_letters_uri(store, view.name))
+    files = [] if table is None else data_files(table)
+    empty = pl.DataFrame(pl.from_arrow(LIVE_LETTERS.empty_table()))
+    parts = [pl.DataFrame(pl.from_arrow(read_file(file, LIVE_LETTERS.names))).select(empty.columns) for file in files]
+    return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
+
+
+def of_questions() -> pl.Expr:
+    """Letters about accepted rows of the spine that were not asked."""
+    return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
+
+
+def refused(view: FeatureView, store: str) -> pl.DataFrame:
+    """Places of the questions that were accepted and set aside."""
+    letters = letters_of(view, store).filter(of_questions(), source=view.spine.name)
+    return letters.select(pl.col(name[2:]).alias(name) for name in PLACE)
+
+
+def pending(view: FeatureView, store: str) -> int:
+    """Questions that waited when the job committed last."""
+    tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
+    tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
+    told = [last_told(open_table(uri), app_of(name)) for uri, name in tables]
+    newest = max(told, key=lambda each: int(each.get("turn", -1)))
+    return int(newest.get("pending") or 0)
+
+
+def cuts_of(files: Sequence[Any]) -> list[str]:
+    """The distinct cuts of the answers in some files, in their order."""
+    parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files]
+    texts = pl.concat(parts)["__cut"].unique().to_list() if parts else []
+    return sorted(texts, key=lambda text: sum(cut_of(text).values()))
+
+
+def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
+    """Files in groups of whole dates of about `ANSWERS` rows."""
+    group: list[Any] = []
+    for file in files:
+        if group and file.date != group[-1].date and sum(each.rows for each in group) >= ANSWERS:
+            yield group
+            group = []
+        group.append(file)
+    yield group
+
+
+def _check_some(
+    view: FeatureView, store: str, answers: pl.DataFrame, cuts: Sequence[str], dimensions: Mapping[str, pl.DataFrame], result: Parity
+) -> None:  # fmt: skip
+    rank = {text: place for place, text in enumerate(cuts)}
+    days = answers["date"]
+    first, last = days.min(), days.max()
+    assert isinstance(first, date)
+    assert isinstance(last, date)
+    spine = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(
+        PLACE
+    )
+    asked = answers.select(*PLACE, "__cut").join(spine, on=PLACE, how="left", maintain_order="left")
+    if asked[view.time].null_count():
+        raise DataError(
+            "Every answer's question is in its source's table",
+            f"{asked[view.time].null_count()} are not",
+            "Was the table cleaned up?",
+        )
+    seen = {name: seen_of(view, store, name, cuts, first, last) for name in view.events}
+    of_row = asked["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
+    moments = asked[view.time].to_physical().to_numpy()
+    disturbed = disturbed_by(seen.values(), moments, of_row)
+    whole = _computed(view, asked, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions)
+    batch = whole
+    if disturbed.any():
+        parts, places = [whole.filter(pl.Series(~disturbed))], [np.flatnonzero(~disturbed)]
+        for cut in np.unique(of_row[disturbed]).tolist():
+            rows = np.flatnonzero(disturbed & (of_row == cut))
+            low, high = int(moments[rows].min()), int(moments[rows].max())
+            tables = {name: each.at(cut, reached_from(view, name, low), high) for name, each in seen.items()}
+            parts.append(_computed(view, asked[rows], tables, dimensions))
+            places.append(rows)
+        batch = pl.concat(parts)[np.argsort(np.concatenate(places))]
+    result.answers += len(answers)
+    result.by_cut += int(disturbed.sum())
+    changed = np.zeros(len(answers), np.bool_)
+    for name, compared in result.features.items():
+        _compare(view, name, answers, batch, compared)
+        later = _differ(batch[name], whole[name])
+        compared.changed_later += int(later.sum())
+        changed |= later
+    result.changed_later += int(changed.sum())
+
+
+def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> Seen:
+    """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
+    source = view.events[name]
+    back = (
+        None if name in lifetime_sources(view) else first - timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
+    )
+    extra = ["__counted", "__instead"] if repeats_by(view, name) else []
+    rows = _read(view, store, name, [*view.columns_held(name), *PLACE, *extra], back, last + timedelta(days=1))
+    shown = shown_at(name, rows, cuts)
+    gone = np.full(len(rows), NEVER, np.int64)
+    if repeats_by(view, name):
+        replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(
+            pl.col("__instead").is_not_null()
+        )
+        at = (
+            pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)})
+            .group_by(RID)
+            .agg(pl.col("gone").min())
+        )
+        gone = (
+            rows.select(rid(rows))
+            .join(at, on=RID, how="left", maintain_order="left")["gone"]
+            .fill_null(NEVER)
+            .to_numpy()
+        )
+        counted = rows["__counted"].to_numpy()
+        rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
+    moments = rows[str(source.time)].to_physical().to_numpy()
+    return Seen(rows.select(view.columns_held(name)), moments, shown, gone)
+
+
+def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
+    """Place of the first cut that shows each row; `len(cuts)` for those that came after the last."""
+    result = np.zeros(len(rows), np.int64)
+    parsed = [cut_of(text) for text in cuts]
+    partitions, offsets = rows["__partition"].to_numpy(), rows["__offset"].to_numpy()
+    for partition in np.unique(partitions).tolist():
+        until = np.array([cut.get((source, partition), 0) for cut in parsed], np.int64)
+        mine = partitions == partition
+        result[mine] = np.searchsorted(until, offsets[mine], "right")
+    return result
+
+
+def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
+    """Questions before whose time an event lies whose standing changed after their cut."""
+    result = np.zeros(len(moments), np.bool_)
+    for each in seen:
+        if not len(each.moments):
+            continue
+        order = np.argsort(each.moments, kind="stable")
+        latest = np.maximum.accumulate(each.latest[order])
+        before = np.searchsorted(each.moments[order], moments, "left")
+        result |= (before > 0) & (latest[np.maximum(before - 1, 0)] > cuts)
+    return result
+
+
+def _computed(
+    view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]
+) -> pl.DataFrame:
+    return compute(view, asked.select(list(view.spine.schema)), {**dimensions, **tables})
+
+
+def _differ(left: pl.Series, right: pl.Series) -> Bools:
+    """Where two columns differ in a bit; nulls are equal."""
+    if left.dtype == pl.Float32:
+        a, b = (side.fill_null(0).to_numpy().view(np.int32) for side in (left, right))
+        return (a != b) | (left.is_null() != right.is_null()).to_numpy()
+    return left.ne_missing(right).to_numpy()
+
+
+def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.DataFrame, result: Compared) -> None:
+    live = answers[name]
+    wrong = _differ(live, batch[name])
+    result.rows += len(live)
+    result.nulls_live += live.null_count()
+    result.nulls_batch += batch[name].null_count()
+    result.differing += int(wrong.sum())
+    for row in np.flatnonzero(wrong)[: max(EXAMPLES - len(result.examples), 0)].tolist():
+        question = {key: answers[key][row] for key in (*view.key, view.time, "__cut")}
+        result.examples.append({**question, "live": live[row], "batch": batch[name][row]})
+
+
+def _read(
+    view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None
+) -> pl.DataFrame:
+    """Columns of a source's accepted rows of the dates `[start, end)`."""
+    table = open_table(source_uri(sources_root(store), name))
+    files = [] if table is None else data_files(table, start, end)
+    schema = accepted(view, name)
+    empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
+    return pl.concat(
+        [empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)]
+    )

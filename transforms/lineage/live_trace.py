@@ -1,0 +1,71 @@
+"""Where a live answer came from: its question, and what it could see of each source, read from its cut and the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.views import FeatureView
+from transforms.features.staleness import reached_from
+from transforms.lineage.feature_parity import seen_of
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import open_table
+from transforms.streaming.live_tables import sources_root
+from transforms.streaming.micro_batches import cut_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """What a live answer could see of one source.
+
+    Args:
+        table: where its accepted rows are; None if they are not in this store.
+        cut: next offset per partition.
+        days: (UTC day, rows that a feature could reach), of the spine none unless it is a source of events too.
+    """
+
+    source: str
+    table: str | None
+    cut: Mapping[int, int]
+    days: tuple[tuple[Any, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """The version of a dimension that an answer used, and where that version is kept; None if it is not there any more."""
+
+    source: str
+    version: str
+    path: str | None
+
+
+def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Visible]:
+    """What the answer `row` of the live feature table could see, its question's source first."""
+    cut = cut_of(row["__cut"])
+    at = int(pl.Series([row[view.time]]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
+    result = []
+    for name in dict.fromkeys([view.spine.name, *view.events]):
+        uri = source_uri(sources_root(store), name)
+        table = uri if open_table(uri) is not None else None
+        offsets = {partition: offset for (source, partition), offset in sorted(cut.items()) if source == name}
+        days: tuple[tuple[Any, int], ...] = ()
+        if name in view.events and table is not None:
+            seen = seen_of(view, store, name, [row["__cut"]], row["date"], row["date"])
+            times = seen.at(0, reached_from(view, name, at), at)[str(view.events[name].time)]
+            days = tuple(pl.DataFrame({"day": times.dt.date()}).group_by("day").len().sort("day").iter_rows())
+        result.append(Visible(name, table, offsets, days))
+    return result
+
+
+def looked_up(store: str, row: Mapping[str, Any]) -> list[Looked]:
+    """The dimensions that the answer used."""
+    result = []
+    for name, version in json.loads(row["__dimensions"] or "{}").items():
+        path = FileSystems.join(store, "dimensions", name, f"{version}.arrow")
+        result.append(Looked(name, version, path if FileSystems.exists(path) else None))
+    return result

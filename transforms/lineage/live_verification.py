@@ -1,0 +1,95 @@
+"""Live answers computed again plainly, each from the rows that its cut shows.
+
+Only which rows an answer could see is decided as `parity` decides it; what is computed from them shares nothing with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from datetime import date, timedelta
+
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import DataError
+from schemas.views import FeatureView
+from transforms.lineage.feature_parity import NEVER, Seen, seen_of
+from transforms.records.record_batches import frame
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_tables import features_live_uri, sources_root
+from transforms.streaming.micro_batches import PLACE, cut_of
+from transforms.verification import Frames, Verified, choose, choose_files, every_row, verify_rows
+
+# Answers whose sources are read together.
+AT_ONCE = 5_000
+
+
+def verify_live(
+    view: FeatureView, store: str, rows: int | None, run_id: str, start: date | None = None, end: date | None = None
+) -> Verified:
+    """Verify so many live answers (None: all) to spine rows of `[start, end)`.
+
+    Raises:
+        DataError: there are no answers.
+    """
+    began = time.perf_counter()
+    table = open_table(features_live_uri(store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table, start, end)
+    if not files:
+        raise DataError(
+            f"View {view.name!r} has live answers to verify", f"none in {store}", "Run: millrace features --streaming"
+        )
+    total = sum(file.rows for file in files)
+    if rows is None or rows >= total:
+        parts = every_row(files, AT_ONCE)
+    else:
+        chosen, starts = choose_files(files, max(rows // 12, 1), run_id)
+        parts = iter([choose(view, chosen, starts, rows, run_id).rows])
+    result = Verified(of=total)
+    for answers in parts:
+        for (day,), some in answers.group_by("date", maintain_order=True):
+            assert isinstance(day, date)
+            result += _verify_day(view, store, some, day)
+    return dataclasses.replace(result, seconds=time.perf_counter() - began)
+
+
+def _verify_day(view: FeatureView, store: str, answers: pl.DataFrame, day: date) -> Verified:
+    cuts = sorted(answers["__cut"].unique().to_list(), key=lambda text: sum(cut_of(text).values()))
+    seen = {name: seen_of(view, store, name, cuts, day, day) for name in view.events}
+    spine = _asked(view, store, answers, day)
+    result = Verified()
+    for (cut, versions), some in answers.with_row_index("__at").group_by("__cut", "__dimensions", maintain_order=True):
+        tables = _as_of(view, store, seen, cuts.index(str(cut)), json.loads(str(versions)))
+        result += verify_rows(view, some, spine[some["__at"]], tables)
+    return result
+
+
+def _asked(view: FeatureView, store: str, answers: pl.DataFrame, day: date) -> pl.DataFrame:
+    """The accepted row that each answer is to, in their order."""
+    columns = [*view.spine.schema, *PLACE]
+    table = open_table(source_uri(sources_root(store), view.spine.name))
+    files = [] if table is None else data_files(table, day, day + timedelta(days=1))
+    empty = pl.DataFrame(schema={**view.spine.schema, **{name: answers.schema[name] for name in PLACE}})
+    rows = pl.concat([empty, *(frame(read_file(file, columns)) for file in files)]).unique(PLACE)
+    rows = rows.with_columns(pl.lit(True).alias("__found"))
+    found = answers.select(PLACE).join(rows, on=PLACE, how="left", maintain_order="left")
+    return found.select(*view.spine.schema, "__found")
+
+
+def _as_of(view: FeatureView, store: str, seen: Mapping[str, Seen], cut: int, versions: Mapping[str, str]) -> Frames:
+    """The sources as an answer of the cut saw them."""
+    frames = {name: each.at(cut, -NEVER, NEVER) for name, each in seen.items()}
+    folder = FileSystems.join(store, "dimensions")
+    frames |= {name: kept(folder, name, version) for name, version in versions.items() if name in view.dimensions}
+    contracts = {name: Contract(source, _columns(view, name)) for name, source in view.sources.items()}
+    return Frames(contracts, frames)
+
+
+def _columns(view: FeatureView, name: str) -> tuple[str, ...]:
+    return tuple(view.columns_read(name))

@@ -1,0 +1,111 @@
+"""Live predictions against a batch job's: every answer scored again by the version that its prediction names."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import date, timedelta
+
+import polars as pl
+from deltalake import DeltaTable
+
+from schemas.views import FeatureView
+from transforms.inference.live_output import Outlet
+from transforms.models.registry import Registry
+from transforms.models.scoring import Pinned, Scorer, open_scorer, predict
+from transforms.records.record_batches import batch, frame
+from transforms.records.value_text import shown
+from transforms.storage.delta_tables import data_files, open_table, read_group
+from transforms.streaming.live_tables import features_live_uri
+
+EXAMPLES = 3
+
+
+@dataclasses.dataclass
+class Rescored:
+    """What came of it.
+
+    Args:
+        answers: in the live feature table.
+        predictions: in the table of live predictions.
+        missing: answers without a prediction.
+        doubled: predictions of a row that has one.
+        stray: predictions of a row that the feature table lacks.
+        otherwise: predictions of an answer that the topic gave otherwise than the table (another cut); not compared.
+        compared: per version.
+        differing: predictions of which a batch job's differ in any bit.
+        examples: of those.
+    """
+
+    answers: int = 0
+    predictions: int = 0
+    missing: int = 0
+    doubled: int = 0
+    stray: int = 0
+    otherwise: int = 0
+    compared: dict[str, int] = dataclasses.field(default_factory=dict)
+    differing: int = 0
+    examples: list[str] = dataclasses.field(default_factory=list)
+
+
+def rescore(
+    view: FeatureView, store: str, model: str, registry: str, start: date | None = None, end: date | None = None
+) -> Rescored:
+    """Compare predictions of `[start, end)`, a date at a time, so that memory holds one.
+
+    Raises:
+        StoreError: the registry, or a version's files, cannot be read.
+    """
+    found, scorers, models = Rescored(), dict[str, Scorer](), Registry(registry)
+    answers = open_table(features_live_uri(store, view.name, view.fingerprint))
+    made = open_table(Outlet(view, model, store, "").uri)
+    every = [file for table in (answers, made) if table is not None for file in data_files(table, start, end)]
+    for day in sorted({file.date for file in every}):
+        rows, told = _rows(answers, day), _rows(made, day)
+        found.answers += 0 if rows is None else len(rows)
+        found.predictions += 0 if told is None else len(told)
+        if told is None or rows is None:
+            found.missing += 0 if rows is None else len(rows)
+            found.stray += 0 if told is None else len(told)
+            continue
+        once = told.unique("row_id", keep="first", maintain_order=True)
+        found.doubled += len(told) - len(once)
+        found.missing += rows.join(once, on="row_id", how="anti").height
+        found.stray += once.join(rows, on="row_id", how="anti").height
+        same = once.join(rows, on=["row_id", "__cut"], how="semi")
+        found.otherwise += once.join(rows, on="row_id", how="semi").height - same.height
+        for (version,), part in same.group_by("model_version", maintain_order=True):
+            name = str(version)
+            if name not in scorers:
+                _, folder, digest = models.locate(model, name)
+                scorers[name] = open_scorer(Pinned(folder, name, digest))
+            _compare(found, view, scorers[name], rows.join(part, on="row_id", how="semi"), part)
+    return found
+
+
+def _rows(table: DeltaTable | None, day: date) -> pl.DataFrame | None:
+    files = [] if table is None else data_files(table, day, day + timedelta(days=1))
+    return frame(read_group(files)) if files else None
+
+
+def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFrame, told: pl.DataFrame) -> None:
+    again = frame(predict(scorer, batch(rows, view.output_schema), str(told["arm"][0]))).sort("row_id")
+    told = told.select(again.columns).sort("row_id")
+    # As bits: two NaN are the same, 0.0 and −0.0 are not.
+    floats = [pl.col(name).reinterpret(signed=True) for name, dtype in again.schema.items() if dtype.is_float()]
+    same = again.with_columns(floats).select(
+        pl.all_horizontal(pl.col(name).eq_missing(column) for name, column in _columns(told.with_columns(floats)))
+    ).to_series()  # fmt: skip
+    found.compared[scorer.version] = found.compared.get(scorer.version, 0) + len(told)
+    found.differing += int((~same).sum())
+    for live, batched in zip(told.filter(~same).rows(named=True), again.filter(~same).rows(named=True), strict=True):
+        if len(found.examples) < EXAMPLES:
+            differ = [
+                f"{name} {shown(live[name], again.schema[name])} live, {shown(batched[name], again.schema[name])} batch"
+                for name in live
+                if live[name] != batched[name]
+            ]
+            found.examples.append(f"row {live['row_id']} by version {scorer.version}: {'; '.join(differ)}")
+
+
+def _columns(rows: pl.DataFrame) -> list[tuple[str, pl.Series]]:
+    return [(name, rows[name].alias(f"told:{name}")) for name in rows.columns]

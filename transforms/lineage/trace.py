@@ -1,0 +1,269 @@
+"""What is in a store, and where a row of it came from: read from tables, their logs, manifests and models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
+
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable
+
+from schemas.durations import DAY
+from schemas.errors import DataError, DefinitionError, StoreError
+from schemas.views import FeatureView
+from transforms.features.manifest_store import read_manifest
+from transforms.features.staleness import VERSION, Manifest, lifetime_sources, reached_from
+from transforms.sources.inventory import stamp_of
+from transforms.storage.delta_log import commit_at, commits, file_actions
+from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, root_of
+from transforms.storage.paths import tables_below
+from transforms.storage.vacuum import files_below
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A table at a glance.  `version` is None of a folder of Parquet files, and of a table without a commit."""
+
+    table: str
+    version: int | None
+    first: date | None
+    last: date | None
+    rows: int | None
+    bytes: int
+    files: int
+    fingerprint: str
+    run: str
+    at: datetime | None
+
+
+def describe(store: str) -> list[Description]:
+    """Every table of the store; of sources also those that are Parquet files.
+
+    Raises:
+        StoreError: a table's log cannot be read.
+    """
+    tables = [_table(store, name) for name in tables_below(store)]
+    known = {each.table for each in tables}
+    return sorted(
+        [*tables, *(each for each in _folders(store) if each.table not in known)], key=lambda each: each.table
+    )
+
+
+def _table(store: str, name: str) -> Description:
+    table = open_table(FileSystems.join(store, *name.split("/")))
+    if table is None:
+        return Description(name, None, None, None, None, 0, 0, "", "", None)
+    actions = pl.DataFrame(table.get_add_actions(flatten=True))
+    dates = actions["partition.date"] if "partition.date" in actions.columns else pl.Series([], dtype=pl.Date)
+    last = commit_at(root_of(table), table.version())
+    parts = name.split("/")
+    print_of = parts[2] if len(parts) == 3 else str(last.get("fingerprint", ""))
+    at = datetime.fromtimestamp(last["timestamp"] / 1000, UTC) if "timestamp" in last else None
+    return Description(
+        name, int(table.version()), dates.min(), dates.max(), int(actions["num_records"].sum()), int(actions["size_bytes"].sum()),  # type: ignore[arg-type]
+        len(actions), print_of, str(last.get("run_id", "")), at,
+    )  # fmt: skip
+
+
+def _folders(store: str) -> list[Description]:
+    """Sources that are folders of Parquet files, or one file."""
+    held: dict[str, list[tuple[int, datetime]]] = {}
+    root = FileSystems.join(store, "sources")
+    for file in files_below(root):
+        parts = file.path[len(root) + 1 :].split("/")
+        if parts[-1].endswith(".parquet") and not any(part.startswith((".", "_")) for part in parts):
+            held.setdefault(parts[0].removesuffix(".parquet"), []).append((file.bytes, file.changed))
+    return [
+        Description(f"sources/{name}", None, None, None, None, sum(size for size, _ in files), len(files), "", "", max(at for _, at in files))
+        for name, files in held.items()
+    ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a question could see of one source.
+
+    Args:
+        days: [(day since 1970, rows, digest)], of a dimension none.
+        digest: of a dimension, as last used.
+        files: path, stamp, and what has become of the file since.
+    """
+
+    source: str
+    days: tuple[tuple[int, int, int], ...]
+    digest: int | None
+    files: tuple[tuple[str, str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a feature row came from."""
+
+    row: Mapping[str, Any]
+    table: str
+    version: int
+    file: DataFile
+    commit: Mapping[str, Any]
+    seen: tuple[Seen, ...]
+    outdated: bool = False  # written by a version whose windows over all history may be wrong
+
+
+def view_table(store: str, view: FeatureView, version: int | None = None, place: str = "features") -> DeltaTable:
+    """The feature table of the view.
+
+    Raises:
+        StoreError: there is none; other fingerprints are named.
+    """
+    uri = FileSystems.join(store, place, view.name, view.fingerprint)
+    table = open_table(uri, version)
+    if table is None:
+        others = [name.split("/")[2] for name in tables_below(store) if name.startswith(f"{place}/{view.name}/")]
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise StoreError(
+            "The definition's features have been computed",
+            f"no table at {uri}{there}",
+            "Compute them with: millrace features",
+        )
+    return table
+
+
+def find_rows(
+    table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None
+) -> list[tuple[DataFile, dict[str, Any]]]:
+    """Rows with these values, with the file that each is in; of other dates' files nothing is read if `day` is given."""
+    found = []
+    columns = list(dict.fromkeys(conditions))
+    for file in data_files(table):
+        if day is not None and file.date != day:
+            continue
+        part = pl.DataFrame(pl.from_arrow(read_file(file, columns)))
+        hit = (
+            part.select(pl.all_horizontal(pl.col(name) == value for name, value in conditions.items()))
+            .to_series()
+            .fill_null(False)
+        )
+        if hit.any():
+            whole = pl.DataFrame(pl.from_arrow(read_file(file)))
+            found += [(file, row) for row in whole.filter(hit).iter_rows(named=True)]
+    return found
+
+
+def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, Any]:
+    """`["flight_id=123"]` as values of the key's columns.
+
+    Raises:
+        DefinitionError: another column, one left out, a value of another type.
+    """
+    example = " ".join(f"--key {name}=…" for name in view.key)
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if len(given) != len(words) or set(given) != set(view.key):
+        raise DefinitionError(
+            f"A row of view {view.name!r} is named by {', '.join(view.key)}",
+            " ".join(words) or "no --key",
+            f"Write {example}",
+        )
+    values = {}
+    for name, text in given.items():
+        dtype = view.spine.schema[name]
+        try:
+            series = (
+                pl.Series([text])
+                if dtype == pl.String
+                else pl.Series([text]).str.to_date()
+                if dtype == pl.Date
+                else None
+            )
+            if series is None:
+                series = (
+                    pl.Series([{"true": True, "false": False}[text.lower()]])
+                    if dtype == pl.Boolean
+                    else pl.Series([int(text)]).cast(dtype)
+                )
+        except (pl.exceptions.PolarsError, ValueError, KeyError):
+            raise DefinitionError(f"{name!r} is {dtype}", repr(text), f"Write {example}") from None
+        values[name] = series[0]
+    return values
+
+
+def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: Mapping[str, Any]) -> Origin:
+    """Where the row of that file came from: the commit that added the file, and what its run had read."""
+    uri, entry = root_of(table), commit_of(table, file)
+    made = open_table(uri, entry["version"]) if "version" in entry else None
+    manifest = read_manifest(made) if made is not None else None
+    seen = () if manifest is None else tuple(_seen(view, manifest, row[view.time]))
+    old = manifest is not None and manifest.version < VERSION and bool(lifetime_sources(view))
+    return Origin(row, uri, int(table.version()), file, entry, seen, old)
+
+
+def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[Seen]:
+    at = int(pl.Series([moment]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
+    result = []
+    for name in (view.spine.name, *(name for name in view.sources if name != view.spine.name)):
+        paths = manifest.files.get(name, {})
+        if name in view.dimensions:
+            result.append(Seen(name, (), manifest.dimensions.get(name), _files(paths, None)))
+            continue
+        first, last = reached_from(view, name, at) // DAY, at // DAY
+        digests = manifest.digests.get(name, {})
+        days = tuple((day, *digests[day]) for day in sorted(digests) if first <= day <= last)
+        result.append(Seen(name, days, None, _files(paths, (first, last))))
+    return result
+
+
+def _files(paths: Mapping[str, tuple[str, int, int]], days: tuple[int, int] | None) -> tuple[tuple[str, str, str], ...]:
+    return tuple(
+        (path, stamp, _since(path, stamp))
+        for path, (stamp, low, high) in sorted(paths.items())
+        if days is None or (low <= days[1] and high >= days[0])
+    )
+
+
+def _since(path: str, stamp: str) -> str:
+    """What has become of a file since it had this stamp."""
+    try:
+        return "unchanged" if stamp_of(path) == stamp else "changed since"
+    except (OSError, ValueError):
+        return "gone"
+
+
+def find_prediction(
+    store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
+) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
+    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live` ones are meant.
+
+    Raises:
+        DataError: no such prediction.
+    """
+    looked = []
+    places = ("predictions_live",) if live else ("predictions", "predictions_live")
+    for name in sorted(tables_below(store)):  # batch before live
+        place, _, of = name.partition("/")
+        mine = place in places and model in (
+            None,
+            of,
+            of.partition(".")[0],
+        )  # a job of another alias writes to model.alias
+        table = open_table(FileSystems.join(store, *name.split("/"))) if mine else None
+        if table is None:
+            continue
+        looked.append(name)
+        for file, row in find_rows(table, {"prediction_id": prediction}, day):
+            return name, table, file, row
+    raise DataError(
+        "The prediction is in the store",
+        f"{prediction} not in {', '.join(looked) or 'any table: there are no predictions'}",
+        "See the tables with: millrace tables",
+    )
+
+
+def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:
+    """What the commit that added the file says of itself; empty if the log no longer tells."""
+    uri = root_of(table)
+    inside, run_id = file.path[len(uri) + 1 :], file.path.rsplit("/", 1)[-1].rsplit("-", 1)[0]
+    for entry in commits(uri, table.version()):
+        if entry.get("run_id") == run_id and inside in file_actions(uri, entry["version"])[0]:
+            return entry
+    return {}

@@ -1,0 +1,1 @@
+"""Encoders, model bundles, the registry, scoring."""

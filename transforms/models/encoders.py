@@ -1,0 +1,341 @@
+"""Encoders between the feature table, which stays unencoded, and the model's matrix.
+
+They are fitted on the training split (`transforms/training/fit_encoders.py`), saved as JSON with the model, and applied by one
+vectorised function to training examples, batches and live requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import encoders
+from schemas.errors import DataError, MismatchError, nearest
+from transforms.records.exact_sums import Counts, Floats
+from transforms.records.row_hashing import hash_column
+
+log = logging.getLogger("millrace.training")
+
+Matrix = npt.NDArray[np.float32]
+_LARGEST = float(np.finfo(np.float32).max)
+# Written where no input is split or shifted, so that what earlier versions read has not changed; see `Encoding.state`.
+_FORMAT, _WHOLE_FORMAT = 1, 2
+# Whole numbers up to here are float32s; beyond, neighbours become one.
+EXACT = 1 << 24
+# Most float32 columns that hold any 64-bit integer as their sum, and bounds of what one and two of them hold (see `columns_needed`).
+_PARTS = ((1, 1 << 24), (2, 1 << 48))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """One input, its encoder (None passes a number through) and what was fitted for it.
+
+    Args:
+        input: column of the feature table.
+        type: its Arrow type.
+        encoder: as declared.
+        state: what was fitted, as JSON values.  Of integers beyond 2^24 there is `base`, an integer that is taken off
+            before anything becomes a float, or `whole` says that boundaries are integers.  `columns` is how many float32
+            columns hold what is passed through or imputed: they add up to it.
+    """
+
+    input: str
+    type: str
+    encoder: encoders.Encoder | None = None
+    state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Columns of the matrix made from this input."""
+        if isinstance(self.encoder, encoders.OneHot):
+            return [f"{self.input}={category}" for category in (*self.state["categories"], "*")]
+        return [self.input, *(f"{self.input} rest {i}" for i in range(1, self.state.get("columns", 1)))]
+
+    @functools.cached_property
+    def categories(self) -> pa.Array:
+        return pa.array(self.state["categories"], pa.string())
+
+    def write(self, column: pa.Array, matrix: Matrix) -> None:
+        """Encode `column` into `matrix` [rows, len(names)]."""
+        encoder = self.encoder
+        if isinstance(encoder, encoders.Ordinal):
+            codes = _codes(column, self.categories)
+            if isinstance(encoder, encoders.OneHot):
+                matrix[:] = codes[:, None] == np.arange(matrix.shape[1], dtype=np.float32)
+            else:
+                matrix[:, 0] = codes
+        elif isinstance(encoder, encoders.Hashing):
+            matrix[:, 0] = _hashed(column, encoder.buckets)
+        elif isinstance(encoder, encoders.Target):
+            means = np.array([*self.state["means"], self.state["prior"], np.nan])
+            codes = _codes(column, self.categories)
+            matrix[:, 0] = means[np.where(np.isnan(codes), len(means) - 1, codes).astype(np.int64)]
+        elif "columns" in self.state and "base" in self.state:
+            self._write_whole(column, matrix)
+        elif "columns" in self.state:
+            left = self._number(numbers(column))
+            for place in range(matrix.shape[1]):
+                matrix[:, place] = left
+                left = left - matrix[:, place]
+        elif self.state.get("whole"):
+            whole, known = integers(column)
+            bucket = np.searchsorted(np.array(self.state["boundaries"], np.int64), whole, side="right")
+            matrix[:, 0] = np.where(known, bucket, np.nan)
+        elif "base" in self.state:
+            whole, known = integers(column)
+            values = (_difference(whole, self.state["base"]) - self.state["offset"]) / self.state["scale"]
+            matrix[:, 0] = _missing_unless_finite(np.where(known, values, np.nan))
+        else:
+            matrix[:, 0] = _missing_unless_finite(self._number(numbers(column)))
+
+    def _write_whole(self, column: pa.Array, matrix: Matrix) -> None:
+        """x − base as float32s that add up to it: the nearest one, the nearest to what is left, and so on."""
+        base, (whole, known) = self.state["base"], integers(column)
+        # Bits modulo 2^64 suffice for what is left: it is less than 2^41.
+        left = whole.view(np.uint64) - np.uint64(base % (1 << 64))
+        nearest = _difference(whole, base)
+        for place in range(matrix.shape[1]):
+            if place:
+                nearest = left.view(np.int64).astype(np.float64)
+            matrix[:, place] = nearest
+            taken = matrix[:, place].astype(np.float64)
+            high = np.floor(taken / 2**32)
+            left = left - (
+                (high.astype(np.int64).view(np.uint64) << np.uint64(32)) + (taken - high * 2**32).astype(np.uint64)
+            )
+        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _told:
+            _told.add(self.input)
+            log.warning(
+                "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 merges neighbours: "
+                "no tree was trained to tell them apart",
+                self.input,
+                lost.size,
+                int(whole[lost[0]]),
+            )
+        if not known.all():
+            matrix[~known] = np.nan
+            if "value" in self.state:
+                rest = self.state["value"]
+                for place in range(matrix.shape[1]):
+                    matrix[~known, place] = rest
+                    rest -= float(np.float32(rest))
+
+    def _number(self, values: Floats) -> Floats:
+        encoder, state = self.encoder, self.state
+        if isinstance(encoder, encoders.Standardize | encoders.MinMax | encoders.Robust):
+            # Of doubles the offset has a rest: a mean to 53 bits is not enough for values that lie close together.
+            scaled: Floats = (values - state["offset"] - state.get("rest", 0.0)) / state["scale"]
+            return scaled
+        if isinstance(encoder, encoders.Bucketize):
+            bucket = np.searchsorted(np.array(state["boundaries"], np.float64), values, side="right")
+            return np.where(np.isnan(values), np.nan, bucket)
+        if isinstance(encoder, encoders.Log):
+            # Arrow takes one value at a time from the C library; NumPy's vectors need not agree with its remainders.
+            inside = pa.array(np.where(values > -1, values, 0.0))
+            logs: Floats = pc.log1p(inside).to_numpy()
+            return np.where(values > -1, logs, np.nan)
+        if isinstance(encoder, encoders.Impute):
+            return np.where(np.isnan(values), state["value"], values)
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """All inputs of a model, ready to encode."""
+
+    encodings: tuple[Encoding, ...]
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Columns of the matrix, unique, and free of what XGBoost refuses in names."""
+        result: dict[str, None] = {}
+        for name in (name for each in self.encodings for name in each.names):
+            unique = name.translate(_RENAME)
+            while unique in result:
+                unique += "_"
+            result[unique] = None
+        return list(result)
+
+    @property
+    def types(self) -> list[str]:
+        """XGBoost's feature types: "c" for a native category, "q" for a number."""
+        return [
+            "c" if isinstance(each.encoder, encoders.Native) else "q" for each in self.encodings for _ in each.names
+        ]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Input column to its Arrow type."""
+        return {each.input: each.type for each in self.encodings}
+
+    def apply(self, batch: pa.RecordBatch) -> Matrix:
+        """The model's matrix: float32, C-contiguous, [rows, len(names)].
+
+        Missing is NaN, and so is a number beyond float32.  A row's values depend on that row alone, to the last bit.
+
+        Raises:
+            MismatchError: an input is not in `batch`, or of another type.
+        """
+        columns = [column_of(batch, each) for each in self.encodings]
+        matrix = np.empty((batch.num_rows, sum(len(each.names) for each in self.encodings)), np.float32)
+        place = 0
+        for each, column in zip(self.encodings, columns):
+            width = len(each.names)
+            each.write(column, matrix[:, place : place + width])
+            place += width
+        return matrix
+
+    def to_json(self) -> str:
+        """Equal text, equal encoders."""
+        inputs = [
+            {"input": each.input, "type": each.type, "encoder": _declared(each.encoder), "state": dict(each.state)}
+            for each in self.encodings
+        ]
+        whole = any({"base", "columns", "whole", "rest"} & set(each.state) for each in self.encodings)
+        content = {"format": _WHOLE_FORMAT if whole else _FORMAT, "inputs": inputs}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Fitted:
+        """What `to_json` wrote.
+
+        Raises:
+            MismatchError: written by another version of Millrace.
+        """
+        content = json.loads(text)
+        if content.get("format") not in (_FORMAT, _WHOLE_FORMAT):
+            raise MismatchError(
+                f"Encoders are in format {_FORMAT} or {_WHOLE_FORMAT}",
+                content.get("format"),
+                "Use the version of Millrace that trained the model",
+            )
+        return cls(
+            tuple(
+                Encoding(each["input"], each["type"], _encoder(each["encoder"]), each["state"])
+                for each in content["inputs"]
+            )
+        )
+
+
+_RENAME = str.maketrans({"[": "(", "]": ")", "<": "‹"})
+
+
+def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
+    """The input's column, of the type it was trained with (strings may come large or coded)."""
+    place = batch.schema.get_field_index(each.input)
+    if place < 0:
+        raise MismatchError(
+            "A batch has every input of the model", repr(each.input), nearest(each.input, batch.schema.names)
+        )
+    column = batch.column(place)
+    kind = str(column.type)
+    if kind != each.type:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if each.type != "string" or column.type not in (pa.string(), pa.large_string()):
+            raise MismatchError(
+                f"Input {each.input!r} has the type it was trained with, {each.type}",
+                kind,
+                "Use the feature table of the model's view",
+            )
+    return column
+
+
+def numbers(column: pa.Array) -> Floats:
+    """A numeric or boolean column as doubles; null, NaN and what float32 cannot hold as NaN."""
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    # Always by way of doubles: an integer column of one batch has nulls and that of the next has none.
+    values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return _missing_unless_finite(values)
+
+
+def is_whole(kind: str) -> bool:
+    """Whether a column of this Arrow type, as text, can hold integers beyond 2^24."""
+    return kind in ("int32", "int64")
+
+
+def integers(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
+    """An integer column as int64, 0 for null, and which values are known."""
+    known = column.is_valid().to_numpy(zero_copy_only=False)
+    values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(values, np.int64), known
+
+
+def columns_needed(least: int, greatest: int) -> int:
+    """How many float32 columns hold x − least of every integer from `least` to `greatest`.
+
+    A float32 has 24 bits.  What it leaves of a number below 2^48 is at most 2^23, and of one of 64 bits at most 2^40,
+    which a second leaves at most 2^16 of.
+    """
+    return next((count for count, bound in _PARTS if greatest - least <= bound), 3)
+
+
+def _difference(whole: Counts, base: int) -> Floats:
+    """x − base as the nearest double, without overflow."""
+    high, low = (whole >> 32) - (base >> 32), (whole & 0xFFFFFFFF) - (base & 0xFFFFFFFF)
+    return high * 2.0**32 + low
+
+
+# Inputs that this process has warned of.
+_told: set[str] = set()
+
+
+def _missing_unless_finite(values: Floats) -> Floats:
+    outside = np.abs(values) > _LARGEST
+    return np.where(outside, np.nan, values) if outside.any() else values
+
+
+def texts(column: pa.Array) -> pa.Array:
+    """A column as categories: strings as they are, other types as text; NaN is null."""
+    if pa.types.is_string(column.type):
+        return column
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.int64())
+    if pa.types.is_floating(column.type):
+        values = column.to_numpy(zero_copy_only=False) + 0.0
+        column = pa.array(values, mask=np.isnan(values))
+    return column.cast(pa.string())
+
+
+def _codes(column: pa.Array, categories: pa.Array) -> Matrix:
+    """Place of each category, their number for unseen ones, NaN for null."""
+    strings = texts(column)
+    codes = pc.fill_null(pc.index_in(strings, value_set=categories), len(categories)).to_numpy(zero_copy_only=False)
+    result: Matrix = codes.astype(np.float32)
+    if strings.null_count:
+        result[strings.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return result
+
+
+def _hashed(column: pa.Array, buckets: int) -> Matrix:
+    """`transforms.records.row_hashing.hash_column` of each text, modulo `buckets`; NaN for null."""
+    coded = texts(column).dictionary_encode()
+    hashes = hash_column(pl.Series(pl.from_arrow(coded.dictionary)))
+    places = np.append((hashes % np.uint64(buckets)).astype(np.float32), np.float32(np.nan))
+    result: Matrix = places[pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)]
+    return result
+
+
+def _declared(encoder: encoders.Encoder | None) -> dict[str, Any] | None:
+    return None if encoder is None else {"kind": type(encoder).__name__, **dataclasses.asdict(encoder)}
+
+
+def _encoder(content: dict[str, Any] | None) -> encoders.Encoder | None:
+    if content is None:
+        return None
+    kinds = {kind.__name__: kind for kind in (*encoders.CATEGORICAL, *encoders.NUMERIC)}
+    kind = kinds.get(content["kind"])
+    if kind is None:
+        raise DataError("An encoder is one this version knows", content["kind"], nearest(content["kind"], kinds))
+    return kind(**{name: value for name, value in content.items() if name != "kind"})

@@ -1,0 +1,69 @@
+"""A registered model as MLflow's `python_function`: `mlflow models serve` answers raw feature rows as a batch job would.
+
+The server must be able to import Millrace: install it there, or name its folder in PYTHONPATH, and use `--env-manager local`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.errors import MismatchError
+from schemas.tables import scores
+from transforms.models.scoring import Pinned, Scorer, open_scorer, score
+
+
+class Served:
+    """What MLflow calls: `predict` of a pandas frame of raw inputs."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def predict(self, rows: Any, params: dict[str, Any] | None = None) -> Any:
+        """A frame of scores, float32, in the rows' order; an input that is not there is missing in every row.
+
+        Raises:
+            MismatchError: a value that its input's type cannot hold.
+        """
+        import pandas as pd
+
+        batch = rows_of(self.scorer, rows)
+        names = scores(self.scorer.bundle.classes)
+        values = score(self.scorer, batch).reshape(len(rows), len(names))
+        return pd.DataFrame({name: values[:, i] for i, name in enumerate(names)})
+
+
+def rows_of(scorer: Scorer, rows: Any) -> pa.RecordBatch:
+    """A pandas frame as the model's inputs, exactly of the types it was trained on."""
+    columns, fields = [], []
+    for name, kind in scorer.bundle.encoders.inputs.items():
+        wanted = _TYPES.get(kind) or pa.type_for_alias(kind)
+        try:
+            if name not in rows:
+                column = pa.nulls(len(rows), wanted)
+            else:
+                values = rows[name]
+                # Whole numbers with gaps come as doubles, and what JSON leaves out as NaN.
+                column = pa.array(values.astype(object).where(values.notna(), None).tolist()).cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise MismatchError(f"The input {name!r} is {kind}", str(error).splitlines()[0], "Send it so") from None
+        columns.append(column)
+        fields.append(pa.field(name, wanted))
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+_TYPES = {
+    "float": pa.float32(), "double": pa.float64(), "large_string": pa.large_string(), "date32[day]": pa.date32(),
+    "timestamp[us, tz=UTC]": pa.timestamp("us", "UTC"),
+}  # fmt: skip
+
+
+def _load_pyfunc(path: str) -> Served:
+    """MLflow's entry: the model in `path`, its digests checked."""
+    import mlflow
+
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    metadata = mlflow.models.Model.load(os.path.join(folder, "MLmodel")).metadata or {}
+    return Served(open_scorer(Pinned(folder, digest=metadata.get("manifest_sha256"))))

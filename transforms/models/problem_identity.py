@@ -1,0 +1,60 @@
+"""What a registered model predicts: one name is one problem, whatever features, parameters and gates its versions have."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from schemas.errors import MillraceError, MismatchError
+from transforms.models.bundle import MANIFEST, read_bytes
+from transforms.models.registry import Registry
+
+log = logging.getLogger("millrace.training")
+
+
+def problem_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model of `manifest` predicts, flat, as JSON values; of earlier versions of Millrace as far as they recorded it."""
+    if "problem" in manifest:
+        return dict(manifest["problem"])
+    known = {name: manifest[name] for name in ("view", "key", "time", "objective") if name in manifest}
+    if "uri" in manifest.get("label_table", {}):
+        known["label_source"] = manifest["label_table"]["uri"].rstrip("/").rsplit("/", 1)[-1]
+    return known
+
+
+def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any]) -> None:
+    """Refuse a model whose name stands for another problem: its champion's, or without one that of the newest version.
+
+    A version that cannot be read is passed over: whether the alias moves is decided by a comparison that needs to read it.
+
+    Raises:
+        StoreError: the registry cannot be reached.
+        MismatchError: the problems differ; both are named.
+    """
+    version = registry.champion(name)
+    if version is None:
+        versions = registry.numbers(name)
+        if not versions:
+            return
+        version = versions[-1]
+    try:
+        _, folder = registry.resolve(name, version)
+        theirs = problem_of(json.loads(read_bytes(folder, MANIFEST)))
+    except (MillraceError, ValueError) as error:
+        log.warning("whether version %s of %r predicts the same is not known: %s", version, name, error)
+        return
+    apart = [part for part in mine if part in theirs and mine[part] != theirs[part] and not part.endswith("_shown")]
+    if apart:
+        was, now = (", ".join(f"{part} {_shown(each, part)}" for part in apart) for each in (theirs, mine))
+        raise MismatchError(
+            f"Versions of the registered model {name!r} predict the same thing",
+            f"version {version} has {was}; this definition has {now}",
+            f"Give this model a name of its own, as Model(…, name={name + '_2'!r}): its versions, champion, predictions and examples are then kept apart",
+        )
+
+
+def _shown(problem: Mapping[str, Any], part: str) -> str:
+    value = problem.get(f"{part}_shown", problem[part])
+    return value if isinstance(value, str) else json.dumps(value)

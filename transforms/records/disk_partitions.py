@@ -1,0 +1,97 @@
+"""Rows set down on local disk, apart by the hash of a key, so that they can be taken up again one part at a time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import DataError
+from transforms.records.record_batches import RecordBatchCoder, frame
+from transforms.records.row_hashing import combine, hash_column
+
+Ints = npt.NDArray[np.int64]
+_CODER = RecordBatchCoder()
+
+
+def part_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
+    """Per row the part, 0 … parts − 1, that the hash of its `keys` names: the same for equal keys of whatever integer type."""
+    if parts == 1:
+        return np.zeros(len(rows), np.int64)
+    return (combine([hash_column(rows[key]) for key in keys]) % np.uint64(parts)).astype(np.int64)
+
+
+def places_by_part(part: Ints, parts: int) -> list[Ints]:
+    """Per part the places of its rows, in order."""
+    order = np.argsort(part, kind="stable")
+    return np.split(order, np.searchsorted(part[order], np.arange(1, parts)))
+
+
+class Spill:
+    """Rows in `parts` by the hash of `keys`; with one part they stay in memory.
+
+    Args:
+        folder: on local disk; the file goes when the folder does.
+
+    Raises:
+        DataError: the disk is full, or cannot be written.
+    """
+
+    def __init__(self, folder: str, keys: Sequence[str], parts: int) -> None:
+        self.keys, self.parts = tuple(keys), parts
+        self.rows = np.zeros(parts, np.int64)
+        self._held: list[pl.DataFrame] = []
+        self._places: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
+        self._path, self._end = "", 0
+        if parts > 1:
+            handle, self._path = tempfile.mkstemp(".arrows", dir=folder)
+            os.close(handle)
+
+    def add(self, rows: pl.DataFrame) -> None:
+        if not len(rows):
+            return
+        if self.parts == 1:
+            self._held.append(rows)
+            self.rows[0] += len(rows)
+            return
+        try:
+            with open(self._path, "ab") as file:
+                for part, places in enumerate(places_by_part(part_of(rows, self.keys, self.parts), self.parts)):
+                    if len(places):
+                        self._write(file, part, rows[places])
+        except OSError as error:
+            raise DataError(
+                "Rows of a block too large for memory are set down on local disk",
+                f"{self._path}: {error.strerror or error}",
+                "Free space there, point TMPDIR at a larger disk, or choose a larger --block_rows if there is memory",
+            ) from None
+
+    def _write(self, file: object, part: int, rows: pl.DataFrame) -> None:
+        (batch,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
+        data = _CODER.encode(batch)
+        file.write(data)  # type: ignore[attr-defined]
+        self._places[part].append((self._end, len(data)))
+        self._end += len(data)
+        self.rows[part] += len(rows)
+
+    def read(self, part: int, chunk: int) -> Iterator[pl.DataFrame]:
+        """A part's rows in frames of about `chunk` rows."""
+        held: list[pl.DataFrame] = []
+        for rows in self._held if self.parts == 1 else self._read(part):
+            held.append(rows)
+            if sum(map(len, held)) >= chunk:
+                yield pl.concat(held)
+                held = []
+        if held:
+            yield pl.concat(held)
+
+    def _read(self, part: int) -> Iterator[pl.DataFrame]:
+        with open(self._path, "rb") as file:
+            for start, length in self._places[part]:
+                file.seek(start)
+                yield frame(_CODER.decode(pa.py_buffer(file.read(length))))

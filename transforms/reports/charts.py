@@ -1,0 +1,227 @@
+"""Charts as SVG that stretches, with words beside it in HTML: they stay readable at any width, and follow light and dark.
+
+A plot is a square of 1000 units stretched to whatever room there is; strokes keep their width, and a dot is a line of no
+length with round ends, so neither is stretched with it.  Colours come from the page's style.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from transforms.reports.markup import Markup, join, mark, tag, text
+
+SIDE = 1000.0
+Values = Sequence[float] | npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One direction of a plot.
+
+    Args:
+        low, high: what is shown.
+        label: what it is, with its unit.
+        ticks: marked values and their words.
+        log: whether steps are factors.
+    """
+
+    low: float
+    high: float
+    label: str = ""
+    ticks: tuple[tuple[float, str], ...] = ()
+    log: bool = False
+
+    @classmethod
+    def over(
+        cls, values: Iterable[float], label: str = "", *, log: bool = False, ticks: int = 5, pad: float = 0.0
+    ) -> Axis:
+        """An axis that shows all finite `values`, marked at round numbers."""
+        known = [float(each) for each in values if math.isfinite(each) and (not log or each > 0)]
+        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        if low == high:
+            low, high = (
+                (low * 0.9, high * 1.1)
+                if log and low
+                else (low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05)
+            )
+        if log:
+            marks = [(at, mark(at)) for at in _decades(low, high)]
+        else:
+            low, high = low - pad * (high - low), high + pad * (high - low)
+            marks = [(at, mark(at)) for at in _round(low, high, ticks)]
+        return cls(low, high, label, tuple(marks), log)
+
+    @classmethod
+    def share(cls, label: str = "") -> Axis:
+        """From 0 to 1."""
+        return cls(0.0, 1.0, label, tuple((i / 4, ("0", "0.25", "0.5", "0.75", "1")[i]) for i in range(5)))
+
+    def place(self, values: Values) -> npt.NDArray[np.float64]:
+        """Where values lie, 0 … 1000; those outside at the edge."""
+        found = np.asarray(values, np.float64)
+        low, high = self.low, self.high
+        if self.log:
+            found, low, high = np.log(np.maximum(found, 1e-300)), math.log(low), math.log(high)
+        result: npt.NDArray[np.float64] = np.clip((found - low) / (high - low), 0, 1) * SIDE
+        return result
+
+
+def _round(low: float, high: float, ticks: int) -> list[float]:
+    """About `ticks` round numbers from `low` to `high`."""
+    step = 10.0 ** math.floor(math.log10((high - low) / ticks))
+    step *= next(each for each in (1, 2, 2.5, 5, 10) if (high - low) / (step * each) <= ticks)
+    return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    marks = [base * 10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for base in (1, 2, 5)]  # fmt: skip
+    inside = [each for each in marks if low <= each <= high]
+    return inside if len(inside) <= 6 else [each for each in inside if math.log10(each) % 1 < 1e-9][:8]
+
+
+def _d(xs: Values, ys: Values) -> list[str]:
+    return [f"{x:.0f} {y:.0f}" for x, y in zip(xs, ys, strict=True)]
+
+
+def line(x: Axis, y: Axis, xs: Values, ys: Values, kind: str) -> Markup:
+    """A line through points."""
+    if not len(xs):
+        return Markup("")
+    return Markup(f'<path class="line {kind}" d="M{"L".join(_d(x.place(xs), SIDE - y.place(ys)))}"/>')
+
+
+def band(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
+    """The area between two lines."""
+    there, back = _d(x.place(xs), SIDE - y.place(highs)), _d(x.place(xs), SIDE - y.place(lows))[::-1]
+    return Markup(f'<path class="band {kind}" d="M{"L".join([*there, *back])}Z"/>')
+
+
+def dots(x: Axis, y: Axis, xs: Values, ys: Values, kind: str, titles: Sequence[str] = ()) -> Markup:
+    """Points; `titles` are shown under a pointer."""
+    places = _d(x.place(xs), SIDE - y.place(ys))
+    if not titles:
+        return Markup(f'<path class="dot {kind}" d="M{"h0M".join(places)}h0"/>') if places else Markup("")
+    return join(
+        Markup(f'<path class="dot {kind}" d="M{place}h0">{tag("title", title)}</path>')
+        for place, title in zip(places, titles, strict=True)
+    )
+
+
+def spans(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
+    """Vertical lines from low to high."""
+    at, low, high = x.place(xs), SIDE - y.place(lows), SIDE - y.place(highs)
+    steps = [f"M{a:.0f} {b:.0f}V{c:.0f}" for a, b, c in zip(at, low, high, strict=True)]
+    return Markup(f'<path class="line {kind}" d="{"".join(steps)}"/>')
+
+
+def plot(label: str, x: Axis, y: Axis, *marks: Markup, ratio: str = "4/3") -> Markup:
+    """A chart of `marks`; `label` says in words what it shows."""
+    across, up = x.place([at for at, _ in x.ticks]), y.place([at for at, _ in y.ticks])
+    grid = "".join([*(f"M{a:.0f} 0V1000" for a in across), *(f"M0 {SIDE - a:.0f}H1000" for a in up)])
+    drawn = Markup(
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" style="aspect-ratio:{ratio}" aria-hidden="true">'
+        f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
+    )
+    ys = join(_at(word, f"bottom:{place / 10:.1f}%") for (_, word), place in zip(y.ticks, up, strict=True))
+    xs = join(_at(word, f"left:{place / 10:.1f}%") for (_, word), place in zip(x.ticks, across, strict=True))
+    longest = max((len(word) for _, word in y.ticks), default=1)
+    return tag(
+        "div", tag("div", y.label, class_="yl"), tag("div", ys, class_="ys", aria_hidden="true"), drawn,
+        tag("div", xs, class_="xs", aria_hidden="true"), tag("div", x.label, class_="xl"),
+        class_="plot", role="img", aria_label=label, style=f"--left:{longest * 0.62 + 0.6:.1f}em",
+    )  # fmt: skip
+
+
+def _at(word: str, style: str) -> Markup:
+    return Markup(f'<span style="{style}">{text(word)}</span>')
+
+
+def legend(*entries: tuple[str, str]) -> Markup:
+    """(class of a mark, what it is)."""
+    return tag("p", *(tag("span", name, class_=f"key {kind}") for kind, name in entries), class_="legend")
+
+
+def strip(x: Axis, *marks: Markup, height: int = 26) -> Markup:
+    """One row of a table of charts that share `x`."""
+    grid = "".join(f"M{a:.0f} 0V1000" for a in x.place([at for at, _ in x.ticks]))
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 1000 1000" preserveAspectRatio="none" style="height:{height}px" aria-hidden="true">'
+        f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
+    )
+
+
+def scale(x: Axis) -> Markup:
+    """The head of a column of strips: the marks of their axis, and what it is."""
+    places = x.place([at for at, _ in x.ticks])
+    words = join(_at(word, f"left:{place / 10:.1f}%") for (_, word), place in zip(x.ticks, places, strict=True))
+    return join([tag("div", x.label, class_="sl"), tag("div", words, class_="xs", aria_hidden="true")])
+
+
+ROW = Axis(0.0, 1.0)
+
+
+def upright(x: Axis, at: float, kind: str) -> Markup:
+    """A vertical line through a strip or plot."""
+    place = float(x.place([at])[0])
+    return Markup(f'<path class="line {kind}" d="M{place:.0f} 0V1000"/>')
+
+
+def stripe(x: Axis, low: float, high: float, kind: str) -> Markup:
+    """A vertical band."""
+    a, b = x.place([low, high])
+    return Markup(f'<path class="band {kind}" d="M{a:.0f} 0H{b:.0f}V1000H{a:.0f}Z"/>')
+
+
+def bar(x: Axis, value: float, kind: str, thick: float = 0.5) -> Markup:
+    """A bar from 0 to `value` in a strip."""
+    a, b = x.place([0.0, value])
+    top, end = SIDE * (0.5 - thick / 2), SIDE * (0.5 + thick / 2)
+    return Markup(f'<path class="bar {kind}" d="M{a:.0f} {top:.0f}H{b:.0f}V{end:.0f}H{a:.0f}Z"/>')
+
+
+def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: str) -> Markup:
+    """An estimate and its interval in a strip."""
+    parts = []
+    if span is not None:
+        a, b = x.place(list(span))
+        parts.append(Markup(f'<path class="line {kind}" d="M{a:.0f} 500H{b:.0f}"/>'))
+    if value is not None:
+        parts.append(dots(x, ROW, [value], [0.5], f"big {kind}"))
+    return join(parts)
+
+
+def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Markup:
+    """Points of a strip, apart where they are many, in the colours `v0` … `v4` that `kinds` says (−1 is `none`)."""
+    places = x.place(values)
+    cells = np.floor(places / SIDE * 90).astype(int)
+    # In no order within a cell, lest the points draw lines; the same each time.
+    order = np.lexsort((np.random.default_rng(0).random(len(places)), cells))
+    cells = cells[order]
+    first = np.searchsorted(cells, cells)
+    rank, size = np.arange(len(cells)) - first, np.bincount(cells, minlength=1)[cells] if len(cells) else cells
+    most = max(int(size.max()) if len(size) else 1, 8)
+    # In turns above and below the middle, as far out as the cell is full.
+    offset = np.where(rank % 2, 1, -1) * ((rank + 1) // 2) * (2.0 / most)
+    ys = np.empty(len(places))
+    ys[order] = 0.5 + np.clip(offset, -1, 1) * 0.42
+    if kinds is None:
+        return dots(x, ROW, np.asarray(values), ys, "small v")
+    drawn = []
+    for kind in (-1, 0, 1, 2, 3, 4):
+        mine = kinds == kind
+        drawn.append(dots(x, ROW, np.asarray(values)[mine], ys[mine], "small " + (f"v{kind}" if kind >= 0 else "vx")))
+    return join(drawn)
+
+
+def medians(xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64], parts: int = 12) -> list[tuple[float, float]]:
+    """Medians of both over equal counts of rising x, as far as x differs."""
+    order = np.argsort(xs, kind="stable")
+    found = [
+        (float(np.median(xs[each])), float(np.median(ys[each]))) for each in np.array_split(order, parts) if len(each)
+    ]
+    return [pair for i, pair in enumerate(found) if i == 0 or pair[0] > found[i - 1][0]]

@@ -1,0 +1,322 @@
+"""Reads of sources, pruned to the columns, row groups and times that are needed; each row judged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import ContractError
+from schemas.sources import Source
+from transforms.sources.contracts import Contract, judge
+from transforms.sources.day_digests import Digests, day_digests, subtract
+from transforms.sources.inventory import ALWAYS, Slice, open_parquet, stamp_of
+
+# Rows that a read in pieces holds at once.
+CHUNK = 500_000
+# Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
+REPEATS_AT_ONCE = 4_000_000
+# Columns of dead letters with their place; `time` in µs decides their date.
+LETTERS = {
+    "source": pl.String,
+    "file": pl.String,
+    "row": pl.Int64,
+    "field": pl.String,
+    "rule": pl.String,
+    "value": pl.String,
+    "time": pl.Int64,
+}
+
+
+# Place of a slice → the first plausible time in it, µs.
+Owners = Callable[[int], int | None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Read:
+    """What came of reading slices: rows that keep the contract, and dead letters with their file and row."""
+
+    frame: pl.DataFrame
+    letters: pl.DataFrame
+    digests: Digests = dataclasses.field(default_factory=dict)
+
+
+def read_slices(
+    contract: Contract,
+    slices: Sequence[Slice],
+    low: int = ALWAYS,
+    high: int = 2**62,
+    own: tuple[int, int] | None = None,
+    numbered: bool = False,
+    span: tuple[int, int] | None = None,
+) -> Read:
+    """Rows of `slices` known in `[low, high)` µs, judged; repeats by `unique` are still there.
+
+    Args:
+        own: `[from, to)` µs whose dead letters are wanted (None: all).  A letter without a plausible time belongs to the
+            first plausible time of its row group, so that exactly one of the runs or blocks that read the group owns it.
+        numbered: add `__row`, the row's number in its file (of a single slice).
+        span: `[from, to)` µs whose rows, good or bad, are digested by day.
+
+    Raises:
+        ContractError: a file cannot be read as declared.
+    """
+    stamps = {each.path: each.stamp or None for each in slices}
+    parts = [_read_file(contract, path, groups, stamps[path]) for path, groups in _by_file(slices)]
+    if not parts:
+        frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
+        return Read(frame, pl.DataFrame(schema=LETTERS))
+    whole = pl.concat(parts)
+    owners = _owners(contract, slices, whole)
+    return _judged(contract, slices, whole, owners, (low, high), own, numbered, span)
+
+
+def stream_slices(
+    contract: Contract,
+    slices: Sequence[Slice],
+    low: int = ALWAYS,
+    high: int = 2**62,
+    own: tuple[int, int] | None = None,
+    span: tuple[int, int] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[Read]:
+    """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the files' row groups.
+
+    Raises:
+        ContractError: a file cannot be read as declared.
+    """
+    held: list[Slice] = []
+    for each in _in_files(slices):
+        if held and sum(one.rows for one in held) + each.rows > chunk:
+            yield read_slices(contract, held, low, high, own, span=span)
+            held = []
+        if each.rows <= chunk:
+            held.append(each)
+            continue
+        owner = functools.cache(functools.partial(_first_plausible, contract, each))
+        for piece, whole in _pieces(contract, each, chunk):
+            yield _judged(contract, [piece], whole, lambda _, first=owner: first(), (low, high), own, False, span)  # type: ignore[misc]
+    if held or not slices:
+        yield read_slices(contract, held, low, high, own, span=span)
+
+
+def _judged(
+    contract: Contract,
+    slices: Sequence[Slice],
+    whole: pl.DataFrame,
+    owners: Owners,
+    window: tuple[int, int],
+    own: tuple[int, int] | None,
+    numbered: bool,
+    span: tuple[int, int] | None,
+) -> Read:
+    low, high = window
+    digests = {} if span is None else day_digests(contract, whole, *span)
+    if numbered:
+        whole = whole.with_columns(
+            pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
+        )
+    frame, letters = judge(contract, whole)
+    letters = _placed(letters, slices, owners, contract) if len(letters) else pl.DataFrame(schema=LETTERS)
+    if own is not None:
+        letters = letters.filter(pl.col("time").is_between(*own, closed="left"))
+    if contract.source.time is not None:
+        moment = pl.col(contract.source.time).to_physical()
+        if low > ALWAYS or high < 2**62:
+            frame = frame.filter((moment >= low) & (moment < high))
+    return Read(frame, letters, digests)
+
+
+def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:
+    """A row group in pieces of `chunk` rows, each as if it were a row group."""
+    file, first = open_parquet(piece.path, contract.source), piece.first
+    with _whole(contract, piece.path):
+        for batch in file.iter_batches(chunk, [piece.group], list(contract.read)):
+            rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
+            yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
+            first += len(rows)
+    _unchanged(contract, piece.path, piece.stamp or None)
+
+
+def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
+    """Rows of `slices` in declared types, not judged."""
+    parts = [_read_file(contract, path, groups) for path, groups in _by_file(slices)]
+    return pl.concat([pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read}), *parts])
+
+
+def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
+    files: dict[str, list[int]] = {}
+    for each in slices:
+        files.setdefault(each.path, []).append(each.group)
+    return files.items()
+
+
+def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | None = None) -> pl.DataFrame:
+    file = open_parquet(path, contract.source)
+    with _whole(contract, path):
+        table = file.read_row_groups(groups, list(contract.read))
+    _unchanged(contract, path, stamp)
+    return contract.cast(table, path)
+
+
+@contextlib.contextmanager
+def _whole(contract: Contract, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ContractError(
+            f"Source {contract.source.name!r}: every file is whole Parquet",
+            f"{path}: {str(error).splitlines()[0]}",
+            "Write the file again, or remove it",
+        ) from None
+
+
+def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
+    if stamp is not None and stamp_of(path) != stamp:
+        raise ContractError(
+            f"Source {contract.source.name!r}: files stay as they are while a run reads them",
+            f"{path} was replaced",
+            "Run the same command again; write new files aside and rename them",
+        )
+
+
+def _owners(contract: Contract, slices: Sequence[Slice], whole: pl.DataFrame) -> Owners:
+    """The first plausible time of each slice, whose rows follow each other in `whole`."""
+    ends = list(itertools.accumulate(each.rows for each in _in_files(slices)))
+
+    def owner(i: int) -> int | None:
+        if contract.source.time is None:
+            return None
+        start = ends[i - 1] if i else 0
+        return _plausible(contract, whole[contract.source.time].slice(start, ends[i] - start))
+
+    return owner
+
+
+def _first_plausible(contract: Contract, piece: Slice) -> int | None:
+    """As `_owners`, of a row group too large to hold."""
+    if contract.source.time is None:
+        return None
+    file = open_parquet(piece.path, contract.source)
+    with _whole(contract, piece.path):
+        for batch in file.iter_batches(CHUNK, [piece.group], [contract.source.time]):
+            moments: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([batch]))  # type: ignore[assignment]
+            found = _plausible(contract, moments[contract.source.time])
+            if found is not None:
+                return found
+    return None
+
+
+def _plausible(contract: Contract, times: pl.Series) -> int | None:
+    moments = times.dt.epoch("us")
+    moments = moments.filter((moments >= contract.earliest) & (moments < contract.latest))
+    return moments[0] if len(moments) else None
+
+
+def _in_files(slices: Sequence[Slice]) -> list[Slice]:
+    """Slices in the order in which they are read."""
+    files: dict[str, list[Slice]] = {}
+    for each in slices:
+        files.setdefault(each.path, []).append(each)
+    return [each for file in files.values() for each in file]
+
+
+def _placed(letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
+    """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible row."""
+    slices = _in_files(slices)
+    ends = np.cumsum([each.rows for each in slices])
+    place = letters["place"].to_numpy()
+    index = np.searchsorted(ends, place, "right")
+    starts = ends - [each.rows for each in slices]
+    owned = {int(i): owners(int(i)) for i in np.unique(index[letters["time"].is_null().to_numpy()])}
+    own = pl.Series([owned.get(int(i)) for i in index], dtype=pl.Int64)
+    return letters.select(
+        pl.lit(contract.source.name).alias("source"),
+        pl.Series("file", [slices[i].path for i in index], pl.String),
+        pl.Series("row", place - starts[index] + np.array([each.first for each in slices])[index], pl.Int64),
+        "field", "rule", "value",
+        pl.coalesce("time", own, pl.lit(ALWAYS)).alias("time"),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repeats:
+    """Values of `unique` columns that occur more than once: `first` holds them with the time (`__known`, µs) of the row
+    that stays; `dropped` digests the others by day."""
+
+    first: pl.DataFrame
+    dropped: Digests
+
+
+def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
+    """The repeats among a source's rows.
+
+    Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any value
+    repeats.  All of the source is read: a value may repeat one of any age, and footers do not tell which.
+    """
+    source = contract.source
+    unique = list(source.unique or ())
+    narrow = dataclasses.replace(contract, columns=tuple(unique), ordering=(), required=())
+    if not slices:
+        return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
+    parts = -(-sum(each.rows for each in slices) // REPEATS_AT_ONCE)
+    again = pl.concat([_again(narrow, slices, part, parts) for part in range(parts)])
+    if not len(again):
+        return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
+    occurrences = pl.concat([
+        judge(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)
+    ])  # fmt: skip
+    first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
+    kept = without_repeats(source, occurrences, first)
+    return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
+
+
+def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> pl.DataFrame:
+    """Values that occur more than once, of those whose hash falls into one of so many parts."""
+    mine = pl.struct(narrow.columns).hash() % parts == part
+    ids = pl.concat([rows if parts == 1 else rows.filter(mine) for rows in _raw(narrow, slices)])
+    return ids.lazy().group_by(narrow.columns).len().filter(pl.col("len") > 1).select(narrow.columns).collect()
+
+
+def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK) -> Iterator[pl.DataFrame]:
+    """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows and one file."""
+
+    def read(held: Sequence[Slice]) -> pl.DataFrame:
+        return _read_file(contract, held[0].path, [each.group for each in held], held[0].stamp or None)
+
+    held: list[Slice] = []
+    for each in _in_files(slices):
+        if held and (each.path != held[0].path or sum(one.rows for one in held) + each.rows > chunk):
+            yield read(held)
+            held = []
+        if each.rows > chunk:
+            yield from (rows for _, rows in _pieces(contract, each, chunk))
+        else:
+            held.append(each)
+    if held:
+        yield read(held)
+
+
+def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame | None) -> pl.DataFrame:
+    """`frame` without the rows whose unique values were known before; of one moment the smallest row stays."""
+    if source.unique is None or repeats is None or not len(repeats):
+        return frame
+    unique = list(source.unique)
+    joined = frame.with_row_index("__place").join(repeats, on=unique, how="inner")
+    if not len(joined):
+        return frame
+    first = (
+        joined.filter(pl.col(str(source.time)).to_physical() == pl.col("__known"))
+        .sort(source.ties(frame.columns))
+        .unique(unique, keep="first", maintain_order=True)
+    )
+    dropped = joined.join(first.select("__place"), on="__place", how="anti")["__place"]
+    keep = np.ones(len(frame), np.bool_)
+    keep[dropped.to_numpy()] = False
+    return frame.filter(pl.Series(keep))

@@ -1,0 +1,446 @@
+"""Delta tables: data files written by workers, made visible by one final commit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from typing import Any
+from urllib.parse import unquote
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+from deltalake import DeltaTable, Field, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.schema import PrimitiveType
+from deltalake.transaction import AddAction, CommitProperties, Transaction, create_table_with_add_actions
+
+from schemas.errors import ConflictError, StoreError
+from transforms.records.record_batches import batch
+from transforms.storage.delta_log import conflict, made_since, remaining, version_of_run
+from transforms.storage.delta_log import root_of as address_of
+
+_TYPES = {
+    pa.int8(): "byte", pa.int16(): "short", pa.int32(): "integer", pa.int64(): "long", pa.float32(): "float", pa.float64(): "double",
+    pa.string(): "string", pa.bool_(): "boolean", pa.date32(): "date", pa.timestamp("us", "UTC"): "timestamp",
+}  # fmt: skip
+READ_ROWS = 250_000
+# By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
+_KEPT = {"delta.enableExpiredLogCleanup": "false"}
+WRITERS = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
+# Commits of other dates at the same moment make one try again: 20 times, waiting at most 0.02, 0.04, … 2 s between, some
+# 15 s on average in all.
+TRIES, FIRST_WAIT, LONGEST_WAIT = 20, 0.02, 2.0
+
+
+def features_uri(store: str, view: str, fingerprint: str) -> str:
+    return FileSystems.join(store, "features", view, fingerprint)
+
+
+def predictions_uri(store: str, model: str) -> str:
+    return FileSystems.join(store, "predictions", model)
+
+
+def dead_letters_uri(store: str, pipeline: str) -> str:
+    return FileSystems.join(store, "dead_letters", pipeline)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of a table: full path, its partition values, rows and bytes."""
+
+    path: str
+    date: date
+    rows: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """What a commit made visible.  `fresh` is False when the run had committed before."""
+
+    version: int
+    rows: int
+    files: int
+    dates: tuple[date, ...]
+    fresh: bool
+
+
+def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
+    """The table as of `version` (None: the newest), or None where there is none.
+
+    Raises:
+        StoreError: the version does not exist, or the log cannot be read.
+    """
+    try:
+        return DeltaTable(uri, version=version)
+    except TableNotFoundError:
+        return None
+    except (DeltaError, OSError) as error:
+        raise StoreError(
+            f"The table {uri} can be read{'' if version is None else f' at version {version}'}",
+            _in_a_line(error),
+            "List what there is with: millrace tables",
+        ) from None
+
+
+def newest(uri: str) -> int | None:
+    """The table's version now, None where there is none."""
+    table = open_table(uri)
+    return None if table is None else int(table.version())
+
+
+def root_of(table: DeltaTable) -> str:
+    """The table's folder."""
+    return address_of(table.table_uri)
+
+
+def paths_of(table: DeltaTable) -> list[str]:
+    """Where every file of the table lies, sorted."""
+    return sorted(FileSystems.join(root_of(table), unquote(path)) for path in _actions(table)["path"])
+
+
+def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
+    """The files of the table's dates in `[start, end)`, in order of date and path."""
+    root, actions = root_of(table), _actions(table)
+    files = [
+        DataFile(FileSystems.join(root, unquote(path)), day, rows, size)
+        for path, day, rows, size in zip(
+            actions["path"], actions["partition.date"], actions["num_records"], actions["size_bytes"], strict=True
+        )
+        if (start is None or day >= start) and (end is None or day < end)
+    ]
+    return sorted(files, key=lambda file: (file.date, file.path))
+
+
+def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
+    """A data file's `columns` (None: all) with its `date`."""
+    wanted = None if columns is None else [name for name in columns if name != "date"]
+    try:
+        if "://" in file.path:
+            with FileSystems.open(file.path) as handle:
+                content = pq.read_table(handle, columns=wanted)
+        else:
+            content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(
+            "A committed data file can be read",
+            f"{file.path}: {_in_a_line(error)}",
+            "Restore the file, or recompute its date with --full",
+        ) from None
+    days = pa.DictionaryArray.from_arrays(
+        pa.nulls(content.num_rows, pa.int32()).fill_null(0), pa.array([file.date], pa.date32())
+    )
+    content = content.append_column("date", days.dictionary_decode())
+    return content if columns is None else content.select(columns)
+
+
+def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
+    """Neighbouring files in groups of about `rows`."""
+    group: list[DataFile] = []
+    for file in files:
+        if group and sum(each.rows for each in group) + file.rows > rows:
+            yield tuple(group)
+            group = []
+        group.append(file)
+    if group:
+        yield tuple(group)
+
+
+def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
+    """The rows of `files` as one batch."""
+    parts = list(WRITERS.map(lambda file: read_file(file, columns), files))
+    whole = pa.concat_tables(parts)
+    return batch(whole, whole.schema)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class ReadTable(beam.PTransform):
+    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
+
+    files: tuple[DataFile, ...]
+    columns: tuple[str, ...] | None = None
+
+    def expand(self, begin: beam.PBegin) -> beam.PCollection:
+        columns = None if self.columns is None else list(self.columns)
+        return (
+            begin
+            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
+            | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
+        )
+
+
+def write_files(
+    rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None
+) -> list[tuple[DataFile, dict[str, str]]]:
+    """Write the batch as one Parquet file per date under `uri`, invisible until committed.
+
+    Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
+    Each is written aside and renamed, so no reader meets half a file.
+    """
+    content = pa.Table.from_batches([rows])
+    days = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
+    if len(days) and (days[1:] < days[:-1]).any():
+        content = content.sort_by("date")
+        days = content["date"].cast(pa.int32()).to_numpy()
+    starts = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0])] if len(days) else []
+    content = content.drop([name for name in ("date", *(extra or {})) if name in content.schema.names])
+    strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
+    # Bounds help readers to skip keys and times; of a day's floats they tell nothing and cost a tenth of the writing.
+    bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
+
+    def write(start: int, stop: int) -> tuple[DataFile, dict[str, str]]:
+        day = date(1970, 1, 1) + timedelta(days=int(days[start]))
+        values = {**(extra or {}), "date": day.isoformat()}
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            content.slice(start, stop - start),
+            sink,
+            compression="snappy",  # on floats, which hardly shrink, a third quicker than LZ4
+            use_dictionary=strings,
+            write_statistics=bounded,
+        )
+        buffer = sink.getvalue()
+        name = f"{run_id}-{hashlib.sha256(buffer).hexdigest()[:16]}.parquet"
+        folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
+        write_aside(folder, name, buffer)
+        return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
+
+    return list(WRITERS.map(write, starts, [*starts[1:], len(days)])) if starts else []
+
+
+def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
+    path = FileSystems.join(folder, name)
+    aside = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        if "://" in folder:
+            with FileSystems.create(
+                path, mime_type="application/octet-stream"
+            ) as handle:  # object stores show whole objects only
+                handle.write(content.to_pybytes())
+            return
+        os.makedirs(folder, exist_ok=True)
+        with open(aside, "wb") as handle:
+            handle.write(content)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # half of it on a full disk helps nobody
+            os.remove(aside)
+        raise StoreError(
+            "The store can be written",
+            f"{path}: {error.strerror or error}",
+            "Free space or grant access, then run the same command again: nothing half-written is visible",
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a commit replaces.
+
+    Args:
+        uri: the table.
+        schema: its Arrow schema, partition columns included.
+        dates: every date this run answers for; rows of another date are refused.  None: all dates, the table is replaced.
+        run_id: identifies the run in file names and in the log.
+        base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
+        extra: fixed values of further partition columns, standing before `date`.
+        metadata: kept with the commit.
+    """
+
+    uri: str
+    schema: pa.Schema
+    dates: tuple[date, ...] | None
+    run_id: str
+    base: int | None = None
+    extra: Mapping[str, str] | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteFiles(beam.PTransform):
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of (DataFile, partition values)."""
+
+    uri: str
+    run_id: str
+    extra: Mapping[str, str] | None = None
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return (
+            batches
+            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra)
+            | "Gather" >> beam.combiners.ToList()
+        )
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class CommitFiles(beam.PTransform):
+    """PCollection of one list of written files → PCollection[Committed] of one element.
+
+    `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
+    """
+
+    target: Target
+    prepare: Callable[..., dict[str, str]] | None = None
+    side: tuple[Any, ...] = ()
+
+    def expand(self, files: beam.PCollection) -> beam.PCollection:
+        step = functools.partial(commit, self.target, prepare=self.prepare)
+        return files | "Commit" >> beam.Map(
+            lambda written, *side: step(written, side=side), *self.side
+        ).with_output_types(Committed)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteTable(beam.PTransform):
+    """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
+
+    Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
+    """
+
+    target: Target
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
+        return files | CommitFiles(self.target)
+
+
+def commit(
+    target: Target,
+    written: list[tuple[DataFile, dict[str, str]]],
+    prepare: Callable[..., dict[str, str]] | None = None,
+    side: Sequence[Any] = (),
+) -> Committed:
+    """Make `written` the content of the target's dates by one atomic commit.
+
+    Raises:
+        ConflictError: the dates changed under the run, or there were too many writers.
+        StoreError: a row outside the dates, or the store refuses.
+    """
+    strays = sorted({file.date.isoformat() for file, _ in written} - {day.isoformat() for day in target.dates or ()})
+    if strays and target.dates is not None:
+        raise StoreError(
+            "A run writes only the dates it answers for",
+            ", ".join(strays[:5]),
+            "This is a defect of Millrace: please report it",
+        )
+    unique = {file.path: (file, values) for file, values in written}
+    actions: list[Any] = [_add(target.uri, file, values) for file, values in unique.values()]
+    done = {
+        "rows": sum(file.rows for file, _ in unique.values()),
+        "files": len(unique),
+        "dates": tuple(sorted({file.date for file, _ in unique.values()})),
+    }
+    schema, parts = delta_schema(target.schema), [*(target.extra or {}), "date"]
+    before = _paths(open_table(target.uri, target.base), target) if target.base is not None else {}
+    for attempt in range(TRIES):
+        if attempt:  # waits of random length part those who met
+            time.sleep(random.uniform(0, min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)))
+        table = open_table(target.uri)
+        try:
+            more = {} if prepare is None else prepare(table, *side)
+            properties = CommitProperties(
+                custom_metadata={**(target.metadata or {}), **more, "run_id": target.run_id},
+                app_transactions=[Transaction(target.run_id, 1)],
+            )
+            if table is None:
+                create_table_with_add_actions(
+                    target.uri,
+                    schema,
+                    actions,
+                    mode="error",
+                    partition_by=parts,
+                    configuration=_KEPT,
+                    commit_properties=properties,
+                )
+                return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
+            # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
+            if (made := made_since(target.uri, target.run_id, target.base, table.version())) is not None:
+                return Committed(made, **done, fresh=False)  # type: ignore[arg-type]
+            now = _paths(table, target)
+            if now != before:
+                raise conflict(target.uri, target.base, table.version(), before.keys() - now, now.keys() - before)
+            todo, dates = remaining(target.uri, actions, target.dates, now)
+            if not todo and (not now or dates == ()):  # nothing to say, or an earlier launch of this run has said it
+                return Committed(version_of_run(target.uri, target.run_id, table.version()), **done, fresh=False)  # type: ignore[arg-type]
+            table.create_write_transaction(
+                todo, "overwrite", schema, parts, _filters(target, dates), commit_properties=properties
+            )
+            written_table = open_table(target.uri)
+            assert written_table is not None
+            return Committed(version_of_run(target.uri, target.run_id, written_table.version()), **done, fresh=True)  # type: ignore[arg-type]
+        except CommitFailedError:
+            continue  # somebody committed in between: look again whether our dates are untouched
+        except (DeltaError, OSError) as error:
+            if table is None and open_table(target.uri) is not None:
+                continue  # somebody created the table in between
+            raise StoreError(
+                "The store can be written",
+                f"{target.uri}: {_in_a_line(error)}",
+                "Check access and free space, then run the same command again",
+            ) from None
+    raise ConflictError(
+        f"A commit goes through within {TRIES} tries",
+        f"as many other commits to {target.uri} meanwhile",
+        "Run the same command again when fewer runs write to this table",
+    )
+
+
+def _add(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
+    stats = json.dumps({"numRecords": file.rows})
+    return AddAction(file.path[len(uri.rstrip("/")) + 1 :], file.bytes, values, 0, True, stats)
+
+
+def _filters(target: Target, dates: Sequence[date] | None) -> Any:
+    """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
+    filters: list[tuple[str, str, Any]] = [(name, "=", value) for name, value in (target.extra or {}).items()]
+    if dates is not None:
+        filters.append(("date", "in", [day.isoformat() for day in dates]))
+    return filters or None
+
+
+def _paths(table: DeltaTable | None, target: Target) -> dict[str, date]:
+    """Files of the target's dates, each with its own."""
+    if table is None:
+        return {}
+    actions = _actions(table)
+    wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
+    if target.dates is not None:
+        wanted["date"] = set(target.dates)
+    inside = (all(actions[f"partition.{k}"][i] in v for k, v in wanted.items()) for i in range(len(actions["path"])))
+    return dict(itertools.compress(zip(actions["path"], actions["partition.date"], strict=True), inside))
+
+
+def _actions(table: DeltaTable) -> dict[str, list[Any]]:
+    """Path, partition, rows and bytes of every file, by delta-rs's names (pyarrow 10 cannot take its tables)."""
+    known = pl.DataFrame(table.get_add_actions(flatten=True))
+    return known.select("path", "num_records", "size_bytes", pl.col(r"^partition\..*$")).to_dict(as_series=False)
+
+
+def delta_schema(schema: pa.Schema) -> Schema:
+    """`schema` in Delta's own terms (pyarrow 10 has no capsule that delta-rs could read)."""
+    return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), nullable=True) for field in schema])
+
+
+def days_between(start: date, end: date) -> tuple[date, ...]:
+    """The days of `[start, end)`."""
+    return tuple(start + timedelta(days=i) for i in range((end - start).days))
+
+
+def _in_a_line(error: BaseException) -> str:
+    """The error in one line; delta-rs tells causes in lines of their own, with arrows and colours."""
+    lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
+    return ": ".join(filter(None, lines))[:300] or type(error).__name__

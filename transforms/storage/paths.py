@@ -1,0 +1,40 @@
+"""Where tables lie in a store."""
+
+from __future__ import annotations
+
+import os
+
+from apache_beam.io.filesystems import FileSystems
+
+from transforms.storage.delta_log import root_of, versions
+
+# Folder to how many folders below it its tables are.
+PLACES = {"features": 2, "features_live": 2, "predictions": 1, "predictions_live": 1, "dead_letters": 1, "sources": 1}
+
+
+def tables_below(store: str) -> list[str]:
+    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit yet."""
+    return [
+        f"{place}/{'/'.join(parts)}"
+        for place, depth in PLACES.items()
+        for parts in folders(FileSystems.join(store, place), depth)
+        if place != "sources" or versions(FileSystems.join(store, place, *parts))
+    ]
+
+
+def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
+    """Paths of the folders so far below `folder`, hidden ones left out."""
+    if "://" in folder:
+        found = (each.path[len(folder) + 1 :] for each in FileSystems.match([f"{folder}/**"])[0].metadata_list)
+        return sorted({tuple(path.split("/")[:depth]) for path in found if path.count("/") >= depth})
+    if not os.path.isdir(folder):
+        return []
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if depth == 1:
+        return [(name,) for name in names]
+    return [(name, *rest) for name in names for rest in folders(os.path.join(folder, name), depth - 1)]
+
+
+def place_of(uri: str) -> str:
+    """A feature table's path within its store: stores may be moved."""
+    return "/".join(root_of(uri).split("/")[-3:])

@@ -1,0 +1,103 @@
+"""Which runs are at work on a store: each leaves a mark when it starts and takes it away when it ends.
+
+A run that was killed leaves its mark; it counts for as long as a run may take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import StoreError
+from transforms.storage.delta_tables import write_aside
+
+MARK = "started.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A run that has started and not ended: since when, and the process that launched it."""
+
+    run_id: str
+    pipeline: str
+    started: datetime
+    host: str
+    pid: int
+
+    @property
+    def launcher_lives(self) -> bool:
+        """Whether the process is still there.  One of another machine cannot be seen from here."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+def mark(folder: str, pipeline: str, run_id: str) -> None:
+    """Say that the run whose folder this is has started.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {
+        "run_id": run_id,
+        "pipeline": pipeline,
+        "started": started,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    write_aside(folder, MARK, pa.py_buffer(json.dumps(entry, indent=2).encode()))
+
+
+def unmark(folder: str) -> None:
+    """Say that it has ended."""
+    path = FileSystems.join(folder, MARK)
+    if "://" not in path:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+    elif FileSystems.exists(path):
+        FileSystems.delete([path])
+
+
+def running(store: str) -> list[Running]:
+    """Every run that has started and not ended, or was killed.
+
+    Raises:
+        StoreError: a mark cannot be read.
+    """
+    return [_read(path) for path in _marks(FileSystems.join(store, "runs"))]
+
+
+def _marks(folder: str) -> Iterator[str]:
+    if "://" in folder:
+        yield from (each.path for each in FileSystems.match([f"{folder}/*/{MARK}"])[0].metadata_list)
+    elif os.path.isdir(folder):
+        paths = (os.path.join(entry.path, MARK) for entry in os.scandir(folder) if entry.is_dir())
+        yield from sorted(path for path in paths if os.path.exists(path))
+
+
+def _read(path: str) -> Running:
+    try:
+        with FileSystems.open(path, "application/octet-stream") as file:
+            entry = json.loads(file.read())
+        return Running(
+            entry["run_id"], entry["pipeline"], datetime.fromisoformat(entry["started"]), entry["host"], entry["pid"]
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(
+            "The mark of a run can be read", f"{path}: {error!r}", "If that run has ended, delete the file"
+        ) from None

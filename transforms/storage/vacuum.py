@@ -1,0 +1,270 @@
+"""What a store no longer needs: files that no commit named, and files that no kept version names.
+
+Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work, and is
+in no version that readers may still ask for: the newest, those younger than the retention, those a model was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import StoreError
+from transforms.models.bundle import MANIFEST
+from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
+from transforms.storage.delta_tables import open_table, paths_of, root_of
+from transforms.storage.paths import place_of
+from transforms.storage.run_markers import MARK, Running
+
+MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
+# Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
+DATA = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
+ASIDE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
+LOG_ASIDE = re.compile(r".*(\.tmp|#\d+)")
+EXAMPLES = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
+# What a run has left, any one of them, that trained a model.
+LEFT = (("model", MANIFEST), ("run.json",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A file of a store."""
+
+    path: str
+    bytes: int
+    changed: datetime
+
+
+@dataclasses.dataclass(frozen=True)
+class Waste:
+    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics`, `summary`, or `mark` (of a
+    run that was killed)."""
+
+    file: Stored
+    table: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """A version of a feature table that must stay readable, and for whom.  `table`: its path within the store."""
+
+    table: str
+    version: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What stays: files younger than `orphans`, versions younger than `retention`, both counted back from `now`."""
+
+    now: datetime
+    orphans: timedelta
+    retention: timedelta
+    pins: tuple[Pin, ...] = ()
+    at_work: tuple[Running, ...] = ()
+
+    def owner(self, path: str) -> Running | None:
+        """The run at work that the file may belong to: file names begin with their run's id."""
+        name = path.rsplit("/", 1)[-1].removeprefix(".")
+        return next((run for run in self.at_work if name.startswith((f"{run.run_id}-", f"{run.run_id}."))), None)
+
+
+def at_work(every: Iterable[Running], now: datetime, longest: timedelta) -> tuple[Running, ...]:
+    """Runs that may still be writing: started within `longest`, or launched by a process that lives."""
+    return tuple(each for each in every if now - each.started < longest or each.launcher_lives)
+
+
+def files_below(folder: str) -> Iterator[Stored]:
+    """Every file below `folder`, hidden ones too."""
+    if "://" in folder:
+        for each in FileSystems.match([f"{folder}/**"])[0].metadata_list:
+            yield Stored(each.path, each.size_in_bytes, datetime.fromtimestamp(each.last_updated_in_seconds, UTC))
+        return
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:  # renamed or removed by its writer meanwhile
+                continue
+            yield Stored(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
+    """Files of one table that may go.
+
+    Raises:
+        StoreError: the log, or a version that must stay, cannot be read; nothing can be said to be unneeded then.
+    """
+    uri = FileSystems.join(store, *table.split("/"))
+    # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
+    listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
+    kept = _kept(uri, table, rules)
+    needed, once = _paths(uri, kept)
+    manifests, runs = _named(uri, kept)
+    summaries = _summaries(uri, manifests)
+    found = []
+    for file in listed:
+        inside = file.path[len(uri) + 1 :]
+        folder, name = inside.split("/")[0], inside.split("/")[-1]
+        age = rules.now - file.changed
+        if folder == LOG:
+            kind = "aside" if LOG_ASIDE.fullmatch(name) else None
+        elif ASIDE.fullmatch(name):
+            kind = "aside"
+        elif folder == MANIFESTS:
+            kind = "manifest" if name not in manifests else None
+        elif folder == SUMMARIES:
+            kind = "summary" if name not in summaries else None
+        elif folder == STATISTICS:
+            kind = "statistics" if name.rsplit(".", 1)[0] not in runs else None
+        elif not name.endswith(".parquet") or inside in needed:
+            kind = None
+        elif inside in once:
+            # Whose rows a source's owner may want back is not ours to say.
+            kind = "expired" if not table.startswith("sources/") else None
+        else:
+            kind = "orphan" if DATA.fullmatch(name) else None
+        if kind is not None and age >= rules.orphans:
+            found.append(Waste(file, table, kind))
+    return found
+
+
+def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
+    """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left no model."""
+    found = []
+    ended: dict[str, bool] = {}
+    for place in ("runs", "examples", "registry"):
+        for file in files_below(FileSystems.join(store, place)):
+            name = file.path.rsplit("/", 1)[-1]
+            kind = "aside" if ASIDE.fullmatch(name) else "mark" if name == MARK and place == "runs" else None
+            if place == "examples" and EXAMPLES.fullmatch(name):
+                run = file.path.rsplit("/", 2)[-2]
+                if run not in ended:
+                    ended[run] = any(FileSystems.exists(FileSystems.join(store, "runs", run, *path)) for path in LEFT)
+                kind = None if ended[run] else "orphan"  # repeated, the run makes them anew
+            busy = any(f"/{each.run_id}/" in file.path for each in rules.at_work)
+            if kind is not None and rules.now - file.changed >= rules.orphans and not busy:
+                found.append(Waste(file, place, kind))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Versions that stay readable: `young` ones, from the one that the retention began with, and older `pinned` ones."""
+
+    young: tuple[int, ...]
+    pinned: tuple[int, ...]
+
+
+def _kept(uri: str, table: str, rules: Rules) -> _Kept:
+    every = versions(uri)
+    young: list[int] = []
+    for version in reversed(every):
+        young.insert(0, version)
+        made = commit_at(uri, version).get("timestamp")
+        if made is not None and rules.now - datetime.fromtimestamp(made / 1000, UTC) >= rules.retention:
+            break
+    # A pin above the newest is of a table that was here before: its files are gone.
+    pinned = {pin.version for pin in rules.pins if pin.table == table and every and pin.version <= every[-1]}
+    return _Kept(tuple(young), tuple(sorted(pinned - set(young))))
+
+
+def _paths(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+    """(Paths that some kept version names, paths that any commit named), within the table."""
+    needed = _paths_at(uri, None)
+    if needed is None:
+        return set(), set()
+    for version in (*kept.young[:1], *kept.pinned):
+        needed |= _paths_at(uri, version) or set()
+    once = set(needed)
+    for version in versions(uri):
+        added, removed = file_actions(uri, version)
+        once |= added | removed
+        needed |= added if version in kept.young else set()
+    return needed, once
+
+
+def _paths_at(uri: str, version: int | None) -> set[str] | None:
+    opened = open_table(uri, version)
+    if opened is None and version is not None:
+        raise StoreError(
+            "A version that must stay can be read",
+            f"version {version} of {uri}",
+            "Restore its log; nothing was removed",
+        )
+    return None if opened is None else {path[len(root_of(opened)) + 1 :] for path in paths_of(opened)}
+
+
+def _named(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+    """(Manifests that kept versions need, runs that committed).  A version's manifest is the last one named up to it."""
+    manifests: set[str] = set()
+    runs: set[str] = set()
+    without = {*kept.young, *kept.pinned}
+    for entry in commits(uri):
+        runs.add(str(entry.get("run_id")))
+        served = {version for version in without if version >= entry["version"]} if entry.get("manifest") else set()
+        if served:
+            manifests.add(str(entry["manifest"]))
+            without -= served
+    return manifests, runs
+
+
+def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
+    """Summaries of all history that a kept manifest names for later runs."""
+    named: set[str] = set()
+    for name in manifests:
+        path = FileSystems.join(uri, MANIFESTS, name)
+        try:
+            with FileSystems.open(path) as handle:
+                snapshots = json.loads(handle.read()).get("snapshots", {})
+            named |= {file for files, _ in snapshots.values() for file in files}
+        except FileNotFoundError:
+            continue  # somebody removed it: then no run can ask for what it named
+        except (OSError, ValueError, AttributeError) as error:
+            raise StoreError(
+                "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
+            ) from None
+    return named
+
+
+def remove(waste: Iterable[Waste]) -> tuple[int, int]:
+    """Delete the files; how many and how many bytes.  One that is gone already counts as removed.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    count = size = 0
+    for each in waste:
+        try:
+            if "://" in each.file.path:
+                FileSystems.delete([each.file.path])
+            else:
+                os.remove(each.file.path)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # Beam's file systems raise what they like
+            raise StoreError(
+                "The store can be written",
+                f"{each.file.path}: {error}",
+                f"{count} files were removed; grant access, then run the same command again",
+            ) from None
+        count, size = count + 1, size + each.file.bytes
+    return count, size
+
+
+def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
+    """What must stay for `models`, whose manifests they are by name and version ("buying 3")."""
+    pins = []
+    for name, manifest in models.items():
+        table = manifest.get("feature_table")
+        if isinstance(table, Mapping) and "uri" in table and "version" in table:
+            pins.append(Pin(place_of(str(table["uri"])), int(str(table["version"])), name))
+    return tuple(pins)

@@ -1,0 +1,1 @@
+"""The live engine: messages, journal, shards, live tables, recovery."""

@@ -1,0 +1,393 @@
+"""The journal: one order of everything that arrives, and which questions can be answered when.
+
+Micro-batches of all partitions come here.  In *turns* the journal admits them in the order of their offsets, drops
+repeats, moves the clock, and asks the shards those questions whose sources are complete.  Turns are numbered; what a
+turn could see, its *cut*, is the next offset of every partition, and the same for all features of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from schemas.live import repeats_by
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.staleness import lifetime_sources
+from transforms.records.frame_packets import Frames, pack
+from transforms.records.row_hashing import row_ids
+from transforms.streaming.completeness import ALWAYS, FOREVER, Clock, Rule
+from transforms.streaming.messages import LETTERS, ORIGIN
+from transforms.streaming.micro_batches import (
+    PLACE,
+    Micro,
+    NextThere,
+    digest,
+    in_order,
+    known_columns,
+    letter,
+    nothing_there,
+    rid,
+)
+from transforms.streaming.pane_store import CELLS, Panes, key_hashes, size_of
+from transforms.streaming.shards import (
+    MINUTE,
+    RID,
+    groups_of,
+    held_back,
+    route_compacted,
+    route_events,
+    route_questions,
+    with_keys,
+)
+
+PENDING, ASKED = "?pending", "?asked"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """What a turn sends on: a packet per shard concerned, the questions for the assembler, the entry for the tables."""
+
+    number: int
+    shards: Mapping[int, bytes]
+    questions: bytes | None
+    entry: bytes
+
+
+class Journal:
+    """See the module.  Plain Python: what of it must survive is `head` and `stores`."""
+
+    def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
+        self.view, self.shards, self.keep = view, shards, keep
+        self.next_there: NextThere = nothing_there
+        self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
+        self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
+        self.clock = Clock({name: Rule.of(source) for name, source in self.sources.items()})
+        self.turn_number, self.began = 0, 1
+        self.sent = [0] * shards
+        self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
+        self.horizon = ALWAYS
+        self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
+        # How long, in µs, shards hold events of a source, and the journal those that a repeat may replace.
+        self.held_back = {name: held_back(view, name) for name in view.events}
+        self.remembered = {name: 2 * view.reach(name) for name in view.events}
+        reach = max([0, *(view.reach(name) for name in view.events)])
+        self.stores: dict[str, Panes] = {
+            PENDING: Panes(view.time, MINUTE * 10),
+            ASKED: Panes("time", max(self.keep // 4, MINUTE)),
+        }
+        for name, source in view.events.items():
+            if repeats_by(view, name):
+                self.stores[name] = Panes(str(source.time), max(2 * reach // (CELLS - 2), MINUTE))
+
+    # -- what must survive ---------------------------------------------------------------------------------------
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.clock.to_json(), "horizon": self.horizon, "counts": self.counts,
+            "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
+        }  # fmt: skip
+
+    def load(self, head: Mapping[str, Any]) -> None:
+        self.turn_number, self.began, self.horizon = head["turn"], head["began"], head["horizon"]
+        self.sent = list(head["sent"])
+        self.clock.load(head["clock"])
+        self.counts = {name: dict(each) for name, each in head["counts"].items()}
+        self.next = {name: {int(k): v for k, v in each.items()} for name, each in head["next"].items()}
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    def admit(self, inbox: Sequence[Micro], now: int) -> tuple[list[Micro], list[Micro]]:
+        """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)"""
+        return in_order(inbox, self.next, now, self._count, self.next_there)
+
+    def turn(self, admitted: Sequence[Micro], now: int) -> Turn:
+        """Apply micro-batches (`admit`ted), decide what can be answered, number the turn."""
+        self.turn_number += 1
+        letters = [pl.DataFrame(schema=LETTERS)]
+        rows: dict[str, list[pl.DataFrame]] = {name: [] for name in self.sources}
+        floors = {name: self.clock.settled(name, now) for name in self.sources}
+        for micro in admitted:
+            self._admit_one(micro, rows, letters, now)
+        accepted = {name: pl.concat(parts) for name, parts in rows.items() if parts}
+        return self._turn(accepted, letters, floors, now)
+
+    def seed(self, name: str, rows: pl.DataFrame) -> Turn:
+        """A turn that gives the shards rows accepted before; nothing is counted, no clock moves."""
+        self.turn_number += 1
+        to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        self._send(f"rows:{name}", name, rows, to_shards)
+        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+
+    def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
+        """As `seed`, of what is kept of the older events of a group."""
+        self.turn_number += 1
+        to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        mine = route_compacted(self.groups[group], reduced, self.shards)
+        for frames, some in zip(to_shards, mine, strict=True):
+            if some.any():
+                frames[f"compacted:{group}"] = reduced.filter(pl.Series(some))
+        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+
+    def _admit_one(
+        self, micro: Micro, rows: dict[str, list[pl.DataFrame]], letters: list[pl.DataFrame], now: int
+    ) -> None:
+        due = self.next[micro.source].get(micro.partition, micro.first)
+        fresh, bad = micro.rows, micro.letters
+        if due > micro.first:  # delivered again in part
+            fresh = fresh.filter(pl.col("__offset") >= due)
+            bad = bad.filter(pl.col("offset") >= due)
+        self.next[micro.source][micro.partition] = micro.next
+        self._count(micro.source, "messages", micro.messages)
+        self.clock.expect(micro.source, micro.partition, now)
+        if len(fresh):
+            time = str(self.sources[micro.source].time)
+            self.clock.observe(micro.source, micro.partition, int(fresh[time].to_physical().max()), now)  # type: ignore[arg-type]
+            rows[micro.source].append(fresh)
+            self._count(micro.source, "rows", len(fresh))
+        if micro.heartbeat is not None:
+            self.clock.promise(micro.source, micro.partition, micro.heartbeat, now)
+        if len(bad):
+            letters.append(bad)
+            self._count(micro.source, "dead", len(bad))
+
+    def _turn(
+        self, accepted: dict[str, pl.DataFrame], letters: list[pl.DataFrame], floors: Mapping[str, int], now: int
+    ) -> Turn:
+        to_shards: list[Frames] = [{} for _ in range(self.shards)]
+        asked = accepted.get(self.view.spine.name)
+        for name in self.view.events:
+            if name in accepted:
+                accepted[name] = self._events(name, accepted[name], floors[name], to_shards)
+        if asked is not None:
+            letters += self._questions(asked, floors[self.view.spine.name])
+        for name in self.sources:
+            self.clock.settled(name, now)
+        ready = self._ready(now)
+        self.advance(now)
+        return self._packets(ready, to_shards, accepted, pl.concat(letters))
+
+    def _events(self, name: str, rows: pl.DataFrame, floor: int, to_shards: list[Frames]) -> pl.DataFrame:
+        """Route a source's new rows, less repeats, and take back those that a repeat known earlier replaces.
+
+        Returns:
+            All the rows; of a source with `unique`, with what became of each.
+        """
+        source, whole = self.sources[name], rows
+        time = pl.col(str(source.time)).to_physical()
+        late = int(rows.select((time < floor).sum()).item())
+        if late:
+            self._count(name, "late", late)
+        columns = self.view.columns_held(name)
+        if repeats_by(self.view, name):
+            rows = rows.select(*known_columns(self.view, name), rid(rows))
+            counted, retracted = self._without_repeats(source, rows)
+            whole = whole.with_columns(
+                rows[RID].is_in(counted[RID].implode()).alias("__counted"),
+                rows.join(retracted, on=RID, how="left", maintain_order="left")["__instead"],
+            )
+            rows = counted.select(*columns, RID)
+            if len(retracted):
+                for frames in to_shards:
+                    frames[f"retract:{name}"] = retracted.select(pl.col("__instead").alias(RID))
+        else:
+            rows = rows.select(columns)
+        if self.horizon > ALWAYS:
+            reached = time >= self.horizon - self.held_back[name]
+            old = rows.filter(~reached)
+            if len(old):
+                rows = rows.filter(reached)
+                if name in self.lifetime:
+                    self._send(f"old:{name}", name, old, to_shards)
+                else:
+                    self._count(name, "beyond", len(old))
+        self._send(f"rows:{name}", name, rows, to_shards)
+        return whole
+
+    def _send(self, frame: str, name: str, rows: pl.DataFrame, to_shards: Sequence[Frames]) -> None:
+        for frames, mine in zip(to_shards, route_events(self.groups, name, rows, self.shards), strict=True):
+            if mine.any():
+                frames[frame] = rows if mine.all() else rows.filter(pl.Series(mine))
+
+    def _without_repeats(self, source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """(Rows that count, the rids of which replace those in `__instead`): of rows with one `unique` value the first known stays."""
+        store, unique = self.stores[source.name], list(repeats_by(self.view, source.name))
+        hashes = key_hashes(rows, unique)
+        # To the microsecond, since what shards have compacted before then cannot be taken back.
+        remembered = pl.lit(True)
+        if self.horizon > ALWAYS:
+            remembered = pl.col(str(source.time)).to_physical() >= self.horizon - self.remembered[source.name]
+        before = [each.filter(remembered) for each in store.take(tuple(unique), hashes, ALWAYS, FOREVER)]
+        nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
+        if not any(map(len, before)) and len(np.unique(hashes)) == len(hashes):
+            store.add(rows.filter(remembered))
+            return rows, nothing
+        old = pl.concat(before).join(rows, on=unique, how="semi") if before else rows.clear()
+        order = [*unique, str(source.time), *source.ties(rows.columns)]
+        both = pl.concat([old, rows])
+        first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
+            unique, keep="first", maintain_order=True
+        )
+        kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
+        gone = old.filter(~pl.col(RID).is_in(first[RID].implode()))
+        if source.name not in self.lifetime:  # so that a restart, which reads back so far, finds what replaced each row
+            time, since = pl.col(str(source.time)), pl.col("__since").dt.offset_by(f"{self.remembered[source.name]}us")
+            since_first = first.select(*unique, pl.col(str(source.time)).alias("__since"))
+            gone = gone.join(since_first, on=unique).filter(time <= since)
+        gone = gone.select(*unique, pl.col(RID).alias("__instead"))
+        if source is not self.view.spine:  # questions are accounted for as such
+            self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
+        if len(gone):
+            store.drop(RID, gone["__instead"].to_numpy())
+        gone = first.join(gone, on=unique).select(RID, "__instead")
+        store.add(kept.filter(remembered))
+        return kept, gone
+
+    def _questions(self, rows: pl.DataFrame, floor: int) -> list[pl.DataFrame]:
+        """Take new questions in; letters for those that contradict one asked before or are too old to answer."""
+        view, spine = self.view, self.view.spine.name
+        moment = pl.col(view.time).to_physical()
+        rows = rows.with_columns(
+            row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
+        )
+        letters = []
+        if floor > ALWAYS:
+            since = max(floor - self.keep, self.horizon)  # beyond the latter if `keep` was less once
+            old = rows.filter(moment < since)
+            if len(old):
+                rule = "a question comes no later than the spine's lateness and --keep allow"
+                letters.append(letter(view, old, view.time, rule, pl.col(view.time).cast(pl.String)))
+                self._count(spine, "too_late", len(old))
+                rows = rows.filter(moment >= since)
+        rows = rows.with_columns((moment < floor).alias("__late"))
+        asked = self.stores[ASKED].take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
+        if asked or rows["row_id"].n_unique() < len(rows):
+            rows, conflicts = self._distinct(rows, asked)
+            letters += conflicts
+        if late := int(rows["__late"].sum()):
+            self._count(spine, "late_questions", late)
+        self.stores[PENDING].add(rows)
+        self.stores[ASKED].add(rows.select("row_id", moment.alias("time"), "__digest"))
+        return letters
+
+    def _distinct(self, rows: pl.DataFrame, asked: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+        """New questions, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was answered."""
+        view = self.view
+        before = (
+            pl.concat(asked).join(rows, on="row_id", how="semi")
+            if asked
+            else pl.DataFrame(schema={"row_id": pl.Int64, "time": pl.Int64, "__digest": pl.UInt64})
+        )
+        pending = self.stores[PENDING].drop("row_id", before["row_id"].to_numpy()) if len(before) else None
+        answered = before if pending is None else before.join(pending, on="row_id", how="anti")
+        again = rows.join(answered, on="row_id", how="semi")
+        rest = rows.join(answered, on="row_id", how="anti")
+        if pending is not None:
+            rest = pl.concat([pending.select(rest.columns), rest])
+        order = ["row_id", *view.spine.schema, *PLACE]
+        kept = rest.sort(order).unique("row_id", keep="first", maintain_order=True)
+        lost = rest.join(kept, on=["row_id", *PLACE], how="anti")
+        same = pl.concat([
+            lost.join(kept, on=["row_id", "__digest"], how="semi"), again.join(answered, on=["row_id", "__digest"], how="semi"),
+        ])  # fmt: skip
+        self._count(view.spine.name, "repeated", len(same))
+        conflicts = pl.concat([lost, again]).join(same, on=["row_id", *PLACE], how="anti")
+        self.stores[ASKED].drop("row_id", kept["row_id"].to_numpy())
+        letters = []
+        if len(conflicts):
+            key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
+            letters.append(
+                letter(
+                    view,
+                    conflicts,
+                    ", ".join(view.key),
+                    "one key asks one question at one time (the smallest, or the answered one, was kept)",
+                    key,
+                )
+            )
+            self._count(view.spine.name, "conflicting", len(conflicts))
+        return kept, letters
+
+    def bound(self, now: int) -> int:
+        """Questions up to this time can be answered."""
+        return min([FOREVER, *(self.clock.complete(name, now) for name in self.view.events)])
+
+    def answerable(self, now: int) -> bool:
+        """Whether some waiting question can be answered as things stand."""
+        oldest = self.oldest_pending()
+        return oldest is not None and oldest <= self.bound(now)
+
+    def _ready(self, now: int) -> pl.DataFrame:
+        taken = self.stores[PENDING].take_before(self.bound(now))
+        if not taken:
+            return pl.DataFrame()
+        ready = pl.concat(taken).sort(self.view.time, "row_id")
+        self._count(self.view.spine.name, "answered", len(ready))
+        return ready
+
+    def advance(self, now: int) -> None:
+        """Let go of what neither a waiting question nor one that may still come can reach."""
+        floor = self.clock.settled(self.view.spine.name, now)
+        if floor == ALWAYS:
+            return
+        oldest = self.oldest_pending()
+        self.horizon = max(self.horizon, min(floor - self.keep, FOREVER if oldest is None else oldest))
+        self.stores[ASKED].evict(floor - self.keep)
+        for name in self.view.events:
+            if name in self.stores:
+                self.stores[name].evict(self.horizon - self.remembered[name])
+
+    def oldest_pending(self) -> int | None:
+        oldest = [int(frame[self.view.time].to_physical().min()) for frame in self.stores[PENDING].all()]  # type: ignore[arg-type]
+        return min(oldest, default=None)
+
+    @property
+    def last(self) -> bool:
+        """Whether every partition says that nothing follows."""
+        return self.clock.ended
+
+    def cut(self) -> str:
+        """Next offset per partition, `source/partition:offset` in order, as text."""
+        return ",".join(
+            f"{name}/{partition}:{self.next[name][partition]}" for name in sorted(self.next) for partition in sorted(self.next[name])
+        )  # fmt: skip
+
+    def _packets(
+        self, ready: pl.DataFrame, to_shards: list[Frames], accepted: Mapping[str, pl.DataFrame], letters: pl.DataFrame
+    ) -> Turn:
+        questions, parts = None, 0
+        if len(ready):
+            ready = with_keys(self.view, self.groups, ready).with_columns(
+                pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
+            )
+            asked = [
+                "__position",
+                *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.asked)]),
+            ]
+            for frames, mine in zip(to_shards, route_questions(self.groups, ready, self.shards), strict=True):
+                if mine.any():
+                    frames["questions"] = ready.select(asked).filter(pl.Series(mine))
+                    parts += 1
+            context = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN)
+            questions = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
+        shards = {}
+        for number, frames in enumerate(to_shards):
+            if frames or self.turn_number % 16 == 0:  # now and then all hear how far they may forget
+                shards[number] = pack(
+                    {"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames
+                )
+                self.sent[number] += 1
+        entry = pack({
+            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(letters), "next": self.head()["next"], "clock": self.clock.to_json(),
+            "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
+            "state": size_of(self.stores),
+        }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
+        return Turn(self.turn_number, shards, questions, entry)
+
+    def _count(self, source: str, what: str, number: int) -> None:
+        counts = self.counts[source]
+        counts[what] = counts.get(what, 0) + number

@@ -1,0 +1,335 @@
+"""Kafka topics: read and written through Beam's KafkaIO, looked at and positioned through Kafka's own client."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
+from apache_beam.utils.windowed_value import WindowedValue
+
+from schemas.errors import StoreError, nearest
+from schemas.views import FeatureView
+from transforms.streaming.completeness import FOREVER
+from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
+
+# How long the broker may take to acknowledge a message, and elements that wait for it at most.
+DELIVERY_MS, HELD = 120_000, 64
+# By a hash of the key.
+ANY = -1
+# Rows and bytes of one message of answers: the usual limit of clients and brokers is a megabyte.
+ROWS, MOST = 1000, 950_000
+WITHIN = 10.0
+# Of every consumer: rows of a transaction that was aborted are none, and rows of one that is open are not there yet.
+# `Broker.properties` may say otherwise.
+COMMITTED = {"isolation.level": "read_committed"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Broker:
+    """How to reach Kafka.
+
+    Args:
+        bootstrap: HOST:PORT.
+        expansion: HOST:PORT of Beam's KafkaIO expansion service; None lets Beam fetch and start one.
+        properties: further client properties (security and so on).
+    """
+
+    bootstrap: str
+    expansion: str | None = None
+    properties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, str]:
+        return {**self.properties, "bootstrap.servers": self.bootstrap}
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class ReadTopics(beam.PTransform):
+    """PBegin → PCollection[Message], from where `group` stands (see `stand`); each partition in order.
+
+    Nothing is committed to the broker: where to go on is kept with what was made of the messages.
+    """
+
+    broker: Broker
+    topics: tuple[str, ...]
+    group: str
+
+    def expand(self, begin: beam.PBegin) -> beam.PCollection:
+        config = {
+            **COMMITTED,
+            **self.broker.config,
+            "group.id": self.group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": "false",
+        }
+        read = begin | "Read" >> ReadFromKafka(
+            config, list(self.topics), with_metadata=True, timestamp_policy=ReadFromKafka.processing_time_policy,
+            expansion_service=self.broker.expansion,
+        )  # fmt: skip
+        return read | "Message" >> beam.Map(_message).with_output_types(Message)
+
+
+def _message(record: Any) -> Message:
+    return Message(
+        record.topic, record.partition, record.offset, record.timestamp * 1000, record.key, record.value or b""
+    )
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteTopic(beam.PTransform):
+    """PCollection[(key, value)], both bytes → the topic, at least once."""
+
+    broker: Broker
+    topic: str
+
+    def expand(self, pairs: beam.PCollection) -> Any:
+        typed = pairs | "Pairs" >> beam.Map(lambda pair: pair).with_output_types(tuple[bytes, bytes])
+        config = {**self.broker.config, "enable.idempotence": "true", "acks": "all"}
+        return typed | "Write" >> WriteToKafka(config, self.topic, expansion_service=self.broker.expansion)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Produce(beam.PTransform):
+    """PCollection[T] → the same, each element handed on once the broker has acknowledged its messages, at least once.
+
+    What is committed after this step is in the topic: WriteToKafka tells nobody when it is done.
+
+    Args:
+        broker: where to.
+        messages: an element's messages, (topic, key, value) each.
+    """
+
+    broker: Broker
+    messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]
+
+    def expand(self, elements: beam.PCollection) -> beam.PCollection:
+        done = elements | "Send" >> beam.ParDo(_Send(self.broker, self.messages))
+        done.element_type = elements.element_type
+        return done
+
+
+class _Send(beam.DoFn):
+    def __init__(self, broker: Broker, messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]) -> None:
+        self.broker, self.messages = broker, messages
+
+    def setup(self) -> None:
+        self.sender = Sender(self.broker)
+
+    def start_bundle(self) -> None:
+        self.held: list[WindowedValue] = []
+
+    def process(
+        self, element: Any, at: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
+    ) -> Iterator[WindowedValue]:
+        for topic, key, value in self.messages(element):
+            self.sender.send(topic, key, value)
+        self.held.append(WindowedValue(element, at, [window]))
+        if len(self.held) == HELD:
+            yield from self.finish_bundle()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        self.sender.acknowledged()
+        held, self.held = self.held, []
+        yield from held
+
+
+class Sender:
+    """Kafka's own producer: idempotent, every message acknowledged by all replicas."""
+
+    def __init__(self, broker: Broker) -> None:
+        from confluent_kafka import Producer
+
+        config = {"enable.idempotence": True, "delivery.timeout.ms": DELIVERY_MS, "log_level": 0}
+        self.broker, self.failed = broker, list[str]()
+        self.producer = Producer({**broker.config, **config})
+
+    def send(self, topic: str, key: bytes, value: bytes, partition: int = ANY) -> None:
+        """Hand a message over; wait while the client's queue is full.
+
+        Raises:
+            StoreError: the client refuses it, as too large.
+        """
+        from confluent_kafka import KafkaException
+
+        while True:
+            try:
+                self.producer.produce(topic, value, key, partition, self._delivered)
+                return
+            except BufferError:
+                self.producer.poll(0.1)
+            except KafkaException as error:
+                self._refuse(f"{topic}: {error.args[0].str()}")
+
+    def acknowledged(self) -> None:
+        """Wait for every message sent so far.
+
+        Raises:
+            StoreError: the broker did not take one within two minutes, or refused it.
+        """
+        left = self.producer.flush(DELIVERY_MS / 1000 + 10)
+        if left or self.failed:
+            failed, self.failed = self.failed, []
+            self._refuse(failed[0] if failed else f"{left} messages without an answer")
+
+    def _delivered(self, error: Any, message: Any) -> None:
+        if error is not None:
+            self.failed.append(f"{message.topic()}: {error.str()}")
+
+    def _refuse(self, value: str) -> None:
+        raise StoreError(
+            "The broker takes what is written to a topic", f"{self.broker.bootstrap}, {value}",
+            "Look at its disk, its quotas and the topic's max.message.bytes; nothing is lost, the job goes on from its last commit",
+        )  # fmt: skip
+
+
+def tell_end(broker: Broker, topic: str) -> None:
+    """Say on every partition of a topic that nothing follows."""
+    sender = Sender(broker)
+    for number in begin_offsets(broker, [topic])[topic]:
+        sender.send(topic, *heartbeat(FOREVER), partition=number)
+    sender.acknowledged()
+
+
+def ensure(broker: Broker, topics: Sequence[str]) -> None:
+    """Create those topics that are missing, as the broker does by default.
+
+    Raises:
+        StoreError: the broker cannot be reached, or refuses.
+    """
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+    from confluent_kafka.cimpl import NewTopic
+
+    admin = AdminClient({**broker.config, "log_level": 0})
+    known = _metadata(broker, admin)
+    missing = [NewTopic(topic) for topic in topics if topic not in known]
+    for topic, made in admin.create_topics(missing).items() if missing else ():
+        try:
+            made.result(WITHIN)
+        except KafkaException as error:
+            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                fix = "Create it yourself, or grant the right to"
+                value = f"{topic}: {error.args[0].str()}"
+                raise StoreError("An output topic is there or can be created", value, fix) from None
+
+
+def answer_messages(answers: pa.RecordBatch, fingerprint: str, most: int = MOST) -> Iterator[tuple[bytes, bytes]]:
+    """Answers as messages: the key names the fingerprint and the first row, the value is Arrow; rows are told apart by `row_id`.
+
+    A value of more than `most` bytes is halved, down to one row.
+    """
+    for start in range(0, answers.num_rows, ROWS):
+        part = answers.slice(start, ROWS)
+        value = to_arrow(part)
+        if len(value) > most and part.num_rows > 1:
+            half = part.num_rows // 2
+            for some in (part.slice(0, half), part.slice(half)):
+                yield from answer_messages(some, fingerprint, most)
+            continue
+        first = part.column(part.schema.get_field_index("row_id"))[0].as_py()
+        yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), value
+
+
+def letter_messages(letters: Any) -> Iterator[tuple[bytes, bytes]]:
+    """Dead letters as messages, JSON each; the key is the place of the row."""
+    places = letters.select("source", "partition", "offset", "place").rows()
+    for place, value in zip(places, to_json(letters), strict=True):
+        yield "/".join(map(str, place)).encode(), value
+
+
+def topic_of(view: FeatureView, prefix: str = "") -> str:
+    """Where a view's answers go."""
+    return f"{prefix}{view.name}.features"
+
+
+def letters_topic(view: FeatureView, prefix: str = "") -> str:
+    return f"{prefix}{view.name}.dead_letters"
+
+
+def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
+    """First offset there is of every partition.
+
+    Raises:
+        StoreError: the broker cannot be reached, or has no such topic.
+    """
+    return _offsets(broker, topics, 0)
+
+
+def end_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
+    """The offset behind the last committed message of every partition: its last stable offset.
+
+    What stands before it need not be a message (see `offsets.unread`).
+
+    Raises:
+        StoreError: the broker cannot be reached, or has no such topic.
+    """
+    return _offsets(broker, topics, 1)
+
+
+def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dict[int, int]]:
+    from confluent_kafka import TopicPartition
+
+    client = _consumer(broker, "millrace-look")
+    try:
+        known = _metadata(broker, client)
+        for topic in topics:
+            if topic not in known:
+                raise StoreError(
+                    "Every source has its topic",
+                    repr(topic),
+                    f"{nearest(topic, known)} Create it, or correct --topic_prefix",
+                )
+        return {
+            topic: {
+                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[which]
+                for number in sorted(known[topic])
+            }
+            for topic in topics
+        }
+    finally:
+        client.close()
+
+
+def stand(broker: Broker, group: str, offsets: Mapping[str, Mapping[int, int]]) -> None:
+    """Let the consumer group `group` (a fresh one) begin at these offsets."""
+    from confluent_kafka import KafkaException, TopicPartition
+
+    client = _consumer(broker, group)
+    try:
+        places = [
+            TopicPartition(topic, number, offset)
+            for topic, numbers in offsets.items()
+            for number, offset in numbers.items()
+        ]
+        client.commit(offsets=places, asynchronous=False)
+    except KafkaException as error:
+        raise StoreError(
+            "A consumer group can be placed", f"{group}: {error}", "Use a group of its own for every launch"
+        ) from None
+    finally:
+        client.close()
+
+
+def _consumer(broker: Broker, group: str) -> Any:
+    try:
+        from confluent_kafka import Consumer
+    except ImportError:
+        raise StoreError(
+            "--source kafka needs confluent-kafka", "it is not installed", "pip install 'millrace[live]'"
+        ) from None
+    return Consumer({**COMMITTED, **broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
+
+
+def _metadata(broker: Broker, client: Any) -> dict[str, list[int]]:
+    from confluent_kafka import KafkaException
+
+    try:
+        return {name: list(topic.partitions) for name, topic in client.list_topics(timeout=WITHIN).topics.items()}
+    except KafkaException as error:
+        raise StoreError(
+            "The broker answers", f"{broker.bootstrap}: {error.args[0].str()}", "Start it, or correct --bootstrap"
+        ) from None

@@ -1,0 +1,140 @@
+"""Dimensions of a live job: read again when their files have changed, each content kept under its version.
+
+One that cannot be read, as it is half written or has lost a column, costs no answer: the version that served before
+serves on, in a worker that starts meanwhile too, and every look says so until it is mended.  Of one that can be read,
+rows that break its contract are set aside, and told once with the version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+
+import polars as pl
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+
+from schemas.errors import MillraceError
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.block_inputs import concat_letters, contradictions, dimension_rows
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import survey
+from transforms.sources.reader import read_slices
+from transforms.storage.delta_tables import write_aside
+from transforms.streaming.messages import LETTERS
+
+log = logging.getLogger("millrace.live")
+# Beside a dimension's contents: the version that serves.
+SERVING = "serving.json"
+
+
+class Dimensions:
+    """The view's dimensions as of now; looks for changes at most once per `every` µs."""
+
+    def __init__(self, view: FeatureView, root: str, kept: str, every: int) -> None:
+        self.view, self.root, self.kept, self.every = view, root, kept, every
+        self.looked = 0
+        self.versions: dict[str, str] = {}
+        self._stamps: dict[str, str] = {}
+        self.frames: dict[str, pl.DataFrame] = {}
+        self._letters: list[pl.DataFrame] = []
+        self.refused = Metrics.counter("millrace.live", "dimensions_refused")
+
+    def refresh(self) -> None:
+        """Read again what has changed.
+
+        Raises:
+            MillraceError: a dimension cannot be read, and no version of it has served before.
+        """
+        now = time.monotonic_ns() // 1000
+        if self.looked and now - self.looked < self.every:
+            return
+        self.looked = now
+        for name, source in self.view.dimensions.items():
+            try:
+                self._read(name, self._contract(name, source))
+            except MillraceError as error:
+                if name not in self.frames and not self._as_before(name):
+                    raise
+                self.refused.inc()
+                log.error("dimension %s is broken; version %s serves on: %s", name, self.versions[name], error)
+
+    def _contract(self, name: str, source: Source) -> Contract:
+        return Contract(source, tuple(self.view.columns_read(name)), ordering=self.view.columns_ordering(name))
+
+    def _read(self, name: str, contract: Contract) -> None:
+        contract, slices = survey(self.root, contract)
+        stamp = repr([(each.path, each.stamp) for each in slices])
+        if self._stamps.get(name) == stamp:
+            return
+        read = read_slices(contract, slices)
+        frame = dimension_rows(contract, read.frame)
+        letters, _ = contradictions(self.view, contract, slices, frame)
+        version = keep(self.kept, name, frame)
+        self._set_aside(name, version, [each.path for each in slices], concat_letters([read.letters, *letters]))
+        if name in self.versions and version != self.versions[name]:
+            log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
+        self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
+
+    def news(self) -> pl.DataFrame:
+        """Letters about the versions read since this was asked last.  `partition` is −1, `offset` a row of file number `place`."""
+        told, self._letters = self._letters, []
+        return pl.concat([pl.DataFrame(schema=LETTERS), *told])
+
+    def _set_aside(self, name: str, version: str, files: list[str], letters: pl.DataFrame) -> None:
+        if not len(letters):
+            return
+        letters = letters.unique(["file", "row"], keep="first", maintain_order=True)
+        places = {path: number for number, path in enumerate(sorted(set(files)))}
+        file = pl.col("file").str.split("/").list.last()
+        told = letters.select(
+            "source", pl.lit(-1, pl.Int32).alias("partition"), pl.col("row").alias("offset"),
+            pl.col("file").replace_strict(places, return_dtype=pl.Int32).alias("place"), "field",
+            pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"), "value",
+            pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived"),
+        ).sort("place", "offset")  # fmt: skip
+        self._letters.append(told)
+        log.warning(
+            "dimension %s, version %s: rows set aside: %d; the first is row %d of %s: %s",
+            name, version, len(told), letters["row"][0], letters["file"][0], letters["rule"][0],
+        )  # fmt: skip
+
+    def _as_before(self, name: str) -> bool:
+        """Take the version that served last, in this job or an earlier one; whether there is one with the columns read."""
+        path = FileSystems.join(self.kept, name, SERVING)
+        if not FileSystems.exists(path):
+            return False
+        with FileSystems.open(path, compression_type="uncompressed") as handle:
+            version = str(json.loads(handle.read())["version"])
+        frame = kept(self.kept, name, version)
+        schema = self.view.dimensions[name].schema
+        if dict(frame.schema) != {column: schema[column] for column in self.view.columns_read(name)}:
+            return False
+        self.frames[name], self.versions[name] = frame, version
+        return True
+
+
+def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
+    """Store a dimension's content under its digest, which is its version, and that it serves."""
+    sink = io.BytesIO()
+    frame.write_ipc(sink, compression="lz4")
+    version = hashlib.blake2b(sink.getvalue(), digest_size=8).hexdigest()
+    path = FileSystems.join(folder, name, f"{version}.arrow")
+    if not FileSystems.exists(path):
+        write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(sink.getvalue()))
+    told = pa.py_buffer(json.dumps({"version": version}).encode())
+    write_aside(FileSystems.join(folder, name), SERVING, told)
+    return version
+
+
+def kept(folder: str, name: str, version: str) -> pl.DataFrame:
+    """A dimension's content of that version."""
+    with FileSystems.open(
+        FileSystems.join(folder, name, f"{version}.arrow"), compression_type="uncompressed"
+    ) as handle:
+        return pl.read_ipc(io.BytesIO(handle.read()))

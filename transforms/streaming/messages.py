@@ -1,0 +1,324 @@
+"""Values of messages and what they hold: Arrow IPC streams, JSON, Avro containers, told apart by their first bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas.durations import microseconds
+from schemas.errors import ContractError, nearest
+from schemas.sources import Source
+from transforms.sources.contracts import Contract, judge
+from transforms.streaming.completeness import FOREVER
+
+HEARTBEAT = b"__heartbeat"
+# Where a row came from: columns beside the source's own.
+ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
+LETTERS = {
+    "source": pl.String, "partition": pl.Int32, "offset": pl.Int64, "place": pl.Int32,
+    "field": pl.String, "rule": pl.String, "value": pl.String, "arrived": pl.Int64,
+}  # fmt: skip
+_ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
+_READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
+# A message that cannot be read must never stop a job, since it would stop it again: whatever reading it raises.
+_ANYTHING = (Exception, pl.exceptions.PanicException)
+_JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
+
+
+class Message(NamedTuple):
+    """A record of a topic; `timestamp` (µs) is when it arrived there."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """What messages of one partition held.
+
+    Args:
+        rows: the declared columns and `ORIGIN`, contract kept.
+        letters: rows and messages that break it, schema `LETTERS`.
+        heartbeat: greatest time up to which the partition says to have told everything, or None.
+    """
+
+    rows: pl.DataFrame
+    letters: pl.DataFrame
+    heartbeat: int | None
+
+
+def to_arrow(batch: pa.RecordBatch | pl.DataFrame) -> bytes:
+    """A value that holds the batch's rows."""
+    if isinstance(batch, pl.DataFrame):
+        sink = io.BytesIO()
+        batch.write_ipc_stream(sink, compression="lz4", compat_level=pl.CompatLevel.oldest())
+        return sink.getvalue()
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, batch.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_batch(batch)
+    return bytes(buffer.getvalue())
+
+
+def from_arrow(value: bytes) -> pa.RecordBatch:
+    """The batch of `to_arrow`."""
+    with pa.ipc.open_stream(value) as reader:
+        return reader.read_next_batch()
+
+
+def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
+    """A value per row; times as ISO 8601 in UTC."""
+    frame = batch if isinstance(batch, pl.DataFrame) else pl.DataFrame(pl.from_arrow(batch))
+    times = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime)]
+    frame = frame.with_columns(pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ"))
+    return frame.write_ndjson().encode().splitlines()
+
+
+def heartbeat(until: int) -> tuple[bytes, bytes]:
+    """Key and value of a message that says: this partition has told everything before `until` (µs since 1970)."""
+    return HEARTBEAT, str(until).encode()
+
+
+def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
+    """Rows of one partition's messages that keep the contract, and letters for the rest."""
+    (held,) = decode_topic(contract, [messages])
+    return held
+
+
+def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) -> list[Decoded]:
+    """As `decode`, for partitions of one topic in one go, in ascending order."""
+    rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
+    frames, letters = _frames(contract, rows)
+    whole = pl.concat(frames) if frames else _empty(contract.source)
+    kept, broken = judge(contract, whole)
+    if len(broken):
+        letters.append(_located(contract, whole, broken))
+    kept, ahead = _ahead(contract, kept)
+    letters += ahead
+    broken, result = pl.concat([pl.DataFrame(schema=LETTERS), *letters]), []
+    numbers = [messages[0].partition if messages else 0 for messages in partitions]
+    places = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
+    for messages, number, start, end in zip(partitions, numbers, places[:-1], places[1:], strict=True):
+        until, more = _promised(contract, messages)
+        mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
+        result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
+    return result
+
+
+def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
+    """(The greatest time that a partition's heartbeats tell, letters for those that tell none.)"""
+    until, letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
+    for beat in (each for each in messages if each.key == HEARTBEAT):
+        told = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
+        if told is None or (told > beat.timestamp + ahead_by and told != FOREVER):
+            rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
+            letters.append(_unreadable(contract, beat, rule))
+        elif told != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
+            until.append(told)
+    return max(until, default=None), letters
+
+
+def _empty(source: Source) -> pl.DataFrame:
+    return pl.DataFrame(schema={**source.schema, **ORIGIN})
+
+
+def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
+    """Frames of the readable messages, and letters of the others."""
+    frames, letters = [], []
+    for together, group in itertools.groupby(messages, _together):
+        some = list(group)
+        if together is not None and len(some) > 1:
+            with contextlib.suppress(*_ANYTHING):  # in one go; where that fails, one by one
+                frames.append(together(contract, some))
+                continue
+        for message in some:
+            try:
+                frames.append(_one(contract, message))
+            except _ANYTHING as error:
+                reason = str(error).strip().splitlines()
+                letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
+    return frames, letters
+
+
+def _one(contract: Contract, message: Message) -> pl.DataFrame:
+    together = _together(message)
+    if together is not None:
+        return together(contract, [message])
+    if message.value[:4] == _AVRO:
+        return _from_rows(contract, _avro_rows(message.value), [message])
+    raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
+
+
+def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.DataFrame] | None:
+    """What reads messages of this kind, several at once."""
+    if message.value[:1] in (b"{", b"["):
+        return _from_json
+    return _from_arrow if message.value[:4] == _ARROW else None
+
+
+def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+    tables: list[pa.Table] = []
+    for message in messages:
+        with pa.ipc.open_stream(message.value) as reader:
+            table = reader.read_all()
+        if not tables or table.schema != tables[-1].schema:
+            contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
+        tables.append(table)
+    parts = []
+    for _, some in itertools.groupby(tables, lambda table: table.schema):
+        whole = pa.concat_tables(some)
+        whole.validate(full=True)  # offsets beyond a buffer would end the process, at every try
+        frame = pl.DataFrame(
+            pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
+        )
+        frame = frame.with_columns(
+            pl.lit(None, dtype).alias(name)
+            for name, dtype in contract.source.schema.items()
+            if name not in frame.columns
+        )
+        parts.append(frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items()))
+    return _with_origin(pl.concat(parts), messages, [len(table) for table in tables])
+
+
+def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+    counts: list[int] = []
+    rows: list[Any] = []
+    for message in messages:
+        value = json.loads(message.value)
+        some = value if isinstance(value, list) else [value]
+        rows += some
+        counts.append(len(some))
+    return _from_rows(contract, rows, messages, counts)
+
+
+def _from_rows(
+    contract: Contract, rows: list[Any], messages: Sequence[Message], counts: Sequence[int] | None = None
+) -> pl.DataFrame:
+    """Rows of messages as a frame.  Every row names every column that is read, so that a renamed one does not pass for null."""
+    source, read = contract.source, set(contract.columns)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ContractError("A message holds an object or a list of them", repr(row)[:100], "")
+        if not read <= row.keys():
+            missing = next(name for name in contract.columns if name not in row)
+            what = f"Source {source.name!r}: every row has the declared column {missing!r}"
+            raise ContractError(what, ", ".join(map(str, row)), nearest(missing, map(str, row)))
+    columns = [_column(source, name, dtype, [row.get(name) for row in rows]) for name, dtype in source.schema.items()]
+    return _with_origin(pl.DataFrame(columns), messages, [len(rows)] if counts is None else counts)
+
+
+def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) -> pl.Series:
+    """Python values as a column of exactly `dtype`; times may be ISO texts."""
+    allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
+    found = set(map(type, values)) - {type(None)}
+    if found == {datetime} and isinstance(dtype, pl.Datetime) and all(each is None or each.tzinfo for each in values):
+        return pl.Series(name, values, dtype)
+    if found == {date} and dtype == pl.Date:
+        return pl.Series(name, values, dtype)
+    if not found <= allowed:
+        raise ContractError(
+            f"Source {source.name!r}: column {name!r} is {dtype}",
+            ", ".join(sorted(each.__name__ for each in found - allowed)),
+            "",
+        )
+    if dtype.is_integer() or dtype.is_float():
+        try:
+            series = pl.Series(
+                name, values, pl.Int64 if dtype.is_integer() else pl.Float64, strict=not dtype.is_float()
+            )
+            return series.cast(dtype)
+        except (OverflowError, TypeError, pl.exceptions.PolarsError):
+            raise ContractError(
+                f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", ""
+            ) from None
+    series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
+    if dtype.is_temporal():
+        parsed = (
+            series.str.to_date(strict=False)
+            if dtype == pl.Date
+            else series.str.to_datetime("%+", time_unit="us", time_zone="UTC", strict=False)
+        )
+        if parsed.null_count() > series.null_count():
+            bad = series.filter(parsed.is_null() & series.is_not_null())[0]
+            raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")
+        return parsed
+    return series
+
+
+def _avro_rows(value: bytes) -> list[Any]:
+    try:
+        import fastavro
+    except ImportError:
+        raise ContractError("Avro messages need fastavro", "it is not installed", "pip install fastavro") from None
+    try:
+        return list(fastavro.reader(io.BytesIO(value)))
+    except Exception as error:  # whatever it makes of bytes that are no Avro
+        raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
+
+
+def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:
+    lengths = np.array(counts, np.int64)
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return frame.with_columns(
+        pl.Series("__partition", np.repeat(np.array([each.partition for each in messages], np.int32), lengths)),
+        pl.Series("__offset", np.repeat(np.array([each.offset for each in messages], np.int64), lengths)),
+        pl.Series("__place", place.astype(np.int32)),
+        pl.Series("__arrived", np.repeat(np.array([each.timestamp for each in messages], np.int64), lengths)),
+    )
+
+
+def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
+    text = message.value[:200].decode("utf-8", "backslashreplace")
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+    row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
+    return pl.DataFrame([row], schema=LETTERS, orient="row")
+
+
+def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
+    at = whole[broken["place"]].select("__partition", "__offset", "__place", "__arrived")
+    return broken.select(
+        pl.lit(contract.source.name).alias("source"), at["__partition"].alias("partition"), at["__offset"].alias("offset"),
+        at["__place"].alias("place"), "field", "rule", "value", at["__arrived"].alias("arrived"),
+    )  # fmt: skip
+
+
+def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """Rows without those stamped further ahead of their arrival than `ahead`: such a stamp must not touch the clock."""
+    source = contract.source
+    time = str(source.time)
+    late = rows[time].to_physical() > rows["__arrived"] + microseconds(source.ahead, zero=True)
+    if not late.any():
+        return rows, []
+    bad = rows.filter(late)
+    letter = bad.select(
+        pl.lit(source.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
+        pl.col("__place").alias("place"), pl.lit(time).alias("field"),
+        pl.lit(f"a time is at most {source.ahead} ahead of its arrival (ahead)").alias("rule"),
+        pl.col(time).cast(pl.String).alias("value"), pl.col("__arrived").alias("arrived"),
+    )  # fmt: skip
+    return rows.filter(~late), [letter]
+
+
+def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:
+    """Messages per topic and partition, each in order of offsets."""
+    groups: dict[tuple[str, int], list[Message]] = {}
+    for message in messages:
+        groups.setdefault((message.topic, message.partition), []).append(message)
+    for some in groups.values():
+        if any(b.offset < a.offset for a, b in itertools.pairwise(some)):
+            some.sort(key=lambda each: each.offset)
+    return groups

@@ -1,0 +1,239 @@
+"""Rows of one source in time panes: appended cheaply, found by key, dropped pane by pane.
+
+Within a pane rows lie in a few parts of growing size (merged like the levels of a log-structured tree), each with an
+index per key that is built when first asked for, so that neither appending nor looking up touches all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from transforms.records.row_hashing import UInt64s, combine, hash_column
+
+Ints = npt.NDArray[np.int64]
+# Rows and the pane they are of.
+Piece = tuple[int, pl.DataFrame]
+# Cells that hold a state's panes; more panes than cells share them.
+CELLS = 8
+# Panes that rows added at once may go to; rows that span more are kept in wider ones, else catching up would cut them to shreds.
+SPREAD = 8
+
+
+def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
+    """One hash per row of the key `columns`; integers of any width agree."""
+    if not len(frame):
+        return np.empty(0, np.uint64)
+    return combine([hash_column(frame[name]) for name in columns])
+
+
+class Part:
+    """Some rows of a pane, none before `low`, with an index per key."""
+
+    def __init__(self, frame: pl.DataFrame, low: int) -> None:
+        self.frame, self.low = frame, low
+        self._index: dict[tuple[str, ...], tuple[UInt64s, Ints]] = {}
+
+    @functools.cached_property
+    def _frame_bytes(self) -> int:
+        return int(self.frame.estimated_size())
+
+    @property
+    def bytes(self) -> int:
+        """Of its rows and its indexes."""
+        return self._frame_bytes + sum(hashes.nbytes + rows.nbytes for hashes, rows in self._index.values())
+
+    def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
+        """(sorted hashes, their rows)."""
+        if key not in self._index:
+            hashes = key_hashes(self.frame, key)
+            order = np.argsort(hashes, kind="stable")
+            self._index[key] = hashes[order], order
+        return self._index[key]
+
+    def find(self, key: tuple[str, ...], wanted: UInt64s) -> Ints:
+        """Rows whose key hashes to one of `wanted` (distinct), in their order."""
+        hashes, order = self.index(key)
+        lo, hi = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
+        lengths = hi - lo
+        total = int(lengths.sum())
+        if total == len(hashes):
+            return np.arange(total)
+        starts = np.cumsum(lengths) - lengths
+        places = np.arange(total) - np.repeat(starts, lengths) + np.repeat(lo, lengths)
+        return np.sort(order[places])
+
+
+class Panes:
+    """A source's rows, for as long as some window can reach them.
+
+    Args:
+        time: column of the row's time, by which panes are cut.
+        width: length of a pane in µs.
+
+    Pane n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` lists what happened to each cell since it
+    was last taken: (pane, rows) to append, or None for "write it anew".
+    """
+
+    def __init__(self, time: str, width: int) -> None:
+        self.time, self.width = time, max(width, 1)
+        self.panes: dict[int, list[Part]] = {}
+        self.changes: dict[int, list[Piece] | None] = {}
+
+    def __len__(self) -> int:
+        return sum(len(part.frame) for parts in self.panes.values() for part in parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for parts in self.panes.values() for part in parts)
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Take rows in, any order of times."""
+        if not len(frame):
+            return
+        moments = _moments(frame, self.time)
+        numbers = moments // self.width
+        low, high = int(numbers.min()), int(numbers.max())
+        if low == high:
+            self._add(low, frame, int(moments.min()))
+            return
+        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of so many panes
+        order = np.argsort(numbers, kind="stable")
+        numbers, moments, frame = numbers[order], moments[order], frame[order]
+        starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
+        for start, end, first in zip(
+            starts, [*starts[1:], len(numbers)], np.minimum.reduceat(moments, starts), strict=True
+        ):
+            self._add(int(numbers[start]), frame[int(start) : int(end)], int(first))
+
+    def restore(self, pane: int, frame: pl.DataFrame) -> None:
+        """Take in rows of a pane as its cell has them."""
+        self._append(pane, frame, int(_moments(frame, self.time).min()))
+
+    def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
+        self._append(number, frame, low)
+        if (changes := self.changes.setdefault(number % CELLS, [])) is not None:
+            changes.append((number, frame))
+
+    def _append(self, number: int, frame: pl.DataFrame, low: int) -> None:
+        parts = self.panes.setdefault(number, [])
+        while parts and len(parts[-1].frame) <= 2 * len(frame):
+            before = parts.pop()
+            frame, low = pl.concat([before.frame, frame]), min(low, before.low)
+        parts.append(Part(frame, low))
+
+    def _rewrite(self, number: int) -> None:
+        self.changes[number % CELLS] = None
+
+    def _parts(self, low: int, high: int) -> Iterator[Part]:
+        """Parts that may have times in `[low, high)`."""
+        for number in sorted(self.panes):
+            if (number + 1) * self.width > low:
+                yield from (part for part in self.panes[number] if part.low < high)
+
+    def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
+        """Rows of panes that reach into `[low, high)` whose `key` hashes to one of `wanted`; a few others may be among them."""
+        wanted = np.unique(wanted)
+        found = []
+        for part in self._parts(low, high):
+            rows = part.find(key, wanted)
+            if len(rows):
+                found.append(part.frame if len(rows) == len(part.frame) else part.frame[rows])
+        return found
+
+    def all(self) -> list[pl.DataFrame]:
+        return [part.frame for number in sorted(self.panes) for part in self.panes[number]]
+
+    def cell(self, cell: int) -> list[Piece]:
+        """All rows that cell `cell` holds, with their panes."""
+        numbers = sorted(number for number in self.panes if number % CELLS == cell)
+        return [(number, pl.concat([part.frame for part in self.panes[number]])) for number in numbers]
+
+    def evict(self, horizon: int) -> list[pl.DataFrame]:
+        """Drop panes that end at or before `horizon`; the rows that went."""
+        dropped = []
+        for number in sorted(number for number in self.panes if (number + 1) * self.width <= horizon):
+            dropped += [part.frame for part in self.panes.pop(number)]
+            self._rewrite(number)
+        return dropped
+
+    def drop(self, column: str, values: UInt64s | Ints) -> pl.DataFrame | None:
+        """Take out the rows whose `column` (an integer) is one of `values`; the rows taken."""
+        gone = []
+        for number, parts in self.panes.items():
+            for i, part in enumerate(parts):
+                hit = np.isin(part.frame[column].to_numpy(), values)
+                if hit.any():
+                    gone.append(part.frame.filter(pl.Series(hit)))
+                    parts[i] = Part(part.frame.filter(pl.Series(~hit)), part.low)
+                    self._rewrite(number)
+            parts[:] = [part for part in parts if len(part.frame)]
+        self.panes = {number: parts for number, parts in self.panes.items() if parts}
+        return pl.concat(gone) if gone else None
+
+    def take_before(self, bound: int) -> list[pl.DataFrame]:
+        """Take out the rows with time at or before `bound`."""
+        taken = []
+        for number in sorted(self.panes):
+            rest = []
+            for part in self.panes[number]:
+                before = _moments(part.frame, self.time) <= bound if part.low <= bound else np.zeros(0, np.bool_)
+                if not before.any():
+                    rest.append(part)
+                    continue
+                self._rewrite(number)
+                if before.all():
+                    taken.append(part.frame)
+                else:
+                    hit = pl.Series(before)
+                    taken.append(part.frame.filter(hit))
+                    rest.append(Part(part.frame.filter(~hit), part.low))
+            self.panes[number] = rest
+        self.panes = {number: parts for number, parts in self.panes.items() if parts}
+        return taken
+
+
+class Store(Protocol):
+    """Something kept in cells of state: what is in a cell, and what happened to each since the changes were last taken."""
+
+    changes: dict[int, list[Piece] | None]
+
+    def __len__(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def cell(self, cell: int) -> list[Piece]: ...
+    def restore(self, pane: int, frame: pl.DataFrame, /) -> None: ...
+
+
+def _moments(frame: pl.DataFrame, time: str) -> Ints:
+    return frame[time].to_physical().to_numpy()
+
+
+def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
+    """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `cell_of`."""
+    changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
+    for name, store in stores.items():
+        for cell, pieces in store.changes.items():
+            if pieces is None or (cell in changes and changes[cell] is None):
+                changes[cell] = None
+            else:
+                known = changes.setdefault(cell, [])
+                assert known is not None
+                known += [(name, *piece) for piece in pieces]
+        store.changes = {}
+    return changes
+
+
+def cell_of(stores: Mapping[str, Store], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
+    """Everything a cell holds."""
+    return [(name, *piece) for name, store in stores.items() for piece in store.cell(cell)]
+
+
+def size_of(stores: Mapping[str, Store]) -> dict[str, int]:
+    """What the stores hold: rows, and bytes in memory."""
+    return {"rows": sum(map(len, stores.values())), "bytes": sum(store.bytes for store in stores.values())}

@@ -1,0 +1,255 @@
+"""Going on after a stop, with nothing but the tables: what was accepted, what was answered, and where to read on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import polars as pl
+
+from schemas.live import accepted, repeats_by
+from schemas.views import FeatureView
+from transforms.records.row_hashing import row_ids
+from transforms.sources.contracts import day_of
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.streaming.completeness import ALWAYS, FOREVER
+from transforms.streaming.journal import ASKED, PENDING, Journal, Turn
+from transforms.streaming.lifetime_store import Compacted
+from transforms.streaming.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.streaming.messages import ORIGIN
+from transforms.streaming.micro_batches import PLACE, digest, known_columns, rid
+from transforms.streaming.replay import sources_of
+from transforms.streaming.shards import RID
+
+# Rows given to the shards in one turn.
+SEED_ROWS = 200_000
+# Times beyond these (the years 1899 and 9999) have no date in Python.
+EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a job begins: the last turn, next offset per source and partition, and what the tables said of the clock."""
+
+    turn: int
+    next: dict[str, dict[str, int]]
+    clock: dict[str, Any]
+    counts: dict[str, dict[str, int]]
+    versions: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def find_start(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]]) -> Start:
+    """Where to go on: after the last commit of each source, or at `begin` (first offsets of the partitions) where there is none."""
+    turn, offsets, clock, counts, versions = 0, {}, {}, {}, {}
+    for name in sources_of(view):
+        table = open_table(source_uri(sources_root(store), name))
+        told = last_told(table, app_of(name))
+        done = told.get("next", {}).get(name, {})
+        offsets[name] = {str(number): int(done.get(str(number), first)) for number, first in begin[name].items()}
+        if told:
+            assert table is not None
+            versions[name] = int(table.version())
+            clock[name], counts[name] = told["clock"][name], told["counts"][name]
+        turn = max(turn, told.get("turn", 0))
+    answers = open_table(features_live_uri(store, view.name, view.fingerprint))
+    turn = max(turn, last_told(answers, app_of(view.name)).get("turn", 0))
+    if answers is not None:
+        versions["?answers"] = int(answers.version())
+    return Start(turn, offsets, clock, counts, versions)
+
+
+def resume(journal: Journal, store: str, start: Start, now: int) -> list[Turn]:
+    """Bring a new journal to where the tables stand; turns that give the shards what they need to know."""
+    view = journal.view
+    journal.turn_number, journal.began = start.turn, start.turn + 1
+    journal.next = {name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()}
+    journal.clock.load(start.clock)
+    journal.counts.update({name: dict(each) for name, each in start.counts.items()})
+    for name, partitions in journal.next.items():
+        for number in partitions:
+            journal.clock.expect(name, number, now)
+            journal.clock.partitions[name][number].heard = now
+    if view.spine.name in start.versions:
+        _ask_again(journal, store, start, now)
+    journal.advance(now)
+    return _seed(journal, store, start)
+
+
+def _ask_again(journal: Journal, store: str, start: Start, now: int) -> None:
+    """Questions without an answer wait again; those with one are remembered."""
+    view = journal.view
+    floor = journal.clock.settled(view.spine.name, now)
+    told = last_told(open_table(features_live_uri(store, view.name, view.fingerprint)), app_of(view.name))
+    # Before this no question was waiting when the answers were last committed.
+    low = ALWAYS
+    if told:
+        oldest = told["oldest_pending"]
+        settled = told["clock"][view.spine.name]["settled"]
+        low = min(FOREVER if oldest is None else oldest, settled - journal.keep, floor - journal.keep)
+    questions = rows_from(store, view, view.spine.name, start.versions[view.spine.name], low)
+    if not len(questions):
+        return
+    questions = questions.with_columns(
+        row_ids(view.name, [questions[name] for name in (*view.key, view.time)]), digest(questions, list(view.spine.schema)),
+        (pl.col(view.time).to_physical() < floor).alias("__late"), pl.col("__arrived").to_physical(),
+    )  # fmt: skip
+    refused = _letters(store, view)
+    questions = (
+        questions.join(refused, on=PLACE, how="anti")
+        .sort(["row_id", *view.spine.schema, *PLACE])
+        .unique("row_id", keep="first", maintain_order=True)
+    )
+    waiting = questions.join(_answered(store, view, start, low), on="row_id", how="anti")
+    columns = [*view.spine.schema, *ORIGIN, "row_id", "__digest", "__late"]
+    journal.stores[PENDING].add(waiting.select(columns))
+    journal.stores[ASKED].add(questions.select("row_id", pl.col(view.time).to_physical().alias("time"), "__digest"))
+
+
+def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
+    """Turns that give the shards every event that a window can still reach; what is older and still counts, compacted."""
+    view, turns = journal.view, []
+    for name in view.events:
+        if name not in start.versions:
+            continue
+        known = journal.horizon > ALWAYS
+        low = journal.horizon - journal.remembered[name] if known else ALWAYS
+        held = journal.horizon - journal.held_back[name] if known else ALWAYS
+        rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
+        columns = view.columns_held(name)
+        if repeats_by(view, name):
+            far = ALWAYS if name in journal.lifetime or not known else low - journal.remembered[name]
+            gone = _replaced(store, view, name, start.versions[name], far)
+            rows = _counted(rows, gone)
+            columns = [*columns, RID]
+            journal.stores[name].add(rows.select(*known_columns(view, name), RID))
+        moment = pl.col(str(view.events[name].time)).to_physical()
+        rows = rows.select(columns).filter(moment >= held)
+        turns += [journal.seed(name, rows.slice(begin, SEED_ROWS)) for begin in range(0, len(rows), SEED_ROWS)]
+        if name in journal.lifetime and known:
+            turns += _seed_compacted(journal, store, name, start.versions[name], held, gone)
+    return turns
+
+
+def _seed_compacted(
+    journal: Journal, store: str, name: str, version: int, until: int, gone: pl.Series
+) -> Iterator[Turn]:
+    """Turns that give the shards what they keep of all a source's events before `until` µs, read date by date."""
+    view = journal.view
+    found = {
+        i: Compacted(view, group.features, group.kind, i)
+        for i, group in enumerate(journal.groups)
+        if group.source == name and group.kind != "none"
+    }
+    moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_held(name)
+    if repeats_by(view, name):
+        columns = [*columns, *PLACE, "__counted"]
+    for rows in pieces_from(store, view, name, version, end=until, columns=columns):
+        older = rows.filter(moment < until)
+        if repeats_by(view, name):
+            older = _counted(older, gone)
+        for i, each in found.items():
+            each.restore(i, each.reduced(older))
+    for i, each in found.items():
+        whole = each.whole()
+        for begin in range(0, len(whole), SEED_ROWS):
+            yield journal.seed_compacted(i, whole.slice(begin, SEED_ROWS))
+
+
+def _counted(rows: pl.DataFrame, gone: pl.Series) -> pl.DataFrame:
+    """Those rows that counted and still do, with their identity."""
+    return rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
+
+
+def _replaced(store: str, view: FeatureView, source: str, version: int, low: int) -> pl.Series:
+    """Identities of rows that counted until a repeat came, however late, that was known earlier, though not before `low` µs."""
+    parts = pieces_from(store, view, source, version, low, columns=["__instead"])
+    found = [part["__instead"].drop_nulls() for part in parts]
+    return pl.concat([pl.Series("__instead", [], pl.Int64), *found])
+
+
+def rows_from(store: str, view: FeatureView, source: str, version: int, low: int) -> pl.DataFrame:
+    """Accepted rows of a source known from `low` µs on, as of a version of its table."""
+    time = str(sources_of(view)[source].time)
+    parts = pieces_from(store, view, source, version, low)
+    empty = pl.DataFrame(pl.from_arrow(accepted(view, source).empty_table())).drop("date")
+    return pl.concat([empty, *(part.filter(pl.col(time).to_physical() >= low) for part in parts)])
+
+
+def pieces_from(
+    store: str,
+    view: FeatureView,
+    source: str,
+    version: int,
+    low: int = ALWAYS,
+    end: int = FOREVER,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pl.DataFrame]:
+    """Accepted rows of the dates that have times in `[low, end)` µs, by date, some `SEED_ROWS` at once.
+
+    Args:
+        store, view, source: whose.
+        version: of the source's table.
+        low, end: see above.
+        columns: None: all but the date.
+    """
+    table = open_table(source_uri(sources_root(store), source), version)
+    assert table is not None
+    wanted = list(columns or [name for name in accepted(view, source).names if name != "date"])
+    after = None if end > LATEST else day_of(max(end, EARLIEST)) + timedelta(days=1)
+    held: list[pl.DataFrame] = []
+    for file in data_files(table, _day(low), after):
+        held.append(pl.DataFrame(pl.from_arrow(read_file(file, wanted))).select(wanted))
+        if sum(map(len, held)) >= SEED_ROWS:
+            yield pl.concat(held)
+            held = []
+    if held:
+        yield pl.concat(held)
+
+
+def _answered(store: str, view: FeatureView, start: Start, low: int) -> pl.DataFrame:
+    """Ids of the answers in the table."""
+    none = pl.DataFrame(schema={"row_id": pl.Int64})
+    if "?answers" not in start.versions:
+        return none
+    table = open_table(features_live_uri(store, view.name, view.fingerprint), start.versions["?answers"])
+    assert table is not None
+    files = data_files(table, _day(low))
+    return pl.concat([none, *(pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files)])
+
+
+def _letters(store: str, view: FeatureView) -> pl.DataFrame:
+    """Places of the questions that were set aside."""
+    none = pl.DataFrame(schema={name: ORIGIN[name] for name in PLACE})
+    table = open_table(live_letters_uri(store, view.name))
+    if table is None:
+        return none
+    read = [
+        pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"])))
+        for file in data_files(table)
+    ]
+    return pl.concat(
+        [
+            none,
+            *(
+                part.filter(pl.col("source") == view.spine.name).select(pl.col(name[2:]).alias(name) for name in PLACE)
+                for part in read
+            ),
+        ]
+    )
+
+
+def _day(low: int) -> date | None:
+    """The date to read from; None: all there are."""
+    return None if low <= EARLIEST else day_of(min(low, LATEST))
+
+
+def start_of(head: Mapping[str, Any]) -> Start:
+    """`Start` of what `to_json` gave."""
+    return Start(**json.loads(json.dumps(head)))

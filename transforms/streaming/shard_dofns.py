@@ -1,0 +1,207 @@
+"""The keyed steps after the journal: shards answer, parts are put together, turns are committed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import apache_beam as beam
+import polars as pl
+from apache_beam import pvalue
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import TimerSpec, on_timer
+
+from schemas.views import FeatureView
+from transforms.records.frame_packets import head_of, pack, unpack
+from transforms.records.row_hashing import row_ids
+from transforms.streaming.live_dimensions import Dimensions
+from transforms.streaming.live_tables import Ledger
+from transforms.streaming.mirrored_state import (
+    BAG,
+    CELL,
+    HEAD,
+    ONE,
+    Keyed,
+    Live,
+    Mirror,
+    StateParam,
+    assembler,
+    load_cells,
+    now_us,
+    read_head,
+    save_cells,
+    write_head,
+)
+from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
+
+
+class ShardStep(beam.DoFn):
+    """(shard, turn's packet) → (assembler, answers).  Packets are applied in the order of their numbers."""
+
+    def __init__(self, view: FeatureView, live: Live) -> None:
+        self.view, self.live = view, live
+        self.rows = Metrics.distribution("millrace.live", "shard_rows")
+
+    def setup(self) -> None:
+        self.mirror = Mirror()
+
+    def process(
+        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG),
+        c0: Any = StateParam(CELL[0]), c1: Any = StateParam(CELL[1]), c2: Any = StateParam(CELL[2]), c3: Any = StateParam(CELL[3]),
+        c4: Any = StateParam(CELL[4]), c5: Any = StateParam(CELL[5]), c6: Any = StateParam(CELL[6]), c7: Any = StateParam(CELL[7]),
+    ) -> Iterator[Keyed]:  # fmt: skip
+        key, packet = element
+        cells = (c0, c1, c2, c3, c4, c5, c6, c7)
+        told = read_head(head)
+
+        def build() -> tuple[Shard, list[int], dict[int, bytes]]:
+            shard = Shard(self.view, int(key), self.live.shards)
+            return shard, load_cells(shard.stores, cells), {head_of(each)["number"]: each for each in bag.read()}
+
+        shard, counts, early = self.mirror.get(key, told["version"], build)
+        due = told.get("due", 0)
+        early[head_of(packet)["number"]] = packet
+        held_back = len(early) > 1 or due not in early
+        while due in early:
+            turn, frames = unpack(early.pop(due))
+            answer = shard.apply(turn, frames)
+            if answer is not None:
+                yield assembler(turn["turn"]), answer
+            due += 1
+        early = {number: each for number, each in early.items() if number >= due}
+        if held_back:
+            bag.clear()
+            for each in early.values():
+                bag.add(each)
+        save_cells(shard.stores, cells, counts)
+        told.update(version=told["version"] + 1, due=due)
+        write_head(head, told)
+        self.mirror.put(key, told["version"], (shard, counts, early))
+        self.rows.update(sum(len(store) for store in shard.stores.values()))
+
+
+class AssembleStep(beam.DoFn):
+    """A turn's questions and the shards' parts → its answers, once all are there; also as a packet for the tables."""
+
+    def __init__(self, view: FeatureView, live: Live) -> None:
+        self.view, self.live = view, live
+        self.pending = Metrics.gauge("millrace.live", "turns_to_assemble")
+
+    def setup(self) -> None:
+        self.mirror = Mirror()
+        self.groups = groups_of(self.view)
+        kept = f"{self.live.store}/dimensions"
+        self.dimensions = Dimensions(self.view, self.live.dimensions, kept, self.live.dimension_every)
+
+    def process(
+        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG)
+    ) -> Iterator[pvalue.TaggedOutput]:
+        key, packet = element
+        told = read_head(head)
+
+        def build() -> dict[int, list[bytes]]:
+            turns: dict[int, list[bytes]] = {}
+            for each in bag.read():
+                turns.setdefault(head_of(each)["turn"], []).append(each)
+            return turns
+
+        turns = self.mirror.get(key, told["version"], build)
+        number = head_of(packet)["turn"]
+        parts = turns.setdefault(number, [])
+        parts.append(packet)
+        heads = [head_of(each) for each in parts]
+        wanted = next((each["parts"] for each in heads if "parts" in each), None)
+        if wanted is not None and len(parts) == wanted + 1:
+            asked = next(each for each, one in zip(parts, heads, strict=True) if "parts" in one)
+            yield pvalue.TaggedOutput(
+                "answers", (ONE, self.answer(asked, [each for each in parts if each is not asked]))
+            )
+            del turns[number]
+            bag.clear()
+            for each in (each for some in turns.values() for each in some):
+                bag.add(each)
+        else:
+            bag.add(packet)
+        told["version"] += 1
+        write_head(head, told)
+        self.mirror.put(key, told["version"], turns)
+        self.pending.set(len(turns))
+
+    def answer(self, asked: bytes, parts: Sequence[bytes]) -> bytes:
+        head, frames = unpack(asked)
+        questions = frames["questions"]
+        self.dimensions.refresh()
+        features = assemble(self.view, self.groups, questions, parts, self.dimensions.frames)
+        moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+        rows = features.with_columns(
+            row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
+            pl.col(self.view.time).dt.date().alias("date"), pl.lit(head["cut"]).alias("__cut"),
+            *(questions[name] for name in ("__late", "__partition", "__offset", "__place")),
+            moment.alias("__answered"), pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
+        )  # fmt: skip
+        held = [head_of(each)["state"] for each in parts]
+        state = {name: sum(each[name] for each in held) for name in ("rows", "bytes")}
+        letters = self.dimensions.news()
+        told = {"letters": letters} if len(letters) else {}
+        return pack(
+            {"kind": "features", "turn": head["turn"], "state": state, "letters": len(letters)}, {"rows": rows, **told}
+        )
+
+
+# Nobody sets it.  Of a step that gives nothing to any other Prism 2.77 takes a full core for as long as it works: it asks again and
+# again whether the outputs have come, of which there are none.  A timer is something to wait for.
+NEVER = TimerSpec("never", TimeDomain.WATERMARK)
+
+
+class CommitStep(beam.DoFn):
+    """Entries and answers of turns → commits.  One key: turns in order, an interval at a time."""
+
+    def __init__(self, view: FeatureView, live: Live) -> None:
+        self.view, self.live = view, live
+        self.committed = Metrics.counter("millrace.live", "rows_committed")
+
+    def setup(self) -> None:
+        self.mirror = Mirror()
+        self.since = time.monotonic_ns() // 1000
+
+    def process(
+        self,
+        element: Keyed,
+        head: Any = StateParam(HEAD),
+        bag: Any = StateParam(BAG),
+        never: Any = beam.DoFn.TimerParam(NEVER),
+    ) -> Iterator[Keyed]:
+        key, packet = element
+        told = read_head(head)
+
+        def build() -> Ledger:
+            ledger = Ledger(self.view, self.live.store, self.live.run_id, self.live.table)
+            ledger.committed = told.get("committed", 0)
+            ledger.rows.update(told.get("rows", {}))
+            for each in bag.read():
+                ledger.take(each)
+            return ledger
+
+        ledger = self.mirror.get(key, told["version"], build)
+        if head_of(packet).get("kind") != "tick":
+            bag.add(packet)
+            ledger.take(packet)
+        turns = ledger.whole()
+        now = time.monotonic_ns() // 1000
+        if turns and (now - self.since >= self.live.commit_every or head_of(ledger.entries[turns[-1]])["last"]):
+            summary = ledger.commit(turns)
+            self.since = now
+            bag.clear()
+            for each in (*ledger.entries.values(), *ledger.answers.values()):
+                bag.add(each)
+            yield ONE, json.dumps({**summary, "rows": ledger.rows}).encode()
+        told.update(version=told["version"] + 1, committed=ledger.committed, rows=ledger.rows)
+        write_head(head, told)
+        self.mirror.put(key, told["version"], ledger)
+
+    @on_timer(NEVER)
+    def told_never(self) -> None:
+        """No timer is set."""

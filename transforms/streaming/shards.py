@@ -1,0 +1,277 @@
+"""A shard holds the events of its keys and answers the questions about them; the parts of an answer are put together again.
+
+Features that read one source by one key make a group.  Events and questions go to the shard that the hash of their
+group's key names, so every question meets all events of its keys in one place, and the kernel of the batch pipeline does
+the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from schemas.errors import DefinitionError
+from schemas.expressions import canonical, columns_of
+from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.live import repeats_by
+from schemas.views import FeatureView
+from transforms.features.kernel import Reading, compute, gathered, with_derived
+from transforms.features.staleness import lifetime_sources
+from transforms.records.frame_packets import Frames, pack, unpack
+from transforms.records.row_hashing import UInt64s
+from transforms.streaming.completeness import ALWAYS
+from transforms.streaming.lifetime_store import Compacted, Kind, by_kind
+from transforms.streaming.pane_store import CELLS, Panes, Store, key_hashes, size_of
+
+Bools = npt.NDArray[np.bool_]
+RID = "__rid"
+MINUTE = 60_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Features over one source by one key.
+
+    Args:
+        source: the source's name.
+        keys: (column of the spine, column of the source).
+        features: Trailing and Latest.
+        reach: longest look-back, µs; of all history for any other `kind` than "none".
+        kind: what is kept of events that have left the panes; if anything, the features have one condition.
+    """
+
+    source: str
+    keys: tuple[tuple[str, str], ...]
+    features: tuple[Trailing | Latest, ...]
+    reach: int
+    kind: Kind = "none"
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return tuple(spine for spine, _ in self.keys)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        return tuple(column for _, column in self.keys)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its features' columns."""
+        return [
+            name
+            for feature in self.features
+            for name in ([each.name for each in feature.statistics] if isinstance(feature, Trailing) else feature.renamed.values())
+        ]  # fmt: skip
+
+
+def groups_of(view: FeatureView) -> tuple[Group, ...]:
+    """The view's groups.
+
+    Raises:
+        DefinitionError: a key that is known only once other sources were read.
+    """
+    found: dict[tuple[str, Any, Kind, str | None], list[Trailing | Latest]] = {}
+    for feature in view.features:
+        if isinstance(feature, Trailing | Latest):
+            for kind, part in by_kind(feature):
+                where = None if kind == "none" or part.where is None else canonical(part.where)
+                found.setdefault((feature.source.name, feature.keys, kind, where), []).append(part)
+    early = {*view.spine.schema, *(name for name, _ in _early(view))}
+    for source, keys, _, _ in found:
+        late = [spine for spine, _ in keys if spine not in early]
+        if late:
+            raise DefinitionError(
+                f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
+                f"{late[0]!r}, by which {source!r} is read", "Put the column into the spine, or compute this view in batch",
+            )  # fmt: skip
+    return tuple(
+        Group(source, keys, tuple(features), max(_lengths(features)), kind)
+        for (source, keys, kind, _), features in found.items()
+    )
+
+
+def held_back(view: FeatureView, source: str) -> int:
+    """How long shards hold each event of a source as it is, µs: until it is so much older than any question that may come.
+
+    An event that is compacted cannot be taken back, so it waits until no repeat of it is looked for any more.
+    """
+    return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
+
+
+def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
+    return [
+        length or 0
+        for feature in features
+        for length in (
+            [each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
+        )
+    ]
+
+
+def _early(view: FeatureView) -> list[tuple[str, Derived]]:
+    """Derived columns that need nothing but the spine, in order."""
+    known, result = set(view.spine.schema), []
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            ready = {name for name, expr in feature.columns.items() if set(columns_of(expr)) <= known}
+            result += [(name, Derived(**{name: feature.columns[name]})) for name in feature.columns if name in ready]
+            known |= ready
+    return result
+
+
+def with_keys(view: FeatureView, groups: Sequence[Group], questions: pl.DataFrame) -> pl.DataFrame:
+    """Questions with those derived columns by which groups are keyed."""
+    wanted = {name for group in groups for name in group.asked} - set(view.spine.schema)
+    if not wanted:
+        return questions
+    for _, feature in _early(view):
+        questions = with_derived(view, feature, questions)
+    return questions
+
+
+def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
+    return (hashes >> np.uint64(33)).astype(np.int64) % shards
+
+
+def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shards: int) -> list[Bools]:
+    """Per shard which of the source's rows it needs: those with a key of its own, in any group."""
+    wanted = [np.zeros(len(rows), np.bool_) for _ in range(shards)]
+    for keys in {group.known for group in groups if group.source == source}:
+        owner = shard_of(key_hashes(rows, keys), shards)
+        nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
+        owner = np.where(nulls, -1, owner)  # a null key matches nothing
+        for number in range(shards):
+            wanted[number] |= owner == number
+    return wanted
+
+
+def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
+    """Per shard which rows of what is kept of a group's older events are of its keys."""
+    owner = shard_of(key_hashes(reduced, group.known), shards)
+    return [owner == number for number in range(shards)]
+
+
+def route_questions(groups: Sequence[Group], questions: pl.DataFrame, shards: int) -> list[Bools]:
+    """Per shard which questions have a group it answers."""
+    wanted = [np.zeros(len(questions), np.bool_) for _ in range(shards)]
+    for keys in {group.asked for group in groups}:
+        owner = shard_of(key_hashes(questions, keys), shards)
+        for number in range(shards):
+            wanted[number] |= owner == number
+    return wanted
+
+
+class Shard:
+    """What one shard knows, and its answers.  Turns are to be applied in order."""
+
+    def __init__(self, view: FeatureView, number: int, shards: int) -> None:
+        self.view, self.number, self.shards = view, number, shards
+        self.groups = groups_of(view)
+        self.held_back = {name: held_back(view, name) for name in view.events}
+        self.panes = {
+            name: Panes(str(source.time), max(self.held_back[name] // (CELLS - 2), MINUTE)) for name, source in view.events.items()
+        }  # fmt: skip
+        self.compacted = {
+            i: Compacted(view, group.features, group.kind, i) for i, group in enumerate(self.groups) if group.kind != "none"
+        }  # fmt: skip
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        return {**self.panes, **{f"compacted {i}": store for i, store in self.compacted.items()}}
+
+    def apply(self, head: Mapping[str, Any], frames: Frames) -> bytes | None:
+        """Take a turn's events in, answer its questions, forget what no window can reach any more."""
+        for name, store in self.panes.items():
+            if f"retract:{name}" in frames:
+                store.drop(RID, frames[f"retract:{name}"][RID].to_numpy())
+            if f"rows:{name}" in frames:
+                store.add(frames[f"rows:{name}"])
+            if f"old:{name}" in frames:
+                self._compact(name, [frames[f"old:{name}"]])
+        for i, compacted in self.compacted.items():
+            if f"compacted:{i}" in frames:
+                compacted.add(frames[f"compacted:{i}"])
+        answer = None
+        if "questions" in frames:
+            parts = self.answer(frames["questions"])
+            told = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
+            answer = pack(told, {str(i): part for i, part in parts.items()})
+        for name, store in self.panes.items():
+            if left := store.evict(head["horizon"] - self.held_back[name]):
+                self._compact(name, left)
+        return answer
+
+    def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
+        """Keep what windows without a beginning need of events that every question still to come may see."""
+        groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
+        if groups:
+            rows = pl.concat(frames)
+            for i, group in groups.items():
+                compacted = self.compacted[i]
+                mine = shard_of(key_hashes(rows, group.known), self.shards) == self.number
+                compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
+
+    def answer(self, questions: pl.DataFrame) -> dict[int, pl.DataFrame]:
+        """Per group, the columns of the questions whose key is this shard's, with their `__position`."""
+        hashes = {keys: key_hashes(questions, keys) for keys in {group.asked for group in self.groups}}
+        result = {}
+        for i, group in enumerate(self.groups):
+            mine = shard_of(hashes[group.asked], self.shards) == self.number
+            if not mine.any():
+                continue
+            some = questions if mine.all() else questions.filter(pl.Series(mine))
+            moments = some[self.view.time].to_physical()
+            low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
+            wanted = hashes[group.asked][mine]
+            found = self.panes[group.source].take(group.known, wanted, low if group.kind == "none" else ALWAYS, high)
+            columns = self.view.columns_held(group.source)
+            events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
+            tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
+            result[i] = some.select("__position").with_columns(gathered(self.view, group.features, some, tables))
+        return result
+
+
+def _nothing(view: FeatureView, source: str) -> pl.DataFrame:
+    schema = view.sources[source].schema
+    return pl.DataFrame(schema={name: schema[name] for name in view.columns_held(source)})
+
+
+def assemble(
+    view: FeatureView, groups: Sequence[Group], questions: pl.DataFrame, answers: Sequence[bytes], dimensions: Mapping[str, pl.DataFrame]
+) -> pl.DataFrame:  # fmt: skip
+    """All features of a turn's questions from the shards' parts: context and features, as `kernels.compute` gives."""
+    parts: dict[str, list[pl.DataFrame]] = {}
+    for answer in answers:
+        for name, part in unpack(answer)[1].items():
+            parts.setdefault(name, []).append(part)
+    columns: dict[str, pl.Series] = {}
+    for some in parts.values():
+        whole = (pl.concat(some) if len(some) > 1 else some[0]).sort("__position")
+        if len(whole) != len(questions):
+            raise AssertionError(f"{len(whole)} answers to {len(questions)} questions")
+        columns.update({name: whole[name] for name in whole.columns if name != "__position"})
+
+    def gather(
+        view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
+    ) -> list[pl.Series]:
+        result = []
+        for feature in features:
+            if isinstance(feature, Lookup):
+                result += gathered(view, [feature], frame, tables)
+            elif isinstance(feature, Trailing):
+                result += [columns[each.name] for each in feature.statistics]
+            else:
+                result += [columns[name] for name in feature.renamed.values()]
+        return result
+
+    return compute(view, questions, dimensions, gather)
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    return json.dumps(dict(sorted(versions.items())), separators=(",", ":"))

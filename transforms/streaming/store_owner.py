@@ -1,0 +1,151 @@
+"""One live view per store.
+
+Accepted rows, offsets and each row's fate are kept by source, and rows are judged by the columns that one view reads.  A
+second view's job on the same store would go on from the first one's offsets, with rows judged for another purpose.  The
+view that owns a store is written down there when its first job starts; in stores without such a note their tables tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import StoreError
+from schemas.live import repeats_by
+from schemas.views import FeatureView
+from transforms.sources.contracts import judge
+from transforms.sources.inventory import source_uri
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.paths import tables_below
+from transforms.streaming.live_features import contracts_of
+from transforms.streaming.live_tables import app_of, features_live_uri, live_letters_uri, sources_root
+
+OWNER = "live_view.json"
+_FIX = "Give this job another --store (offsets, accepted rows and answers of its own)"
+
+
+def claim(view: FeatureView, store: str) -> None:
+    """Note that the store's live jobs are this view's.
+
+    Raises:
+        StoreError: they are another view's, or were of a definition of it that read other columns; nothing was written.
+    """
+    mine = _note(view)
+    known = _read(store)
+    if known is None:
+        _check_tables(view, store)
+        if "://" not in store:
+            os.makedirs(store, exist_ok=True)
+            try:
+                with open(os.path.join(store, OWNER), "x") as handle:
+                    handle.write(json.dumps(mine, indent=2) + "\n")
+                return
+            except FileExistsError:  # another job started at the same moment
+                known = _read(store) or mine
+    if known is not None:
+        _check_note(view, store, mine, known)
+        mine["sources"] = {**known["sources"], **mine["sources"]}
+    if mine != known:
+        write_aside(store, OWNER, pa.py_buffer((json.dumps(mine, indent=2) + "\n").encode()))
+
+
+def _note(view: FeatureView) -> dict[str, Any]:
+    return {
+        "view": view.name, "fingerprint": view.fingerprint,
+        "sources": {
+            name: {"columns": sorted(contract.columns), "repeats_by": sorted(repeats_by(view, name))}
+            for name, contract in contracts_of(view).items()
+        },
+    }  # fmt: skip
+
+
+def _read(store: str) -> dict[str, Any] | None:
+    path = FileSystems.join(store, OWNER)
+    if not FileSystems.exists(path):
+        return None
+    with FileSystems.open(path, compression_type="uncompressed") as handle:
+        try:
+            return dict(json.loads(handle.read()))
+        except ValueError:
+            raise StoreError(
+                "A store tells whose live jobs write to it",
+                f"{path} is not JSON",
+                "Remove that file: the tables tell as well",
+            ) from None
+
+
+def _check_note(view: FeatureView, store: str, mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    if known["view"] != view.name:
+        _refuse_view(view, store, str(known["view"]), FileSystems.join(store, OWNER))
+    for name, each in mine["sources"].items():
+        before = known["sources"].get(name, each)
+        if before == each:
+            continue
+        other = sorted(set(each["columns"]) ^ set(before["columns"])) or ["the columns by which repeats count once"]
+        _refuse_rows(view, store, name, f"{', '.join(other)} read by one of the two only")
+
+
+def _check_tables(view: FeatureView, store: str) -> None:
+    """As `_check_note`, of a store without a note."""
+    if "://" not in store and not os.path.isdir(store):
+        return
+    names = tables_below(store)
+    answered = {tuple(name.split("/")[1:]) for name in names if name.startswith("features_live/")}
+    letters = {name.removeprefix("dead_letters/live_") for name in names if name.startswith("dead_letters/live_")}
+    for other in sorted({name for name, _ in answered} - {view.name}):
+        _refuse_view(view, store, other, FileSystems.join(store, "features_live", other))
+    for other in sorted(letters - {view.name}):
+        table = open_table(live_letters_uri(store, other))
+        if table is not None and table.transaction_version(app_of(f"{other}/letters")) is not None:  # not a model's
+            _refuse_view(view, store, other, live_letters_uri(store, other))
+    if answered and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
+        _check_rows(view, store)
+
+
+def _check_rows(view: FeatureView, store: str) -> None:
+    """See that the rows which a job of another definition of the view has taken in are those that this one would have."""
+    contracts = contracts_of(view)
+    table = open_table(live_letters_uri(store, view.name))
+    for file in [] if table is None else data_files(table):
+        told = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "place", "field"])))
+        told = told.filter(pl.col("partition") >= 0, pl.col("place") >= 0)
+        for name, field in told.select("source", "field").unique().sort("source", "field").iter_rows():
+            known = [*contracts[name].columns, str(contracts[name].source.event_time)] if name in contracts else []
+            if known and field and not set(field.split(", ")) & set(known):
+                _refuse_rows(
+                    view, store, name, f"rows were dead letters for their {field!r}, which this view does not read"
+                )
+    for name, contract in contracts.items():
+        table = open_table(source_uri(sources_root(store), name))
+        if table is None:
+            continue
+        columns = {field.name for field in table.schema().fields}
+        if ("__counted" in columns) != bool(repeats_by(view, name)):
+            _refuse_rows(view, store, name, "repeats count once for one of the two only")
+        for file in data_files(table):
+            rows = pl.DataFrame(pl.from_arrow(read_file(file, list(contract.columns))))
+            _, bad = judge(contract, rows.select(contract.columns))
+            if len(bad):
+                value = f"an accepted row breaks this view's rule: {bad['field'][0]}, {bad['rule'][0]}"
+                _refuse_rows(view, store, name, value)
+
+
+def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
+    raise StoreError(
+        "A store holds the live jobs of one view", f"view {view.name!r} on {store}, which is view {other!r}'s ({where})", _FIX
+    )  # fmt: skip
+
+
+def _refuse_rows(view: FeatureView, store: str, source: str, value: str) -> None:
+    raise StoreError(
+        f"A definition goes on with a store's live rows if it judges them as the one that took them in: view {view.name!r}, "
+        f"source {source!r}",
+        f"{value}, in {store}",
+        _FIX,
+    )

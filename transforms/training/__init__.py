@@ -1,0 +1,1 @@
+"""Labels, examples, fitting, hyperparameter search, training and publishing of a model."""

@@ -1,0 +1,132 @@
+"""The champion judged on a challenger's test rows: as it is, or on its own feature table's rows of the same moments."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from datetime import date, timedelta
+
+import apache_beam as beam
+from apache_beam.pvalue import AsSingleton
+
+from schemas import Model
+from schemas.errors import MillraceError, StoreError
+from schemas.splits import Split
+from transforms.evaluation.evaluate import Evaluate, Report
+from transforms.evaluation.gates import Rival, may_know
+from transforms.models.bundle import Bundle
+from transforms.models.registry import Registry
+from transforms.models.scoring import Pinned, Score, open_scorer
+from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.training.champion_rows import OwnRows, OwnTable
+from transforms.training.examples import schema_of
+from transforms.training.fit_encoders import LABEL
+from transforms.training.publish_model import rival_of
+
+log = logging.getLogger("millrace.training")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Challenge:
+    """A model that wants to be champion.
+
+    Args:
+        model: the challenger.
+        registry: MLflow tracking URI.
+        run_id: of its run, whose own earlier promotion is passed over.
+        store: where feature tables are.
+        threads: of XGBoost.
+    """
+
+    model: Model
+    registry: str
+    run_id: str
+    store: str
+    threads: int
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Compare(beam.PTransform):
+    """PCollection[RecordBatch] of test examples → one `Rival`: the champion judged on these rows, or why it cannot be.
+
+    The champion is looked up, read and opened when the graph is built.
+    """
+
+    challenge: Challenge
+    split: Split
+
+    def expand(self, rows: beam.PCollection) -> beam.PCollection:
+        found = comparison(self.challenge, self.split)
+        if isinstance(found, Rival):
+            if found.version is not None:
+                log.warning("version %s is not compared with, and stays champion: %s", found.version, found.reason)
+            return rows.pipeline | "Rival" >> beam.Create([found])
+        missing: beam.PCollection | None = None
+        if found.own is not None:
+            rows, missing = rows | "ChampionRows" >> OwnRows(found.own)
+        scored = rows | "ScoreChampion" >> Score(found.pinned, threads=self.challenge.threads, carry=(LABEL,))
+        report = scored | "EvaluateChampion" >> Evaluate(self.challenge.model, slices=False)
+        sides = [] if missing is None else [AsSingleton(missing)]
+        return report | "Rival" >> beam.Map(rival, *sides, version=found.pinned.version, ahead=found.ahead)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """How the champion is judged on the test rows: as `pinned`, of its `own` feature table where it reads other features."""
+
+    pinned: Pinned
+    ahead: str
+    own: OwnTable | None = None
+
+
+def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Rival:
+    """The champion with its report, which counts only if it covers every test row."""
+    if missing:
+        reason = f"its feature table lacks, or cannot read, {missing} of {report.rows + missing} test rows; compute them with its own definition, and train again"
+        return Rival(version, None, reason)
+    return Rival(version, report, ahead=ahead)
+
+
+def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
+    """How the champion can be judged on the test rows of `split`, or a `Rival` that says why it cannot."""
+    model, registry, version = challenge.model, Registry(challenge.registry), None
+    try:
+        if (version := rival_of(registry, model.name, challenge.run_id)) is None:
+            return Rival()
+        _, folder = registry.resolve(model.name, version)
+        pinned = Pinned(folder, version)
+        bundle = open_scorer(pinned, challenge.threads).bundle
+    except MillraceError as error:
+        log.warning("no champion to compare with: %s", error)
+        return Rival(version, None, f"the champion could not be read ({error.rule}: {error.value})")
+    ahead = may_know(bundle.manifest, split)
+    if bundle.manifest["objective"] != model.objective:
+        return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
+    inputs = tuple(bundle.encoders.inputs)
+    if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
+        return Compared(pinned, ahead)
+    return own_comparison(challenge, split, bundle, Compared(pinned, ahead))
+
+
+def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
+    """`found` over the champion's own feature table, or why it cannot be."""
+    version, manifest = found.pinned.version, bundle.manifest
+    reads = f"version {version} reads features of fingerprint {bundle.fingerprint}"
+    if (list(manifest["key"]), manifest["time"]) != (list(challenge.model.view.key), challenge.model.view.time):
+        return Rival(
+            version, None, f"version {version} is keyed by {', '.join(manifest['key'])} and {manifest['time']}"
+        )
+    try:
+        table = open_table(features_uri(challenge.store, manifest["view"], bundle.fingerprint))
+        if table is None:
+            return Rival(version, None, f"{reads}, of which there is no table in {challenge.store}")
+        files = tuple(data_files(table))
+    except StoreError as error:
+        return Rival(version, None, f"{reads}, whose table cannot be read: {error.value}")
+    if split.test_start is not None:
+        # A file's date is the first of its partition, which may begin before the test.
+        first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
+        files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
+    own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
+    told = f"{reads}, and was judged by its own table's rows of the same moments (version {table.version()})"
+    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, told) if each))

@@ -1,0 +1,92 @@
+"""Feature rows that a champion of other features reads: those of its own table for the challenger's test rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from datetime import date
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import StoreError
+from transforms.records.record_batches import batch, frame
+from transforms.storage.delta_tables import DataFile, read_group
+from transforms.training.fit_encoders import LABEL
+
+log = logging.getLogger("millrace.training")
+MISSING = "missing"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTable:
+    """The champion's feature table, resolved at launch.
+
+    Args:
+        files: of the test's dates, in order of date.
+        key, time: columns by which rows of both tables are joined; row ids differ with the view's name.
+        inputs: of the champion.
+    """
+
+    files: tuple[DataFile, ...]
+    key: tuple[str, ...]
+    time: str
+    inputs: tuple[str, ...]
+
+    @property
+    def moment(self) -> list[str]:
+        """Columns that name a spine row."""
+        return [*self.key, self.time]
+
+    def between(self, low: date, high: date) -> list[DataFile]:
+        """Files that can hold rows of these dates: a file's date is the first of its partition."""
+        first = max((file.date for file in self.files if file.date <= low), default=low)
+        return [file for file in self.files if first <= file.date <= high]
+
+
+def own_rows(rows: pa.RecordBatch, table: OwnTable) -> tuple[pa.RecordBatch | None, int]:
+    """`rows` with the inputs that `table` has for them, and how many it has none for.
+
+    Args:
+        rows: test examples; their `row_id`, `date` and label are kept, so that both models are judged on one draw.
+    """
+    kept = ("row_id", "date", LABEL)
+    mine = frame(rows).select(*table.moment, *kept)
+    files = table.between(mine["date"].min(), mine["date"].max()) if len(mine) else []  # type: ignore[arg-type]
+    if not files:
+        return None, len(mine)
+    own = read_group(files, list(dict.fromkeys([*table.moment, *table.inputs])))
+    inputs = [name for name in table.inputs if name not in table.moment]
+    found = frame(own).with_columns(pl.lit(True).alias("__found"))
+    joined = mine.join(found, on=table.moment, how="inner", nulls_equal=True, maintain_order="left")
+    fields = [own.schema.field(name) for name in (*table.moment, *inputs)]
+    schema = pa.schema([*fields, *(rows.schema.field(name) for name in kept)])
+    return batch(joined, schema) if len(joined) else None, len(mine) - len(joined)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class OwnRows(beam.PTransform):
+    """PCollection[RecordBatch] of test examples → (the champion's rows of them, PCollection of one int: how many it lacks)."""
+
+    table: OwnTable
+
+    def expand(self, rows: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
+        found = rows | "Join" >> beam.ParDo(_Join(self.table)).with_outputs(MISSING, main="rows")
+        return found["rows"], found[MISSING] | "Missing" >> beam.CombineGlobally(sum)
+
+
+class _Join(beam.DoFn):
+    def __init__(self, table: OwnTable) -> None:
+        self.table = table
+
+    def process(self, rows: pa.RecordBatch) -> Iterator[pa.RecordBatch | beam.pvalue.TaggedOutput]:
+        try:
+            found, missing = own_rows(rows, self.table)
+        except StoreError as error:  # a file of a table that the run itself does not need
+            log.warning("features of the champion cannot be read: %s", error)
+            found, missing = None, rows.num_rows
+        yield beam.pvalue.TaggedOutput(MISSING, missing)
+        if found is not None:
+            yield found

@@ -1,0 +1,236 @@
+"""What a model learns from: its statistics, how far they moved, and what about them is suspicious."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas import Model
+from transforms.evaluation.gates import Verdict
+from transforms.models.encoders import Encoding, column_of, numbers, texts
+from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
+from transforms.training.examples import schema_of
+from transforms.training.fit_encoders import LABEL, declared
+from transforms.validation.statistics import described
+from transforms.validation.tfdv_schema import infer_schema, measured, parse_statistics, schema_text
+
+log = logging.getLogger("millrace.training")
+
+# Files of a bundle beside the model.
+STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
+# An input of at most so many values, each of which goes with one label in so many rows on average, gives the answer away.
+FEW, ROWS = 20, 5
+# So does one that leaves less than this of the label's variance within its values.
+MOST = 0.8
+_SMALL = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What there is to say about the data of a run.
+
+    Args:
+        drift: how far each column of the training split lies from the champion's (Jensen–Shannon divergence of numbers,
+            greatest change of a value's share of strings, 0 … 1); empty without a champion.
+        skew: the same of the test split from the training split.
+        champion: version whose training data were compared with.
+        warnings: sentences, each naming an input.
+    """
+
+    drift: Mapping[str, float]
+    skew: Mapping[str, float]
+    champion: str | None
+    warnings: tuple[str, ...]
+
+    def verdicts(self, most: float | None) -> list[Verdict]:
+        """What a gate of `max_drift` says."""
+        if most is None:
+            return []
+        gate = f"drift from the champion's training data ≤ {most:g}"
+        if not self.drift:
+            return [Verdict(gate, True, "there is no champion to compare with", judged=False)]
+        name = max(self.drift, key=lambda each: (self.drift[each], each))
+        return [Verdict(gate, self.drift[name] <= most, f"{name} moved most, by {self.drift[name]:.4f}")]
+
+
+def columns_of(model: Model) -> pa.Schema:
+    """The columns that training data are described by: inputs and label."""
+    return described(schema_of(model), [*model.inputs, LABEL])
+
+
+def bundle_files(statistics: Any, model: Model) -> dict[str, bytes]:
+    """Statistics and schema of the training split, as TFX tools read them."""
+    schema = schema_text(infer_schema(statistics, columns_of(model)))
+    return {STATISTICS: statistics.SerializeToString(deterministic=True), SCHEMA: schema.encode()}
+
+
+def distances(now: Any, before: Any, columns: pa.Schema) -> dict[str, float]:
+    """How far each column of both lies apart, 0 … 1."""
+    shared = {feature.path.step[0] for feature in before.datasets[0].features}
+    found = measured(infer_schema(now, columns), now, before)
+    return {name: value for name, value in sorted(found.items()) if name in shared}
+
+
+def examine(
+    learnt: Any, tested: Any, leaks: Mapping[str, str], model: Model, champion: tuple[str, bytes] | None
+) -> Findings:
+    """What there is to say; warnings go to the log too.
+
+    Args:
+        learnt, tested: statistics of the training and of the test split.
+        leaks: see `Leaks`.
+        champion: its version and its training data's statistics, serialised.
+    """
+    columns = columns_of(model)
+    drift = {} if champion is None else distances(learnt, parse_statistics(champion[1]), columns)
+    warnings = tuple(leaks.values()) + tuple(_dull(learnt))
+    for each in warnings:
+        log.warning(each)
+    return Findings(drift, distances(tested, learnt, columns), champion and champion[0], warnings)
+
+
+def _dull(statistics: Any) -> Iterable[str]:
+    """Inputs that say nothing."""
+    for feature in statistics.datasets[0].features:
+        name = feature.path.step[0]
+        number = feature.WhichOneof("stats") == "num_stats"
+        stats = feature.num_stats if number else feature.string_stats
+        # Not by least and greatest, which are doubles: integers beyond 2^53 may share one.
+        constant = (stats.std_dev == 0) if number else stats.unique == 1
+        if name == LABEL:
+            if constant:
+                yield f"The label is {stats.min:g} in every training example: there is nothing to learn"
+            continue
+        if not stats.common_stats.num_non_missing:
+            yield f"Input {name!r} is null in every training example: it teaches nothing"
+        elif constant and not stats.common_stats.num_missing:
+            yield f"Input {name!r} has one value in all training examples: it teaches nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """The labels that go with one value of an input: least, greatest, number, exact sum and sum of squares.
+
+    `sum` counts in 2^−1126 and `squares` in 2^−2252 (see `transforms.records.exact_sums`).
+    """
+
+    least: float
+    most: float
+    rows: int
+    sum: int
+    squares: int
+
+    @classmethod
+    def of(cls, labels: Floats) -> Level:
+        least, most = float(labels.min()), float(labels.max())
+        if (
+            max(-least, most) <= _SMALL and (labels == np.floor(labels)).all()
+        ):  # as of classes: integers are exact, and quicker
+            total, squares = integer_sums(labels.astype(np.int64))
+            return cls(least, most, len(labels), total << UNIT, squares << 2 * UNIT)
+        return cls(least, most, len(labels), exact_sum(labels), exact_squares(labels))
+
+    def __add__(self, other: Level) -> Level:
+        return Level(
+            min(self.least, other.least), max(self.most, other.most), self.rows + other.rows, self.sum + other.sum, self.squares + other.squares
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """What is known of an input beside the label.
+
+    Args:
+        rows: with a value.
+        equal: of them, those whose value is the label.
+        levels: by value; None once there are more than `FEW`.
+    """
+
+    rows: int
+    equal: int
+    levels: Mapping[str, Level] | None
+
+    @classmethod
+    def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
+        strings = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        values = None if strings or pa.types.is_temporal(column.type) else numbers(column)
+        rows = pl.DataFrame({"x": pl.from_arrow(texts(column)), "y": label.cast(pl.Float64)}).drop_nulls()
+        equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
+        if rows["x"].n_unique() > FEW:
+            return cls(len(rows), equal, None)
+        groups = rows.group_by("x").agg("y")
+        parts = zip(groups["x"].to_list(), groups["y"], strict=True)
+        return cls(len(rows), equal, {x: Level.of(labels.to_numpy()) for x, labels in parts})
+
+    def __add__(self, other: Suspect) -> Suspect:
+        levels: dict[str, Level] | None = None
+        if self.levels is not None and other.levels is not None:
+            levels = dict(self.levels)
+            for value, level in other.levels.items():
+                levels[value] = levels[value] + level if value in levels else level
+        few = levels if levels is not None and len(levels) <= FEW else None
+        return Suspect(self.rows + other.rows, self.equal + other.equal, few)
+
+    def verdict(self, name: str) -> str | None:
+        fix = "Is it known when the question is asked? If so its `time` should say so; if not, leave it out"
+        if self.rows and self.equal == self.rows and (self.levels is None or len(self.levels) > 1):
+            return f"Input {name!r} equals the label in all {self.rows} training examples. {fix}"
+        if self.levels and self.rows >= ROWS * len(self.levels):
+            labels = {each.least for each in self.levels.values()}
+            if len(labels) > 1 and all(each.least == each.most for each in self.levels.values()):
+                return f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. {fix}"
+            if (told := self.told) > MOST:
+                return f"Input {name!r} all but gives the label away: {told:.0%} of the label's variance lies between its {len(self.levels)} values. {fix}"
+        return None
+
+    @property
+    def told(self) -> float:
+        """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
+        levels = list((self.levels or {}).values())
+        rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)
+        # Both times rows, in integers: of labels far from 0 nothing would be left of the differences.
+        whole = rows * sum(each.squares for each in levels) - total * total
+        between = sum(Fraction(rows * each.sum**2, each.rows) for each in levels) - total * total
+        return float(between / whole) if whole > 0 else 0.0
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets its type hints
+class Leaks(beam.CombineFn):
+    """RecordBatches of training examples → warning by input that equals the label or determines it."""
+
+    encodings: tuple[Encoding, ...]
+
+    @classmethod
+    def of(cls, model: Model) -> Leaks:
+        return cls(declared(model))
+
+    def create_accumulator(self) -> dict[str, Suspect]:
+        return {}
+
+    def add_input(self, state: dict[str, Suspect], batch: pa.RecordBatch) -> dict[str, Suspect]:
+        label = pl.Series("y", pl.from_arrow(batch.column(batch.schema.get_field_index(LABEL))))
+        found = {each.input: Suspect.of(each, column_of(batch, each), label) for each in self._open(state)}
+        return self.merge_accumulators([state, found])
+
+    def _open(self, state: dict[str, Suspect]) -> list[Encoding]:
+        """Inputs not cleared yet."""
+        return [each for each in self.encodings if not (each.input in state and state[each.input].levels is None and state[each.input].equal < state[each.input].rows)]  # fmt: skip
+
+    def merge_accumulators(self, states: Iterable[dict[str, Suspect]]) -> dict[str, Suspect]:
+        total: dict[str, Suspect] = {}
+        for state in states:
+            for name, part in state.items():
+                total[name] = total[name] + part if name in total else part
+        return total
+
+    def extract_output(self, state: dict[str, Suspect]) -> dict[str, str]:
+        found = {name: part.verdict(name) for name, part in sorted(state.items())}
+        return {name: text for name, text in found.items() if text is not None}

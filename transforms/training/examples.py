@@ -1,0 +1,335 @@
+"""Training examples: feature rows with their labels, cut into splits, as Parquet and TFRecord files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystems import FileSystems
+
+from schemas import Model
+from schemas.durations import DAY, microseconds
+from schemas.errors import DataError, StoreError
+from schemas.expressions import columns_of
+from schemas.splits import GroupSplit, Split
+from transforms.records.record_batches import batch, frame
+from transforms.sources.contracts import EPOCH, Contract
+from transforms.sources.inventory import Slice, survey
+from transforms.sources.reader import read_slices, repeats_of, without_repeats
+from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
+from transforms.storage.tfrecord_codec import gzipped
+from transforms.training import labels
+from transforms.training.fit_encoders import LABEL
+from transforms.training.labels import LABEL_TIME, SPLITS, Counts
+
+# Rows of a Parquet row group: what a reader of examples holds at a time.
+GROUP_ROWS = 1 << 15
+FOLDER = "examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Neighbouring files of the feature table, and the slices of the label's source that can label their rows."""
+
+    index: int
+    of: int
+    files: tuple[DataFile, ...]
+    events: tuple[Slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What examples are made of, resolved at launch.
+
+    Args:
+        model: whose inputs, label and splits.
+        split: its bounds.
+        folder: `<store>/examples/<model>/<run>`.
+        blocks: the work.
+        contract: of the label's source.
+        repeats: pl.DataFrame | None
+        tfrecords: whether to write TFRecord files beside Parquet.
+    """
+
+    model: Model
+    split: Split
+    folder: str
+    blocks: tuple[Block, ...]
+    contract: Contract
+    repeats: pl.DataFrame | None
+    tfrecords: bool = True
+
+    @property
+    def alone(self) -> Plan:
+        """The plan without its blocks, which travel as elements: not twice."""
+        return dataclasses.replace(self, blocks=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of examples.
+
+    Args:
+        split: train, validate or test.
+        index: of the block it came from; shards of a split are in order of time.
+        path: of the Parquet file; the TFRecord file ends in .tfrecord.gz instead.
+        rows: how many examples.
+    """
+
+    split: str
+    index: int
+    path: str
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
+
+    Args:
+        rows: read.
+        counts: per split.
+        labels: per split, examples by label; for classes only.
+        shards: the files written.
+        rounded: examples whose label is a whole number that float32 does not hold.
+    """
+
+    rows: int = 0
+    counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    rounded: int = 0
+
+    @property
+    def outside(self) -> int:
+        """Rows in no split: in an embargo, or after the cutoff."""
+        return self.rows - sum(each.rows for each in self.counts.values())
+
+    def of(self, split: str) -> list[Shard]:
+        """The split's shards, each once, in order of time."""
+        return sorted({each for each in self.shards if each.split == split}, key=lambda each: each.index)
+
+
+def make_plan(
+    model: Model,
+    files: Iterable[DataFile],
+    sources: str,
+    folder: str,
+    split: Split,
+    now: int,
+    tfrecords: bool = True,
+    version: int | None = None,
+) -> Plan:
+    """Cut the feature table's `files` into blocks, each with the label events it needs.
+
+    Args:
+        version: of the label's source, where that is a Delta table.
+
+    Raises:
+        DataError: no file before the cutoff.
+        ContractError: a file of the label's source cannot be read as declared.
+    """
+    label = model.label
+    contract = Contract(label.source, _columns_read(model), now=now, ordering=_columns_ordering(model))
+    contract, slices = survey(sources, contract, version)
+    parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
+    if not parts:
+        raise DataError(
+            "There are features before the cutoff",
+            f"none before {split.cutoff:%Y-%m-%d}",
+            "Compute them, or move --cutoff",
+        )
+    within = microseconds(label.within)
+    blocks = []
+    for index, part in enumerate(parts):
+        low, high = _epoch(part[0].date), _epoch(part[-1].date) + DAY + within
+        events = tuple(each for each in slices if each.low < high and each.high >= low)
+        blocks.append(Block(index, len(parts), part, events))
+    repeats = repeats_of(contract, slices).first if label.source.unique else None
+    return Plan(model, split, folder, tuple(blocks), contract, repeats, tfrecords)
+
+
+def _columns_read(model: Model) -> tuple[str, ...]:
+    """Columns of the label's source that decide labels, in declared order."""
+    source = model.label.source
+    used = (
+        {column for _, column in model.label.keys}
+        | set(columns_of(model.label.value))
+        | {source.time, source.event_time}
+    )
+    used |= set(source.unique or ()) | (set(source.schema) if source.order is None else set(source.order))
+    return tuple(name for name in source.schema if name in used)
+
+
+def _columns_ordering(model: Model) -> tuple[str, ...]:
+    """Further columns of the label's source that decide which of several rows of a key and moment labels (see `FeatureView.columns_ordering`)."""
+    read, order = set(_columns_read(model)), model.label.source.tie_order
+    before = set(order[: max(place for place, name in enumerate(order) if name in read)]) - read
+    return tuple(name for name in model.label.source.schema if name in before)
+
+
+def schema_of(model: Model) -> pa.Schema:
+    """Schema of the examples: key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`."""
+    view = model.view
+    sliced = [name for group in model.gates.slices for name in ((group,) if isinstance(group, str) else group)]
+    groups = model.split.by if isinstance(model.split, GroupSplit) else ()
+    names = dict.fromkeys([*view.key, view.time, *model.inputs, *groups, *sliced, "row_id", "date"])
+    fields = [view.output_schema.field(name) for name in names]
+    return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
+
+
+def make_examples(plan: Plan, block: Block) -> tuple[dict[str, pa.RecordBatch], Account]:
+    """Examples of one block per split, not written yet, and the account of its rows."""
+    model, schema = plan.model, schema_of(plan.model)
+    known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
+    joined = [column for column, _ in model.label.keys if column not in known]
+    rows = frame(read_group(block.files, [*known, *joined]))
+    low = _epoch(block.files[0].date)
+    high = _epoch(block.files[-1].date) + DAY + microseconds(model.label.within)
+    events = read_slices(plan.contract, block.events, low, high).frame
+    events = without_repeats(model.label.source, events, plan.repeats)
+    labelled = labels.attach(rows, events, model.label, model.view.time)
+    parts, counts = labels.examples(labelled, model.label, plan.split, model.view.time)
+    classes = model.objective in ("binary:logistic", "multi:softprob")
+    seen = {name: dict(part[LABEL].value_counts().iter_rows()) if classes else {} for name, part in parts.items()}
+    rounded = sum(int(part.select(_rounded().sum()).item() or 0) for part in parts.values())
+    examples = {name: batch(part, schema) for name, part in parts.items()}
+    return examples, Account(len(rows), counts, seen, rounded=rounded)
+
+
+def _rounded() -> pl.Expr:
+    """Whether a label is a whole number that float32 rounds; of those beyond 2^53 doubles do not tell."""
+    label = pl.col(LABEL)
+    beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
+    return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
+
+
+def write_shard(plan: Plan, split: str, block: Block, rows: pa.RecordBatch) -> Shard:
+    """Write one block's examples of a split, Parquet and TFRecord.  The same block writes the same bytes under the same names."""
+    name = f"{split}-{block.index:05d}-of-{block.of:05d}"
+    strings = [field.name for field in rows.schema if pa.types.is_string(field.type)]
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_batches([rows])
+    pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="lz4", use_dictionary=strings)
+    if plan.tfrecords:
+        write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(gzipped(rows))))
+    write_aside(plan.folder, f"{name}.parquet", sink.getvalue())
+    return Shard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
+
+
+def shards_to_judge(trained: object, account: Account) -> list[Shard]:
+    """The files to judge by; `trained` only makes the step wait for it."""
+    return account.of("test")
+
+
+def read_shard(shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The shard's rows, one row group at a time.
+
+    Raises:
+        StoreError: the file is gone or altered.
+    """
+    try:
+        if "://" in shard.path:
+            with FileSystems.open(shard.path, compression_type="uncompressed") as handle:
+                yield from _row_groups(pq.ParquetFile(pa.BufferReader(handle.read())), columns)
+        else:
+            yield from _row_groups(pq.ParquetFile(shard.path), columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise StoreError(
+            "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
+        ) from None
+
+
+def _row_groups(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, None if columns is None else list(columns))
+        yield from table.combine_chunks().to_batches()
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class MakeExamples(beam.PTransform):
+    """PCollection[Block] → (PCollection[Account], one for each block; PCollection[RecordBatch] of training examples).
+
+    The examples themselves are in files by then; those of the training split are handed on so that encoders can be
+    fitted in the same pass.
+    """
+
+    plan: Plan
+
+    def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
+        made = blocks | "Make" >> beam.ParDo(_Make(self.plan)).with_outputs("train", main="account")
+        return made["account"], made["train"]
+
+
+class _Make(beam.DoFn):
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan.alone
+
+    def process(self, block: Block) -> Iterator[Account | beam.pvalue.TaggedOutput]:
+        parts, account = make_examples(self.plan, block)
+        shards = [write_shard(self.plan, name, block, rows) for name, rows in parts.items() if rows.num_rows]
+        yield dataclasses.replace(account, shards=tuple(shards))
+        if parts["train"].num_rows:
+            yield beam.pvalue.TaggedOutput("train", parts["train"])
+
+
+def add_accounts(accounts: Iterable[Account]) -> Account:
+    """Sums of accounts, in any order of merging."""
+    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
+    seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
+    for each in accounts:
+        rows += each.rows
+        rounded += each.rounded
+        shards |= set(each.shards)
+        for name in each.counts:
+            counts[name] = counts[name] + each.counts[name]
+            for label, count in each.labels[name].items():
+                seen[name][label] = seen[name].get(label, 0) + count
+    ordered = tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index)))
+    return Account(rows, counts, seen, ordered, rounded)
+
+
+def checked(account: Account, plan: Plan) -> Account:
+    """`account` if every row is accounted for and every split can be used; leftovers of earlier attempts are removed.
+
+    Raises:
+        DataError: see `labels.check`.
+    """
+    labels.check(plan.model.objective, account.counts, account.labels)
+    for name, count in account.counts.items():
+        written = sum(each.rows for each in account.of(name))
+        if (
+            count.rows != count.waiting + count.dropped + count.entered
+            or written != count.entered
+            or account.outside < 0
+        ):
+            raise DataError(
+                "Rows are conserved: every feature row is outside, waiting, dropped or an example", f"{name}: {count}, {written} written",
+                "The feature table may have changed while it was read: run the same command again",
+            )  # fmt: skip
+    keep = {each.path for each in account.shards} | {
+        each.path.replace(".parquet", ".tfrecord.gz") for each in account.shards
+    }
+    stale = [
+        each.path
+        for match in FileSystems.match([f"{plan.folder}/*"])
+        for each in match.metadata_list
+        if each.path not in keep
+    ]
+    if stale:
+        FileSystems.delete(stale)
+    return account
+
+
+def _epoch(day: date) -> int:
+    return (day - EPOCH.date()).days * DAY
+
+
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)

@@ -1,0 +1,307 @@
+"""Fits encoders on the training split: a Beam combiner whose result does not depend on how data is cut or merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+
+from schemas import Model, encoders
+from transforms.models.encoders import (
+    EXACT,
+    Encoding,
+    Fitted,
+    column_of,
+    columns_needed,
+    integers,
+    is_whole,
+    numbers,
+    texts,
+)
+from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_sum, exact_sums, ratio
+
+# Most distinct values of which quantiles are exact; beyond, values are cut to about 11 leading bits.
+QUANTILE_BINS = 1 << 16
+# Column of the training examples that holds the label.
+LABEL = "__label"
+
+
+def declared(model: Model) -> tuple[Encoding, ...]:
+    """The model's inputs in order, nothing fitted yet."""
+    schema = model.view.output_schema
+    return tuple(Encoding(name, str(schema.field(name).type), model.encode.get(name)) for name in model.inputs)
+
+
+def fit(model: Model, batches: Iterable[pa.RecordBatch]) -> Fitted:
+    """Fit the model's encoders on `batches` of its training split."""
+    fitting = Fitting(declared(model))
+    state = fitting.create_accumulator()
+    for batch in batches:
+        state = fitting.add_input(state, batch)
+    return fitting.extract_output(state)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Fit(beam.PTransform):
+    """PCollection of RecordBatches of training examples → one `Fitted`.
+
+    Batches hold the model's inputs, and the column `__label` where an encoder is fitted to labels.
+    """
+
+    encodings: tuple[Encoding, ...]
+
+    def expand(self, examples: beam.PCollection) -> beam.PCollection:
+        return examples | "FitEncoders" >> beam.CombineGlobally(Fitting(self.encodings))
+
+
+# What is accumulated per input; each kind has `+`.
+Part = Any
+State = dict[str, Part]
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets its type hints
+class Fitting(beam.CombineFn):
+    """RecordBatches → `Fitted`.  Everything accumulated is an integer or an extreme, so any order gives equal JSON."""
+
+    encodings: tuple[Encoding, ...]
+
+    def create_accumulator(self) -> State:
+        return {}
+
+    def add_input(self, state: State, batch: pa.RecordBatch) -> State:
+        return self.merge_accumulators([state, self.of(batch)])
+
+    def of(self, batch: pa.RecordBatch) -> State:
+        """The accumulator of one batch."""
+        parts = ((each, _part(each, batch)) for each in self.encodings)
+        return {each.input: part for each, part in parts if part is not None}
+
+    def merge_accumulators(self, states: Iterable[State]) -> State:
+        total: State = {}
+        for state in states:
+            for name, part in state.items():
+                total[name] = total[name] + part if name in total else part
+        return total
+
+    def extract_output(self, state: State) -> Fitted:
+        return Fitted(
+            tuple(dataclasses.replace(each, state=_finished(each, state.get(each.input))) for each in self.encodings)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """How often each category occurred and, for `Target`, the exact sum of its labels."""
+
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sums: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rows: int = 0
+    total: int = 0
+
+    @classmethod
+    def of(cls, texts: pa.Array, labels: Floats | None = None) -> Vocabulary:
+        coded = texts.dictionary_encode()
+        known = coded.is_valid().to_numpy(zero_copy_only=False)
+        codes = coded.indices.to_numpy(zero_copy_only=False)[known].astype(np.int64)
+        names = coded.dictionary.to_pylist()
+        counts = dict(zip(names, np.bincount(codes, minlength=len(names)).tolist()))
+        if labels is None:
+            return cls(counts)
+        return cls(
+            counts, dict(zip(names, exact_sums(labels[known], codes, len(names)))), len(labels), exact_sum(labels)
+        )
+
+    def __add__(self, other: Vocabulary) -> Vocabulary:
+        return Vocabulary(
+            _added(self.counts, other.counts),
+            _added(self.sums, other.sums),
+            self.rows + other.rows,
+            self.total + other.total,
+        )
+
+    def ranked(self, min_count: int, max_size: int) -> list[str]:
+        """By falling count, ties by name."""
+        frequent = (name for name, count in self.counts.items() if count >= min_count)
+        return sorted(frequent, key=lambda name: (-self.counts[name], name))[:max_size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What quantiles of integers are read from.
+
+    Args:
+        moments: least and greatest.
+        bins: of their doubles.
+        whole: of the integers themselves; None once bits would have to be dropped, which depends on how many there are
+            and not on the order of merging.
+    """
+
+    moments: Moments
+    bins: Bins
+    whole: Bins | None
+
+    @classmethod
+    def of(cls, values: Counts) -> Ranks:
+        whole = Bins.of_integers(values, QUANTILE_BINS)
+        moments = (
+            Moments(len(values), least=int(values.min()), greatest=int(values.max())) if len(values) else Moments()
+        )
+        return cls(moments, Bins.of(values.astype(np.float64), QUANTILE_BINS), None if whole.shift else whole)
+
+    def __add__(self, other: Ranks) -> Ranks:
+        whole = None if self.whole is None or other.whole is None else self.whole + other.whole
+        whole = None if whole is None or whole.shift else whole
+        return Ranks(self.moments + other.moments, self.bins + other.bins, whole)
+
+    def quantiles(self, at: Iterable[float]) -> list[Fraction]:
+        if self.whole is not None:
+            return self.whole.integer_quantiles(at)
+        return [Fraction(value) for value in self.bins.quantiles(at)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubles:
+    """Doubles that are passed on, imputed: their moments, and which occurred."""
+
+    moments: Moments
+    bins: Bins
+
+    def __add__(self, other: Doubles) -> Doubles:
+        return Doubles(self.moments + other.moments, self.bins + other.bins)
+
+    @property
+    def columns(self) -> int:
+        """How many float32 columns tell apart what occurred."""
+        values = self.bins.values
+        return next((count for count in (1, 2) if not _merged(values, count)), 3)
+
+
+def _merged(values: Floats, columns: int) -> bool:
+    """Whether any two of the rising `values` are one in so many float32 columns."""
+    same = np.ones(max(len(values) - 1, 0), bool)
+    for _ in range(columns):
+        single = values.astype(np.float32)
+        same &= single[1:] == single[:-1]
+        values = values - single
+    return bool(same.any())
+
+
+def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
+    total = dict(left)
+    for name, count in right.items():
+        total[name] = total.get(name, 0) + count
+    return total
+
+
+def _part(each: Encoding, batch: pa.RecordBatch) -> Part | None:
+    """What `batch` adds to what is fitted for one input; None where nothing is."""
+    encoder = each.encoder
+    if isinstance(encoder, encoders.Hashing | encoders.Log):
+        return None
+    passed = encoder is None or _given(encoder)
+    if passed and not is_whole(each.type) and (encoder is None or each.type != "double"):
+        return None
+    column = column_of(batch, each)
+    if isinstance(encoder, encoders.Target):
+        return Vocabulary.of(texts(column), numbers(batch.column(batch.schema.get_field_index(LABEL))))
+    if isinstance(encoder, encoders.Ordinal):
+        return Vocabulary.of(texts(column))
+    ranked = isinstance(encoder, encoders.Robust | encoders.Bucketize) or encoder == encoders.Impute("median")
+    if is_whole(each.type):
+        whole, known = integers(column)
+        whole = whole if known.all() else whole[known]
+        if passed:
+            return Moments(len(whole), least=int(whole.min()), greatest=int(whole.max())) if len(whole) else None
+        return Ranks.of(whole) if ranked else Moments.of_integers(whole)
+    values = numbers(column)
+    if isinstance(encoder, encoders.Impute) and each.type == "double":
+        return Doubles(Moments.of(values), Bins.of(values, QUANTILE_BINS))
+    return Bins.of(values, QUANTILE_BINS) if ranked else Moments.of(values)
+
+
+def _given(encoder: encoders.Encoder | None) -> bool:
+    return isinstance(encoder, encoders.Impute) and not isinstance(encoder.value, str)
+
+
+def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
+    """The state of one input; `part` is None where no row was seen or nothing is fitted."""
+    encoder = each.encoder
+    if isinstance(encoder, encoders.Target):
+        return _target(encoder, part or Vocabulary())
+    if isinstance(encoder, encoders.Ordinal):
+        return {"categories": (part or Vocabulary()).ranked(encoder.min_count, encoder.max_size)}
+    if is_whole(each.type) and part is not None:
+        moments = part.moments if isinstance(part, Ranks) else part
+        if moments.count and (moments.least < -EXACT or moments.greatest > EXACT):
+            return _whole(encoder, part, int(moments.least), int(moments.greatest))
+        part = part.bins if isinstance(part, Ranks) else part
+    if isinstance(encoder, encoders.Standardize):
+        moments = part or Moments()
+        state = {"offset": moments.mean, "scale": moments.deviation or 1.0}
+        rest = float(moments.exact_mean - Fraction(moments.mean)) if each.type == "double" else 0.0
+        return {**state, "rest": rest} if rest else state
+    if isinstance(encoder, encoders.MinMax):
+        moments = part if part and part.count else Moments(least=0.0, greatest=0.0)
+        return {"offset": moments.least, "scale": moments.greatest - moments.least or 1.0}
+    columns: dict[str, Any] = {}
+    if isinstance(part, Doubles):
+        columns = {"columns": part.columns} if part.columns > 1 else {}
+        part = part.bins if encoder == encoders.Impute("median") else part.moments
+    bins = part if isinstance(part, Bins) else Bins.empty(QUANTILE_BINS)
+    if isinstance(encoder, encoders.Robust):
+        low, middle, high = bins.quantiles((0.25, 0.5, 0.75))
+        return {"offset": middle, "scale": high - low or 1.0}
+    if isinstance(encoder, encoders.Bucketize):
+        cuts = bins.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
+        return {"boundaries": sorted(set(cuts)) if len(bins.keys) else []}
+    if isinstance(encoder, encoders.Impute):
+        if isinstance(encoder.value, str):
+            moments = part if isinstance(part, Moments) else Moments()
+            value = bins.quantiles([0.5])[0] if encoder.value == "median" else moments.mean
+            return {"value": value, **columns}
+        return {"value": float(encoder.value), **columns}
+    return {}
+
+
+def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> dict[str, Any]:
+    """The state of an integer input that has values beyond 2^24: an exact integer is taken off before it becomes a float."""
+    if isinstance(encoder, encoders.Standardize) and isinstance(part, Moments):
+        return _around(part.exact_mean, part.deviation)
+    if isinstance(encoder, encoders.MinMax):
+        return _around(Fraction(least), float(greatest - least))
+    if isinstance(encoder, encoders.Robust) and isinstance(part, Ranks):
+        low, middle, high = part.quantiles((0.25, 0.5, 0.75))
+        return _around(middle, float(high - low))
+    if isinstance(encoder, encoders.Bucketize) and isinstance(part, Ranks):
+        # Of integers as many lie below a boundary as below the next integer.
+        cuts = part.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
+        return {"boundaries": sorted({math.ceil(cut) for cut in cuts}), "whole": True}
+    state = {"base": least, "columns": columns_needed(least, greatest)}
+    if isinstance(encoder, encoders.Impute):
+        if isinstance(part, Ranks):
+            (value,) = part.quantiles([0.5])
+        else:
+            value = Fraction(encoder.value) if not isinstance(encoder.value, str) else part.exact_mean
+        return {**state, "value": float(value - least)}
+    return state
+
+
+def _around(middle: Fraction, scale: float) -> dict[str, Any]:
+    base = round(middle)
+    return {"base": base, "offset": float(middle - base), "scale": scale or 1.0}
+
+
+def _target(encoder: encoders.Target, part: Vocabulary) -> dict[str, Any]:
+    prior = float(ratio(part.total) / part.rows) if part.rows else 0.0
+    names = sorted(part.counts)
+    means = [
+        (float(ratio(part.sums[name])) + encoder.smoothing * prior) / (part.counts[name] + encoder.smoothing)
+        for name in names
+    ]
+    return {"categories": names, "means": means, "prior": prior}

@@ -1,0 +1,57 @@
+"""Digits that are lost where whole numbers become float32: warnings, each naming an input and what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from schemas import Model, encoders
+from transforms.models.encoders import EXACT, is_whole
+from transforms.training.data_checks import Findings
+from transforms.training.examples import Account, schema_of
+
+log = logging.getLogger("millrace.training")
+
+
+def lost_digits(findings: Findings, learnt: Any, account: Account, model: Model) -> Findings:
+    """`findings` with a warning for each input, and for the label, whose whole numbers merge with their neighbours.
+
+    Integers that no encoder scales are not among them: as many float32 columns as they need hold them exactly.
+
+    Args:
+        learnt: statistics of the training split.
+        account: of the examples.
+    """
+    warnings = [*_inputs(learnt, model), *_label(account)]
+    for each in warnings:
+        log.warning(each)
+    return dataclasses.replace(findings, warnings=(*findings.warnings, *warnings))
+
+
+def _inputs(learnt: Any, model: Model) -> Iterator[str]:
+    schema = schema_of(model)
+    stats = {feature.path.step[0]: feature.num_stats for feature in learnt.datasets[0].features}
+    for name in model.inputs:
+        encoder, kind = model.encode.get(name), str(schema.field(name).type)
+        if not isinstance(encoder, _SCALING) or not is_whole(kind) or name not in stats:
+            continue
+        least, greatest = stats[name].min, stats[name].max
+        written, merged = f"{type(encoder).__name__}()", "float32, in which neighbours become one"
+        if isinstance(encoder, encoders.Log) and greatest > EXACT:
+            yield f"Input {name!r} has whole numbers up to {greatest:.0f}, above 2^24, of which {written} makes {merged}. {_WITHOUT}"
+        elif greatest - least > EXACT:
+            yield f"Input {name!r} has whole numbers from {least:.0f} to {greatest:.0f}, further apart than 2^24, of which {written} makes {merged}. {_WITHOUT}"
+
+
+_SCALING = (encoders.Standardize, encoders.MinMax, encoders.Robust, encoders.Log)
+_WITHOUT = "Leave the encoder out, or write encoders.Impute(): both keep every digit, in as many columns as it takes"
+
+
+def _label(account: Account) -> Iterator[str]:
+    if account.rounded:
+        yield (
+            f"The label is a whole number beyond 2^24 that float32, in which XGBoost learns, rounds, in {account.rounded} examples. "
+            "Take a constant off it, or divide it, in the label's value"
+        )

@@ -1,0 +1,102 @@
+"""Target means as they were known at each training row's own time.
+
+A training row encoded by means that hold its own label, or labels that came after it, would learn from its answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas import Model, encoders
+from transforms.features.window_statistics import ExactSum
+from transforms.models.encoders import Fitted, Matrix, column_of, texts
+from transforms.training.fit_encoders import LABEL
+from transforms.training.labels import LABEL_TIME
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hindsight:
+    """Labels of the training split by the time they were known.
+
+    Args:
+        fitted: the model's encoders.
+        time: the column of a row's own time.
+        whole: `known`, `sum`, `count` of all labels until then; sorted.
+        each: per `Target` input the same by `category`.
+    """
+
+    fitted: Fitted
+    time: str
+    whole: pl.DataFrame
+    each: Mapping[str, pl.DataFrame]
+
+    def write(self, batch: pa.RecordBatch, matrix: Matrix) -> None:
+        """Put the means known strictly before each row's time into the columns of `matrix` that `Target` makes.
+
+        A category without a known label gets the mean of all known ones; before any is known the value is missing.
+        """
+        asked = pl.DataFrame({"asked": pl.from_arrow(batch.column(batch.schema.get_field_index(self.time)))})
+        asked = asked.with_row_index("place").sort("asked")
+        place = 0
+        for encoding in self.fitted.encodings:
+            if isinstance(encoding.encoder, encoders.Target):
+                category = pl.Series("category", pl.from_arrow(texts(column_of(batch, encoding))))
+                rows = asked.with_columns(category.gather(asked["place"])).join_asof(
+                    self.whole, left_on="asked", right_on="known", allow_exact_matches=False
+                )
+                rows = rows.join_asof(
+                    self.each[encoding.input], left_on="asked", right_on="known", by="category", allow_exact_matches=False,
+                    suffix="_own", check_sortedness=False,
+                )  # fmt: skip
+                smoothing, prior = encoding.encoder.smoothing, pl.col("sum") / pl.col("count")
+                own = pl.col("sum_own").fill_null(0.0), pl.col("count_own").fill_null(0)
+                mean = (own[0] + smoothing * prior) / (own[1] + smoothing)
+                found = rows.sort("place").select(pl.when(pl.col("category").is_not_null()).then(mean)).to_series()
+                matrix[:, place] = found.cast(pl.Float64).fill_null(np.nan).to_numpy()
+            place += len(encoding.names)
+
+
+def hindsight(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -> Hindsight | None:
+    """What `batches` of the training split tell, read only where an input has a `Target` encoder; else None."""
+    inputs = [each for each in fitted.encodings if isinstance(each.encoder, encoders.Target)]
+    if not inputs:
+        return None
+    parts = []
+    for batch in batches:
+        columns = {each.input: pl.from_arrow(texts(column_of(batch, each))) for each in inputs}
+        for name in (LABEL, LABEL_TIME):
+            columns[name] = pl.from_arrow(batch.column(batch.schema.get_field_index(name)))
+        parts.append(pl.DataFrame(columns))
+    rows = pl.concat(parts) if parts else pl.DataFrame(schema={LABEL: pl.Float32, LABEL_TIME: pl.Datetime("us", "UTC")})
+    return Hindsight(
+        fitted, model.view.time, _running(rows, []), {each.input: _running(rows, [each.input]) for each in inputs}
+    )
+
+
+def _running(rows: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """Sum and count of labels until each moment that brought one, by category; sums are exact, rounded once."""
+    frame = rows.select(
+        *(pl.col(name).alias("category") for name in by),
+        known=pl.col(LABEL_TIME),
+        label=pl.col(LABEL).cast(pl.Float64),
+    )
+    keys = ["category"] if by else []
+    frame = (frame.drop_nulls(keys) if keys else frame).sort(*keys, "known").with_row_index("row")
+    moments = (
+        frame.group_by([*keys, "known"], maintain_order=True)
+        .agg(end=pl.col("row").last().cast(pl.Int64) + 1)
+        .with_columns(start=pl.lit(0, pl.Int64))
+    )
+    if keys:
+        first = frame.group_by(keys).agg(start=pl.col("row").first().cast(pl.Int64))
+        moments = moments.drop("start").join(first, on=keys, how="left", maintain_order="left")
+    start, end = moments["start"].to_numpy(), moments["end"].to_numpy()
+    sums = ExactSum(frame["label"].to_numpy()).total(start, end)
+    return moments.select(*keys, "known", sum=pl.Series(sums, dtype=pl.Float64), count=pl.Series(end - start)).sort(
+        "known"
+    )

@@ -1,0 +1,306 @@
+"""Trains XGBoost over example files: trials are elements that share a worker's cores, the best is saved as a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import MIN_TIMESTAMP
+from apache_beam.utils.windowed_value import WindowedValue
+
+from schemas import Model
+from schemas.splits import Split
+from transforms.models.bundle import Bundle, save
+from transforms.models.encoders import Fitted
+from transforms.storage.delta_tables import write_aside
+from transforms.training.data_checks import bundle_files
+from transforms.training.examples import Account
+from transforms.training.hyperparameter_search import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
+from transforms.training.xgboost_checks import require_device, told
+from transforms.training.xgboost_data import Matrices, is_external, matrices
+
+log = logging.getLogger("millrace.training")
+
+# Our metrics as XGBoost computes them after each round.  The root of the Brier score orders models as the score does;
+# its average precision interpolates between scores (Davis and Goadrich 2006).
+_EVALUATED = {
+    "auc": "auc", "average_precision": "aucpr", "log_loss": "logloss", "brier": "rmse", "rmse": "rmse", "mae": "mae",
+    "accuracy": "merror",
+}  # fmt: skip
+
+
+def evaluated(model: Model) -> str:
+    """The model's metric by XGBoost's name."""
+    name = _EVALUATED[model.metric]
+    return "mlogloss" if name == "logloss" and model.objective == "multi:softprob" else name
+
+
+def train(
+    model: Model, trial: Trial, data: Matrices, threads: int, classes: int = 1, device: str = "cpu"
+) -> tuple[bytes, list[float], int]:
+    """Train one booster.
+
+    Args:
+        threads: of XGBoost; another number may change the last bits of what comes out.
+        classes: see `classes_of`.
+        device: `cpu`, or `cuda` as XGBoost has it.
+
+    Returns:
+        (UBJSON of the best rounds, the metric on validation after each round, number of rounds in the booster).
+    """
+    import xgboost
+
+    params = {
+        "tree_method": "hist", "nthread": threads, "verbosity": 0, **trial.params, "objective": model.objective, "device": device,
+        "eval_metric": evaluated(model), "seed": model.seed, **({"num_class": classes} if classes > 1 else {}),
+    }  # fmt: skip
+    history: dict[str, dict[str, list[float]]] = {}
+    booster = xgboost.train(
+        params, data.learn, trial.rounds or model.rounds, evals=[(data.judge, "validate")], evals_result=history, verbose_eval=False,
+        early_stopping_rounds=model.early_stopping or None, callbacks=[_progress(model, trial)],
+    )  # fmt: skip
+    values = [_ours(model.metric, value) for value in history["validate"][evaluated(model)]]
+    rounds = booster.best_iteration + 1 if model.early_stopping else booster.num_boosted_rounds()
+    if rounds < booster.num_boosted_rounds():
+        booster = booster[:rounds]
+    return bytes(booster.save_raw("ubj")), values, rounds
+
+
+def classes_of(model: Model, account: Account) -> int:
+    """Scores per row: the number of classes of a multi-class model, else 1."""
+    if model.objective != "multi:softprob":
+        return 1
+    return 1 + max(int(label) for seen in account.labels.values() for label in seen)
+
+
+def _ours(metric: str, value: float) -> float:
+    return value * value if metric == "brier" else 1.0 - value if metric == "accuracy" else value
+
+
+def _progress(model: Model, trial: Trial) -> Any:
+    import xgboost
+
+    class Progress(xgboost.callback.TrainingCallback):
+        """A line every few seconds."""
+
+        said = time.monotonic()
+
+        def after_iteration(self, booster: Any, epoch: int, evals_log: Any) -> bool:
+            if time.monotonic() - self.said > 5:
+                self.said = time.monotonic()
+                value = _ours(model.metric, evals_log["validate"][evaluated(model)][-1])
+                log.info(
+                    "trial %d: round %d of %d, %s %.4f",
+                    trial.index,
+                    epoch + 1,
+                    trial.rounds or model.rounds,
+                    model.metric,
+                    value,
+                )
+            return False
+
+    return Progress()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """What the trials of one run have in common.
+
+    Args:
+        model: what to train.
+        split: its bounds; trials run on each fold.
+        folder: where boosters go.
+        cores: that trials of one worker share.  Fixed at launch, for sums differ in their last bits with the threads at work.
+        device: of XGBoost.
+    """
+
+    model: Model
+    split: Split
+    folder: str
+    cores: int
+    device: str = "cpu"
+
+    @property
+    def folds(self) -> int:
+        return len(self.split.folds) + 1
+
+
+class Bench:
+    """Trials at work in one process, side by side: one thread each where there are as many as cores.
+
+    They share the binned rows, which are made once for each number of bins and fold.
+    """
+
+    def __init__(self, study: Study, account: Account, fitted: Sequence[Fitted], trials: int) -> None:
+        self.study, self.account, self.fitted = study, account, fitted
+        alone = study.device != "cpu" or is_external(fitted[-1], account)
+        self.side = 1 if alone else max(1, min(study.cores, trials))
+        self.threads = max(1, study.cores // self.side)
+        self.lock, self.held = threading.Lock(), dict[tuple[int | None, int], Matrices]()
+
+    def matrices(self, trial: Trial) -> Matrices:
+        bins = int(trial.params["max_bin"]) if "max_bin" in trial.params else None
+        with self.lock:
+            if (bins, trial.fold) not in self.held:
+                while len(self.held) >= self.side:
+                    del self.held[next(iter(self.held))]
+                folds = self.study.split.folds
+                fold = folds[trial.fold] if trial.fold < len(folds) else None
+                self.held[bins, trial.fold] = matrices(
+                    self.study.model, self.fitted[trial.fold], self.account, self.study.cores, bins, fold
+                )
+            return self.held[bins, trial.fold]
+
+    def run(self, trial: Trial) -> Result:
+        """Train one trial, leave its booster in the study's folder, return where and how good it is.
+
+        A trial that XGBoost refuses is a result with an error, not the end of the search.
+        """
+        import xgboost
+
+        model, start = self.study.model, time.perf_counter()
+        try:
+            classes = classes_of(model, self.account)
+            booster, history, rounds = train(
+                model, trial, self.matrices(trial), self.threads, classes, self.study.device
+            )
+        except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
+            return Result(trial, math.nan, error=told(error), seconds=time.perf_counter() - start)
+        name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
+        write_aside(self.study.folder, name, pa.py_buffer(booster))
+        value = history[rounds - 1]
+        booster_path = FileSystems.join(self.study.folder, name)
+        return Result(trial, value, rounds, tuple(history), booster_path, time.perf_counter() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The chosen model on disk.
+
+    Args:
+        folder: of its bundle.
+        digest: SHA-256 of its manifest.
+        best: the trial it came from.
+        results: of all trials, in order.
+    """
+
+    folder: str
+    digest: str
+    best: Result
+    results: tuple[Result, ...]
+
+
+def save_best(
+    results: Sequence[Result],
+    model: Model,
+    folder: str,
+    provenance: Mapping[str, Any],
+    account: Account,
+    fitted: Fitted,
+    statistics: Any = None,
+) -> Trained:
+    """Save the best trial's booster with the encoders and a manifest as a bundle in `folder`.
+
+    Args:
+        results: of every rung and fold.
+        fitted: on the training split.
+        statistics: of the training split, kept with the model.
+    """
+    results = over_folds(model, results)
+    best = choose(model, results)
+    with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
+        booster = handle.read()
+    manifest = {
+        "model": model.name, "objective": model.objective, "classes": classes_of(model, account), "metric": model.metric,
+        "problem": model.problem, "view": model.view.name, "fingerprint": model.view.fingerprint, "key": list(model.view.key), "time": model.view.time,
+        "inputs": fitted.inputs, "columns": fitted.names, "rounds": best.rounds, "params": dict(best.trial.params), "seed": model.seed,
+        "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, **provenance,
+    }  # fmt: skip
+    extra = {} if statistics is None else bundle_files(statistics, model)
+    digest = save(Bundle(booster, fitted, manifest, extra), folder)
+    return Trained(folder, digest, best, last_of_each(results))
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class Train(beam.PTransform):
+    """PCollection[Trial] → PCollection[Result], one for each rung and fold that a trial went through.
+
+    Trials spread over workers; those of one bundle run side by side.
+
+    Args:
+        study: what they have in common.
+        account: one `Account`, of the examples.
+        fitted: one `Fitted` for each fold.
+    """
+
+    study: Study
+    account: beam.PCollection
+    fitted: Sequence[beam.PCollection]
+
+    def expand(self, trials: beam.PCollection) -> beam.PCollection:
+        sides = [beam.pvalue.AsSingleton(each) for each in (self.account, *self.fitted)]
+        results: list[beam.PCollection] = []
+        for rung in range(len(budgets(self.study.model))):
+            name = f"Rung{rung}" if rung else ""
+            if rung:
+                trials = (
+                    results[-1]
+                    | f"Gather{name}" >> beam.combiners.ToList()
+                    | f"Promote{name}" >> beam.FlatMap(_on, self.study, rung)
+                )
+            spread = (
+                trials | f"Folds{name}" >> beam.FlatMap(_folds, self.study.folds) | f"Spread{name}" >> beam.Reshuffle()
+            )
+            results.append(spread | f"Trial{name}" >> beam.ParDo(_Trials(self.study), *sides))
+        return results | beam.Flatten()
+
+
+def _folds(trial: Trial, folds: int) -> list[Trial]:
+    return [dataclasses.replace(trial, fold=fold) for fold in range(folds)]
+
+
+def _on(results: list[Result], study: Study, rung: int) -> list[Trial]:
+    return promoted(study.model, over_folds(study.model, results), rung - 1)
+
+
+class _Trials(beam.DoFn):
+    """Starts trials as they come and waits for them at the end of the bundle."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def start_bundle(self) -> None:
+        self.waiting: list[Trial] = []
+
+    def process(self, trial: Trial, account: Account, *fitted: Fitted) -> None:
+        self.waiting.append(trial)
+        self.sides = account, fitted
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self.waiting:
+            for result in side_by_side(self.study, *self.sides, self.waiting):
+                yield WindowedValue(result, MIN_TIMESTAMP, [GlobalWindow()])
+
+
+def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trials: Sequence[Trial]) -> list[Result]:
+    """Results of trials, in order, as many at a time as there are cores.
+
+    Raises:
+        DataError: the study's device is not here.
+    """
+    require_device(study.device)
+    bench = Bench(study, account, fitted, len(trials))
+    ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
+    with ThreadPoolExecutor(bench.side, "trial") as pool:
+        futures: list[Future[Result]] = [pool.submit(bench.run, trial) for trial in ordered]
+        return [future.result() for future in futures]

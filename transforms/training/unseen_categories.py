@@ -1,0 +1,43 @@
+"""Categories that the test split has and the training split never had: encoders take them for unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from transforms.training.data_checks import Findings
+
+log = logging.getLogger("millrace.training")
+
+# Values that a warning names.
+NAMED = 5
+
+
+def unseen(findings: Findings, learnt: Any, tested: Any, inputs: Collection[str]) -> Findings:
+    """`findings` with a warning for each string among `inputs` that has values in the test split only.
+
+    An input of more distinct training values than its statistics list is left out: what is not listed may have been there.
+
+    Args:
+        learnt, tested: statistics of the training and of the test split.
+    """
+    before = {feature.path.step[0]: feature.string_stats for feature in learnt.datasets[0].features}
+    warnings = []
+    for feature in tested.datasets[0].features:
+        name = feature.path.step[0]
+        known = {bucket.label for bucket in before[name].rank_histogram.buckets} if name in before else set()
+        if name not in inputs or not known or len(known) < before[name].unique:
+            continue
+        ranks = feature.string_stats.rank_histogram.buckets
+        new = {bucket.label: int(bucket.sample_count) for bucket in ranks if bucket.label not in known}
+        if new:
+            shown = ", ".join(f"{value!r} ({rows} rows)" for value, rows in list(new.items())[:NAMED])
+            more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
+            warnings.append(
+                f"Input {name!r} has values in the test split that the training split never had, which are encoded as unknown: {shown}{more}"
+            )
+    for each in warnings:
+        log.warning(each)
+    return dataclasses.replace(findings, warnings=(*findings.warnings, *warnings))

@@ -1,0 +1,99 @@
+"""What XGBoost would pass over in silence, asked of it beforehand: parameters that it does not know, a device that is not there."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from schemas.errors import DataError, DefinitionError, nearest
+from transforms.training.hyperparameter_search import Trial
+
+# The more common names of XGBoost's parameters, to guess from.
+_KNOWN = (
+    "alpha", "base_score", "booster", "colsample_bylevel", "colsample_bynode", "colsample_bytree", "eta", "gamma", "grow_policy",
+    "interaction_constraints", "lambda", "learning_rate", "max_bin", "max_cat_threshold", "max_cat_to_onehot", "max_delta_step", "max_depth", "max_leaves",
+    "min_child_weight", "monotone_constraints", "num_parallel_tree", "reg_alpha", "reg_lambda", "sampling_method", "scale_pos_weight", "subsample", "tree_method",
+)  # fmt: skip
+
+
+def require_known(objective: str, trials: Sequence[Trial]) -> None:
+    """Refuse a parameter that no trial of it makes a difference in: XGBoost takes any name.
+
+    A trial that XGBoost refuses as a whole is left to the search, which reports it.
+
+    Raises:
+        DefinitionError: a name that XGBoost does not know, or that another parameter makes it pass over.
+    """
+    unused: set[str] | None = None
+    for params in {repr(sorted(each.params.items())): each.params for each in trials}.values():
+        if (found := _unused(objective, params)) is not None:
+            unused = found if unused is None else unused & found
+    if unused:
+        name = min(unused)
+        fix = "Rounds are Model(rounds=…)" if name in ("n_estimators", "num_boost_round") else nearest(name, _KNOWN)
+        raise DefinitionError(
+            "A parameter of params or of the search is one that XGBoost goes by", repr(name), fix if "Did" in fix or "Rounds" in fix else "Correct its name, or leave it out"
+        )  # fmt: skip
+
+
+def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
+    """Names in `params` that XGBoost says it does not use; None where it refuses to train."""
+    import numpy as np
+    import xgboost
+
+    rows = np.arange(8, dtype=np.float32)[:, None]
+    given = {
+        name: value for name, value in params.items() if name not in ("monotone_constraints", "interaction_constraints")
+    }
+    several = {"num_class": 2} if objective == "multi:softprob" else {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            matrix = xgboost.DMatrix(rows, rows[:, 0] % 2, nthread=1)
+            xgboost.train(
+                {"nthread": 1, **given, **several, "tree_method": "hist", "objective": objective, "verbosity": 1},
+                matrix,
+                1,
+            )
+        except (xgboost.core.XGBoostError, TypeError, ValueError):
+            return None
+    lists = [re.search(r"Parameters: \{(.*)\} are not used", str(each.message)) for each in said]
+    return {name for each in lists if each for name in re.findall(r'"([^"]+)"', each[1])}
+
+
+def require_device(device: str) -> None:
+    """Refuse to train where the device is not: XGBoost would warn, if at all, and take the CPU.
+
+    Raises:
+        DataError: this process sees no such device.
+    """
+    import numpy as np
+    import xgboost
+
+    if device == "cpu":
+        return
+    reason = ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            rows = np.zeros((2, 1), np.float32)
+            xgboost.train({"device": device, "verbosity": 1}, xgboost.DMatrix(rows, rows[:, 0], nthread=1), 1)
+        except xgboost.core.XGBoostError as error:
+            reason = told(error)
+    reason = reason or next(
+        (told(each.message) for each in said if "GPU" in str(each.message) or "CUDA" in str(each.message)), ""
+    )
+    if reason:
+        raise DataError(
+            "Trials run on the device that --device names", f"{device}, where XGBoost says: {reason.rstrip('.')}",
+            "Train with --device=cpu, or on workers with such a GPU, its driver, and an XGBoost built for CUDA",
+        )  # fmt: skip
+
+
+def told(error: object) -> str:
+    """The line of XGBoost's message that says what is wrong, without time and place in its source."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = next((each for each in lines if "Check failed" in each or "Invalid" in each), lines[0])
+    return re.sub(r"^\[[\d:]+\] (WARNING: )?\S+:\d+: ?", "", line).strip()[:300] or lines[-1].strip()[:300]

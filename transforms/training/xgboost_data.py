@@ -1,0 +1,191 @@
+"""Example files as XGBoost's histogram bins, row group by row group: no more rows in memory than one group."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas import Model
+from schemas.errors import DataError
+from schemas.splits import Fold
+from transforms.models.encoders import Fitted, Matrix
+from transforms.training.examples import Account, Shard, read_shard
+from transforms.training.fit_encoders import LABEL
+from transforms.training.labels import ripe
+from transforms.training.target_encoding import Hindsight, hindsight
+
+# Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
+KEPT = 256 << 20
+# Encoded values of a split above which its bins go to disk, and of a page of them there.  Measured in docs/training.md.
+EXTERNAL = 250_000_000
+PAGE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrices:
+    """What one trial learns from and is judged by; trials of one process share it, since training only reads it.
+
+    Args:
+        learn, judge: XGBoost's matrices of the train and validate splits.
+    """
+
+    learn: Any
+    judge: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of some shards: those in `[start, end)` whose label's horizon has passed by the end; all without bounds."""
+
+    shards: tuple[Shard, ...]
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[Part, Part]:
+    """What is learnt from and judged by; `fold` None is the split itself."""
+    train = tuple(account.of("train"))
+    if fold is None:
+        return Part(train), Part(tuple(account.of("validate")))
+    return Part(train, None, fold.train_end), Part(train, fold.validate_start, fold.validate_end)
+
+
+def matrices(
+    model: Model, fitted: Fitted, account: Account, threads: int, max_bin: int | None = None, fold: Fold | None = None
+) -> Matrices:
+    """The binned rows of train and validate.
+
+    Args:
+        threads: that bin.
+        max_bin: of XGBoost; None takes its default.
+    """
+    learning, judging = parts_of(model, account, fold)
+    columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
+    if max_bin is not None:
+        columns["max_bin"] = max_bin
+    for part in (learning, judging) if fold is not None else ():
+        if next(batches(model, part, [LABEL]), None) is None:
+            raise DataError(
+                "Every fold has examples to learn from and to be judged by", f"none before {part.end:%Y-%m-%d %H:%M}",
+                "Take fewer or shorter folds, or compute more features",
+            )  # fmt: skip
+    external = is_external(fitted, account)
+    folder = tempfile.mkdtemp(prefix="millrace-bins-") if external else None
+    known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
+    learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
+    judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
+    if folder is not None:
+        # XGBoost removes its pages when a matrix goes, and complains of missing ones: the folder goes after both.
+        learn.pages = judge.pages = _Pages()
+        weakref.finalize(learn.pages, shutil.rmtree, folder, ignore_errors=True)
+    return Matrices(learn, judge)
+
+
+class _Pages:
+    """Lives as long as a matrix that reads from disk."""
+
+
+def is_external(fitted: Fitted, account: Account) -> bool:
+    """Whether the bins of the training split go to disk."""
+    return sum(each.rows for each in account.of("train")) * len(fitted.names) > EXTERNAL
+
+
+def _ledger(model: Model, fitted: Fitted) -> list[str]:
+    return list(dict.fromkeys([*fitted.inputs, LABEL, "__label_time"]))
+
+
+def _matrix(
+    model: Model, fitted: Fitted, part: Part, known: Hindsight | None, cache: str | None, **options: Any
+) -> Any:
+    import xgboost
+
+    class Rows(xgboost.DataIter):
+        """XGBoost reads all rows several times over; what fits into `KEPT` is encoded once."""
+
+        def __init__(self) -> None:
+            self.kept: list[tuple[Any, Any]] = []
+            self.keeps = sum(each.rows for each in part.shards) * 4 * (len(fitted.names) + 1) <= KEPT
+            self.complete = False
+            self.source: Iterator[tuple[Any, Any]] = iter(())
+            super().__init__(cache_prefix=cache)
+
+        def reset(self) -> None:
+            if not self.complete:
+                self.kept.clear()
+            found = encoded(model, fitted, part, known)
+            self.source = iter(self.kept) if self.complete else _pages(found) if cache else found
+
+        def next(self, input_data: Any) -> bool:
+            rows = next(self.source, None)
+            if rows is None:
+                self.complete = self.keeps
+                return False
+            if self.keeps and not self.complete:
+                self.kept.append(rows)
+            matrix, label = rows
+            input_data(data=matrix, label=label, feature_names=fitted.names, feature_types=fitted.types)
+            return True
+
+    rows = Rows()
+    matrix = (xgboost.ExtMemQuantileDMatrix if cache else xgboost.QuantileDMatrix)(rows, **options)
+    rows.kept.clear()
+    return matrix
+
+
+def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """`columns` of the part's rows."""
+    if part.end is None:
+        for shard in part.shards:
+            yield from read_shard(shard, columns)
+        return
+    time = model.view.time
+    for shard in part.shards:
+        for batch in read_shard(shard, list(dict.fromkeys([*columns, time]))):
+            inside = ripe(model.label, batch.column(batch.schema.get_field_index(time)), part.start, part.end)
+            if pc.any(inside).as_py():
+                found = [batch.column(batch.schema.get_field_index(name)).filter(inside) for name in columns]
+                yield pa.RecordBatch.from_arrays(found, list(columns))
+
+
+def until(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
+    """The rows of training examples that a fold learns from."""
+    times = batch.column(batch.schema.get_field_index(model.view.time))
+    inside = ripe(model.label, times, None, fold.train_end)
+    return pa.RecordBatch.from_arrays([column.filter(inside) for column in batch.columns], schema=batch.schema)
+
+
+def encoded(
+    model: Model, fitted: Fitted, part: Part, known: Hindsight | None = None
+) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
+    """(matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
+    time = [model.view.time] if known is not None else []
+    for batch in batches(model, part, list(dict.fromkeys([*fitted.inputs, *time, LABEL]))):
+        matrix = fitted.apply(batch)
+        if known is not None:
+            known.write(batch, matrix)
+        yield matrix, batch.column(batch.schema.get_field_index(LABEL)).to_numpy(zero_copy_only=False)
+
+
+def _pages(rows: Iterable[tuple[Matrix, np.ndarray[Any, Any]]]) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
+    """Neighbouring groups as pages of about `PAGE` values: every level of every tree reads every page."""
+    held: list[tuple[Matrix, np.ndarray[Any, Any]]] = []
+    for each in rows:
+        held.append(each)
+        if sum(matrix.size for matrix, _ in held) >= PAGE:
+            yield _joined(held)
+            held.clear()
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[Matrix, np.ndarray[Any, Any]]]) -> tuple[Matrix, np.ndarray[Any, Any]]:
+    return np.concatenate([matrix for matrix, _ in held]), np.concatenate([label for _, label in held])

@@ -1,0 +1,216 @@
+"""What is kept of a column of numbers: counts by leading bits and exact sums, the same whichever way parts are merged.
+
+Values are counted in cells: the doubles that round to float32s of equal sign, exponent and 9 leading mantissa bits.
+Within a cell only the 14 low bits differ, so a few passes over integers give its count, the sum of the low bits and of
+their squares; from these come mean and variance without rounding, and the mean of each cell, which stands for its
+values in quantiles.  A quantile has its exact rank and lies within 2⁻⁹ of its value, relatively; values of a cell that
+are all equal (integers up to 1 024, repeated values) are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from transforms.records import exact_sums
+from transforms.records.exact_sums import UNIT, exact_squares, exact_sum, integer_sums, ratio
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Singles = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint32]
+
+LOW = 14
+CELLS = 1 << (32 - LOW)
+_LOW_BITS = np.uint32((1 << LOW) - 1)
+_SIGN = CELLS >> 1
+_PREFIX = 23 - LOW  # mantissa bits that name a cell
+_NOT_FINITE = 255 << _PREFIX
+_LARGEST = float(np.finfo(np.float32).max)
+# Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
+ROWS = 1 << 24
+FEW = CELLS // 16
+# `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its square of 2^−298.
+_SUM, _SQUARE = UNIT - 149, 2 * (UNIT - 149)
+# Integers up to here are float32s and doubles alike.
+_WHOLE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbers:
+    """Numbers of a column.
+
+    Args:
+        rows: how many rows.
+        missing: nulls.
+        strange: NaN and infinities, which are in nothing below.
+        zeros: values equal to 0.
+        least, greatest: ±infinity where there is no value.
+        total, squares: Σx in 2^−1126 and Σx² in 2^−2252, exact.
+        cells: which occurred, rising by value [cells].
+        counts: values per cell [cells].
+        lows: sum of low bits per cell [cells].
+    """
+
+    rows: int = 0
+    missing: int = 0
+    strange: int = 0
+    zeros: int = 0
+    least: float = float("inf")
+    greatest: float = float("-inf")
+    total: int = 0
+    squares: int = 0
+    cells: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    counts: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    lows: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+
+    @classmethod
+    def of(cls, column: pa.Array) -> Numbers:
+        """Of an Arrow array of floats, integers or booleans."""
+        result = cls()
+        for start in range(0, len(column), ROWS):
+            result = result + _numbers(column.slice(start, ROWS))
+        return result
+
+    def __add__(self, other: Numbers) -> Numbers:
+        if not other.rows or not self.rows:
+            return self if self.rows else other
+        cells, place = np.unique(np.concatenate([self.cells, other.cells]), return_inverse=True)
+        counts, lows = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
+        for part, at in ((self, place[: len(self.cells)]), (other, place[len(self.cells) :])):
+            counts[at] += part.counts
+            lows[at] += part.lows
+        return Numbers(
+            self.rows + other.rows, self.missing + other.missing, self.strange + other.strange, self.zeros + other.zeros,
+            min(self.least, other.least), max(self.greatest, other.greatest),
+            self.total + other.total, self.squares + other.squares, cells, counts, lows,
+        )  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Numbers) and all(
+            np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def values(self) -> int:
+        """How many finite values."""
+        return self.rows - self.missing - self.strange
+
+    @property
+    def mean(self) -> float:
+        return float(ratio(self.total) / self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Population standard deviation."""
+        return exact_sums.deviation(self.values, self.total, self.squares)
+
+    @property
+    def middles(self) -> Floats:
+        """Mean of each cell's values."""
+        names = self.cells
+        negative = names < 0
+        bits = np.where(negative, -names - 1, names)
+        exponent, prefix = _parts(bits)
+        middle = np.ldexp((prefix << LOW) + self.lows / self.counts, exponent - 149)
+        return np.clip(np.where(negative, -middle, middle), self.least, self.greatest)
+
+    def ranked(self, ranks: Ints) -> Floats:
+        """The values of these ranks, counted from 0."""
+        found = self.middles[np.searchsorted(np.cumsum(self.counts), ranks, "right")]
+        return np.where(ranks == 0, self.least, np.where(ranks == self.values - 1, self.greatest, found))
+
+    @property
+    def median(self) -> float:
+        last = self.values - 1
+        return float(self.ranked(np.array([last // 2, last - last // 2])).mean())
+
+
+def _numbers(column: pa.Array) -> Numbers:
+    rows, missing = len(column), column.null_count
+    if missing == rows:
+        return Numbers(rows, missing)
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.uint8())
+    whole = column.drop_null().to_numpy() if pa.types.is_integer(column.type) else None
+    # Arrow hands nulls over as NaN; how many NaN are not nulls is told by counting.
+    raw = column.to_numpy(zero_copy_only=False)
+    single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
+    words = np.ascontiguousarray(single).view(np.uint32)
+    low, names = words & _LOW_BITS, (words >> np.uint32(LOW)).astype(np.int64)
+    # Few rows do not pay for an array of all cells.
+    found, place = (np.arange(CELLS), names) if rows > FEW else np.unique(names, return_inverse=True)
+    lows = low.astype(np.float64)
+    counts, exact_sums = np.bincount(place, minlength=len(found)), np.bincount(place, lows, len(found))
+    np.multiply(lows, lows, out=lows)
+    squared = np.bincount(place, lows, len(found))
+    finite = found & (_SIGN - 1) < _NOT_FINITE
+    strange = int(counts[~finite].sum()) - missing
+    there = np.flatnonzero(finite & (counts > 0))
+    if not len(there):
+        return Numbers(rows, missing, strange)
+    found, count = found[there], counts[there]
+    exact_sums, squared = exact_sums[there].astype(np.int64), squared[there].astype(np.int64)
+    ordered = _named(found)
+    if whole is not None and (int(whole.min()) < -_WHOLE or int(whole.max()) > _WHOLE):
+        whole = whole.astype(np.int64)
+        least, greatest = float(whole.min()), float(whole.max())
+        total, squares = integer_sums(whole)
+        total, squares = total << UNIT, squares << 2 * UNIT
+    elif raw.dtype == np.float32 or np.array_equal(single, raw, equal_nan=True):
+        total, squares = _moments(found, count, exact_sums, squared)
+        least, greatest = (_extreme(names, low, found[at(ordered)], at is np.argmax) for at in (np.argmin, np.argmax))
+    else:
+        wide = raw[np.isfinite(raw)].astype(np.float64)
+        total, squares, least, greatest = exact_sum(wide), exact_squares(wide), float(wide.min()), float(wide.max())
+    zeros = int(np.count_nonzero(words << np.uint32(1) == 0)) if np.isin(found, (0, _SIGN)).any() else 0
+    order = np.argsort(ordered)
+    return Numbers(
+        rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], exact_sums[order]
+    )
+
+
+def _rounded(wide: Floats) -> Singles:
+    """Nearest float32s; what is beyond them is the greatest of them, infinities stay."""
+    return np.where(np.isinf(wide), wide, np.clip(wide, -_LARGEST, _LARGEST)).astype(np.float32)
+
+
+def _named(found: Ints) -> Ints:
+    """Bits of cells as names that rise with value: −1 − magnitude for negative ones."""
+    return np.where(found & _SIGN, -1 - (found & (_SIGN - 1)), found)
+
+
+def _parts(bits: Ints) -> tuple[Ints, Ints]:
+    """Exponent (in powers above 2^−149) and leading mantissa bits of the cells' magnitudes."""
+    field = bits >> _PREFIX
+    prefix = bits & ((1 << _PREFIX) - 1)
+    return np.maximum(field, 1) - 1, np.where(field > 0, prefix | 1 << _PREFIX, prefix)
+
+
+def _moments(found: Ints, count: Ints, sums: Ints, squared: Ints) -> tuple[int, int]:
+    """Σx and Σx² in 2^−1126 from the cells' counts and the sums of their low bits and of those squared."""
+    exponent, prefix = _parts(found & (_SIGN - 1))
+    sign = np.where(found & _SIGN, -1, 1)
+    columns = [sign * ((prefix * count << LOW) + exact_sums), prefix * prefix * count, 2 * prefix * exact_sums, squared]
+    by_exponent = np.zeros((4, 255), np.int64)
+    for row, column in zip(by_exponent, columns, strict=True):
+        np.add.at(row, exponent, column)
+    total = squares = 0
+    for power in np.unique(exponent).tolist():
+        linear, both, one, none = (int(value) for value in by_exponent[:, power])
+        total += linear << power
+        squares += ((both << 2 * LOW) + (one << LOW) + none) << 2 * power
+    return total << _SUM, squares << _SQUARE
+
+
+def _extreme(names: Ints, low: Words, cell: int, largest: bool) -> float:
+    """Least or greatest value of a cell that has some."""
+    inside = low[names == cell]
+    outward = largest != bool(cell & _SIGN)
+    bits = int(cell) << LOW | int(inside.max() if outward else inside.min())
+    return float(np.uint32(bits).view(np.float32)) + 0.0
