@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas.errors import DefinitionError, nearest
 
 # Command to (module, or module:function, and what it does); imported when called, since some bring TensorFlow or MLflow along.
@@ -27,10 +27,10 @@ COMMANDS = {
     ),
     "tables": ("beam_pipelines.commands.tables:tables", "list every table of a store"),
     "trace": (
-        "beam_pipelines.commands.tables:trace",
+        "beam_pipelines.commands.trace:trace",
         "follow a feature row or a prediction back to what it was made from",
     ),
-    "vacuum": ("beam_pipelines.commands.tables:vacuum", "remove what no commit names and no kept version needs"),
+    "vacuum": ("beam_pipelines.commands.vacuum:vacuum", "remove what no commit names and no kept version needs"),
     "models": ("beam_pipelines.commands.models:models", "list registered models, their metrics, the champion, and why"),
     "promote": ("beam_pipelines.commands.models:promote", "make a version the champion, with a reason"),
     "rollback": (

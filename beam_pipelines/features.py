@@ -15,19 +15,19 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from beam_pipelines.commands.tables import trained
 from beam_pipelines.commands.verify import VerifyFlags, add_verification
 from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.plan_text import plan_lines
-from beam_pipelines.runtime.run_report import Run, execute, guard, log, read_json, write_json
+from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
 from beam_pipelines.runtime.terminal import many
+from beam_pipelines.runtime.trained_models import trained
 from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
-from schemas.views import FeatureView
-from transforms.features.block_inputs import Tally, add_tallies, conserve
+from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.history_snapshots import CarrySummaries, Chain, Segment, chains, segments, usable_snapshot
 from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest
@@ -38,17 +38,16 @@ from transforms.features.staleness import (
     Current,
     Manifest,
     Stale,
-    as_date,
     continued,
     examine,
     find_stale,
-    lifetime_sources,
     outdated,
     usable_snapshots,
 )
 from transforms.features.trailing_features import TrailingFeatures
-from transforms.sources.contracts import day_of
-from transforms.sources.inventory import ALWAYS, Inventory, take_inventory
+from transforms.records.times import ALWAYS, as_date, day_of
+from transforms.sources.inventory import Inventory, take_inventory
+from transforms.sources.tallies import Tally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
     Committed,
@@ -56,16 +55,14 @@ from transforms.storage.delta_tables import (
     WriteFiles,
     WriteTable,
     data_files,
-    dead_letters_uri,
-    features_uri,
     newest,
     open_table,
 )
-from transforms.storage.paths import place_of
+from transforms.storage.paths import dead_letters_uri, features_uri, place_of
 from transforms.storage.vacuum import pins_of
 from transforms.validation.publish_check import AlsoChecked, Rules, Validate, make_check
 from transforms.validation.statistics import Statistics, columns_of
-from transforms.verification import Verification, Verified, verify_written
+from transforms.verification.check import Verification, Verified, verify_written
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 

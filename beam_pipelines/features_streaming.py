@@ -19,6 +19,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
     knock,
@@ -29,15 +30,15 @@ from beam_pipelines.runtime.job_supervisor import (
     warn_of_loss,
     write_status,
 )
-from beam_pipelines.runtime.run_report import Run, execute, guard
+from beam_pipelines.runtime.run_report import Run, execute
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.records.frame_packets import pack
-from transforms.sources.contracts import EPOCH, MICROSECOND
-from transforms.sources.inventory import source_uri
+from transforms.records.times import EPOCH, MICROSECOND
 from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.kafka import (
     Broker,
     ReadTopics,
@@ -50,7 +51,7 @@ from transforms.streaming.kafka import (
 )
 from transforms.streaming.kafka_admin import OVERHEAD, reach, size_limit, unread
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
-from transforms.streaming.live_tables import app_of, features_live_uri, last_told, sources_root
+from transforms.streaming.live_tables import app_of, last_told
 from transforms.streaming.mirrored_state import Live
 from transforms.streaming.recovery import Start, find_start
 from transforms.streaming.replay import Replay, SendChunks, sources_of

@@ -16,8 +16,9 @@ import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
 from beam_pipelines.runtime.arguments import Arguments, next_day
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.run_report import Run, execute, guard, read_json, write_json
+from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
 from schemas.errors import ContractError, DataError, DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.tables import predictions
@@ -40,10 +41,9 @@ from transforms.storage.delta_tables import (
     data_files,
     days_between,
     delta_schema,
-    features_uri,
     open_table,
-    predictions_uri,
 )
+from transforms.storage.paths import features_uri, predictions_uri
 from transforms.storage.tfrecord_io import Part, ReadExamples, WriteParts, matching, publish_parts
 
 Written = list[tuple[DataFile, dict[str, str]]] | list[Part]

@@ -23,6 +23,7 @@ from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
     knock,
@@ -33,7 +34,7 @@ from beam_pipelines.runtime.job_supervisor import (
     warn_of_loss,
     write_status,
 )
-from beam_pipelines.runtime.run_report import Run, execute, guard
+from beam_pipelines.runtime.run_report import Run, execute
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, MillraceError, StoreError
 from schemas.live import live_predictions
@@ -44,9 +45,10 @@ from transforms.inference.live_output import CommitPredictions, Outlet, TimedCom
 from transforms.models.registry import CHAMPION, Registry, registry_uri
 from transforms.models.scoring import ARM, Pinned
 from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_live_uri
 from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, ensure, stand, topic_of
 from transforms.streaming.kafka_admin import unread
-from transforms.streaming.live_tables import app_of, features_live_uri, last_told
+from transforms.streaming.live_tables import app_of, last_told
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import SKIPPED
 

@@ -23,8 +23,9 @@ from apache_beam.pvalue import AsSingleton
 from deltalake import DeltaTable
 
 from beam_pipelines.runtime.arguments import Arguments, day, next_day
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.run_report import Run, execute, guard, read_json
+from beam_pipelines.runtime.run_report import Run, execute, read_json
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
@@ -36,9 +37,10 @@ from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, Score
-from transforms.sources.contracts import EPOCH
-from transforms.sources.inventory import source_uri, version_of
-from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.records.times import EPOCH
+from transforms.sources.inventory import version_of
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_uri, source_uri
 from transforms.training.champion_comparison import Challenge, Compare
 from transforms.training.data_checks import STATISTICS, Leaks, columns_of, examine
 from transforms.training.examples import (

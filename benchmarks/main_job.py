@@ -82,7 +82,7 @@ def check(outputs: Mapping[str, Path]) -> dict[str, Any]:
         SystemExit: they do not.
     """
     from examples.flights.definition import model
-    from transforms.storage.delta_tables import features_uri, predictions_uri
+    from transforms.storage.paths import features_uri, predictions_uri
 
     native, store = outputs["native"], str(outputs["pipelines"])
     view = model.view

@@ -493,3 +493,10 @@ def iter_sources(features: Iterable[Feature]) -> Iterator[Source]:
     for feature in features:
         if not isinstance(feature, Derived):
             yield feature.source
+
+
+def is_lifetime(feature: object) -> bool:
+    """Whether some window of `feature` has no beginning."""
+    if isinstance(feature, Trailing):
+        return any(each.length is None for each in feature.statistics)
+    return isinstance(feature, Latest) and feature.length is None

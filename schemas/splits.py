@@ -9,6 +9,13 @@ from typing import Any
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError
 
+SPLITS = ("train", "validate", "test")
+# Time at which a row's label was known: that of its event, or the end of the horizon where none came.
+LABEL_TIME = "__label_time"
+
+# Column of the training examples that holds the label.
+LABEL = "__label"
+
 
 @dataclasses.dataclass(frozen=True)
 class Fold:

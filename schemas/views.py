@@ -14,7 +14,17 @@ import pyarrow as pa
 from schemas.arithmetic import Arithmetic, Bounds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import columns_of
-from schemas.features import ARITHMETIC, Derived, Feature, Latest, Lookup, Trailing, iter_sources, limits_of
+from schemas.features import (
+    ARITHMETIC,
+    Derived,
+    Feature,
+    Latest,
+    Lookup,
+    Trailing,
+    is_lifetime,
+    iter_sources,
+    limits_of,
+)
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Raised when a kernel computes other values from the same definition and data.
@@ -317,3 +327,13 @@ def _short(feature: object) -> str:
         return "Derived(" + ", ".join(feature.columns) + ")"
     source = getattr(getattr(feature, "source", None), "name", None)
     return f"{type(feature).__name__}({source}, by={feature.by!r})" if source else str(feature)  # type: ignore[attr-defined]
+
+
+def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
+    """Sources over which some window has no beginning."""
+    return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]
+
+
+def reached_from(view: FeatureView, source: str, moment: int) -> int:
+    """The earliest time (µs) of a source's rows that a question at `moment` can see."""
+    return -(2**62) if source in lifetime_sources(view) else moment - view.reach(source)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.processes import Zygote
 
-pytest_plugins = ["tests.support.live_fixtures"]
+pytest_plugins = ["tests.support.live_fixtures", "tests.support.live_inference_case"]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas.errors import DefinitionError, StoreError
 from schemas.sources import identifier
 

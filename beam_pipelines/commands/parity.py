@@ -12,7 +12,8 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 
 from beam_pipelines.runtime.arguments import Arguments
-from beam_pipelines.runtime.run_report import Run, guard, read_json, write_json
+from beam_pipelines.runtime.errors import guard
+from beam_pipelines.runtime.run_report import Run, read_json, write_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import MismatchError
 from schemas.loading import Definition, load_definition

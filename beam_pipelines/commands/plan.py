@@ -11,16 +11,15 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from beam_pipelines import features
 from beam_pipelines.features import Options, Work
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.plan_text import looked_lines
-from beam_pipelines.runtime.run_report import guard
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
-from schemas.views import FeatureView
+from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, reading
 from transforms.features.plan import Plan
-from transforms.features.staleness import lifetime_sources
-from transforms.sources.contracts import day_of
+from transforms.records.times import day_of
 from transforms.sources.inventory import Inventory, take_inventory
 
 MOST_LINES = 40

@@ -17,8 +17,9 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.run_report import Run, execute, guard, read_json
+from beam_pipelines.runtime.run_report import Run, execute, read_json
 from beam_pipelines.training import Options, code_digest, constraints_digest, resolve, train_and_test
 from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError

@@ -11,11 +11,12 @@ from datetime import date
 from typing import Any
 
 from beam_pipelines.runtime.arguments import Arguments
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
 from schemas.loading import Definition, load_definition
-from transforms.storage.delta_tables import DataFile, data_files, features_uri, groups, newest, open_table, read_group
+from transforms.storage.delta_tables import DataFile, data_files, groups, newest, open_table, read_group
+from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import (
     committed_statistics,
     read_account,

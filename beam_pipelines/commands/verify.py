@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from apache_beam.io.filesystems import FileSystems
 
 from beam_pipelines.runtime.arguments import Arguments, fraction
-from beam_pipelines.runtime.run_report import Run, guard
+from beam_pipelines.runtime.errors import guard
+from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
-from transforms.storage.delta_tables import data_files, features_uri, open_table
-from transforms.verification import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount, Verification, Verified
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_uri
+from transforms.verification.check import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount, Verification, Verified
 
 ALL = -1
 

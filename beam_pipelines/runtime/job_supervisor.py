@@ -19,7 +19,8 @@ from apache_beam.options.pipeline_options import PipelineOptions, PortableOption
 from apache_beam.runners.runner import PipelineState
 from apache_beam.runners.worker import sdk_worker
 
-from beam_pipelines.runtime.run_report import recovered, write_json
+from beam_pipelines.runtime.errors import recovered
+from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_admin import partitions_of, reach, unread

@@ -11,8 +11,8 @@ from transforms.features.history_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, Plan, amplification, reached
 from transforms.features.staleness import DIGESTED, REPEATS
-from transforms.sources.contracts import day_of
-from transforms.sources.inventory import ALWAYS, Slice
+from transforms.records.times import ALWAYS, day_of
+from transforms.sources.inventory import Slice
 
 
 def plan_lines(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
-import re
-import shlex
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,17 +16,12 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import TestOptions
 
+from beam_pipelines.runtime.errors import Translated, _traceback_of_mistake, recovered
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.storage.run_markers import MARK, mark, unmark
 
 log = logging.getLogger("millrace")
-ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
-STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
-
-
-class Translated(Exception):
-    """A dry run (Beam's `--dry_run`) came to where the job would be submitted.  Not an error: the command line says so and ends well."""
 
 
 class Run:
@@ -204,67 +195,3 @@ def execute(pipeline: beam.Pipeline) -> Any:
     if (job := getattr(result, "job", None)) is not None and pipeline.options.view_as(TestOptions).dry_run:
         raise Translated(f"translated {len(job.proto_pipeline.components.transforms)} steps; a dry run submits nothing")
     return result
-
-
-def recovered(error: BaseException) -> BaseException:
-    """The MillraceError inside what a runner made of it, naming the step; or the error itself."""
-    text = str(error)
-    step = STEP.search(text)
-    where = f"It happened in step {step[1]!r}" if step else ""
-    if isinstance(error, MillraceError):
-        return type(error)(STEP.sub("", text), None, where) if step else error
-    found = ERROR.findall(text)
-    if not found:
-        return error
-    kind, message = found[-1]
-    return getattr(errors, kind, MillraceError)(STEP.sub("", message), None, where)  # type: ignore[no-any-return]
-
-
-def _traceback_of_mistake(record: logging.LogRecord) -> bool:
-    """Whether Beam is about to print where in our code a user's mistake was noticed."""
-    return bool(record.exc_info and isinstance(record.exc_info[1], MillraceError)) or (
-        "schemas.errors." in record.getMessage()
-    )
-
-
-def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """`main` with a user's mistake printed as one message, its exit code returned, and the command that goes on from there."""
-
-    @functools.wraps(main)
-    def guarded(argv: Sequence[str]) -> int:
-        try:
-            return main(argv)
-        except Translated as done:
-            print(f"millrace: {done}", flush=True)
-            return 0
-        except MillraceError as error:
-            print(f"millrace: {error}{resume(error, argv)}", file=sys.stderr, flush=True)
-            return error.exit_code
-        except KeyboardInterrupt as error:
-            how = resume(error, argv) or "\n  run the same command again"
-            print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
-            return 130
-        except Exception as error:
-            if how := resume(error, argv):
-                traceback.print_exc()
-                print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
-                return 70
-            raise
-
-    return guarded
-
-
-def resume(error: BaseException, argv: Sequence[str]) -> str:
-    """Lines that name the run in which `error` came up, its table and dates, and the command that resumes it."""
-    run = getattr(error, "run", None)
-    if run is None:
-        return ""
-    command, run_id = run.pipeline.split()[0], str(run.figures["run_id"])
-    words = list(argv[1:] if argv and argv[0] == command else argv)
-    kept = [
-        word
-        for i, word in enumerate(words)
-        if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
-    ]
-    where = f": {run.where}" if run.where else ""
-    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {shlex.join(['millrace', command, *kept, '--run_id', run_id])}"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beam_pipelines.runtime.run_report import guard, read_json, write_json
+from beam_pipelines.runtime.errors import guard
+from beam_pipelines.runtime.run_report import read_json, write_json
 
 DEFINITION = "examples.flights.definition"
 

@@ -27,10 +27,11 @@ from typing import Any
 
 import polars as pl
 
-from beam_pipelines.runtime.run_report import guard, progress, read_json, write_json
+from beam_pipelines.runtime.errors import guard
+from beam_pipelines.runtime.run_report import progress, read_json, write_json
 from schemas.errors import DataError, GateError
 from schemas.loading import load_definition
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
 from transforms.streaming.messages import HEARTBEAT
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,10 +18,10 @@ from beam_pipelines.features import main
 from schemas import load_definition
 from schemas.durations import DAY
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
-from tests.beam_pipelines.test_features_pipeline import answers, days, letters, run, same, table_of
 from tests.support import market
+from tests.support.features_runs import answers, days, letters, run, same, table_of
 from transforms.features.plan import make_plan
-from transforms.sources.contracts import EPOCH, MICROSECOND
+from transforms.records.times import EPOCH, MICROSECOND
 from transforms.storage.delta_tables import newest
 
 ROOT = Path(__file__).parents[2]
@@ -318,7 +318,7 @@ MISTAKES = {
 DRIVER = """
 import json, sys
 from beam_pipelines.features import main
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 for argv in json.loads(sys.argv[1]):
     print("--", guard(main)(argv), flush=True)
     print("--", file=sys.stderr, flush=True)

@@ -26,7 +26,8 @@ from tests.support.processes import PIPELINES, Ended, Zygote
 from transforms.models.bundle import load
 from transforms.models.registry import RUN, Registry, registry_uri
 from transforms.storage.delta_log import commits
-from transforms.storage.delta_tables import open_table, predictions_uri
+from transforms.storage.delta_tables import open_table
+from transforms.storage.paths import predictions_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEED = int(os.environ.get("MILLRACE_SEED", "1"))

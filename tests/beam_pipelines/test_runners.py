@@ -15,10 +15,11 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines import features, inference, training
 from beam_pipelines import features_streaming as streaming
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from tests.support import shop
 from tests.support.live_fixtures import Live
-from transforms.storage.delta_tables import data_files, features_uri, open_table, predictions_uri
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_uri, predictions_uri
 from transforms.streaming.recovery import Start
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DefinitionError
 from schemas.loading import load_definition
 from tests.support import shop
-from transforms.storage.delta_tables import features_uri
+from transforms.storage.paths import features_uri
 
 Out = pytest.CaptureFixture[str]
 

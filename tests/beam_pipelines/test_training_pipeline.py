@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -14,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from beam_pipelines import features, training
 from schemas.errors import DataError, DefinitionError, GateError, MismatchError
 from tests.support import shop
+from tests.support.training_pipeline_case import account, flags
 from transforms.models.bundle import load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
@@ -32,23 +32,6 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(computed: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(computed, tmp_path / "store"))
-
-
-def flags(store: Path, run_id: str, *more: str) -> list[str]:
-    return [
-        "--definition",
-        str(store / "definition.py"),
-        "--store",
-        str(store),
-        "--run_id",
-        run_id,
-        "--threads=1",
-        *more,
-    ]
-
-
-def account(store: Path, run_id: str) -> dict[str, Any]:
-    return json.loads((store / "runs" / run_id / "training.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:

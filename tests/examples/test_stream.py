@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from examples.flights import stream
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
 
 TOLD = {
     "clock": {"schedule": {"settled": 1362873660000000}, "departures": {"settled": 1362870000000000}},

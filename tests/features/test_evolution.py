@@ -23,10 +23,10 @@ from schemas.errors import StoreError
 from schemas.features import Feature
 from schemas.loading import Definition
 from tests.support import shop
-from transforms.features.block_inputs import add_tallies
 from transforms.features.column_reuse import needed, rest
 from transforms.features.manifest_store import WriteManifest, read_manifest
 from transforms.features.trailing_features import ComputeBlock
+from transforms.sources.tallies import add_tallies
 from transforms.storage.delta_tables import Target, commit, data_files, open_table, read_file, write_files
 
 START, DAYS = datetime(2024, 1, 1, tzinfo=UTC), 10

@@ -9,23 +9,15 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from polars.testing import assert_frame_equal
 
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.errors import DataError
 from tests.support import oracles
 from tests.support.histories import T0, at, events, histories, many_questions, placed, questions, shuffled, view
+from tests.support.kernels_case import same
 from transforms.features import kernel
-from transforms.features.kernel import Sorting, codes, compute
-
-
-def same(got: pl.DataFrame, expected: pl.DataFrame) -> None:
-    """Equal to the last bit, −0.0 and null included."""
-    assert_frame_equal(got, expected, check_exact=True)
-    for name in got.columns:
-        if got[name].dtype.is_float():
-            a, b = (frame[name].fill_null(0).to_numpy() for frame in (got, expected))
-            assert a.tobytes() == b.tobytes(), name
+from transforms.features.kernel import compute
+from transforms.features.window_bounds import Sorting, codes
 
 
 def ask(*moments: datetime, **columns: Any) -> pl.DataFrame:

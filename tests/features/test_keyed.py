@@ -16,15 +16,15 @@ from polars.testing import assert_frame_equal
 
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.tables import DEAD_LETTERS
+from schemas.views import lifetime_sources
 from tests.support import oracles
 from tests.support.without_beam import outputs_of
 from transforms.features import key_partitions, plan, routed_dimensions
-from transforms.features.block_inputs import Tally
 from transforms.features.history_snapshots import Chain, Segment, chains, segments
-from transforms.features.staleness import lifetime_sources
+from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import reader
-from transforms.sources.contracts import EPOCH, MICROSECOND
 from transforms.sources.inventory import Inventory, take_inventory
+from transforms.sources.tallies import Tally
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 NOW = (START + timedelta(days=60) - EPOCH) // MICROSECOND

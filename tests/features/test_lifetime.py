@@ -7,29 +7,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from polars.testing import assert_frame_equal
 
-from tests.beam_pipelines.test_features_pipeline import answers, days, run
 from tests.support import market
-
-STATS = '("count", "sum", "mean", "std", "var", "min", "max", "first", "last")'
-LIFETIME = f"""
-import polars as pl
-from schemas import FeatureView, Latest, Source, Trailing
-
-visits = Source("visits", time="asked", columns={{"visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32}})
-sales = Source("sales", time="sold", unique="sale", columns={{"sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64}})
-view = FeatureView("ever", visits, key="visit", features=[
-    Trailing(sales, by="shop", over=("1d", "WINDOW"), stats={{"price": {STATS}, "city": ("sum", "last"), "*": "count"}}),
-    Trailing(sales, by=("shop", "city"), over="WINDOW", where=pl.col("price") > 3e6, stats={{"price": ("sum", "std")}}, name="dear"),
-    Latest(sales, by="city", columns=("price", "shop"), max_age="AGE"),
-    Trailing(visits, by="shop", over="WINDOW", stats={{"size": ("mean", "min"), "*": "count"}}),
-])
-"""
-
-
-def definition(window: str, age: str) -> str:
-    return LIFETIME.replace("WINDOW", window).replace("AGE", age)
+from tests.support.features_runs import answers, days, run
+from tests.support.lifetime_case import definition, same
 
 
 def sources(rows: int = 80) -> dict[str, pl.DataFrame]:
@@ -44,11 +25,6 @@ def long(store: Path, frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
     run(store)
     found = answers(store)
     return found.rename({name: name.replace("_3650d", "_all") for name in found.columns})
-
-
-def same(got: pl.DataFrame, expected: pl.DataFrame) -> None:
-    """But for the ids, which hold the view's name alone, all columns to the last bit."""
-    assert_frame_equal(got, expected, check_exact=True, check_column_order=False)
 
 
 @pytest.mark.parametrize("flags", [(), ("--block_rows", "60"), ("--block_rows", "60", "--plan", "shuffle")])

@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from beam_pipelines import features
-from beam_pipelines.commands import tables
 from beam_pipelines.commands.plan import main as plan
+from beam_pipelines.commands.trace import trace
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.features.staleness import OUTDATED, VERSION
 from transforms.storage.delta_tables import open_table
@@ -153,13 +153,13 @@ def test_a_changed_view_copies_no_such_columns_from_it(old: Path) -> None:
 
 def test_a_row_of_it_is_traced_with_a_warning(old: Path, capsys: Out) -> None:
     words = ["--definition", str(old / "ever.py"), "--store", str(old), "--key", "id=7"]
-    assert tables.trace(words) == 0
+    assert trace(words) == 0
     assert "its windows over all history may be wrong" in " ".join(capsys.readouterr().out.split())
     run(old)
     capsys.readouterr()
-    assert tables.trace(words) == 0
+    assert trace(words) == 0
     assert "may be wrong" not in " ".join(capsys.readouterr().out.split())
-    assert tables.trace([*words[:1], str(old / "plain.py"), *words[2:]]) == 0
+    assert trace([*words[:1], str(old / "plain.py"), *words[2:]]) == 0
     assert "may be wrong" not in " ".join(capsys.readouterr().out.split())
 
 

@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from polars.testing import assert_frame_equal
 
 from beam_pipelines import features
-from beam_pipelines.commands import tables as store
+from beam_pipelines.commands.vacuum import vacuum
 from schemas import FeatureView, Source
 from schemas.durations import DAY
 from schemas.errors import DataError
@@ -38,7 +38,8 @@ from transforms.features.history_snapshots import lifetime_groups, read_summary
 from transforms.features.kernel import compute
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import as_date, examine, usable_snapshots
+from transforms.features.staleness import examine, usable_snapshots
+from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import open_table
 
@@ -263,9 +264,7 @@ class Sequences(RuleBasedStateMachine):
         options = self.options(flags, "store", f"run{self.launched}")
         if flags.cleaned:
             with contextlib.redirect_stdout(io.StringIO()):
-                assert (
-                    store.vacuum(["--store", options.store, "--older_than", "0s", "--retention", "0s", "--force"]) == 0
-                )
+                assert vacuum(["--store", options.store, "--older_than", "0s", "--retention", "0s", "--force"]) == 0
         before = self.table(options)
         if before is None and not any(self.files["asks"].values()):
             return

@@ -15,11 +15,11 @@ from schemas import FeatureView
 from schemas.durations import DAY
 from schemas.errors import DataError
 from tests.support import market, oracles
-from transforms.features.block_inputs import Tally, add_tallies, read_dimension
+from transforms.features.block_inputs import read_dimension
 from transforms.features.plan import Plan, make_plan
 from transforms.features.trailing_features import compute_block
-from transforms.sources.contracts import EPOCH, MICROSECOND
-from transforms.sources.inventory import ALWAYS
+from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
+from transforms.sources.tallies import Tally, add_tallies
 
 NOW = (datetime(2024, 6, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
 

@@ -13,8 +13,9 @@ from beam_pipelines import features
 from beam_pipelines.features import Options
 from schemas import Source
 from tests.support import shop
-from transforms.features.staleness import _dimension_digest, as_date
+from transforms.features.staleness import _dimension_digest
 from transforms.records.row_hashing import combine, hash_column
+from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import slices_of
 from transforms.sources.reader import CHUNK

@@ -20,7 +20,7 @@ from schemas import FeatureView, Label, load_definition
 from schemas.sources import Source
 from tests.support import oracles
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.streaming.live_tables import features_live_uri
+from transforms.storage.paths import features_live_uri
 from transforms.training.labels import attach
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)

@@ -17,12 +17,13 @@ from schemas import FeatureView
 from schemas.errors import DataError, StoreError
 from schemas.tables import DEAD_LETTERS
 from tests.support import market
-from transforms.features.block_inputs import Tally, add_tallies, conserve, read_dimension
+from transforms.features.block_inputs import read_dimension
 from transforms.features.plan import Plan, cut, interval
 from transforms.features.trailing_features import TrailingFeatures, compute_block, features_batch
-from transforms.sources.contracts import EPOCH, MICROSECOND
+from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
+from transforms.sources.tallies import Tally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
     Committed,

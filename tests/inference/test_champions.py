@@ -24,9 +24,10 @@ from schemas.live import SEEN, live_predictions, scorable
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.inference.champion_model import Champion, ChampionHandler, Serving, open_checked
-from transforms.models.bundle import BOOSTER, ENCODERS, MANIFEST, Bundle
+from transforms.models.bundle import Bundle
 from transforms.models.registry import Registry
 from transforms.models.scoring import Pinned, open_scorer, predict
+from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 from transforms.training.fit_encoders import fit
 
 DEFINITION = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -23,100 +22,23 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from beam_pipelines import features, inference
 from beam_pipelines.commands import parity
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas.loading import load_definition
-from tests.beam_pipelines.test_inference_pipeline import DEFINITION, train, write_sources
+from tests.support.live_inference_case import ROWS, House, messages_of
 from transforms.inference import champion_model
 from transforms.inference.champion_model import Champion, Serving, score_live, told_of
 from transforms.inference.live_input import replayed, to_score
 from transforms.inference.live_output import Ledger, Outlet, begin_at, to_packet
 from transforms.lineage.prediction_parity import Rescored, rescore
-from transforms.models.bundle import BOOSTER
-from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, predict
+from transforms.models.scoring import Pinned, open_scorer
 from transforms.records.frame_packets import unpack
 from transforms.records.record_batches import batch
-from transforms.storage.delta_tables import data_files, open_table, read_group
-from transforms.streaming.completeness import FOREVER
-from transforms.streaming.live_tables import Writer, features_live_uri
+from transforms.records.times import FOREVER
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import BOOSTER
+from transforms.streaming.live_tables import Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
-
-ROWS = 2400
-
-
-@dataclasses.dataclass(frozen=True)
-class House:
-    """A store with answers in its live table and three registered versions; 1 is the champion."""
-
-    definition: str
-    store: Path
-
-    def run(self, *flags: str) -> int:
-        common = ["--streaming", "--definition", self.definition, "--store", str(self.store)]
-        return guard(inference.main)([*common, *flags])
-
-    @property
-    def registry(self) -> Registry:
-        return Registry(registry_uri(str(self.store)))
-
-    def status(self, run_id: str) -> dict[str, Any]:
-        return json.loads((self.store / "runs" / run_id / "status.json").read_text())
-
-    def table(self, *place: str) -> pl.DataFrame:
-        table = open_table(str(self.store.joinpath(*place)))
-        assert table is not None
-        return pl.DataFrame(pl.from_arrow(read_group(data_files(table))))
-
-    @property
-    def predictions(self) -> pl.DataFrame:
-        return self.table("predictions_live", "orders")
-
-    def answers(self) -> pa.RecordBatch:
-        view = load_definition(self.definition).view
-        table = open_table(features_live_uri(str(self.store), view.name, view.fingerprint))
-        assert table is not None
-        return read_group(data_files(table))
-
-    def folder(self, version: str) -> Path:
-        return Path(self.registry.locate("orders", version)[1])
-
-    def expected(self, version: str) -> pl.DataFrame:
-        """What a batch job with this version says of the live answers."""
-        made = predict(open_scorer(Pinned(str(self.folder(version)), version)), self.answers())
-        return pl.DataFrame(pl.from_arrow(made)).sort("row_id")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> House:
-    root = tmp_path_factory.mktemp("built")
-    definition, store = root / "definition.py", root / "store"
-    definition.write_text(DEFINITION)
-    source = root / "source"
-    write_sources(source)
-    assert guard(features.main)(["--definition", str(definition), "--store", str(source)]) == 0
-    live = ["--streaming", "--definition", str(definition), "--store", str(store), "--sources", str(source / "sources")]
-    assert guard(features.main)([*live, "--run_id", "live"]) == 0
-    house = House(str(definition), store)
-    for seed in range(3):
-        house.registry.register(train(str(definition), source, seed), f"run-{seed}")
-    house.registry.promote("orders", "1", "a test")
-    return house
-
-
-@pytest.fixture
-def house(built: House, tmp_path: Path) -> Iterator[House]:
-    """A copy with version 1 as champion.  The registry is shared: a copy would still name the files of the first."""
-    shutil.copytree(built.store / "features_live", tmp_path / "store" / "features_live")
-    os.symlink(built.store / "registry", tmp_path / "store" / "registry")
-    shutil.copy(built.definition, tmp_path / "definition.py")
-    house = House(str(tmp_path / "definition.py"), tmp_path / "store")
-    kept = {path: path.read_bytes() for version in "123" for path in house.folder(version).iterdir()}
-    house.registry.promote("orders", "1", "a test")
-    yield house
-    for path, content in kept.items():
-        path.write_bytes(content)
 
 
 class At(logging.Handler):
@@ -258,22 +180,6 @@ def feed(
     if commit:
         ledger.commit(time.time_ns() // 1000)
     return ledger
-
-
-def messages_of(house: House, size: int, partitions: int = 2) -> list[Message]:
-    """The answers as messages of a topic, dealt to its partitions in turn."""
-    view, rows, made, offsets = load_definition(house.definition).view, house.answers(), [], [0] * partitions
-    for number, start in enumerate(range(0, rows.num_rows, size)):
-        partition = number % partitions
-        value = to_arrow(rows.slice(start, size))
-        made.append(
-            Message("orders.features", partition, offsets[partition], 2**50, f"{view.fingerprint}:1".encode(), value)
-        )
-        offsets[partition] += 1
-    ends = [
-        Message("orders.features", number, offset, 2**50, *heartbeat(FOREVER)) for number, offset in enumerate(offsets)
-    ]
-    return [*made, *ends]
 
 
 class Killed(Exception):

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another module)
 """Live jobs over an external worker pool, as Flink runs Python: both jobs in a row, and a pool that stands still."""
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from beam_pipelines import features_streaming as live_features
 from beam_pipelines.runtime import job_supervisor
 from deploy.streaming.processes import Child
 from schemas.loading import load_definition
-from tests.inference.test_live_inference import ROWS, House, built, house  # noqa: F401
-from tests.streaming.test_live_kills import commits, history
 from tests.support.live_fixtures import Live
+from tests.support.live_histories import commits, history
+from tests.support.live_inference_case import ROWS, House
 from tests.support.live_jobs import Stage, await_, end, slots
 from transforms.lineage.feature_parity import check
 from transforms.models.registry import registry_uri
+from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_group
-from transforms.streaming.completeness import FOREVER
-from transforms.streaming.live_tables import features_live_uri
+from transforms.storage.paths import features_live_uri
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]
 ROOT = Path(__file__).parents[2]

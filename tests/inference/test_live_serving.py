@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another module)
 """Live inference on a real broker and a real engine: swaps under load, kills, and what ends up in topic and table."""
 
 from __future__ import annotations
@@ -18,33 +17,17 @@ import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 from beam_pipelines import inference_streaming
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child
-from schemas.loading import load_definition
-from tests.inference.test_live_inference import ROWS, House, built, house, messages_of  # noqa: F401
 from tests.support.live_fixtures import Live
-from transforms.streaming.kafka import Broker, Sender, tell_end
+from tests.support.live_inference_case import ROWS, House, messages_of
+from tests.support.live_serving_case import check, flags, topics
+from transforms.streaming.kafka import Broker, tell_end
 from transforms.streaming.messages import HEARTBEAT
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]
 ROOT = Path(__file__).parents[2]
-
-
-def flags(house: House, live: Live, prefix: str, run_id: str, environment: str = "LOOPBACK") -> list[str]:
-    return [
-        "--streaming", "--source=kafka", "--definition", house.definition, "--store", str(house.store), "--run_id", run_id,
-        "--bootstrap", live.broker.bootstrap, "--expansion_service", live.expansion.address, "--topic_prefix", prefix,
-        *live.options(environment),
-    ]  # fmt: skip
-
-
-def topics(house: House, live: Live, partitions: int = 4) -> tuple[str, Sender, str]:
-    """A prefix of its own, a way to send, and the features topic."""
-    prefix = f"p{random.randrange(10**9)}-"
-    topic = f"{prefix}{load_definition(house.definition).view.name}.features"
-    live.broker.create(topic, partitions=partitions)
-    return prefix, Sender(Broker(live.broker.bootstrap)), topic
 
 
 def topic_rows(live: Live, topic: str) -> pl.DataFrame:
@@ -68,14 +51,6 @@ def topic_rows(live: Live, topic: str) -> pl.DataFrame:
         return pl.concat(frames)
     finally:
         consumer.close()
-
-
-def check(house: House, rows: pl.DataFrame) -> None:
-    """Each row is what a batch job with the version it names says of the answer."""
-    for version in rows["model_version"].unique():
-        expected = house.expected(version)
-        mine = rows.filter(model_version=version).select(expected.columns)
-        assert mine.join(expected, on=expected.columns, how="semi", nulls_equal=True).height == mine.height
 
 
 @pytest.mark.parametrize("environment", ["LOOPBACK", "EXTERNAL"])

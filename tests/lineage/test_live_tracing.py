@@ -11,32 +11,33 @@ import polars as pl
 import pytest
 from mlflow import MlflowClient
 
-from beam_pipelines.commands.tables import tables, trace
+from beam_pipelines.commands.tables import tables
+from beam_pipelines.commands.trace import trace
 from schemas.errors import DataError
-from tests.inference.test_live_inference import House, built, house  # noqa: F401
-from tests.streaming.test_dimensions import SHOPS, asked
-from tests.streaming.test_live import read, view
+from tests.support.live_dimensions_case import SHOPS, asked
+from tests.support.live_inference_case import House
+from tests.support.live_turns import read, view
 from transforms.lineage.live_trace import looked_up, visible_to
 from transforms.models.registry import registry_uri
-from transforms.streaming.live_tables import features_live_uri, sources_root
+from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.micro_batches import cut_of
 
 Out = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def traced(house: House, built: House, monkeypatch: pytest.MonkeyPatch) -> House:  # noqa: F811
+def traced(house: House, built: House, monkeypatch: pytest.MonkeyPatch) -> House:
     """The house with the sources that its answers saw."""
     os.symlink(built.store / "sources", house.store / "sources")
     monkeypatch.setenv("COLUMNS", "400")
     return house
 
 
-def answer_of(house: House, number: int) -> dict[str, object]:  # noqa: F811
+def answer_of(house: House, number: int) -> dict[str, object]:
     return pl.DataFrame(pl.from_arrow(house.answers())).filter(id=number).row(0, named=True)
 
 
-def visible(house: House, row: dict[str, object]) -> dict[str, int]:  # noqa: F811
+def visible(house: House, row: dict[str, object]) -> dict[str, int]:
     """Rows per day that the answer's windows over sales held, found the slow way."""
     cut, at = cut_of(str(row["__cut"])), row["asked_at"]
     sales = read(f"{sources_root(str(house.store))}/sales")

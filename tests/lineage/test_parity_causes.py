@@ -15,7 +15,7 @@ import pytest
 
 from beam_pipelines import features
 from beam_pipelines.commands import parity
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView
 from schemas.live import LIVE_LETTERS
 from tests.support import market
@@ -33,8 +33,9 @@ from transforms.lineage.counted_rows import (
 )
 from transforms.lineage.difference_causes import Full, compare
 from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_live_uri, live_letters_uri
 from transforms.streaming.journal import Journal
-from transforms.streaming.live_tables import NewLetters, Writer, features_live_uri, live_letters_uri
+from transforms.streaming.live_tables import NewLetters, Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.replay import Replay, chunks_of
 from transforms.streaming.shards import RID

@@ -23,8 +23,9 @@ from sklearn.impute import SimpleImputer
 
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
 from schemas.errors import MismatchError
+from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted
-from transforms.training.fit_encoders import LABEL, Fit, Fitting, declared, fit
+from transforms.training.fit_encoders import Fit, Fitting, declared, fit
 
 ALL = {
     "ordinal": encoders.Ordinal(max_size=2),

@@ -11,29 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import xgboost
 
 from schemas.errors import StoreError
-from transforms.models.bundle import BOOSTER, ENCODERS, MANIFEST, Bundle, digest_of, load, save
-from transforms.models.encoders import Encoding, Fitted
+from tests.support.trained_models import trained
+from transforms.models.bundle import Bundle, digest_of, load, save
 from transforms.models.registry import Registry, registry_uri
-
-
-def trained(seed: int = 0, classes: int = 1) -> Bundle:
-    """A real booster over two inputs."""
-    random = np.random.default_rng(seed)
-    matrix = random.normal(size=(200, 2)).astype(np.float32)
-    labels = (matrix[:, 0] > 0).astype(np.float32)
-    params = {"objective": "binary:logistic", "max_depth": 2, "seed": seed, "nthread": 1}
-    booster = xgboost.train(params, xgboost.DMatrix(matrix, labels, feature_names=["x", "n"]), 3)
-    fitted = Fitted((Encoding("x", "float"), Encoding("n", "int64")))
-    manifest = {
-        "model": "delay", "objective": "binary:logistic", "classes": classes, "fingerprint": "f" * 16, "view": "delay",
-        "key": ["id"], "time": "asked_at", "inputs": fitted.inputs, "feature_table": {"uri": "somewhere", "version": 3},
-    }  # fmt: skip
-    return Bundle(bytes(booster.save_raw("ubj")), fitted, manifest)
+from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 
 @pytest.fixture
@@ -278,7 +262,7 @@ def test_mlflow_is_quiet_and_imported_only_when_spoken_to(tmp_path: Path) -> Non
         "import sys; from transforms.models.registry import Registry, registry_uri\n"
         f"r = Registry(registry_uri({str(tmp_path)!r}))\n"
         "r.champion('delay'); assert 'mlflow' not in sys.modules\n"
-        "from tests.models.test_registry import trained\n"
+        "from tests.support.trained_models import trained\n"
         "print(r.register(trained(), 'a'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

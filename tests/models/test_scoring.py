@@ -21,7 +21,7 @@ from schemas import encoders
 from schemas.errors import DefinitionError, MillraceError, MismatchError, StoreError
 from schemas.tables import predictions
 from transforms.models import scoring
-from transforms.models.bundle import BOOSTER, Bundle, digest_of, save
+from transforms.models.bundle import Bundle, digest_of, save
 from transforms.models.encoders import Encoding, Fitted
 from transforms.models.scoring import (
     Pinned,
@@ -34,6 +34,7 @@ from transforms.models.scoring import (
     score,
 )
 from transforms.records.row_hashing import prediction_ids
+from transforms.storage.paths import BOOSTER
 
 CARRIERS = ["AA", "UA", "ZZ"]
 ENCODINGS = (
@@ -262,7 +263,7 @@ def test_score_in_a_pipeline_answers_every_batch_once(folders: dict[str, str], s
 
 
 def test_a_mistake_in_a_pipeline_names_itself(folders: dict[str, str]) -> None:
-    from beam_pipelines.runtime.run_report import recovered
+    from beam_pipelines.runtime.errors import recovered
 
     (wrong,) = pa.Table.from_batches([rows(5)]).drop(["x"]).to_batches()
     with pytest.raises(Exception, match="every input of the model") as caught, Pipeline() as pipeline:

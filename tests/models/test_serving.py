@@ -18,11 +18,11 @@ import pyarrow as pa
 import pytest
 
 from schemas.errors import MismatchError, StoreError
-from tests.models.test_registry import trained
-from transforms.models.bundle import BOOSTER
+from tests.support.trained_models import trained
 from transforms.models.mlflow_pyfunc import _load_pyfunc
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.storage.paths import BOOSTER
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from schemas.errors import ContractError
-from tests.beam_pipelines.test_features_pipeline import answers, letters, run, same
 from tests.support import market
+from tests.support.features_runs import answers, letters, run, same
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_raw

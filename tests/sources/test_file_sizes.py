@@ -12,8 +12,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from tests.beam_pipelines.test_features_pipeline import answers, run, same
 from tests.support import market
+from tests.support.features_runs import answers, run, same
 
 ROOT = Path(__file__).parents[2]
 MEASURED = """

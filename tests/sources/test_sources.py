@@ -17,8 +17,9 @@ from polars.testing import assert_frame_equal
 from schemas import Source
 from schemas.errors import ContractError, DataError
 from transforms.records.record_batches import batch
-from transforms.sources.contracts import EPOCH, MICROSECOND, Contract, holds, judge
-from transforms.sources.inventory import ALWAYS, slices_of
+from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
+from transforms.sources.contracts import Contract, holds, judge
+from transforms.sources.inventory import slices_of
 from transforms.sources.reader import _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import Target, commit, write_files
 

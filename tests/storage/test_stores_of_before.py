@@ -15,7 +15,8 @@ from beam_pipelines.commands import parity
 from tests.support.stores import ARCHIVES, Stored, restored, rows_of
 from transforms.lineage.feature_parity import check
 from transforms.models.bundle import load
-from transforms.storage.delta_tables import open_table, predictions_uri
+from transforms.storage.delta_tables import open_table
+from transforms.storage.paths import predictions_uri
 
 Out = pytest.CaptureFixture[str]
 SIZE = 1_500_000

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from beam_pipelines import cli
-from beam_pipelines.commands.tables import vacuum
+from beam_pipelines.commands.vacuum import vacuum
 from schemas.errors import DefinitionError, StoreError
 from transforms.models.bundle import Bundle
 from transforms.models.encoders import Encoding, Fitted

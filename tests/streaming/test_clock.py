@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import Source
-from transforms.streaming.completeness import ALWAYS, FOREVER, Clock, Rule
+from transforms.records.times import ALWAYS, FOREVER
+from transforms.streaming.completeness import Clock, Rule
 
 times = st.integers(-50, 200)
 # (what, partition, time, µs passed since the step before)

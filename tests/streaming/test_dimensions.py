@@ -13,17 +13,15 @@ import polars as pl
 import pytest
 
 from schemas.errors import ContractError, DataError
-from tests.streaming.test_live import SOURCES, Killed, dying_after, read, run, stream, view
-from tests.support import histories
+from tests.support.live_dimensions_case import SHOPS, asked
+from tests.support.live_turns import SOURCES, Killed, dying_after, read, run, stream, view
 from tests.support.turns import Job
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
+from transforms.storage.paths import features_live_uri, live_letters_uri
 from transforms.streaming.kafka import Broker
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.live_features import Sends
-from transforms.streaming.live_tables import features_live_uri, live_letters_uri
-from transforms.streaming.messages import Message, heartbeat, to_arrow
-
-SHOPS = pl.DataFrame({"k": ["a", "b"], "size": [1, 2], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema_overrides={"size": pl.Int32})  # fmt: skip
+from transforms.streaming.messages import Message, heartbeat
 
 
 def dimensions(folder: Path) -> Dimensions:
@@ -129,22 +127,6 @@ def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(t
             )
             assert found == list(expected)
     assert len(expected) == 3
-
-
-def asked(folder: Path, number: int, run_id: str) -> Job:
-    """A job that has answered a question of its own."""
-    job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, run_id=f"{run_id}{number}")
-    at = histories.at(10 * number)
-    row = {"id": number, "k": "b", "t": at}
-    question = pl.DataFrame([row], schema_overrides=SOURCES["questions"].schema).select(
-        pl.col(name) if name in row else pl.lit(None, kind).alias(name)
-        for name, kind in SOURCES["questions"].schema.items()
-    )
-    until = int((at.timestamp() + 60) * 1e6)
-    messages = [Message("questions", 0, 10 * number, 2**51, None, to_arrow(question))]
-    messages += [Message(name, place, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for place in (0, 1)]  # fmt: skip
-    job.take(messages)
-    return job
 
 
 def test_letters_about_a_dimension_go_to_their_topic_with_the_answers(tmp_path: Path) -> None:

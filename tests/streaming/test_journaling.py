@@ -4,38 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
-from tests.streaming.test_live import SOURCES, run, stream, view
+from tests.support.live_turns import SOURCES, run, stream, view
+from tests.support.state_cells import Cell
 from transforms.records.frame_packets import head_of, pack
 from transforms.streaming.journal_dofn import TimedJournalStep
 from transforms.streaming.mirrored_state import ONE, Live
 from transforms.streaming.recovery import find_start
-
-
-class Cell:
-    """State of a key."""
-
-    def __init__(self) -> None:
-        self.held: Any = None
-        self.many: list[Any] = []
-
-    def read(self) -> Any:
-        return self.held if self.held is not None else self.many
-
-    def write(self, value: Any) -> None:
-        self.held = value
-
-    def add(self, value: Any) -> None:
-        self.many.append(value)
-
-    def clear(self) -> None:
-        self.many = []
-
-    def set(self, _: float) -> None:
-        """As a timer."""
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -14,11 +14,11 @@ import polars as pl
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from tests.streaming.test_live_kills import EVENTS, commits, history
 from tests.support import market
 from tests.support.live_fixtures import Live
+from tests.support.live_histories import EVENTS, commits, history
 from tests.support.live_jobs import Stage, await_, end, slots
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
 from transforms.streaming.messages import to_arrow, to_json
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]

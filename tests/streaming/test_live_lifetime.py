@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from beam_pipelines import features_streaming
 from beam_pipelines.commands import parity
 from schemas import Derived, FeatureView, Latest, Source, Trailing, load_definition
-from tests.beam_pipelines.test_features_pipeline import answers as batch_answers
-from tests.beam_pipelines.test_features_pipeline import run as run_batch
-from tests.features.test_lifetime import definition, same
-from tests.streaming.test_journaling import Cell
-from tests.streaming.test_live import audit, events, placed, questions, run, sales, stream
-from tests.streaming.test_live import read as rows_of
-from tests.streaming.test_live_kills import killed
 from tests.support import histories, market
+from tests.support.features_runs import answers as batch_answers
+from tests.support.features_runs import run as run_batch
+from tests.support.lifetime_case import definition, same
 from tests.support.live_fixtures import Live
+from tests.support.live_histories import killed
+from tests.support.live_turns import audit, events, placed, questions, run, sales, stream
+from tests.support.live_turns import read as rows_of
+from tests.support.state_cells import Cell
 from tests.support.turns import Job
 from transforms.lineage.feature_parity import check
+from transforms.storage.paths import features_live_uri
 from transforms.streaming import recovery
 from transforms.streaming.journal import Turn
-from transforms.streaming.live_tables import features_live_uri
 from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.mirrored_state import load_cells, save_cells
 from transforms.streaming.pane_store import CELLS

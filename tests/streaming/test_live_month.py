@@ -18,7 +18,7 @@ from tests.support.live_fixtures import Live
 from tests.support.live_jobs import high_marks
 from transforms.lineage.feature_parity import check
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.streaming.live_tables import features_live_uri, sources_root
+from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.replay import sources_of
 
 ROOT = Path(__file__).parents[2]

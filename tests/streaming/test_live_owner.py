@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from beam_pipelines import features, features_streaming
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas import load_definition
 from tests.support import market
 from transforms.streaming.store_owner import OWNER, claim

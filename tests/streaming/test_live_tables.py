@@ -12,9 +12,10 @@ import pytest
 from deltalake import DeltaTable
 
 from schemas.errors import StoreError
-from tests.streaming.test_live import audit, run, stream
+from tests.support.live_turns import audit, run, stream
 from transforms.storage.delta_tables import open_table
-from transforms.streaming.live_tables import Writer, app_of, last_told, sources_root
+from transforms.storage.paths import sources_root
+from transforms.streaming.live_tables import Writer, app_of, last_told
 
 
 @contextlib.contextmanager

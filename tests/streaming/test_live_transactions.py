@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another module)
 """Transactional producers on a real broker: what was aborted is no row, and what transactions leave in a partition holds nothing up."""
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import pytest
 from confluent_kafka import Producer
 
 from beam_pipelines import inference_streaming
-from beam_pipelines.runtime.run_report import guard
-from tests.inference.test_live_inference import ROWS, House, built, house, messages_of  # noqa: F401
-from tests.inference.test_live_serving import check, flags, topics
+from beam_pipelines.runtime.errors import guard
 from tests.support import market
 from tests.support.live_fixtures import Live
+from tests.support.live_inference_case import ROWS, House, messages_of
 from tests.support.live_jobs import END, Slot, Stage, slots
-from transforms.streaming.completeness import FOREVER
+from tests.support.live_serving_case import check, flags, topics
+from transforms.records.times import FOREVER
 from transforms.streaming.kafka import Broker, begin_offsets, end_offsets
 from transforms.streaming.kafka_admin import first_record, unread
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from transforms.streaming.completeness import ALWAYS
+from transforms.records.times import ALWAYS
 from transforms.streaming.messages import LETTERS
 from transforms.streaming.micro_batches import AGAIN, PATIENCE, SKIPPED, Micro, in_order, nothing_there
 

@@ -12,12 +12,13 @@ import pytest
 
 from beam_pipelines import features, features_streaming
 from beam_pipelines.commands import parity
-from beam_pipelines.runtime.run_report import guard
+from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
 from tests.support import market
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.paths import features_live_uri, live_letters_uri
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import UnknownIds, features_live_uri, live_letters_uri
+from transforms.streaming.live_tables import UnknownIds
 from transforms.streaming.messages import decode, from_arrow
 from transforms.streaming.replay import Replay, chunks
 

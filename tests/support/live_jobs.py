@@ -24,7 +24,7 @@ from tests.support import market
 from tests.support.live_fixtures import Live
 from transforms.lineage.feature_parity import check
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.streaming.live_tables import features_live_uri, live_letters_uri, sources_root
+from transforms.storage.paths import features_live_uri, live_letters_uri, sources_root
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow
 from transforms.streaming.replay import sources_of
 

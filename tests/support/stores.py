@@ -16,8 +16,8 @@ from beam_pipelines import cli
 from schemas import FeatureView, load_definition
 from tests.support.turns import Job, unread
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.delta_tables import data_files, features_uri, open_table, read_file
-from transforms.streaming.live_tables import features_live_uri
+from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.paths import features_live_uri, features_uri
 from transforms.streaming.messages import Message
 from transforms.streaming.replay import sources_of
 

@@ -13,13 +13,13 @@ from apache_beam import pvalue
 from beam_pipelines import features
 from beam_pipelines.features import Options, Work
 from schemas import FeatureView
-from transforms.features.block_inputs import Tally, add_tallies, conserve
 from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import Carried, Chain, Segment, Summarise, merge_in_order, remove_parts
 from transforms.features.manifest_store import WriteManifest
 from transforms.features.plan import Plan
 from transforms.features.shuffle import Route, routes
 from transforms.features.trailing_features import ComputeBlock, ComputeGathered
+from transforms.sources.tallies import Tally, add_tallies, conserve
 from transforms.storage.delta_tables import Target, commit, write_files
 
 

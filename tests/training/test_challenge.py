@@ -15,13 +15,14 @@ from sklearn.metrics import roc_auc_score
 from beam_pipelines import cli, features, training
 from schemas.errors import GateError, MismatchError
 from schemas.loading import load_definition
-from tests.beam_pipelines.test_training_pipeline import account, flags
+from schemas.splits import LABEL
 from tests.support import shop
+from tests.support.training_pipeline_case import account, flags
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
-from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_uri
 from transforms.training.champion_rows import OwnTable, own_rows
-from transforms.training.examples import LABEL
 
 # The same problem from less: neither the shop nor the visitor's age.
 POOR = shop.DEFINITION.replace('Derived(age=pl.col("age"), hour=pl.col("asked").dt.hour())', 'Derived(hour=pl.col("asked").dt.hour())').replace(

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 from beam_pipelines import features, training
 from schemas import encoders
+from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted, columns_needed
 from transforms.models.mlflow_pyfunc import Served
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
 from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
 from transforms.training.data_checks import Level, Suspect
-from transforms.training.fit_encoders import LABEL, Fitting
+from transforms.training.fit_encoders import Fitting
 from transforms.validation.numeric_sketch import Numbers
 
 LOW, HIGH = -(2**63), 2**63 - 1

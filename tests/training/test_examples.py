@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_pipelines import features, training
+from schemas.splits import SPLITS
 from tests.support import shop
 from transforms.storage import tfrecord_codec
 from transforms.storage.tfrecord_io import read_examples
 from transforms.training import examples
 from transforms.training.examples import Account, Plan
-from transforms.training.labels import SPLITS
 
 SCHEMA = pa.schema([
     ("a float with a long name é", pa.float32()), ("d", pa.float64()), ("i", pa.int64()), ("s", pa.string()), ("b", pa.bool_()),

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
-from transforms.training.fit_encoders import LABEL, fit
-from transforms.training.labels import LABEL_TIME
+from schemas.splits import LABEL, LABEL_TIME
+from transforms.training.fit_encoders import fit
 from transforms.training.target_encoding import hindsight
 
 SPINE = Source("spine", time="t", columns={"k": pl.Int64, "word": pl.String, "x": pl.Float32})

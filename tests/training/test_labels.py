@@ -13,6 +13,7 @@ from polars.testing import assert_frame_equal
 
 from schemas import Label, Source, TimeSplit
 from schemas.errors import DataError
+from schemas.splits import SPLITS
 from transforms.training import labels
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -154,7 +155,7 @@ def test_an_absent_label_may_have_a_value() -> None:
 )  # fmt: skip
 def test_what_cannot_be_learnt_is_refused(objective: str, counts: Any, seen: Any, words: str) -> None:
     if counts is None:
-        counts = {name: labels.Counts(5, 0, 0, 0, 5) for name in labels.SPLITS}
-        seen = {name: {0.0: 1, 1.0: 4} for name in labels.SPLITS} | seen
+        counts = {name: labels.Counts(5, 0, 0, 0, 5) for name in SPLITS}
+        seen = {name: {0.0: 1, 1.0: 4} for name in SPLITS} | seen
     with pytest.raises(DataError, match=words):
         labels.check(objective, counts, seen)

@@ -16,7 +16,7 @@ from scipy.stats import qmc
 
 from schemas import Search
 from schemas.errors import DataError, DefinitionError
-from tests.training.test_training import examples, model, study
+from tests.support.training_case import examples, model, study
 from transforms.training import xgboost_data
 from transforms.training.fit_encoders import fit
 from transforms.training.hyperparameter_search import (

@@ -9,7 +9,8 @@ from beam_pipelines.cli import main
 from beam_pipelines.runtime.run_report import read_json
 from schemas.loading import load_definition
 from tests.support import shop
-from transforms.storage.delta_tables import features_uri, newest
+from transforms.storage.delta_tables import newest
+from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import committed_statistics
 
 

@@ -16,7 +16,7 @@ from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.run_report import execute
 from schemas.errors import AnomalyError, ContractError, DefinitionError
-from transforms.features.block_inputs import Tally
+from transforms.sources.tallies import Tally
 from transforms.storage.delta_tables import CommitFiles, Committed, Target, WriteFiles, newest
 from transforms.validation.publish_check import (
     AlsoChecked,

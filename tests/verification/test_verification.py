@@ -23,10 +23,10 @@ from beam_pipelines.commands import verify
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing, load_definition
 from schemas.arithmetic import in_64_bits
 from schemas.errors import ContractError, MismatchError
-from tests.beam_pipelines.test_features_pipeline import answers, table_of
-from tests.features.test_kernels import same
 from tests.support import market, oracles
+from tests.support.features_runs import answers, table_of
 from tests.support.histories import T0, at, histories, many_questions, view
+from tests.support.kernels_case import same
 from transforms.features import column_reuse
 from transforms.features import kernel as kernels
 from transforms.features.kernel import compute
@@ -34,8 +34,10 @@ from transforms.features.trailing_features import features_batch
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import DataFile, data_files, newest, open_table, write_files
-from transforms.verification import Amount, Files, Frames, Verification, Verified, recompute
+from transforms.verification.check import Amount, Verification, Verified
 from transforms.verification.plain_expressions import evaluate, stored
+from transforms.verification.plain_features import recompute
+from transforms.verification.plain_sources import Files, Frames
 from transforms.verification.plain_statistics import quantile, statistic, variance, variances_allowed
 from transforms.verification.sample import choose, choose_files, lifetime_groups
 
@@ -535,7 +537,7 @@ def test_a_table_that_exists_is_verified_and_one_bit_is_found(
 
 def test_live_answers_are_verified_by_what_they_could_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from beam_pipelines import features_streaming
-    from transforms.streaming.live_tables import features_live_uri
+    from transforms.storage.paths import features_live_uri
 
     files, store = tmp_path / "files", tmp_path / "store"
     market.write(files, market.spoiled(market.sources()))

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from schemas import Gates, Model
 from schemas.models import RISING
+from schemas.splits import LABEL
 from schemas.tables import scores
 from transforms.evaluation import metrics as measures
 from transforms.evaluation.bootstrap import (
@@ -29,7 +30,6 @@ from transforms.evaluation.metrics import Tally, auc_error, metrics
 from transforms.models.scoring import carried_name
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
-from transforms.training.fit_encoders import LABEL
 
 # (column, value as text or None) of each column of a slice; () is the whole.
 Key = tuple[tuple[str, str | None], ...]

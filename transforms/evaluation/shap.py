@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas import Model
+from schemas.splits import LABEL
 from transforms.models.encoders import column_of, numbers, texts
 from transforms.models.scoring import Pinned, Scorer, open_scorer, score
 from transforms.records.row_hashing import mix
-from transforms.training.fit_encoders import LABEL
 
 # Most rows sampled, and the work for which as many of them are explained as it allows: a row costs leaves × depth².
 ROWS = 2000

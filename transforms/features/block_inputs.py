@@ -3,91 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 
-from schemas.errors import DataError
 from schemas.features import Lookup
-from schemas.tables import DEAD_LETTERS
 from schemas.views import FeatureView
 from transforms.features.plan import Block, Plan
-from transforms.records.record_batches import batch
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import Digests, add
+from transforms.sources.day_digests import add
+from transforms.sources.dead_letters import concat_letters
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import LETTERS, Read, read_slices, stream_slices, without_repeats
-from transforms.storage.delta_tables import DataFile
+from transforms.sources.reader import Read, locate, read_slices, stream_slices, without_repeats
+from transforms.sources.tallies import AS_EVENTS, Tally
 
-Written = list[tuple[DataFile, dict[str, str]]]
-
-
-COUNTS = ("read", "used", "outside", "repeated", "dead")
-AS_EVENTS = " (as events)"
 ONE_ROW = "one key has one row (the smallest was kept)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tally:
-    """Rows of one source, each counted in exactly one place: read = used + outside + repeated + dead.
-
-    Of a spine `used` rows were answered; of events they lie within some window's reach; `outside` lie beyond all.
-    `digests` are those of its days where a block was asked for them.
-    """
-
-    source: str
-    read: int = 0
-    used: int = 0
-    outside: int = 0
-    repeated: int = 0
-    dead: int = 0
-    digests: Digests = dataclasses.field(default_factory=dict)
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.source,
-            **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
-            digests=add([self.digests, other.digests]),
-        )
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in COUNTS}
-
-    @property
-    def conserved(self) -> bool:
-        return self.read == self.used + self.outside + self.repeated + self.dead
-
-
-def add_tallies(tallies: Iterable[Tally | Mapping[str, Tally]]) -> dict[str, Tally]:
-    """Sums per source, in any order of merging."""
-    result: dict[str, Tally] = {}
-    for each in tallies:
-        for tally in [each] if isinstance(each, Tally) else each.values():
-            result[tally.source] = result[tally.source] + tally if tally.source in result else tally
-    return result
-
-
-def conserve(files: Written, tallies: Mapping[str, Tally], spine: str) -> Written:
-    """`files` if every row read is accounted for and every question is answered in them.
-
-    Raises:
-        DataError: nothing is committed then.
-    """
-    lost = [tally for tally in tallies.values() if not tally.conserved]
-    answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
-    if lost or answered != tallies.get(spine, Tally(spine)).used:
-        raise DataError("Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
-                        f"{answered} answers to {tallies.get(spine, Tally(spine)).used} questions; {lost or 'accounts balance'}",
-                        "Nothing was committed; a source may have changed while it was read: run the same command again")  # fmt: skip
-    return files
-
-
-def digests_read(tallies: Mapping[str, Tally]) -> dict[str, Digests]:
-    """Digests by day per source."""
-    return {label.removesuffix(AS_EVENTS): tally.digests for label, tally in tallies.items() if tally.digests}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,37 +170,3 @@ def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.D
     frame = frame.unique().sort([*by, *(name for name in frame.columns if name not in by)])
     kept = frame.unique(by, keep="first", maintain_order=True)
     return kept, frame.join(kept, on=frame.columns, how="anti", nulls_equal=True)
-
-
-def locate(
-    contract: Contract, slices: Sequence[Slice], rows: pl.DataFrame, key: Sequence[str], rule: str
-) -> pl.DataFrame:
-    """Dead letters for every occurrence of `rows` in their files."""
-    parts = []
-    for each in slices if len(rows) else ():
-        found = read_slices(contract, [each], numbered=True).frame.join(
-            rows, on=rows.columns, how="semi", nulls_equal=True
-        )
-        value = pl.concat_str([pl.col(name).cast(pl.String).fill_null("null") for name in key], separator=", ")
-        time = pl.col(contract.source.time).to_physical() if contract.source.time is not None else pl.lit(0, pl.Int64)
-        parts.append(found.select(
-            pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
-            pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
-        ))  # fmt: skip
-    return concat_letters(parts)
-
-
-def concat_letters(letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Letters of several reads."""
-    return pl.concat([pl.DataFrame(schema=LETTERS), *letters])
-
-
-def letters_batch(view: FeatureView, letters: Sequence[pl.DataFrame]) -> pa.RecordBatch:
-    """Dead letters as a RecordBatch of `DEAD_LETTERS`; those without any time are dated 1970-01-01."""
-    date = pl.col("time").clip(0).cast(pl.Datetime("us")).dt.date().alias("date")
-    return batch(
-        concat_letters(letters)
-        .with_columns(date, pl.lit(view.name).alias("view"))
-        .sort("date", "source", "file", "row"),
-        DEAD_LETTERS,
-    )

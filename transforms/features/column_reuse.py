@@ -26,16 +26,14 @@ import polars as pl
 from schemas.durations import DAY, instant
 from schemas.errors import ContractError, StoreError
 from schemas.expressions import columns_of
-from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
+from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.kernel import Gather, Reading, compute, gathered
-from transforms.features.lifetime_summaries import is_lifetime
 from transforms.features.staleness import (
     VERSION,
     Current,
     Manifest,
-    as_date,
     digests_now,
     digests_within,
     dimensions_digest,
@@ -43,6 +41,7 @@ from transforms.features.staleness import (
     read_anew,
 )
 from transforms.records.row_hashing import row_ids
+from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests
 from transforms.sources.inventory import Inventory, Slice, open_parquet

@@ -25,13 +25,14 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.expressions import canonical
-from schemas.features import Derived, Latest, Lookup, Trailing
-from schemas.views import FeatureView
-from transforms.features.block_inputs import Input, letters_batch, settle_events
-from transforms.features.lifetime_summaries import Summary, is_lifetime, merge, summarise, summary_name
+from schemas.features import Derived, Latest, Lookup, Trailing, is_lifetime
+from schemas.views import FeatureView, lifetime_sources
+from transforms.features.block_inputs import Input, settle_events
+from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
 from transforms.features.plan import Block, Plan
-from transforms.features.staleness import lifetime_sources
-from transforms.sources.inventory import ALWAYS, Slice
+from transforms.records.times import ALWAYS
+from transforms.sources.dead_letters import letters_batch
+from transforms.sources.inventory import Slice
 from transforms.sources.reader import CHUNK, read_slices
 from transforms.storage.delta_tables import write_aside
 

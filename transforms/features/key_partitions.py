@@ -17,13 +17,15 @@ import polars as pl
 from schemas.expressions import canonical, columns_of
 from schemas.features import ORDERED, Latest, Lookup, Trailing
 from schemas.views import FeatureView
-from transforms.features.block_inputs import Input, Tally, concat_letters, label, settle_events
+from transforms.features.block_inputs import Input, label, settle_events
 from transforms.features.kernel import Reading, computing, gathered
 from transforms.features.lifetime_summaries import Summary, summary_name
 from transforms.features.long_windows import Part, divide, position
 from transforms.features.plan import Block, Plan
 from transforms.records.disk_partitions import Spill, part_of, places_by_part
-from transforms.sources.reader import CHUNK, LETTERS, Read
+from transforms.sources.dead_letters import LETTERS, concat_letters
+from transforms.sources.reader import CHUNK, Read
+from transforms.sources.tallies import Tally
 
 log = logging.getLogger("millrace.features")
 

@@ -33,13 +33,6 @@ class Summary:
     length: int | None = None
 
 
-def is_lifetime(feature: object) -> bool:
-    """Whether some window of `feature` has no beginning."""
-    if isinstance(feature, Trailing):
-        return any(each.length is None for each in feature.statistics)
-    return isinstance(feature, Latest) and feature.length is None
-
-
 def summary_name(source: str, keys: Sequence[tuple[str, str]], where: str | None) -> str:
     """Under which name the summary of a group's events stands among a kernel's tables."""
     return f"{source} by {','.join(column for _, column in keys)} where {where}: summary"

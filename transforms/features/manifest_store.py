@@ -12,10 +12,10 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
-from transforms.features.block_inputs import Tally, digests_read
 from transforms.features.column_reuse import Older, told_by
 from transforms.features.history_snapshots import Carried, left_for_later
 from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
+from transforms.sources.tallies import Tally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, root_of, write_aside
 from transforms.storage.paths import folders

@@ -16,8 +16,9 @@ import polars as pl
 from schemas.durations import DAY
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.sources.contracts import EPOCH, Contract, day_of
-from transforms.sources.inventory import ALWAYS, Inventory, Slice, take_inventory
+from transforms.records.times import ALWAYS, EPOCH, day_of
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import Inventory, Slice, take_inventory
 from transforms.sources.reader import repeats_of
 from transforms.storage.delta_tables import days_between
 

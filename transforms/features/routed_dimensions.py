@@ -11,13 +11,13 @@ import polars as pl
 
 from schemas.features import Lookup
 from schemas.views import FeatureView
-from transforms.features.block_inputs import ONE_ROW, Input, dimension_rows, locate, losing, tell_dimension
+from transforms.features.block_inputs import ONE_ROW, Input, dimension_rows, losing, tell_dimension
 from transforms.features.kernel import Gather, Reading, gathered
 from transforms.features.plan import BLOCK_ROWS, Plan
 from transforms.records.disk_partitions import Spill
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK, stream_slices
+from transforms.sources.reader import CHUNK, locate, stream_slices
 
 
 def routing(plan: Plan, gather: Gather = gathered) -> Gather:

@@ -10,13 +10,15 @@ import polars as pl
 from apache_beam import pvalue
 
 from schemas.views import FeatureView
-from transforms.features.block_inputs import Tally, label, letters_batch
+from transforms.features.block_inputs import label
 from transforms.features.plan import Plan
 from transforms.records.prefetch import Ahead
 from transforms.records.record_batches import frame, from_ipc, to_ipc
 from transforms.sources.contracts import Contract
+from transforms.sources.dead_letters import LETTERS, letters_batch
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK, LETTERS, Read, stream_slices
+from transforms.sources.reader import CHUNK, Read, stream_slices
+from transforms.sources.tallies import Tally
 
 SPINE = ""
 Routed = tuple[int, tuple[str, bytes]]

@@ -6,16 +6,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
 
 from schemas.durations import DAY
 from schemas.errors import StoreError
-from schemas.views import FeatureView
-from transforms.features.lifetime_summaries import is_lifetime
+from schemas.views import FeatureView, lifetime_sources
 from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
 from transforms.sources.inventory import Inventory, Slice
@@ -292,16 +291,6 @@ def _signed(value: tuple[int, int]) -> tuple[int, int]:
     return value[0], value[1] - 2**64 if value[1] >= 2**63 else value[1]
 
 
-def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
-    """Sources over which some window has no beginning."""
-    return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]
-
-
-def reached_from(view: FeatureView, source: str, moment: int) -> int:
-    """The earliest time (µs) of a source's rows that a question at `moment` can see."""
-    return -(2**62) if source in lifetime_sources(view) else moment - view.reach(source)
-
-
 def history_digest(
     sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
 ) -> int:
@@ -389,10 +378,6 @@ def _why(
                 more = f" and {len(changed) - 1} more days" if len(changed) > 1 else ""
                 causes.append(f"{kind}{name} changed on {as_date(changed[0])}{more}")
     return "; ".join(causes) or "its inputs changed before the last run, which did not compute it"
-
-
-def as_date(day: int) -> date:
-    return date(1970, 1, 1) + timedelta(days=day)
 
 
 def advance(

@@ -18,7 +18,6 @@ from apache_beam import pvalue, typehints
 from schemas.views import FeatureView
 from transforms.features.block_inputs import (
     Input,
-    letters_batch,
     read_dimension,
     read_events,
     read_spine,
@@ -36,6 +35,7 @@ from transforms.features.shuffle import SPINE, Route, gathered_read, received, r
 from transforms.records.prefetch import Ahead
 from transforms.records.record_batches import batch
 from transforms.records.row_hashing import row_ids
+from transforms.sources.dead_letters import letters_batch
 
 log = logging.getLogger("millrace.features")
 

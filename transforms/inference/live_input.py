@@ -17,12 +17,11 @@ from schemas.views import FeatureView
 from transforms.inference.champion_model import TOLD
 from transforms.records.frame_packets import pack
 from transforms.records.record_batches import batch
+from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, read_file, root_of
-from transforms.streaming.completeness import FOREVER
-from transforms.streaming.live_tables import features_live_uri
+from transforms.storage.paths import features_live_uri
 from transforms.streaming.messages import HEARTBEAT, LETTERS, Message, by_partition, heartbeat, to_arrow
-from transforms.streaming.mirrored_state import now_us
 
 # Messages of a batch: bounds what a worker holds while a job catches up.
 MESSAGES = 200

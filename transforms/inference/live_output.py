@@ -30,14 +30,14 @@ from transforms.models.scoring import ARM
 from transforms.records.frame_packets import head_of, unpack
 from transforms.records.garbage_collection import spare_imports
 from transforms.records.record_batches import frame
+from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_tables import open_table
-from transforms.streaming.completeness import FOREVER
 from transforms.streaming.kafka import ROWS, Broker, letter_messages
 from transforms.streaming.kafka_admin import FirstThere
 from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
 from transforms.streaming.messages import LETTERS, Decoded, to_arrow
 from transforms.streaming.micro_batches import SKIPPED, Micro, in_order, micro_packet, micros, nothing_there, packets_of
-from transforms.streaming.mirrored_state import BAG, HEAD, ONE, Keyed, Mirror, StateParam, now_us, read_head, write_head
+from transforms.streaming.mirrored_state import BAG, HEAD, ONE, Keyed, Mirror, StateParam, read_head, write_head
 
 # Reigns (a model in a worker) whose beginning the status tells.
 REIGNS = 50

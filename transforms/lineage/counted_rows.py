@@ -34,10 +34,11 @@ from transforms.lineage.feature_parity import (
 )
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import judge
-from transforms.sources.inventory import Inventory, source_uri, take_inventory
+from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
 from transforms.storage.delta_tables import data_files, open_table, read_file, root_of
-from transforms.streaming.live_tables import app_of, last_told, sources_root
+from transforms.storage.paths import source_uri, sources_root
+from transforms.streaming.live_tables import app_of, last_told
 from transforms.streaming.micro_batches import PLACE, rid
 from transforms.streaming.shards import RID
 

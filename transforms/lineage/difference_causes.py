@@ -18,13 +18,12 @@ import numpy as np
 import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
-from schemas.views import FeatureView
-from transforms.features.staleness import reached_from
+from schemas.views import FeatureView, reached_from
 from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
 from transforms.lineage.feature_parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import features_live_uri
 from transforms.streaming.micro_batches import PLACE
 
 EXAMPLES = 3

@@ -21,14 +21,13 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
 from schemas.live import LIVE_LETTERS, accepted, repeats_by
-from schemas.views import FeatureView
+from schemas.views import FeatureView, lifetime_sources, reached_from
 from transforms.features.kernel import compute
-from transforms.features.staleness import lifetime_sources, reached_from
 from transforms.records.row_hashing import row_ids
-from transforms.sources.inventory import source_uri
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.streaming.live_tables import app_of, last_told
 from transforms.streaming.micro_batches import PLACE, cut_of, rid
 from transforms.streaming.shards import RID
 

@@ -10,12 +10,10 @@ from typing import Any
 import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
-from schemas.views import FeatureView
-from transforms.features.staleness import reached_from
+from schemas.views import FeatureView, reached_from
 from transforms.lineage.feature_parity import seen_of
-from transforms.sources.inventory import source_uri
 from transforms.storage.delta_tables import open_table
-from transforms.streaming.live_tables import sources_root
+from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.micro_batches import cut_of
 
 

@@ -19,12 +19,13 @@ from schemas.views import FeatureView
 from transforms.lineage.feature_parity import NEVER, Seen, seen_of
 from transforms.records.record_batches import frame
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import source_uri
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import features_live_uri, sources_root
 from transforms.streaming.micro_batches import PLACE, cut_of
-from transforms.verification import Frames, Verified, choose, choose_files, every_row, verify_rows
+from transforms.verification.check import Verified, verify_rows
+from transforms.verification.plain_sources import Frames
+from transforms.verification.sample import choose, choose_files, every_row
 
 # Answers whose sources are read together.
 AT_ONCE = 5_000

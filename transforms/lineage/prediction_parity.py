@@ -15,7 +15,7 @@ from transforms.models.scoring import Pinned, Scorer, open_scorer, predict
 from transforms.records.record_batches import batch, frame
 from transforms.records.value_text import shown
 from transforms.storage.delta_tables import data_files, open_table, read_group
-from transforms.streaming.live_tables import features_live_uri
+from transforms.storage.paths import features_live_uri
 
 EXAMPLES = 3
 

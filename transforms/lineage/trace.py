@@ -13,9 +13,9 @@ from deltalake import DeltaTable
 
 from schemas.durations import DAY
 from schemas.errors import DataError, DefinitionError, StoreError
-from schemas.views import FeatureView
+from schemas.views import FeatureView, lifetime_sources, reached_from
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import VERSION, Manifest, lifetime_sources, reached_from
+from transforms.features.staleness import VERSION, Manifest
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, root_of

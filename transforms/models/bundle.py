@@ -18,9 +18,9 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from transforms.models.encoders import Fitted
+from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 FORMAT = 1
-BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
 _REQUIRED = ("model", "objective", "classes", "fingerprint", "view", "key", "time", "inputs")
 _RESTORE = "Restore the file from a backup, or train and register the model again"
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from schemas.errors import MillraceError, MismatchError
-from transforms.models.bundle import MANIFEST, read_bytes
+from transforms.models.bundle import read_bytes
 from transforms.models.registry import Registry
+from transforms.storage.paths import MANIFEST
 
 log = logging.getLogger("millrace.training")
 

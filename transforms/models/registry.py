@@ -22,7 +22,8 @@ from urllib.parse import unquote, urlparse
 
 from schemas.errors import StoreError
 from schemas.tables import scores
-from transforms.models.bundle import FORMAT, MANIFEST, Bundle, check_digest, digest_of, load, read_bytes, save
+from transforms.models.bundle import FORMAT, Bundle, check_digest, digest_of, load, read_bytes, save
+from transforms.storage.paths import MANIFEST
 
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from schemas.models import RISING
+from schemas.splits import SPLITS
 from transforms.reports import charts
 from transforms.reports.charts import Axis
 from transforms.reports.markup import (  # fmt: skip
@@ -30,7 +31,6 @@ from transforms.reports.markup import (  # fmt: skip
     tag,
     text,
 )
-from transforms.training.labels import SPLITS
 
 Content = Mapping[str, Any]
 # Columns of drift, trials and points of a learning curve that are drawn.

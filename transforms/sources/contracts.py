@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
-from schemas.durations import DAY, instant, microseconds
+from schemas.durations import instant, microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
+from transforms.records.times import EPOCH, MICROSECOND
+from transforms.sources.dead_letters import LETTER
 
-MICROSECOND = timedelta(microseconds=1)
 # Polars prints times to the year 262 143.
 _PRINTED = 2**62
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Columns of a dead letter, as far as they are known before its file is.
-LETTER = {"place": pl.Int64, "field": pl.String, "rule": pl.String, "value": pl.String, "time": pl.Int64}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,8 +230,3 @@ def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
     if isinstance(dtype, pl.Datetime):
         return pl.col(name).to_physical().clip(-_PRINTED, _PRINTED).cast(dtype).cast(pl.String)
     return pl.col(name).cast(pl.String)
-
-
-def day_of(microsecond: int) -> date:
-    """UTC date of an instant in µs."""
-    return date(1970, 1, 1) + timedelta(days=microsecond // DAY)

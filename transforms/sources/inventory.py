@@ -21,10 +21,10 @@ from schemas.durations import DAY
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.sources.contracts import EPOCH, MICROSECOND, Contract, Partitions, fits
+from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
+from transforms.sources.contracts import Contract, Partitions, fits
 from transforms.storage.delta_tables import WRITERS, open_table, paths_of, root_of
-
-ALWAYS = -(2**62)
+from transforms.storage.paths import source_uri
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Slice:
     low: int
     high: int
     stamp: str = ""
-
-
-def source_uri(root: str, source: str) -> str:
-    return FileSystems.join(root, source)
 
 
 def version_of(root: str, source: Source) -> int | None:

@@ -14,24 +14,16 @@ import pyarrow as pa
 
 from schemas.errors import ContractError
 from schemas.sources import Source
+from transforms.records.times import ALWAYS
 from transforms.sources.contracts import Contract, judge
 from transforms.sources.day_digests import Digests, day_digests, subtract
-from transforms.sources.inventory import ALWAYS, Slice, open_parquet, stamp_of
+from transforms.sources.dead_letters import LETTERS, concat_letters
+from transforms.sources.inventory import Slice, open_parquet, stamp_of
 
 # Rows that a read in pieces holds at once.
 CHUNK = 500_000
 # Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
 REPEATS_AT_ONCE = 4_000_000
-# Columns of dead letters with their place; `time` in µs decides their date.
-LETTERS = {
-    "source": pl.String,
-    "file": pl.String,
-    "row": pl.Int64,
-    "field": pl.String,
-    "rule": pl.String,
-    "value": pl.String,
-    "time": pl.Int64,
-}
 
 
 # Place of a slice → the first plausible time in it, µs.
@@ -320,3 +312,21 @@ def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame |
     keep = np.ones(len(frame), np.bool_)
     keep[dropped.to_numpy()] = False
     return frame.filter(pl.Series(keep))
+
+
+def locate(
+    contract: Contract, slices: Sequence[Slice], rows: pl.DataFrame, key: Sequence[str], rule: str
+) -> pl.DataFrame:
+    """Dead letters for every occurrence of `rows` in their files."""
+    parts = []
+    for each in slices if len(rows) else ():
+        found = read_slices(contract, [each], numbered=True).frame.join(
+            rows, on=rows.columns, how="semi", nulls_equal=True
+        )
+        value = pl.concat_str([pl.col(name).cast(pl.String).fill_null("null") for name in key], separator=", ")
+        time = pl.col(contract.source.time).to_physical() if contract.source.time is not None else pl.lit(0, pl.Int64)
+        parts.append(found.select(
+            pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
+            pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
+        ))  # fmt: skip
+    return concat_letters(parts)

@@ -47,18 +47,6 @@ WRITERS = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 TRIES, FIRST_WAIT, LONGEST_WAIT = 20, 0.02, 2.0
 
 
-def features_uri(store: str, view: str, fingerprint: str) -> str:
-    return FileSystems.join(store, "features", view, fingerprint)
-
-
-def predictions_uri(store: str, model: str) -> str:
-    return FileSystems.join(store, "predictions", model)
-
-
-def dead_letters_uri(store: str, pipeline: str) -> str:
-    return FileSystems.join(store, "dead_letters", pipeline)
-
-
 @dataclasses.dataclass(frozen=True)
 class DataFile:
     """A Parquet file of a table: full path, its partition values, rows and bytes."""
@@ -444,3 +432,6 @@ def _in_a_line(error: BaseException) -> str:
     """The error in one line; delta-rs tells causes in lines of their own, with arrows and colours."""
     lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
     return ": ".join(filter(None, lines))[:300] or type(error).__name__
+
+
+Written = list[tuple[DataFile, dict[str, str]]]

@@ -8,6 +8,8 @@ from apache_beam.io.filesystems import FileSystems
 
 from transforms.storage.delta_log import root_of, versions
 
+BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
+
 # Folder to how many folders below it its tables are.
 PLACES = {"features": 2, "features_live": 2, "predictions": 1, "predictions_live": 1, "dead_letters": 1, "sources": 1}
 
@@ -38,3 +40,31 @@ def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
 def place_of(uri: str) -> str:
     """A feature table's path within its store: stores may be moved."""
     return "/".join(root_of(uri).split("/")[-3:])
+
+
+def features_uri(store: str, view: str, fingerprint: str) -> str:
+    return FileSystems.join(store, "features", view, fingerprint)
+
+
+def predictions_uri(store: str, model: str) -> str:
+    return FileSystems.join(store, "predictions", model)
+
+
+def dead_letters_uri(store: str, pipeline: str) -> str:
+    return FileSystems.join(store, "dead_letters", pipeline)
+
+
+def features_live_uri(store: str, view: str, fingerprint: str) -> str:
+    return FileSystems.join(store, "features_live", view, fingerprint)
+
+
+def live_letters_uri(store: str, view: str) -> str:
+    return FileSystems.join(store, "dead_letters", f"live_{view}")
+
+
+def sources_root(store: str) -> str:
+    return FileSystems.join(store, "sources")
+
+
+def source_uri(root: str, source: str) -> str:
+    return FileSystems.join(root, source)

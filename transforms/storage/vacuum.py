@@ -16,10 +16,9 @@ from datetime import UTC, datetime, timedelta
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
-from transforms.models.bundle import MANIFEST
 from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
 from transforms.storage.delta_tables import open_table, paths_of, root_of
-from transforms.storage.paths import place_of
+from transforms.storage.paths import MANIFEST, place_of
 from transforms.storage.run_markers import MARK, Running
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"

@@ -13,8 +13,7 @@ from typing import Any
 
 from schemas.durations import microseconds
 from schemas.sources import Source
-
-ALWAYS, FOREVER = -(2**62), 2**62
+from transforms.records.times import ALWAYS, FOREVER
 
 
 @dataclasses.dataclass

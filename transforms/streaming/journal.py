@@ -16,11 +16,11 @@ import polars as pl
 
 from schemas.live import repeats_by
 from schemas.sources import Source
-from schemas.views import FeatureView
-from transforms.features.staleness import lifetime_sources
+from schemas.views import FeatureView, lifetime_sources
 from transforms.records.frame_packets import Frames, pack
 from transforms.records.row_hashing import row_ids
-from transforms.streaming.completeness import ALWAYS, FOREVER, Clock, Rule
+from transforms.records.times import ALWAYS, FOREVER
+from transforms.streaming.completeness import Clock, Rule
 from transforms.streaming.messages import LETTERS, ORIGIN
 from transforms.streaming.micro_batches import (
     PLACE,

@@ -13,6 +13,7 @@ from apache_beam.transforms.userstate import TimerSpec, on_timer
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, pack, unpack
 from transforms.records.garbage_collection import spare_imports
+from transforms.records.times import now_us
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.kafka_admin import FirstThere
 from transforms.streaming.micro_batches import micros, packets_of
@@ -28,7 +29,6 @@ from transforms.streaming.mirrored_state import (
     StateParam,
     assembler,
     load_cells,
-    now_us,
     read_head,
     save_cells,
     write_head,

@@ -13,7 +13,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.errors import StoreError, nearest
 from schemas.views import FeatureView
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
 # How long the broker may take to acknowledge a message, and elements that wait for it at most.

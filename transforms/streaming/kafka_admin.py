@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from schemas.errors import StoreError
-from transforms.streaming.completeness import ALWAYS
+from transforms.records.times import ALWAYS
 from transforms.streaming.kafka import WITHIN, Broker, _consumer, end_offsets
 
 # What Kafka's client takes unless told otherwise, and what a record needs beside its value.

@@ -21,7 +21,7 @@ from transforms.features.kernel import computing
 from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.records.row_hashing import UInt64s
-from transforms.streaming.completeness import ALWAYS
+from transforms.records.times import ALWAYS
 from transforms.streaming.pane_store import CELLS, Part, Piece
 
 # How events are kept that have left the panes: not at all (bounded windows), as a summary, or those first and last.

@@ -21,8 +21,9 @@ from apache_beam.metrics import Metrics
 from schemas.errors import MillraceError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.block_inputs import concat_letters, contradictions, dimension_rows
+from transforms.features.block_inputs import contradictions, dimension_rows
 from transforms.sources.contracts import Contract
+from transforms.sources.dead_letters import concat_letters
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside

@@ -20,12 +20,13 @@ from schemas.live import live_schema
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
+from transforms.records.times import now_us
 from transforms.sources.contracts import Contract
 from transforms.streaming.journal_dofn import JournalStep, TimedJournalStep
 from transforms.streaming.kafka import Broker, Produce, answer_messages, letter_messages, letters_topic, topic_of
 from transforms.streaming.messages import Message, by_partition, decode_topic
 from transforms.streaming.micro_batches import micro_packet
-from transforms.streaming.mirrored_state import ONE, Keyed, Live, now_us
+from transforms.streaming.mirrored_state import ONE, Keyed, Live
 from transforms.streaming.shard_dofns import AssembleStep, CommitStep, ShardStep
 
 # Values of messages that one packet, and so one turn, takes in at most and one more: some fifty thousand rows of a backlog.

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import CommitProperties, Transaction, create_table_with_add_actions
@@ -26,7 +25,6 @@ from schemas.live import LIVE_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Frames, head_of, unpack
 from transforms.records.record_batches import batch
-from transforms.sources.inventory import source_uri
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
     _KEPT,
@@ -38,23 +36,12 @@ from transforms.storage.delta_tables import (
     read_file,
     write_files,
 )
+from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
 from transforms.streaming.replay import sources_of
 
 KEY = "millrace_live"
 # Dates of answers whose ids stay in memory.
 DAYS_AT_HAND = 8
-
-
-def features_live_uri(store: str, view: str, fingerprint: str) -> str:
-    return FileSystems.join(store, "features_live", view, fingerprint)
-
-
-def live_letters_uri(store: str, view: str) -> str:
-    return FileSystems.join(store, "dead_letters", f"live_{view}")
-
-
-def sources_root(store: str) -> str:
-    return FileSystems.join(store, "sources")
 
 
 def app_of(name: str) -> str:

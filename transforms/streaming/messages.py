@@ -19,8 +19,8 @@ import pyarrow as pa
 from schemas.durations import microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
+from transforms.records.times import FOREVER
 from transforms.sources.contracts import Contract, judge
-from transforms.streaming.completeness import FOREVER
 
 HEARTBEAT = b"__heartbeat"
 # Where a row came from: columns beside the source's own.

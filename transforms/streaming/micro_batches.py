@@ -12,7 +12,7 @@ import polars as pl
 from schemas.views import FeatureView
 from transforms.records.frame_packets import pack, unpack
 from transforms.records.row_hashing import UInt64s, combine, hash_column
-from transforms.streaming.completeness import FOREVER
+from transforms.records.times import FOREVER
 from transforms.streaming.messages import LETTERS, Decoded
 from transforms.streaming.shards import RID
 

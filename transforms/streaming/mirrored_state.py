@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,7 +132,3 @@ StateParam = beam.DoFn.StateParam
 
 def assembler(turn: int) -> bytes:
     return str(turn % 4).encode()
-
-
-def now_us() -> int:
-    return time.time_ns() // 1000

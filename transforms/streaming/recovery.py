@@ -13,13 +13,12 @@ import polars as pl
 from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids
-from transforms.sources.contracts import day_of
-from transforms.sources.inventory import source_uri
+from transforms.records.times import ALWAYS, FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.streaming.completeness import ALWAYS, FOREVER
+from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
 from transforms.streaming.journal import ASKED, PENDING, Journal, Turn
 from transforms.streaming.lifetime_store import Compacted
-from transforms.streaming.live_tables import app_of, features_live_uri, last_told, live_letters_uri, sources_root
+from transforms.streaming.live_tables import app_of, last_told
 from transforms.streaming.messages import ORIGIN
 from transforms.streaming.micro_batches import PLACE, digest, known_columns, rid
 from transforms.streaming.replay import sources_of

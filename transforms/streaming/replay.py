@@ -17,10 +17,10 @@ import polars as pl
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.row_hashing import hash_column, mix
+from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_raw
-from transforms.streaming.completeness import ALWAYS, FOREVER
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
 Ints = npt.NDArray[np.int64]

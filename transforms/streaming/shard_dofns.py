@@ -17,6 +17,7 @@ from apache_beam.transforms.userstate import TimerSpec, on_timer
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, pack, unpack
 from transforms.records.row_hashing import row_ids
+from transforms.records.times import now_us
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.live_tables import Ledger
 from transforms.streaming.mirrored_state import (
@@ -30,7 +31,6 @@ from transforms.streaming.mirrored_state import (
     StateParam,
     assembler,
     load_cells,
-    now_us,
     read_head,
     save_cells,
     write_head,

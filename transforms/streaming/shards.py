@@ -20,12 +20,11 @@ from schemas.errors import DefinitionError
 from schemas.expressions import canonical, columns_of
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.live import repeats_by
-from schemas.views import FeatureView
+from schemas.views import FeatureView, lifetime_sources
 from transforms.features.kernel import Reading, compute, gathered, with_derived
-from transforms.features.staleness import lifetime_sources
 from transforms.records.frame_packets import Frames, pack, unpack
 from transforms.records.row_hashing import UInt64s
-from transforms.streaming.completeness import ALWAYS
+from transforms.records.times import ALWAYS
 from transforms.streaming.lifetime_store import Compacted, Kind, by_kind
 from transforms.streaming.pane_store import CELLS, Panes, Store, key_hashes, size_of
 

@@ -20,11 +20,10 @@ from schemas.errors import StoreError
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.sources.contracts import judge
-from transforms.sources.inventory import source_uri
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
-from transforms.storage.paths import tables_below
+from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root, tables_below
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import app_of, features_live_uri, live_letters_uri, sources_root
+from transforms.streaming.live_tables import app_of
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (offsets, accepted rows and answers of its own)"

@@ -11,16 +11,16 @@ from apache_beam.pvalue import AsSingleton
 
 from schemas import Model
 from schemas.errors import MillraceError, StoreError
-from schemas.splits import Split
+from schemas.splits import LABEL, Split
 from transforms.evaluation.evaluate import Evaluate, Report
 from transforms.evaluation.gates import Rival, may_know
 from transforms.models.bundle import Bundle
 from transforms.models.registry import Registry
 from transforms.models.scoring import Pinned, Score, open_scorer
-from transforms.storage.delta_tables import data_files, features_uri, open_table
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_uri
 from transforms.training.champion_rows import OwnRows, OwnTable
 from transforms.training.examples import schema_of
-from transforms.training.fit_encoders import LABEL
 from transforms.training.publish_model import rival_of
 
 log = logging.getLogger("millrace.training")

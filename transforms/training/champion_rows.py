@@ -12,9 +12,9 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import StoreError
+from schemas.splits import LABEL
 from transforms.records.record_batches import batch, frame
 from transforms.storage.delta_tables import DataFile, read_group
-from transforms.training.fit_encoders import LABEL
 
 log = logging.getLogger("millrace.training")
 MISSING = "missing"

@@ -14,11 +14,12 @@ import polars as pl
 import pyarrow as pa
 
 from schemas import Model
+from schemas.splits import LABEL
 from transforms.evaluation.gates import Verdict
 from transforms.models.encoders import Encoding, column_of, numbers, texts
 from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
 from transforms.training.examples import schema_of
-from transforms.training.fit_encoders import LABEL, declared
+from transforms.training.fit_encoders import declared
 from transforms.validation.statistics import described
 from transforms.validation.tfdv_schema import infer_schema, measured, parse_statistics, schema_text
 

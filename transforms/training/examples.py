@@ -16,16 +16,16 @@ from schemas import Model
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, StoreError
 from schemas.expressions import columns_of
-from schemas.splits import GroupSplit, Split
+from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.record_batches import batch, frame
-from transforms.sources.contracts import EPOCH, Contract
+from transforms.records.times import EPOCH
+from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice, survey
 from transforms.sources.reader import read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
-from transforms.training.fit_encoders import LABEL
-from transforms.training.labels import LABEL_TIME, SPLITS, Counts
+from transforms.training.labels import Counts
 
 # Rows of a Parquet row group: what a reader of examples holds at a time.
 GROUP_ROWS = 1 << 15

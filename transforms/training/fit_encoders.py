@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas import Model, encoders
+from schemas.splits import LABEL
 from transforms.models.encoders import (
     EXACT,
     Encoding,
@@ -28,8 +29,6 @@ from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_s
 
 # Most distinct values of which quantiles are exact; beyond, values are cut to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
-# Column of the training examples that holds the label.
-LABEL = "__label"
 
 
 def declared(model: Model) -> tuple[Encoding, ...]:

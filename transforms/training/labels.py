@@ -14,15 +14,11 @@ from schemas import Label
 from schemas.durations import microseconds
 from schemas.errors import DataError
 from schemas.sources import Source
-from schemas.splits import GroupSplit, Split
+from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.row_hashing import row_ids
-from transforms.training.fit_encoders import LABEL
 
-SPLITS = ("train", "validate", "test")
 # A tree a round for each class up to the greatest, and a score a row: a number that is no class would take all memory.
 CLASSES = 1000
-# Time at which a row's label was known: that of its event, or the end of the horizon where none came.
-LABEL_TIME = "__label_time"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,9 @@ import polars as pl
 import pyarrow as pa
 
 from schemas import Model, encoders
+from schemas.splits import LABEL, LABEL_TIME
 from transforms.features.window_statistics import ExactSum
 from transforms.models.encoders import Fitted, Matrix, column_of, texts
-from transforms.training.fit_encoders import LABEL
-from transforms.training.labels import LABEL_TIME
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

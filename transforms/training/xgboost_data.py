@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 
 from schemas import Model
 from schemas.errors import DataError
-from schemas.splits import Fold
+from schemas.splits import LABEL, Fold
 from transforms.models.encoders import Fitted, Matrix
 from transforms.training.examples import Account, Shard, read_shard
-from transforms.training.fit_encoders import LABEL
 from transforms.training.labels import ripe
 from transforms.training.target_encoding import Hindsight, hindsight
 

@@ -17,7 +17,7 @@ from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
-from transforms.features.block_inputs import Tally
+from transforms.sources.tallies import Tally
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import Committed, write_aside
 from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate

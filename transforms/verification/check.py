@@ -15,7 +15,8 @@ from schemas.durations import DAY
 from schemas.errors import MismatchError
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
-from transforms.sources.contracts import EPOCH, Contract
+from transforms.records.times import EPOCH
+from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice
 from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute

@@ -10,8 +10,8 @@ import pytest
 
 from beam_pipelines import cli, features
 from schemas.errors import StoreError
-from tests.models.test_registry import trained
 from tests.support import shop
+from tests.support.trained_models import trained
 from transforms.models.registry import Registry, registry_uri
 
 

@@ -12,8 +12,9 @@ from beam_pipelines.commands import schema
 from schemas.errors import AnomalyError
 from schemas.loading import load_definition
 from tests.support import shop
-from transforms.features.block_inputs import Tally
-from transforms.storage.delta_tables import features_uri, newest
+from transforms.sources.tallies import Tally
+from transforms.storage.delta_tables import newest
+from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import Rules, check_statistics, make_check
 from transforms.validation.statistics import columns_of, describe, proto
 from transforms.validation.tfdv_schema import parse_schema

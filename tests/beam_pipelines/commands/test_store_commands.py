@@ -9,8 +9,10 @@ import polars as pl
 import pytest
 
 from beam_pipelines import cli, features, inference, training
-from beam_pipelines.commands.tables import tables, trace
-from beam_pipelines.runtime.run_report import Run, guard, resume
+from beam_pipelines.commands.tables import tables
+from beam_pipelines.commands.trace import trace
+from beam_pipelines.runtime.errors import guard, resume
+from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import load_definition
 from tests.support import shop

@@ -1,0 +1,264 @@
+"""trace: follow a feature row or a prediction back to what it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
+
+import polars as pl
+from apache_beam.io.filesystems import FileSystems
+from deltalake.schema import PrimitiveType
+
+from beam_pipelines.commands.trace_live import print_scored, print_seen
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.run_report import read_json
+from beam_pipelines.runtime.terminal import columns, many, wrapped
+from schemas.durations import instant
+from schemas.errors import DataError, StoreError
+from schemas.loading import Definition, load_definition
+from transforms.features.manifest_store import read_manifest
+from transforms.lineage.trace import Origin, Seen, commit_of, find_prediction, find_rows, key_of, origin, view_table
+from transforms.models.registry import Registry, registry_uri
+from transforms.records.times import as_date
+from transforms.records.value_text import shown
+from transforms.storage.delta_log import root_of as root_of_uri
+from transforms.storage.delta_tables import open_table, root_of
+from transforms.storage.paths import MANIFEST, features_live_uri, place_of
+
+DAYS_SHOWN = 8
+
+
+def trace(argv: Sequence[str]) -> int:
+    """Follow a feature row or a prediction back to what it was made from."""
+    arguments = Arguments("millrace trace", trace.__doc__ or "", definition=False, beam=False)
+    arguments.add_argument(
+        "--key", action="append", metavar="COLUMN=VALUE", help="the question's key; once per column of it"
+    )
+    arguments.add_argument("--time", help="the question's time, or its UTC day (default: every time of the key)")
+    arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
+    arguments.add_argument("--live", action="store_true", help="of the live tables")
+    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
+    arguments.add_argument(
+        "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
+    )
+    flags = arguments.parse_all(argv)
+    definition = load_definition(flags.definition) if flags.definition else None
+    if (flags.prediction is None) == (not flags.key):
+        arguments.error("name a row with --key COLUMN=VALUE, or a prediction with --prediction ID")
+    moment = None if flags.time is None else instant(flags.time, "--time")
+    if flags.prediction is not None:
+        model = definition.model.name if definition is not None and definition.model is not None else None
+        _trace_prediction(flags, definition, model, None if moment is None else moment.date())
+        return 0
+    if definition is None:
+        arguments.error("a feature row is traced with its --definition")
+    _trace_row(flags, definition, moment)
+    return 0
+
+
+def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> None:
+    view = definition.view
+    table = view_table(flags.store, view, place="features_live" if flags.live else "features")
+    key = key_of(view, flags.key)
+    whole_day = moment is not None and len(flags.time) == 10
+    exact = {} if moment is None or whole_day else {view.time: moment}
+    found = find_rows(table, {**key, **exact}, None if moment is None else moment.date())
+    if not found:
+        value = ", ".join(
+            f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
+        )
+        raise DataError(
+            "The row is in the feature table",
+            f"{value}: not in version {table.version()} of {root_of(table)}",
+            "See its dates with: millrace tables",
+        )
+    found.sort(key=lambda each: each[1][view.time])
+    if len(found) > 1:
+        print(f"{len(found)} rows of this key, the last of them below; choose one with --time")
+        for _, row in found[-DAYS_SHOWN - 1 : -1]:
+            print(f"  {row[view.time].isoformat()}")
+        print()
+    file, row = found[-1]
+    _print_origin(origin(view, table, file, row), definition, flags)
+
+
+def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
+    view, row = definition.view, found.row
+    asked = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
+    print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
+    print(
+        columns(
+            ("feature", "value"), [(name, shown(row[name], dtype)) for name, dtype in view.columns.items()], ("value",)
+        )
+    )
+    print("\ntable")
+    print(wrapped(f"{found.table} version {found.version}", hanging=2))
+    print(wrapped(f"file {found.file.path}", hanging=2))
+    if found.commit:
+        print(
+            wrapped(
+                f"committed as version {found.commit['version']} {_when(found.commit)} by run {found.commit.get('run_id')}",
+                hanging=2,
+            )
+        )
+    if found.outdated:
+        told = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        print(wrapped(told, hanging=2))
+    if "__cut" in row:
+        print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
+    else:
+        _print_sources(found.seen, flags.days)
+    print("\ndefinition")
+    _print_definition(definition, str(found.commit.get("definition_sha256", "")))
+
+
+def _print_definition(definition: Definition, recorded: str) -> None:
+    digest = definition.digest
+    told = (
+        ""
+        if not recorded
+        else ", as when it was computed"
+        if recorded == digest
+        else f", changed since it was computed (then {recorded[:16]})"
+    )
+    print(wrapped(f"{definition.path}, SHA-256 {digest[:16]}{told}", hanging=2))
+    print(wrapped(f"view {definition.view.name}, fingerprint {definition.view.fingerprint}", hanging=2))
+
+
+def _print_sources(seen: Sequence[Seen], days: bool) -> None:
+    print("\nsources, as that run had read them" if seen else "\nno manifest tells what was read")
+    for each in seen:
+        if each.digest is not None:
+            print(f"  {each.source}: dimension, digest {each.digest % 2**64:016x}")
+        elif len(each.days) > DAYS_SHOWN and not days:
+            rows = sum(count for _, count, _ in each.days)
+            total = sum(digest for _, _, digest in each.days) % 2**64
+            print(wrapped(f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)", hanging=2))  # fmt: skip
+        else:
+            print(f"  {each.source}:{'' if each.days else ' no rows in reach'}")
+            for day, count, digest in each.days:
+                print(f"    {as_date(day)}  {count:>9,} rows  digest {digest % 2**64:016x}")
+        for path, stamp, since in each.files[:DAYS_SHOWN]:
+            print(wrapped(f"{path}  {since} (stamp {stamp})", 4, hanging=2))
+        if len(each.files) > DAYS_SHOWN:
+            print(
+                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, {sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
+            )
+
+
+def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
+    where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+    entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
+    types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
+    print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")
+    print(
+        columns(
+            ("column", "value"),
+            [(column, shown(value, types.get(column))) for column, value in row.items() if column != "prediction_id"],
+        )
+    )
+    print("\ntable")
+    print(wrapped(f"{root_of(table)} version {table.version()}", hanging=2))
+    if entry:
+        print(
+            wrapped(
+                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
+                hanging=2,
+            )
+        )
+    version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(name, row["model_version"])
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
+    print("\nmodel")
+    print(
+        wrapped(f"version {version} of {name} in {flags.registry or 'the registry of the store'}, {folder}", hanging=2)
+    )
+    print(
+        wrapped(
+            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split {', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
+            hanging=2,
+        )
+    )
+    print(
+        wrapped(
+            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint {manifest['fingerprint']}",
+            hanging=2,
+        )
+    )
+    print("\ndefinition")
+    kept = os.path.join(os.path.dirname(folder.rstrip("/")), "definition.py")
+    where = kept if os.path.exists(kept) else made_by.get("name")
+    print(wrapped(f"{where}, SHA-256 {str(made_by.get('sha256'))[:16]}", hanging=2))
+    _print_label_files(manifest.get("label_files", []))
+    _print_trained(flags.store, trained)
+    if definition is not None and live:
+        _print_answer(flags, definition, row)
+    elif definition is not None:
+        _print_scored(flags, str(entry.get("features", "")), definition, row)
+
+
+def _print_label_files(files: Sequence[str]) -> None:
+    if files:
+        print("\nlabels")
+        for each in files[:DAYS_SHOWN]:
+            stamp, _, path = each.partition(" ")
+            print(wrapped(f"{path} (stamp {stamp})", hanging=2))
+        if len(files) > DAYS_SHOWN:
+            print(f"  and {many(len(files) - DAYS_SHOWN, 'more file')}")
+
+
+def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
+    """What the training table was made from."""
+    table = (
+        open_table(FileSystems.join(store, *place_of(trained["uri"]).split("/")), int(trained["version"]))
+        if trained
+        else None
+    )
+    if table is None:
+        return
+    manifest = read_manifest(table)
+    print("\nsources of the training features")
+    for source, files in sorted(manifest.files.items()):
+        rows = sum(count for count, _ in manifest.digests.get(source, {}).values())
+        print(f"  {source}: {many(rows, 'row') + ', ' if rows else ''}{many(len(files), 'file')}")
+        for path, (stamp, _, _) in sorted(files.items())[:DAYS_SHOWN]:
+            print(wrapped(f"{path} (stamp {stamp})", 4, hanging=2))
+        if len(files) > DAYS_SHOWN:
+            print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
+
+
+def _print_answer(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
+    """Which answer a live prediction was made from, and where that came from if the store holds it."""
+    view = definition.view
+    print("\nthe answer that was scored")
+    print_scored(view, row)
+    table = open_table(features_live_uri(flags.store, view.name, view.fingerprint))
+    found = [] if table is None else find_rows(table, {"row_id": row["row_id"]}, row["date"])
+    if table is None or not found:
+        print("  it is not in the live feature table of this store and definition")
+        return
+    _print_origin(origin(view, table, *found[0]), definition, flags)
+
+
+def _print_scored(flags: Any, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
+    """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
+    uri, _, version = features.rpartition("@")
+    table = None
+    if version.isdigit() and place_of(uri).startswith(f"features/{definition.view.name}/{definition.view.fingerprint}"):
+        with contextlib.suppress(StoreError):
+            table = view_table(flags.store, definition.view, int(version))
+    print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
+    table = table or view_table(flags.store, definition.view)
+    for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
+        _print_origin(origin(definition.view, table, file, found), definition, flags)
+
+
+def _when(entry: Mapping[str, Any]) -> str:
+    return (
+        f"on {datetime.fromtimestamp(entry['timestamp'] / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        if "timestamp" in entry
+        else ""
+    )

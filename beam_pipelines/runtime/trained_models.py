@@ -1,0 +1,53 @@
+"""Models of a store's registry, and of runs that could not register theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from beam_pipelines.runtime.run_report import log, read_json
+from schemas.errors import MillraceError, StoreError
+from transforms.models.registry import Registry, registry_uri
+from transforms.storage.paths import MANIFEST
+
+
+def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, Mapping[str, object]]:
+    """Manifests of every model whose training data must stay: those registered, and those trained in this store.
+
+    Args:
+        whole: raise where one of them cannot be read, so that nobody knows what may go; else say so and leave it out.
+
+    Raises:
+        StoreError: the registry or a model in it cannot be read.
+    """
+    found: dict[str, Mapping[str, object]] = {}
+
+    @contextlib.contextmanager
+    def reading(what: str) -> Iterator[None]:
+        try:
+            yield
+        except (MillraceError, OSError, ValueError) as error:
+            if whole:
+                raise
+            log.warning("%s cannot be read, so it is not known what was trained on: %s", what, error)
+
+    with reading("the model registry"):
+        models = Registry(registry_uri(store, registry))
+        for name, version in models.models():
+            with reading(f"model {name} {version}"):
+                found[f"{name} {version}"] = read_json(os.path.join(models.resolve(name, version)[1], MANIFEST))
+    runs = Path(store, "runs")  # a registry elsewhere, or one that was away when the model was trained
+    for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
+        with reading(f"the model of run {path.parts[-3]}"):
+            try:
+                found.setdefault(f"run {path.parts[-3]}", json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise StoreError(
+                    "The manifest of a trained model can be read",
+                    f"{path}: {error}",
+                    "Restore it, or delete its run's folder",
+                ) from None
+    return found
