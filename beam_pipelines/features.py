@@ -29,9 +29,9 @@ from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
-from transforms.features.history_snapshots import CarrySummaries, Chain, Segment, chains, segments, usable_snapshot
+from transforms.features.history_snapshots import Chain, HistorySnapshots, Segment, chains, segments, usable_snapshot
 from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest
-from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, Plan, cut, interval
+from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, FeaturePlan, interval, plan_blocks
 from transforms.features.staleness import (
     EMPTY,
     WRITTEN_BEFORE,
@@ -47,21 +47,21 @@ from transforms.features.staleness import (
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import ALWAYS, as_date, day_of
 from transforms.sources.inventory import Inventory, take_inventory
-from transforms.sources.tallies import Tally, add_tallies, conserve
+from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
+    CommitTarget,
     Committed,
-    Target,
     WriteFiles,
     WriteTable,
     data_files,
-    newest,
+    newest_version,
     open_table,
 )
-from transforms.storage.paths import dead_letters_uri, features_uri, place_of
+from transforms.storage.paths import dead_letters_uri, features_uri, path_in_store
 from transforms.storage.vacuum import pins_of
-from transforms.validation.publish_check import AlsoChecked, Rules, Validate, make_check
-from transforms.validation.statistics import Statistics, columns_of
+from transforms.validation.publish_check import AlsoChecked, PublishRules, Validate, make_check
+from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
@@ -83,7 +83,7 @@ class Options:
     shuffled: bool | None
     key_shards: int | None
     broadcast_mb: float
-    rules: Rules | None
+    rules: PublishRules | None
     verify: VerifyFlags
     now: int
     beam_args: tuple[str, ...]
@@ -152,7 +152,7 @@ def parse(
     arguments.add_validation()
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    rules = Rules(
+    rules = PublishRules(
         flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
     )
     if not flags.statistics:
@@ -176,10 +176,10 @@ def shards(text: str) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Work:
+class PreparedRun:
     """What there is to do: the plan (None: nothing), why per date, and the snapshot that this was decided on."""
 
-    plan: Plan | None
+    plan: FeaturePlan | None
     stale: Stale
     current: Current
     base: int | None
@@ -196,7 +196,7 @@ class Work:
             yield from plan_lines(view, self.plan, self.chains, self.segments, self.current.looked)
 
 
-def prepare(options: Options) -> Work:
+def prepare(options: Options) -> PreparedRun:
     """Decide what to compute: the interval asked for, everything, or what is missing or stale.
 
     Raises:
@@ -222,9 +222,9 @@ def prepare(options: Options) -> Work:
     notes = outdated_notes(old, [(ALWAYS, -ALWAYS)]) if everything else [*outdated_notes(old, ranges), *inventory.notes]
     stale = dataclasses.replace(stale, notes=(*stale.notes, *notes))
     if not ranges:
-        return Work(None, stale, current, base)
+        return PreparedRun(None, stale, current, base)
     repeats = {name: each.first for name, each in current.repeats.items()}
-    plan = cut(
+    plan = plan_blocks(
         view,
         inventory,
         ranges,
@@ -241,7 +241,7 @@ def prepare(options: Options) -> Work:
     older = [] if options.full else older_tables(options.store, view)
     copies = find_copies(view, inventory, current, older, days)
     if not lifetime_sources(view):
-        return Work(plan, stale, current, base, copies, inventory, everything)
+        return PreparedRun(plan, stale, current, base, copies, inventory, everything)
     found = {
         first: None
         if options.full
@@ -251,7 +251,7 @@ def prepare(options: Options) -> Work:
     over = chains(plan, found)
     timeless = {name: inventory.timeless(name) for name in view.events if everything}
     summarised = segments(view, plan, over, inventory.slices, timeless)
-    return Work(plan, stale, current, base, copies, inventory, everything, summarised, over, tuple(old))
+    return PreparedRun(plan, stale, current, base, copies, inventory, everything, summarised, over, tuple(old))
 
 
 def _read_if_whole(view: FeatureView, table: DeltaTable | None) -> Manifest:
@@ -284,43 +284,45 @@ def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
         for name, manifest in every.items()
         if not (name.startswith("run ") and manifest.get("run_id") in registered)
         for pin in pins_of({name: manifest})
-        if pin.table == place_of(table) and version is not None and pin.version <= version
+        if pin.table == path_in_store(table) and version is not None and pin.version <= version
     ]
 
 
-def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
+def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     """The graph: blocks → features, dead letters and accounts → files → one commit each."""
     view, plan, dead = options.definition.view, work.plan, dead_letters_uri(options.store, "features")
     assert plan is not None
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint, "definition_sha256": options.definition.digest}  # fmt: skip
     if work.copies is not None:
         metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
-    table = Target(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
+    table = CommitTarget(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
     # A run that was stopped over its dead rows and is resumed has told of rows that may be mended since: each launch tells anew.
     launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
-    of_letters = Target(dead, DEAD_LETTERS, plan.dates, launch, newest(dead), {"view": view.name}, metadata)
+    dead_letter_target = CommitTarget(
+        dead, DEAD_LETTERS, plan.dates, launch, newest_version(dead), {"view": view.name}, metadata
+    )
     manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
 
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     history: tuple[beam.pvalue.AsSingleton, ...] = ()
     if work.chains:
-        summarise = CarrySummaries(view, plan, options.table, options.run_id, work.chains)
-        carried, old_letters, old_tallies = (
+        summarise = HistorySnapshots(view, plan, options.table, options.run_id, work.chains)
+        carried, old_dead_letters, old_tallies = (
             pipeline | "Segments" >> beam.Create(list(work.segments)) | "History" >> summarise
         )
         history = (beam.pvalue.AsSingleton(carried),)
         compute = TrailingFeatures(view, plan, history[0], options.table, work.copies)
-        features, letters, tallies = blocks | "Features" >> compute
-        letters = (letters, old_letters) | "AllLetters" >> beam.Flatten()
+        features, dead_letters, tallies = blocks | "Features" >> compute
+        dead_letters = (dead_letters, old_dead_letters) | "AllLetters" >> beam.Flatten()
         tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
     else:
-        features, letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)
+        features, dead_letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)
     tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = features | "Write" >> WriteFiles(table.uri, table.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
     verified = beam.pvalue.AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
     counted = counted | "AfterVerify" >> beam.Map(lambda written, _: written, verified)
-    buried = beam.pvalue.AsSingleton(letters | "DeadLetters" >> WriteTable(of_letters))
+    buried = beam.pvalue.AsSingleton(dead_letters | "DeadLetters" >> WriteTable(dead_letter_target))
     # Letters first: killed in between, a run is repeated, while dates once committed are not computed again for their letters.
     counted = counted | "AfterLetters" >> beam.Map(lambda written, _: written, buried)
     if options.rules is None:
@@ -331,7 +333,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
             options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command,
             tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
         )  # fmt: skip
-        statistics = features | "Statistics" >> Statistics(columns_of(view))
+        statistics = features | "Statistics" >> Statistics(view_columns(view))
         judged = statistics | "Validate" >> Validate(check, tallied, buried)
         committed = counted | "Commit" >> CommitFiles(
             table, AlsoChecked(manifest), (tallied, *history, beam.pvalue.AsSingleton(judged))
@@ -340,7 +342,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: Work) -> None:
     _ = committed | "Account" >> beam.Map(write_account, tallied, buried, verified, account)
 
 
-def verification(options: Options, work: Work) -> Verification | None:
+def verification(options: Options, work: PreparedRun) -> Verification | None:
     """What verifies rows of the run before they are committed; None where `--verify 0` turned it off."""
     assert work.inventory is not None
     amount = options.verify.amount(options.now, work.everything)
@@ -352,7 +354,7 @@ def verification(options: Options, work: Work) -> Verification | None:
 
 
 def write_account(
-    committed: Committed, tallies: dict[str, Tally], buried: Committed, verified: Verified | None, path: str
+    committed: Committed, tallies: dict[str, SourceTally], buried: Committed, verified: Verified | None, path: str
 ) -> None:
     """Leave the run's figures where the launcher, on whatever machine, finds them."""
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}

@@ -22,11 +22,11 @@ from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
-    knock,
+    check_connections,
     read_status,
     run_until,
     skipped_in,
-    until_told,
+    stopped_by_signals,
     warn_of_loss,
     write_status,
 )
@@ -43,17 +43,17 @@ from transforms.streaming.kafka import (
     Broker,
     ReadTopics,
     begin_offsets,
+    dead_letters_topic,
     ensure,
-    letters_topic,
-    stand,
-    tell_end,
+    send_end,
+    set_group_offsets,
     topic_of,
 )
-from transforms.streaming.kafka_admin import OVERHEAD, reach, size_limit, unread
+from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
-from transforms.streaming.live_tables import app_of, last_told
-from transforms.streaming.mirrored_state import Live
-from transforms.streaming.recovery import Start, find_start
+from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.mirrored_state import LiveSettings
+from transforms.streaming.recovery import RecoveryPoint, find_recovery_point
 from transforms.streaming.replay import Replay, SendChunks, sources_of
 from transforms.streaming.shards import groups_of
 from transforms.streaming.store_owner import claim
@@ -67,7 +67,7 @@ class Options:
 
     definition: Definition
     run_id: str
-    live: Live
+    live: LiveSettings
     replay: Replay | None
     broker: Broker | None
     sinks: tuple[str, ...]
@@ -135,7 +135,7 @@ def parse(argv: Sequence[str]) -> Options:
             "Name the folder of the files with --sources, and a store of the live job's own",
         )
     sink = flags.sink or ("table" if replaying else "both")
-    live = Live(
+    live = LiveSettings(
         store=flags.store, run_id=flags.run_id, dimensions=sources or sources_root(flags.store), shards=max(flags.shards, 1),
         keep=lengths["keep"], pace=0 if replaying else max(lengths["pace"], 1000), commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"], prefix=flags.topic_prefix, table=sink != "topic",
@@ -173,12 +173,12 @@ def parse(argv: Sequence[str]) -> Options:
     )
 
 
-def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None, group: str = "") -> None:
+def build(pipeline: beam.Pipeline, options: Options, start: RecoveryPoint | None = None, group: str = "") -> None:
     """The graph: messages → packets → turns → answers → tables and topics."""
     view, live = options.definition.view, options.live
     if options.replay is not None:
         chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
-        packets = (
+        envelopes = (
             chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
         )
     else:
@@ -189,18 +189,18 @@ def build(pipeline: beam.Pipeline, options: Options, start: Start | None = None,
         messages = pipeline | "Topics" >> ReadTopics(options.broker, topics, group)
         decoded = messages | "Decode" >> beam.ParDo(DecodeBundles(view, live.prefix)).with_output_types(bytes)
         # Each by itself: what comes after a Flatten is one more way through the runner.
-        packets = (first | "Begin" >> to_journal(), decoded | "ToJournal" >> to_journal()) | "Both" >> beam.Flatten()
+        envelopes = (first | "Begin" >> to_journal(), decoded | "ToJournal" >> to_journal()) | "Both" >> beam.Flatten()
     sends = None
     if "topic" in options.sinks:
         assert options.broker is not None
         sends = sends_to(view, options.broker, live.prefix)
-    commits = packets | "Live" >> LiveFeatures(view, live, sends)
+    commits = envelopes | "Live" >> LiveFeatures(view, live, sends)
     _ = commits | "Status" >> beam.Map(write_status, os.path.join(options.folder, "status.json"))
 
 
 def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
     """The topics of answers and letters, made if they are missing, and what their messages may weigh."""
-    topics = topic_of(view, prefix), letters_topic(view, prefix)
+    topics = topic_of(view, prefix), dead_letters_topic(view, prefix)
     ensure(broker, topics)
     limits = [size_limit(broker, [topic]) for topic in topics]
     properties = {**broker.properties, "message.max.bytes": str(max(limits))}
@@ -245,8 +245,8 @@ def run_live(options: Options) -> None:
     """
     assert options.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
-    knock(options.broker, pipeline_options)
-    with until_told():
+    check_connections(options.broker, pipeline_options)
+    with stopped_by_signals():
         while _launch(options, pipeline_options):
             pass
 
@@ -258,11 +258,11 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     names = list(sources_of(view))
     topics = [f"{live.prefix}{name}" for name in names]
     begin = begin_offsets(broker, topics)
-    start = find_start(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
+    start = find_recovery_point(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
     due = {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names}
     warn_of_loss(begin, due)
-    stand(broker, group, due)
+    set_group_offsets(broker, group, due)
     pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, start, group)
     status = os.path.join(options.folder, "status.json")
@@ -270,10 +270,10 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
 
     def over() -> bool:
         """Whether all is told and committed, and nothing has come behind the last words."""
-        told = read_status(status)
-        if not told or not told["last"] or int(told["turn"]) <= start.turn:
+        record = read_status(status)
+        if not record or not record["last"] or int(record["turn"]) <= start.turn:
             return False
-        due = {f"{live.prefix}{name}": {int(n): at for n, at in told["next"][name].items()} for name in names}
+        due = {f"{live.prefix}{name}": {int(n): at for n, at in record["next"][name].items()} for name in names}
         try:
             left = unread(broker, due)
         except StoreError:  # asked again, once the broker is back
@@ -284,7 +284,7 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     if run_until(pipeline, over, text, Reading(broker, due, live.prefix, status, live.commit_every, skipped)):
         return True
     if "topic" in options.sinks and over():  # so that who reads the answers ends too
-        tell_end(broker, topic_of(view, live.prefix))
+        send_end(broker, topic_of(view, live.prefix))
     return False
 
 
@@ -293,31 +293,34 @@ def summary(options: Options) -> dict[str, object]:
     view, live = options.definition.view, options.live
     table = open_table(options.table)
     tables = {name: open_table(source_uri(sources_root(live.store), name)) for name in sources_of(view)}
-    told = read_status(os.path.join(options.folder, "status.json"))
-    if not told:  # nothing came
-        said = [last_told(table, app_of(view.name)), *(last_told(each, app_of(name)) for name, each in tables.items())]
-        told = max(said, key=lambda each: each.get("turn", 0))
-    counts = {name: dict(told.get("counts", {}).get(name, {})) for name in tables}
+    record = read_status(os.path.join(options.folder, "status.json"))
+    if not record:  # nothing came
+        said = [
+            last_commit_record(table, application_of(view.name)),
+            *(last_commit_record(each, application_of(name)) for name, each in tables.items()),
+        ]
+        record = max(said, key=lambda each: each.get("turn", 0))
+    counts = {name: dict(record.get("counts", {}).get(name, {})) for name in tables}
     answered = 0 if table is None else sum(file.rows for file in data_files(table))
     for name, kept in tables.items():
         counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept))
     if options.replay is None:
         assert options.broker is not None
         with contextlib.suppress(StoreError):  # stopped while the broker is away: what is unread is not known
-            reach("The broker", "--bootstrap", options.broker.bootstrap)
-            done = {name: told.get("next", {}).get(name, {}) for name in tables}
+            check_reachable("The broker", "--bootstrap", options.broker.bootstrap)
+            done = {name: record.get("next", {}).get(name, {}) for name in tables}
             due = {f"{live.prefix}{name}": {int(n): at for n, at in each.items()} for name, each in done.items()}
             for topic, left in unread(options.broker, due).items():
                 counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
     figures: dict[str, object] = {
-        "sources_root": live.dimensions, "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": told.get("pending"),
-        "turns": told.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
+        "sources_root": live.dimensions, "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": record.get("pending"),
+        "turns": record.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
         "commit_version": None if table is None else table.version(),
     }  # fmt: skip
     if live.table:
         asked = counts[view.spine.name]
         aside = sum(asked.get(what, 0) for what in ("repeated", "conflicting", "too_late"))
-        figures["questions_unaccounted_for"] = asked["rows"] - answered - aside - (told.get("pending") or 0)
+        figures["questions_unaccounted_for"] = asked["rows"] - answered - aside - (record.get("pending") or 0)
     return figures
 
 

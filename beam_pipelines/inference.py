@@ -32,10 +32,10 @@ from transforms.records.record_batches import batch as to_batch
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import (
+    CommitTarget,
     Committed,
     DataFile,
     ReadTable,
-    Target,
     WriteFiles,
     commit,
     data_files,
@@ -44,9 +44,15 @@ from transforms.storage.delta_tables import (
     open_table,
 )
 from transforms.storage.paths import features_uri, predictions_uri
-from transforms.storage.tfrecord_io import Part, ReadExamples, WriteParts, matching, publish_parts
+from transforms.storage.tfrecord_io import (
+    ReadExamples,
+    TFRecordFile,
+    WriteTFRecordFiles,
+    matching,
+    publish_tfrecord_files,
+)
 
-Written = list[tuple[DataFile, dict[str, str]]] | list[Part]
+Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +104,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class InferencePlan:
     """What a launch resolves and pins before any row is read.
 
     Args:
@@ -117,10 +123,10 @@ class Plan:
     files: tuple[DataFile, ...]
     paths: tuple[str, ...]
     features: str
-    target: Target
+    target: CommitTarget
 
 
-def make_plan(options: Options) -> Plan:
+def plan_inference(options: Options) -> InferencePlan:
     """Resolve the model and the rows, and see that they were made for each other.
 
     Raises:
@@ -143,8 +149,8 @@ def make_plan(options: Options) -> Plan:
     metadata = {
         "pipeline": "inference", "model": name, "model_version": model.version, "fingerprint": bundle.fingerprint, "features": features,
     }  # fmt: skip
-    target = Target(uri, written, dates, options.run_id, base, None, metadata)
-    return Plan(model, bundle, schema, files, paths, features, target)
+    target = CommitTarget(uri, written, dates, options.run_id, base, None, metadata)
+    return InferencePlan(model, bundle, schema, files, paths, features, target)
 
 
 def pinned(options: Options, name: str) -> tuple[Pinned, Bundle]:
@@ -211,7 +217,7 @@ def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
         raise MismatchError(f"The table {uri} has the columns of this definition", "; ".join(wrong), fix)
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: Plan) -> None:
+def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:
     """The graph: features → predictions → files, counted → published at once."""
     features = pipeline | "Features" >> source(options, plan)
     read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
@@ -224,7 +230,7 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan) -> None:
     _ = checked | "Publish" >> publish
 
 
-def source(options: Options, plan: Plan) -> beam.PTransform:
+def source(options: Options, plan: InferencePlan) -> beam.PTransform:
     """Feature rows: RecordBatches of the plan's columns."""
     if not options.input_tfrecord:
         return ReadTable(plan.files, tuple(plan.columns.names))
@@ -232,10 +238,10 @@ def source(options: Options, plan: Plan) -> beam.PTransform:
     return ReadExamples(plan.paths, plan.columns) | "Complete" >> beam.Map(complete, view.name, view.key, view.time)
 
 
-def sink(options: Options, plan: Plan) -> beam.PTransform:
+def sink(options: Options, plan: InferencePlan) -> beam.PTransform:
     """Predictions to files that nobody sees yet."""
     if options.output_tfrecord:
-        return WriteParts(options.output_tfrecord, options.run_id)
+        return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
     return WriteFiles(plan.target.uri, plan.target.run_id)
 
 
@@ -281,15 +287,17 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
 
 def _total(files: Written) -> int:
     """Rows in `files`, each file once: equal rows written twice are one file, and so one answer."""
-    each_once = {file.path: file.rows for file in (each if isinstance(each, Part) else each[0] for each in files)}
+    each_once = {
+        file.path: file.rows for file in (each if isinstance(each, TFRecordFile) else each[0] for each in files)
+    }
     return sum(each_once.values())
 
 
-def finish(files: Written, read: int, prefix: str | None, target: Target, account: str) -> None:
+def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     figures: dict[str, Any] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": len(files)}
     if prefix:
-        publish_parts(files, prefix)  # type: ignore[arg-type]
+        publish_tfrecord_files(files, prefix)  # type: ignore[arg-type]
     else:
         dates = tuple(sorted({file.date for file, _ in files}))  # type: ignore[misc]
         target = target if target.dates is not None else dataclasses.replace(target, dates=dates)
@@ -304,7 +312,7 @@ def main(argv: Sequence[str]) -> int:
         return int(importlib.import_module("beam_pipelines.inference_streaming").main(argv))
     options = parse(argv)
     with Run("inference", options.run_id, options.folder) as run:
-        plan = make_plan(options)
+        plan = plan_inference(options)
         pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan)
         execute(pipeline)

@@ -26,11 +26,11 @@ from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
-    knock,
+    check_connections,
     read_status,
     run_until,
     skipped_in,
-    until_told,
+    stopped_by_signals,
     warn_of_loss,
     write_status,
 )
@@ -40,15 +40,15 @@ from schemas.errors import DefinitionError, MillraceError, StoreError
 from schemas.live import live_predictions
 from schemas.loading import Definition, load_definition
 from transforms.inference.champion_model import ChampionHandler, Serving, check_model, close_all, open_checked
-from transforms.inference.live_input import DecodeAnswers, replayed, rows_in, source_of
-from transforms.inference.live_output import CommitPredictions, Outlet, TimedCommitPredictions, begin_at, to_packet
+from transforms.inference.live_input import DecodeFeatureRows, replayed, rows_in, source_of
+from transforms.inference.live_output import CommitPredictions, Outlet, TimedCommitPredictions, begin_at, to_envelope
 from transforms.models.registry import CHAMPION, Registry, registry_uri
 from transforms.models.scoring import ARM, Pinned
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, ensure, stand, topic_of
+from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, ensure, set_group_offsets, topic_of
 from transforms.streaming.kafka_admin import unread
-from transforms.streaming.live_tables import app_of, last_told
+from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import SKIPPED
 
@@ -141,7 +141,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class LiveInferencePlan:
     """What a launch resolves before any row is read: the model to begin with, where predictions go, and where to read on."""
 
     serving: Serving
@@ -154,7 +154,7 @@ class Plan:
         return {int(number): offset for number, offset in self.start["next"][source_of(self.serving.view)].items()}
 
 
-def make_plan(options: Options) -> Plan:
+def plan_live_inference(options: Options) -> LiveInferencePlan:
     """See that there is a model to begin with, and where the job stands.
 
     Raises:
@@ -183,7 +183,7 @@ def make_plan(options: Options) -> Plan:
         assert options.broker is not None
         ensure(options.broker, outlet.topics)
     log.info("version %s of %r serves from the start", serving.first.version, model.name)
-    return Plan(serving, outlet, begin_at(outlet, begin))
+    return LiveInferencePlan(serving, outlet, begin_at(outlet, begin))
 
 
 def first_model(options: Options, outlet: Outlet) -> Serving:
@@ -219,7 +219,7 @@ def first_model(options: Options, outlet: Outlet) -> Serving:
     try:
         return opened(version)
     except MillraceError as error:
-        before = last_told(open_table(outlet.uri), app_of(outlet.model)).get("version")
+        before = last_commit_record(open_table(outlet.uri), application_of(outlet.model)).get("version")
         if before is None or before == version:
             raise
         log.error(
@@ -236,30 +236,30 @@ def check_target(outlet: Outlet) -> None:
         raise StoreError("The table of live predictions has this model's columns", value, "Give the model a new name, or move the old table away")  # fmt: skip
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: Plan, group: str = "") -> None:
+def build(pipeline: beam.Pipeline, options: Options, plan: LiveInferencePlan, group: str = "") -> None:
     """The graph: messages → batches → predictions → topic → table."""
     view, outlet = options.definition.view, plan.outlet
     if options.replaying:
-        send = beam.ParDo(SendAnswers(plan.serving, options.store, plan.next, options.pace))
+        send = beam.ParDo(SendFeatureRows(plan.serving, options.store, plan.next, options.pace))
         messages = pipeline | "Start" >> beam.Impulse() | "Replay" >> send
-        decode = DecodeAnswers(view, most=1, by_row=True)
+        decode = DecodeFeatureRows(view, most=1, by_row=True)
     else:
         assert options.broker is not None
         messages = pipeline | "Topic" >> ReadTopics(options.broker, (topic_of(view, options.prefix),), group)
-        decode = DecodeAnswers(view)
+        decode = DecodeFeatureRows(view)
     answers = messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
     predicted = answers | "Score" >> RunInference(ChampionHandler(plan.serving)).with_output_types(pa.RecordBatch)
     if "topic" in options.sinks:
         assert options.broker is not None
         predicted = predicted | "Publish" >> Produce(options.broker, outlet.messages)
-    packets = predicted | "Packets" >> beam.Map(to_packet)
-    packets.element_type = typehints.Tuple[bytes, bytes]
+    envelopes = predicted | "Packets" >> beam.Map(to_envelope)
+    envelopes.element_type = typehints.Tuple[bytes, bytes]
     step = CommitPredictions if options.replaying else TimedCommitPredictions
-    commits = packets | "Commit" >> beam.ParDo(step(outlet, plan.start))
+    commits = envelopes | "Commit" >> beam.ParDo(step(outlet, plan.start))
     _ = commits | "Status" >> beam.Map(write_status, options.status)
 
 
-class SendAnswers(beam.DoFn):
+class SendFeatureRows(beam.DoFn):
     """Impulse → the live feature table as messages, `pace` µs apart."""
 
     def __init__(self, serving: Serving, store: str, begin: Mapping[int, int], pace: int) -> None:
@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> int:
     with Run("inference --streaming", options.run_id, options.folder) as run:
         try:
             if options.replaying:
-                plan = make_plan(options)
+                plan = plan_live_inference(options)
                 pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
                 build(pipeline, options, plan)
                 execute(pipeline)
@@ -291,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_live(options: Options) -> Plan:
+def run_live(options: Options) -> LiveInferencePlan:
     """Place the consumers where the table ends, run, and cancel when the topic has ended or somebody says stop.
 
     Returns:
@@ -299,24 +299,24 @@ def run_live(options: Options) -> Plan:
     """
     assert options.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
-    knock(options.broker, pipeline_options)
-    with until_told():
+    check_connections(options.broker, pipeline_options)
+    with stopped_by_signals():
         while True:
-            plan = make_plan(options)
+            plan = plan_live_inference(options)
             if not _launch(options, plan, pipeline_options):
                 return plan
 
 
-def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> bool:
+def _launch(options: Options, plan: LiveInferencePlan, pipeline_options: PipelineOptions) -> bool:
     """One launch; whether there is to be another."""
     view, broker = options.definition.view, options.broker
     assert broker is not None
     topic = topic_of(view, options.prefix)
     group = f"millrace-{plan.outlet.model}-{options.run_id}-{uuid.uuid4().hex[:8]}"
 
-    def at_end(told: Mapping[str, Any]) -> bool:
+    def at_end(status: Mapping[str, Any]) -> bool:
         """Whether nothing has come behind the last words, as after a restart of the features job."""
-        due = {int(number): offset for number, offset in told["next"][source_of(view)].items()}
+        due = {int(number): offset for number, offset in status["next"][source_of(view)].items()}
         try:
             left = unread(broker, {topic: due})[topic]
         except StoreError:  # asked again, once the broker is back
@@ -327,14 +327,14 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
         log.info("the topic had ended, and all of it is scored: nothing to do")
         return False
     warn_of_loss(begin_offsets(broker, [topic]), {topic: plan.next})
-    stand(broker, group, {topic: plan.next})
+    set_group_offsets(broker, group, {topic: plan.next})
     pipeline = beam.Pipeline(options=pipeline_options)
     build(pipeline, options, plan, group)
     first = int(plan.start.get("turn", 0))
 
     def done() -> bool:
-        told = read_status(options.status)
-        return bool(told.get("last")) and int(told["turn"]) > first and at_end(told)
+        status = read_status(options.status)
+        return bool(status.get("last")) and int(status["turn"]) > first and at_end(status)
 
     text = f"running: reading on from {json.dumps(plan.next)}"
     skipped = skipped_in(plan.start)
@@ -342,21 +342,21 @@ def _launch(options: Options, plan: Plan, pipeline_options: PipelineOptions) -> 
     return run_until(pipeline, done, text, reading)
 
 
-def begin_at_end(plan: Plan) -> bool:
+def begin_at_end(plan: LiveInferencePlan) -> bool:
     """Whether the last commit stands behind the last words of every partition."""
     ended = plan.start.get("ended", {})
     return bool(ended) and all(ended.get(str(number)) == offset for number, offset in plan.next.items())
 
 
-def summary(options: Options, plan: Plan) -> dict[str, object]:
+def summary(options: Options, plan: LiveInferencePlan) -> dict[str, object]:
     """What the closing table says."""
-    table, told = open_table(plan.outlet.uri), read_status(options.status)
-    rows = told.get("rows", {})
+    table, status = open_table(plan.outlet.uri), read_status(options.status)
+    rows = status.get("rows", {})
     return {
         "rows_in": rows.get("read", 0), "rows_out": 0 if table is None else sum(file.rows for file in data_files(table)),
         "repeated": rows.get("repeated", 0), "set_aside": rows.get("letters", 0),
-        SKIPPED: rows.get(SKIPPED, 0), "swaps": told.get("swaps", []), "refused": told.get("refused", []),
-        "by_version": told.get("by_version", {}), "model": options.definition.require_model().name, "model_version": told.get("version", plan.serving.first.version),
+        SKIPPED: rows.get(SKIPPED, 0), "swaps": status.get("swaps", []), "refused": status.get("refused", []),
+        "by_version": status.get("by_version", {}), "model": options.definition.require_model().name, "model_version": status.get("version", plan.serving.first.version),
         "fingerprint": options.definition.view.fingerprint, "predictions": plan.outlet.uri, "commit_version": None if table is None else table.version(),
     }  # fmt: skip
 

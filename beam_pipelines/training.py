@@ -42,14 +42,14 @@ from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri, source_uri
 from transforms.training.champion_comparison import Challenge, Compare
-from transforms.training.data_checks import STATISTICS, Leaks, columns_of, examine
+from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
 from transforms.training.examples import (
     FOLDER,
+    ExamplePlan,
     MakeExamples,
-    Plan,
     add_accounts,
     checked,
-    make_plan,
+    plan_examples,
     read_shard,
     shards_to_judge,
 )
@@ -177,7 +177,7 @@ class Tested:
     rows: beam.PCollection
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dict[str, Any]) -> None:
+def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenance: dict[str, Any]) -> None:
     """The graph; every step but the last leaves files and hands on their names."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
     rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
@@ -189,7 +189,7 @@ def build(pipeline: beam.Pipeline, options: Options, plan: Plan, provenance: dic
 def train_and_test(
     pipeline: beam.Pipeline,
     options: Options,
-    plan: Plan,
+    plan: ExamplePlan,
     provenance: dict[str, Any],
     champion: tuple[str, bytes] | None = None,
 ) -> Tested:
@@ -202,7 +202,7 @@ def train_and_test(
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     accounts, learning = blocks | "Examples" >> MakeExamples(plan)
     account = accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(checked, plan.alone)
-    statistics = learning | "Statistics" >> Statistics(columns_of(model))
+    statistics = learning | "Statistics" >> Statistics(model_columns(model))
     leaks = learning | "Leaks" >> beam.CombineGlobally(Leaks.of(model))
     fitted = [
         learning | f"Fold{i}" >> beam.Map(until, model, fold) | f"FitFold{i}" >> Fit(declared(model))
@@ -220,7 +220,7 @@ def train_and_test(
     tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
     rows = tests | "Read" >> beam.FlatMap(read_shard)
     scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
-    tested = rows | "TestStatistics" >> Statistics(columns_of(model))
+    tested = rows | "TestStatistics" >> Statistics(model_columns(model))
     findings = statistics | "Examine" >> beam.Map(examine, AsSingleton(tested), AsSingleton(leaks), model, champion)
     findings = findings | "Unseen" >> beam.Map(
         unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
@@ -277,11 +277,11 @@ def open_features(options: Options) -> DeltaTable:
     raise DataError(f"View {view.name!r} has a feature table", f"none under {root}", f"Run: {command}")
 
 
-def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
+def resolve(options: Options) -> tuple[ExamplePlan, dict[str, Any]]:
     """What the run reads, pinned: a plan, and where it all comes from.
 
     Raises:
-        MillraceError: no features, or of another definition; see `open_features` and `make_plan`.
+        MillraceError: no features, or of another definition; see `open_features` and `plan_examples`.
     """
     model = options.model
     require_known(model.objective, trials(model))  # refused before anything is read
@@ -294,7 +294,7 @@ def resolve(options: Options) -> tuple[Plan, dict[str, Any]]:
     split = model.split.resolve(cutoff)
     source = model.label.source
     version = options.label_version if options.label_version is not None else version_of(options.sources, source)
-    plan = make_plan(
+    plan = plan_examples(
         model, files, options.sources, options.examples, split, options.now, options.keep_examples, version
     )
     text = Path(options.definition.path).read_bytes()

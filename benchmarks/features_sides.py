@@ -40,9 +40,9 @@ def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
     """The same kernel called in one plain process, block by block; no Beam, no contracts, no commits."""
 
     from transforms.features.kernel import compute
-    from transforms.features.plan import make_plan
+    from transforms.features.plan import plan_features
 
-    plan = make_plan(view, sources, None, None, 2**61, block_rows)
+    plan = plan_features(view, sources, None, None, 2**61, block_rows)
     os.makedirs(out, exist_ok=True)
     rows = 0
     for block in plan.blocks:

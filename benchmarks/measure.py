@@ -140,13 +140,13 @@ def summary(measured: Mapping[str, Sequence[Measurement]]) -> str:
     """A table of the medians, stages included."""
     lines = [f"{'':<22}{'seconds':>9}{'min–max':>15}{'cpu s':>8}{'peak MB':>9}{'baseline MB':>13}{'imports s':>11}"]
     for name, runs in measured.items():
-        middle = {
+        interior = {
             field: statistics.median(getattr(each, field) for each in runs)
             for field in ("seconds", "cpu_seconds", "peak_mb", "baseline_mb", "import_seconds")
         }
         low, high = min(each.seconds for each in runs), max(each.seconds for each in runs)
         lines.append(
-            f"{name:<22}{middle['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{middle['cpu_seconds']:>8.2f}{middle['peak_mb']:>9.0f}{middle['baseline_mb']:>13.0f}{middle['import_seconds']:>11.2f}"
+            f"{name:<22}{interior['seconds']:>9.2f}{f'{low:.2f}–{high:.2f}':>15}{interior['cpu_seconds']:>8.2f}{interior['peak_mb']:>9.0f}{interior['baseline_mb']:>13.0f}{interior['import_seconds']:>11.2f}"
         )
         for part in runs[0].stages:
             seconds, cpu, peak = (

@@ -27,7 +27,7 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
 from schemas.loading import load_definition
-from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, stand
+from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, set_group_offsets
 from transforms.streaming.messages import HEARTBEAT, Message
 from transforms.streaming.replay import sources_of
 from transforms.streaming.shards import groups_of
@@ -44,9 +44,9 @@ def quantile(values: list[float], share: float) -> float | None:
     """Linear between the two nearest."""
     if not values:
         return None
-    ordered, place = sorted(values), share * (len(values) - 1)
-    low = int(place)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
+    ordered, position = sorted(values), share * (len(values) - 1)
+    low = int(position)
+    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (position - low)
 
 
 STATS: dict[str, Callable[[list[float]], float | None]] = {
@@ -70,14 +70,14 @@ class Rows(beam.DoFn):
             return
         source = self.sources[message.topic]
         rows = pl.read_ipc_stream(message.value).with_columns(pl.col(str(source.time)).dt.timestamp("us"))
-        for place, row in enumerate(rows.iter_rows(named=True)):
+        for position, row in enumerate(rows.iter_rows(named=True)):
             moment = row[source.time]
             for number, group in enumerate(self.groups):
                 if group.source == source.name and all(row[name] is not None for name in group.known):
                     read = {name: row[name] for name in self.view.columns_read(source.name)}
                     yield json.dumps([number, *(row[name] for name in group.known)]), (moment, read)
                 if source is self.spine:
-                    asked = f"{message.partition}/{message.offset}/{place}/{number}"
+                    asked = f"{message.partition}/{message.offset}/{position}/{number}"
                     yield json.dumps([number, *(row[name] for name in group.asked)]), (moment, asked)
 
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         tuple(sources_of(load_definition(DEFINITION).view)),
     )
     group = f"element-{uuid.uuid4().hex[:8]}"
-    stand(broker, group, begin_offsets(broker, topics))
+    set_group_offsets(broker, group, begin_offsets(broker, topics))
 
     pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *rest]))
     rows = pipeline | "Topics" >> ReadTopics(broker, topics, group) | "Rows" >> beam.ParDo(Rows())

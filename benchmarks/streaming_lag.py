@@ -24,7 +24,7 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
     """
     view, times = rig.view, {}
     promises: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    questions, counts = [], {"messages": 0, "rows": 0, "heartbeats": 0}
+    spine_rows, counts = [], {"messages": 0, "rows": 0, "heartbeats": 0}
     sources = {view.spine.name: view.spine, **view.events}
     for record in rig.records(*rig.names):
         source, stamp = sources[record.topic()], record.timestamp()[1]
@@ -39,9 +39,9 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
         moments = rows[str(source.time)].to_physical()
         said.append((stamp, int(moments.max()) - microseconds(source.lateness, zero=True)))  # type: ignore[arg-type]
         if source is view.spine:
-            questions.append(rows.select(*view.key, view.time).with_columns(pl.lit(stamp).alias("there")))
+            spine_rows.append(rows.select(*view.key, view.time).with_columns(pl.lit(stamp).alias("there")))
         times.setdefault(record.topic(), []).append(stamp)
-    asked = pl.concat(questions)
+    asked = pl.concat(spine_rows)
     from transforms.records.row_hashing import row_ids
 
     asked = asked.with_columns(row_ids(view.name, [asked[name] for name in (*view.key, view.time)]))

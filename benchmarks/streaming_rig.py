@@ -176,11 +176,11 @@ class Rig:
                 for record in consumer.consume(1000, timeout=5):
                     if record.error() is not None:
                         raise SystemExit(f"The broker cannot be read: {record.error()}")
-                    place = record.topic(), record.partition()
-                    if place in ends:
+                    position = record.topic(), record.partition()
+                    if position in ends:
                         yield record
-                        if record.offset() + 1 >= ends[place]:
-                            del ends[place]
+                        if record.offset() + 1 >= ends[position]:
+                            del ends[position]
         finally:
             consumer.close()
 

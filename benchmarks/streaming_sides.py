@@ -36,17 +36,17 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         running = _launched(child)
         rig.finished("live", 600)
         ended = time.time()
-        questions, counts = completed(rig)
+        spine_rows, counts = completed(rig)
         answers = answered(rig, f"{rig.view.name}.features")
         store_rows = rig.status().get("rows", {})
-    if len(answers) != len(questions) or answers["times"].max() != 1:
-        raise SystemExit(f"{len(questions)} questions, {len(answers)} answered, one {answers['times'].max()} times")
+    if len(answers) != len(spine_rows) or answers["times"].max() != 1:
+        raise SystemExit(f"{len(spine_rows)} questions, {len(answers)} answered, one {answers['times'].max()} times")
     stamps = np.sort(answers["answered"].to_numpy())
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
         "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
-        "running_s": running - launched, "events": counts["rows"], "questions": len(questions), "rows_per_message": counts["rows"] / counts["messages"],
+        "running_s": running - launched, "events": counts["rows"], "questions": len(spine_rows), "rows_per_message": counts["rows"] / counts["messages"],
         "first_answer_s": float(stamps[0]) - launched, "last_answer_s": float(stamps[-1]) - launched, "seconds": ended - launched,
         "under_way_s": end - begin, "cores": watch.cores(begin, end), "rss_mb": watch.samples[-1]["rss_mb"], "committed": store_rows,
         "progress": [round(float(stamps[int((len(stamps) - 1) * share / 20)]) - launched, 2) for share in range(21)],
@@ -77,15 +77,15 @@ def lag(
         rig.finished("producer", seconds + warm_up + 120)
         sent = time.time()
         rig.finished("live", 120)
-        questions, counts = completed(rig)
+        spine_rows, counts = completed(rig)
         answers = answered(rig, f"{rig.view.name}.features")
         scored = None
         if registry is not None:
             rig.finished("inference", 120)
             scored = answered(rig, predictions)
-    both = questions.join(answers, on="row_id")
-    if len(both) != len(questions):
-        raise SystemExit(f"{len(questions)} questions, {len(both)} answered")
+    both = spine_rows.join(answers, on="row_id")
+    if len(both) != len(spine_rows):
+        raise SystemExit(f"{len(spine_rows)} questions, {len(both)} answered")
     both = both.with_columns((pl.col("answered") - pl.col("complete")).alias("lag"))
     steady = both.filter((pl.col("complete") > began + warm_up) & (pl.col("complete") < sent - 1))
     further: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def lag(
         further = {"predictions_lag_p99_s": distribution(waits).get("p99"), "predictions_lag": distribution(waits)}
     return further | {
         "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"), "features_lag": distribution(steady["lag"].to_numpy()),
-        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "share": share, "events": counts["rows"], "questions": len(questions), "measured": len(steady),
+        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "share": share, "events": counts["rows"], "questions": len(spine_rows), "measured": len(steady),
         "rows_per_message": counts["rows"] / counts["messages"], "cores": watch.cores(began + warm_up, sent), "rss_mb": watch.samples[-1]["rss_mb"],
         "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()), "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
         "p99_by_5s": _by_time(steady, began),
@@ -150,8 +150,8 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
         rig.broker.create(topic, partitions=rig.partitions, config=STAMPED)
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
-        questions, counts = completed(rig)
-        broker, wanted = Broker(rig.broker.bootstrap), len(questions) * parts
+        spine_rows, counts = completed(rig)
+        broker, wanted = Broker(rig.broker.bootstrap), len(spine_rows) * parts
         flags = ["--bootstrap", rig.broker.bootstrap, "--expansion_service", rig.expansion.address, "--topic", topic]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming_element", *flags, *rig.prism.options]
         launched, child = time.time(), rig.start("element", [*command, "--environment_type=LOOPBACK"])
@@ -165,7 +165,7 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
         "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
-        "running_s": running - launched, "events": counts["rows"], "questions": len(questions), "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
+        "running_s": running - launched, "events": counts["rows"], "questions": len(spine_rows), "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
     }  # fmt: skip
 
 

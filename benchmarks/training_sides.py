@@ -164,8 +164,8 @@ def native(store: str, out: str) -> dict[str, Any]:
         "brier": brier_score_loss,
     }
     report = {"": {name: float(measure(labels, scores)) for name, measure in measures.items()}}
-    for (city,), places in test.with_row_index("row").group_by("city"):
-        at = places["row"].to_numpy()
+    for (city,), positions in test.with_row_index("row").group_by("city"):
+        at = positions["row"].to_numpy()
         report[str(city)] = {name: float(measure(labels[at], scores[at])) for name, measure in measures.items()}
     (folder / "metrics.json").write_text(json.dumps(report))
     return {"auc": report[""]["auc"], "train": len(train)}
@@ -205,13 +205,13 @@ def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any
     import pyarrow.parquet as pq
 
     from schemas import load_definition
-    from transforms.training.examples import Account, Shard, read_shard
+    from transforms.training.examples import Account, ExampleShard, read_shard
     from transforms.training.fit_encoders import fit
     from transforms.training.trainer import Study
 
     model = load_definition(f"{store}/definition.py").require_model()
     files = [
-        Shard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows)
+        ExampleShard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows)
         for i, path in enumerate(sorted(Path(shards).iterdir()))
     ]
     account = Account(sum(each.rows for each in files), {}, {}, tuple(files))
@@ -269,7 +269,7 @@ def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> di
     """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either way."""
     from benchmarks.measure import stage
     from transforms.training.hyperparameter_search import Trial
-    from transforms.training.trainer import Bench, side_by_side
+    from transforms.training.trainer import TrialRunner, side_by_side
 
     study, account, fitted = _study(store, shards, out, 2)
     several = [Trial(i, {"max_depth": 4, "eta": 0.05 + i / 50}, rounds=300) for i in range(trials)]
@@ -277,6 +277,6 @@ def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> di
         if side:
             results = side_by_side(study, account, [fitted], several)
         else:
-            bench = Bench(study, account, [fitted], 1)
+            bench = TrialRunner(study, account, [fitted], 1)
             results = [bench.run(trial) for trial in several]
     return {"auc": max(each.value for each in results)}

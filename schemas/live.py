@@ -25,7 +25,7 @@ SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answer
 
 # Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.  Of a
 # dimension's row `partition` is −1, `offset` its row in a file, `place` the file's number; the rule names file and version.
-LIVE_LETTERS = pa.schema([
+LIVE_DEAD_LETTERS = pa.schema([
     ("source", pa.string()),
     ("partition", pa.int32()),
     ("offset", pa.int64()),

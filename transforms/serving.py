@@ -1,5 +1,5 @@
 """Registered models name this module as the one that loads them; the code is in `transforms/models/mlflow_pyfunc.py`."""
 
-from transforms.models.mlflow_pyfunc import _load_pyfunc as _load_pyfunc
+from transforms.models.mlflow_pyfunc import load_pyfunc as _load_pyfunc
 
 __all__ = ["_load_pyfunc"]

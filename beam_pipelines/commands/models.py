@@ -13,7 +13,7 @@ from beam_pipelines.runtime.run_report import read_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
-from transforms.training.publish_model import PENDING, REPORT, enter
+from transforms.training.publish_model import PENDING, REPORT, register_model
 
 
 def _arguments(command: str, text: str, why: bool = False) -> Arguments:
@@ -107,7 +107,7 @@ def register(argv: Sequence[str]) -> int:
             f"{folder}: {error}",
             f"Run: millrace training --run_id {flags.run}",
         ) from None
-    done = enter(content, pending, registry_uri(flags.store, flags.registry), folder)
+    done = register_model(content, pending, registry_uri(flags.store, flags.registry), folder)
     champion = f"version {done['champion']}" if done["champion"] else "none"
     kept = f" ({done['kept']})" if done["kept"] else ""
     print(f"{done['model']}: version {done['model_version']} is registered; the champion is {champion}{kept}")

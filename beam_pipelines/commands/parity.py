@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         scored = rescored(definition, flags)
         if scored is not None:
             run.update({"predictions": dataclasses.asdict(scored)})
-            said.append(told(scored))
+            said.append(text_of(scored))
         full = None if side is None else compare(view, flags.store, side, flags.start, flags.end)
         run.update({"full_batch": NO_BATCH if full is None else full_figures(full)})
         said.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
@@ -185,7 +185,7 @@ def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | No
     return rescore(view, flags.store, model.name, registry, flags.start, flags.end)
 
 
-def told(scored: Rescored) -> str:
+def text_of(scored: Rescored) -> str:
     """A line of the predictions."""
     versions = ", ".join(f"{rows:,} by version {version}" for version, rows in scored.compared.items()) or "none"
     return (

@@ -10,7 +10,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from beam_pipelines import features
-from beam_pipelines.features import Options, Work
+from beam_pipelines.features import Options, PreparedRun
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.plan_text import looked_lines
 from beam_pipelines.runtime.terminal import columns, many, wrapped
@@ -18,7 +18,7 @@ from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, reading
-from transforms.features.plan import Plan
+from transforms.features.plan import FeaturePlan
 from transforms.records.times import day_of
 from transforms.sources.inventory import Inventory, take_inventory
 
@@ -116,7 +116,7 @@ def _length(reach: int) -> str:
     return f"{reach // DAY} d" if reach % DAY == 0 else f"{reach / 3_600_000_000:g} h"
 
 
-def reasons(options: Options, work: Work) -> list[tuple[int, int, str]]:
+def reasons(options: Options, work: PreparedRun) -> list[tuple[int, int, str]]:
     """(First day, last day, why) of neighbouring days with one reason."""
     result: list[tuple[int, int, str]] = []
     for day, why in sorted(work.stale.reasons.items()):
@@ -135,21 +135,21 @@ def reasons(options: Options, work: Work) -> list[tuple[int, int, str]]:
     return [(first // DAY, -(-last // DAY) - 1, why) for first, last in work.plan.ranges]
 
 
-def _print_dates(options: Options, work: Work, plan: Plan) -> None:
-    told = reasons(options, work)
+def _print_dates(options: Options, work: PreparedRun, plan: FeaturePlan) -> None:
+    lines = reasons(options, work)
     rows = []
-    for first, last, why in told[:MOST_LINES]:
-        count = questions(plan, first * DAY, (last + 1) * DAY)
+    for first, last, why in lines[:MOST_LINES]:
+        count = spine_rows(plan, first * DAY, (last + 1) * DAY)
         rows.append((f"{day_of(first * DAY)}–{day_of(last * DAY)}", f"{last - first + 1:,}", f"{count:,}", why))
     print(columns(("dates", "days", "about rows", "why"), rows, ("days", "about rows")))
-    if len(told) > MOST_LINES:
-        print(f"  and {many(len(told) - MOST_LINES, 'more range')}")
-    total = sum(questions(plan, first, last) for first, last in plan.ranges)
+    if len(lines) > MOST_LINES:
+        print(f"  and {many(len(lines) - MOST_LINES, 'more range')}")
+    total = sum(spine_rows(plan, first, last) for first, last in plan.ranges)
     days = sum(-(-last // DAY) - first // DAY for first, last in plan.ranges)
     print(f"  together {many(days, 'day')}, about {many(total, 'row')}")
 
 
-def questions(plan: Plan, first: int, last: int) -> int:
+def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
     """About how many spine rows lie in `[first, last)` µs, taken to spread evenly over their row groups."""
     total = 0.0
     for each in {piece for block in plan.blocks for piece in block.spine}:
@@ -158,14 +158,14 @@ def questions(plan: Plan, first: int, last: int) -> int:
     return round(total)
 
 
-def _print_copies(view: FeatureView, copies: Copies, plan: Plan) -> None:
+def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
     """Which days take which columns from the older table, and which are computed."""
     print(wrapped(f"from {copies.uri}, version {copies.version}", hanging=2))
     every = reading(view)
     rows = []
     days = [day for first, last in plan.ranges for day in range(first // DAY, -(-last // DAY))]
     for first, last, names in _spans(copies, days):
-        count = questions(plan, first * DAY, (last + 1) * DAY)
+        count = spine_rows(plan, first * DAY, (last + 1) * DAY)
         span = f"{day_of(first * DAY)}–{day_of(last * DAY)}"
         rows.append((span, f"{last - first + 1:,}", f"{count:,}", str(len(names)), str(len(every) - len(names))))
     numbers = ("days", "about rows", "copied", "computed")
@@ -191,7 +191,7 @@ def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[st
     return result
 
 
-def steps(options: Options, work: Work) -> Mapping[str, list[str]]:
+def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
     """Labels of the graph's steps, with those right below them."""
     pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions([]))
     features.build(pipeline, options, work)

@@ -15,7 +15,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
 from schemas.loading import Definition, load_definition
-from transforms.storage.delta_tables import DataFile, data_files, groups, newest, open_table, read_group
+from transforms.storage.delta_tables import DataFile, data_files, groups, newest_version, open_table, read_group
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import (
     committed_statistics,
@@ -24,7 +24,7 @@ from transforms.validation.publish_check import (
     read_statistics,
     statistics_path,
 )
-from transforms.validation.statistics import columns_of, describe, nothing, proto
+from transforms.validation.statistics import describe, nothing, proto, view_columns
 from transforms.validation.tfdv_schema import Anomaly, infer_schema, parse_schema, schema_text, update_schema, validate
 
 # More intervals than that say little more about how far two of them lie apart.
@@ -92,7 +92,7 @@ def infer(options: Options) -> int:
     """Write a first schema from the rows of the feature table (all, or of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError("infer writes a first schema", f"{options.schema} is there", "Change it with update, or write over it with --force")  # fmt: skip
-    columns = columns_of(options.definition.view)
+    columns = view_columns(options.definition.view)
     statistics, pieces = statistics_of_rows(options), statistics_of_pieces(options)
     write(options.schema, schema_text(infer_schema(statistics, columns, pieces)))
     drift = (
@@ -117,7 +117,7 @@ def update(options: Options) -> int:
     """Change the schema as little as makes the statistics keep it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
-    changed = update_schema(schema, statistics, columns_of(options.definition.view), previous)
+    changed = update_schema(schema, statistics, view_columns(options.definition.view), previous)
     if changed == schema:
         print(f"{options.schema}: nothing to change for {meant}")
     else:
@@ -146,7 +146,7 @@ def chosen(options: Options) -> tuple[str, Any, Any]:
         return f"rows of [{options.start or '…'}, {options.end or '…'})", statistics_of_rows(options), None
     run_id = options.run_id
     if run_id is None:
-        commits = committed_statistics(options.table, newest(options.table))
+        commits = committed_statistics(options.table, newest_version(options.table))
         if not commits:
             return "all rows", statistics_of_rows(options), None
         run_id = str(commits[0]["run_id"])
@@ -193,7 +193,7 @@ def files_of(options: Options) -> list[DataFile]:
 
 def statistics_of_files(options: Options, files: Sequence[DataFile]) -> Any:
     """Statistics of the files' rows."""
-    columns = columns_of(options.definition.view)
+    columns = view_columns(options.definition.view)
     total = nothing(columns)
     for group in groups(files):
         total = total + describe(read_group(group, columns.names), columns)

@@ -20,13 +20,22 @@ from schemas.durations import instant
 from schemas.errors import DataError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.features.manifest_store import read_manifest
-from transforms.lineage.trace import Origin, Seen, commit_of, find_prediction, find_rows, key_of, origin, view_table
+from transforms.lineage.trace import (
+    Origin,
+    VisibleSource,
+    commit_of,
+    find_prediction,
+    find_rows,
+    key_of,
+    origin,
+    view_table,
+)
 from transforms.models.registry import Registry, registry_uri
 from transforms.records.times import as_date
 from transforms.records.value_text import shown
 from transforms.storage.delta_log import root_of as root_of_uri
-from transforms.storage.delta_tables import open_table, root_of
-from transforms.storage.paths import MANIFEST, features_live_uri, place_of
+from transforms.storage.delta_tables import open_table, table_root
+from transforms.storage.paths import MANIFEST, features_live_uri, path_in_store
 
 DAYS_SHOWN = 8
 
@@ -61,7 +70,7 @@ def trace(argv: Sequence[str]) -> int:
 
 def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
-    table = view_table(flags.store, view, place="features_live" if flags.live else "features")
+    table = view_table(flags.store, view, position="features_live" if flags.live else "features")
     key = key_of(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
@@ -72,7 +81,7 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
         )
         raise DataError(
             "The row is in the feature table",
-            f"{value}: not in version {table.version()} of {root_of(table)}",
+            f"{value}: not in version {table.version()} of {table_root(table)}",
             "See its dates with: millrace tables",
         )
     found.sort(key=lambda each: each[1][view.time])
@@ -105,8 +114,8 @@ def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
             )
         )
     if found.outdated:
-        told = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
-        print(wrapped(told, hanging=2))
+        text = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        print(wrapped(text, hanging=2))
     if "__cut" in row:
         print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
     else:
@@ -117,18 +126,18 @@ def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
 
 def _print_definition(definition: Definition, recorded: str) -> None:
     digest = definition.digest
-    told = (
+    text = (
         ""
         if not recorded
         else ", as when it was computed"
         if recorded == digest
         else f", changed since it was computed (then {recorded[:16]})"
     )
-    print(wrapped(f"{definition.path}, SHA-256 {digest[:16]}{told}", hanging=2))
+    print(wrapped(f"{definition.path}, SHA-256 {digest[:16]}{text}", hanging=2))
     print(wrapped(f"view {definition.view.name}, fingerprint {definition.view.fingerprint}", hanging=2))
 
 
-def _print_sources(seen: Sequence[Seen], days: bool) -> None:
+def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
     print("\nsources, as that run had read them" if seen else "\nno manifest tells what was read")
     for each in seen:
         if each.digest is not None:
@@ -161,7 +170,7 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
         )
     )
     print("\ntable")
-    print(wrapped(f"{root_of(table)} version {table.version()}", hanging=2))
+    print(wrapped(f"{table_root(table)} version {table.version()}", hanging=2))
     if entry:
         print(
             wrapped(
@@ -195,7 +204,7 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
     _print_label_files(manifest.get("label_files", []))
     _print_trained(flags.store, trained)
     if definition is not None and live:
-        _print_answer(flags, definition, row)
+        _print_feature_row(flags, definition, row)
     elif definition is not None:
         _print_scored(flags, str(entry.get("features", "")), definition, row)
 
@@ -213,7 +222,7 @@ def _print_label_files(files: Sequence[str]) -> None:
 def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
     """What the training table was made from."""
     table = (
-        open_table(FileSystems.join(store, *place_of(trained["uri"]).split("/")), int(trained["version"]))
+        open_table(FileSystems.join(store, *path_in_store(trained["uri"]).split("/")), int(trained["version"]))
         if trained
         else None
     )
@@ -230,7 +239,7 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_answer(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_feature_row(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
     """Which answer a live prediction was made from, and where that came from if the store holds it."""
     view = definition.view
     print("\nthe answer that was scored")
@@ -247,7 +256,9 @@ def _print_scored(flags: Any, features: str, definition: Definition, row: Mappin
     """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
     uri, _, version = features.rpartition("@")
     table = None
-    if version.isdigit() and place_of(uri).startswith(f"features/{definition.view.name}/{definition.view.fingerprint}"):
+    if version.isdigit() and path_in_store(uri).startswith(
+        f"features/{definition.view.name}/{definition.view.fingerprint}"
+    ):
         with contextlib.suppress(StoreError):
             table = view_table(flags.store, definition.view, int(version))
     print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")

@@ -19,7 +19,7 @@ def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool
     """
     late = ", after its partition had told of later ones" if row["__late"] else ""
     print("\nquestion")
-    print(wrapped(f"{_place(view.spine.name, row)}, answered {row['__answered'].isoformat()}{late}", hanging=2))
+    print(wrapped(f"{_position(view.spine.name, row)}, answered {row['__answered'].isoformat()}{late}", hanging=2))
     print("\nsources, as the answer could see them")
     for each in visible_to(view, store, row):
         _print_visible(each, days, most)
@@ -29,11 +29,11 @@ def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool
 
 def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
     """Which answer a live prediction was made from, and when."""
-    where = _place(f"{view.name}.features", row)
+    where = _position(f"{view.name}.features", row)
     print(wrapped(f"of the answer at {where}, answered {row['__answered'].isoformat()}, scored {row['__scored'].isoformat()}", hanging=2))  # fmt: skip
 
 
-def _place(topic: str, row: Mapping[str, Any]) -> str:
+def _position(topic: str, row: Mapping[str, Any]) -> str:
     return f"{topic}: partition {row['__partition']}, offset {row['__offset']}, row {row['__place']} of the message"
 
 

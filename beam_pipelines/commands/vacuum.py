@@ -11,8 +11,8 @@ from beam_pipelines.runtime.trained_models import trained
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from transforms.storage.paths import tables_below
-from transforms.storage.run_markers import running
-from transforms.storage.vacuum import Rules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
+from transforms.storage.run_markers import running_runs
+from transforms.storage.vacuum import VacuumRules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
 
 HOUR = timedelta(hours=1)
 
@@ -39,9 +39,9 @@ def vacuum(argv: Sequence[str]) -> int:
             "If no run is at work, repeat it with --force",
         )
     now = datetime.now(UTC)
-    busy = at_work(running(flags.store), now, longest)
+    busy = at_work(running_runs(flags.store), now, longest)
     pins = pins_of(trained(flags.store, flags.registry))
-    rules = Rules(now, longest, retention, pins, busy)
+    rules = VacuumRules(now, longest, retention, pins, busy)
     names = tables_below(flags.store)
     waste = [each for name in names for each in waste_of(flags.store, name, rules)] + waste_of_runs(flags.store, rules)
     _print_waste(waste, names, rules, flags.dry_run)
@@ -51,7 +51,7 @@ def vacuum(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry: bool) -> None:
+def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: VacuumRules, dry: bool) -> None:
     kinds = {
         "orphan": "orphans",
         "expired": "expired",
@@ -64,8 +64,8 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: Rules, dry
     rows = []
     for name in sorted({*names, *(each.table for each in waste)}):
         mine = [each for each in waste if each.table == name]
-        cells = [str(sum(each.kind == kind for each in mine) or "") for kind in kinds]
-        rows.append((name, *cells, size(sum(each.file.bytes for each in mine)) if mine else ""))
+        slots = [str(sum(each.kind == kind for each in mine) or "") for kind in kinds]
+        rows.append((name, *slots, size(sum(each.file.bytes for each in mine)) if mine else ""))
     print(columns(("table", *kinds.values(), "bytes"), rows, [*kinds.values(), "bytes"], indent=0))
     kept = sorted({(pin.table, pin.version) for pin in rules.pins})
     for table, version in kept:

@@ -148,7 +148,7 @@ def day(text: str) -> date:
 
 
 def identifier(text: str) -> str:
-    if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
+    if not text or not all(dead_letter.isalnum() or dead_letter in "-_" for dead_letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
     return text
 

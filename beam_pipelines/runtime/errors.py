@@ -53,14 +53,14 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
             print(f"millrace: {done}", flush=True)
             return 0
         except MillraceError as error:
-            print(f"millrace: {error}{resume(error, argv)}", file=sys.stderr, flush=True)
+            print(f"millrace: {error}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
             return error.exit_code
         except KeyboardInterrupt as error:
-            how = resume(error, argv) or "\n  run the same command again"
+            how = resume_hint(error, argv) or "\n  run the same command again"
             print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
             return 130
         except Exception as error:
-            if how := resume(error, argv):
+            if how := resume_hint(error, argv):
                 traceback.print_exc()
                 print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
                 return 70
@@ -69,7 +69,7 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
     return guarded
 
 
-def resume(error: BaseException, argv: Sequence[str]) -> str:
+def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
     """Lines that name the run in which `error` came up, its table and dates, and the command that resumes it."""
     run = getattr(error, "run", None)
     if run is None:

@@ -23,7 +23,7 @@ from beam_pipelines.runtime.errors import recovered
 from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
 from transforms.streaming.kafka import Broker
-from transforms.streaming.kafka_admin import partitions_of, reach, unread
+from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread
 from transforms.streaming.micro_batches import SKIPPED
 
 log = logging.getLogger("millrace.live")
@@ -38,24 +38,24 @@ LOOK, CANCELLED_WITHIN, ENDS_WITHIN = 5.0, 10.0, 30.0
 STILL = 60.0
 
 
-def knock(broker: Broker, options: PipelineOptions) -> None:
+def check_connections(broker: Broker, options: PipelineOptions) -> None:
     """See that all a live job stands on is there, before it is started.
 
     Raises:
         StoreError: nobody listens at the address of broker, expansion service or runner.
     """
-    reach("The broker", "--bootstrap", broker.bootstrap)
+    check_reachable("The broker", "--bootstrap", broker.bootstrap)
     if broker.expansion is not None:
-        reach("The expansion service", "--expansion_service", broker.expansion)
+        check_reachable("The expansion service", "--expansion_service", broker.expansion)
     endpoint = options.view_as(PortableOptions).job_endpoint
     if endpoint and endpoint != "embed":
-        reach("The runner", "--job_endpoint", endpoint)
+        check_reachable("The runner", "--job_endpoint", endpoint)
 
 
 @contextlib.contextmanager
-def until_told() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
     """SIGTERM is heard as Ctrl-C, and Beam's threads that lose a runner leave it to the launcher to say so."""
-    _hush()
+    _quiet_logs()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -64,7 +64,7 @@ def until_told() -> Iterator[None]:
 
 
 @functools.cache
-def _hush() -> None:
+def _quiet_logs() -> None:
     """For good: some of the threads outlive the job."""
     hook = threading.excepthook
 
@@ -101,7 +101,7 @@ class Reading:
     def there(self) -> bool:
         """Whether the broker can be asked: its client waits ten seconds for one that is away, and Ctrl-C with it."""
         try:
-            reach("The broker", "--bootstrap", self.broker.bootstrap)
+            check_reachable("The broker", "--bootstrap", self.broker.bootstrap)
         except StoreError:
             return False
         return True
@@ -119,10 +119,10 @@ class Reading:
 
     def unread(self) -> int:
         """Messages behind the last commit; 0 while the broker does not say."""
-        told = read_status(self.status).get("next", {})
+        status = read_status(self.status).get("next", {})
         due = {
             topic: {
-                number: told.get(topic.removeprefix(self.prefix), {}).get(str(number), offset)
+                number: status.get(topic.removeprefix(self.prefix), {}).get(str(number), offset)
                 for number, offset in partitions.items()
             }
             for topic, partitions in self.begin.items()
@@ -145,9 +145,9 @@ def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mappi
                 )  # fmt: skip
 
 
-def skipped_in(told: Mapping[str, Any]) -> int:
+def skipped_in(status: Mapping[str, Any]) -> int:
     """Offsets that were not there to be read, as a job's commit counts them."""
-    return sum(int(each.get(SKIPPED, 0)) for each in (*told.get("counts", {}).values(), told.get("rows", {})))
+    return sum(int(each.get(SKIPPED, 0)) for each in (*status.get("counts", {}).values(), status.get("rows", {})))
 
 
 def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, reading: Reading) -> bool:
@@ -224,12 +224,12 @@ class _Job:
             except Exception as error:
                 failed.append(error)
 
-        asking = threading.Thread(target=ask, name="cancel", daemon=True)
-        asking.start()
-        asking.join(CANCELLED_WITHIN)
+        spine_columns = threading.Thread(target=ask, name="cancel", daemon=True)
+        spine_columns.start()
+        spine_columns.join(CANCELLED_WITHIN)
         if failed:
             raise failed[0]
-        if asking.is_alive():
+        if spine_columns.is_alive():
             log.warning(
                 "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, its "
                 "table still holds every row once; see the runner's log", CANCELLED_WITHIN,
@@ -257,16 +257,16 @@ def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
                 since = now
                 continue
             again = reading.grown()
-            told = read_status(reading.status)
-            if told.get("turn") != turn or not (unread := reading.unread()):
-                turn, since = told.get("turn"), now
+            status = read_status(reading.status)
+            if status.get("turn") != turn or not (unread := reading.unread()):
+                turn, since = status.get("turn"), now
             elif now - since > STILL + 3e-6 * reading.commit_every:
                 log.warning(
                     "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
                     "and start it again; it goes on from its last commit", now - since, unread,
                 )  # fmt: skip
                 since = now
-            if (gone := skipped_in(told)) > skipped:
+            if (gone := skipped_in(status)) > skipped:
                 log.warning(
                     "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; counted as %s",
                     gone - skipped, SKIPPED,

@@ -9,7 +9,7 @@ from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
 from transforms.features.history_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
-from transforms.features.plan import MOST_BLOCKS, Block, Plan, amplification, reached
+from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
 from transforms.features.staleness import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
 from transforms.sources.inventory import Slice
@@ -17,7 +17,7 @@ from transforms.sources.inventory import Slice
 
 def plan_lines(
     view: FeatureView,
-    plan: Plan,
+    plan: FeaturePlan,
     chains: Sequence[Chain] = (),
     segments: Sequence[Segment] = (),
     looked: Mapping[str, Mapping[str, int]] | None = None,
@@ -71,7 +71,7 @@ def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         yield f"read before the run, unique columns alone, to find repeats: {told}"
 
 
-def _shards(view: FeatureView, plan: Plan) -> Iterator[str]:
+def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
     cut = [block for block in plan.blocks if block.shards]
     if not cut:
         return

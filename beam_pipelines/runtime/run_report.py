@@ -19,7 +19,7 @@ from apache_beam.options.pipeline_options import TestOptions
 from beam_pipelines.runtime.errors import Translated, _traceback_of_mistake, recovered
 from schemas import errors
 from schemas.errors import MillraceError
-from transforms.storage.run_markers import MARK, mark, unmark
+from transforms.storage.run_markers import MARKER, remove_marker, write_marker
 
 log = logging.getLogger("millrace")
 
@@ -47,7 +47,7 @@ class Run:
         self.start = time.perf_counter()
         self._alone()
         try:
-            mark(self.folder, self.pipeline, str(self.figures["run_id"]))
+            write_marker(self.folder, self.pipeline, str(self.figures["run_id"]))
         except MillraceError as error:
             error.run = self  # type: ignore[attr-defined]
             raise
@@ -55,7 +55,7 @@ class Run:
 
     def _alone(self) -> None:
         """Refuse a run id that another pipeline has used: each would write over what the other tells of itself."""
-        for name in (MARK, "run.json"):
+        for name in (MARKER, "run.json"):
             try:
                 other = read_json(FileSystems.join(self.folder, name))["pipeline"]
             except Exception:  # not there, by whatever name Beam's file systems call it, or no account of a run
@@ -71,7 +71,7 @@ class Run:
         if error is not None:
             error.run = self  # type: ignore[attr-defined]  # for `guard`, which says how to go on
         if error is None or isinstance(error, MillraceError):
-            unmark(self.folder)  # after anything else the job may still be at work elsewhere
+            remove_marker(self.folder)  # after anything else the job may still be at work elsewhere
         if error is not None:
             return
         seconds = time.perf_counter() - self.start

@@ -28,22 +28,24 @@ def columns(
     width = terminal_width() if width is None else width
     empty = [i for i in range(1, len(head)) if not any(row[i] for row in rows)]
     head = [name for i, name in enumerate(head) if i not in empty]
-    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+    rows = [[slot for i, slot in enumerate(row) if i not in empty] for row in rows]
     wide = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = " " * indent
     if indent + sum(wide) + 2 * (len(wide) - 1) <= width:
         lines = [
             "  ".join(
-                cell.rjust(size) if name in right else cell.ljust(size)
-                for name, cell, size in zip(head, row, wide, strict=True)
+                slot.rjust(size) if name in right else slot.ljust(size)
+                for name, slot, size in zip(head, row, wide, strict=True)
             )
             for row in [head, *rows]
         ]
         return "\n".join(pad + line.rstrip() for line in lines)
     blocks = []
     for row in rows:
-        told = [_told(name, cell) for name, cell in zip(head[1:], row[1:], strict=True) if cell]
-        blocks.append("\n".join([pad + row[0], wrapped(", ".join(told), indent + 4, width)]) if told else pad + row[0])
+        texts = [_record(name, slot) for name, slot in zip(head[1:], row[1:], strict=True) if slot]
+        blocks.append(
+            "\n".join([pad + row[0], wrapped(", ".join(texts), indent + 4, width)]) if texts else pad + row[0]
+        )
     return "\n".join(blocks)
 
 
@@ -51,13 +53,13 @@ def columns(
 _PLAIN = ("bytes", "type", "how", "why", "use")
 
 
-def _told(name: str, cell: str) -> str:
+def _record(name: str, slot: str) -> str:
     """`3,000 rows`, `version 2`, `1.2 MB` (of bytes)."""
     if name in _PLAIN:
-        return cell
-    if name.endswith("s") and cell[0].isdigit() and "–" not in cell:
-        return f"{cell} {name.removesuffix('s') if cell == '1' else name}"
-    return f"{name} {cell}"
+        return slot
+    if name.endswith("s") and slot[0].isdigit() and "–" not in slot:
+        return f"{slot} {name.removesuffix('s') if slot == '1' else name}"
+    return f"{name} {slot}"
 
 
 def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:

@@ -203,7 +203,7 @@ def sources(definition: str) -> Mapping[str, Source]:
     return {view.spine.name: view.spine, **view.events}
 
 
-def micros(day: str) -> int:
+def micro_batches_of(day: str) -> int:
     return int(datetime.combine(date.fromisoformat(day), datetime.min.time(), UTC).timestamp()) * 1_000_000
 
 
@@ -215,8 +215,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sources", required=True, type=Path, help="folder of the sources' Parquet files")
     parser.add_argument("--bootstrap", required=True, help="HOST:PORT of a broker")
     parser.add_argument("--topic_prefix", default="", help="before the name of every topic")
-    parser.add_argument("--start", required=True, type=micros, help="first UTC day")
-    parser.add_argument("--end", required=True, type=micros, help="the UTC day after the last")
+    parser.add_argument("--start", required=True, type=micro_batches_of, help="first UTC day")
+    parser.add_argument("--end", required=True, type=micro_batches_of, help="the UTC day after the last")
     parser.add_argument(
         "--speed", type=float, default=0, help="simulated seconds per second (default 0: as fast as it goes)"
     )

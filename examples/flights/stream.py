@@ -334,7 +334,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
-        show(told["time"], told["rows"], told_by(case), questions, watch, lag)
+        show(told["time"], told["rows"], description_after(case), questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
         ended = not children["live"].running  # the last commit is in
         complete = (
@@ -347,7 +347,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             break
     drained = time.monotonic()
     watch.look(2)  # whatever comes twice
-    show(told["time"], told["rows"], told_by(case), questions, watch, None, True)
+    show(told["time"], told["rows"], description_after(case), questions, watch, None, True)
     show.end()
     seen = watch.version_since.get(case.second)
     return {
@@ -423,7 +423,7 @@ def clock(moment: int) -> str:
     return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%m-%d %H:%M") if moment > 0 else ""
 
 
-def told_by(case: Case) -> dict[str, Any]:
+def description_after(case: Case) -> dict[str, Any]:
     """What the last commit of the features said; empty before the first."""
     try:
         return dict(json.loads((case.live / "runs" / "live" / "status.json").read_text()))

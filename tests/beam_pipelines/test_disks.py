@@ -64,9 +64,9 @@ def refused(ended: Ended, *words: str) -> None:
 def unchanged(case: Case, store: Path) -> None:
     """Readers have what they had; dead letters may be told already."""
     found, old, new = content(store, case.table), content(case.before, case.table), content(case.after, case.table)
-    letters = "dead_letters/features"
+    dead_letters = "dead_letters/features"
     assert same(found[case.table], old[case.table])
-    assert same(found[letters], old[letters]) or same(found[letters], new[letters])
+    assert same(found[dead_letters], old[dead_letters]) or same(found[dead_letters], new[dead_letters])
 
 
 def goes_on(case: Case, store: Path) -> None:
@@ -80,7 +80,7 @@ def goes_on(case: Case, store: Path) -> None:
 def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, tmp_path: Path) -> None:
     """Of 0 kB to what the load needs, in pages: the disk fills up at every kind of file, those of delta-rs among them."""
     assert case.before is not None
-    places: set[str] = set()
+    positions: set[str] = set()
     fits = False
     for pages in range(0, 60, 5):
         with disk(tmp_path / f"disk-{pages}") as mounted:
@@ -98,11 +98,11 @@ def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, 
                 unchanged(case, store)
             assert not [path for path in store.rglob(".*") if path.is_file()], "half a file takes up room"
             said = ended.err.partition("Got ")[2]
-            places |= {place for place in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters") if place in said}  # fmt: skip
+            positions |= {position for position in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters") if position in said}  # fmt: skip
             remount(mounted, "size=64m")
             goes_on(case, store)
     assert fits
-    assert {"/runs/", "/date=", "/_statistics/"} <= places, places
+    assert {"/runs/", "/date=", "/_statistics/"} <= positions, positions
 
 
 @needs_root

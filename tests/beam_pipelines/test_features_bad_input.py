@@ -19,10 +19,10 @@ from schemas import load_definition
 from schemas.durations import DAY
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
 from tests.support import market
-from tests.support.features_runs import answers, days, letters, run, same, table_of
-from transforms.features.plan import make_plan
+from tests.support.features_runs import answers, days, dead_letters, run, same, table_of
+from transforms.features.plan import plan_features
 from transforms.records.times import EPOCH, MICROSECOND
-from transforms.storage.delta_tables import newest
+from transforms.storage.delta_tables import newest_version
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,9 +60,9 @@ def test_a_bad_row_is_a_dead_letter_and_the_rest_is_answered(tmp_path: Path, cas
     spoil, (field, rule) = SET_ASIDE[case]
     frames = market.sources(30)
     figures = run(market.write(tmp_path, spoil(frames), group=1000))
-    (letter,) = letters(tmp_path).to_dicts()
-    assert letter["field"] == field
-    assert rule in letter["rule"]
+    (dead_letter,) = dead_letters(tmp_path).to_dicts()
+    assert dead_letter["field"] == field
+    assert rule in dead_letter["rule"]
     assert (figures["set_aside"], figures["rows_out"]) == (1, 30)
 
 
@@ -74,7 +74,7 @@ def test_nan_is_taken_as_no_value(tmp_path: Path, column: str) -> None:
     run(market.write(tmp_path / "a", nan))
     run(market.write(tmp_path / "b", frames))
     same(answers(tmp_path / "a"), answers(tmp_path / "b"))
-    assert letters(tmp_path / "a").is_empty()
+    assert dead_letters(tmp_path / "a").is_empty()
 
 
 def test_extra_columns_are_ignored(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_identical_questions_are_answered_once(tmp_path: Path) -> None:
 def refused(store: Path, *flags: str) -> tuple[type[Exception], str]:
     with pytest.raises((ContractError, DataError, DefinitionError, StoreError)) as caught:
         run(store, *flags)
-    assert newest(table_of(store)) is None
+    assert newest_version(table_of(store)) is None
     return caught.type, str(caught.value)
 
 
@@ -209,7 +209,7 @@ def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> Non
         pq.write_table(ordered.to_arrow(), path.parent / "sources" / "visits" / "part-0.parquet", row_group_size=50)
         view = load_definition(str(path)).view
         now = (datetime.now(UTC) - EPOCH) // MICROSECOND
-        assert make_plan(view, str(path.parent / "sources"), None, None, now, 200).shuffled == (name == "shuffled")
+        assert plan_features(view, str(path.parent / "sources"), None, None, now, 200).shuffled == (name == "shuffled")
         assert (
             main(["--definition", str(path), "--store", str(path.parent), "--block_rows", "200", "--no-statistics"])
             == 0
@@ -280,7 +280,7 @@ def test_a_stamp_at_the_edge_of_now_is_judged_by_the_runs_clock(tmp_path: Path) 
     far = appended("sales", sale=-2, sold=now + timedelta(hours=25))(near)
     figures = run(market.write(tmp_path, far))
     assert figures["set_aside"] == 1
-    assert letters(tmp_path)["field"].to_list() == ["sold"]
+    assert dead_letters(tmp_path)["field"].to_list() == ["sold"]
     assert (now - EPOCH) // MICROSECOND % DAY >= 0
 
 

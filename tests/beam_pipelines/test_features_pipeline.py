@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import market, oracles
-from tests.support.features_runs import answers, days, letters, run, same, table_of
-from transforms.storage.delta_tables import newest
+from tests.support.features_runs import answers, days, dead_letters, run, same, table_of
+from transforms.storage.delta_tables import newest_version
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,8 +41,8 @@ def test_figures_of_a_run_balance_and_stand_in_run_json(whole: tuple[Path, dict[
     store, figures = whole
     assert figures["pipeline"] == "features"
     assert figures["rows_out"] == figures["table_rows"] == len(answers(store)) == 120
-    assert figures["set_aside"] == len(letters(store)) == sum(market.SET_ASIDE.values())
-    assert figures["commit_version"] == newest(table_of(store)) == 0
+    assert figures["set_aside"] == len(dead_letters(store)) == sum(market.SET_ASIDE.values())
+    assert figures["commit_version"] == newest_version(table_of(store)) == 0
     assert figures["table"] == table_of(store)
     assert (figures["first"], figures["last"]) == (
         "2024-03-01",
@@ -58,7 +58,7 @@ def test_figures_of_a_run_balance_and_stand_in_run_json(whole: tuple[Path, dict[
 
 def test_dead_letters_say_file_row_field_rule_and_value(whole: tuple[Path, dict[str, Any]]) -> None:
     store, _ = whole
-    found = letters(store)
+    found = dead_letters(store)
     assert set(found["view"]) == {"demand"}
     for source, file, row, field, value in found.select("source", "file", "row", "field", "value").rows():
         written = pl.from_arrow(pq.read_table(file))[row]
@@ -88,7 +88,9 @@ def test_interval_by_interval_is_the_whole_to_the_last_bit(
     starts = days()[:-1:step]
     figures = [run(tmp_path, "--start", str(day), "--end", str(day + timedelta(days=step)), "--plan", plan, "--block_rows", "100") for day in starts]  # fmt: skip
     same(answers(tmp_path), answers(whole[0]))
-    told, expected = (letters(store).filter(pl.col("source") != "shops").drop("file") for store in (tmp_path, whole[0]))
+    told, expected = (
+        dead_letters(store).filter(pl.col("source") != "shops").drop("file") for store in (tmp_path, whole[0])
+    )
     same(told.sort(told.columns), expected.sort(told.columns))
     assert sum(each["rows_out"] for each in figures) == len(answers(tmp_path))
 
@@ -97,20 +99,20 @@ def test_the_same_interval_again_replaces_itself(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(40))
     interval = ("--start", str(days()[1]), "--end", str(days()[3]))
     run(tmp_path, *interval)
-    before, told = answers(tmp_path), len(letters(tmp_path))
+    before, told = answers(tmp_path), len(dead_letters(tmp_path))
     assert run(tmp_path, *interval)["commit_version"] == 1
     same(answers(tmp_path), before)
-    assert len(letters(tmp_path)) == told
+    assert len(dead_letters(tmp_path)) == told
 
 
 def test_the_same_run_again_commits_nothing_twice(tmp_path: Path) -> None:
     market.write(tmp_path, market.spoiled(market.sources(40)))
     interval = ("--start", str(days()[1]), "--end", str(days()[3]))
     run(tmp_path, *interval, run_id="nightly")
-    before = answers(tmp_path), letters(tmp_path)
+    before = answers(tmp_path), dead_letters(tmp_path)
     again = run(tmp_path, *interval, run_id="nightly")
-    assert again["commit_version"] == newest(table_of(tmp_path)) == 0
-    for now, then in zip((answers(tmp_path), letters(tmp_path)), before, strict=True):
+    assert again["commit_version"] == newest_version(table_of(tmp_path)) == 0
+    for now, then in zip((answers(tmp_path), dead_letters(tmp_path)), before, strict=True):
         same(now, then)
 
 
@@ -119,7 +121,7 @@ def test_a_second_run_over_everything_finds_nothing_to_do(tmp_path: Path) -> Non
     run(tmp_path)
     again = run(tmp_path)
     assert (again["rows_out"], again["nothing_to_do"]) == (0, "no date is missing or stale")
-    assert newest(table_of(tmp_path)) == 0
+    assert newest_version(table_of(tmp_path)) == 0
 
 
 def test_late_rows_and_new_days_are_taken_up_as_if_everything_ran_again(tmp_path: Path) -> None:

@@ -257,6 +257,6 @@ def test_a_cut_tfrecord_is_refused(house: House, capsys: pytest.CaptureFixture[s
 def test_the_graph_is_small_and_shuffles_no_rows(house: House) -> None:
     options = inference.parse(["--definition", house.definition, "--store", str(house.store)])
     with Pipeline() as pipeline:
-        inference.build(pipeline, options, inference.make_plan(options))
+        inference.build(pipeline, options, inference.plan_inference(options))
         names = {part.full_label for part in pipeline._root_transform().parts}
     assert names >= {"Features", "Score", "Write", "Conserve", "Publish"}

@@ -46,8 +46,8 @@ def killed(case: Case, name: str, number: int, **when: object) -> str:
     for table, frame in found.items():
         assert same(frame, old[table]) or same(frame, new[table]), (name, when, table)
     features = "new" if same(found[case.table], new[case.table]) else "old"
-    letters = "new" if same(found["dead_letters/features"], new["dead_letters/features"]) else "old"
-    outcome = "ended" if ended.code == 0 else f"features {features}, dead letters {letters}, {'files left' if leftovers(store) else 'clean'}"  # fmt: skip
+    dead_letters = "new" if same(found["dead_letters/features"], new["dead_letters/features"]) else "old"
+    outcome = "ended" if ended.code == 0 else f"features {features}, dead letters {dead_letters}, {'files left' if leftovers(store) else 'clean'}"  # fmt: skip
 
     run_id = "victim" if number % 2 else "another"
     again = case.load(store, run_id)
@@ -115,9 +115,9 @@ def test_killed_while_delta_rs_commits(load: str, request: pytest.FixtureRequest
     case, chance = request.getfixturevalue(load), random.Random(SEED)
     steps = case.undisturbed.steps
     manifest = last(steps, lambda step: step.startswith("os.rename") and "_manifests" in step)
-    letters = last(steps, lambda step: step.startswith("os.rename") and "dead_letters" in step)
+    dead_letters = last(steps, lambda step: step.startswith("os.rename") and "dead_letters" in step)
     seen = collections.Counter(
-        killed(case, f"commit-{i}", i, step=letters if i % 4 == 0 else manifest, delay=chance.uniform(1e-4, 12e-3))
+        killed(case, f"commit-{i}", i, step=dead_letters if i % 4 == 0 else manifest, delay=chance.uniform(1e-4, 12e-3))
         for i in range(16)
     )
     print(dict(seen))

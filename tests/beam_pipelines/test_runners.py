@@ -20,7 +20,7 @@ from tests.support import shop
 from tests.support.live_fixtures import Live
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri, predictions_uri
-from transforms.streaming.recovery import Start
+from transforms.streaming.recovery import RecoveryPoint
 
 ROOT = Path(__file__).parents[2]
 DATAFLOW = (
@@ -140,7 +140,7 @@ def test_dataflow_takes_the_live_graph_without_credentials(live: Live, store: Pa
     ]
     options = streaming.parse(flags(store, "dataflow-live", *kafka, *DATAFLOW, "--dry_run=True"))
     pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
-    streaming.build(pipeline, options, Start(0, {}, {}, {}, {}), "group")
+    streaming.build(pipeline, options, RecoveryPoint(0, {}, {}, {}, {}), "group")
     proto = pipeline.run().job.proto_pipeline
     assert {environment.urn for environment in proto.components.environments.values()} == {"beam:env:docker:v1"}
     images = [environment.payload.decode(errors="replace") for environment in proto.components.environments.values()]

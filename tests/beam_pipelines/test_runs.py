@@ -68,8 +68,8 @@ def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_
     assert run(tmp_path, "features", "whole", "--full") == 0
     assert "without any plausible time" not in capsys.readouterr().err
     assert figures(tmp_path, "whole")["set_aside"] == 7
-    letters = pl.read_delta(str(tmp_path / "dead_letters" / "features"))
-    assert (letters["file"] == str(folder / "ancient.parquet")).sum() == 7
+    dead_letters = pl.read_delta(str(tmp_path / "dead_letters" / "features"))
+    assert (dead_letters["file"] == str(folder / "ancient.parquet")).sum() == 7
 
 
 def test_a_run_of_two_intervals_answers_for_both_and_not_for_what_lies_between(tmp_path: Path, capsys: Out) -> None:

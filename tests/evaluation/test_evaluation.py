@@ -20,21 +20,21 @@ from schemas import Gates
 from schemas.models import JUDGED
 from transforms.evaluation.evaluate import Report, Slice, Tallying, as_json, report, tally
 from transforms.evaluation.gates import Verdict, verdicts
-from transforms.evaluation.metrics import Tally, auc_error, metrics, total
+from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total
 
 scored = st.tuples(
     st.sampled_from([0.0, 1.0]), st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 )
 
 
-def binary(rows: list[tuple[float, float]]) -> Tally:
+def binary(rows: list[tuple[float, float]]) -> MetricTally:
     label, score = np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.float32)
-    return Tally.of("binary:logistic", label, score)
+    return MetricTally.of("binary:logistic", label, score)
 
 
 @given(st.lists(scored, min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=3), st.randoms())
-def test_binary_metrics_are_those_of_scikit_learn(rows: list[Any], places: list[int], random: Any) -> None:
-    cuts = [0, *sorted(min(place, len(rows)) for place in places), len(rows)]
+def test_binary_metrics_are_those_of_scikit_learn(rows: list[Any], positions: list[int], random: Any) -> None:
+    cuts = [0, *sorted(min(position, len(rows)) for position in positions), len(rows)]
     parts = [binary(rows[low:high]) for low, high in itertools.pairwise(cuts)]
     random.shuffle(parts)
     found = metrics("binary:logistic", total(parts))
@@ -55,10 +55,10 @@ def test_binned_ranking_stays_within_its_stated_error(monkeypatch: pytest.Monkey
     random = np.random.default_rng(5)
     label = (random.random(20_000) < 0.3).astype(float)
     score = (1 / (1 + np.exp(-label - random.normal(size=20_000)))).astype(np.float32)
-    exact = Tally.of("binary:logistic", label, score)
+    exact = MetricTally.of("binary:logistic", label, score)
     assert auc_error(exact.bins) == 0  # type: ignore[arg-type]
     monkeypatch.setattr("transforms.evaluation.metrics.SCORE_BINS", 256)
-    coarse = total(Tally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3))
+    coarse = total(MetricTally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3))
     assert coarse.bins is not None
     assert len(coarse.bins.keys) <= 256
     stated = auc_error(coarse.bins)
@@ -69,7 +69,7 @@ def test_binned_ranking_stays_within_its_stated_error(monkeypatch: pytest.Monkey
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32)), min_size=1, max_size=40))
 def test_regression_metrics_are_those_of_scikit_learn(rows: list[tuple[float, float]]) -> None:
     label, score = np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.float32)
-    found = metrics("reg:squarederror", Tally.of("reg:squarederror", label, score))
+    found = metrics("reg:squarederror", MetricTally.of("reg:squarederror", label, score))
     assert list(found) == ["rmse", "mae"]
     assert found["rmse"] == pytest.approx(theirs.root_mean_squared_error(label, score))
     assert found["mae"] == pytest.approx(theirs.mean_absolute_error(label, score))
@@ -99,17 +99,17 @@ def theirs_of_several(label: Any, score: Any) -> dict[str, float]:
 
 @settings(max_examples=40)
 @given(st.integers(1, 120), st.integers(0, 50), st.lists(st.integers(0, 120), max_size=3), st.randoms())
-def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, places: list[int], random: Any) -> None:
+def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, positions: list[int], random: Any) -> None:
     label, score = several(rows, seed)
-    cuts = [0, *sorted(min(place, rows) for place in places), rows]
+    cuts = [0, *sorted(min(position, rows) for position in positions), rows]
     parts = [
-        Tally.of("multi:softprob", label[low:high], score[low:high])
+        MetricTally.of("multi:softprob", label[low:high], score[low:high])
         for low, high in itertools.pairwise(cuts)
         if high > low
     ]
     random.shuffle(parts)
     found = metrics("multi:softprob", total(parts))
-    assert found == metrics("multi:softprob", Tally.of("multi:softprob", label, score))
+    assert found == metrics("multi:softprob", MetricTally.of("multi:softprob", label, score))
     expected = theirs_of_several(label, score)
     assert list(found) == list(JUDGED["multi:softprob"]) == list(expected)
     for name, value in expected.items():

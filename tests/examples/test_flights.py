@@ -20,7 +20,7 @@ from examples.flights import data
 from examples.flights.definition import minutes_since
 from schemas import load_definition
 from schemas.errors import AnomalyError
-from transforms.validation.statistics import columns_of
+from transforms.validation.statistics import view_columns
 from transforms.validation.tfdv_schema import parse_schema
 
 OUTCOMES = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
@@ -304,7 +304,7 @@ def test_the_reviewed_schema_is_of_the_definitions_columns():
     definition = load_definition("examples.flights.definition")
     text = Path(definition.schema_path).read_text()
     schema = parse_schema(text, definition.schema_path)
-    assert [feature.name for feature in schema.feature] == columns_of(definition.view).names
+    assert [feature.name for feature in schema.feature] == view_columns(definition.view).names
     named = {feature.name: feature for feature in schema.feature}
     assert (named["weekday"].int_domain.min, named["weekday"].int_domain.max) == (1, 7)
     assert (named["late_share"].float_domain.min, named["late_share"].float_domain.max) == (0, 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan_main
-from beam_pipelines.features import Work
+from beam_pipelines.features import PreparedRun
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.errors import StoreError
 from schemas.features import Feature
@@ -27,7 +27,7 @@ from transforms.features.column_reuse import needed, rest
 from transforms.features.manifest_store import WriteManifest, read_manifest
 from transforms.features.trailing_features import ComputeBlock
 from transforms.sources.tallies import add_tallies
-from transforms.storage.delta_tables import Target, commit, data_files, open_table, read_file, write_files
+from transforms.storage.delta_tables import CommitTarget, commit, data_files, open_table, read_file, write_files
 
 START, DAYS = datetime(2024, 1, 1, tzinfo=UTC), 10
 NOW = int(datetime(2024, 3, 1, tzinfo=UTC).timestamp() * 1_000_000)
@@ -109,7 +109,7 @@ def put(store: Path, frames: Frames) -> None:
 
 def prepare(
     store: Path, view: FeatureView, run_id: str = "r", days: tuple[int, int] | None = None, full: bool = False
-) -> tuple[features.Options, Work]:
+) -> tuple[features.Options, PreparedRun]:
     definition = store / "definition.py"
     definition.write_text(shop.DEFINITION)
     argv = ["--definition", str(definition), "--store", str(store), "--run_id", run_id, "--block_rows", "90"]
@@ -121,7 +121,9 @@ def prepare(
     return options, features.prepare(options)
 
 
-def computed(view: FeatureView, work: Work, uri: str, copies: bool = True) -> tuple[list[pa.RecordBatch], list[Any]]:
+def computed(
+    view: FeatureView, work: PreparedRun, uri: str, copies: bool = True
+) -> tuple[list[pa.RecordBatch], list[Any]]:
     """What the blocks of a run give: features and tallies."""
     plan = work.plan
     assert plan is not None
@@ -134,14 +136,14 @@ def computed(view: FeatureView, work: Work, uri: str, copies: bool = True) -> tu
     ]
 
 
-def load(store: Path, view: FeatureView, run_id: str, days: tuple[int, int] | None = None) -> Work:
+def load(store: Path, view: FeatureView, run_id: str, days: tuple[int, int] | None = None) -> PreparedRun:
     """A run without Beam."""
     options, work = prepare(store, view, run_id, days)
     if work.plan is not None:
         batches, tallies = computed(view, work, options.table)
         files = [file for each in batches for file in write_files(each, options.table, run_id)]
         manifest = WriteManifest(view, options.table, run_id, work.plan.ranges, work.current, work.plan.dates is None)
-        target = Target(options.table, view.output_schema, work.plan.dates, run_id, work.base)
+        target = CommitTarget(options.table, view.output_schema, work.plan.dates, run_id, work.base)
         commit(target, files, manifest, (add_tallies(tallies),))
     return work
 
@@ -154,7 +156,7 @@ def bits(batches: Sequence[pa.RecordBatch]) -> pl.DataFrame:
     return frame.with_columns(as_bits)
 
 
-def check(store: Path, view: FeatureView) -> Work:
+def check(store: Path, view: FeatureView) -> PreparedRun:
     """What would be copied and computed is, bit for bit, what computing it all gives."""
     options, work = prepare(store, view)
     if work.plan is not None:
@@ -164,7 +166,7 @@ def check(store: Path, view: FeatureView) -> Work:
     return work
 
 
-def copied(work: Work) -> dict[int, set[str]]:
+def copied(work: PreparedRun) -> dict[int, set[str]]:
     """Columns by day, counted from the first."""
     if work.copies is None:
         return {}

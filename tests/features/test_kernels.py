@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.errors import DataError
 from tests.support import oracles
-from tests.support.histories import T0, at, events, histories, many_questions, placed, questions, shuffled, view
+from tests.support.histories import T0, at, events, histories, many_spine_rows, placed, shuffled, spine_rows, view
 from tests.support.kernels_case import same
 from transforms.features import kernel
 from transforms.features.kernel import compute
-from transforms.features.window_bounds import Sorting, codes
+from transforms.features.window_bounds import EventOrder, codes
 
 
 def ask(*moments: datetime, **columns: Any) -> pl.DataFrame:
     """Questions of key "a" at these moments."""
     row = {"k": "a", "g": 1, "x": 1.0, "on": date(2020, 1, 1), "b": True, **columns}
     rows = [{"t": moment, "id": i, **row} for i, moment in enumerate(moments)]
-    return pl.DataFrame(rows, schema=questions.schema, orient="row")
+    return pl.DataFrame(rows, schema=spine_rows.schema, orient="row")
 
 
 def happenings(*rows: tuple[datetime, float | None], **columns: Any) -> pl.DataFrame:
@@ -33,7 +33,7 @@ def happenings(*rows: tuple[datetime, float | None], **columns: Any) -> pl.DataF
     return pl.DataFrame([{"at": moment, "v": v, **row} for moment, v in rows], schema=events.schema, orient="row")
 
 
-def one(*features: Any, spine: Source = questions, key: str = "id") -> FeatureView:
+def one(*features: Any, spine: Source = spine_rows, key: str = "id") -> FeatureView:
     return FeatureView("one", spine=spine, key=key, features=features)
 
 
@@ -47,14 +47,14 @@ counted = Trailing(events, by="k", over="10s", stats={"*": "count"})
 latest = Latest(events, by="k", columns=("v", "n"), max_age="10s")
 
 
-@given(spine=many_questions, tables=histories)
+@given(spine=many_spine_rows, tables=histories)
 def test_features_are_those_of_the_oracle(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     got = compute(view, spine, tables)
     expected = pl.DataFrame(oracles.features(view, spine, tables), schema=got.schema, orient="row")
     same(got, expected)
 
 
-@given(spine=many_questions, tables=histories, seed=st.integers(0, 999))
+@given(spine=many_spine_rows, tables=histories, seed=st.integers(0, 999))
 def test_the_order_of_arrival_changes_no_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame], seed: int
 ) -> None:
@@ -63,14 +63,14 @@ def test_the_order_of_arrival_changes_no_bit(
     same(got.sort("id"), compute(view, spine, tables).sort("id"))
 
 
-@given(spine=many_questions, tables=histories)
+@given(spine=many_spine_rows, tables=histories)
 def test_a_question_asked_alone_gets_the_same_answer(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     whole = compute(view, spine, tables)
     for i in range(min(len(spine), 3)):
         same(compute(view, spine[i : i + 1], tables), whole[i : i + 1])
 
 
-@given(spine=many_questions, tables=histories)
+@given(spine=many_spine_rows, tables=histories)
 def test_events_that_no_window_reaches_change_no_bit(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     low, high = spine["t"].min(), spine["t"].max()
     near = {
@@ -82,7 +82,7 @@ def test_events_that_no_window_reaches_change_no_bit(spine: pl.DataFrame, tables
     same(compute(view, spine, near), compute(view, spine, tables))
 
 
-@given(spine=many_questions, tables=histories)
+@given(spine=many_spine_rows, tables=histories)
 @settings(max_examples=20)
 def test_few_rows_at_once_on_the_way_of_event_time_change_no_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
@@ -129,15 +129,15 @@ def test_fact_known_in_the_window_but_placed_before_it_is_outside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "event"), [("a", "b"), ("a", None), (None, "a"), (None, None), ("", None), ("", "a"), ("a", "A"), ("é", "e\u0301")]
+    ("spine_row", "event"), [("a", "b"), ("a", None), (None, "a"), (None, None), ("", None), ("", "a"), ("a", "A"), ("é", "e\u0301")]
 )  # fmt: skip
-def test_keys_that_differ_or_are_null_match_nothing(question: str | None, event: str | None) -> None:
+def test_keys_that_differ_or_are_null_match_nothing(spine_row: str | None, event: str | None) -> None:
     table = happenings((at(1), 1.0), k=event)
-    assert answers(counted, ask(at(2), k=question), events=table) == [0]
-    assert answers(latest, ask(at(2), k=question), events=table) == [None]
+    assert answers(counted, ask(at(2), k=spine_row), events=table) == [0]
+    assert answers(latest, ask(at(2), k=spine_row), events=table) == [None]
     dimension = Source("d", columns={"k": pl.String, "w": pl.Int32})
     rows = pl.DataFrame([{"k": event, "w": 1}], schema=dimension.schema, orient="row")
-    assert answers(Lookup(dimension, by="k", columns="w"), ask(at(2), k=question), d=rows) == [None]
+    assert answers(Lookup(dimension, by="k", columns="w"), ask(at(2), k=spine_row), d=rows) == [None]
 
 
 def test_parts_of_a_key_do_not_run_together() -> None:
@@ -177,7 +177,7 @@ def test_no_events_at_all_count_zero_and_say_nothing_else() -> None:
 
 def test_no_questions_give_an_empty_frame_of_the_same_columns() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
-    got = compute(view, pl.DataFrame(schema=questions.schema), tables)
+    got = compute(view, pl.DataFrame(schema=spine_rows.schema), tables)
     assert got.schema == compute(view, ask(at(1)), tables).schema
     assert len(got) == 0
 
@@ -185,7 +185,7 @@ def test_no_questions_give_an_empty_frame_of_the_same_columns() -> None:
 def test_columns_come_in_the_types_that_the_view_declares() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
     got = compute(view, ask(at(1)), tables)
-    assert dict(got.schema) == {**{name: questions.schema[name] for name in view.context}, **view.columns}
+    assert dict(got.schema) == {**{name: spine_rows.schema[name] for name in view.context}, **view.columns}
 
 
 def test_what_float32_cannot_hold_is_null() -> None:
@@ -232,13 +232,13 @@ def test_dates_and_booleans_are_keys() -> None:
     assert answers(feature, asked, e=table) == [1, 1, 0]
 
 
-def places(
+def found_positions(
     positions: list[int], groups: list[int], moments: list[int], asked: list[int], lengths: list[int], far: bool
 ) -> list[list[tuple[int, int]]]:
     """Windows per length in the order of questions; `far` adds an event so remote that one integer cannot hold key and time."""
     if far:
         positions, groups = [*positions, 2**58], [*groups, 2**20]
-    sorting = Sorting(*(np.array(values, np.int64) for values in (positions, groups, moments, asked)))
+    sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, asked)))
     assert (sorting.unique is not None) == far
     result = []
     for length in lengths:
@@ -267,7 +267,7 @@ def test_both_ways_of_sorting_find_the_same_windows(
         for length in lengths
     ]
     for far in (False, True):
-        assert places(positions, groups, moments, keys, lengths, far) == expected
+        assert found_positions(positions, groups, moments, keys, lengths, far) == expected
 
 
 @given(

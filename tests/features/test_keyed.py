@@ -24,7 +24,7 @@ from transforms.features.history_snapshots import Chain, Segment, chains, segmen
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import reader
 from transforms.sources.inventory import Inventory, take_inventory
-from transforms.sources.tallies import Tally
+from transforms.sources.tallies import SourceTally
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 NOW = (START + timedelta(days=60) - EPOCH) // MICROSECOND
@@ -122,16 +122,18 @@ def write(store: Path, frames: Mapping[str, pl.DataFrame], group: int = 50, shuf
     return store
 
 
-def planned(view: FeatureView, store: Path, **choices: Any) -> tuple[plan.Plan, Inventory]:
+def planned(view: FeatureView, store: Path, **choices: Any) -> tuple[plan.FeaturePlan, Inventory]:
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"pays": reader.repeats_of(inventory.contracts["pays"], inventory.slices["pays"]).first}
     ranges = [plan.interval(view, inventory, None, None)]
-    return plan.cut(view, inventory, ranges, repeats, True, summarised=lifetime_sources(view), **choices), inventory
+    return plan.plan_blocks(
+        view, inventory, ranges, repeats, True, summarised=lifetime_sources(view), **choices
+    ), inventory
 
 
 def computed(
     view: FeatureView, store: Path, shuffled: bool = False, **choices: Any
-) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Tally]]:
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]]:
     """Features, dead letters and accounts, as the steps of the pipeline give them; checked to be whole and in order."""
     chosen, inventory = planned(view, store, shuffled=shuffled, **choices)
     spans: tuple[Segment, ...] = ()
@@ -143,13 +145,13 @@ def computed(
     for each in made.features:
         assert each.schema == view.output_schema
     features = pl.concat([pl.from_arrow(each) for each in made.features]).sort("at", "id")
-    letters = pl.concat([pl.from_arrow(each) for each in [DEAD_LETTERS.empty_table(), *made.letters]])
+    dead_letters = pl.concat([pl.from_arrow(each) for each in [DEAD_LETTERS.empty_table(), *made.dead_letters]])
     tallies = dict(made.tallies)
     assert all(tally.conserved for tally in tallies.values())
-    return features, letters.sort(letters.columns), tallies
+    return features, dead_letters.sort(dead_letters.columns), tallies
 
 
-def same(got: tuple[pl.DataFrame, pl.DataFrame, dict[str, Tally]], expected: tuple[pl.DataFrame, pl.DataFrame, dict[str, Tally]]) -> None:  # fmt: skip
+def same(got: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]], expected: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]]) -> None:  # fmt: skip
     assert_frame_equal(got[0], expected[0], check_exact=True)
     assert_frame_equal(got[1].drop("row"), expected[1].drop("row"))
     # How many rows lie outside every window is known to a row group only.

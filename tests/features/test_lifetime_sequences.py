@@ -87,7 +87,7 @@ payments = st.fixed_dictionaries(
         "s": st.sampled_from(["a", "b", None]),
     }
 )
-questions = st.fixed_dictionaries(
+spine_rows = st.fixed_dictionaries(
     {
         "at": st.builds(lambda day, hour: START + timedelta(days=day, hours=hour), days, hours),
         "k": st.sampled_from([1, 1, 2, None]),
@@ -97,7 +97,7 @@ questions = st.fixed_dictionaries(
 of_some = st.integers(0, 99)  # decides which
 changes = st.one_of(
     st.tuples(st.just("late rows"), st.lists(payments, min_size=1, max_size=3)),
-    st.tuples(st.just("questions"), st.lists(questions, min_size=1, max_size=4)),
+    st.tuples(st.just("questions"), st.lists(spine_rows, min_size=1, max_size=4)),
     st.tuples(st.just("days with questions"), st.sets(days, min_size=1, max_size=4)),
     st.tuples(st.just("repeats"), st.lists(payments, min_size=1, max_size=2), of_some),
     st.tuples(st.just("deleted"), st.sampled_from(["asks", "pays", "pays"]), of_some),

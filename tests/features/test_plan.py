@@ -16,10 +16,10 @@ from schemas.durations import DAY
 from schemas.errors import DataError
 from tests.support import market, oracles
 from transforms.features.block_inputs import read_dimension
-from transforms.features.plan import Plan, make_plan
+from transforms.features.plan import FeaturePlan, plan_features
 from transforms.features.trailing_features import compute_block
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
-from transforms.sources.tallies import Tally, add_tallies
+from transforms.sources.tallies import SourceTally, add_tallies
 
 NOW = (datetime(2024, 6, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
 
@@ -29,21 +29,23 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> FeatureView:
     return market.load(tmp_path_factory.mktemp("definition"))
 
 
-def plan_of(view: FeatureView, store: Path, start: date | None = None, end: date | None = None, **other: Any) -> Plan:
-    return make_plan(view, str(store / "sources"), start, end, NOW, **other)
+def plan_of(
+    view: FeatureView, store: Path, start: date | None = None, end: date | None = None, **other: Any
+) -> FeaturePlan:
+    return plan_features(view, str(store / "sources"), start, end, NOW, **other)
 
 
-def computed(view: FeatureView, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Tally]]:
+def computed(view: FeatureView, plan: FeaturePlan) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]]:
     """Features, dead letters and accounts of a whole plan."""
     dimensions = {name: read_dimension(view, plan, name) for name in plan.dimensions}
-    features, letters = [], [each.letters for each in dimensions.values()]
+    features, dead_letters = [], [each.dead_letters for each in dimensions.values()]
     tallies = [each.tally for each in dimensions.values()]
     for block in plan.blocks:
         made, inputs = compute_block(view, plan, block, dimensions)
         features.append(pl.from_arrow(made))
-        letters += [each.letters for each in inputs]
+        dead_letters += [each.dead_letters for each in inputs]
         tallies += [each.tally for each in inputs]
-    return pl.concat(features), pl.concat(letters), add_tallies(tallies)
+    return pl.concat(features), pl.concat(dead_letters), add_tallies(tallies)
 
 
 def same(a: pl.DataFrame, b: pl.DataFrame) -> None:
@@ -71,13 +73,13 @@ def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
     store = tmp_path_factory.mktemp("store")
     frames = market.spoiled(market.sources(60, seed))
     market.write(store, frames, group=100_000)
-    features, letters, tallies = computed(view, plan_of(view, store))
+    features, dead_letters, tallies = computed(view, plan_of(view, store))
     market.write(store, frames, files, group, seed if shuffled else None, statistics)
     plan = plan_of(view, store, block_rows=block_rows)
     again, others, accounts = computed(view, plan)
     same(again, features)
     told = ["source", "field", "rule", "value"]
-    assert_frame_equal(others.select(told).sort(told), letters.select(told).sort(told))
+    assert_frame_equal(others.select(told).sort(told), dead_letters.select(told).sort(told))
     assert accounts["visits"].counts == tallies["visits"].counts
     for name, tally in accounts.items():  # how many lie outside every window is known to a row group only
         assert (name, tally.dead, tally.repeated) == (name, tallies[name].dead, tallies[name].repeated)
@@ -157,8 +159,8 @@ def test_row_groups_without_any_plausible_time_are_told_by_a_run_over_everything
     for name, moment in (("visits", datetime(1970, 1, 1)), ("sales", datetime(2199, 1, 1)), ("stock", None)):
         lost = frames[name][:2].with_columns(pl.lit(moment, pl.Datetime("us")).dt.replace_time_zone("UTC").alias(market.TIMES[name]))  # fmt: skip
         lost.write_parquet(tmp_path / "sources" / name / "lost.parquet")
-    _, letters, tallies = computed(view, plan_of(view, tmp_path, block_rows=50))
-    assert sorted(letters["source"]) == ["sales", "sales", "stock", "stock", "visits", "visits"]
+    _, dead_letters, tallies = computed(view, plan_of(view, tmp_path, block_rows=50))
+    assert sorted(dead_letters["source"]) == ["sales", "sales", "stock", "stock", "visits", "visits"]
     assert all(tallies[name].dead == 2 and tallies[name].conserved for name in market.TIMES)
 
 
@@ -189,12 +191,12 @@ def test_a_spine_of_no_rows_is_refused(view: FeatureView, tmp_path: Path) -> Non
 
 def test_events_and_dimensions_of_no_rows_answer_nothing(view: FeatureView, tmp_path: Path) -> None:
     frames = {name: frame if name == "visits" else frame.clear() for name, frame in market.sources(30).items()}
-    features, letters, tallies = computed(view, plan_of(view, market.write(tmp_path, frames), block_rows=20))
+    features, dead_letters, tallies = computed(view, plan_of(view, market.write(tmp_path, frames), block_rows=20))
     assert len(features) == 30
     assert features["sales_by_shop_count_2d"].sum() == 0
     assert features["sales_by_shop_price_mean_2d"].null_count() == features["shops_area"].null_count() == 30
-    assert len(letters) == 0
-    assert tallies["sales"] == Tally("sales")
+    assert len(dead_letters) == 0
+    assert tallies["sales"] == SourceTally("sales")
 
 
 def test_a_question_asked_twice_counts_once_as_an_event_too(view: FeatureView, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transforms.records.row_hashing import combine, hash_column
 from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import slices_of
-from transforms.sources.reader import CHUNK
+from transforms.sources.reader import CHUNK_ROWS
 
 
 def at(options: Options, moment: datetime) -> Options:
@@ -43,7 +43,9 @@ def test_questions_too_far_ahead_are_answered_once_their_time_comes(tmp_path: Pa
 
 def test_a_dimension_read_in_pieces_has_the_digest_of_the_whole_in_any_order(tmp_path: Path) -> None:
     shops = Source("shops", columns={"shop": pl.Int64, "size": pl.Float64})
-    rows = pl.DataFrame({"shop": np.arange(CHUNK + 1000), "size": np.random.default_rng(1).random(CHUNK + 1000)})
+    rows = pl.DataFrame(
+        {"shop": np.arange(CHUNK_ROWS + 1000), "size": np.random.default_rng(1).random(CHUNK_ROWS + 1000)}
+    )
 
     def digest(name: str, frame: pl.DataFrame, group: int) -> int:
         folder = tmp_path / name / "shops"

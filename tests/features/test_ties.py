@@ -131,12 +131,12 @@ def settled(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
         by = tuple(source.unique)
     kept: dict[Any, dict[str, Any]] = {}
 
-    def place(row: dict[str, Any]) -> Any:
+    def position(row: dict[str, Any]) -> Any:
         return (row[source.time] if source.time else 0, *((row[name] is not None, row[name]) for name in [*(source.order or ()), *source.schema]))  # fmt: skip
 
     for row in rows:
         key = tuple(row[name] for name in by)
-        if None not in key and (key not in kept or place(row) < place(kept[key])):
+        if None not in key and (key not in kept or position(row) < position(kept[key])):
             kept[key] = row
     return pl.DataFrame(list(kept.values()), schema=frame.schema)
 

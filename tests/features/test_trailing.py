@@ -18,18 +18,18 @@ from schemas.errors import DataError, StoreError
 from schemas.tables import DEAD_LETTERS
 from tests.support import market
 from transforms.features.block_inputs import read_dimension
-from transforms.features.plan import Plan, cut, interval
+from transforms.features.plan import FeaturePlan, interval, plan_blocks
 from transforms.features.trailing_features import TrailingFeatures, compute_block, features_batch
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
-from transforms.sources.tallies import Tally, add_tallies, conserve
+from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
+    CommitTarget,
     Committed,
     DataFile,
     ReadTable,
-    Target,
     WriteFiles,
     WriteTable,
     data_files,
@@ -54,11 +54,11 @@ def view(store: Path) -> FeatureView:
     return market.load(store)
 
 
-def plan_of(view: FeatureView, store: Path, shuffled: bool, block_rows: int = 150) -> Plan:
+def plan_of(view: FeatureView, store: Path, shuffled: bool, block_rows: int = 150) -> FeaturePlan:
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"sales": repeats_of(inventory.contracts["sales"], inventory.slices["sales"]).first}
     ranges = [interval(view, inventory, None, None)]
-    return cut(view, inventory, ranges, repeats, everything=True, block_rows=block_rows, shuffled=shuffled)
+    return plan_blocks(view, inventory, ranges, repeats, everything=True, block_rows=block_rows, shuffled=shuffled)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def test_trailing_features_answers_every_question_once_whatever_the_plan(
 
     def check_letters(batches: list[pa.RecordBatch]) -> None:
         assert all(each.schema == DEAD_LETTERS for each in batches)
-        letters = pl.concat([pl.from_arrow(each) for each in batches])
-        assert dict(letters.group_by("source").len().rows()) == {
+        dead_letters = pl.concat([pl.from_arrow(each) for each in batches])
+        assert dict(dead_letters.group_by("source").len().rows()) == {
             name: rows for name, rows in market.SET_ASIDE.items() if rows
         }
-        assert set(letters["view"]) == {"demand"}
+        assert set(dead_letters["view"]) == {"demand"}
 
     def check_tallies(found: list[Any]) -> None:
         (tallies,) = found
@@ -102,9 +102,9 @@ def test_trailing_features_answers_every_question_once_whatever_the_plan(
 
     with Pipeline() as pipeline:
         blocks = pipeline | beam.Create(list(plan.blocks))
-        features, letters, tallies = blocks | TrailingFeatures(view, plan)
+        features, dead_letters, tallies = blocks | TrailingFeatures(view, plan)
         assert_that(features, check_features, "features")
-        assert_that(letters, check_letters, "letters")
+        assert_that(dead_letters, check_letters, "dead_letters")
         assert_that(tallies | beam.CombineGlobally(add_tallies), check_tallies, "tallies")
 
 
@@ -131,14 +131,14 @@ def test_write_table_makes_one_commit_of_all_batches(tmp_path: Path) -> None:
     batches = [batch(*DAYS), batch(*DAYS[:2], of=10), batch()]
     for _ in range(2):  # the same run again changes nothing
         with Pipeline() as pipeline:
-            committed = pipeline | beam.Create(batches) | WriteTable(Target(uri, SCHEMA, DAYS, "run-1", None))
+            committed = pipeline | beam.Create(batches) | WriteTable(CommitTarget(uri, SCHEMA, DAYS, "run-1", None))
             assert_that(committed | beam.Map(lambda each: (each.version, each.rows, each.files, each.dates)), equal_to([(0, 5, 5, DAYS)]))  # fmt: skip
     assert contents(uri) == [(0, DAYS[0]), (1, DAYS[1]), (2, DAYS[2]), (10, DAYS[0]), (11, DAYS[1])]
 
 
 def test_write_table_of_nothing_empties_its_dates(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
-    full, empty = Target(uri, SCHEMA, DAYS, "run-1"), Target(uri, SCHEMA, DAYS[:2], "run-2", base=0)
+    full, empty = CommitTarget(uri, SCHEMA, DAYS, "run-1"), CommitTarget(uri, SCHEMA, DAYS[:2], "run-2", base=0)
     for target, batches in ((full, [batch(*DAYS)]), (empty, [])):
         with Pipeline() as pipeline:
             _ = pipeline | beam.Create(batches) | WriteTable(target)
@@ -160,7 +160,7 @@ def test_write_files_shows_nothing_and_commit_files_all_of_it(tmp_path: Path) ->
     assert open_table(uri) is None
     with Pipeline() as pipeline:
         files = pipeline | beam.Create([batch(*DAYS)]) | WriteFiles(uri, "run-1")
-        committed = files | CommitFiles(Target(uri, SCHEMA, DAYS, "run-1"))
+        committed = files | CommitFiles(CommitTarget(uri, SCHEMA, DAYS, "run-1"))
         assert_that(committed, equal_to([Committed(0, 3, 3, DAYS, fresh=True)]))
     assert len(contents(uri)) == 3
 
@@ -172,7 +172,7 @@ def test_commit_files_takes_metadata_from_side_inputs(tmp_path: Path) -> None:
             pipeline | "Numbers" >> beam.Create([1, 2, 3]) | beam.combiners.Count.Globally()
         )
         files = pipeline | beam.Create([batch(*DAYS)]) | WriteFiles(uri, "run-1")
-        _ = files | CommitFiles(Target(uri, SCHEMA, DAYS, "run-1"), note, (count,))
+        _ = files | CommitFiles(CommitTarget(uri, SCHEMA, DAYS, "run-1"), note, (count,))
     table = open_table(uri)
     assert table is not None
     assert table.history()[0]["counted"] == "None 3"
@@ -185,7 +185,7 @@ def note(table: Any, counted: int) -> dict[str, str]:
 def test_a_refused_commit_fails_the_pipeline_with_its_reason(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
     with pytest.raises(StoreError, match="writes only the dates it answers for"), Pipeline() as pipeline:
-        _ = pipeline | beam.Create([batch(*DAYS)]) | WriteTable(Target(uri, SCHEMA, DAYS[:1], "run-1"))
+        _ = pipeline | beam.Create([batch(*DAYS)]) | WriteTable(CommitTarget(uri, SCHEMA, DAYS[:1], "run-1"))
     assert open_table(uri) is None
 
 
@@ -194,7 +194,7 @@ def test_read_table_gives_the_pinned_files_whatever_comes_later(tmp_path: Path) 
     for run, of in (("run-1", 0), ("run-2", 50)):
         pinned = tuple(data_files(open_table(uri))) if run == "run-2" else ()  # type: ignore[arg-type]
         with Pipeline() as pipeline:
-            _ = pipeline | beam.Create([batch(*DAYS, of=of)]) | WriteTable(Target(uri, SCHEMA, DAYS, run, 0 if of else None))  # fmt: skip
+            _ = pipeline | beam.Create([batch(*DAYS, of=of)]) | WriteTable(CommitTarget(uri, SCHEMA, DAYS, run, 0 if of else None))  # fmt: skip
     with Pipeline() as pipeline:
         batches = pipeline | ReadTable(pinned, columns=("date", "n"))
         assert_that(batches | beam.FlatMap(pairs), equal_to([(day, i) for i, day in enumerate(DAYS)]))
@@ -209,10 +209,10 @@ def pairs(rows: pa.RecordBatch) -> Iterator[tuple[date, int]]:
 
 def test_files_that_do_not_answer_every_question_are_not_committed() -> None:
     written = [(DataFile("a", DAYS[0], 3, 1), {"date": "2020-01-01"})]
-    assert conserve(written, {"q": Tally("q", 4, 3, 0, 0, 1)}, "q") == written
+    assert conserve(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
     with pytest.raises(DataError, match=r"3 answers to 4 questions.*Nothing was committed"):
-        conserve(written, {"q": Tally("q", 4, 4)}, "q")
+        conserve(written, {"q": SourceTally("q", 4, 4)}, "q")
     with pytest.raises(DataError, match="Rows are conserved"):
-        conserve(written, {"q": Tally("q", 3, 3), "e": Tally("e", 5, 3, 1)}, "q")
+        conserve(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")
     # The same file told twice is one file.
-    assert conserve([*written, *written], {"q": Tally("q", 3, 3)}, "q")
+    assert conserve([*written, *written], {"q": SourceTally("q", 3, 3)}, "q")

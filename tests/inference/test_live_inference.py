@@ -27,9 +27,9 @@ from beam_pipelines.runtime.errors import guard
 from schemas.loading import load_definition
 from tests.support.live_inference_case import ROWS, House, messages_of
 from transforms.inference import champion_model
-from transforms.inference.champion_model import Champion, Serving, score_live, told_of
+from transforms.inference.champion_model import Champion, Serving, batch_record, score_live
 from transforms.inference.live_input import replayed, to_score
-from transforms.inference.live_output import Ledger, Outlet, begin_at, to_packet
+from transforms.inference.live_output import Outlet, PendingPredictions, begin_at, to_envelope
 from transforms.lineage.prediction_parity import Rescored, rescore
 from transforms.models.scoring import Pinned, open_scorer
 from transforms.records.frame_packets import unpack
@@ -167,16 +167,16 @@ def test_a_restart_begins_where_the_last_commit_ended(house: House) -> None:
 
 def feed(
     house: House, outlet: Outlet, version: str, messages: list[Message], by_row: bool = False, commit: bool = True
-) -> Ledger:
+) -> PendingPredictions:
     """One job's life by hand: messages → scores → a ledger that starts where the table stands."""
     model = Pinned(str(house.folder(version)), version)
     serving = Serving(house.registry.uri, "orders", outlet.view, model)
-    ledger = Ledger(outlet, begin_at(outlet, {0: 0, 1: 0}))
+    ledger = PendingPredictions(outlet, begin_at(outlet, {0: 0, 1: 0}))
     champion = Champion(serving, watch=False)
     held = dataclasses.replace(champion.held, scorer=open_scorer(model))
     for message in messages:
         rows = to_score(outlet.view, [message], by_row)
-        ledger.take(to_packet(score_live(serving, champion, held, time.time_ns() // 1000, rows))[1])
+        ledger.take(to_envelope(score_live(serving, champion, held, time.time_ns() // 1000, rows))[1])
     if commit:
         ledger.commit(time.time_ns() // 1000)
     return ledger
@@ -237,8 +237,12 @@ def test_every_row_is_in_the_table_once_whatever_comes_again_and_wherever_it_die
             found.filter(model_version=version).select("row_id"), on="row_id", how="semi"
         )
         assert found.filter(model_version=version).sort("row_id").select(expected.columns).equals(expected)
-    (letter,) = house.table("dead_letters", "live_predictions_orders").rows(named=True)
-    assert (letter["source"], letter["partition"], letter["offset"]) == ("orders.features", 0, garbage.offset)
+    (dead_letter,) = house.table("dead_letters", "live_predictions_orders").rows(named=True)
+    assert (dead_letter["source"], dead_letter["partition"], dead_letter["offset"]) == (
+        "orders.features",
+        0,
+        garbage.offset,
+    )
     shutil.rmtree(house.store)
 
 
@@ -265,19 +269,19 @@ def test_a_message_that_is_no_answer_becomes_a_letter_and_spoils_no_other(
     view = load_definition(house.definition).view
     first, second, third, *_ = messages_of(house, 10, partitions=1)
     rows = to_score(view, [first, second._replace(**change), third])
-    head, frames = unpack(told_of(rows))
+    head, frames = unpack(batch_record(rows))
     assert rows.num_rows == 20
     assert head["parts"] == [["orders.features", 0, 0, 3, 3, None]]
-    (letter,) = frames["letters"].rows(named=True)
-    assert (letter["partition"], letter["offset"], letter["place"]) == (0, 1, -1)
-    assert rule in letter["rule"]
+    (dead_letter,) = frames["letters"].rows(named=True)
+    assert (dead_letter["partition"], dead_letter["offset"], dead_letter["place"]) == (0, 1, -1)
+    assert rule in dead_letter["rule"]
 
 
 def test_answers_of_another_schema_or_without_their_question_become_letters(house: House) -> None:
     view = load_definition(house.definition).view
     answers = pl.DataFrame(pl.from_arrow(house.answers().slice(0, 4)))
     good, *_ = messages_of(house, 10, partitions=1)
-    (less,) = unpack(told_of(to_score(view, [good._replace(value=to_arrow(answers.drop("amount")))])))[1][
+    (less,) = unpack(batch_record(to_score(view, [good._replace(value=to_arrow(answers.drop("amount")))])))[1][
         "letters"
     ].rows(named=True)
     assert "column 'amount' is float, this one's missing" in less["rule"]
@@ -286,21 +290,21 @@ def test_answers_of_another_schema_or_without_their_question_become_letters(hous
     )
     schema = pa.schema(house.answers().schema)
     rows = to_score(view, [good._replace(value=to_arrow(batch(holed, schema)))])
-    (letter,) = unpack(told_of(rows))[1]["letters"].rows(named=True)
+    (dead_letter,) = unpack(batch_record(rows))[1]["letters"].rows(named=True)
     assert rows.num_rows == 3
-    assert (letter["place"], letter["field"]) == (2, "row_id")
+    assert (dead_letter["place"], dead_letter["field"]) == (2, "row_id")
 
 
 def test_an_end_is_one_only_while_nothing_follows(house: House) -> None:
     outlet = Outlet(load_definition(house.definition).view, "orders", str(house.store), "r")
     first, second, *_ = messages_of(house, 1200, partitions=1)
     end = Message("orders.features", 0, 1, 2**50, *heartbeat(FOREVER))
-    ledger = Ledger(outlet, {"next": {"orders.features": {"0": 0}}})
+    ledger = PendingPredictions(outlet, {"next": {"orders.features": {"0": 0}}})
     serving = Serving(house.registry.uri, "orders", outlet.view, Pinned(str(house.folder("1")), "1"))
     champion = Champion(serving, watch=False)
 
     def take(*messages: Message) -> None:
-        ledger.take(to_packet(score_live(serving, champion, champion.held, 1, to_score(outlet.view, messages)))[1])
+        ledger.take(to_envelope(score_live(serving, champion, champion.held, 1, to_score(outlet.view, messages)))[1])
         ledger.commit(2**51)
 
     take(first, end)

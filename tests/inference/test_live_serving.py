@@ -23,7 +23,7 @@ from deploy.streaming.processes import Child
 from tests.support.live_fixtures import Live
 from tests.support.live_inference_case import ROWS, House, messages_of
 from tests.support.live_serving_case import check, flags, topics
-from transforms.streaming.kafka import Broker, tell_end
+from transforms.streaming.kafka import Broker, send_end
 from transforms.streaming.messages import HEARTBEAT
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]
@@ -77,7 +77,7 @@ def test_swaps_under_load_lose_and_double_nothing(house: House, live: Live, envi
             sender.send(topic, message.key or b"", message.value, partition=message.partition)
             time.sleep(0.002)
         sender.acknowledged()
-        tell_end(Broker(live.broker.bootstrap), topic)
+        send_end(Broker(live.broker.bootstrap), topic)
         ended.append(child.wait(60))
     finally:
         child.stop()
@@ -175,7 +175,7 @@ def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> Non
     for message in messages:  # all once more, as a features job that starts again may do
         sender.send(topic, message.key or b"", message.value, partition=message.partition)
     sender.acknowledged()
-    tell_end(Broker(live.broker.bootstrap), topic)
+    send_end(Broker(live.broker.bootstrap), topic)
     with Child([*argv, *live.prism.options, "--commit_every=1s"], house.store / "inference.log", cwd=ROOT) as child:
         assert child.wait(150) == 0, child.output()[-3000:]
     found = house.predictions
@@ -197,7 +197,7 @@ def test_a_missing_topic_a_missing_broker_and_a_missing_model_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("transforms.streaming.kafka.WITHIN", 2.0)
+    monkeypatch.setattr("transforms.streaming.kafka.TIMEOUT_SECONDS", 2.0)
     run = guard(inference_streaming.main)
     assert run(flags(house, live, "none-", "r")) == 4
     assert "'none-orders.features'" in capsys.readouterr().err
@@ -224,13 +224,13 @@ def test_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
     ):
         sender.send(topic, key or b"", value, partition=0)
     sender.acknowledged()
-    tell_end(Broker(live.broker.bootstrap), topic)
+    send_end(Broker(live.broker.bootstrap), topic)
     assert guard(inference_streaming.main)(flags(house, live, prefix, "letters")) == 0
     status = house.status("letters")
     assert status["rows"] == {"read": 200, "predicted": 100, "repeated": 100, "letters": 2}
     assert 0 < status["lag_s"]["median"] < 60
-    letters = house.table("dead_letters", "live_predictions_orders").sort("offset")
-    assert letters["offset"].to_list() == [1, 2]
+    dead_letters = house.table("dead_letters", "live_predictions_orders").sort("offset")
+    assert dead_letters["offset"].to_list() == [1, 2]
     consumer = Consumer({"bootstrap.servers": live.broker.bootstrap, "group.id": "look", "enable.auto.commit": False})
     consumer.assign([TopicPartition(f"{prefix}orders.predictions.dead_letters", 0, OFFSET_BEGINNING)])
     told = [json.loads(message.value()) for message in consumer.consume(2, timeout=20)]
@@ -243,7 +243,7 @@ def test_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
         sender.send(topic, good.key or b"", good.value, partition=0)
     sender.acknowledged()
     live.broker.delete({(topic, 0): 7})  # four messages and the last words were read; two more were not
-    tell_end(Broker(live.broker.bootstrap), topic)
+    send_end(Broker(live.broker.bootstrap), topic)
     capsys.readouterr()
     assert guard(inference_streaming.main)(flags(house, live, prefix, "later")) == 0
     assert f"{topic}/0: the broker no longer has offsets 5 to 6, which were not read" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from beam_pipelines import features
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView
-from schemas.live import LIVE_LETTERS
+from schemas.live import LIVE_DEAD_LETTERS
 from tests.support import market
 from tests.support.turns import Job
 from transforms.lineage.counted_rows import (
@@ -33,9 +33,9 @@ from transforms.lineage.counted_rows import (
 )
 from transforms.lineage.difference_causes import Full, compare
 from transforms.storage.delta_tables import data_files, open_table
-from transforms.storage.paths import features_live_uri, live_letters_uri
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.journal import Journal
-from transforms.streaming.live_tables import NewLetters, Writer
+from transforms.streaming.live_tables import NewDeadLetters, Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.replay import Replay, chunks_of
 from transforms.streaming.shards import RID
@@ -77,8 +77,8 @@ def named(full: Full) -> set[str]:
     return {*full.causes, *full.only_live, *full.only_batch}
 
 
-def without(frame: pl.DataFrame, places: Iterable[int]) -> pl.DataFrame:
-    return frame.with_row_index("_").filter(~pl.col("_").is_in(list(places))).drop("_")
+def without(frame: pl.DataFrame, positions: Iterable[int]) -> pl.DataFrame:
+    return frame.with_row_index("_").filter(~pl.col("_").is_in(list(positions))).drop("_")
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def letters_about(view: FeatureView, store: Path, rows: pl.DataFrame, source: st
         pl.lit(0, pl.Int32).alias("place"), pl.lit(time).alias("field"), pl.lit("before_start: older than the topic's beginning").alias("rule"),
         pl.col(time).cast(pl.String).alias("value"), pl.lit(view.name).alias("view"), pl.col(time).alias("arrived"), pl.col(time).dt.date().alias("date"),
     )  # fmt: skip
-    writer = Writer(live_letters_uri(str(store), view.name), LIVE_LETTERS, "live/a test", "t")
-    assert writer.append(told, 1, {}, NewLetters("live/a test")) == len(rows)
+    writer = Writer(live_dead_letters_uri(str(store), view.name), LIVE_DEAD_LETTERS, "live/a test", "t")
+    assert writer.append(told, 1, {}, NewDeadLetters("live/a test")) == len(rows)
 
 
 def test_rows_refused_as_older_than_the_start_are_told_from_those_never_had(tmp_path: Path, frames: Frames) -> None:

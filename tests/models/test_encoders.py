@@ -73,16 +73,16 @@ def batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     )
 
 
-def cuts(whole: pa.RecordBatch, places: list[int]) -> list[pa.RecordBatch]:
-    bounds = sorted({0, whole.num_rows, *(min(place, whole.num_rows) for place in places)})
+def cuts(whole: pa.RecordBatch, positions: list[int]) -> list[pa.RecordBatch]:
+    bounds = sorted({0, whole.num_rows, *(min(position, whole.num_rows) for position in positions)})
     return [whole.slice(low, high - low) for low, high in itertools.pairwise(bounds)]
 
 
 @given(st.lists(row, max_size=25), st.lists(st.integers(0, 25), max_size=3), st.randoms())
-def test_fitting_does_not_depend_on_cuts_or_order(rows: list[Any], places: list[int], random: Any) -> None:
+def test_fitting_does_not_depend_on_cuts_or_order(rows: list[Any], positions: list[int], random: Any) -> None:
     whole = batch(rows)
     fitting = Fitting(ENCODINGS)
-    parts = [fitting.of(part) for part in cuts(whole, places)]
+    parts = [fitting.of(part) for part in cuts(whole, positions)]
     random.shuffle(parts)
     several = fitting.merge_accumulators(
         [fitting.merge_accumulators(parts[:1]), fitting.create_accumulator(), *parts[1:]]
@@ -91,13 +91,13 @@ def test_fitting_does_not_depend_on_cuts_or_order(rows: list[Any], places: list[
 
 
 @given(st.lists(row, max_size=25), st.lists(row, min_size=1, max_size=25), st.lists(st.integers(0, 25), max_size=3))
-def test_applying_does_not_depend_on_cuts(known: list[Any], rows: list[Any], places: list[int]) -> None:
+def test_applying_does_not_depend_on_cuts(known: list[Any], rows: list[Any], positions: list[int]) -> None:
     fitting = Fitting(ENCODINGS)
     fitted = fitting.extract_output(fitting.of(batch(known)))
     whole = fitted.apply(batch(rows))
     again = Fitted.from_json(fitted.to_json())
     assert again == fitted
-    parts = np.concatenate([again.apply(part) for part in cuts(batch(rows), places)])
+    parts = np.concatenate([again.apply(part) for part in cuts(batch(rows), positions)])
     assert whole.dtype == np.float32
     assert whole.flags.c_contiguous
     assert whole.shape == (len(rows), len(fitted.names))

@@ -209,8 +209,8 @@ def test_a_missing_or_retyped_input_is_refused(scorers: dict[str, Scorer]) -> No
     (without,) = table.drop(["carrier"]).to_batches()
     with pytest.raises(MismatchError, match="'carrier'"):
         predict(scorers["binary:logistic"], without)
-    place = table.schema.get_field_index("n")
-    (retyped,) = table.set_column(place, "n", table["n"].cast(pa.float32())).to_batches()
+    position = table.schema.get_field_index("n")
+    (retyped,) = table.set_column(position, "n", table["n"].cast(pa.float32())).to_batches()
     with pytest.raises(MismatchError, match=r"Input 'n' has the type.*int64.*float"):
         predict(scorers["binary:logistic"], retyped)
 

@@ -19,7 +19,7 @@ import pytest
 
 from schemas.errors import MismatchError, StoreError
 from tests.support.trained_models import trained
-from transforms.models.mlflow_pyfunc import _load_pyfunc
+from transforms.models.mlflow_pyfunc import load_pyfunc
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
 from transforms.storage.paths import BOOSTER
@@ -99,7 +99,7 @@ def test_a_frame_is_scored_as_its_rows_are_and_refused_where_a_value_does_not_fi
     import pandas as pd
 
     data, batch = rows()
-    model = _load_pyfunc(folder)
+    model = load_pyfunc(folder)
     frame = pd.DataFrame(data, columns=["x", "n"])
     found = model.predict(frame)["score"].to_numpy()
     assert found.tobytes() == score(model.scorer, batch).tobytes()
@@ -113,6 +113,6 @@ def test_a_booster_altered_on_disk_is_not_served(folder: str) -> None:
     try:
         path.write_bytes(whole[:-2] + b"!!")
         with pytest.raises(StoreError, match="as they were saved"):
-            _load_pyfunc(folder)
+            load_pyfunc(folder)
     finally:
         path.write_bytes(whole)

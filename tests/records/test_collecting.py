@@ -7,8 +7,8 @@ from pathlib import Path
 PROGRAM = """
 import gc, time, weakref
 import beam_pipelines.features_streaming
-from transforms.streaming.journal_dofn import JournalStep
-from transforms.records.garbage_collection import spare_imports
+from transforms.streaming.journal_dofn import JournalDoFn
+from transforms.records.garbage_collection import freeze_imports
 
 def collected():
     begun = time.perf_counter()

@@ -298,6 +298,6 @@ def test_an_axis_shows_what_it_is_over_with_marks_inside() -> None:
         assert len(axis.ticks) <= 8
         slack = 1e-6 * (axis.high - axis.low)
         assert all(axis.low - slack <= at <= axis.high + slack for at, _ in axis.ticks)
-        places = axis.place([axis.low, axis.high])
-        assert places[0] == pytest.approx(0, abs=1e-6)
-        assert places[1] == pytest.approx(1000)
+        positions = axis.position([axis.low, axis.high])
+        assert positions[0] == pytest.approx(0, abs=1e-6)
+        assert positions[1] == pytest.approx(1000)

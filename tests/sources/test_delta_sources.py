@@ -10,7 +10,7 @@ import pytest
 
 from schemas.errors import ContractError
 from tests.support import market
-from tests.support.features_runs import answers, letters, run, same
+from tests.support.features_runs import answers, dead_letters, run, same
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_raw
@@ -47,7 +47,7 @@ def test_a_partitioned_delta_source_is_read_as_its_rows_in_files(
     as_delta(tmp_path / "tables", frames, partition)
     run(tmp_path / "tables", "--max_dead_fraction", "1")
     same(answers(tmp_path / "tables"), answers(tmp_path / "files"))
-    told, expected = (letters(tmp_path / where).drop("file", "row", "date") for where in ("tables", "files"))
+    told, expected = (dead_letters(tmp_path / where).drop("file", "row", "date") for where in ("tables", "files"))
     order = told.columns
     same(told.filter(pl.col("source") != "shops").sort(order), expected.filter(pl.col("source") != "shops").sort(order))
 

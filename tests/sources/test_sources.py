@@ -18,10 +18,10 @@ from schemas import Source
 from schemas.errors import ContractError, DataError
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
-from transforms.sources.contracts import Contract, holds, judge
+from transforms.sources.contracts import Contract, check_rows, holds
 from transforms.sources.inventory import slices_of
 from transforms.sources.reader import _raw, read_slices, repeats_of, without_repeats
-from transforms.storage.delta_tables import Target, commit, write_files
+from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
 T0 = datetime(2020, 1, 1, tzinfo=UTC)
 NOW = (datetime(2021, 1, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
@@ -50,7 +50,7 @@ def write(root: Path, frame: pl.DataFrame | pa.Table, file: str = "part-0", grou
 
 def read(root: Path, of: Contract = contract, **options: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
     result = read_slices(of, slices_of(str(root), of), **options)
-    return result.frame, result.letters
+    return result.frame, result.dead_letters
 
 
 def refused(root: Path, of: Contract = contract) -> str:
@@ -60,7 +60,7 @@ def refused(root: Path, of: Contract = contract) -> str:
 
 
 def reasons(frame: pl.DataFrame, of: Contract = contract) -> list[tuple[str, str, str]]:
-    return judge(of, frame)[1].select("field", "rule", "value").rows()
+    return check_rows(of, frame)[1].select("field", "rule", "value").rows()
 
 
 # Whole files
@@ -69,9 +69,9 @@ def reasons(frame: pl.DataFrame, of: Contract = contract) -> list[tuple[str, str
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     frame = rows(*({"at": at(i), "id": i, "v": None if i == 3 else i / 10, "k": 'é/"'} for i in range(10)))
     write(tmp_path, frame, group=4)
-    good, letters = read(tmp_path)
+    good, dead_letters = read(tmp_path)
     assert_frame_equal(good, frame)
-    assert len(letters) == 0
+    assert len(dead_letters) == 0
 
 
 def test_extra_columns_and_their_order_do_not_matter(tmp_path: Path) -> None:
@@ -109,11 +109,11 @@ def test_a_narrower_column_is_read_as_declared(tmp_path: Path, column: str, dtyp
 
 def test_a_dictionary_column_of_strings_is_read(tmp_path: Path) -> None:
     table = rows({}, {"k": None, "id": 2}).to_arrow()
-    place = table.schema.get_field_index("k")
-    write(tmp_path, table.set_column(place, "k", table["k"].cast(pa.string()).dictionary_encode()))
-    good, letters = read(tmp_path)
+    position = table.schema.get_field_index("k")
+    write(tmp_path, table.set_column(position, "k", table["k"].cast(pa.string()).dictionary_encode()))
+    good, dead_letters = read(tmp_path)
     assert good["k"].to_list() == ["a"]
-    assert letters["row"].to_list() == [1]
+    assert dead_letters["row"].to_list() == [1]
 
 
 def test_a_timestamp_without_a_zone_is_refused(tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_a_file_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
 def test_zero_rows_are_no_slices_and_no_rows(tmp_path: Path) -> None:
     write(tmp_path, rows({}).clear())
     assert slices_of(str(tmp_path), contract) == []
-    good, letters = read(tmp_path)
+    good, dead_letters = read(tmp_path)
     assert good.schema == source.schema
-    assert len(good) == len(letters) == 0
+    assert len(good) == len(dead_letters) == 0
 
 
 @given(name=st.sampled_from(["a b", "ä", "50%20off", "a+b", "x=y", "[z]", "q?"]))
@@ -233,10 +233,10 @@ def test_folders_of_any_name_are_read(tmp_path_factory: pytest.TempPathFactory, 
     ],
 )  # fmt: skip
 def test_a_row_that_breaks_a_rule_becomes_a_letter_with_the_rule(row: dict[str, Any], field: str, rule: str) -> None:
-    good, letters = judge(contract, rows({}, row, {}))
+    good, dead_letters = check_rows(contract, rows({}, row, {}))
     assert len(good) == 2
-    assert letters["place"].to_list() == [1]
-    ((found, why, value),) = letters.select("field", "rule", "value").rows()
+    assert dead_letters["place"].to_list() == [1]
+    ((found, why, value),) = dead_letters.select("field", "rule", "value").rows()
     assert found == field
     assert rule in why
     assert value is not None
@@ -262,13 +262,13 @@ def test_a_row_at_the_edge_of_a_rule_keeps_it(row: dict[str, Any]) -> None:
 
 
 def test_nan_is_no_value_and_breaks_nothing() -> None:
-    good, letters = judge(contract, rows({"v": float("nan"), "w": float("nan")}))
+    good, dead_letters = check_rows(contract, rows({"v": float("nan"), "w": float("nan")}))
     assert good.select("v", "w").row(0) == (None, None)
-    assert len(letters) == 0
+    assert len(dead_letters) == 0
 
 
 def test_minus_zero_is_zero() -> None:
-    good, _ = judge(contract, rows({"v": -0.0, "w": -0.0}))
+    good, _ = check_rows(contract, rows({"v": -0.0, "w": -0.0}))
     assert [str(value) for value in good.select("v", "w").row(0)] == ["0.0", "0.0"]
 
 
@@ -290,18 +290,20 @@ def test_a_null_in_a_unique_column_is_a_letter() -> None:
 def test_an_event_known_before_it_happens_is_a_letter() -> None:
     placed = Source("p", time="at", event_time="happened", columns={"k": pl.String})
     frame = pl.DataFrame({"at": [T0, T0, T0], "happened": [T0, at(1), None], "k": ["a"] * 3}, schema=placed.schema)
-    good, letters = judge(Contract(placed, tuple(placed.schema), now=NOW), frame)
+    good, dead_letters = check_rows(Contract(placed, tuple(placed.schema), now=NOW), frame)
     assert len(good) == 1
-    assert letters["field"].to_list() == ["happened", "happened"]
-    assert "nothing is known before it happens" in letters["rule"][0]
-    assert letters["rule"][1] == "a time is present"
+    assert dead_letters["field"].to_list() == ["happened", "happened"]
+    assert "nothing is known before it happens" in dead_letters["rule"][0]
+    assert dead_letters["rule"][1] == "a time is present"
 
 
 def test_a_dimension_without_rules_keeps_every_row() -> None:
     dimension = Source("d", columns={"k": pl.String})
     for size in (0, 1, 2):
-        good, letters = judge(Contract(dimension, ("k",)), pl.DataFrame({"k": ["a"] * size}, schema=dimension.schema))
-        assert (len(good), len(letters)) == (size, 0)
+        good, dead_letters = check_rows(
+            Contract(dimension, ("k",)), pl.DataFrame({"k": ["a"] * size}, schema=dimension.schema)
+        )
+        assert (len(good), len(dead_letters)) == (size, 0)
 
 
 @pytest.mark.parametrize(
@@ -337,12 +339,12 @@ def test_letters_name_the_file_and_row_they_came_from(
         path = write(root, frame if part else rows({}).clear(), f"part-{number}", group)
         paths.append(path)
         expected |= {(str(path), i) for i, row in enumerate(part) if row}
-    good, letters = read(root)
-    assert set(letters.select("file", "row").rows()) == expected
-    assert len(good) + len(letters) == len(data)
+    good, dead_letters = read(root)
+    assert set(dead_letters.select("file", "row").rows()) == expected
+    assert len(good) + len(dead_letters) == len(data)
     # The same when only some row groups are read, in whatever order.
     for each in slices_of(str(root), contract):
-        part = read_slices(contract, [each]).letters
+        part = read_slices(contract, [each]).dead_letters
         span = range(each.first, each.first + each.rows)
         assert set(part.select("file", "row").rows()) == {(f, i) for f, i in expected if f == each.path and i in span}
 
@@ -353,7 +355,7 @@ def test_letters_from_row_groups_read_out_of_order_are_placed_right(tmp_path: Pa
     write(tmp_path, frame, "part-1", 2)
     slices = slices_of(str(tmp_path), contract)
     picked = [slices[i] for i in (6, 2, 0, 3)]
-    found = read_slices(contract, picked).letters.select(pl.col("file").str.slice(-9), "row").rows()
+    found = read_slices(contract, picked).dead_letters.select(pl.col("file").str.slice(-9), "row").rows()
     assert sorted(found) == [("0.parquet", 1), ("0.parquet", 6), ("1.parquet", 1), ("1.parquet", 6)]
 
 
@@ -361,9 +363,9 @@ def test_a_letter_without_a_plausible_time_belongs_to_the_first_plausible_moment
     tmp_path: Path,
 ) -> None:
     write(tmp_path, rows({"at": None}, {"at": at(5)}, {"at": EPOCH}, {"at": at(1)}))
-    letters = read(tmp_path)[1]
+    dead_letters = read(tmp_path)[1]
     moment = (at(5) - EPOCH) // MICROSECOND
-    assert letters["time"].to_list() == [moment, moment]
+    assert dead_letters["time"].to_list() == [moment, moment]
     assert len(read(tmp_path, own=(moment, moment + 1))[1]) == 2
     assert len(read(tmp_path, own=(moment + 1, 2**62))[1]) == 0
 
@@ -477,6 +479,6 @@ def test_a_delta_table_is_a_source_as_of_its_newest_version(tmp_path: Path) -> N
     schema = pa.schema([("at", pa.timestamp("us", "UTC")), ("id", pa.int64()), ("k", pa.string()), ("v", pa.float32()), ("w", pa.float64()), ("date", pa.date32())])  # fmt: skip
     for i, frame in enumerate((rows({"id": 1}), rows({"id": 2}, {"id": 3}))):
         dated = batch(frame.with_columns(date=pl.lit(date(2020, 1, 1))), schema)
-        target = Target(folder, schema, None, f"run-{i}", i - 1 if i else None)
+        target = CommitTarget(folder, schema, None, f"run-{i}", i - 1 if i else None)
         commit(target, write_files(dated, folder, target.run_id))
     assert sorted(read(tmp_path / "my sources")[0]["id"]) == [2, 3]

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from schemas.errors import ConflictError, StoreError
 from transforms.storage.delta_log import metadata_of
 from transforms.storage.delta_tables import (
+    CommitTarget,
     Committed,
-    Target,
     commit,
     data_files,
     days_between,
     groups,
-    newest,
+    newest_version,
     open_table,
     read_file,
     read_group,
@@ -43,8 +43,8 @@ def rows(*days: date, of: int = 0) -> pa.RecordBatch:
 
 
 def put(uri: str, batch: pa.RecordBatch, dates: tuple[date, ...] | None, run_id: str, **other: Any) -> Committed:
-    base = other.pop("base", newest(uri))
-    target = Target(uri, EXTRA if "extra" in other else SCHEMA, dates, run_id, base, **other)
+    base = other.pop("base", newest_version(uri))
+    target = CommitTarget(uri, EXTRA if "extra" in other else SCHEMA, dates, run_id, base, **other)
     return commit(target, write_files(batch, uri, run_id, target.extra))
 
 
@@ -76,7 +76,7 @@ def test_rows_are_read_back_by_us_and_by_polars(uri: str) -> None:
 def test_nothing_is_visible_before_the_commit(uri: str) -> None:
     write_files(rows(*DAYS), uri, "run-1")
     assert open_table(uri) is None
-    assert newest(uri) is None
+    assert newest_version(uri) is None
     put(uri, rows(DAYS[0]), DAYS, "run-2")
     write_files(rows(*DAYS, of=50), uri, "run-3")
     assert read(uri) == [(DAYS[0], 0)]
@@ -94,7 +94,7 @@ def test_each_date_has_its_folder_and_no_half_file_stays(uri: str) -> None:
 def test_a_repeated_bundle_writes_the_same_file_and_its_rows_once(uri: str) -> None:
     first, again = (write_files(rows(*DAYS), uri, "run-1") for _ in range(2))
     assert first == again
-    done = commit(Target(uri, SCHEMA, DAYS, "run-1"), [*first, *again])
+    done = commit(CommitTarget(uri, SCHEMA, DAYS, "run-1"), [*first, *again])
     assert done.rows == 3
     assert len(read(uri)) == 3
 
@@ -104,7 +104,7 @@ def test_a_launch_commits_once_however_often_its_last_step_is_repeated(uri: str)
     put(uri, rows(DAYS[0], of=10), DAYS[:1], "run-2")
     again = put(uri, rows(*DAYS), DAYS, "run-1", base=None)
     assert (again.version, again.fresh) == (first.version, False)
-    assert newest(uri) == 1
+    assert newest_version(uri) == 1
     assert read(uri) == [(DAYS[0], 10), (DAYS[1], 1), (DAYS[2], 2)]
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_is_repeated_whole_commits_nothing_twice(uri: str) -> None:
     first = put(uri, rows(*DAYS), DAYS, "run-1")
     again = put(uri, rows(*DAYS), DAYS, "run-1")
     assert (again.version, again.rows, again.fresh) == (first.version, 3, False)
-    assert newest(uri) == 0
+    assert newest_version(uri) == 0
 
 
 def test_other_work_under_the_same_run_id_is_not_lost(uri: str) -> None:
@@ -123,7 +123,7 @@ def test_other_work_under_the_same_run_id_is_not_lost(uri: str) -> None:
     batches = [again.slice(0, 1), again.slice(1, 1), rows(later[1], of=50), rows(later[3], of=3)]
     files = [file for batch in batches for file in write_files(batch, uri, "nightly")]
     assert {file.path for file, _ in files} & {file.path for file in data_files(open_table(uri))}
-    done = commit(Target(uri, SCHEMA, later, "nightly", newest(uri)), files)
+    done = commit(CommitTarget(uri, SCHEMA, later, "nightly", newest_version(uri)), files)
     assert (done.version, done.rows, done.fresh) == (1, 4, True)
     expected = [(later[0], 0), (later[1], 1), (later[1], 50), (later[3], 3)]
     assert read(uri) == expected
@@ -264,7 +264,7 @@ def test_a_store_of_any_name_is_written_and_read(tmp_path: Path, folder: str) ->
 def test_a_column_of_any_name_is_written_and_read(uri: str, column: str) -> None:
     schema = pa.schema([(column, pa.int64()), ("a", pa.int64()), ("date", pa.date32())]) if column != "A" else pa.schema([("A", pa.int64()), ("date", pa.date32())])  # fmt: skip
     batch = pa.RecordBatch.from_pylist([{name: 5 for name in schema.names if name != "date"} | {"date": DAYS[0]}], schema)  # fmt: skip
-    commit(Target(uri, schema, DAYS, "run-1"), write_files(batch, uri, "run-1"))
+    commit(CommitTarget(uri, schema, DAYS, "run-1"), write_files(batch, uri, "run-1"))
     (file,) = data_files(open_table(uri))
     assert read_file(file).to_pylist() == batch.to_pylist()
 
@@ -287,10 +287,10 @@ def test_a_spoiled_log_is_named(uri: str) -> None:
 
 def writer(uri: str, number: int, days: tuple[date, ...], gate: Any) -> None:
     """One of several processes that commit their own dates, one by one, on the table as each first saw it."""
-    base = newest(uri)
+    base = newest_version(uri)
     gate.wait()
     for day in days:
-        target = Target(uri, SCHEMA, (day,), f"run-{number}-{day}", base)
+        target = CommitTarget(uri, SCHEMA, (day,), f"run-{number}-{day}", base)
         commit(target, write_files(rows(day, day, of=number * 100), uri, target.run_id))
 
 
@@ -305,7 +305,7 @@ def test_processes_that_commit_different_dates_all_land(uri: str) -> None:
         each.join(120)
     assert [each.exitcode for each in running] == [0, 0, 0]
     assert read(uri) == [(day, 100 * (i % 3) + n) for i, day in enumerate(every) for n in range(2)]
-    assert newest(uri) == len(every) - 1
+    assert newest_version(uri) == len(every) - 1
 
 
 def test_statistics_of_the_log_count_the_rows(uri: str) -> None:
@@ -325,7 +325,7 @@ def test_the_writer_asks_for_metadata_on_the_snapshot_it_builds_on(uri: str) -> 
         seen.append(table.version())
         return {"made_from": f"{table.version()} {side}"}
 
-    target = Target(uri, SCHEMA, DAYS[1:2], "run-2", 0)
+    target = CommitTarget(uri, SCHEMA, DAYS[1:2], "run-2", 0)
     commit(target, write_files(rows(DAYS[1]), uri, "run-2"), note, ["x"])
     table = open_table(uri)
     assert table is not None

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from schemas.errors import ContractError, StoreError
 from transforms.storage.tfrecord_codec import gzipped
-from transforms.storage.tfrecord_io import ReadExamples, WriteParts, matching, publish_parts, read_examples, write_part
+from transforms.storage.tfrecord_io import (
+    ReadExamples,
+    WriteTFRecordFiles,
+    matching,
+    publish_tfrecord_files,
+    read_examples,
+    write_tfrecord_file,
+)
 
 SCHEMA = pa.schema([
     ("id", pa.int64()),
@@ -113,9 +120,9 @@ def test_readers_in_threads_do_not_mix_their_rows(tmp_path: Path) -> None:
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
     content = gzip.decompress(b"".join(gzipped(numbered(3))))
     path = tmp_path / "rows.tfrecord"
-    for place in range(len(content)):
+    for position in range(len(content)):
         changed = bytearray(content)
-        changed[place] ^= 4
+        changed[position] ^= 4
         path.write_bytes(changed)
         with pytest.raises(StoreError, match=r"rows\.tfrecord, record \d+: "):
             list(read_examples(str(path), SCHEMA))
@@ -164,28 +171,28 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_parts_are_published_in_order_of_date_and_replace_older_ones(tmp_path: Path) -> None:
     prefix = str(tmp_path / "out" / "scores")
-    parts = [write_part(numbered(10, i, day=4 - i), prefix, "run") for i in range(3)]
+    parts = [write_tfrecord_file(numbered(10, i, day=4 - i), prefix, "run") for i in range(3)]
     assert not [name for name in os.listdir(tmp_path / "out") if not name.startswith(".")]  # nothing to see yet
-    again = write_part(numbered(10, 0, day=4), prefix, "run")
+    again = write_tfrecord_file(numbered(10, 0, day=4), prefix, "run")
     assert again == parts[0]
-    names = publish_parts([*parts, again], prefix)
+    names = publish_tfrecord_files([*parts, again], prefix)
     assert sorted(os.listdir(tmp_path / "out")) == [f"scores-0000{i}-of-00003.tfrecord.gz" for i in range(3)]
     found = [next(read_examples(name, SCHEMA)).column(0)[0].as_py() for name in names]
     assert found == [2, 1, 0]
-    assert publish_parts(parts, prefix) == names  # as after a retry
+    assert publish_tfrecord_files(parts, prefix) == names  # as after a retry
     assert len(os.listdir(tmp_path / "out")) == 3
 
-    publish_parts([write_part(numbered(4, 7), prefix, "next")], prefix)
+    publish_tfrecord_files([write_tfrecord_file(numbered(4, 7), prefix, "next")], prefix)
     assert os.listdir(tmp_path / "out") == ["scores-00000-of-00001.tfrecord.gz"]
 
 
 def test_reading_and_writing_in_a_pipeline(tmp_path: Path) -> None:
     paths = tuple(written(tmp_path / f"{i}.gz", numbered(100, i * 100, day=i + 1)) for i in range(3))
     with Pipeline() as pipeline:
-        parts = pipeline | ReadExamples(paths, SCHEMA) | WriteParts(str(tmp_path / "copy"), "run")
+        parts = pipeline | ReadExamples(paths, SCHEMA) | WriteTFRecordFiles(str(tmp_path / "copy"), "run")
         rows = parts | beam.Map(lambda found: sorted(each.rows for each in found))
         assert_that(rows, lambda found: found == [[100, 100, 100]] or pytest.fail(str(found)))
-        _ = parts | beam.Map(publish_parts, str(tmp_path / "copy"))
+        _ = parts | beam.Map(publish_tfrecord_files, str(tmp_path / "copy"))
     copies = matching(str(tmp_path / "copy-*.tfrecord.gz"))
     found = [i for path in copies for each in read_examples(path, SCHEMA) for i in each.column(0).to_pylist()]
     assert found == list(range(300))

@@ -17,8 +17,16 @@ from schemas.errors import DefinitionError, StoreError
 from transforms.models.bundle import Bundle
 from transforms.models.encoders import Encoding, Fitted
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.delta_tables import Target, commit, data_files, newest, open_table, write_aside, write_files
-from transforms.storage.run_markers import mark, running, unmark
+from transforms.storage.delta_tables import (
+    CommitTarget,
+    commit,
+    data_files,
+    newest_version,
+    open_table,
+    write_aside,
+    write_files,
+)
+from transforms.storage.run_markers import remove_marker, running_runs, write_marker
 
 SCHEMA = pa.schema([("value", pa.int64()), ("date", pa.date32())])
 DAY = date(2024, 1, 1)
@@ -31,13 +39,13 @@ def table(store: Path, name: str = FEATURES) -> str:
 
 def load(uri: str, run_id: str, value: int, days: Sequence[date] = (DAY,), commits: bool = True) -> list[str]:
     """A run that writes one row a day, its manifest and its statistics, and perhaps commits."""
-    base = newest(uri)
+    base = newest_version(uri)
     files = write_files(pa.record_batch([pa.array([value] * len(days)), pa.array(days)], schema=SCHEMA), uri, run_id)
     manifest = f"{run_id}-{0 if base is None else base + 1}.json"
     write_aside(f"{uri}/_manifests", manifest, pa.py_buffer(b"{}"))
     write_aside(f"{uri}/_statistics", f"{run_id}.pb", pa.py_buffer(b"-"))
     if commits:
-        commit(Target(uri, SCHEMA, tuple(days), run_id, base, None, {"manifest": manifest}), files)
+        commit(CommitTarget(uri, SCHEMA, tuple(days), run_id, base, None, {"manifest": manifest}), files)
     return [file.path for file, _ in files]
 
 
@@ -123,20 +131,20 @@ def test_files_of_a_run_at_work_stay_however_old(tmp_path: Path) -> None:
     (working,) = load(uri, "working", 2, commits=False)
     (killed,) = load(uri, "working2", 3, commits=False)
     age(tmp_path, 3)
-    mark(str(tmp_path / "runs" / "working"), "features", "working")
+    write_marker(str(tmp_path / "runs" / "working"), "features", "working")
     run(tmp_path)
     assert Path(working).exists()
     assert not Path(killed).exists()
     assert {"working-1.json", "working.pb"} <= left(tmp_path)
-    unmark(str(tmp_path / "runs" / "working"))
-    assert running(str(tmp_path)) == []
+    remove_marker(str(tmp_path / "runs" / "working"))
+    assert running_runs(str(tmp_path)) == []
     run(tmp_path)
     assert not Path(working).exists()
 
 
 def test_a_killed_runs_mark_expires_unless_its_process_lives(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "killed"
-    mark(str(folder), "features", "killed")
+    write_marker(str(folder), "features", "killed")
     entry = json.loads((folder / "started.json").read_text())
     (orphan,) = load(table(tmp_path), "killed", 2, commits=False)
     age(tmp_path, 3)
@@ -243,7 +251,7 @@ def test_examples_of_runs_that_left_no_model_go(tmp_path: Path) -> None:
     (tmp_path / "runs" / "trained" / "model" / "manifest.json").write_text("{}")
     (tmp_path / "runs" / "ended").mkdir()
     (tmp_path / "runs" / "ended" / "run.json").write_text("{}")
-    mark(str(tmp_path / "runs" / "working"), "training", "working")
+    write_marker(str(tmp_path / "runs" / "working"), "training", "working")
     run(tmp_path)
     examples = tmp_path / "examples" / "buying"
     assert {path.name for path in examples.glob("killed/*")} == set(names), "younger than a run may take"

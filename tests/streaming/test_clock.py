@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas import Source
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.completeness import Clock, Rule
+from transforms.streaming.completeness import Completeness, CompletenessRule
 
 times = st.integers(-50, 200)
 # (what, partition, time, µs passed since the step before)
@@ -47,68 +47,73 @@ class Slow:
 def test_complete_is_the_least_promise_of_those_waited_for(
     steps: list[tuple[str, int, int, int]], lateness: int, idle: int | None
 ) -> None:
-    clock, slow, now, settled = Clock({"s": Rule(lateness, idle)}), Slow(lateness, idle), 0, ALWAYS
+    completeness, slow, now, watermark = (
+        Completeness({"s": CompletenessRule(lateness, idle)}),
+        Slow(lateness, idle),
+        0,
+        ALWAYS,
+    )
     for what, partition, time, passed in steps:
         now += passed
         if what == "expect":
-            clock.expect("s", partition, now)
+            completeness.expect("s", partition, now)
         else:
-            getattr(clock, what)("s", partition, time, now)
+            getattr(completeness, what)("s", partition, time, now)
         slow.step(what, partition, time, now)
-        assert clock.complete("s", now) == slow.complete(now)
+        assert completeness.complete("s", now) == slow.complete(now)
         if slow.complete(now) < FOREVER:
-            settled = max(settled, slow.complete(now))
-        assert clock.settled("s", now) == settled
+            watermark = max(watermark, slow.complete(now))
+        assert completeness.watermark("s", now) == watermark
 
 
 @given(steps, st.integers(0, 20))
 def test_what_was_promised_holds(steps: list[tuple[str, int, int, int]], lateness: int) -> None:
     """Rows that keep their source's lateness never lie before what the clock called complete."""
-    clock, now = Clock({"s": Rule(lateness)}), 0
+    completeness, now = Completeness({"s": CompletenessRule(lateness)}), 0
     greatest: dict[int, int] = {}
     for partition in range(3):
-        clock.expect("s", partition, 0)
+        completeness.expect("s", partition, 0)
     for _, partition, time, _ in steps:
         row = max(time, greatest.get(partition, ALWAYS) - lateness)  # a row that is not too late
-        assert row >= clock.complete("s", now)
+        assert row >= completeness.complete("s", now)
         greatest[partition] = max(greatest.get(partition, ALWAYS), row)
-        clock.observe("s", partition, row, now)
+        completeness.observe("s", partition, row, now)
 
 
 @given(steps, st.none() | st.integers(1, 60))
 def test_a_clock_survives_being_written_down(steps: list[tuple[str, int, int, int]], idle: int | None) -> None:
-    clock, now = Clock({"s": Rule(5, idle)}), 0
+    completeness, now = Completeness({"s": CompletenessRule(5, idle)}), 0
     for what, partition, time, passed in steps:
         now += passed
         if what == "expect":
-            clock.expect("s", partition, now)
+            completeness.expect("s", partition, now)
         else:
-            getattr(clock, what)("s", partition, time, now)
-        clock.settled("s", now)
-        other = Clock({"s": Rule(5, idle)})
-        other.load(json.loads(json.dumps(clock.to_json())))
-        assert (other.complete("s", now), other.settled("s", now)) == (
-            clock.complete("s", now),
-            clock.settled("s", now),
+            getattr(completeness, what)("s", partition, time, now)
+        completeness.watermark("s", now)
+        other = Completeness({"s": CompletenessRule(5, idle)})
+        other.load(json.loads(json.dumps(completeness.to_json())))
+        assert (other.complete("s", now), other.watermark("s", now)) == (
+            completeness.complete("s", now),
+            completeness.watermark("s", now),
         )
-        clock = other
+        completeness = other
 
 
 def test_one_partition_ahead_does_not_speak_for_the_others() -> None:
-    clock = Clock({"s": Rule(0)})
-    clock.observe("s", 0, 1_000_000, 0)
-    clock.observe("s", 1, 10, 0)
-    assert clock.complete("s", 0) == 10
+    completeness = Completeness({"s": CompletenessRule(0)})
+    completeness.observe("s", 0, 1_000_000, 0)
+    completeness.observe("s", 1, 10, 0)
+    assert completeness.complete("s", 0) == 10
 
 
 def test_an_idle_partition_is_waited_for_as_long_as_declared() -> None:
-    clock = Clock({"s": Rule.of(Source("s", {"k": pl.Int64}, time="t", idle="10us"))})
-    clock.observe("s", 0, 100, 0)
-    clock.expect("s", 1, 0)
-    assert clock.complete("s", 9) == ALWAYS
-    clock.observe("s", 0, 110, 9)
-    assert clock.complete("s", 10) == 110
-    assert clock.complete("s", 19) == FOREVER
-    clock.observe("s", 1, 50, 20)  # it speaks again, and holds the clock again
-    assert clock.complete("s", 20) == 50
-    assert clock.settled("s", 20) >= 50
+    completeness = Completeness({"s": CompletenessRule.of(Source("s", {"k": pl.Int64}, time="t", idle="10us"))})
+    completeness.observe("s", 0, 100, 0)
+    completeness.expect("s", 1, 0)
+    assert completeness.complete("s", 9) == ALWAYS
+    completeness.observe("s", 0, 110, 9)
+    assert completeness.complete("s", 10) == 110
+    assert completeness.complete("s", 19) == FOREVER
+    completeness.observe("s", 1, 50, 20)  # it speaks again, and holds the clock again
+    assert completeness.complete("s", 20) == 50
+    assert completeness.watermark("s", 20) >= 50

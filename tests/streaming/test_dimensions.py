@@ -17,7 +17,7 @@ from tests.support.live_dimensions_case import SHOPS, asked
 from tests.support.live_turns import SOURCES, Killed, dying_after, read, run, stream, view
 from tests.support.turns import Job
 from transforms.records.times import FOREVER
-from transforms.storage.paths import features_live_uri, live_letters_uri
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.kafka import Broker
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.live_features import Sends
@@ -119,11 +119,13 @@ def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(t
         jobs[1].commit()
         here = [endless_told, (3, *other_told)] if kind == "bad" else [(2, *other_told)] if kind == "better" else []
         expected |= {(*each[:3], f"{each[3]} (s.parquet, version {version})", each[4]): None for each in here}
-        letters = read(live_letters_uri(str(tmp_path), view.name)) if expected else pl.DataFrame()
+        dead_letters = read(live_dead_letters_uri(str(tmp_path), view.name)) if expected else pl.DataFrame()
         if expected:
-            assert set(letters.select("source", "partition", "view").rows()) == {("shops", -1, view.name)}
+            assert set(dead_letters.select("source", "partition", "view").rows()) == {("shops", -1, view.name)}
             found = (
-                letters.sort("arrived", "place", "offset").select("offset", "place", "field", "rule", "value").rows()
+                dead_letters.sort("arrived", "place", "offset")
+                .select("offset", "place", "field", "rule", "value")
+                .rows()
             )
             assert found == list(expected)
     assert len(expected) == 3

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from schemas import DefinitionError, Derived, FeatureView, Lookup, Source, Trailing
 from tests.support import histories
-from tests.support.live_turns import audit, events, questions, run, shops, stream
+from tests.support.live_turns import audit, events, run, shops, spine_rows, stream
 from tests.support.turns import Job
 from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.shards import groups_of
@@ -36,7 +36,7 @@ def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
 def test_a_key_known_only_after_a_look_up_is_refused() -> None:
     keyed = FeatureView(
         "v",
-        questions,
+        spine_rows,
         key="id",
         features=[
             Lookup(shops, by="k", columns="name"),
@@ -50,17 +50,17 @@ def test_a_key_known_only_after_a_look_up_is_refused() -> None:
 def test_a_key_derived_from_the_spine_is_routed() -> None:
     derived = FeatureView(
         "v",
-        questions,
+        spine_rows,
         key="id",
         features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})],
     )
     (group,) = groups_of(derived)
-    assert group.asked == ("near",)
+    assert group.spine_columns == ("near",)
 
 
 def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: Path) -> None:
     reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
-    minute = FeatureView("m", questions, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
+    minute = FeatureView("m", spine_rows, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
     job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, keep=10_000_000)
     held = []
     for number in range(100):  # ten rows a second for a thousand seconds, a question in each
@@ -68,9 +68,10 @@ def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: 
         rows = {"at": [histories.at(second, 1000 * i) for second in seconds for i in range(10)]}
         told = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
         asked = [
-            {**dict.fromkeys(questions.schema), "id": second, "t": histories.at(second), "k": "a"} for second in seconds
+            {**dict.fromkeys(spine_rows.schema), "id": second, "t": histories.at(second), "k": "a"}
+            for second in seconds
         ]
-        spine = pl.DataFrame(asked, schema=questions.schema, orient="row")
+        spine = pl.DataFrame(asked, schema=spine_rows.schema, orient="row")
         job.take(
             [
                 Message(name, 0, number, 2**51, None, to_arrow(each))

@@ -121,10 +121,10 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
         stage.flush()
         said = end(job)
     assert "questions unaccounted for  0" in said
-    answers, letters = stage.audit(), stage.letters()
+    answers, dead_letters = stage.audit(), stage.dead_letters()
     assert len(answers) > 110
     for name in EVENTS:
-        mine = letters.filter(source=name)
+        mine = dead_letters.filter(source=name)
         whole = mine.filter(pl.col("place") == -1)
         assert len(whole) == 9 + 3, (name, whole["rule"].to_list())
         assert mine["rule"].str.contains("ahead of its arrival").sum() >= 3 + 1

@@ -116,7 +116,7 @@ def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) ->
         stage.tell(told[:half])
         await_(lambda: commits(stage) >= 3, 100, job)
         stage.grow("sales", 3)
-        moved = [Slot([(name, 2 if name == "sales" else place, rows) for name, place, rows in slot.parts], slot.end) for slot in told[half:]]  # fmt: skip
+        moved = [Slot([(name, 2 if name == "sales" else position, rows) for name, position, rows in slot.parts], slot.end) for slot in told[half:]]  # fmt: skip
         stage.tell(moved, beats=False)
         stage.beat(told[-1].end)
         stage.flush()
@@ -143,7 +143,7 @@ def test_a_restart_needs_nothing_from_the_broker_that_was_read_before(live: Live
         end(job)
     first = stage.answers()
     ends = high_marks(live.broker.bootstrap, [stage.topic(name) for name in stage.sources])
-    live.broker.delete({place: offset for place, offset in ends.items() if offset})
+    live.broker.delete({position: offset for position, offset in ends.items() if offset})
     with stage.job("second") as job:  # the end that the first run heard is none: more rows come
         stage.tell(told[half:])
         stage.beat(FOREVER)
@@ -183,8 +183,8 @@ def test_records_deleted_before_they_were_read_are_counted_and_hold_nothing_up(l
     assert f", {lost - due} offsets_skipped" in said
     assert stage.status("second")["counts"]["sales"]["offsets_skipped"] == lost - due > 0
     kept = set(stage.kept("sales").select("__partition", "__offset", "__place").iter_rows())
-    dead = set(stage.letters().filter(source="sales").select("partition", "offset", "place").iter_rows())
-    missing = {place for place in stage.rows["sales"] - kept - dead if place[0] == 0 and place[1] < lost}
+    dead = set(stage.dead_letters().filter(source="sales").select("partition", "offset", "place").iter_rows())
+    missing = {position for position in stage.rows["sales"] - kept - dead if position[0] == 0 and position[1] < lost}
     stage.rows["sales"] -= missing  # the broker's loss
     assert missing
     stage.audit()

@@ -22,7 +22,7 @@ from tests.support.features_runs import run as run_batch
 from tests.support.lifetime_case import definition, same
 from tests.support.live_fixtures import Live
 from tests.support.live_histories import killed
-from tests.support.live_turns import audit, events, placed, questions, run, sales, stream
+from tests.support.live_turns import audit, events, placed, run, sales, spine_rows, stream
 from tests.support.live_turns import read as rows_of
 from tests.support.state_cells import Cell
 from tests.support.turns import Job
@@ -31,13 +31,13 @@ from transforms.storage.paths import features_live_uri
 from transforms.streaming import recovery
 from transforms.streaming.journal import Turn
 from transforms.streaming.messages import Message, to_arrow
-from transforms.streaming.mirrored_state import load_cells, save_cells
-from transforms.streaming.pane_store import CELLS
+from transforms.streaming.mirrored_state import load_slots, save_slots
+from transforms.streaming.pane_store import SLOTS
 from transforms.streaming.shards import Shard
 
 SUMMARY = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
 mixed = FeatureView(
-    "mixed", questions, key="id",
+    "mixed", spine_rows, key="id",
     features=[
         Trailing(events, by="k", over=("1m", "all"), stats={"v": SUMMARY, "s": ("count", "first", "last"), "b": ("mean", "last"), "*": "count"}),
         Trailing(events, by=("k", "g"), over="all", where=pl.col("v") > 0, name="positive", stats={"v": ("sum", "var", "first")}),
@@ -49,12 +49,12 @@ mixed = FeatureView(
         Derived(near=pl.col("g") // 2),
         Trailing(events, by={"near": "g", "b": "b"}, over="all", stats={"n": ("sum", "max", "std"), "*": "count"}, name="near"),
         Trailing(placed, by="k", over="10s", stats={"v": "sum"}),
-        Trailing(questions, by="k", over="all", stats={"x": ("mean", "last", "min"), "*": "count"}, name="crowd"),
+        Trailing(spine_rows, by="k", over="all", stats={"x": ("mean", "last", "min"), "*": "count"}, name="crowd"),
     ],
 )  # fmt: skip
 # No window bounds what is held back: an event is compacted as soon as no question can come before it.
 only = FeatureView(
-    "only", questions, key="id",
+    "only", spine_rows, key="id",
     features=[
         Trailing(events, by="k", over="all", stats={"v": SUMMARY, "*": "count"}),
         Latest(sales, by="k", columns=("v", "n"), max_age="forever"),
@@ -69,20 +69,20 @@ class Restored(Job):
 
     def __init__(self, view: FeatureView, *args: Any, often: float, seed: int, **more: Any) -> None:
         self.random, self.often = Random(seed), often
-        self.cells: dict[int, list[Cell]] = {}
+        self.slots: dict[int, list[Cell]] = {}
         self.counts: dict[int, list[int]] = {}
         super().__init__(view, *args, **more)
 
     def _pass_on(self, turn: Turn) -> None:
         super()._pass_on(turn)
         for number, shard in enumerate(self.shards):
-            cells = self.cells.setdefault(number, [Cell() for _ in range(CELLS)])
-            save_cells(shard.stores, cells, self.counts.setdefault(number, [0] * CELLS))
+            slots = self.slots.setdefault(number, [Cell() for _ in range(SLOTS)])
+            save_slots(shard.stores, slots, self.counts.setdefault(number, [0] * SLOTS))
             if self.random.random() < self.often:
                 self.shards[number] = Shard(self.view, number, len(self.shards))
-                for cell in cells:
-                    self.random.shuffle(cell.many)  # a bag has no order
-                self.counts[number] = load_cells(self.shards[number].stores, cells)
+                for slot in slots:
+                    self.random.shuffle(slot.many)  # a bag has no order
+                self.counts[number] = load_slots(self.shards[number].stores, slots)
 
 
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
@@ -133,7 +133,7 @@ def test_disorder_changes_answers_but_not_parity(tmp_path: Path) -> None:
 
 reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
 ever = FeatureView(
-    "ever", questions, key="id",
+    "ever", spine_rows, key="id",
     features=[
         Trailing(reads, by="k", over="all", stats={"v": ("sum", "min", "first", "last"), "*": "count"}),
         Latest(reads, by="k", columns="v", max_age="forever"),
@@ -143,7 +143,7 @@ ever = FeatureView(
 
 once_reads = Source("reads", time="at", unique="n", columns={"k": pl.String, "v": pl.Float64, "n": pl.Int64})
 once = FeatureView(
-    "once", questions, key="id",
+    "once", spine_rows, key="id",
     features=[
         Trailing(once_reads, by="k", over=("10m", "all"), stats={"v": "sum"}),
         Latest(once_reads, by="k", columns="v", max_age="forever"),
@@ -166,8 +166,8 @@ class Told:
             [{"at": histories.at(at), **dict(zip(self.source.columns, row, strict=True))} for at, *row in rows],
             schema=self.source.schema,
         )
-        spine = [{**dict.fromkeys(questions.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in asked]
-        frames = {"reads": told, "questions": pl.DataFrame(spine, schema=questions.schema, orient="row")}
+        spine = [{**dict.fromkeys(spine_rows.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in asked]
+        frames = {"reads": told, "questions": pl.DataFrame(spine, schema=spine_rows.schema, orient="row")}
         messages = []
         for name, frame in frames.items():
             if len(frame):
@@ -237,7 +237,7 @@ def test_an_event_is_compacted_when_nothing_can_replace_it_any_more(tmp_path: Pa
 def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_restart(tmp_path: Path) -> None:
     """Without windows over all history; the one that replaced it is beyond what state remembers when the job starts again."""
     bounded = FeatureView(
-        "b", questions, key="id", features=[Trailing(once_reads, by="k", over="10m", stats={"v": "sum"})]
+        "b", spine_rows, key="id", features=[Trailing(once_reads, by="k", over="10m", stats={"v": "sum"})]
     )
     tell = Told(tmp_path, view=bounded)
     tell([(5000, "a", 5.0, 1)], [(1, 5001.0)])

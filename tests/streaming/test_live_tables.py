@@ -15,7 +15,7 @@ from schemas.errors import StoreError
 from tests.support.live_turns import audit, run, stream
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import sources_root
-from transforms.streaming.live_tables import Writer, app_of, last_told
+from transforms.streaming.live_tables import Writer, application_of, last_commit_record
 
 
 @contextlib.contextmanager
@@ -50,11 +50,11 @@ def test_a_table_of_others_alone_has_been_told_nothing_and_a_lost_log_is_said(tm
     run(tmp_path, chunks, {1}, {})
     table = open_table(f"{sources_root(str(tmp_path))}/events")
     assert table is not None
-    assert last_told(table, app_of("another view")) == {}
-    assert last_told(table, app_of("events"))["turn"] > 0
+    assert last_commit_record(table, application_of("another view")) == {}
+    assert last_commit_record(table, application_of("events"))["turn"] > 0
     log = Path(sources_root(str(tmp_path))) / "events" / "_delta_log" / f"{table.version():020}.json"
     table.create_checkpoint()
     log.unlink()
     table = open_table(f"{sources_root(str(tmp_path))}/events")
     with pytest.raises(StoreError, match="log can be read"):
-        last_told(table, app_of("events"))
+        last_commit_record(table, application_of("events"))

@@ -55,13 +55,13 @@ class Transactions(Stage):
     def _marked(self) -> None:
         """The end of a transaction takes an offset of each partition that it wrote to."""
         assert not self.lost
-        for place, offset in self.sent.items():
-            if offset > self.before.get(place, 0):
-                self.sent[place] = offset + 1
+        for position, offset in self.sent.items():
+            if offset > self.before.get(position, 0):
+                self.sent[position] = offset + 1
 
     def waste(self, some: Sequence[Slot]) -> None:
         """A transaction of rows like those of some slots, that is aborted."""
-        kept = {name: set(places) for name, places in self.rows.items()}
+        kept = {name: set(positions) for name, positions in self.rows.items()}
         self.begin()
         for slot in some:
             for source, partition, frame in slot.parts:

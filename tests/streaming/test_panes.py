@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms.records.frame_packets import pack, unpack
-from transforms.streaming.pane_store import CELLS, Panes, cell_of, key_hashes, take_changes
+from transforms.streaming.pane_store import SLOTS, TimeBuckets, key_hashes, slot_contents, take_changes
 
 SCHEMA = {"t": pl.Int64, "k": pl.String, "n": pl.Int32, "rid": pl.Int64}
 
@@ -23,8 +23,8 @@ def rows(frames: list[pl.DataFrame]) -> list[tuple[object, ...]]:
 def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) -> None:
     random = Random(seed)
     width = random.choice([1, 7, 100])
-    panes, plain, next_id = Panes("t", width), [], 0
-    cells: list[list[bytes]] = [[] for _ in range(CELLS)]
+    buckets, plain, next_id = TimeBuckets("t", width), [], 0
+    slots: list[list[bytes]] = [[] for _ in range(SLOTS)]
     for _ in range(random.randrange(25)):
         what = random.choice(["add", "add", "add", "evict", "drop", "before"])
         if what == "add":
@@ -33,41 +33,43 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
                 for i in range(random.randrange(30))
             ]
             next_id += len(new)
-            panes.add(pl.DataFrame(new, schema=SCHEMA, orient="row"))
+            buckets.add(pl.DataFrame(new, schema=SCHEMA, orient="row"))
             plain += new
         elif what == "evict":
             horizon = random.randrange(-300, 300)
             ends = {
                 row[3]: (number + 1) * width
-                for number, parts in panes.panes.items()
+                for number, parts in buckets.buckets.items()
                 for part in parts
                 for row in part.frame.rows()
             }
-            gone = panes.evict(horizon)
+            gone = buckets.evict(horizon)
             kept = [row for row in plain if ends[row[3]] > horizon]
             assert rows(gone) == sorted((row for row in plain if row not in kept), key=str)
             assert all(row in kept for row in plain if row[0] >= horizon)
             plain = kept
         elif what == "drop":
             ids = [random.randrange(max(next_id, 1)) for _ in range(3)]
-            taken = panes.drop("rid", np.array(ids))
+            taken = buckets.drop("rid", np.array(ids))
             assert rows([taken] if taken is not None else []) == sorted(
                 (row for row in plain if row[3] in ids), key=str
             )
             plain = [row for row in plain if row[3] not in ids]
         else:
             bound = random.randrange(-300, 300)
-            assert rows(panes.take_before(bound)) == sorted((row for row in plain if row[0] <= bound), key=str)
+            assert rows(buckets.take_before(bound)) == sorted((row for row in plain if row[0] <= bound), key=str)
             plain = [row for row in plain if row[0] > bound]
-        for cell, frames in take_changes({"s": panes}).items():
+        for slot, frames in take_changes({"s": buckets}).items():
             if frames is None:
-                cells[cell] = [pack({"pane": pane}, {"rows": part}) for _, pane, part in cell_of({"s": panes}, cell)]
+                slots[slot] = [
+                    pack({"pane": bucket}, {"rows": part}) for _, bucket, part in slot_contents({"s": buckets}, slot)
+                ]
             else:
-                cells[cell] += [pack({"pane": pane}, {"rows": part}) for _, pane, part in frames]
-        assert len(panes) == len(plain)
-    assert rows(panes.all()) == sorted(plain, key=str)
-    restored = Panes("t", width)
-    for pieces in cells:
+                slots[slot] += [pack({"pane": bucket}, {"rows": part}) for _, bucket, part in frames]
+        assert len(buckets) == len(plain)
+    assert rows(buckets.all()) == sorted(plain, key=str)
+    restored = TimeBuckets("t", width)
+    for pieces in slots:
         random.shuffle(pieces)  # a bag has no order
         for piece in pieces:
             head, found = unpack(piece)
@@ -75,32 +77,32 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
     assert rows(restored.all()) == sorted(plain, key=str)
     for key in (("k",), ("k", "n")):
         wanted = pl.DataFrame([("a", 1), (None, 2)], schema={"k": pl.String, "n": pl.Int64}, orient="row")
-        found = rows(panes.take(key, key_hashes(wanted, key), -1000, 1000))
+        found = rows(buckets.take(key, key_hashes(wanted, key), -1000, 1000))
         asked = [row[: len(key)] for row in wanted.rows()]
         assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in asked), key=str)
 
 
 def test_only_panes_that_reach_into_the_span_are_looked_at() -> None:
-    panes = Panes("t", 10)
-    panes.add(pl.DataFrame({"t": [5, 15, 25, 35], "k": ["a"] * 4, "n": [1] * 4, "rid": [1, 2, 3, 4]}, schema=SCHEMA))
+    buckets = TimeBuckets("t", 10)
+    buckets.add(pl.DataFrame({"t": [5, 15, 25, 35], "k": ["a"] * 4, "n": [1] * 4, "rid": [1, 2, 3, 4]}, schema=SCHEMA))
     wanted = key_hashes(pl.DataFrame({"k": ["a"]}), ("k",))
-    assert [row[0] for row in rows(panes.take(("k",), wanted, 12, 30))] == [15, 25]
+    assert [row[0] for row in rows(buckets.take(("k",), wanted, 12, 30))] == [15, 25]
 
 
 def test_appending_builds_few_parts() -> None:
-    panes = Panes("t", 10**9)
+    buckets = TimeBuckets("t", 10**9)
     for number in range(1000):
-        panes.add(pl.DataFrame({"t": [number], "k": ["a"], "n": [1], "rid": [number]}, schema=SCHEMA))
-    (parts,) = panes.panes.values()
+        buckets.add(pl.DataFrame({"t": [number], "k": ["a"], "n": [1], "rid": [number]}, schema=SCHEMA))
+    (parts,) = buckets.buckets.values()
     assert len(parts) < 12
-    assert len(panes) == 1000
+    assert len(buckets) == 1000
 
 
 def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
-    panes = Panes("t", 10)
+    buckets = TimeBuckets("t", 10)
     times = list(range(0, 100_000, 7))
-    panes.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))
-    assert len(panes.panes) <= 9
-    assert all(part.frame["t"].max() < (number + 1) * 10 for number, parts in panes.panes.items() for part in parts)
-    panes.evict(50_000)
-    assert 30_000 < min(row[0] for row in rows(panes.all())) < 50_000
+    buckets.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))
+    assert len(buckets.buckets) <= 9
+    assert all(part.frame["t"].max() < (number + 1) * 10 for number, parts in buckets.buckets.items() for part in parts)
+    buckets.evict(50_000)
+    assert 30_000 < min(row[0] for row in rows(buckets.all())) < 50_000

@@ -16,7 +16,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
 from tests.support import market
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, live_letters_uri
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import UnknownIds
 from transforms.streaming.messages import decode, from_arrow
@@ -77,14 +77,14 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
     for name in ("visits", "sales", "stock"):
         assert counts[name].get("dead", 0) + counts[name].get("conflicting", 0) == market.SET_ASIDE[name]
         assert counts[name].get("repeated", 0) == market.REPEATED[name]
-    letters = read(live_letters_uri(str(tmp_path), view.name))
-    assert len(letters) == sum(market.SET_ASIDE.values())  # a dimension's too
+    dead_letters = read(live_dead_letters_uri(str(tmp_path), view.name))
+    assert len(dead_letters) == sum(market.SET_ASIDE.values())  # a dimension's too
     # Every row is in a table, once: accepted or set aside.
     for name, frame in market.spoiled(market.sources()).items():
         if name != "shops":
             kept = open_table(str(tmp_path / "sources" / name))
             assert kept is not None
-            assert sum(file.rows for file in data_files(kept)) + letters.filter(
+            assert sum(file.rows for file in data_files(kept)) + dead_letters.filter(
                 pl.col("source") == name, ~pl.col("rule").str.contains("one key asks")
             ).height == len(frame)
     assert parity.main(["--definition", definition, "--store", str(tmp_path), "--run_id", "parity"]) == 0
@@ -140,7 +140,7 @@ def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path:
                         message.offset,
                         message.timestamp,
                         held.rows.drop("__place").rows(),
-                        held.letters["rule"].to_list(),
+                        held.dead_letters["rule"].to_list(),
                     )
                 )
         return found

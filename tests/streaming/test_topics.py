@@ -18,7 +18,7 @@ from schemas.errors import StoreError
 from schemas.live import live_schema
 from transforms.records.record_batches import batch
 from transforms.sources.contracts import Contract
-from transforms.streaming.kafka import Broker, answer_messages, begin_offsets, letter_messages
+from transforms.streaming.kafka import Broker, begin_offsets, dead_letter_messages, feature_row_messages
 from transforms.streaming.live_features import DecodeBundles
 from transforms.streaming.messages import (
     HEARTBEAT,
@@ -31,7 +31,7 @@ from transforms.streaming.messages import (
     to_arrow,
     to_json,
 )
-from transforms.streaming.micro_batches import micro_packet, micros
+from transforms.streaming.micro_batches import micro_batch_envelope, micro_batches_of
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
 ARRIVED = int(NOW.timestamp() * 1e6)
@@ -96,7 +96,7 @@ def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
     one_by_one = decode(contract, [message(line, offset) for offset, line in enumerate(lines)])
     together = decode(contract, [message(b"[" + b",".join(lines) + b"]")])
     for found in (as_arrow, one_by_one, together):
-        assert not len(found.letters)
+        assert not len(found.dead_letters)
         assert found.rows.select(sales.schema.keys()).equals(rows)
     assert as_arrow.rows["__place"].to_list() == together.rows["__place"].to_list() == list(range(len(rows)))
     assert one_by_one.rows["__offset"].to_list() == list(range(len(rows)))
@@ -106,7 +106,7 @@ def test_avro_containers_are_read() -> None:
     rows = frame({}, {"id": 2, "shop": None})
     value = avro(rows)
     found = decode(contract, [message(value)])
-    assert not len(found.letters), found.letters["rule"].to_list()
+    assert not len(found.dead_letters), found.dead_letters["rule"].to_list()
     assert found.rows["shop"].to_list() == ["a", None]
     assert found.rows["sold"].to_list() == [NOW, NOW]
 
@@ -133,9 +133,14 @@ def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, 
     good = [message(line, offset) for offset, line in enumerate(to_json(frame({}, {"id": 2})))]
     found = decode(contract, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
     assert found.rows["id"].to_list() == [1, 2]
-    (letter,) = found.letters.rows(named=True)
-    assert (letter["source"], letter["partition"], letter["offset"], letter["place"]) == ("sales", 0, 7, -1)
-    assert reason.lower() in letter["rule"].lower()
+    (dead_letter,) = found.dead_letters.rows(named=True)
+    assert (dead_letter["source"], dead_letter["partition"], dead_letter["offset"], dead_letter["place"]) == (
+        "sales",
+        0,
+        7,
+        -1,
+    )
+    assert reason.lower() in dead_letter["rule"].lower()
 
 
 def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
@@ -144,10 +149,10 @@ def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
     )
     found = decode(contract, [message(to_arrow(rows), 3, 1)])
     assert found.rows["id"].to_list() == [1, 6]
-    assert found.letters["place"].to_list() == [1, 2, 3, 4]
-    assert set(found.letters["offset"]) == {3}
-    assert set(found.letters["partition"]) == {1}
-    assert found.letters["field"].to_list() == ["id", "price", "sold", "sold"]
+    assert found.dead_letters["place"].to_list() == [1, 2, 3, 4]
+    assert set(found.dead_letters["offset"]) == {3}
+    assert set(found.dead_letters["partition"]) == {1}
+    assert found.dead_letters["field"].to_list() == ["id", "price", "sold", "sold"]
 
 
 def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
@@ -159,8 +164,8 @@ def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
     )
     found = decode(contract, [message(to_arrow(rows))])
     assert len(found.rows) == 2  # from 2009 it may be: that stops no clock, since clocks do not turn back
-    assert found.letters["place"].to_list() == [1, 2]
-    assert "at most 1h ahead" in found.letters["rule"][0]
+    assert found.dead_letters["place"].to_list() == [1, 2]
+    assert "at most 1h ahead" in found.dead_letters["rule"][0]
 
 
 def test_heartbeats_are_no_rows() -> None:
@@ -171,12 +176,12 @@ def test_heartbeats_are_no_rows() -> None:
     )
     assert found.heartbeat == 123
     assert len(found.rows) == 0
-    assert found.letters["offset"].to_list() == [1]
+    assert found.dead_letters["offset"].to_list() == [1]
 
 
 def test_messages_are_put_in_order_of_offsets_by_partition() -> None:
     some = [message(b"", 2), message(b"", 0, 1), message(b"", 1), message(b"", 0)]
-    assert {place: [each.offset for each in group] for place, group in by_partition(some).items()} == {
+    assert {position: [each.offset for each in group] for position, group in by_partition(some).items()} == {
         ("sales", 0): [0, 1, 2],
         ("sales", 1): [0],
     }
@@ -192,32 +197,38 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
     partitions = [group for _, group in sorted(by_partition(some).items())]
     together = decode_topic(contract, partitions)
     parts = [("sales", group[0].partition, group[0].offset, group[-1].offset + 1, len(group)) for group in partitions]
-    carried = micros(micro_packet([(*part, held) for part, held in zip(parts, together, strict=True)], ARRIVED))
-    for group, held, micro in zip(partitions, together, carried, strict=True):
+    carried = micro_batches_of(
+        micro_batch_envelope([(*part, held) for part, held in zip(parts, together, strict=True)], ARRIVED)
+    )
+    for group, held, micro_batch in zip(partitions, together, carried, strict=True):
         alone, by = decode(contract, group), ["offset", "place", "rule"]
         assert held.rows.equals(alone.rows)
-        assert held.letters.sort(by).equals(alone.letters.sort(by))
-        assert held.heartbeat == alone.heartbeat == micro.heartbeat
-        assert (micro.partition, micro.messages) == (group[0].partition, len(group))
-        assert micro.rows.equals(alone.rows)
-        assert micro.letters.equals(held.letters)
+        assert held.dead_letters.sort(by).equals(alone.dead_letters.sort(by))
+        assert held.heartbeat == alone.heartbeat == micro_batch.heartbeat
+        assert (micro_batch.partition, micro_batch.messages) == (group[0].partition, len(group))
+        assert micro_batch.rows.equals(alone.rows)
+        assert micro_batch.dead_letters.equals(held.dead_letters)
 
 
 def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = to_arrow(frame({}, {"id": 2}))
-    monkeypatch.setattr("transforms.streaming.live_features.PACKET_BYTES", 2 * len(rows))
+    monkeypatch.setattr("transforms.streaming.live_features.ENVELOPE_BYTES", 2 * len(rows))
     spine = Source("asks", time="t", columns={"id": pl.Int64})
     reads = Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})
     step = DecodeBundles(FeatureView("v", spine, key="id", features=[reads]))
     step.setup()
     step.start_bundle()
     some = [message(rows, offset) for offset in range(5)]
-    packets = [each.value for sent in some for each in step.process(sent)]
-    packets += [each.value for each in step.finish_bundle()]
+    envelopes = [each.value for sent in some for each in step.process(sent)]
+    envelopes += [each.value for each in step.finish_bundle()]
     step.start_bundle()
     assert not list(step.finish_bundle())
-    found = [micro for packet in packets for micro in micros(packet)]
-    assert [(micro.first, micro.next, len(micro.rows)) for micro in found] == [(0, 2, 4), (2, 4, 4), (4, 5, 2)]
+    found = [micro_batch for envelope in envelopes for micro_batch in micro_batches_of(envelope)]
+    assert [(micro_batch.first, micro_batch.next, len(micro_batch.rows)) for micro_batch in found] == [
+        (0, 2, 4),
+        (2, 4, 4),
+        (4, 5, 2),
+    ]
 
 
 def test_answers_travel_as_arrow_with_their_row_ids() -> None:
@@ -232,19 +243,19 @@ def test_answers_travel_as_arrow_with_their_row_ids() -> None:
     rows = rows.with_columns(
         pl.lit(NOW.date()).alias("date"), *(pl.lit(None).alias(name) for name in schema.names if name.startswith("__"))
     )
-    pairs = list(answer_messages(batch(rows.select(schema.names), schema), view.fingerprint))
+    pairs = list(feature_row_messages(batch(rows.select(schema.names), schema), view.fingerprint))
     assert [key.decode() for key, _ in pairs] == [f"{view.fingerprint}:{first:016x}" for first in (0, 1000, 2000)]
     assert pa.Table.from_batches([from_arrow(value) for _, value in pairs])["row_id"].to_pylist() == list(range(2500))
 
 
 def test_letters_travel_as_json() -> None:
-    letters = decode(contract, [message(b"oops", 5)]).letters
-    ((key, value),) = letter_messages(letters)
+    dead_letters = decode(contract, [message(b"oops", 5)]).dead_letters
+    ((key, value),) = dead_letter_messages(dead_letters)
     assert key == b"sales/0/5/-1"
     assert json.loads(value)["value"] == "oops"
 
 
 def test_a_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transforms.streaming.kafka.WITHIN", 0.5)
+    monkeypatch.setattr("transforms.streaming.kafka.TIMEOUT_SECONDS", 0.5)
     with pytest.raises(StoreError, match=r"broker answers.*127\.0\.0\.1:1"):
         begin_offsets(Broker("127.0.0.1:1"), ["sales"])

@@ -33,7 +33,7 @@ def answers(store: Path, version: int | None = None) -> pl.DataFrame:
     return pl.read_delta(table_of(store), version=version).sort("asked", "visit")
 
 
-def letters(store: Path) -> pl.DataFrame:
+def dead_letters(store: Path) -> pl.DataFrame:
     return pl.read_delta(dead_letters_uri(str(store), "features")).sort("source", "file", "row")
 
 

@@ -26,7 +26,7 @@ numbers = st.none() | st.sampled_from([0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 1.
 words = st.sampled_from(["a", "b", 'é/"', "", "a=b c", None])
 codes = st.sampled_from([1, 2, -5, 10**15, None])
 
-questions = Source(
+spine_rows = Source(
     "questions",
     time="t",
     columns={"id": pl.Int64, "k": pl.String, "g": pl.Int64, "x": pl.Float32, "on": pl.Date, "b": pl.Boolean},
@@ -42,7 +42,7 @@ shops = Source("shops", columns={"k": pl.String, "size": pl.Int32, "name": pl.St
 
 view = FeatureView(
     "everything",
-    spine=questions,
+    spine=spine_rows,
     key="id",
     features=[
         Derived(double=pl.col("x") * 2, over_zero=pl.col("x") / 0, weekday=pl.col("t").dt.weekday()),
@@ -79,10 +79,10 @@ def frames(source: Source, max_size: int = 25, **columns: st.SearchStrategy[Any]
     return rows.map(lambda rows: pl.DataFrame(rows, schema=source.schema, orient="row"))
 
 
-many_questions = st.lists(
+many_spine_rows = st.lists(
     st.fixed_dictionaries({"t": moments, "k": words, "g": codes, "x": st.none() | st.floats(-9, 9, width=32), "on": st.just(date(2020, 1, 1)), "b": st.sampled_from([True, False, None])}),
     min_size=1, max_size=12,
-).map(lambda rows: pl.DataFrame([{**row, "id": i} for i, row in enumerate(rows)], schema=questions.schema, orient="row"))  # fmt: skip
+).map(lambda rows: pl.DataFrame([{**row, "id": i} for i, row in enumerate(rows)], schema=spine_rows.schema, orient="row"))  # fmt: skip
 many_events = frames(events, at=moments, k=words, g=st.sampled_from([1, 2, -5, None]), v=numbers, n=st.sampled_from([None, 0, 1, 2**40]), s=st.sampled_from(["x", "y", "", "A", None]), b=st.sampled_from([True, False, None]))  # fmt: skip
 many_placed = st.lists(st.tuples(moments, st.sampled_from([0, 0, 1, 1.5, 30]), words, numbers, st.sampled_from(["x", "y", None])), max_size=20).map(
     lambda rows: pl.DataFrame([{"at": happened + timedelta(seconds=later), "happened": happened, "k": k, "v": v, "s": s} for happened, later, k, v, s in rows], schema=placed.schema, orient="row")

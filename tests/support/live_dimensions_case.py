@@ -19,12 +19,12 @@ def asked(folder: Path, number: int, run_id: str) -> Job:
     job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, run_id=f"{run_id}{number}")
     at = histories.at(10 * number)
     row = {"id": number, "k": "b", "t": at}
-    question = pl.DataFrame([row], schema_overrides=SOURCES["questions"].schema).select(
+    spine_row = pl.DataFrame([row], schema_overrides=SOURCES["questions"].schema).select(
         pl.col(name) if name in row else pl.lit(None, kind).alias(name)
         for name, kind in SOURCES["questions"].schema.items()
     )
     until = int((at.timestamp() + 60) * 1e6)
-    messages = [Message("questions", 0, 10 * number, 2**51, None, to_arrow(question))]
-    messages += [Message(name, place, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for place in (0, 1)]  # fmt: skip
+    messages = [Message("questions", 0, 10 * number, 2**51, None, to_arrow(spine_row))]
+    messages += [Message(name, position, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for position in (0, 1)]  # fmt: skip
     job.take(messages)
     return job

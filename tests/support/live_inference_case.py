@@ -46,8 +46,8 @@ class House:
     def status(self, run_id: str) -> dict[str, Any]:
         return json.loads((self.store / "runs" / run_id / "status.json").read_text())
 
-    def table(self, *place: str) -> pl.DataFrame:
-        table = open_table(str(self.store.joinpath(*place)))
+    def table(self, *position: str) -> pl.DataFrame:
+        table = open_table(str(self.store.joinpath(*position)))
         assert table is not None
         return pl.DataFrame(pl.from_arrow(read_group(data_files(table))))
 

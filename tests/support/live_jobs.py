@@ -19,12 +19,12 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from deploy.streaming.processes import Child
 from schemas import FeatureView, load_definition
-from schemas.live import LIVE_LETTERS, accepted, live_schema
+from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema
 from tests.support import market
 from tests.support.live_fixtures import Live
 from transforms.lineage.feature_parity import check
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, live_letters_uri, sources_root
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow
 from transforms.streaming.replay import sources_of
 
@@ -97,8 +97,8 @@ class Stage:
         offset = self.sent.get((source, partition), 0)
         self.sent[source, partition] = offset + 1
         if key is None:
-            places = [-1] if rows is None else range(rows)
-            self.rows.setdefault(source, set()).update((partition, offset, place) for place in places)
+            positions = [-1] if rows is None else range(rows)
+            self.rows.setdefault(source, set()).update((partition, offset, position) for position in positions)
 
     def send_frame(self, source: str, partition: int, frame: pl.DataFrame, moment: int) -> None:
         self.send(source, partition, to_arrow(frame), moment, rows=len(frame))
@@ -185,8 +185,8 @@ class Stage:
         uri = features_live_uri(str(self.store), self.view.name, self.view.fingerprint)
         return self.table(uri, live_schema(self.view))
 
-    def letters(self) -> pl.DataFrame:
-        return self.table(live_letters_uri(str(self.store), self.view.name), LIVE_LETTERS)
+    def dead_letters(self) -> pl.DataFrame:
+        return self.table(live_dead_letters_uri(str(self.store), self.view.name), LIVE_DEAD_LETTERS)
 
     def on_topic(self, topic: str) -> list[bytes]:
         """Values of a topic's messages, heartbeats left out."""
@@ -200,19 +200,21 @@ class Stage:
             for name in self.sources
             for number in range(self.grown.get(name, self.partitions))
         }
-        letters, spine = self.letters(), self.kept(self.view.spine.name)
-        assert not letters.select("source", *PLACES).is_duplicated().any()
-        assert len(letters.filter(pl.col("source") == "shops")) == market.SET_ASIDE["shops"]
+        dead_letters, spine = self.dead_letters(), self.kept(self.view.spine.name)
+        assert not dead_letters.select("source", *PLACES).is_duplicated().any()
+        assert len(dead_letters.filter(pl.col("source") == "shops")) == market.SET_ASIDE["shops"]
         for name in self.sources:
             accepted = list(self.kept(name).select("__partition", "__offset", "__place").iter_rows())
-            dead = set(letters.filter(pl.col("source") == name, ~ABOUT_QUESTIONS).select(PLACES).iter_rows())
+            dead = set(dead_letters.filter(pl.col("source") == name, ~ABOUT_QUESTIONS).select(PLACES).iter_rows())
             assert len(accepted) == len(set(accepted)), f"{name}: a row is there twice"
             assert not dead & set(accepted), f"{name}: a row was accepted and set aside"
             assert set(accepted) | dead == self.rows.get(name, set()), f"{name}: a row is missing"
         answers, ids = self.answers(), [*self.view.key, self.view.time]
         asked = spine.select(*ids, pl.col("__partition", "__offset", "__place").name.map(lambda name: name[2:]))
         asked = (
-            asked.join(letters.filter(ABOUT_QUESTIONS, pl.col("source") == self.view.spine.name), on=PLACES, how="anti")
+            asked.join(
+                dead_letters.filter(ABOUT_QUESTIONS, pl.col("source") == self.view.spine.name), on=PLACES, how="anti"
+            )
             .select(ids)
             .unique()
         )
@@ -226,7 +228,7 @@ class Stage:
         spoken = {
             tuple(json.loads(value)[name] for name in ("source", *PLACES)) for value in self.on_topic(self.outputs[1])
         }
-        assert spoken == set(letters.select("source", *PLACES).iter_rows())
+        assert spoken == set(dead_letters.select("source", *PLACES).iter_rows())
         return answers
 
 
@@ -244,11 +246,11 @@ def slots(frames: Mapping[str, pl.DataFrame], hours: int = 6, share: Sequence[in
     for name, frame in frames.items():
         frame = frame.sort(market.TIMES[name], maintain_order=True)
         moments = frame[market.TIMES[name]].to_physical().fill_null(0).to_numpy()
-        place = np.searchsorted(np.cumsum(share), np.arange(len(frame)) * 7 % sum(share), side="right")
+        position = np.searchsorted(np.cumsum(share), np.arange(len(frame)) * 7 % sum(share), side="right")
         number = moments // (hours * HOUR)
         for slot in np.unique(number[(moments > 0) & (moments < END)]).tolist():
             for partition in range(len(share)):
-                rows = np.flatnonzero((number == slot) & (place == partition))
+                rows = np.flatnonzero((number == slot) & (position == partition))
                 if len(rows):
                     made.setdefault(slot, Slot([], (slot + 1) * hours * HOUR)).parts.append(
                         (name, partition, frame[rows])

@@ -20,10 +20,10 @@ from tests.support.turns import Job, unread
 from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, live_letters_uri, sources_root
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.live_tables import Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
-from transforms.streaming.micro_batches import PLACE, cut_of, rid
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of, row_identity
 
 events = Source(
     "events",
@@ -35,10 +35,10 @@ sales = Source(
     "sales", time="at", lateness="2s", unique="n", order="v", columns={"k": pl.String, "n": pl.Int64, "v": pl.Float64}
 )
 placed = Source("placed", time="at", event_time="happened", columns={"k": pl.String, "v": pl.Float64, "s": pl.String})
-questions = Source("questions", time="t", lateness="1s", columns=dict(histories.questions.columns))
+spine_rows = Source("questions", time="t", lateness="1s", columns=dict(histories.spine_rows.columns))
 shops = histories.shops
 view = FeatureView(
-    "everything", questions, key="id",
+    "everything", spine_rows, key="id",
     features=[
         Derived(double=pl.col("x") * 2, near=pl.col("g") // 2),
         Trailing(events, by="k", over=("1s", "10s", "1m"), stats={"v": ("count", "sum", "mean", "std", "min", "max", "median", "q95", "first", "last", "n_unique"), "s": ("last", "n_unique"), "*": "count"}),
@@ -48,12 +48,12 @@ view = FeatureView(
         Latest(sales, by="k", columns=("v", "n"), max_age="20s"),
         Trailing(placed, by="k", over="10s", stats={"v": ("sum", "last"), "*": "count"}),
         Latest(events, by="g", columns=("v", "s"), max_age="20s"),
-        Trailing(questions, by="k", over="10s", stats={"x": ("mean", "last"), "*": "count"}, name="crowd"),
+        Trailing(spine_rows, by="k", over="10s", stats={"x": ("mean", "last"), "*": "count"}, name="crowd"),
         Lookup(shops, by="k", columns=("size", "rate")),
         Derived(rated=pl.col("x") * pl.col("shops_rate"), more=pl.col("events_by_k_v_sum_10s") + pl.col("double")),
     ],
 )  # fmt: skip
-SOURCES = {source.name: source for source in (questions, events, sales, placed)}
+SOURCES = {source.name: source for source in (spine_rows, events, sales, placed)}
 VALUES: dict[str, list[Any]] = {
     "id": [1, 2, 3, 4, 5, 6], "k": ["a", "b", 'é/"', "", "a=b c", None], "g": [1, 2, -5, None], "on": [None], "b": [True, False, None],
     "x": [0.0, 0.5, 3.25, None], "v": [0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 12.34, -99.99, None], "n": [1, 2, -5, 10**15], "s": ["x", "y", "", None],
@@ -81,7 +81,7 @@ def frame(random: Random, source: Source, size: int, step: int = 1) -> pl.DataFr
 def stream(random: Random, scale: int = 1, step: int = 1) -> list[list[Message]]:
     """Messages in the order they arrive, in chunks: any order of rows, any partition, several rows a message or one."""
     rows: list[tuple[str, pl.DataFrame]] = []
-    for source, size in ((questions, 12), (events, 25), (sales, 15), (placed, 10)):
+    for source, size in ((spine_rows, 12), (events, 25), (sales, 15), (placed, 10)):
         made = frame(random, source, random.randrange(size * scale), step)
         rows += [(source.name, part) for part in made.iter_slices(random.choice([1, 1, 3])) if len(part)]
     random.shuffle(rows)
@@ -93,9 +93,9 @@ def stream(random: Random, scale: int = 1, step: int = 1) -> list[list[Message]]
     offsets: dict[tuple[str, int], int] = {}
     messages = []
     for name, part in rows:
-        place = name, random.randrange(2)
-        messages.append(Message(*place, offsets.get(place, 0), 2**51, None, to_arrow(part)))
-        offsets[place] = offsets.get(place, 0) + 1
+        position = name, random.randrange(2)
+        messages.append(Message(*position, offsets.get(position, 0), 2**51, None, to_arrow(part)))
+        offsets[position] = offsets.get(position, 0) + 1
     chunks, start = [], 0
     while start < len(messages):
         size = random.randrange(1, 12)
@@ -181,10 +181,10 @@ def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
     rows = read(f"{sources_root(folder)}/questions")
     distinct = rows.unique(["id", "t"])
     answers = read(features_live_uri(folder, view.name, view.fingerprint))
-    letters = read(live_letters_uri(folder, view.name))
-    lost = letters.filter(pl.col("rule").str.contains("no later than")) if len(letters) else letters
+    dead_letters = read(live_dead_letters_uri(folder, view.name))
+    lost = dead_letters.filter(pl.col("rule").str.contains("no later than")) if len(dead_letters) else dead_letters
     refused = (
-        rows.join(lost.select(pl.col(name[2:]).alias(name) for name in PLACE), on=PLACE, how="semi")
+        rows.join(lost.select(pl.col(name[2:]).alias(name) for name in ORIGIN_COLUMNS), on=ORIGIN_COLUMNS, how="semi")
         if len(lost)
         else rows.clear()
     )
@@ -224,19 +224,19 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
             )
             if name in lifetime_sources(view) and "__counted" in rows.columns:  # state does not remember all history
                 replaced = rows["__instead"].drop_nulls().implode()
-                rows = rows.filter(pl.col("__counted"), ~rid(rows).is_in(replaced))
+                rows = rows.filter(pl.col("__counted"), ~row_identity(rows).is_in(replaced))
             elif name == "sales":  # the first known stays
                 rows = rows.sort("n", "at", "v", "k").unique("n", keep="first")
             elif name == "questions":  # each is asked once; of contradicting ones the smallest counts
-                rows = rows.sort("t", "id", *questions.columns).unique(["t", "id"], keep="first")
+                rows = rows.sort("t", "id", *spine_rows.columns).unique(["t", "id"], keep="first")
             tables[name] = rows.select(SOURCES[name].schema.keys())
-        place = (
+        position = (
             (pl.col("__partition") == answer["__partition"])
             & (pl.col("__offset") == answer["__offset"])
             & (pl.col("__place") == answer["__place"])
         )
-        question = read(f"{sources_root(folder)}/questions").filter(place).select(questions.schema.keys())
-        (expected,) = oracles.features(view, question, tables)
+        spine_row = read(f"{sources_root(folder)}/questions").filter(position).select(spine_rows.schema.keys())
+        (expected,) = oracles.features(view, spine_row, tables)
         for name in view.columns:
             assert same(answer[name], expected[name]), (name, answer[name], expected[name])
 

@@ -38,13 +38,13 @@ def features(view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, pl.Dat
 
 def _windowed(feature: Trailing | Latest, view: FeatureView, row: dict[str, Any], events: Rows) -> dict[str, Any]:
     source, t = feature.source, row[view.time]
-    place = source.event_time or source.time
+    position = source.event_time or source.time
     seen = [event for event in events if event[source.time] < t and _same(row, event, feature.keys)]
-    seen.sort(key=lambda event: (event[place], *_tie(source, event)))
+    seen.sort(key=lambda event: (event[position], *_tie(source, event)))
 
     def inside(length: int | None) -> Rows:
         start = None if length is None else t - timedelta(microseconds=length)
-        return [event for event in seen if (start is None or start <= event[place]) and event[place] < t]
+        return [event for event in seen if (start is None or start <= event[position]) and event[position] < t]
 
     if isinstance(feature, Latest):
         last = inside(feature.length)[-1:]
@@ -82,8 +82,8 @@ def statistic(stat: str, values: list[Any]) -> Any:
     if stat in ("min", "max"):
         return min(numbers) if stat == "min" else max(numbers)
     if stat == "median":
-        middle = sorted(numbers)[(len(numbers) - 1) // 2 : len(numbers) // 2 + 1]
-        return (middle[0] + middle[-1]) / 2
+        interior = sorted(numbers)[(len(numbers) - 1) // 2 : len(numbers) // 2 + 1]
+        return (interior[0] + interior[-1]) / 2
     return float(np.quantile(numbers, int(stat[1:]) / 100))
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
 from schemas.splits import LABEL
-from transforms.training.examples import Account, Shard
+from transforms.training.examples import Account, ExampleShard
 from transforms.training.labels import Counts
 from transforms.training.trainer import Study
 
@@ -58,7 +58,7 @@ def examples(folder: Path, objective: str, parts: int = 3, rows: int = 900) -> t
             low, high = rows * i // parts, rows * (i + 1) // parts
             path = folder / f"{split}-{parts}-{i}.parquet"
             pq.write_table(tables[split].slice(low, high - low), path, row_group_size=100)
-            shards.append(Shard(split, i, str(path), high - low))
+            shards.append(ExampleShard(split, i, str(path), high - low))
     return Account(2 * rows, {name: Counts(rows, 0, 0, 0, rows) for name in tables}, seen, tuple(shards)), tables
 
 

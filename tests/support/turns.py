@@ -10,12 +10,12 @@ from schemas import FeatureView
 from transforms.records.frame_packets import head_of, unpack
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.live_features import contracts_of, decoded
-from transforms.streaming.live_tables import Ledger
+from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
-from transforms.streaming.micro_batches import micros
-from transforms.streaming.mirrored_state import Live
-from transforms.streaming.recovery import find_start, resume
-from transforms.streaming.shard_dofns import AssembleStep
+from transforms.streaming.micro_batches import micro_batches_of
+from transforms.streaming.mirrored_state import LiveSettings
+from transforms.streaming.recovery import find_recovery_point, restore_journal
+from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
 
 HOUR = 3_600_000_000
@@ -35,40 +35,40 @@ class Job:
         keep: int = HOUR,
     ) -> None:
         self.view, self.store = view, str(store)
-        self.live = Live(str(store), run_id, str(dimensions), shards=shards, keep=keep)
+        self.live = LiveSettings(str(store), run_id, str(dimensions), shards=shards, keep=keep)
         self.journal = Journal(view, shards, keep)
         self.shards = [Shard(view, number, shards) for number in range(shards)]
-        self.ledger = Ledger(view, str(store), run_id)
-        self.assemble = AssembleStep(view, self.live)
+        self.ledger = PendingTurns(view, str(store), run_id)
+        self.assemble = AssembleDoFn(view, self.live)
         self.assemble.setup()
         self.contracts = contracts_of(view)
         self.now = 0
-        start = find_start(view, str(store), begin)
+        start = find_recovery_point(view, str(store), begin)
         self.start = {
             name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()
         }
-        for turn in resume(self.journal, str(store), start, 0):
+        for turn in restore_journal(self.journal, str(store), start, 0):
             self._pass_on(turn)
         if self.journal.answerable(0):
             self._pass_on(self.journal.turn([], 0))
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""
-        packet = decoded(self.contracts, messages)
-        self.now = max(self.now, head_of(packet)["arrived"])
-        admitted, waiting = self.journal.admit(micros(packet), self.now)
+        envelope = decoded(self.contracts, messages)
+        self.now = max(self.now, head_of(envelope)["arrived"])
+        admitted, waiting = self.journal.admit(micro_batches_of(envelope), self.now)
         assert not waiting
         self._pass_on(self.journal.turn(admitted, self.now))
 
     def _pass_on(self, turn: Turn) -> None:
         answers = []
-        for number, packet in turn.shards.items():
-            answer = self.shards[number].apply(*unpack(packet))
+        for number, envelope in turn.shards.items():
+            answer = self.shards[number].apply(*unpack(envelope))
             answers += [answer] if answer is not None else []
         self.ledger.take(turn.entry)
-        if turn.questions is not None:
-            assert head_of(turn.questions)["parts"] == len(answers)
-            self.ledger.take(self.assemble.answer(turn.questions, answers))
+        if turn.spine_rows is not None:
+            assert head_of(turn.spine_rows)["parts"] == len(answers)
+            self.ledger.take(self.assemble.compute_features(turn.spine_rows, answers))
 
     def commit(self) -> dict[str, Any]:
         return self.ledger.commit(turns) if (turns := self.ledger.whole()) else {}

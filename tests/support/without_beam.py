@@ -11,16 +11,16 @@ import pyarrow as pa
 from apache_beam import pvalue
 
 from beam_pipelines import features
-from beam_pipelines.features import Options, Work
+from beam_pipelines.features import Options, PreparedRun
 from schemas import FeatureView
 from transforms.features.column_reuse import Copies
-from transforms.features.history_snapshots import Carried, Chain, Segment, Summarise, merge_in_order, remove_parts
+from transforms.features.history_snapshots import Chain, Segment, SnapshotFiles, Summarise, merge_in_order, remove_parts
 from transforms.features.manifest_store import WriteManifest
-from transforms.features.plan import Plan
+from transforms.features.plan import FeaturePlan
 from transforms.features.shuffle import Route, routes
 from transforms.features.trailing_features import ComputeBlock, ComputeGathered
-from transforms.sources.tallies import Tally, add_tallies, conserve
-from transforms.storage.delta_tables import Target, commit, write_files
+from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,14 +28,14 @@ class Outputs:
     """What the steps gave: features, dead letters, accounts, and the summaries of all history that they left."""
 
     features: Sequence[pa.RecordBatch]
-    letters: Sequence[pa.RecordBatch]
-    tallies: Mapping[str, Tally]
-    carried: Carried | None
+    dead_letters: Sequence[pa.RecordBatch]
+    tallies: Mapping[str, SourceTally]
+    carried: SnapshotFiles | None
 
 
 def outputs_of(
     view: FeatureView,
-    plan: Plan,
+    plan: FeaturePlan,
     uri: str,
     segments: Sequence[Segment] = (),
     chains: Sequence[Chain] = (),
@@ -43,7 +43,7 @@ def outputs_of(
 ) -> Outputs:
     """All that a plan's blocks and segments give."""
     out: list[Any] = []
-    carried: Carried | None = None
+    carried: SnapshotFiles | None = None
     if chains:
         told = [each for span in segments for each in Summarise(view, plan, uri, "run").process(span)]
         out += [each for each in told if isinstance(each, pvalue.TaggedOutput)]
@@ -77,7 +77,7 @@ def outputs_of(
     return Outputs(tagged["features"], tagged["letters"], add_tallies(tagged["tallies"]), carried)
 
 
-def perform(options: Options) -> Work:
+def perform(options: Options) -> PreparedRun:
     """One run, committed."""
     view, work = options.definition.view, features.prepare(options)
     if work.plan is None:
@@ -85,6 +85,6 @@ def perform(options: Options) -> Work:
     made = outputs_of(view, work.plan, options.table, work.segments, work.chains, work.copies)
     files = [file for each in made.features for file in write_files(each, options.table, options.run_id)]
     manifest = WriteManifest(view, options.table, options.run_id, work.plan.ranges, work.current, work.plan.dates is None)  # fmt: skip
-    target = Target(options.table, view.output_schema, work.plan.dates, options.run_id, work.base)
+    target = CommitTarget(options.table, view.output_schema, work.plan.dates, options.run_id, work.base)
     commit(target, conserve(files, made.tallies, view.spine.name), manifest, (made.tallies, made.carried))
     return work

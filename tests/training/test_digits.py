@@ -23,13 +23,13 @@ from beam_pipelines import features, training
 from schemas import encoders
 from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted, columns_needed
-from transforms.models.mlflow_pyfunc import Served
+from transforms.models.mlflow_pyfunc import PyfuncModel
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
 from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
 from transforms.training.data_checks import Level, Suspect
 from transforms.training.fit_encoders import Fitting
-from transforms.validation.numeric_sketch import Numbers
+from transforms.validation.numeric_sketch import NumericSketch
 
 LOW, HIGH = -(2**63), 2**63 - 1
 # Close together far from 0, few far apart, and everything between.
@@ -77,9 +77,9 @@ def moments(values: list[Any]) -> tuple[Fraction, float]:
 
 def quantile(values: list[Any], share: Fraction) -> Fraction:
     ordered = sorted(Fraction(value) for value in values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (position - low)
 
 
 def scaled(values: list[Any], offset: Fraction, scale: float) -> list[float]:
@@ -133,8 +133,8 @@ def test_scaled_integers_are_those_of_exact_arithmetic(values: list[int], cuts: 
         apply(fit(encoders.MinMax(), column, cuts, chance), column),
         scaled(values, Fraction(min(values)), float(max(values) - min(values))),
     )
-    low, middle, high = (quantile(values, Fraction(part, 4)) for part in (1, 2, 3))
-    near(apply(fit(encoders.Robust(), column, cuts, chance), column), scaled(values, middle, float(high - low)))
+    low, interior, high = (quantile(values, Fraction(part, 4)) for part in (1, 2, 3))
+    near(apply(fit(encoders.Robust(), column, cuts, chance), column), scaled(values, interior, float(high - low)))
     bounds = sorted({quantile(values, Fraction(part, 4)) for part in (1, 2, 3)})
     buckets = apply(fit(encoders.Bucketize(4), column, cuts, chance), column)[:, 0]
     # Boundaries between two integers are one: what counts is that the buckets divide rows as the quantiles do.
@@ -153,9 +153,9 @@ def test_scaled_doubles_are_those_of_exact_arithmetic(values: list[float], cuts:
     assert found.encodings[0].state["scale"] == (deviation or 1.0)
     expected = np.array(scaled(values, mean, deviation), np.float32)
     np.testing.assert_allclose(apply(found, column)[:, 0], expected, rtol=1.3e-7, atol=3e-16 * len(values))
-    low, middle, high = (quantile(values, Fraction(part, 4)) for part in (1, 2, 3))
+    low, interior, high = (quantile(values, Fraction(part, 4)) for part in (1, 2, 3))
     robust = fit(encoders.Robust(), column, cuts, chance).encodings[0].state
-    assert robust["offset"] == pytest.approx(float(middle), rel=1e-15, abs=1e-300)
+    assert robust["offset"] == pytest.approx(float(interior), rel=1e-15, abs=1e-300)
     assert robust["scale"] == pytest.approx(float(high - low) or 1.0, rel=1e-9, abs=4e-16 * max(map(abs, values)))
 
 
@@ -206,7 +206,10 @@ def test_a_root_is_the_nearest_double(value: Fraction) -> None:
 def test_statistics_of_training_data_are_those_of_exact_arithmetic(column: pa.Array, cut: int) -> None:
     values = [each for each in column.to_pylist() if each is not None]
     mean, deviation = moments(values)
-    for found in (Numbers.of(column), Numbers.of(column.slice(0, cut)) + Numbers.of(column.slice(cut))):
+    for found in (
+        NumericSketch.of(column),
+        NumericSketch.of(column.slice(0, cut)) + NumericSketch.of(column.slice(cut)),
+    ):
         assert (found.values, found.mean, found.deviation) == (len(values), float(mean), deviation)
         assert (found.least, found.greatest) == (float(min(values)), float(max(values)))
 
@@ -313,7 +316,7 @@ def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_lo
     (batch,) = asked.to_arrow().combine_chunks().to_batches()
     expected = score(scorer, batch)
     assert expected[0] < 0.5 < expected[1]
-    assert Served(scorer).predict(frame)["score"].to_numpy().tolist() == expected.tolist()
+    assert PyfuncModel(scorer).predict(frame)["score"].to_numpy().tolist() == expected.tolist()
     assert LABEL not in asked.columns
 
 

@@ -19,7 +19,7 @@ from tests.support import shop
 from transforms.storage import tfrecord_codec
 from transforms.storage.tfrecord_io import read_examples
 from transforms.training import examples
-from transforms.training.examples import Account, Plan
+from transforms.training.examples import Account, ExamplePlan
 
 SCHEMA = pa.schema([
     ("a float with a long name é", pa.float32()), ("d", pa.float64()), ("i", pa.int64()), ("s", pa.string()), ("b", pa.bool_()),
@@ -83,8 +83,8 @@ def test_many_rows_make_several_members_and_the_same_bytes(monkeypatch: pytest.M
         {"x": pa.array(range(1000)), "word": pa.array([f"w{i % 7}" for i in range(1000)])}
     )
     one = b"".join(tfrecord_codec.gzipped(whole))
-    monkeypatch.setattr(tfrecord_codec, "CHUNK", 16)
-    monkeypatch.setattr(tfrecord_codec, "MEMBER", 64)
+    monkeypatch.setattr(tfrecord_codec, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(tfrecord_codec, "MEMBER_ROWS", 64)
     several = b"".join(tfrecord_codec.gzipped(whole))
     assert gzip.decompress(one) == gzip.decompress(several)
     assert several.count(b"\x1f\x8b\x08") >= 16
@@ -93,14 +93,14 @@ def test_many_rows_make_several_members_and_the_same_bytes(monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> ExamplePlan:
     store = tmp_path_factory.mktemp("examples")
     path = shop.write(store, 1200)
     assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
     return training.resolve(training.parse(["--definition", str(path), "--store", str(store), "--run_id", "e"]))[0]
 
 
-def made(plan: Plan) -> Account:
+def made(plan: ExamplePlan) -> Account:
     accounts = []
     for block in plan.blocks:
         parts, account = examples.make_examples(plan, block)
@@ -109,7 +109,7 @@ def made(plan: Plan) -> Account:
     return examples.checked(examples.add_accounts(accounts), plan)
 
 
-def test_examples_hold_every_row_once_with_its_label(planned: Plan) -> None:
+def test_examples_hold_every_row_once_with_its_label(planned: ExamplePlan) -> None:
     account = made(planned)
     assert account.rows == 1200
     sources = Path(planned.folder).parents[2] / "sources"
@@ -126,7 +126,7 @@ def test_examples_hold_every_row_once_with_its_label(planned: Plan) -> None:
     assert len(seen) == len(set(seen)) == sum(each.entered for each in account.counts.values())
 
 
-def test_tfrecords_hold_what_parquet_holds(planned: Plan) -> None:
+def test_tfrecords_hold_what_parquet_holds(planned: ExamplePlan) -> None:
     schema = examples.schema_of(planned.model)
     for shard in made(planned).shards:
         (ours,) = read_examples(shard.path.replace(".parquet", ".tfrecord.gz"), schema)
@@ -134,7 +134,7 @@ def test_tfrecords_hold_what_parquet_holds(planned: Plan) -> None:
         assert pl.DataFrame(pl.from_arrow(ours)).equals(pl.DataFrame(pl.from_arrow(theirs)))
 
 
-def test_again_gives_the_same_files_and_clears_what_others_left(planned: Plan) -> None:
+def test_again_gives_the_same_files_and_clears_what_others_left(planned: ExamplePlan) -> None:
     made(planned)
     folder = Path(planned.folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
 from schemas.splits import LABEL, LABEL_TIME
 from transforms.training.fit_encoders import fit
-from transforms.training.target_encoding import hindsight
+from transforms.training.target_encoding import target_encoding
 
 SPINE = Source("spine", time="t", columns={"k": pl.Int64, "word": pl.String, "x": pl.Float32})
 VIEW = FeatureView("v", SPINE, key="k", features=[Derived(x=pl.col("x"))])
@@ -52,7 +52,7 @@ def test_a_training_row_sees_only_labels_known_before_it(rows: list[Any], cut: i
     whole = pa.RecordBatch.from_pylist(content, SCHEMA)
     parts = [part for part in (whole.slice(cut), whole.slice(0, cut)) if part.num_rows]
     fitted = fit(MODEL, parts)
-    known = hindsight(MODEL, fitted, parts)
+    known = target_encoding(MODEL, fitted, parts)
     assert known is not None
     for part in parts:
         matrix = fitted.apply(part)

@@ -68,13 +68,13 @@ event = st.fixed_dictionaries(
         "rank": st.one_of(st.none(), st.integers(0, 2)),
     }
 )
-question = st.fixed_dictionaries({"key": keys, "other": sides, "asked": moments})
+spine_row = st.fixed_dictionaries({"key": keys, "other": sides, "asked": moments})
 EVENTS = {"key": pl.Int32, "side": pl.String, "known": TIME, "value": pl.Float64, "rank": pl.Int64}
 ROWS = {"key": pl.Int64, "other": pl.String, "asked": TIME}
 
 
 @given(
-    st.lists(question, max_size=8),
+    st.lists(spine_row, max_size=8),
     st.lists(event, max_size=12),
     st.sampled_from(["drop", 0, 7.5]),
     st.sampled_from([None, "rank"]),

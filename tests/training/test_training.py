@@ -18,7 +18,7 @@ from schemas.errors import DataError, DefinitionError
 from schemas.models import JUDGED, OBJECTIVES
 from schemas.splits import LABEL
 from tests.support.training_case import examples, model, study
-from transforms.evaluation.metrics import Tally, metrics
+from transforms.evaluation.metrics import MetricTally, metrics
 from transforms.models.encoders import Fitted
 from transforms.training import trainer, xgboost_data
 from transforms.training.examples import Account
@@ -84,7 +84,7 @@ def test_the_iterator_trains_what_whole_arrays_train(
     np.testing.assert_allclose(*scores, rtol=1e-5)
     label = tables["validate"][LABEL].to_numpy().astype(float)
     # The metric of trials is the one that the test is judged by; XGBoost's average precision interpolates between scores.
-    judged = metrics(objective, Tally.of(objective, label, scores[0]))[metric]
+    judged = metrics(objective, MetricTally.of(objective, label, scores[0]))[metric]
     assert history[-1] == pytest.approx(judged, rel=0.02 if metric == "average_precision" else 1e-4)
 
 

@@ -9,7 +9,7 @@ from beam_pipelines.cli import main
 from beam_pipelines.runtime.run_report import read_json
 from schemas.loading import load_definition
 from tests.support import shop
-from transforms.storage.delta_tables import newest
+from transforms.storage.delta_tables import newest_version
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import committed_statistics
 
@@ -53,12 +53,12 @@ def test_a_run_is_stopped_followed_by_the_schema_and_published(store: Path, caps
         "--run_id second",
     ):
         assert part in said
-    assert newest(table(store)) == 0
+    assert newest_version(table(store)) == 0
 
     assert schema(store, "update", "--run_id", "second") == 0
     assert '+  value: "east"' in capsys.readouterr().out
     assert run(store, "second", *february) == 0
-    assert newest(table(store)) == 1
+    assert newest_version(table(store)) == 1
     entry = committed_statistics(table(store), 1)[0]
     assert (entry["statistics"], entry["statistics_previous"]) == ("_statistics/second.pb", "first")
     assert schema(store, "check") == 0
@@ -71,7 +71,7 @@ def test_anomalies_can_be_allowed(store: Path) -> None:
     (store / "schema.pbtxt").write_text(text.replace('  value: "west"\n', ""))
     assert run(store, "second", "--full") == 7
     assert run(store, "second", "--full", "--allow_anomalies") == 0
-    entry = committed_statistics(table(store), newest(table(store)))[0]
+    entry = committed_statistics(table(store), newest_version(table(store)))[0]
     assert entry["allow_anomalies"] == "true"
     assert "shop" in entry["anomalies"]
 
@@ -85,7 +85,7 @@ def test_a_source_of_mostly_bad_rows_stops_the_run_and_its_letters_can_be_read(
     visits.with_columns(bad.alias("age")).write_parquet(path)
     assert run(store, "first", "--max_dead_fraction", "0.1") == 3
     assert "150 of 600 rows of 'visits', that is 0.25" in capsys.readouterr().err
-    assert newest(table(store)) is None
+    assert newest_version(table(store)) is None
     assert pl.read_delta(str(store / "dead_letters" / "features")).height == 150
     assert run(store, "first", "--max_dead_fraction", "0.25") == 0
     assert read_json(str(store / "runs" / "first" / "run.json"))["set_aside"] == 150

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transforms.records.exact_sums import ratio, square_ratio
 from transforms.records.record_batches import frame
 from transforms.validation import statistics
-from transforms.validation.numeric_sketch import Numbers
-from transforms.validation.statistics import Describe, Statistics, Strings, describe, described, nothing, proto
+from transforms.validation.numeric_sketch import NumericSketch
+from transforms.validation.statistics import Describe, Statistics, StringSketch, describe, described, nothing, proto
 
 ROWS = 20_000
 SCHEMA = pa.schema([("x", pa.float32()), ("i", pa.int64()), ("b", pa.bool_()), ("s", pa.string())])
@@ -153,7 +153,7 @@ def test_result_does_not_depend_on_cuts_nor_on_the_order_of_merging(
 def test_numbers_are_counted_and_summed_without_rounding(values: list[float | None]) -> None:
     column = pa.array(values, pa.float32())
     known = [float(value) for value in column.to_pylist() if value is not None and np.isfinite(value)]
-    found = Numbers.of(column)
+    found = NumericSketch.of(column)
     assert (found.rows, found.missing, found.values) == (len(values), values.count(None), len(known))
     assert found.zeros == known.count(0.0)
     assert ratio(found.total) == sum(map(Fraction, known))
@@ -166,25 +166,25 @@ def test_numbers_are_counted_and_summed_without_rounding(values: list[float | No
 
 def test_a_slice_counts_only_its_rows() -> None:
     column = pa.array([1.0, None, 2.0, None, 3.0], pa.float32()).slice(2, 2)
-    found = Numbers.of(column)
+    found = NumericSketch.of(column)
     assert (found.rows, found.missing, found.mean) == (2, 1, 2.0)
-    assert Strings.of(pa.array(["a", "bb", None, "bb"]).slice(1)).bytes == 4
+    assert StringSketch.of(pa.array(["a", "bb", None, "bb"]).slice(1)).bytes == 4
 
 
 def test_integers_up_to_1024_have_exact_quantiles() -> None:
     values = np.random.default_rng(1).integers(-1024, 1025, 999)
-    np.testing.assert_array_equal(Numbers.of(pa.array(values)).ranked(np.arange(999)), np.sort(values))
+    np.testing.assert_array_equal(NumericSketch.of(pa.array(values)).ranked(np.arange(999)), np.sort(values))
 
 
 def test_of_very_many_strings_the_same_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "LEVELS", 4000)
     column = pa.array([f"id-{i}" for i in range(60_000)] * 2)
-    found = Strings.of(column)
+    found = StringSketch.of(column)
     assert found.partial
     assert len(found.levels) == 4000
     assert found.levels["count"].unique().to_list() == [2]  # whichever is kept is counted exactly
     assert found.unique == pytest.approx(60_000, rel=3 / 4000**0.5)
-    assert Strings.of(column.slice(0, 50_000)) + Strings.of(column.slice(50_000)) == found
+    assert StringSketch.of(column.slice(0, 50_000)) + StringSketch.of(column.slice(50_000)) == found
 
 
 def test_statistics_of_a_pcollection_are_one_proto() -> None:
@@ -217,8 +217,8 @@ def test_only_numbers_booleans_and_strings_are_described() -> None:
 def test_strings_from_polars_count_like_those_from_arrow() -> None:
     column = BATCH.column(BATCH.schema.get_field_index("carrier"))
     again = pl.from_arrow(column).to_arrow()
-    assert Strings.of(again) == Strings.of(column)
-    assert frame(BATCH)["carrier"].drop_nulls().n_unique() == Strings.of(column).unique
+    assert StringSketch.of(again) == StringSketch.of(column)
+    assert frame(BATCH)["carrier"].drop_nulls().n_unique() == StringSketch.of(column).unique
 
 
 def test_statistics_need_no_tensorflow() -> None:

@@ -16,12 +16,12 @@ from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.run_report import execute
 from schemas.errors import AnomalyError, ContractError, DefinitionError
-from transforms.sources.tallies import Tally
-from transforms.storage.delta_tables import CommitFiles, Committed, Target, WriteFiles, newest
+from transforms.sources.tallies import SourceTally
+from transforms.storage.delta_tables import CommitFiles, CommitTarget, Committed, WriteFiles, newest_version
 from transforms.validation.publish_check import (
     AlsoChecked,
-    Check,
-    Rules,
+    PublishCheck,
+    PublishRules,
     Validate,
     check_dead,
     committed_statistics,
@@ -203,20 +203,24 @@ class Shop:
     table: str
     schema: Path
 
-    def check(self, run_id: str, day: date, **rules: object) -> Check:
-        asked = Rules(str(self.schema), **rules)  # type: ignore[arg-type]
+    def check(self, run_id: str, day: date, **rules: object) -> PublishCheck:
+        asked = PublishRules(str(self.schema), **rules)  # type: ignore[arg-type]
         return make_check(
-            asked, self.table, newest(self.table), run_id, day, day, "out/dead", "--definition d --store s"
+            asked, self.table, newest_version(self.table), run_id, day, day, "out/dead", "--definition d --store s"
         )
 
     def run(self, run_id: str, batch: pa.RecordBatch, day: date = DAY, dead: int = 0, **rules: object) -> None:
         check = self.check(run_id, day, **rules)
-        target = Target(self.table, SCHEMA, (day,), run_id, newest(self.table), metadata={"view": "departure_delay"})
+        target = CommitTarget(
+            self.table, SCHEMA, (day,), run_id, newest_version(self.table), metadata={"view": "departure_delay"}
+        )
         pipeline = beam.Pipeline()
         features = pipeline | beam.Create([batch.slice(0, 400), batch.slice(400)], reshuffle=False)
-        tallies = pipeline | "Tallies" >> beam.Create([{"schedule": Tally("schedule", 1000 + dead, 1000, dead=dead)}])
-        letters = pipeline | "Letters" >> beam.Create([Committed(0, 0, 0, (), False)])
-        checked = features | Statistics(COLUMNS) | Validate(check, AsSingleton(tallies), AsSingleton(letters))
+        tallies = pipeline | "Tallies" >> beam.Create(
+            [{"schedule": SourceTally("schedule", 1000 + dead, 1000, dead=dead)}]
+        )
+        dead_letters = pipeline | "Letters" >> beam.Create([Committed(0, 0, 0, (), False)])
+        checked = features | Statistics(COLUMNS) | Validate(check, AsSingleton(tallies), AsSingleton(dead_letters))
         commit = CommitFiles(
             target, AlsoChecked(lambda table, tallies: {"mine": "too"}), (AsSingleton(tallies), AsSingleton(checked))
         )
@@ -227,7 +231,7 @@ class Shop:
         return pl.read_delta(self.table).height
 
     def commits(self) -> list[dict[str, object]]:
-        return committed_statistics(self.table, newest(self.table))
+        return committed_statistics(self.table, newest_version(self.table))
 
 
 @pytest.fixture
@@ -251,7 +255,7 @@ def test_anomalies_stop_a_run_and_nothing_is_visible(shop: Shop) -> None:
         "--allow_anomalies", "millrace schema update --definition d --store s --run_id first",
     ):  # fmt: skip
         assert part in message
-    assert newest(shop.table) is None
+    assert newest_version(shop.table) is None
     assert read_account(shop.table, "first")["anomalies"][0]["feature"] == "carrier"
     assert read_statistics(statistics_path(shop.table, "first")) == statistics(broken())  # for schema update
 
@@ -261,7 +265,7 @@ def test_a_table_that_is_there_stays_as_it_was(shop: Shop) -> None:
     before = pl.read_delta(shop.table)
     with pytest.raises(AnomalyError):
         shop.run("second", broken())
-    assert newest(shop.table) == 0
+    assert newest_version(shop.table) == 0
     assert pl.read_delta(shop.table).equals(before)
 
 
@@ -286,7 +290,7 @@ def test_statistics_stand_beside_the_table_and_are_named_in_its_commit(shop: Sho
     assert read_statistics(f"{shop.table}/{entry['statistics']}") == USUAL
     assert pl.read_delta(shop.table).height == 1000
     shop.run("first", rows())  # a repeated run changes nothing
-    assert newest(shop.table) == 0
+    assert newest_version(shop.table) == 0
 
 
 def test_drift_is_measured_from_the_interval_before(shop: Shop) -> None:
@@ -294,7 +298,7 @@ def test_drift_is_measured_from_the_interval_before(shop: Shop) -> None:
     drifted = rows(1, DAY + timedelta(days=1), hour=pa.array(np.full(1000, 6)))
     with pytest.raises(AnomalyError, match=r"\[2013-03-02, 2013-03-03\).*hour: High approximate Jensen-Shannon"):
         shop.run("second", drifted, DAY + timedelta(days=1))
-    assert newest(shop.table) == 0
+    assert newest_version(shop.table) == 0
 
 
 def test_the_interval_before_is_found_in_commits(shop: Shop) -> None:
@@ -303,7 +307,7 @@ def test_the_interval_before_is_found_in_commits(shop: Shop) -> None:
         shop.run(run_id, rows(0, day), day)
 
     def before(days: int, run_id: str = "new") -> str:
-        return previous_statistics(shop.table, newest(shop.table), DAY + timedelta(days=days), run_id)[0]
+        return previous_statistics(shop.table, newest_version(shop.table), DAY + timedelta(days=days), run_id)[0]
 
     assert [before(days) for days in (9, 6, 5, 4, 2)] == [
         "fifth",
@@ -344,13 +348,13 @@ def test_too_many_dead_rows_stop_a_run(shop: Shop) -> None:
         "out/dead",
     ):
         assert part in str(caught.value)
-    assert newest(shop.table) is None
+    assert newest_version(shop.table) is None
 
 
 @pytest.mark.parametrize(("dead", "passes"), [(100, True), (101, False)])
 def test_the_fraction_itself_is_allowed(shop: Shop, dead: int, passes: bool) -> None:
     check: Callable[[], None] = lambda: check_dead(  # noqa: E731
-        shop.check("first", DAY, max_dead_fraction=0.1), {"schedule": Tally("schedule", 1000, 1000 - dead, dead=dead), "none": Tally("none")}  # type: ignore[arg-type]
+        shop.check("first", DAY, max_dead_fraction=0.1), {"schedule": SourceTally("schedule", 1000, 1000 - dead, dead=dead), "none": SourceTally("none")}  # type: ignore[arg-type]
     )  # fmt: skip
     if passes:
         check()

@@ -25,7 +25,7 @@ from schemas.arithmetic import in_64_bits
 from schemas.errors import ContractError, MismatchError
 from tests.support import market, oracles
 from tests.support.features_runs import answers, table_of
-from tests.support.histories import T0, at, histories, many_questions, view
+from tests.support.histories import T0, at, histories, many_spine_rows, view
 from tests.support.kernels_case import same
 from transforms.features import column_reuse
 from transforms.features import kernel as kernels
@@ -33,7 +33,7 @@ from transforms.features.kernel import compute
 from transforms.features.trailing_features import features_batch
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import take_inventory
-from transforms.storage.delta_tables import DataFile, data_files, newest, open_table, write_files
+from transforms.storage.delta_tables import DataFile, data_files, newest_version, open_table, write_files
 from transforms.verification.check import Amount, Verification, Verified
 from transforms.verification.plain_expressions import evaluate, stored
 from transforms.verification.plain_features import recompute
@@ -46,7 +46,7 @@ def in_memory(view: FeatureView, tables: Mapping[str, pl.DataFrame]) -> Frames:
     return Frames({name: Contract(source, tuple(source.schema)) for name, source in view.sources.items()}, tables)
 
 
-@given(spine=many_questions, tables=histories)
+@given(spine=many_spine_rows, tables=histories)
 def test_the_plain_path_and_the_kernel_and_the_oracle_agree_to_the_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
 ) -> None:
@@ -394,10 +394,10 @@ def test_a_number_of_rows_is_one_or_all(tmp_path: Path, flag: str) -> None:
 def refused(store: Path, *flags: str, text: str = market.DEFINITION) -> str:
     """What a run that verification stops says; nothing is committed."""
     path = market.define(store, text)
-    before = newest(table_of(store))
+    before = newest_version(table_of(store))
     with pytest.raises(MismatchError) as error:
         run(store, *flags, text=text)
-    assert newest(table_of(store)) == before, "nothing is committed"
+    assert newest_version(table_of(store)) == before, "nothing is committed"
     assert error.value.exit_code == 5
     assert load_definition(str(path)).view.name
     return str(error.value)
@@ -422,7 +422,7 @@ def test_a_wrong_statistic_is_caught_and_nothing_is_committed(
     argv = ["features", "--definition", str(tmp_path / "definition.py"), "--store", str(tmp_path), "--no-statistics"]
     assert cli.main(argv) == 5
     assert "recomputed" in capsys.readouterr().err
-    assert newest(table_of(tmp_path)) is None
+    assert newest_version(table_of(tmp_path)) is None
     assert cli.main([*argv, "--verify", "0"]) == 0
 
 

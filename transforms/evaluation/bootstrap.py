@@ -70,7 +70,7 @@ def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cells:
+class ReplicateBins:
     """Counts per cell and replicate.
 
     Args:
@@ -83,33 +83,35 @@ class Cells:
     counts: Counts
     plain: npt.NDArray[np.int64]
 
-    def __add__(self, other: Cells) -> Cells:
+    def __add__(self, other: ReplicateBins) -> ReplicateBins:
         if len(self.keys) == len(other.keys) and bool((self.keys == other.keys).all()):
-            return Cells(self.keys, self.counts + other.counts, self.plain + other.plain)
+            return ReplicateBins(self.keys, self.counts + other.counts, self.plain + other.plain)
         keys = np.union1d(self.keys, other.keys)
         counts = np.zeros((len(keys), self.counts.shape[1]), np.int32)
         plain = np.zeros(len(keys), np.int64)
         for each in (self, other):
-            place = np.searchsorted(keys, each.keys)
-            counts[place] += each.counts
-            plain[place] += each.plain
-        return Cells(keys, counts, plain)
+            position = np.searchsorted(keys, each.keys)
+            counts[position] += each.counts
+            plain[position] += each.plain
+        return ReplicateBins(keys, counts, plain)
 
     @property
     def rows(self) -> int:
         return int(self.plain[self.keys < _KIND].sum())
 
 
-def cells_of(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> Cells:
+def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
     """The cells of rows with `keys` [rows], or [kinds, rows], that enter replicates as often as `drawn` [rows, replicates] says."""
     if keys.ndim == 2:
-        kinds = [cells_of(each, drawn) for each in keys]
-        return Cells(*(np.concatenate([getattr(each, name) for each in kinds]) for name in ("keys", "counts", "plain")))
+        kinds = [replicate_bins(each, drawn) for each in keys]
+        return ReplicateBins(
+            *(np.concatenate([getattr(each, name) for each in kinds]) for name in ("keys", "counts", "plain"))
+        )
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(keys) else np.zeros(0, int)
     sums = np.add.reduceat(drawn[order], first, axis=0, dtype=np.int32) if len(keys) else np.zeros((0, drawn.shape[1]), np.int32)  # fmt: skip
-    return Cells(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
+    return ReplicateBins(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
 
 
 def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -141,7 +143,7 @@ def _share(cells: npt.NDArray[np.int64]) -> Floats:
     return 1 / (1 + np.exp(_BOUND - (cells + 0.5) / _CELLS))
 
 
-def replicated(objective: str, cells: Cells, threshold: float = 0.5) -> dict[str, Floats]:
+def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> dict[str, Floats]:
     """Each metric in every replicate, NaN where undefined there; the last value is that of the rows themselves."""
     counts = np.column_stack([cells.counts, cells.plain]).astype(np.int64)
     rows = counts.sum(axis=0)
@@ -154,17 +156,17 @@ def replicated(objective: str, cells: Cells, threshold: float = 0.5) -> dict[str
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
 
 
-def _errors(cells: Cells) -> Floats:
+def _errors(cells: ReplicateBins) -> Floats:
     """The middle of each cell of absolute errors."""
-    middle = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
-    return np.where(cells.keys == 0, 0.0, middle.astype(np.float64))
+    interior = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    return np.where(cells.keys == 0, 0.0, interior.astype(np.float64))
 
 
-def error_quantiles(cells: Cells, shares: Sequence[float]) -> list[tuple[float, float]]:
+def error_quantiles(cells: ReplicateBins, shares: Sequence[float]) -> list[tuple[float, float]]:
     """(share, absolute error that so many rows do not exceed), to half a cell: 0.2 %."""
     below = np.cumsum(cells.plain)
-    places = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
-    return [(share, float(_errors(cells)[place])) for share, place in zip(shares, places, strict=True)]
+    positions = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
+    return [(share, float(_errors(cells)[position])) for share, position in zip(shares, positions, strict=True)]
 
 
 def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
@@ -250,7 +252,7 @@ class Replicates:
 
 
 def replicates(
-    objective: str, cells: Cells, exact: dict[str, float | None], threshold: float = 0.5
+    objective: str, cells: ReplicateBins, exact: dict[str, float | None], threshold: float = 0.5
 ) -> Replicates | None:
     """The replicates of `exact` metrics, NaN where cells hide what a metric is made of; None of too few rows."""
     if cells.rows < LEAST_ROWS:

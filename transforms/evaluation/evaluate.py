@@ -17,16 +17,16 @@ from schemas.splits import LABEL
 from schemas.tables import scores
 from transforms.evaluation import metrics as measures
 from transforms.evaluation.bootstrap import (
-    Cells,
+    ReplicateBins,
     Replicates,
-    cells_of,
     error_quantiles,
     interval,
     keys_of,
+    replicate_bins,
     replicates,
     weights,
 )
-from transforms.evaluation.metrics import Tally, auc_error, metrics
+from transforms.evaluation.metrics import MetricTally, auc_error, metrics
 from transforms.models.scoring import carried_name
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
@@ -41,18 +41,18 @@ THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class GroupTally:
     """What is accumulated of the whole or a slice: exact tallies, and counts per bootstrap replicate where rows have ids."""
 
-    tally: Tally
-    cells: Cells | None = None
+    tally: MetricTally
+    cells: ReplicateBins | None = None
 
-    def __add__(self, other: Part) -> Part:
+    def __add__(self, other: GroupTally) -> GroupTally:
         cells = None if self.cells is None or other.cells is None else self.cells + other.cells
-        return Part(self.tally + other.tally, cells)
+        return GroupTally(self.tally + other.tally, cells)
 
 
-Tallies = dict[Key, Part]
+Tallies = dict[Key, GroupTally]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +129,17 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
     if "row_id" in rows.columns:
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
-    def part(index: Any) -> Part:
-        cells = None if drawn is None or keys is None else cells_of(keys[..., index], drawn[index])
-        return Part(Tally.of(objective, label[index], values[index]), cells)
+    def part(index: Any) -> GroupTally:
+        cells = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
+        return GroupTally(MetricTally.of(objective, label[index], values[index]), cells)
 
     result: Tallies = {(): part(slice(None))}
     for group in slices:
         columns = _group(group)
         texts = rows.select(pl.col(carried_name(name)).cast(pl.String).alias(name) for name in columns)
-        places = texts.with_row_index("__row").group_by(list(columns)).agg("__row")
-        for *key, place in places.iter_rows():
-            result[tuple(zip(columns, key))] = part(np.array(place))
+        positions = texts.with_row_index("__row").group_by(list(columns)).agg("__row")
+        for *key, position in positions.iter_rows():
+            result[tuple(zip(columns, key))] = part(np.array(position))
     return result
 
 
@@ -170,7 +170,7 @@ class Tallying(beam.CombineFn):
 
 def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
     """The metrics of everything tallied."""
-    whole = state.get((), Part(Tally()))
+    whole = state.get((), GroupTally(MetricTally()))
     drawn = _drawn(objective, whole, threshold)
     parts = [_slice(objective, key, part, drawn, threshold) for key, part in state.items() if key]
     parts.sort(key=lambda each: ([column for column, _ in each.by], -each.rows, each.name))
@@ -181,7 +181,7 @@ def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
     )  # fmt: skip
 
 
-def _exact(objective: str, part: Part, threshold: float) -> dict[str, float | None]:
+def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, float | None]:
     bins, found = part.tally.bins, metrics(objective, part.tally, threshold)
     if objective == "multi:softprob":
         each = measures.per_class(part.tally)
@@ -189,7 +189,7 @@ def _exact(objective: str, part: Part, threshold: float) -> dict[str, float | No
     return {**found, **(measures.confusion(bins, threshold) if bins else {})}
 
 
-def _drawn(objective: str, part: Part, threshold: float) -> Replicates | None:
+def _drawn(objective: str, part: GroupTally, threshold: float) -> Replicates | None:
     if part.cells is None:
         return None
     return replicates(objective, part.cells, _exact(objective, part, threshold), threshold)
@@ -203,7 +203,7 @@ def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
     )
 
 
-def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, threshold: float) -> Slice:
+def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None, threshold: float) -> Slice:
     drawn = _drawn(objective, part, threshold)
     gaps = {}
     if drawn is not None and whole is not None:
@@ -216,7 +216,7 @@ def _slice(objective: str, key: Key, part: Part, whole: Replicates | None, thres
     return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
 
 
-def _details(objective: str, whole: Part, drawn: Replicates | None, threshold: float) -> dict[str, Any]:
+def _details(objective: str, whole: GroupTally, drawn: Replicates | None, threshold: float) -> dict[str, Any]:
     if not whole.tally.rows:
         return {}
     if objective == "multi:softprob":
@@ -230,7 +230,7 @@ def _details(objective: str, whole: Part, drawn: Replicates | None, threshold: f
     return _binary(whole, bins, threshold)
 
 
-def _classes(whole: Tally, drawn: Replicates | None) -> dict[str, Any]:
+def _classes(whole: MetricTally, drawn: Replicates | None) -> dict[str, Any]:
     found = measures.per_class(whole)
     for each in found:
         spans = (
@@ -248,7 +248,7 @@ def _classes(whole: Tally, drawn: Replicates | None) -> dict[str, Any]:
     }
 
 
-def _binary(whole: Part, bins: Bins, threshold: float) -> dict[str, Any]:
+def _binary(whole: GroupTally, bins: Bins, threshold: float) -> dict[str, Any]:
     at = []
     for each in sorted({*THRESHOLDS, threshold}):
         drawn = _drawn("binary:logistic", whole, each)

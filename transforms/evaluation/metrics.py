@@ -27,7 +27,7 @@ _EPSILON = float(np.finfo(np.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
+class MetricTally:
     """What is accumulated over scored examples.
 
     Args:
@@ -45,7 +45,7 @@ class Tally:
     pairs: tuple[tuple[tuple[int, int], int], ...] = ()
 
     @classmethod
-    def of(cls, objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> Tally:
+    def of(cls, objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> MetricTally:
         """Of labels [rows] and scores [rows], or [rows, classes] of a multi-class model."""
         if objective == "binary:logistic":
             share = _clipped(scores)
@@ -66,13 +66,13 @@ class Tally:
                 Bins.of(scores[:, k].astype(np.float64), limit, np.stack([ones, true == k], axis=1).astype(np.int64))
                 for k in range(scores.shape[1])
             ]
-            places, counts = np.unique(np.stack([true, chosen], axis=1), axis=0, return_counts=True)
-            pairs = tuple(((t, c), n) for (t, c), n in zip(places.tolist(), counts.tolist(), strict=True))
+            positions, counts = np.unique(np.stack([true, chosen], axis=1), axis=0, return_counts=True)
+            pairs = tuple(((t, c), n) for (t, c), n in zip(positions.tolist(), counts.tolist(), strict=True))
             return cls(len(label), _summed(sums), None, tuple(bins_of), pairs)
         error = scores.astype(np.float64) - label
         return cls(len(label), _summed({"squared": error * error, "absolute": np.abs(error)}))
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: MetricTally) -> MetricTally:
         if not self.rows or not other.rows:
             return self if self.rows else other
         sums = tuple((name, total + dict(other.sums)[name]) for name, total in self.sums)
@@ -80,13 +80,13 @@ class Tally:
         classes = tuple(mine + theirs for mine, theirs in zip(self.classes, other.classes, strict=True))
         pairs = Counter(dict(self.pairs))
         pairs.update(dict(other.pairs))
-        return Tally(self.rows + other.rows, sums, bins, classes, tuple(sorted(pairs.items())))
+        return MetricTally(self.rows + other.rows, sums, bins, classes, tuple(sorted(pairs.items())))
 
     def mean(self, name: str) -> float:
         return float(ratio(dict(self.sums)[name]) / self.rows)
 
 
-def metrics(objective: str, tally: Tally, threshold: float = 0.5) -> dict[str, float | None]:
+def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[str, float | None]:
     """The objective's metrics, as scikit-learn defines them; None where undefined (no rows, one class)."""
     names = JUDGED[objective]
     if not tally.rows:
@@ -121,7 +121,7 @@ def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray
     return np.where(known, found, np.float32(0))
 
 
-def per_class(tally: Tally) -> list[dict[str, Any]]:
+def per_class(tally: MetricTally) -> list[dict[str, Any]]:
     """Each class against all others: `class`, `rows`, `chosen` (how often it scored most), `precision`, `recall`, `auc`.
 
     A class that occurs and was never chosen has precision 0; one that does not occur has no recall.
@@ -167,10 +167,10 @@ def confusion(bins: Bins, threshold: float) -> dict[str, float | None]:
 
 def calibration(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]:
     """(Rows, mean score, share of positives) of each equal part of 0 … 1 that holds a score."""
-    place = np.minimum((bins.values * buckets).astype(int), buckets - 1)
+    position = np.minimum((bins.values * buckets).astype(int), buckets - 1)
     result = []
-    for each in np.unique(place).tolist():
-        inside = place == each
+    for each in np.unique(position).tolist():
+        inside = position == each
         rows, positive = bins.counts[inside].sum(axis=0).tolist()
         result.append((rows, float(bins.values[inside] @ bins.counts[inside, 0]) / rows, positive / rows))
     return result
@@ -189,8 +189,8 @@ def curves(bins: Bins, points: int = 200) -> dict[str, list[list[float]]]:
         return {}
     hits, alarms = np.cumsum(positive[::-1]), np.cumsum(negative[::-1])
     even = np.linspace(0, 1, points // 2)
-    places = [np.searchsorted(each / each[-1], even).clip(0, len(hits) - 1) for each in (hits, alarms)]
-    at = np.unique(np.concatenate(places))
+    positions = [np.searchsorted(each / each[-1], even).clip(0, len(hits) - 1) for each in (hits, alarms)]
+    at = np.unique(np.concatenate(positions))
     recall, false, precision = hits / hits[-1], alarms / alarms[-1], hits / np.maximum(hits + alarms, 1)
     return {
         "roc": [[0.0, 0.0], *np.stack([false[at], recall[at]], axis=1).round(5).tolist()],
@@ -246,5 +246,5 @@ def _summed(sums: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     return tuple((name, exact_sum(np.asarray(values, np.float64))) for name, values in sums.items())
 
 
-def total(tallies: Iterable[Tally]) -> Tally:
-    return functools.reduce(Tally.__add__, tallies, Tally())
+def total(tallies: Iterable[MetricTally]) -> MetricTally:
+    return functools.reduce(MetricTally.__add__, tallies, MetricTally())

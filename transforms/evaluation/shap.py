@@ -19,7 +19,7 @@ from transforms.models.scoring import Pinned, Scorer, open_scorer, score
 from transforms.records.row_hashing import mix
 
 # Most rows sampled, and the work for which as many of them are explained as it allows: a row costs leaves × depth².
-ROWS = 2000
+SAMPLE_ROWS = 2000
 WORK = 400_000_000
 # Fewer are not worth a picture, whatever they cost.
 LEAST = 200
@@ -62,7 +62,7 @@ class Explanation:
 class Sample(beam.CombineFn):
     """RecordBatches with `row_id` → the `rows` rows of the least hashes, in their order: the same however they were cut."""
 
-    rows: int = ROWS
+    rows: int = SAMPLE_ROWS
 
     def create_accumulator(self) -> pa.RecordBatch | None:
         return None

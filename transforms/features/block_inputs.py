@@ -10,62 +10,64 @@ import polars as pl
 
 from schemas.features import Lookup
 from schemas.views import FeatureView
-from transforms.features.plan import Block, Plan
+from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import add
-from transforms.sources.dead_letters import concat_letters
+from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Slice
 from transforms.sources.reader import Read, locate, read_slices, stream_slices, without_repeats
-from transforms.sources.tallies import AS_EVENTS, Tally
+from transforms.sources.tallies import AS_EVENTS, SourceTally
 
 ONE_ROW = "one key has one row (the smallest was kept)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Input:
+class BlockInput:
     """Rows to use, dead letters (schema of `read_slices`), and the account of both."""
 
     frame: pl.DataFrame
-    letters: pl.DataFrame
-    tally: Tally
+    dead_letters: pl.DataFrame
+    tally: SourceTally
 
 
-def read_spine(view: FeatureView, plan: Plan, block: Block) -> Input:
+def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput:
     """The block's questions, each once, sorted by time and key."""
     # A spine that is a source of events too is digested as that, once.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
     reads = stream_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
-    return settle_spine(view, plan, block, joined(reads))
+    return deduplicate_spine(view, plan, block, joined(reads))
 
 
 def joined(reads: Iterable[Read]) -> Read:
     """What pieces of a source hold together."""
     reads = list(reads)
-    letters = concat_letters([each.letters for each in reads])
-    return Read(pl.concat([each.frame for each in reads]), letters, add([each.digests for each in reads]))
+    dead_letters = concat_dead_letters([each.dead_letters for each in reads])
+    return Read(pl.concat([each.frame for each in reads]), dead_letters, add([each.digests for each in reads]))
 
 
-def settle_spine(view: FeatureView, plan: Plan, block: Block, read: Read) -> Input:
+def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: Read) -> BlockInput:
     """Questions that were `read`, each once; contradictions are told."""
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
     rule = "one key asks one question at one time (the smallest row was kept)"
-    letters = concat_letters([read.letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
-    total = len(read.frame) + len(read.letters)
-    tally = Tally(view.spine.name, total, len(spine), 0, total - len(spine) - len(letters), len(letters), read.digests)
-    return Input(spine, letters, tally)
+    dead_letters = concat_dead_letters([read.dead_letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
+    total = len(read.frame) + len(read.dead_letters)
+    tally = SourceTally(
+        view.spine.name, total, len(spine), 0, total - len(spine) - len(dead_letters), len(dead_letters), read.digests
+    )
+    return BlockInput(spine, dead_letters, tally)
 
 
-def read_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Input:
+def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> BlockInput:
     """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
-    return settle_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
+    return deduplicate_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
 
 
-def stream_events(view: FeatureView, plan: Plan, block: Block, name: str) -> Iterator[Read]:
+def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[Read]:
     """As `read_events`, in pieces, repeats still there."""
     return stream_slices(**_within_reach(view, plan, block, name))
 
 
-def _within_reach(view: FeatureView, plan: Plan, block: Block, name: str) -> dict[str, Any]:
+def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> dict[str, Any]:
     """What to read of `name` for a block."""
     contract, span = plan.contracts[name], block.spans.get(name)
     # The spine's own letters are told where it is read as the spine.
@@ -74,7 +76,7 @@ def _within_reach(view: FeatureView, plan: Plan, block: Block, name: str) -> dic
     return {"contract": contract, "slices": block.events[name], "low": low, "high": block.end, "own": own, "span": span}
 
 
-def settle_events(view: FeatureView, plan: Plan, block: Block, name: str, read: Read) -> Input:
+def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: Read) -> BlockInput:
     """Events that were `read`, without repeats, and the account of those that the block owns."""
     contract = plan.contracts[name]
     if contract is plan.spine:  # one key asks one question at one time, whoever counts them
@@ -88,28 +90,31 @@ def settle_events(view: FeatureView, plan: Plan, block: Block, name: str, read: 
     reached = mine & (moment >= first - view.reach(name)) & (moment < last)
     good = int(read.frame.select(mine.sum()).item())
     counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
-    dead = len(read.letters)
-    tally = Tally(
+    dead = len(read.dead_letters)
+    tally = SourceTally(
         label(plan, name), good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests
     )
-    return Input(kept, read.letters, tally)
+    return BlockInput(kept, read.dead_letters, tally)
 
 
-def label(plan: Plan, name: str) -> str:
+def label(plan: FeaturePlan, name: str) -> str:
     """How accounts call the events of `name`: a spine that is a source of events too is read twice."""
     return name + AS_EVENTS if plan.contracts[name] is plan.spine else name
 
 
-def read_dimension(view: FeatureView, plan: Plan, name: str) -> Input:
+def read_dimension(view: FeatureView, plan: FeaturePlan, name: str) -> BlockInput:
     """A dimension, one row per key of each `Lookup`, its letters dated at the start of the interval."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
     frame = dimension_rows(contract, read.frame)
-    letters, refused = contradictions(view, contract, slices, frame)
+    dead_letters, refused = contradictions(view, contract, slices, frame)
     used = len(frame) - refused
     # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
-    return Input(
-        frame, *tell_dimension(plan, name, len(read.frame) + len(read.letters), used, [read.letters, *letters])
+    return BlockInput(
+        frame,
+        *tally_dimension(
+            plan, name, len(read.frame) + len(read.dead_letters), used, [read.dead_letters, *dead_letters]
+        ),
     )
 
 
@@ -134,26 +139,26 @@ def contradictions(
     view: FeatureView, contract: Contract, slices: Sequence[Slice], frame: pl.DataFrame
 ) -> tuple[list[pl.DataFrame], int]:
     """(Letters for the rows of a dimension that lose to another one of their key, per `Lookup`; how many rows lose for one.)"""
-    letters, refused = [], []
+    dead_letters, refused = [], []
     for feature in view.features:
         if isinstance(feature, Lookup) and feature.source.name == contract.source.name:
             key = tuple(column for _, column in feature.keys)
             conflicts = losing(frame, key)
             refused.append(conflicts)
-            letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
-    return letters, len(pl.concat(refused).unique())
+            dead_letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+    return dead_letters, len(pl.concat(refused).unique())
 
 
-def tell_dimension(
-    plan: Plan, name: str, total: int, used: int, letters: Sequence[pl.DataFrame]
-) -> tuple[pl.DataFrame, Tally]:
+def tally_dimension(
+    plan: FeaturePlan, name: str, total: int, used: int, dead_letters: Sequence[pl.DataFrame]
+) -> tuple[pl.DataFrame, SourceTally]:
     """A dimension's letters, dated at the start of the interval, and its account, of `total` rows read."""
     dead = (
-        concat_letters(letters)
+        concat_dead_letters(dead_letters)
         .unique(["file", "row"], keep="first", maintain_order=True)
         .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
     )
-    return dead, Tally(name, total, used, 0, total - used - len(dead), len(dead))
+    return dead, SourceTally(name, total, used, 0, total - used - len(dead), len(dead))
 
 
 def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -55,9 +55,9 @@ CANDIDATES = 3
 _LARGEST = 3.4e38
 
 
-def about(view: FeatureView) -> dict[str, Any]:
+def describe(view: FeatureView) -> dict[str, Any]:
     """What a manifest says of the view, for later views to compare themselves with."""
-    told = {
+    described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
         "meanings": view.meanings,
         "sources": {
@@ -68,7 +68,7 @@ def about(view: FeatureView) -> dict[str, Any]:
         },
         "reaches": list(reaches(view).items()),
     }
-    return json.loads(json.dumps(told))
+    return json.loads(json.dumps(described))
 
 
 def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,14 +85,14 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
     }  # fmt: skip
 
 
-def told_by(view: FeatureView, before: Manifest) -> dict[str, Any]:
-    """`about` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
-    mine = about(view)
+def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
+    """`describe` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
+    mine = describe(view)
     return mine if not before.dates or before.about == mine else {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Older:
+class OlderTable:
     """A table of the same view under another fingerprint: address, version, manifest and files of that version."""
 
     uri: str
@@ -125,14 +125,14 @@ class Copies:
 
 
 def find_copies(
-    view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[Older], days: Sequence[int]
+    view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[OlderTable], days: Sequence[int]
 ) -> Copies | None:
     """The most that one of the `tables` can give for `days`; None if nothing.  Of equals the first is taken.
 
     Raises:
         ContractError: a source that changed cannot be read.
     """
-    mine = about(view)
+    mine = describe(view)
     known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == mine["spine"]]
     known.sort(key=lambda each: -len(_same(view, each.manifest)))
     found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
@@ -157,7 +157,9 @@ def _outputs(feature: Reading) -> list[str]:
     )
 
 
-def _copies(view: FeatureView, inventory: Inventory, current: Current, older: Older, days: Sequence[int]) -> Copies:
+def _copies(
+    view: FeatureView, inventory: Inventory, current: Current, older: OlderTable, days: Sequence[int]
+) -> Copies:
     manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
     if manifest.version < VERSION:
         same = [name for name in same if name not in of_all_history(view)]
@@ -301,19 +303,19 @@ def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> b
         groups.setdefault(each.path, []).append(each.group)
     for path, wanted in groups.items():
         meta = open_parquet(path, source).metadata
-        places = {meta.schema.column(i).path: i for i in range(meta.num_columns)}
+        positions = {meta.schema.column(i).path: i for i in range(meta.num_columns)}
         for group in wanted:
             for name in columns:
-                told = meta.row_group(group).column(places[name]).statistics if name in places else None
-                if told is None or not _bounded(told, meta.row_group(group).num_rows):
+                statistics = meta.row_group(group).column(positions[name]).statistics if name in positions else None
+                if statistics is None or not _bounded(statistics, meta.row_group(group).num_rows):
                     return False
     return True
 
 
-def _bounded(told: Any, rows: int) -> bool:
-    if not told.has_min_max:
-        return bool(told.has_null_count and told.null_count == rows)
-    return bool(abs(told.min) < _LARGEST and abs(told.max) < _LARGEST)
+def _bounded(statistics: Any, rows: int) -> bool:
+    if not statistics.has_min_max:
+        return bool(statistics.has_null_count and statistics.null_count == rows)
+    return bool(abs(statistics.min) < _LARGEST and abs(statistics.max) < _LARGEST)
 
 
 def compute_with(
@@ -330,14 +332,14 @@ def compute_with(
     if copies is None or not len(spine):
         return compute(view, spine, tables, gather)
     days = spine[view.time].to_physical().to_numpy() // DAY
-    parts, places = [], []
+    parts, positions = [], []
     for names, chosen in copies.classes(np.unique(days).tolist()).items():
-        place = np.flatnonzero(np.isin(days, chosen))
-        some = spine[place]
+        position = np.flatnonzero(np.isin(days, chosen))
+        some = spine[position]
         old = _aligned(view, copies, some, names, chosen) if names else None
         parts.append(compute(view, some, tables, gather if old is None else functools.partial(_gather, old, gather)))
-        places.append(place)
-    return pl.concat(parts)[np.argsort(np.concatenate(places), kind="stable")]
+        positions.append(position)
+    return pl.concat(parts)[np.argsort(np.concatenate(positions), kind="stable")]
 
 
 def _aligned(

@@ -27,13 +27,13 @@ from schemas.errors import StoreError
 from schemas.expressions import canonical
 from schemas.features import Derived, Latest, Lookup, Trailing, is_lifetime
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.block_inputs import Input, settle_events
+from transforms.features.block_inputs import BlockInput, deduplicate_events
 from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
-from transforms.features.plan import Block, Plan
+from transforms.features.plan import Block, FeaturePlan
 from transforms.records.times import ALWAYS
-from transforms.sources.dead_letters import letters_batch
+from transforms.sources.dead_letters import dead_letters_batch
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK, read_slices
+from transforms.sources.reader import CHUNK_ROWS, read_slices
 from transforms.storage.delta_tables import write_aside
 
 FOLDER = "_summaries"
@@ -77,7 +77,7 @@ class Chain:
 # A summarised segment: its start and end, and the files of its summaries.
 Part = tuple[int, int, tuple[str, ...]]
 # Per time (µs) the files of the summaries of everything before it.
-Carried = Mapping[int, tuple[str, ...]]
+SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
 def lifetime_groups(view: FeatureView) -> Groups:
@@ -91,7 +91,7 @@ def lifetime_groups(view: FeatureView) -> Groups:
     return {name: tuple(group) for name, group in groups.items() if any(map(is_lifetime, group))}
 
 
-def chains(plan: Plan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
+def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
     """How the summaries before every block come about; `found` is, by the start of each range, the newest snapshot before it.
 
     Chains do not overlap: a range goes on from the range before it, through the time between the two, unless its snapshot
@@ -110,7 +110,7 @@ def chains(plan: Plan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...
 
 def segments(
     view: FeatureView,
-    plan: Plan,
+    plan: FeaturePlan,
     over: Sequence[Chain],
     slices: Mapping[str, Sequence[Slice]],
     timeless: Mapping[str, Sequence[Slice]],
@@ -138,11 +138,11 @@ def segments(
 
 
 @dataclasses.dataclass(eq=False)
-class CarrySummaries(beam.PTransform):
-    """PCollection[Segment] → (PCollection of one `Carried`; dead letters; tallies)."""
+class HistorySnapshots(beam.PTransform):
+    """PCollection[Segment] → (PCollection of one `SnapshotFiles`; dead letters; tallies)."""
 
     view: FeatureView
-    plan: Plan
+    plan: FeaturePlan
     uri: str
     run_id: str
     chains: tuple[Chain, ...]
@@ -152,20 +152,20 @@ class CarrySummaries(beam.PTransform):
         outputs = (
             spans
             | "Spread" >> beam.Reshuffle()
-            | "Summarise" >> beam.ParDo(step).with_outputs("letters", "tallies", main="parts")
+            | "Summarise" >> beam.ParDo(step).with_outputs("dead_letters", "tallies", main="parts")
         )
-        outputs.letters.element_type = pa.RecordBatch
+        outputs.dead_letters.element_type = pa.RecordBatch
         parts = outputs.parts | "Gather" >> beam.combiners.ToList()
         carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
         # After the merge for good, which a runner may repeat.
         _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
-        return carried, outputs.letters, outputs.tallies
+        return carried, outputs.dead_letters, outputs.tallies
 
 
 class Summarise(beam.DoFn):
     """Segment → `Part`; tagged: letters and tallies where it accounts for its events."""
 
-    def __init__(self, view: FeatureView, plan: Plan, uri: str, run_id: str) -> None:
+    def __init__(self, view: FeatureView, plan: FeaturePlan, uri: str, run_id: str) -> None:
         self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
 
     def process(self, segment: Segment) -> Iterator[Part | pvalue.TaggedOutput]:
@@ -176,21 +176,21 @@ class Summarise(beam.DoFn):
             files.append(write_summary(self.uri, f"{self.run_id}-part-{segment.index}-{i}", summary))
         yield segment.start, segment.end, tuple(files)
         if segment.accounts:
-            letters = letters_batch(self.view, [each.letters for each in inputs.values()])
-            if letters.num_rows:
-                yield pvalue.TaggedOutput("letters", letters)
+            dead_letters = dead_letters_batch(self.view, [each.dead_letters for each in inputs.values()])
+            if dead_letters.num_rows:
+                yield pvalue.TaggedOutput("dead_letters", dead_letters)
         for each in inputs.values():
             yield pvalue.TaggedOutput("tallies", each.tally)
 
 
-def read_segment(view: FeatureView, plan: Plan, segment: Segment, name: str) -> Input:
+def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: str) -> BlockInput:
     """Events known in the segment, without repeats; letters and account only if it accounts for them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
     read = read_slices(contract, segment.events[name], segment.start, segment.end, own=own, span=span)
     block = Block(0, segment.start, segment.end, (segment.start, segment.end), (), {})
-    settled = settle_events(view, plan, block, name, read)
+    settled = deduplicate_events(view, plan, block, name, read)
     counted = dataclasses.replace(settled.tally, used=settled.tally.used + settled.tally.outside, outside=0)
     nothing = dataclasses.replace(counted, read=0, used=0, repeated=0, dead=0)
     return dataclasses.replace(settled, tally=counted if segment.accounts else nothing)
@@ -235,13 +235,13 @@ def merge_in_order(
     return result
 
 
-def remove_parts(parts: Iterable[Part], carried: Carried, uri: str) -> None:
+def remove_parts(parts: Iterable[Part], carried: SnapshotFiles, uri: str) -> None:
     """Delete the summaries of segments once what was `carried` from them is there."""
     paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])
 
 
-def left_for_later(carried: Carried) -> dict[int, tuple[str, ...]]:
+def left_for_later(carried: SnapshotFiles) -> dict[int, tuple[str, ...]]:
     """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
     return {until: files for until, files in sorted(carried.items()) if until % DAY == 0}
 
@@ -270,17 +270,19 @@ def read_summary(uri: str, name: str) -> pl.DataFrame:
         return pl.read_parquet(io.BytesIO(handle.read()))
 
 
-def stream_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> Iterator[tuple[str, pl.DataFrame]]:
+def stream_summaries(
+    view: FeatureView, uri: str, block: Block, files: SnapshotFiles
+) -> Iterator[tuple[str, pl.DataFrame]]:
     """As `load_summaries`, a few rows at a time, each with the name of its summary."""
     for name, file in zip(lifetime_groups(view), files[block.start], strict=True):
         with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
             yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
-            for batch in read.iter_batches(CHUNK):
+            for batch in read.iter_batches(CHUNK_ROWS):
                 yield name, pl.from_arrow(batch)  # type: ignore[misc]
 
 
-def load_summaries(view: FeatureView, uri: str, block: Block, files: Carried) -> dict[str, Summary]:
+def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[str, Summary]:
     """The summaries of everything before the block, by the names a kernel looks for."""
     return {
         name: Summary(read_summary(uri, file), block.start)

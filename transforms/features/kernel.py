@@ -18,14 +18,14 @@ from schemas.expressions import canonical
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.lifetime_summaries import LATEST, Carried, Summary, summary_name
-from transforms.features.window_bounds import Sorting, codes
+from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary, summary_name
+from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Bools, Column, Ints, Once, lazy, statistic
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
 # numpy and Polars let go of the interpreter while they work, so threads do share the cores.
-CORES = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+KERNEL_POOL = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
 log = logging.getLogger("millrace.features")
 Reading = Trailing | Latest | Lookup
 Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, Any]], list[pl.Series]]
@@ -98,9 +98,9 @@ def gathered(
         )
 
     # A history's statistics begin as soon as it is there, beside those that are still being sorted.
-    histories = [(group, CORES.submit(history_of, group)) for group in groups.values()]
+    histories = [(group, KERNEL_POOL.submit(history_of, group)) for group in groups.values()]
     tasks = [
-        CORES.submit(work, (feature, history.result(), part))
+        KERNEL_POOL.submit(work, (feature, history.result(), part))
         for group, history in histories
         for feature in group
         for part in _parts(feature)
@@ -250,7 +250,7 @@ class History:
         known = _microseconds(events[str(source.time)])
         positions = known if source.event_time is None else _microseconds(events[source.event_time])
         self.moments = _microseconds(spine[time])
-        self.sorting = Sorting(positions, right, self.moments, left)
+        self.sorting = EventOrder(positions, right, self.moments, left)
         self.events = events
         self.known = None if source.event_time is None else known
         self._columns = Once()
@@ -261,7 +261,7 @@ class History:
             row[theirs] = np.arange(len(theirs))
             self.until, self.carried = (
                 summary.until,
-                Carried(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
+                PriorSummary(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
             )
 
     @lazy

@@ -2,7 +2,7 @@
 
 Events are streamed once and set down apart by group (source, key and condition) and by the key's hash.  Then one part of one
 group at a time is taken up, and the kernel answers the questions whose keys it holds: all events of a key are in one part, so
-the kernel never knows.  A key that holds most of the rows cannot be cut by its hash; what bounds that is `middles`.
+the kernel never knows.  A key that holds most of the rows cannot be cut by its hash; what bounds that is `interiors`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import polars as pl
 from schemas.expressions import canonical, columns_of
 from schemas.features import ORDERED, Latest, Lookup, Trailing
 from schemas.views import FeatureView
-from transforms.features.block_inputs import Input, label, settle_events
+from transforms.features.block_inputs import BlockInput, deduplicate_events, label
 from transforms.features.kernel import Reading, computing, gathered
 from transforms.features.lifetime_summaries import Summary, summary_name
-from transforms.features.long_windows import Part, divide, position
-from transforms.features.plan import Block, Plan
-from transforms.records.disk_partitions import Spill, part_of, places_by_part
-from transforms.sources.dead_letters import LETTERS, concat_letters
-from transforms.sources.reader import CHUNK, Read
-from transforms.sources.tallies import Tally
+from transforms.features.long_windows import WindowPart, position, split_windows
+from transforms.features.plan import Block, FeaturePlan
+from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
+from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
+from transforms.sources.reader import CHUNK_ROWS, Read
+from transforms.sources.tallies import SourceTally
 
 log = logging.getLogger("millrace.features")
 
@@ -54,15 +54,16 @@ class KeyedEvents:
         folder: where rows are set down; whoever made it removes it.
     """
 
-    def __init__(self, view: FeatureView, plan: Plan, block: Block, folder: str) -> None:
+    def __init__(self, view: FeatureView, plan: FeaturePlan, block: Block, folder: str) -> None:
         self.view, self.plan, self.block = view, plan, block
         self.groups = {
             name: GroupEvents(view, plan, block, group, folder) for name, group in event_groups(view.features).items()
         }
         self.inputs = {
-            name: Input(_nothing(plan, name), concat_letters([]), Tally(label(plan, name))) for name in block.events
+            name: BlockInput(_nothing(plan, name), concat_dead_letters([]), SourceTally(label(plan, name)))
+            for name in block.events
         }
-        self.suspects = {name: Spill(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events}  # fmt: skip
+        self.suspects = {name: DiskPartitions(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events}  # fmt: skip
 
     def add(self, name: str, read: Read) -> None:
         """Events of a source that were read; those that may repeat others wait until all have come."""
@@ -78,24 +79,28 @@ class KeyedEvents:
             alone = np.ones(len(clear), np.bool_)
             alone[again.to_numpy()] = False
             clear = clear.filter(pl.Series(alone))
-        self._settle(name, Read(clear, read.letters, read.digests))
+        self._settle(name, Read(clear, read.dead_letters, read.digests))
 
-    def settled(self) -> dict[str, Input]:
+    def settled(self) -> dict[str, BlockInput]:
         """Letters and accounts of all that was added; the rows themselves are set down."""
         for name, suspects in self.suspects.items():
             for part in range(suspects.parts):
-                rows = list(suspects.read(part, CHUNK))
+                rows = list(suspects.read(part, CHUNK_ROWS))
                 if rows:
-                    self._settle(name, Read(pl.concat(rows), pl.DataFrame(schema=LETTERS)))
+                    self._settle(name, Read(pl.concat(rows), pl.DataFrame(schema=SOURCE_DEAD_LETTERS)))
         return self.inputs
 
     def _settle(self, name: str, read: Read) -> None:
-        settled, before = settle_events(self.view, self.plan, self.block, name, read), self.inputs[name]
+        settled, before = deduplicate_events(self.view, self.plan, self.block, name, read), self.inputs[name]
         for (source, *_), group in self.groups.items():
             if source == name:
                 group.add(settled.frame)
-        letters = concat_letters([before.letters, settled.letters]) if len(settled.letters) else before.letters
-        self.inputs[name] = Input(before.frame, letters, before.tally + settled.tally)
+        dead_letters = (
+            concat_dead_letters([before.dead_letters, settled.dead_letters])
+            if len(settled.dead_letters)
+            else before.dead_letters
+        )
+        self.inputs[name] = BlockInput(before.frame, dead_letters, before.tally + settled.tally)
 
     def carry(self, name: str, summary: pl.DataFrame) -> None:
         """Rows of the summary of all that came before the block, of the name by which a kernel looks for it."""
@@ -110,14 +115,16 @@ class KeyedEvents:
         lookups = [feature for feature in features if isinstance(feature, Lookup)]
         columns = gathered(view, lookups, frame, tables)
         for name, group in event_groups(features).items():
-            columns += self.groups[name].answer(group, frame)
+            columns += self.groups[name].compute_features(group, frame)
         return columns
 
 
 class GroupEvents:
     """Events of one group, apart by the hash of its key."""
 
-    def __init__(self, view: FeatureView, plan: Plan, block: Block, features: Sequence[Events], folder: str) -> None:
+    def __init__(
+        self, view: FeatureView, plan: FeaturePlan, block: Block, features: Sequence[Events], folder: str
+    ) -> None:
         first, self.view, self.block, self.folder = features[0], view, block, folder
         self.source, self.keys, self.where = first.source, first.keys, first.condition
         self.known, self.asked = tuple(right for _, right in self.keys), tuple(left for left, _ in self.keys)
@@ -125,8 +132,8 @@ class GroupEvents:
         self.name = first.name if self.where is not None else self.source.name
         self.summary_name = summary_name(*identity(first))
         self.parts = block.shards[self.source.name]
-        self.spill = Spill(folder, self.known, self.parts)
-        self.summaries: Spill | None = None
+        self.spill = DiskPartitions(folder, self.known, self.parts)
+        self.summaries: DiskPartitions | None = None
         lengths = [length for feature in features for length in _lengths(feature)]
         self.since = min(block.start - (length or 0) for length in lengths)
 
@@ -139,38 +146,40 @@ class GroupEvents:
 
     def carry(self, summary: pl.DataFrame) -> None:
         if self.summaries is None:
-            self.summaries = Spill(self.folder, self.known, self.parts)
+            self.summaries = DiskPartitions(self.folder, self.known, self.parts)
             self._empty = summary.clear()
         self.summaries.add(summary)
 
-    def answer(self, features: Sequence[Events], frame: pl.DataFrame) -> list[pl.Series]:
+    def compute_features(self, features: Sequence[Events], frame: pl.DataFrame) -> list[pl.Series]:
         """Columns of `features` in the order of the `frame`'s rows."""
         asked = frame.select(list(dict.fromkeys([*self.asked, self.view.time])))
         moments = asked[self.view.time].to_physical()
         span = (int(moments.min()), int(moments.max()) + 1) if len(frame) else (0, 0)  # type: ignore[arg-type]
         made: dict[str, list[pl.Series]] = {}
         order = []
-        for part, places in enumerate(places_by_part(part_of(asked, self.asked, self.parts), self.parts)):
+        for part, positions in enumerate(
+            positions_by_partition(partition_of(asked, self.asked, self.parts), self.parts)
+        ):
             # A part of its own for no questions would have no types: one is answered in any case.
-            if not len(places) and (len(frame) or part):
+            if not len(positions) and (len(frame) or part):
                 continue
-            order.append(places)
-            for column in self._answer(features, asked[places], part, span):
+            order.append(positions)
+            for column in self._compute_features(features, asked[positions], part, span):
                 made.setdefault(column.name, []).append(column)
         back = np.argsort(np.concatenate(order), kind="stable")
         return [pl.concat(columns)[back] if len(order) > 1 else columns[0] for columns in made.values()]
 
-    def _answer(
+    def _compute_features(
         self, features: Sequence[Events], asked: pl.DataFrame, part: int, span: tuple[int, int]
     ) -> list[pl.Series]:
         columns = []
-        for task in divide(features, span, self.block.start):
-            events, middle = task.events(self._read(part), self._none)
+        for task in split_windows(features, span, self.block.start):
+            events, interior = task.events(self._read(part), self._none)
             tables: dict[str, Any] = {self.source.name: events}
-            if middle is not None:
-                tables[self.summary_name] = middle
+            if interior is not None:
+                tables[self.summary_name] = interior
             elif self.summaries is not None:
-                rows = pl.concat([self._empty, *self.summaries.read(part, CHUNK)])
+                rows = pl.concat([self._empty, *self.summaries.read(part, CHUNK_ROWS)])
                 tables[self.summary_name] = Summary(rows, self.block.start)
             self._tell(task, len(events))
             columns += gathered(self.view, task.features, asked, tables)
@@ -181,9 +190,9 @@ class GroupEvents:
         return pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns})
 
     def _read(self, part: int) -> Iterable[pl.DataFrame]:
-        return self.spill.read(part, CHUNK)
+        return self.spill.read(part, CHUNK_ROWS)
 
-    def _tell(self, task: Part, rows: int) -> None:
+    def _tell(self, task: WindowPart, rows: int) -> None:
         if rows > 4 * self.block.part_rows:
             log.warning(
                 "%s by %s: %s rows of one key, or a few, are held at once; %s",
@@ -209,12 +218,12 @@ def _columns(features: Sequence[Events], read: Sequence[str]) -> list[str]:
     return [name for name in read if name in wanted]
 
 
-def _identifying(view: FeatureView, plan: Plan, name: str) -> tuple[str, ...]:
+def _identifying(view: FeatureView, plan: FeaturePlan, name: str) -> tuple[str, ...]:
     """Columns that rows have in common of which one is kept."""
     contract = plan.contracts[name]
     return (view.time, *view.key) if contract is plan.spine else tuple(contract.source.unique or ())
 
 
-def _nothing(plan: Plan, name: str) -> pl.DataFrame:
+def _nothing(plan: FeaturePlan, name: str) -> pl.DataFrame:
     contract = plan.contracts[name]
     return pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.read})

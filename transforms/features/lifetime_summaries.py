@@ -115,7 +115,7 @@ def _digit_columns(prefix: str, digits: Digits) -> list[pl.Series]:
     return [pl.Series(f"{prefix}{unit}", digit) for unit, digit in digits.items()]
 
 
-class Carried:
+class PriorSummary:
     """A group's summary laid beside the windows: for each window the numbers of its key, zero or missing for new keys."""
 
     def __init__(self, summary: pl.DataFrame, rows: Ints) -> None:

@@ -33,7 +33,7 @@ def position(source: Source) -> pl.Expr:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class WindowPart:
     """Features of one group that are answered from the same rows.
 
     Args:
@@ -45,33 +45,33 @@ class Part:
     features: tuple[Trailing | Latest, ...]
     since: int
     length: int | None = None
-    middle: tuple[int, int] = (0, 0)
+    interior: tuple[int, int] = (0, 0)
     summed: bool = False
 
     def events(self, chunks: Iterable[pl.DataFrame], nothing: pl.DataFrame) -> tuple[pl.DataFrame, Summary | None]:
         """The rows that the kernel needs, and the summary of the others."""
-        place, source = position(self.features[0].source), self.features[0].source
-        low, high = self.middle
-        inside = (place >= low) & (place < high) & (pl.col(str(source.time)).to_physical() < high)
+        row_position, source = position(self.features[0].source), self.features[0].source
+        low, high = self.interior
+        inside = (row_position >= low) & (row_position < high) & (pl.col(str(source.time)).to_physical() < high)
         rows, kept, summary = [nothing], [nothing], None
         for chunk in chunks:
-            chunk = chunk.filter(place >= self.since)
+            chunk = chunk.filter(row_position >= self.since)
             if self.length is None:
                 rows.append(chunk)
                 continue
             rows.append(chunk.filter(~inside))
-            middle = chunk.filter(inside)
-            if not len(middle):
+            interior = chunk.filter(inside)
+            if not len(interior):
                 continue
             if self.summed:
                 keys = [column for _, column in self.features[0].keys]
-                summary = merge(summary, summarise([_ever(each) for each in self.features], middle), keys)
+                summary = merge(summary, summarise([_ever(each) for each in self.features], interior), keys)
             else:
-                kept = [firsts_and_lasts(self.features, pl.concat([*kept, middle]))]
-        return pl.concat([*rows, *kept]), None if summary is None else Summary(summary, self.middle[1], self.length)
+                kept = [firsts_and_lasts(self.features, pl.concat([*kept, interior]))]
+        return pl.concat([*rows, *kept]), None if summary is None else Summary(summary, self.interior[1], self.length)
 
 
-def divide(features: Sequence[Trailing | Latest], span: tuple[int, int], start: int) -> list[Part]:
+def split_windows(features: Sequence[Trailing | Latest], span: tuple[int, int], start: int) -> list[WindowPart]:
     """`features` of one group for questions asked in `span` (µs), by how the events of their windows can be reduced.
 
     Args:
@@ -102,8 +102,8 @@ def divide(features: Sequence[Trailing | Latest], span: tuple[int, int], start: 
             )
         ]
         since = min(start if each is None else first - each for each in lengths)
-        middle = (0, 0) if length is None else (last - length, first)
-        parts.append(Part(tuple(some), since, length, middle, summed))
+        interior = (0, 0) if length is None else (last - length, first)
+        parts.append(WindowPart(tuple(some), since, length, interior, summed))
     return parts
 
 

@@ -12,12 +12,12 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
-from transforms.features.column_reuse import Older, told_by
-from transforms.features.history_snapshots import Carried, left_for_later
+from transforms.features.column_reuse import OlderTable, description_after
+from transforms.features.history_snapshots import SnapshotFiles, left_for_later
 from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
-from transforms.sources.tallies import Tally, digests_read
+from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
-from transforms.storage.delta_tables import data_files, open_table, root_of, write_aside
+from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
 from transforms.storage.paths import folders
 
 log = logging.getLogger("millrace.features")
@@ -34,7 +34,7 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
     name = None if table is None else metadata_of(table, "manifest")
     if table is None or name is None:
         return EMPTY
-    path = FileSystems.join(root_of(table), FOLDER, name)
+    path = FileSystems.join(table_root(table), FOLDER, name)
     try:
         with FileSystems.open(path) as handle:
             return Manifest.from_json(handle.read().decode())
@@ -55,11 +55,11 @@ def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
             "%d days of %s were written when windows over all history could count events twice or too early: "
             "run millrace features, which computes them again, before you use them",
             len(days),
-            root_of(table),
+            table_root(table),
         )
 
 
-def older_tables(store: str, view: FeatureView) -> list[Older]:
+def older_tables(store: str, view: FeatureView) -> list[OlderTable]:
     """The tables of the same view's other fingerprints, the last written first; one that cannot be read is passed over."""
     found = []
     root = FileSystems.join(store, "features", view.name)
@@ -69,7 +69,9 @@ def older_tables(store: str, view: FeatureView) -> list[Older]:
             table = open_table(uri) if fingerprint != view.fingerprint else None
             if table is not None:
                 at = commit_at(uri, table.version()).get("timestamp", 0)
-                found.append((at, Older(uri, int(table.version()), read_manifest(table), tuple(data_files(table)))))
+                found.append(
+                    (at, OlderTable(uri, int(table.version()), read_manifest(table), tuple(data_files(table))))
+                )
         except StoreError as error:
             log.warning("nothing is copied from it: %s", error)
     return [older for _, older in sorted(found, key=lambda each: each[0], reverse=True)]
@@ -87,13 +89,13 @@ class WriteManifest:
     everything: bool
 
     def __call__(
-        self, table: DeltaTable | None, tallies: Mapping[str, Tally], carried: Carried | None = None
+        self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], carried: SnapshotFiles | None = None
     ) -> dict[str, str]:
         """`carried`: the summaries of all history that the run made."""
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
         left = left_for_later(carried or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
-        after = dataclasses.replace(after, about=told_by(self.view, before))
+        after = dataclasses.replace(after, about=description_after(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
         write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
         return {"manifest": name}

@@ -60,7 +60,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class FeaturePlan:
     """Blocks that tile the ranges of a run.
 
     `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
@@ -88,9 +88,9 @@ class Plan:
         return self.ranges[-1][1]
 
 
-def make_plan(
+def plan_features(
     view: FeatureView, root: str, start: date | None, end: date | None, now: int, block_rows: int = BLOCK_ROWS
-) -> Plan:
+) -> FeaturePlan:
     """Cut the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
 
     Raises:
@@ -103,7 +103,7 @@ def make_plan(
         for name, source in view.events.items()
         if source.unique
     }
-    return cut(
+    return plan_blocks(
         view,
         inventory,
         [interval(view, inventory, start, end)],
@@ -137,7 +137,7 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
     return first, last
 
 
-def cut(
+def plan_blocks(
     view: FeatureView,
     inventory: Inventory,
     ranges: Sequence[tuple[int, int]],
@@ -149,7 +149,7 @@ def cut(
     summarised: tuple[str, ...] = (),
     key_shards: int | None = None,
     broadcast_bytes: float = BROADCAST_BYTES,
-) -> Plan:
+) -> FeaturePlan:
     """Blocks over `ranges` of µs.
 
     Args:
@@ -211,7 +211,7 @@ def cut(
         shuffled = in_vain(view, blocks) > MOST_READS
     blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
     routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
-    return Plan(
+    return FeaturePlan(
         tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled, routed
     )  # fmt: skip
 

@@ -11,22 +11,22 @@ import polars as pl
 
 from schemas.features import Lookup
 from schemas.views import FeatureView
-from transforms.features.block_inputs import ONE_ROW, Input, dimension_rows, losing, tell_dimension
+from transforms.features.block_inputs import ONE_ROW, BlockInput, dimension_rows, losing, tally_dimension
 from transforms.features.kernel import Gather, Reading, gathered
-from transforms.features.plan import BLOCK_ROWS, Plan
-from transforms.records.disk_partitions import Spill
+from transforms.features.plan import BLOCK_ROWS, FeaturePlan
+from transforms.records.disk_partitions import DiskPartitions
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK, locate, stream_slices
+from transforms.sources.reader import CHUNK_ROWS, locate, stream_slices
 
 
-def routing(plan: Plan, gather: Gather = gathered) -> Gather:
+def routing(plan: FeaturePlan, gather: Gather = gathered) -> Gather:
     """`gather`, with the routed dimensions of `plan` read as they are looked up."""
     return functools.partial(_gather, plan, gather) if plan.routed else gather
 
 
 def _gather(
-    plan: Plan,
+    plan: FeaturePlan,
     gather: Gather,
     view: FeatureView,
     features: Sequence[Reading],
@@ -56,33 +56,33 @@ def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spin
     )
 
 
-def account(view: FeatureView, plan: Plan, name: str, part_rows: int = BLOCK_ROWS) -> Input:
+def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BLOCK_ROWS) -> BlockInput:
     """As `inputs.read_dimension` but for the rows: letters and account, some keys at a time."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     keys = list(dict.fromkeys(
         tuple(column for _, column in feature.keys)
         for feature in view.features if isinstance(feature, Lookup) and feature.source.name == name
     ))  # fmt: skip
-    total, rows, letters, refused = 0, 0, [], []
+    total, rows, dead_letters, refused = 0, 0, [], []
     with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
         parts = -(-sum(each.rows for each in slices) // part_rows)
-        spills = [Spill(folder, key, max(parts, 1)) for key in keys]
+        spills = [DiskPartitions(folder, key, max(parts, 1)) for key in keys]
         for read in stream_slices(contract, slices):
-            total += len(read.frame) + len(read.letters)
-            letters.append(read.letters)
+            total += len(read.frame) + len(read.dead_letters)
+            dead_letters.append(read.dead_letters)
             for spill in spills:
                 spill.add(read.frame)
         for key, spill in zip(keys, spills, strict=True):
             found = []
             for part in range(spill.parts):
-                chunks = list(spill.read(part, CHUNK))
+                chunks = list(spill.read(part, CHUNK_ROWS))
                 frame = dimension_rows(contract, pl.concat(chunks)) if chunks else pl.DataFrame()
                 rows += len(frame) if key == keys[0] else 0
                 found += [losing(frame, key)] if chunks else []
             conflicts = pl.concat(found) if found else None
             if conflicts is not None and len(conflicts):
                 refused.append(conflicts)
-                letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+                dead_letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
     used = rows - (len(pl.concat(refused).unique()) if refused else 0)
     nothing = pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.columns})
-    return Input(nothing, *tell_dimension(plan, name, total, used, letters))
+    return BlockInput(nothing, *tally_dimension(plan, name, total, used, dead_letters))

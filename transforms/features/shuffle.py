@@ -11,20 +11,20 @@ from apache_beam import pvalue
 
 from schemas.views import FeatureView
 from transforms.features.block_inputs import label
-from transforms.features.plan import Plan
-from transforms.records.prefetch import Ahead
+from transforms.features.plan import FeaturePlan
+from transforms.records.prefetch import PrefetchDoFn
 from transforms.records.record_batches import frame, from_ipc, to_ipc
 from transforms.sources.contracts import Contract
-from transforms.sources.dead_letters import LETTERS, letters_batch
+from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, dead_letters_batch
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK, Read, stream_slices
-from transforms.sources.tallies import Tally
+from transforms.sources.reader import CHUNK_ROWS, Read, stream_slices
+from transforms.sources.tallies import SourceTally
 
 SPINE = ""
 Routed = tuple[int, tuple[str, bytes]]
 
 
-def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
+def routes(plan: FeaturePlan) -> Iterator[tuple[str, Slice]]:
     """(source, slice), each once, for every slice that some block needs."""
     spine = plan.spine.source.name
     needed = {(spine, each) for block in plan.blocks for each in block.spine}
@@ -32,7 +32,7 @@ def routes(plan: Plan) -> Iterator[tuple[str, Slice]]:
     yield from sorted(needed, key=lambda route: (route[0], route[1].path, route[1].group))
 
 
-class Route(Ahead):
+class Route(PrefetchDoFn):
     """(source, slice) → (block, (source or SPINE, rows)) per block that needs rows of it; tagged: the slice's dead letters and what
     of its account no block can give.
 
@@ -42,7 +42,7 @@ class Route(Ahead):
 
     readers = os.cpu_count() or 1
 
-    def __init__(self, view: FeatureView, plan: Plan) -> None:
+    def __init__(self, view: FeatureView, plan: FeaturePlan) -> None:
         self.view, self.plan = view, plan
 
     def process(self, route: tuple[str, Slice]) -> Iterator[Routed | pvalue.TaggedOutput]:
@@ -55,7 +55,7 @@ class Route(Ahead):
         spans = [block.spans[name] for block in plan.blocks if name in block.spans]
         span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
         reads = stream_slices(contract, [piece], span=span)
-        return list(reads) if piece.rows <= CHUNK else reads
+        return list(reads) if piece.rows <= CHUNK_ROWS else reads
 
     def _routed(self, name: str, reads: Iterable[Read]) -> Iterator[Routed | pvalue.TaggedOutput]:
         for read in reads:
@@ -78,13 +78,15 @@ class Route(Ahead):
                 if last > first:
                     seen[first:last] = True
                     yield block.index, (tag, sent(rows[int(first) : int(last)]))
-            told = name if tag == SPINE else label(plan, name)
-            dead = _owned(read.letters, plan, tag) if tag == SPINE or name != spine else read.letters.clear()
+            tallied_as = name if tag == SPINE else label(plan, name)
+            dead = _owned(read.dead_letters, plan, tag) if tag == SPINE or name != spine else read.dead_letters.clear()
             stray = int(_own(moments[~seen], plan, tag).sum()) if tag != SPINE else 0
             digests = read.digests if tag != SPINE or name not in plan.contracts else {}
-            yield pvalue.TaggedOutput("tallies", Tally(told, stray + len(dead), 0, stray, 0, len(dead), digests))
+            yield pvalue.TaggedOutput(
+                "tallies", SourceTally(tallied_as, stray + len(dead), 0, stray, 0, len(dead), digests)
+            )
             if len(dead):
-                yield pvalue.TaggedOutput("letters", letters_batch(self.view, [dead]))
+                yield pvalue.TaggedOutput("dead_letters", dead_letters_batch(self.view, [dead]))
 
 
 def sent(rows: pl.DataFrame) -> bytes:
@@ -98,7 +100,7 @@ def received(rows: bytes) -> pl.DataFrame:
 
 
 def _own(
-    moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: Plan, name: str
+    moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: FeaturePlan, name: str
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Which moments some block accounts for."""
     inside = np.zeros(len(moments), np.bool_)
@@ -108,12 +110,12 @@ def _own(
     return inside
 
 
-def _owned(letters: pl.DataFrame, plan: Plan, name: str) -> pl.DataFrame:
-    return letters.filter(pl.Series(_own(letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
+def _owned(dead_letters: pl.DataFrame, plan: FeaturePlan, name: str) -> pl.DataFrame:
+    return dead_letters.filter(pl.Series(_own(dead_letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
 
 
-def gathered_read(plan: Plan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
+def gathered_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
     """What a block was sent, as if it had read it; letters were told where the slices were read."""
     contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
     schema = {column: contract.source.schema[column] for column in contract.read}
-    return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=LETTERS))
+    return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=SOURCE_DEAD_LETTERS))

@@ -22,7 +22,7 @@ from transforms.sources.reader import Repeats, read_slices, repeats_of, stream_s
 
 _MASK = 2**64 - 1
 # Days back of a window over all history.
-EVER = 1_000_000
+WHOLE_HISTORY_DAYS = 1_000_000
 MOST_SNAPSHOTS = 100
 # Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too early, and days
 # that were computed from them; and digests of rows that were gone when they were last read.
@@ -277,9 +277,9 @@ def digests_within(
             else np.zeros(0, np.uint64)
         )
         prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-        place = np.array(seen, np.int64)
-        first = np.searchsorted(place, np.array(wanted) - reach, "left")
-        last = np.searchsorted(place, np.array(wanted), "right")
+        position = np.array(seen, np.int64)
+        first = np.searchsorted(position, np.array(wanted) - reach, "left")
+        last = np.searchsorted(position, np.array(wanted), "right")
         with np.errstate(over="ignore"):
             sums = prefix[last] - prefix[first]
         for day, value in zip(wanted, sums, strict=True):
@@ -311,7 +311,7 @@ def reaches(view: FeatureView) -> dict[str, int]:
     lifetime = lifetime_sources(view)
     return {
         view.spine.name: 0,
-        **{name: EVER if name in lifetime else -(-view.reach(name) // DAY) for name in view.events},
+        **{name: WHOLE_HISTORY_DAYS if name in lifetime else -(-view.reach(name) // DAY) for name in view.events},
     }
 
 
@@ -402,7 +402,7 @@ def advance(
     covered = {
         name: [(low, min(high, whole)) for low, high in Days(spans).spans if low <= whole]
         for name, spans in covered.items()
-        for whole in [current.whole.get(name, EVER)]
+        for whole in [current.whole.get(name, WHOLE_HISTORY_DAYS)]
     }
     dropped = {name: each.dropped for name, each in current.repeats.items()}
     inside = {day for start, end in computed for day in range(start // DAY, -(-end // DAY))}

@@ -17,25 +17,25 @@ from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
 from transforms.features.block_inputs import (
-    Input,
+    BlockInput,
+    deduplicate_events,
+    deduplicate_spine,
     read_dimension,
     read_events,
     read_spine,
-    settle_events,
-    settle_spine,
     stream_events,
 )
 from transforms.features.column_reuse import Copies, compute_with
-from transforms.features.history_snapshots import Carried, load_summaries, stream_summaries
-from transforms.features.kernel import CORES, Gather, gathered
+from transforms.features.history_snapshots import SnapshotFiles, load_summaries, stream_summaries
+from transforms.features.kernel import KERNEL_POOL, Gather, gathered
 from transforms.features.key_partitions import KeyedEvents
-from transforms.features.plan import Block, Plan
+from transforms.features.plan import Block, FeaturePlan
 from transforms.features.routed_dimensions import account, routing
 from transforms.features.shuffle import SPINE, Route, gathered_read, received, routes
-from transforms.records.prefetch import Ahead
+from transforms.records.prefetch import PrefetchDoFn
 from transforms.records.record_batches import batch
 from transforms.records.row_hashing import row_ids
-from transforms.sources.dead_letters import letters_batch
+from transforms.sources.dead_letters import dead_letters_batch
 
 log = logging.getLogger("millrace.features")
 
@@ -51,7 +51,7 @@ class TrailingFeatures(beam.PTransform):
     """
 
     view: FeatureView
-    plan: Plan
+    plan: FeaturePlan
     carried: pvalue.AsSingleton | None = None
     uri: str = ""
     copies: Copies | None = None
@@ -67,31 +67,33 @@ class TrailingFeatures(beam.PTransform):
         routed[FEATURES].element_type = typehints.Tuple[int, typehints.Tuple[str, bytes]]
         gathered = routed[FEATURES] | "Gather" >> beam.GroupByKey()
         gather = ComputeGathered(self.view, rules, self.plan.blocks, self.uri, self.copies)
-        features, letters, tallies = typed(
+        features, dead_letters, tallies = typed(
             gathered | "Compute" >> beam.ParDo(gather, *side).with_outputs(*TAGS, main=FEATURES)
         )
-        routed.letters.element_type = pa.RecordBatch
+        routed.dead_letters.element_type = pa.RecordBatch
         return (
             features,
-            (letters, routed.letters) | "Letters" >> beam.Flatten(),
+            (dead_letters, routed.dead_letters) | "Letters" >> beam.Flatten(),
             (tallies, routed.tallies) | "Tallies" >> beam.Flatten(),
         )
 
 
-FEATURES, TAGS = "features", ("letters", "tallies")
+FEATURES, TAGS = "features", ("dead_letters", "tallies")
 
 
 def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
     """Features, letters and tallies, the first two known to hold RecordBatches."""
-    features, letters = outputs[FEATURES], outputs.letters
-    features.element_type = letters.element_type = pa.RecordBatch
-    return features, letters, outputs.tallies
+    features, dead_letters = outputs[FEATURES], outputs.dead_letters
+    features.element_type = dead_letters.element_type = pa.RecordBatch
+    return features, dead_letters, outputs.tallies
 
 
-class ComputeBlock(Ahead):
+class ComputeBlock(PrefetchDoFn):
     """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
 
-    def __init__(self, view: FeatureView, plan: Plan, blocks: int, uri: str = "", copies: Copies | None = None) -> None:
+    def __init__(
+        self, view: FeatureView, plan: FeaturePlan, blocks: int, uri: str = "", copies: Copies | None = None
+    ) -> None:
         self.view, self.plan, self.blocks, self.uri, self.copies = view, plan, blocks, uri, copies
 
     def setup(self) -> None:
@@ -99,63 +101,65 @@ class ComputeBlock(Ahead):
         held = [name for name in self.plan.dimensions if name not in self.plan.routed]
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
 
-    def process(self, block: Block, carried: Carried | None = None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+    def process(
+        self, block: Block, carried: SnapshotFiles | None = None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         if block.shards:
             yield from self.ahead(lambda: block, lambda _: self.keyed(block, carried))
         else:
             read = functools.partial(read_block, self.view, self.plan, block)
             yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
 
-    def keyed(self, block: Block, carried: Carried | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+    def keyed(self, block: Block, carried: SnapshotFiles | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         """What a block gives whose events are too many to hold: they are set down as they are read."""
-        with set_down(self.view, self.plan, block) as events:
+        with spill_events(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
                     events.add(name, read)
             yield from self.keyed_answers(block, read_spine(self.view, self.plan, block), events, carried)
 
     def answers(
-        self, block: Block, spine: Input, events: Mapping[str, Input], carried: Carried | None
+        self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], carried: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         """What a block gives whose events are in memory."""
         summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
         frames = {**{name: each.frame for name, each in events.items()}, **summaries}
-        yield from self._told(block, spine, frames, list(events.values()), gathered)
+        yield from self._record(block, spine, frames, list(events.values()), gathered)
 
     def keyed_answers(
-        self, block: Block, spine: Input, events: KeyedEvents, carried: Carried | None
+        self, block: Block, spine: BlockInput, events: KeyedEvents, carried: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         """What a block gives whose events were set down, apart by the hash of their keys."""
         settled = events.settled()
         for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
             events.carry(name, rows)
-        yield from self._told(block, spine, {}, list(settled.values()), events.gather)
+        yield from self._record(block, spine, {}, list(settled.values()), events.gather)
 
-    def _told(
-        self, block: Block, spine: Input, tables: Mapping[str, Any], inputs: list[Input], gather: Gather
+    def _record(
+        self, block: Block, spine: BlockInput, tables: Mapping[str, Any], inputs: list[BlockInput], gather: Gather
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         tables = {**{name: each.frame for name, each in self.dimensions.items()}, **tables}
-        features = answer(self.view, self.plan, spine, tables, self.copies, gather)
+        features = compute_features(self.view, self.plan, spine, tables, self.copies, gather)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
         if block.index == 0:
             inputs = [*inputs, *self.dimensions.values()]
             inputs += [account(self.view, self.plan, name) for name in self.plan.routed]
-        yield from told(self.view, [spine, *inputs])
+        yield from side_outputs(self.view, [spine, *inputs])
 
 
 class ComputeGathered(ComputeBlock):
     """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
 
     def __init__(
-        self, view: FeatureView, plan: Plan, blocks: Sequence[Block], uri: str = "", copies: Copies | None = None
+        self, view: FeatureView, plan: FeaturePlan, blocks: Sequence[Block], uri: str = "", copies: Copies | None = None
     ) -> None:
         super().__init__(view, plan, len(blocks), uri, copies)
         self.by_index = {block.index: block for block in blocks}
 
     def process(  # type: ignore[override]
-        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: Carried | None = None
+        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
         parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
@@ -168,15 +172,19 @@ class ComputeGathered(ComputeBlock):
         read = functools.partial(self._settled, block, parts)
         yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
 
-    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[Input, dict[str, Input]]:
+    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
         held = {name: [received(rows) for rows in each] for name, each in parts.items()}
         spine = self._spine(block, held.pop(SPINE))
         reads = {name: gathered_read(self.plan, name, each) for name, each in held.items()}
-        return spine, {name: settle_events(self.view, self.plan, block, name, read) for name, read in reads.items()}
+        return spine, {
+            name: deduplicate_events(self.view, self.plan, block, name, read) for name, read in reads.items()
+        }
 
-    def _spilled(self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: Carried | None) -> Iterator[Any]:
+    def _spilled(
+        self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: SnapshotFiles | None
+    ) -> Iterator[Any]:
         spine: list[pl.DataFrame] = []
-        with set_down(self.view, self.plan, block) as events:
+        with spill_events(self.view, self.plan, block) as events:
             for name, rows in rows_of:
                 if name == SPINE:
                     spine.append(received(rows))
@@ -184,28 +192,28 @@ class ComputeGathered(ComputeBlock):
                     events.add(name, gathered_read(self.plan, name, [received(rows)]))
             yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
 
-    def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> Input:
-        return settle_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
+    def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> BlockInput:
+        return deduplicate_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
 
 
 @contextlib.contextmanager
-def set_down(view: FeatureView, plan: Plan, block: Block) -> Iterator[KeyedEvents]:
+def spill_events(view: FeatureView, plan: FeaturePlan, block: Block) -> Iterator[KeyedEvents]:
     """A place on local disk for a block's events, for as long as it takes to answer from them."""
     with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
         yield KeyedEvents(view, plan, block, folder)
 
 
-def read_block(view: FeatureView, plan: Plan, block: Block) -> tuple[Input, dict[str, Input]]:
+def read_block(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, dict[str, BlockInput]]:
     """The block's questions and, per source, the events they can see; sources are read side by side."""
-    spine = CORES.submit(read_spine, view, plan, block)
-    events = {name: CORES.submit(read_events, view, plan, block, name) for name in block.events}
+    spine = KERNEL_POOL.submit(read_spine, view, plan, block)
+    events = {name: KERNEL_POOL.submit(read_events, view, plan, block, name) for name in block.events}
     return spine.result(), {name: each.result() for name, each in events.items()}
 
 
-def answer(
+def compute_features(
     view: FeatureView,
-    plan: Plan,
-    spine: Input,
+    plan: FeaturePlan,
+    spine: BlockInput,
     tables: Mapping[str, Any],
     copies: Copies | None = None,
     gather: Gather = gathered,
@@ -214,23 +222,23 @@ def answer(
     return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
 
 
-def told(view: FeatureView, inputs: Iterable[Input]) -> Iterator[pvalue.TaggedOutput]:
+def side_outputs(view: FeatureView, inputs: Iterable[BlockInput]) -> Iterator[pvalue.TaggedOutput]:
     """The dead letters and tallies of what was read, as tagged outputs."""
     inputs = list(inputs)
-    letters = letters_batch(view, [each.letters for each in inputs])
-    if letters.num_rows:
-        yield pvalue.TaggedOutput("letters", letters)
+    dead_letters = dead_letters_batch(view, [each.dead_letters for each in inputs])
+    if dead_letters.num_rows:
+        yield pvalue.TaggedOutput("dead_letters", dead_letters)
     for each in inputs:
         yield pvalue.TaggedOutput("tallies", each.tally)
 
 
 def compute_block(
-    view: FeatureView, plan: Plan, block: Block, dimensions: Mapping[str, Input]
-) -> tuple[pa.RecordBatch, list[Input]]:
+    view: FeatureView, plan: FeaturePlan, block: Block, dimensions: Mapping[str, BlockInput]
+) -> tuple[pa.RecordBatch, list[BlockInput]]:
     """The block's features, and the inputs they were computed from, all in memory."""
     spine, events = read_block(view, plan, block)
     tables = {name: each.frame for name, each in (*dimensions.items(), *events.items())}
-    return answer(view, plan, spine, tables), [spine, *events.values()]
+    return compute_features(view, plan, spine, tables), [spine, *events.values()]
 
 
 def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:

@@ -14,7 +14,7 @@ from transforms.features.window_statistics import Ints, Once
 MANY = 20_000
 
 
-class Sorting:
+class EventOrder:
     """Events and spine rows under one integer key, code · span + time, so that a window is two binary searches."""
 
     def __init__(self, positions: Ints, codes: Ints, moments: Ints, spine_codes: Ints) -> None:
@@ -36,11 +36,11 @@ class Sorting:
 
     def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
         """(Rows by code and time, their keys in that order.)"""
-        keys = codes * self.span + self._place(times)
+        keys = codes * self.span + self._position(times)
         order = by_code(codes) if rising(times) else pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
         return order, keys[order]
 
-    def _place(self, times: Ints) -> Ints:
+    def _position(self, times: Ints) -> Ints:
         """Times as numbers in `[0, span)`; times before the first event are 0."""
         if self.unique is not None:
             return np.searchsorted(self.unique, times, "left").astype(np.int64)
@@ -48,8 +48,8 @@ class Sorting:
 
     def _search(self, times: Ints) -> Ints:
         """Place of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
-        wanted = self.sorted_codes * self.span + self._place(times)
-        found = places(self.sorted_keys, wanted)
+        wanted = self.sorted_codes * self.span + self._position(times)
+        found = positions(self.sorted_keys, wanted)
         return np.where(self.sorted_codes < 0, 0, found)
 
     def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
@@ -85,7 +85,7 @@ def by_code(codes: Ints) -> Ints:
     return order
 
 
-def places(keys: Ints, wanted: Ints) -> Ints:
+def positions(keys: Ints, wanted: Ints) -> Ints:
     """The first place in sorted `keys` that is not less than each of the sorted `wanted`: many in one pass over both."""
     if len(wanted) < MANY:
         return np.searchsorted(keys, wanted, "left")

@@ -32,7 +32,7 @@ from transforms.records.frame_packets import head_of, pack
 
 log = logging.getLogger("millrace.serving")
 # What a batch says beside its rows, in its schema's metadata: a packet of where it comes from; who scored it, as JSON.
-TOLD, SERVING = b"millrace.told", b"millrace.serving"
+BATCH_RECORD, SERVING = b"millrace.told", b"millrace.serving"
 # Swaps and refusals that are kept to be told.
 KEPT = 20
 
@@ -65,7 +65,7 @@ class Serving:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Held:
+class LoadedModel:
     """A model that serves since a moment (µs since 1970)."""
 
     scorer: Scorer
@@ -145,7 +145,7 @@ class Champion:
         self._skipped: tuple[str, Any] | None = None
         self._trouble, self._folder, self._began = "", "", ""
         self._news = {"swaps": 0, "refused": 0}
-        self._held: Held | None = None
+        self._held: LoadedModel | None = None
         self.look()
         if self._held is None:
             self._swap(open_checked(serving, serving.first))
@@ -156,11 +156,11 @@ class Champion:
             ).start()
 
     @property
-    def held(self) -> Held:
+    def held(self) -> LoadedModel:
         assert self._held is not None
         return self._held
 
-    def take(self) -> tuple[Held, int]:
+    def take(self) -> tuple[LoadedModel, int]:
         """What serves, and the time now (µs): before another one's `since`, whenever that takes over."""
         with self._lock:
             return self.held, time.time_ns() // 1000
@@ -171,17 +171,21 @@ class Champion:
             result, self._news = self._news, {"swaps": 0, "refused": 0}
             return result
 
-    def begin(self, held: Held, rows: pa.RecordBatch) -> None:
+    def begin(self, held: LoadedModel, rows: pa.RecordBatch) -> None:
         """Tell of the first rows that a model scores here."""
         with self._lock:
             if self._began == held.version or held is not self._held or not rows.num_rows:
                 return
             self._began = held.version
-        places = [
-            f"{source}/{partition}@{first}" for source, partition, first, *_ in head_of(told_of(rows)).get("parts", ())
+        positions = [
+            f"{source}/{partition}@{first}"
+            for source, partition, first, *_ in head_of(batch_record(rows)).get("parts", ())
         ]
         log.warning(
-            "version %s of %r scores from %s on", held.version, self.serving.model, ", ".join(places) or "the next row"
+            "version %s of %r scores from %s on",
+            held.version,
+            self.serving.model,
+            ", ".join(positions) or "the next row",
         )
 
     def look(self) -> None:
@@ -227,7 +231,7 @@ class Champion:
     def _swap(self, scorer: Scorer, took: float = 0.0) -> None:
         before = self._held
         with self._lock:
-            held = Held(scorer, time.time_ns() // 1000)
+            held = LoadedModel(scorer, time.time_ns() // 1000)
             self._held = held
             if before is not None:
                 swap = {"at": held.since, "from": before.version, "to": held.version}
@@ -302,7 +306,7 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
     """RunInference over live feature rows: each batch is scored by the model that serves when its turn comes.
 
     Takes batches of `schemas.live.scorable(view)` and gives `schemas.live.live_predictions(view, classes)`; a packet in the
-    schema's metadata (`TOLD`) travels on, with what this worker serves.
+    schema's metadata (`BATCH_RECORD`) travels on, with what this worker serves.
     """
 
     def __init__(self, serving: Serving) -> None:
@@ -337,7 +341,9 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
         return "millrace.serving"
 
 
-def score_live(serving: Serving, champion: Champion, held: Held, at: int, rows: pa.RecordBatch) -> pa.RecordBatch:
+def score_live(
+    serving: Serving, champion: Champion, held: LoadedModel, at: int, rows: pa.RecordBatch
+) -> pa.RecordBatch:
     """Predictions of a batch with one model, stamped `at` µs."""
     schema = live_predictions(serving.view, serving.classes)
     if rows.num_rows:
@@ -351,10 +357,10 @@ def score_live(serving: Serving, champion: Champion, held: Held, at: int, rows: 
     serving_now = {
         "worker": champion.worker, "version": held.version, "since": held.since, "refused": champion.refused,
     }  # fmt: skip
-    metadata = {TOLD: told_of(rows), SERVING: json.dumps(serving_now).encode()}
+    metadata = {BATCH_RECORD: batch_record(rows), SERVING: json.dumps(serving_now).encode()}
     return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
 
 
-def told_of(rows: pa.RecordBatch) -> bytes:
+def batch_record(rows: pa.RecordBatch) -> bytes:
     """The packet that travels with a batch."""
-    return bytes((rows.schema.metadata or {}).get(TOLD, pack({})))
+    return bytes((rows.schema.metadata or {}).get(BATCH_RECORD, pack({})))

@@ -14,19 +14,19 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.live import ORIGIN, live_schema, scorable
 from schemas.views import FeatureView
-from transforms.inference.champion_model import TOLD
+from transforms.inference.champion_model import BATCH_RECORD
 from transforms.records.frame_packets import pack
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_log import commit_at, file_actions, versions
-from transforms.storage.delta_tables import data_files, open_table, read_file, root_of
+from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.messages import HEARTBEAT, LETTERS, Message, by_partition, heartbeat, to_arrow
+from transforms.streaming.messages import HEARTBEAT, MESSAGE_DEAD_LETTERS, Message, by_partition, heartbeat, to_arrow
 
 # Messages of a batch: bounds what a worker holds while a job catches up.
-MESSAGES = 200
+BATCH_MESSAGES = 200
 # Rows of a replayed message.
-ROWS = 1000
+MESSAGE_ROWS = 1000
 _ARROW = b"\xff\xff\xff\xff"
 
 
@@ -43,46 +43,49 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
         messages: from the features topic.
         by_row: offsets count rows (a replayed table), not messages.
     """
-    source, tables, letters, parts = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
+    source, tables, dead_letters, parts = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
     for (_, partition), some in by_partition(messages).items():
         beat, rows = None, 0
         for message in some:
             if message.key == HEARTBEAT:
-                told = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
-                if told is None:
-                    letters.append(_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
-                beat, rows = told, 0
+                until = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
+                if until is None:
+                    dead_letters.append(_dead_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
+                beat, rows = until, 0
                 continue
             beat = None  # an end is one only while nothing follows
             try:
-                answers = _answers(view, message)
+                answers = _feature_rows(view, message)
             except (ValueError, OSError, pa.ArrowException) as error:
-                letters.append(_letter(source, message, "", (str(error).splitlines() or [repr(error)])[0][:300]))
+                dead_letters.append(
+                    _dead_letter(source, message, "", (str(error).splitlines() or [repr(error)])[0][:300])
+                )
                 rows = 0
                 continue
             rows = answers.num_rows
             kept, broken = _whole(view, answers)
-            letters += [
-                _letter(source, message, field, "an answer names its question", place) for place, field in broken
+            dead_letters += [
+                _dead_letter(source, message, field, "an answer names its question", position)
+                for position, field in broken
             ]
             tables.append(kept)
         after = some[-1].offset + (rows if by_row else 1)
         parts.append([source, partition, some[0].offset, after, len(some) if not by_row or rows else 0, beat])
-    frames = {"letters": pl.DataFrame(letters, schema=LETTERS, orient="row")} if letters else {}
-    schema = scorable(view).with_metadata({TOLD: pack({"parts": parts, "came": now_us()}, frames)})
+    frames = {"letters": pl.DataFrame(dead_letters, schema=MESSAGE_DEAD_LETTERS, orient="row")} if dead_letters else {}
+    schema = scorable(view).with_metadata({BATCH_RECORD: pack({"parts": parts, "came": now_us()}, frames)})
     return batch(pa.concat_tables(tables) if tables else schema.empty_table(), schema)
 
 
-def _answers(view: FeatureView, message: Message) -> pa.Table:
+def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
     """Rows of a message, columns of `scorable(view)`, checked.
 
     Raises:
         ValueError: another fingerprint or schema, or no Arrow.
     """
-    told = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
-    if told != view.fingerprint:
+    found_fingerprint = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
+    if found_fingerprint != view.fingerprint:
         raise ValueError(
-            f"an answer is of fingerprint {view.fingerprint} (view {view.name}), its key says {told[:40]!r}"
+            f"an answer is of fingerprint {view.fingerprint} (view {view.name}), its key says {found_fingerprint[:40]!r}"
         )
     if message.value[:4] != _ARROW:
         raise ValueError("a message of answers is an Arrow IPC stream")
@@ -111,23 +114,23 @@ def _whole(view: FeatureView, answers: pa.Table) -> tuple[pa.Table, list[tuple[i
     for name in named:
         column = answers[name]
         if column.null_count:
-            for place in column.is_null().to_numpy().nonzero()[0].tolist():
-                broken.setdefault(place, name)
+            for position in column.is_null().to_numpy().nonzero()[0].tolist():
+                broken.setdefault(position, name)
     if not broken:
         return answers, []
-    kept = pa.array([place not in broken for place in range(len(answers))])
+    kept = pa.array([position not in broken for position in range(len(answers))])
     return answers.filter(kept), sorted(broken.items())
 
 
-def _letter(source: str, message: Message, field: str, rule: str, place: int = -1) -> tuple[object, ...]:
-    text = message.value[:200].decode("utf-8", "backslashreplace") if place < 0 else None
-    return source, message.partition, message.offset, place, field, rule, text, message.timestamp
+def _dead_letter(source: str, message: Message, field: str, rule: str, position: int = -1) -> tuple[object, ...]:
+    text = message.value[:200].decode("utf-8", "backslashreplace") if position < 0 else None
+    return source, message.partition, message.offset, position, field, rule, text, message.timestamp
 
 
-class DecodeAnswers(beam.DoFn):
+class DecodeFeatureRows(beam.DoFn):
     """Message → batches of `scorable(view)`, of the messages of a bundle, `most` at a time."""
 
-    def __init__(self, view: FeatureView, most: int = MESSAGES, by_row: bool = False) -> None:
+    def __init__(self, view: FeatureView, most: int = BATCH_MESSAGES, by_row: bool = False) -> None:
         self.view, self.most, self.by_row = view, most, by_row
 
     def start_bundle(self) -> None:
@@ -157,15 +160,15 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
     due, offset, arrived = begin.get(0, 0), 0, 0
     table = open_table(uri)
     if table is not None:
-        inside = len(root_of(table)) + 1
+        inside = len(table_root(table)) + 1
         files = {file.path[inside:]: file for file in data_files(table)}
         for version in versions(uri):
             arrived = int(commit_at(uri, version).get("timestamp", 0)) * 1000
             for path in sorted(file_actions(uri, version)[0] & files.keys()):
                 if offset + files[path].rows > due:
                     rows = batch(read_file(files[path], live_schema(view).names), live_schema(view))
-                    for start in range(max(due - offset, 0), rows.num_rows, ROWS):
-                        part = to_arrow(rows.slice(start, ROWS))
+                    for start in range(max(due - offset, 0), rows.num_rows, MESSAGE_ROWS):
+                        part = to_arrow(rows.slice(start, MESSAGE_ROWS))
                         yield Message(topic, 0, offset + start, arrived, f"{view.fingerprint}:replay".encode(), part)
                 offset += files[path].rows
     yield Message(topic, 0, offset, arrived, *heartbeat(FOREVER))

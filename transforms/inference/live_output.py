@@ -22,25 +22,42 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import TimerSpec, on_timer
 from deltalake import DeltaTable
 
-from schemas.live import LIVE_LETTERS, live_predictions
+from schemas.live import LIVE_DEAD_LETTERS, live_predictions
 from schemas.views import FeatureView
-from transforms.inference.champion_model import SERVING, told_of
+from transforms.inference.champion_model import SERVING, batch_record
 from transforms.inference.live_input import source_of
 from transforms.models.scoring import ARM
 from transforms.records.frame_packets import head_of, unpack
-from transforms.records.garbage_collection import spare_imports
+from transforms.records.garbage_collection import freeze_imports
 from transforms.records.record_batches import frame
 from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_tables import open_table
-from transforms.streaming.kafka import ROWS, Broker, letter_messages
-from transforms.streaming.kafka_admin import FirstThere
-from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, app_of, last_told
-from transforms.streaming.messages import LETTERS, Decoded, to_arrow
-from transforms.streaming.micro_batches import SKIPPED, Micro, in_order, micro_packet, micros, nothing_there, packets_of
-from transforms.streaming.mirrored_state import BAG, HEAD, ONE, Keyed, Mirror, StateParam, read_head, write_head
+from transforms.streaming.kafka import MESSAGE_ROWS, Broker, dead_letter_messages
+from transforms.streaming.kafka_admin import FirstAvailable
+from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record
+from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, Decoded, to_arrow
+from transforms.streaming.micro_batches import (
+    SKIPPED,
+    MicroBatch,
+    envelopes_of,
+    in_order,
+    micro_batch_envelope,
+    micro_batches_of,
+    no_topic,
+)
+from transforms.streaming.mirrored_state import (
+    BAG_SPEC,
+    HEAD_SPEC,
+    SINGLE_KEY,
+    KeyedBytes,
+    Mirror,
+    StateParam,
+    read_head,
+    write_head,
+)
 
 # Reigns (a model in a worker) whose beginning the status tells.
-REIGNS = 50
+SWAPS_SHOWN = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Outlet:
         return FileSystems.join(self.store, "predictions_live", self.model)
 
     @property
-    def letters_uri(self) -> str:
+    def dead_letters_uri(self) -> str:
         return FileSystems.join(self.store, "dead_letters", f"live_predictions_{self.model}")
 
     @property
@@ -86,33 +103,33 @@ class Outlet:
 
     def messages(self, rows: pa.RecordBatch) -> Iterator[tuple[str, bytes, bytes]]:
         """A batch of predictions as messages, and what was set aside beside it.  A row is known by its `prediction_id`."""
-        topic, letters_topic = self.topics
+        topic, dead_letters_topic = self.topics
         plain = rows.replace_schema_metadata(None)
-        for start in range(0, rows.num_rows, ROWS):
-            part = plain.slice(start, ROWS)
+        for start in range(0, rows.num_rows, MESSAGE_ROWS):
+            part = plain.slice(start, MESSAGE_ROWS)
             first = part.column(part.schema.get_field_index("prediction_id"))[0].as_py()
             yield topic, f"{self.model}:{self.arm}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), to_arrow(part)
-        letters = unpack(told_of(rows))[1].get("letters")
-        if letters is not None:
-            for key, value in letter_messages(letters):
-                yield letters_topic, key, value
+        dead_letters = unpack(batch_record(rows))[1].get("letters")
+        if dead_letters is not None:
+            for key, value in dead_letter_messages(dead_letters):
+                yield dead_letters_topic, key, value
 
 
-def to_packet(rows: pa.RecordBatch) -> Keyed:
+def to_envelope(rows: pa.RecordBatch) -> KeyedBytes:
     """A batch of predictions as a packet for the ledger: a micro-batch per partition."""
-    told, frames = unpack(told_of(rows))
+    record, frames = unpack(batch_record(rows))
     serving = json.loads((rows.schema.metadata or {}).get(SERVING, b"{}"))
     # Polars takes no metadata that is not text.
-    whole, letters, parts = (
+    whole, dead_letters, parts = (
         frame(rows.replace_schema_metadata(None)),
-        frames.get("letters", pl.DataFrame(schema=LETTERS)),
+        frames.get("letters", pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)),
         [],
     )
-    for source, partition, first, after, count, beat in told["parts"]:
-        mine = whole if len(told["parts"]) == 1 else whole.filter(pl.col("__partition") == partition)
-        bad = letters if len(told["parts"]) == 1 else letters.filter(pl.col("partition") == partition)
+    for source, partition, first, after, count, beat in record["parts"]:
+        mine = whole if len(record["parts"]) == 1 else whole.filter(pl.col("__partition") == partition)
+        bad = dead_letters if len(record["parts"]) == 1 else dead_letters.filter(pl.col("partition") == partition)
         parts.append((source, partition, first, after, count, Decoded(mine, bad, beat)))
-    return ONE, micro_packet(parts, 0, came=told["came"], more={"serving": serving})
+    return SINGLE_KEY, micro_batch_envelope(parts, 0, received=record["came"], more={"serving": serving})
 
 
 class _Once(UnknownIds):
@@ -129,16 +146,16 @@ class _Once(UnknownIds):
 
 def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
     """What a new ledger starts from: what the table's last commit told, else `begin`, the first offset per partition."""
-    told = last_told(open_table(outlet.uri), app_of(outlet.model))
+    record = last_commit_record(open_table(outlet.uri), application_of(outlet.model))
     source = source_of(outlet.view)
-    done = told.get("next", {}).get(source, {})
+    done = record.get("next", {}).get(source, {})
     return {
-        **told,
+        **record,
         "next": {source: {str(number): int(done.get(str(number), first)) for number, first in begin.items()}},
     }
 
 
-class Ledger:
+class PendingPredictions:
     """Predictions in order of offsets, until they are committed.  What of it must survive is `state` and the inbox."""
 
     def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
@@ -148,16 +165,16 @@ class Ledger:
         self.ended = {int(number): int(offset) for number, offset in start.get("ended", {}).items()}
         self.rows = {"read": 0, "predicted": 0, "repeated": 0, "letters": 0, **start.get("rows", {})}
         self.by_version: dict[str, int] = dict(start.get("by_version", {}))
-        self.reigns: dict[str, dict[str, Any]] = dict(start.get("reigns", {}))
+        self.tenures: dict[str, dict[str, Any]] = dict(start.get("reigns", {}))
         self.refused: dict[str, dict[str, Any]] = dict(start.get("refused", {}))
         self.since = int(start.get("since", now_us()))  # the last commit
-        self.inbox: list[Micro] = []
+        self.inbox: list[MicroBatch] = []
         self._ids = _Once()
-        self._next_there = nothing_there if outlet.kafka is None else FirstThere(outlet.kafka, outlet.prefix)
+        self._next_available = no_topic if outlet.kafka is None else FirstAvailable(outlet.kafka, outlet.prefix)
 
     def state(self) -> dict[str, Any]:
         """What must survive beside the inbox."""
-        return {**self.head(), "reigns": self.reigns, "refused": self.refused, "since": self.since}
+        return {**self.head(), "reigns": self.tenures, "refused": self.refused, "since": self.since}
 
     def head(self) -> dict[str, Any]:
         """What commits tell."""
@@ -166,22 +183,22 @@ class Ledger:
             "ended": {str(number): offset for number, offset in self.ended.items()}, "rows": self.rows, "by_version": self.by_version,
         }  # fmt: skip
 
-    def take(self, packet: bytes) -> None:
-        serving = head_of(packet).get("serving")
-        some = micros(packet)
+    def take(self, envelope: bytes) -> None:
+        serving = head_of(envelope).get("serving")
+        some = micro_batches_of(envelope)
         self.inbox += some
         if not serving:
             return
         key = f"{serving['worker']} {serving['since']}"
-        reign = self.reigns.setdefault(key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}})  # fmt: skip
-        for micro in some:
-            if len(micro.rows):
-                known = reign["offsets"].get(str(micro.partition), micro.first)
-                reign["offsets"][str(micro.partition)] = min(known, micro.first)
+        tenure = self.tenures.setdefault(key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}})  # fmt: skip
+        for micro_batch in some:
+            if len(micro_batch.rows):
+                known = tenure["offsets"].get(str(micro_batch.partition), micro_batch.first)
+                tenure["offsets"][str(micro_batch.partition)] = min(known, micro_batch.first)
         for each in serving["refused"]:
             self.refused[f"{each['version']} {each['at']}"] = each
-        for held in (self.reigns, self.refused):
-            while len(held) > REIGNS:
+        for held in (self.tenures, self.refused):
+            while len(held) > SWAPS_SHOWN:
                 del held[next(iter(held))]
 
     @property
@@ -196,52 +213,58 @@ class Ledger:
             if what == SKIPPED:
                 self.rows[what] = self.rows.get(what, 0) + number
 
-        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_there)
+        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_available)
         if not admitted:
             return None
-        rows, letters = [], [pl.DataFrame(schema=LETTERS)]
-        for micro in admitted:
-            due = self.next.get(micro.partition, micro.first)
-            rows.append(micro.rows if due <= micro.first else micro.rows.filter(pl.col("__offset") >= due))
-            letters.append(micro.letters if due <= micro.first else micro.letters.filter(pl.col("offset") >= due))
-            self.next[micro.partition] = max(micro.next, due)
-            if micro.heartbeat is not None and micro.heartbeat >= FOREVER:
-                self.ended[micro.partition] = self.next[micro.partition]
-        return self._write(pl.concat(rows), pl.concat(letters), now)
+        rows, dead_letters = [], [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
+        for micro_batch in admitted:
+            due = self.next.get(micro_batch.partition, micro_batch.first)
+            rows.append(
+                micro_batch.rows if due <= micro_batch.first else micro_batch.rows.filter(pl.col("__offset") >= due)
+            )
+            dead_letters.append(
+                micro_batch.dead_letters
+                if due <= micro_batch.first
+                else micro_batch.dead_letters.filter(pl.col("offset") >= due)
+            )
+            self.next[micro_batch.partition] = max(micro_batch.next, due)
+            if micro_batch.heartbeat is not None and micro_batch.heartbeat >= FOREVER:
+                self.ended[micro_batch.partition] = self.next[micro_batch.partition]
+        return self._write(pl.concat(rows), pl.concat(dead_letters), now)
 
-    def _write(self, rows: pl.DataFrame, letters: pl.DataFrame, now: int) -> dict[str, Any]:
+    def _write(self, rows: pl.DataFrame, dead_letters: pl.DataFrame, now: int) -> dict[str, Any]:
         outlet = self.outlet
         self.turn += 1
         self.rows["read"] += len(rows)
         once = rows.unique("row_id", keep="first", maintain_order=True)
-        if len(letters):
-            self.rows["letters"] += self._letters(letters)
+        if len(dead_letters):
+            self.rows["letters"] += self._dead_letters(dead_letters)
         table, schema, app = (
             open_table(outlet.uri),
             live_predictions(outlet.view, outlet.classes),
-            app_of(outlet.model),
+            application_of(outlet.model),
         )
         fresh = self._ids(table, once)
-        told = self._told(rows, once, fresh) if outlet.table else self._told(rows, once, once)
-        Writer(outlet.uri, schema, app, outlet.run_id).append(once if outlet.table else once.clear(), self.turn, told, self._ids, always=True)  # fmt: skip
-        return {**told, **self._status(rows, now)}
+        record = self._record(rows, once, fresh) if outlet.table else self._record(rows, once, once)
+        Writer(outlet.uri, schema, app, outlet.run_id).append(once if outlet.table else once.clear(), self.turn, record, self._ids, always=True)  # fmt: skip
+        return {**record, **self._status(rows, now)}
 
-    def _told(self, rows: pl.DataFrame, once: pl.DataFrame, fresh: pl.DataFrame) -> dict[str, Any]:
+    def _record(self, rows: pl.DataFrame, once: pl.DataFrame, fresh: pl.DataFrame) -> dict[str, Any]:
         self.rows["predicted"] += len(fresh)
         self.rows["repeated"] += len(rows) - len(fresh)
         for version, number in fresh["model_version"].value_counts().iter_rows():
             self.by_version[version] = self.by_version.get(version, 0) + number
-        newest = max(self.reigns.values(), key=lambda each: int(each["since"]), default={"version": None})
+        newest = max(self.tenures.values(), key=lambda each: int(each["since"]), default={"version": None})
         return {**self.head(), "model": self.outlet.model, "version": newest["version"]}
 
     def _status(self, rows: pl.DataFrame, now: int) -> dict[str, Any]:
-        reigns = sorted(self.reigns.values(), key=lambda each: (each["worker"], each["since"]))
+        tenures = sorted(self.tenures.values(), key=lambda each: (each["worker"], each["since"]))
         swaps = [
             {"at": after["since"], "from": before["version"], "to": after["version"], "offsets": after["offsets"], "worker": after["worker"]}
-            for before, after in itertools.pairwise(reigns)
+            for before, after in itertools.pairwise(tenures)
             if before["worker"] == after["worker"]
         ]  # fmt: skip
-        workers = {each["worker"]: {"version": each["version"], "since": each["since"]} for each in reigns}
+        workers = {each["worker"]: {"version": each["version"], "since": each["since"]} for each in tenures}
         lag = (rows["__scored"].to_physical() - rows["__arrived"].to_physical()).to_numpy() / 1e6
         marks = (
             dict(zip(("median", "p99", "max"), np.quantile(lag, (0.5, 0.99, 1)).round(4).tolist())) if len(lag) else {}
@@ -252,11 +275,15 @@ class Ledger:
             "lag_s": {"rows": len(lag), **marks},
         }  # fmt: skip
 
-    def _letters(self, letters: pl.DataFrame) -> int:
+    def _dead_letters(self, dead_letters: pl.DataFrame) -> int:
         outlet = self.outlet
         arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-        named = letters.with_columns(pl.lit(outlet.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
-        writer = Writer(outlet.letters_uri, LIVE_LETTERS, app_of(f"{outlet.model}/letters"), outlet.run_id)
+        named = dead_letters.with_columns(
+            pl.lit(outlet.view.name).alias("view"), arrived, arrived.dt.date().alias("date")
+        )
+        writer = Writer(
+            outlet.dead_letters_uri, LIVE_DEAD_LETTERS, application_of(f"{outlet.model}/letters"), outlet.run_id
+        )
         fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
         return writer.append(named, self.turn, self.head(), fresh)
 
@@ -269,48 +296,50 @@ class CommitPredictions(beam.DoFn):
         self.committed = Metrics.counter("millrace.serving", "rows_committed")
 
     def setup(self) -> None:
-        spare_imports()
+        freeze_imports()
         self.mirror = Mirror()
 
-    def process(self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG)) -> Iterator[Keyed]:
+    def process(
+        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC)
+    ) -> Iterator[KeyedBytes]:
         yield from self.taken(element, head, bag)
 
-    def taken(self, element: Keyed, head: Any, bag: Any) -> Iterator[Keyed]:
+    def taken(self, element: KeyedBytes, head: Any, bag: Any) -> Iterator[KeyedBytes]:
         """Take a packet in; commit when it is time."""
-        key, packet = element
-        told = read_head(head)
-        ledger = self.ledger(key, told, bag)
-        bag.add(packet)
-        ledger.take(packet)
-        ends = any(part[5] is not None for part in head_of(packet)["parts"])
+        key, envelope = element
+        state = read_head(head)
+        ledger = self.ledger(key, state, bag)
+        bag.add(envelope)
+        ledger.take(envelope)
+        ends = any(part[5] is not None for part in head_of(envelope)["parts"])
         if ends or now_us() - ledger.since >= self.outlet.commit_every:
             yield from self.commit(ledger, bag)
-        self.save(key, told, ledger, head)
+        self.save(key, state, ledger, head)
 
-    def ledger(self, key: bytes, told: Mapping[str, Any], bag: Any) -> Ledger:
-        def build() -> Ledger:
-            ledger = Ledger(self.outlet, told.get("ledger", self.start))
-            for packet in bag.read():
-                ledger.take(packet)
+    def ledger(self, key: bytes, state: Mapping[str, Any], bag: Any) -> PendingPredictions:
+        def build() -> PendingPredictions:
+            ledger = PendingPredictions(self.outlet, state.get("ledger", self.start))
+            for envelope in bag.read():
+                ledger.take(envelope)
             return ledger
 
-        return self.mirror.get(key, told["version"], build)
+        return self.mirror.get(key, state["version"], build)
 
-    def commit(self, ledger: Ledger, bag: Any) -> Iterator[Keyed]:
+    def commit(self, ledger: PendingPredictions, bag: Any) -> Iterator[KeyedBytes]:
         before = ledger.rows["predicted"]
-        told = ledger.commit(now_us())
+        record = ledger.commit(now_us())
         ledger.since = now_us()
-        if told is not None:
+        if record is not None:
             self.committed.inc(ledger.rows["predicted"] - before)
             bag.clear()
-            for packet in packets_of(ledger.inbox):
-                bag.add(packet)
-            yield ONE, json.dumps(told).encode()
+            for envelope in envelopes_of(ledger.inbox):
+                bag.add(envelope)
+            yield SINGLE_KEY, json.dumps(record).encode()
 
-    def save(self, key: bytes, told: dict[str, Any], ledger: Ledger, head: Any) -> None:
-        told.update(version=told["version"] + 1, ledger=ledger.state())
-        write_head(head, told)
-        self.mirror.put(key, told["version"], ledger)
+    def save(self, key: bytes, state: dict[str, Any], ledger: PendingPredictions, head: Any) -> None:
+        state.update(version=state["version"] + 1, ledger=ledger.state())
+        write_head(head, state)
+        self.mirror.put(key, state["version"], ledger)
 
 
 WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
@@ -320,29 +349,29 @@ class TimedCommitPredictions(CommitPredictions):
     """As `CommitPredictions`; a timer commits what is left when nothing more comes."""
 
     def process(
-        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG), wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[Keyed]:  # fmt: skip
+        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[KeyedBytes]:  # fmt: skip
         yield from self.taken(element, head, bag)
         self.arm(head, wake)
 
     def arm(self, head: Any, wake: Any) -> None:
         """Wake up once after this interval, unless that is set already."""
-        told, now = read_head(head), now_us()
+        state, now = read_head(head), now_us()
         at = now + self.outlet.commit_every
-        if not now - 5_000_000 < told.get("wake", 0) <= at:
-            told["wake"] = at
+        if not now - 5_000_000 < state.get("wake", 0) <= at:
+            state["wake"] = at
             wake.set(at / 1e6)
-            write_head(head, told)
+            write_head(head, state)
 
     @on_timer(WAKE)
     def woken(
-        self, key: Any = beam.DoFn.KeyParam, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG), wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[Keyed]:  # fmt: skip
-        told = read_head(head)
-        ledger = self.ledger(key, told, bag)
+        self, key: Any = beam.DoFn.KeyParam, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[KeyedBytes]:  # fmt: skip
+        state = read_head(head)
+        ledger = self.ledger(key, state, bag)
         if ledger.inbox:
             yield from self.commit(ledger, bag)
-        told["wake"] = 0
-        self.save(key, told, ledger, head)
+        state["wake"] = 0
+        self.save(key, state, ledger, head)
         if ledger.inbox:  # a hole is waited on
             self.arm(head, wake)

@@ -22,7 +22,7 @@ from transforms.lineage.feature_parity import (
     NEVER,
     Bools,
     Ints,
-    Seen,
+    VisibleRows,
     _computed,
     _read,
     letters_of,
@@ -33,13 +33,13 @@ from transforms.lineage.feature_parity import (
     shown_at,
 )
 from transforms.records.row_hashing import row_ids
-from transforms.sources.contracts import judge
+from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
-from transforms.storage.delta_tables import data_files, open_table, read_file, root_of
+from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.paths import source_uri, sources_root
-from transforms.streaming.live_tables import app_of, last_told
-from transforms.streaming.micro_batches import PLACE, rid
+from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS, row_identity
 from transforms.streaming.shards import RID
 
 # In the order in which they are applied where none of several is needed by itself.
@@ -93,7 +93,7 @@ class Batch:
     def name(self) -> str:
         if self.table is None:
             return f"computed from {self.root}: there is no table"
-        return f"{root_of(self.table)} version {self.table.version()}"
+        return f"{table_root(self.table)} version {self.table.version()}"
 
     @functools.cached_property
     def inventory(self) -> Inventory:
@@ -104,8 +104,8 @@ class Batch:
         """(Rows of a source that keep the contract, with `kept`: whether they count; the others.)"""
         contract, slices = self.inventory.contract(name), self.inventory.slices[name]
         raw = read_raw(contract, slices)
-        good, letters = judge(contract, raw)
-        bad = raw[letters["place"].to_numpy()]
+        good, dead_letters = check_rows(contract, raw)
+        bad = raw[dead_letters["place"].to_numpy()]
         if name == self.view.spine.name:
             counted = distinct(good, (self.view.time, *self.view.key))[0]
         elif contract.source.time is None:
@@ -165,7 +165,7 @@ class Aligned:
     Args:
         rows: the columns that features read.
         moments: their times, µs.
-        shown, gone: as in `Seen`; of rows that live does not count, never and at once.
+        shown, gone: as in `VisibleRows`; of rows that live does not count, never and at once.
         batch: whether batch counts them.
         cause: number of the cause, where the sides differ for another reason than the time of arrival.
     """
@@ -178,9 +178,9 @@ class Aligned:
     cause: npt.NDArray[np.int8]
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> VisibleRows:
         mine = self.shown < NEVER
-        return Seen(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
+        return VisibleRows(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
 
     def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
         """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
@@ -197,23 +197,23 @@ class Sides:
 
     def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
         self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
-        self.rank = {text: place for place, text in enumerate(cuts)}
+        self.rank = {text: position for position, text in enumerate(cuts)}
 
     @functools.cached_property
-    def letters(self) -> pl.DataFrame:
+    def dead_letters(self) -> pl.DataFrame:
         return letters_of(self.view, self.store)
 
     @functools.cached_property
     def asked(self) -> pl.DataFrame:
         """Live's accepted questions, of every place, with `row_id`."""
         view = self.view
-        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *PLACE], None, None)
+        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], None, None)
         return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
     def started(self, name: str, live: pl.DataFrame) -> int:
         """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
         table = open_table(source_uri(sources_root(self.store), name))
-        told = last_told(table, app_of(name)) if table is not None else {}
+        told = last_commit_record(table, application_of(name)) if table is not None else {}
         begin = (told.get("started") or {}).get(name)
         if begin is not None:
             return int(begin)
@@ -226,7 +226,7 @@ class Sides:
         view, repeats = self.view, list(repeats_by(self.view, name))
         columns = list(dict.fromkeys([*view.columns_read(name), *repeats]))
         extra = ["__counted", "__instead"] if repeats else []
-        live = _read(view, self.store, name, [*columns, *PLACE, *extra], None, None)
+        live = _read(view, self.store, name, [*columns, *ORIGIN_COLUMNS, *extra], None, None)
         started = self.started(name, live)
         shown = shown_at(name, live, self.cuts)
         gone = np.full(len(live), NEVER, np.int64)
@@ -239,7 +239,7 @@ class Sides:
                 .agg(pl.col("__gone").min())
             )
             gone = (
-                live.select(rid(live))
+                live.select(row_identity(live))
                 .join(replaced, on=RID, how="left", maintain_order="left")["__gone"]
                 .fill_null(NEVER)
                 .to_numpy()
@@ -301,11 +301,11 @@ class Sides:
         if content and not len(self.view.key if source is self.view.spine else source.unique or ()):
             partners |= set(_like(rows, live_alone, content)["__row"])
         result[rows["__row"].is_in(list(partners)).to_numpy()] = _CODE[CORRECTED]
-        letters = self.letters.filter(source=name)
+        dead_letters = self.dead_letters.filter(source=name)
         about = pl.col("rule").str.contains("before_start")
         for cause, unknown, told in (
-            (BEFORE_START, HISTORY, letters.filter(about)),
-            (REJECTED, LOST, letters.filter(~about & ~of_questions())),
+            (BEFORE_START, HISTORY, dead_letters.filter(about)),
+            (REJECTED, LOST, dead_letters.filter(~about & ~of_questions())),
         ):
             exact = np.zeros(len(rows), np.bool_)
             for (field,), some in told.group_by("field"):
@@ -373,17 +373,17 @@ class Sides:
     def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
         """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
         view, spine = self.view, self.batch.spine
-        places = questions_of(view, self.store)
-        mine = rows.join(places.select("row_id").unique(), on="row_id", how="semi")
-        told = places.join(refused(view, self.store), on=PLACE, how="semi").select("row_id").unique()
+        positions = questions_of(view, self.store)
+        mine = rows.join(positions.select("row_id").unique(), on="row_id", how="semi")
+        told = positions.join(refused(view, self.store), on=ORIGIN_COLUMNS, how="semi").select("row_id").unique()
         set_aside = mine.join(told, on="row_id", how="semi")
         left = len(mine) - len(set_aside)
         waits = min(left, pending(view, self.store))
         counts = {REJECTED: len(set_aside), UNEXPLAINED: left - waits}
         never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
         if len(never):
-            alone = places.join(spine, on="row_id", how="anti").with_row_index("__row")
-            since = self.started(view.spine.name, places)
+            alone = positions.join(spine, on="row_id", how="anti").with_row_index("__row")
+            since = self.started(view.spine.name, positions)
             found = self._why_batch_alone(view.spine.name, never.with_row_index("__row"), alone, list(view.key), since)
             for code in found.tolist():
                 cause = UNEXPLAINED if code >= _CODE[LOST] else CAUSES[code - 1]

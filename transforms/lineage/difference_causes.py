@@ -24,7 +24,7 @@ from transforms.lineage.feature_parity import NEVER, Bools, Ints, _by_dates, _co
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.micro_batches import PLACE
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS
 
 EXAMPLES = 3
 # Answers explained at a time: a frame of features is held for each set of causes.
@@ -166,16 +166,20 @@ class _Variants:
         self.sides, view = sides, sides.view
         self.tables = {name: sides.aligned(name) for name in view.events}
         content = list(view.spine.schema)
-        asked = sides.asked.unique(PLACE)
-        self.live = answers.select(*PLACE).join(asked, on=PLACE, how="left", maintain_order="left").select(content)
+        asked = sides.asked.unique(ORIGIN_COLUMNS)
+        self.live = (
+            answers.select(*ORIGIN_COLUMNS)
+            .join(asked, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
+            .select(content)
+        )
         mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
         theirs = pl.DataFrame({
             name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content
         })  # fmt: skip
         # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other came.
-        places = pl.int_range(pl.len()).alias("__at")
-        other = theirs.with_columns(places).join(
-            self.live.with_columns(places), on=[*content, "__at"], how="anti", nulls_equal=True
+        positions = pl.int_range(pl.len()).alias("__at")
+        other = theirs.with_columns(positions).join(
+            self.live.with_columns(positions), on=[*content, "__at"], how="anti", nulls_equal=True
         )
         late = other.join(sides.asked.select(content), on=content, how="semi", nulls_equal=True)["__at"]
         corrected = other.filter(~pl.col("__at").is_in(late.implode()))["__at"]
@@ -225,7 +229,7 @@ class _Variants:
     def _asked(self, active: Sequence[str]) -> pl.DataFrame:
         """The questions, those that batch has otherwise as batch has them where the cause is applied."""
         none = np.zeros(0, np.int64)
-        rows = np.concatenate([none, *(places for cause, places in self.otherwise.items() if cause in active)])
+        rows = np.concatenate([none, *(positions for cause, positions in self.otherwise.items() if cause in active)])
         if not len(rows):
             return self.live
         theirs = np.zeros(len(self.live), np.bool_)

@@ -20,15 +20,15 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
-from schemas.live import LIVE_LETTERS, accepted, repeats_by
+from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources, reached_from
 from transforms.features.kernel import compute
 from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import app_of, last_told
-from transforms.streaming.micro_batches import PLACE, cut_of, rid
+from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of, row_identity
 from transforms.streaming.shards import RID
 
 Ints = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ Bools = npt.NDArray[np.bool_]
 NEVER = 2**62
 EXAMPLES = 3
 # Answers computed at a time.
-ANSWERS = 500_000
+ROWS_AT_ONCE = 500_000
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Seen:
+class VisibleRows:
     """A source's rows, and by the order of cuts: the first that shows each, and the first that no longer does."""
 
     rows: pl.DataFrame
@@ -122,26 +122,28 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
             }
             _check_some(view, store, part, cuts, dimensions, result)
     asked = questions_of(view, store, start, end)
-    result.unanswered = len(asked.unique(PLACE)) - result.answers
+    result.unanswered = len(asked.unique(ORIGIN_COLUMNS)) - result.answers
     answered = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
-    left = asked.join(answered, on="row_id", how="anti").join(refused(view, store), on=PLACE, how="anti")
+    left = asked.join(answered, on="row_id", how="anti").join(refused(view, store), on=ORIGIN_COLUMNS, how="anti")
     result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
     return result
 
 
 def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
     """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
-    rows = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], start, end)
+    rows = _read(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
     return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
 
 def letters_of(view: FeatureView, store: str) -> pl.DataFrame:
     """A live job's dead letters of rows that came from topics."""
-    table = open_table(live_letters_uri(store, view.name))
+    table = open_table(live_dead_letters_uri(store, view.name))
     files = [] if table is None else data_files(table)
-    empty = pl.DataFrame(pl.from_arrow(LIVE_LETTERS.empty_table()))
-    parts = [pl.DataFrame(pl.from_arrow(read_file(file, LIVE_LETTERS.names))).select(empty.columns) for file in files]
+    empty = pl.DataFrame(pl.from_arrow(LIVE_DEAD_LETTERS.empty_table()))
+    parts = [
+        pl.DataFrame(pl.from_arrow(read_file(file, LIVE_DEAD_LETTERS.names))).select(empty.columns) for file in files
+    ]
     return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
 
 
@@ -152,15 +154,15 @@ def of_questions() -> pl.Expr:
 
 def refused(view: FeatureView, store: str) -> pl.DataFrame:
     """Places of the questions that were accepted and set aside."""
-    letters = letters_of(view, store).filter(of_questions(), source=view.spine.name)
-    return letters.select(pl.col(name[2:]).alias(name) for name in PLACE)
+    dead_letters = letters_of(view, store).filter(of_questions(), source=view.spine.name)
+    return dead_letters.select(pl.col(name[2:]).alias(name) for name in ORIGIN_COLUMNS)
 
 
 def pending(view: FeatureView, store: str) -> int:
     """Questions that waited when the job committed last."""
     tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
     tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
-    told = [last_told(open_table(uri), app_of(name)) for uri, name in tables]
+    told = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
     newest = max(told, key=lambda each: int(each.get("turn", -1)))
     return int(newest.get("pending") or 0)
 
@@ -173,10 +175,10 @@ def cuts_of(files: Sequence[Any]) -> list[str]:
 
 
 def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
-    """Files in groups of whole dates of about `ANSWERS` rows."""
+    """Files in groups of whole dates of about `ROWS_AT_ONCE` rows."""
     group: list[Any] = []
     for file in files:
-        if group and file.date != group[-1].date and sum(each.rows for each in group) >= ANSWERS:
+        if group and file.date != group[-1].date and sum(each.rows for each in group) >= ROWS_AT_ONCE:
             yield group
             group = []
         group.append(file)
@@ -186,15 +188,15 @@ def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
 def _check_some(
     view: FeatureView, store: str, answers: pl.DataFrame, cuts: Sequence[str], dimensions: Mapping[str, pl.DataFrame], result: Parity
 ) -> None:  # fmt: skip
-    rank = {text: place for place, text in enumerate(cuts)}
+    rank = {text: position for position, text in enumerate(cuts)}
     days = answers["date"]
     first, last = days.min(), days.max()
     assert isinstance(first, date)
     assert isinstance(last, date)
-    spine = _read(view, store, view.spine.name, [*view.spine.schema, *PLACE], first, last + timedelta(days=1)).unique(
-        PLACE
-    )
-    asked = answers.select(*PLACE, "__cut").join(spine, on=PLACE, how="left", maintain_order="left")
+    spine = _read(
+        view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], first, last + timedelta(days=1)
+    ).unique(ORIGIN_COLUMNS)
+    asked = answers.select(*ORIGIN_COLUMNS, "__cut").join(spine, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
     if asked[view.time].null_count():
         raise DataError(
             "Every answer's question is in its source's table",
@@ -208,14 +210,14 @@ def _check_some(
     whole = _computed(view, asked, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions)
     batch = whole
     if disturbed.any():
-        parts, places = [whole.filter(pl.Series(~disturbed))], [np.flatnonzero(~disturbed)]
+        parts, positions = [whole.filter(pl.Series(~disturbed))], [np.flatnonzero(~disturbed)]
         for cut in np.unique(of_row[disturbed]).tolist():
             rows = np.flatnonzero(disturbed & (of_row == cut))
             low, high = int(moments[rows].min()), int(moments[rows].max())
             tables = {name: each.at(cut, reached_from(view, name, low), high) for name, each in seen.items()}
             parts.append(_computed(view, asked[rows], tables, dimensions))
-            places.append(rows)
-        batch = pl.concat(parts)[np.argsort(np.concatenate(places))]
+            positions.append(rows)
+        batch = pl.concat(parts)[np.argsort(np.concatenate(positions))]
     result.answers += len(answers)
     result.by_cut += int(disturbed.sum())
     changed = np.zeros(len(answers), np.bool_)
@@ -227,18 +229,18 @@ def _check_some(
     result.changed_later += int(changed.sum())
 
 
-def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> Seen:
+def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> VisibleRows:
     """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
     source = view.events[name]
     back = (
         None if name in lifetime_sources(view) else first - timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
     )
     extra = ["__counted", "__instead"] if repeats_by(view, name) else []
-    rows = _read(view, store, name, [*view.columns_held(name), *PLACE, *extra], back, last + timedelta(days=1))
+    rows = _read(view, store, name, [*view.columns_held(name), *ORIGIN_COLUMNS, *extra], back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
     gone = np.full(len(rows), NEVER, np.int64)
     if repeats_by(view, name):
-        replacing = _read(view, store, name, [*PLACE, "__instead"], None, None).filter(
+        replacing = _read(view, store, name, [*ORIGIN_COLUMNS, "__instead"], None, None).filter(
             pl.col("__instead").is_not_null()
         )
         at = (
@@ -247,7 +249,7 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
             .agg(pl.col("gone").min())
         )
         gone = (
-            rows.select(rid(rows))
+            rows.select(row_identity(rows))
             .join(at, on=RID, how="left", maintain_order="left")["gone"]
             .fill_null(NEVER)
             .to_numpy()
@@ -255,7 +257,7 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
         counted = rows["__counted"].to_numpy()
         rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
     moments = rows[str(source.time)].to_physical().to_numpy()
-    return Seen(rows.select(view.columns_held(name)), moments, shown, gone)
+    return VisibleRows(rows.select(view.columns_held(name)), moments, shown, gone)
 
 
 def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
@@ -305,8 +307,8 @@ def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.Data
     result.nulls_batch += batch[name].null_count()
     result.differing += int(wrong.sum())
     for row in np.flatnonzero(wrong)[: max(EXAMPLES - len(result.examples), 0)].tolist():
-        question = {key: answers[key][row] for key in (*view.key, view.time, "__cut")}
-        result.examples.append({**question, "live": live[row], "batch": batch[name][row]})
+        spine_row = {key: answers[key][row] for key in (*view.key, view.time, "__cut")}
+        result.examples.append({**spine_row, "live": live[row], "batch": batch[name][row]})
 
 
 def _read(

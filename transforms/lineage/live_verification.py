@@ -16,13 +16,13 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.lineage.feature_parity import NEVER, Seen, seen_of
+from transforms.lineage.feature_parity import NEVER, VisibleRows, seen_of
 from transforms.records.record_batches import frame
 from transforms.sources.contracts import Contract
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.micro_batches import PLACE, cut_of
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of
 from transforms.verification.check import Verified, verify_rows
 from transforms.verification.plain_sources import Frames
 from transforms.verification.sample import choose, choose_files, every_row
@@ -73,17 +73,19 @@ def _verify_day(view: FeatureView, store: str, answers: pl.DataFrame, day: date)
 
 def _asked(view: FeatureView, store: str, answers: pl.DataFrame, day: date) -> pl.DataFrame:
     """The accepted row that each answer is to, in their order."""
-    columns = [*view.spine.schema, *PLACE]
+    columns = [*view.spine.schema, *ORIGIN_COLUMNS]
     table = open_table(source_uri(sources_root(store), view.spine.name))
     files = [] if table is None else data_files(table, day, day + timedelta(days=1))
-    empty = pl.DataFrame(schema={**view.spine.schema, **{name: answers.schema[name] for name in PLACE}})
-    rows = pl.concat([empty, *(frame(read_file(file, columns)) for file in files)]).unique(PLACE)
+    empty = pl.DataFrame(schema={**view.spine.schema, **{name: answers.schema[name] for name in ORIGIN_COLUMNS}})
+    rows = pl.concat([empty, *(frame(read_file(file, columns)) for file in files)]).unique(ORIGIN_COLUMNS)
     rows = rows.with_columns(pl.lit(True).alias("__found"))
-    found = answers.select(PLACE).join(rows, on=PLACE, how="left", maintain_order="left")
+    found = answers.select(ORIGIN_COLUMNS).join(rows, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
     return found.select(*view.spine.schema, "__found")
 
 
-def _as_of(view: FeatureView, store: str, seen: Mapping[str, Seen], cut: int, versions: Mapping[str, str]) -> Frames:
+def _as_of(
+    view: FeatureView, store: str, seen: Mapping[str, VisibleRows], cut: int, versions: Mapping[str, str]
+) -> Frames:
     """The sources as an answer of the cut saw them."""
     frames = {name: each.at(cut, -NEVER, NEVER) for name, each in seen.items()}
     folder = FileSystems.join(store, "dimensions")

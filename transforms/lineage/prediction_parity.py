@@ -60,15 +60,15 @@ def rescore(
     made = open_table(Outlet(view, model, store, "").uri)
     every = [file for table in (answers, made) if table is not None for file in data_files(table, start, end)]
     for day in sorted({file.date for file in every}):
-        rows, told = _rows(answers, day), _rows(made, day)
+        rows, published = _rows(answers, day), _rows(made, day)
         found.answers += 0 if rows is None else len(rows)
-        found.predictions += 0 if told is None else len(told)
-        if told is None or rows is None:
+        found.predictions += 0 if published is None else len(published)
+        if published is None or rows is None:
             found.missing += 0 if rows is None else len(rows)
-            found.stray += 0 if told is None else len(told)
+            found.stray += 0 if published is None else len(published)
             continue
-        once = told.unique("row_id", keep="first", maintain_order=True)
-        found.doubled += len(told) - len(once)
+        once = published.unique("row_id", keep="first", maintain_order=True)
+        found.doubled += len(published) - len(once)
         found.missing += rows.join(once, on="row_id", how="anti").height
         found.stray += once.join(rows, on="row_id", how="anti").height
         same = once.join(rows, on=["row_id", "__cut"], how="semi")
@@ -87,17 +87,19 @@ def _rows(table: DeltaTable | None, day: date) -> pl.DataFrame | None:
     return frame(read_group(files)) if files else None
 
 
-def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFrame, told: pl.DataFrame) -> None:
-    again = frame(predict(scorer, batch(rows, view.output_schema), str(told["arm"][0]))).sort("row_id")
-    told = told.select(again.columns).sort("row_id")
+def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFrame, published: pl.DataFrame) -> None:
+    again = frame(predict(scorer, batch(rows, view.output_schema), str(published["arm"][0]))).sort("row_id")
+    published = published.select(again.columns).sort("row_id")
     # As bits: two NaN are the same, 0.0 and −0.0 are not.
     floats = [pl.col(name).reinterpret(signed=True) for name, dtype in again.schema.items() if dtype.is_float()]
     same = again.with_columns(floats).select(
-        pl.all_horizontal(pl.col(name).eq_missing(column) for name, column in _columns(told.with_columns(floats)))
+        pl.all_horizontal(pl.col(name).eq_missing(column) for name, column in _columns(published.with_columns(floats)))
     ).to_series()  # fmt: skip
-    found.compared[scorer.version] = found.compared.get(scorer.version, 0) + len(told)
+    found.compared[scorer.version] = found.compared.get(scorer.version, 0) + len(published)
     found.differing += int((~same).sum())
-    for live, batched in zip(told.filter(~same).rows(named=True), again.filter(~same).rows(named=True), strict=True):
+    for live, batched in zip(
+        published.filter(~same).rows(named=True), again.filter(~same).rows(named=True), strict=True
+    ):
         if len(found.examples) < EXAMPLES:
             differ = [
                 f"{name} {shown(live[name], again.schema[name])} live, {shown(batched[name], again.schema[name])} batch"

@@ -18,13 +18,13 @@ from transforms.features.manifest_store import read_manifest
 from transforms.features.staleness import VERSION, Manifest
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
-from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, root_of
+from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, table_root
 from transforms.storage.paths import tables_below
 from transforms.storage.vacuum import files_below
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class TableSummary:
     """A table at a glance.  `version` is None of a folder of Parquet files, and of a table without a commit."""
 
     table: str
@@ -39,7 +39,7 @@ class Description:
     at: datetime | None
 
 
-def describe(store: str) -> list[Description]:
+def describe(store: str) -> list[TableSummary]:
     """Every table of the store; of sources also those that are Parquet files.
 
     Raises:
@@ -52,23 +52,23 @@ def describe(store: str) -> list[Description]:
     )
 
 
-def _table(store: str, name: str) -> Description:
+def _table(store: str, name: str) -> TableSummary:
     table = open_table(FileSystems.join(store, *name.split("/")))
     if table is None:
-        return Description(name, None, None, None, None, 0, 0, "", "", None)
+        return TableSummary(name, None, None, None, None, 0, 0, "", "", None)
     actions = pl.DataFrame(table.get_add_actions(flatten=True))
     dates = actions["partition.date"] if "partition.date" in actions.columns else pl.Series([], dtype=pl.Date)
-    last = commit_at(root_of(table), table.version())
+    last = commit_at(table_root(table), table.version())
     parts = name.split("/")
     print_of = parts[2] if len(parts) == 3 else str(last.get("fingerprint", ""))
     at = datetime.fromtimestamp(last["timestamp"] / 1000, UTC) if "timestamp" in last else None
-    return Description(
+    return TableSummary(
         name, int(table.version()), dates.min(), dates.max(), int(actions["num_records"].sum()), int(actions["size_bytes"].sum()),  # type: ignore[arg-type]
         len(actions), print_of, str(last.get("run_id", "")), at,
     )  # fmt: skip
 
 
-def _folders(store: str) -> list[Description]:
+def _folders(store: str) -> list[TableSummary]:
     """Sources that are folders of Parquet files, or one file."""
     held: dict[str, list[tuple[int, datetime]]] = {}
     root = FileSystems.join(store, "sources")
@@ -77,13 +77,13 @@ def _folders(store: str) -> list[Description]:
         if parts[-1].endswith(".parquet") and not any(part.startswith((".", "_")) for part in parts):
             held.setdefault(parts[0].removesuffix(".parquet"), []).append((file.bytes, file.changed))
     return [
-        Description(f"sources/{name}", None, None, None, None, sum(size for size, _ in files), len(files), "", "", max(at for _, at in files))
+        TableSummary(f"sources/{name}", None, None, None, None, sum(size for size, _ in files), len(files), "", "", max(at for _, at in files))
         for name, files in held.items()
     ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class VisibleSource:
     """What a question could see of one source.
 
     Args:
@@ -107,20 +107,20 @@ class Origin:
     version: int
     file: DataFile
     commit: Mapping[str, Any]
-    seen: tuple[Seen, ...]
+    seen: tuple[VisibleSource, ...]
     outdated: bool = False  # written by a version whose windows over all history may be wrong
 
 
-def view_table(store: str, view: FeatureView, version: int | None = None, place: str = "features") -> DeltaTable:
+def view_table(store: str, view: FeatureView, version: int | None = None, position: str = "features") -> DeltaTable:
     """The feature table of the view.
 
     Raises:
         StoreError: there is none; other fingerprints are named.
     """
-    uri = FileSystems.join(store, place, view.name, view.fingerprint)
+    uri = FileSystems.join(store, position, view.name, view.fingerprint)
     table = open_table(uri, version)
     if table is None:
-        others = [name.split("/")[2] for name in tables_below(store) if name.startswith(f"{place}/{view.name}/")]
+        others = [name.split("/")[2] for name in tables_below(store) if name.startswith(f"{position}/{view.name}/")]
         there = f"; there are {', '.join(others)}" if others else ""
         raise StoreError(
             "The definition's features have been computed",
@@ -190,7 +190,7 @@ def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, Any]:
 
 def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: Mapping[str, Any]) -> Origin:
     """Where the row of that file came from: the commit that added the file, and what its run had read."""
-    uri, entry = root_of(table), commit_of(table, file)
+    uri, entry = table_root(table), commit_of(table, file)
     made = open_table(uri, entry["version"]) if "version" in entry else None
     manifest = read_manifest(made) if made is not None else None
     seen = () if manifest is None else tuple(_seen(view, manifest, row[view.time]))
@@ -198,18 +198,18 @@ def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: Mapping[st
     return Origin(row, uri, int(table.version()), file, entry, seen, old)
 
 
-def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[Seen]:
+def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[VisibleSource]:
     at = int(pl.Series([moment]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
     result = []
     for name in (view.spine.name, *(name for name in view.sources if name != view.spine.name)):
         paths = manifest.files.get(name, {})
         if name in view.dimensions:
-            result.append(Seen(name, (), manifest.dimensions.get(name), _files(paths, None)))
+            result.append(VisibleSource(name, (), manifest.dimensions.get(name), _files(paths, None)))
             continue
         first, last = reached_from(view, name, at) // DAY, at // DAY
         digests = manifest.digests.get(name, {})
         days = tuple((day, *digests[day]) for day in sorted(digests) if first <= day <= last)
-        result.append(Seen(name, days, None, _files(paths, (first, last))))
+        result.append(VisibleSource(name, days, None, _files(paths, (first, last))))
     return result
 
 
@@ -238,10 +238,10 @@ def find_prediction(
         DataError: no such prediction.
     """
     looked = []
-    places = ("predictions_live",) if live else ("predictions", "predictions_live")
+    positions = ("predictions_live",) if live else ("predictions", "predictions_live")
     for name in sorted(tables_below(store)):  # batch before live
-        place, _, of = name.partition("/")
-        mine = place in places and model in (
+        position, _, of = name.partition("/")
+        mine = position in positions and model in (
             None,
             of,
             of.partition(".")[0],
@@ -261,7 +261,7 @@ def find_prediction(
 
 def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:
     """What the commit that added the file says of itself; empty if the log no longer tells."""
-    uri = root_of(table)
+    uri = table_root(table)
     inside, run_id = file.path[len(uri) + 1 :], file.path.rsplit("/", 1)[-1].rsplit("-", 1)[0]
     for entry in commits(uri, table.version()):
         if entry.get("run_id") == run_id and inside in file_actions(uri, entry["version"])[0]:

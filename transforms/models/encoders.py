@@ -84,9 +84,9 @@ class Encoding:
             self._write_whole(column, matrix)
         elif "columns" in self.state:
             left = self._number(numbers(column))
-            for place in range(matrix.shape[1]):
-                matrix[:, place] = left
-                left = left - matrix[:, place]
+            for position in range(matrix.shape[1]):
+                matrix[:, position] = left
+                left = left - matrix[:, position]
         elif self.state.get("whole"):
             whole, known = integers(column)
             bucket = np.searchsorted(np.array(self.state["boundaries"], np.int64), whole, side="right")
@@ -104,17 +104,17 @@ class Encoding:
         # Bits modulo 2^64 suffice for what is left: it is less than 2^41.
         left = whole.view(np.uint64) - np.uint64(base % (1 << 64))
         nearest = _difference(whole, base)
-        for place in range(matrix.shape[1]):
-            if place:
+        for position in range(matrix.shape[1]):
+            if position:
                 nearest = left.view(np.int64).astype(np.float64)
-            matrix[:, place] = nearest
-            taken = matrix[:, place].astype(np.float64)
+            matrix[:, position] = nearest
+            taken = matrix[:, position].astype(np.float64)
             high = np.floor(taken / 2**32)
             left = left - (
                 (high.astype(np.int64).view(np.uint64) << np.uint64(32)) + (taken - high * 2**32).astype(np.uint64)
             )
-        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _told:
-            _told.add(self.input)
+        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _record:
+            _record.add(self.input)
             log.warning(
                 "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 merges neighbours: "
                 "no tree was trained to tell them apart",
@@ -126,8 +126,8 @@ class Encoding:
             matrix[~known] = np.nan
             if "value" in self.state:
                 rest = self.state["value"]
-                for place in range(matrix.shape[1]):
-                    matrix[~known, place] = rest
+                for position in range(matrix.shape[1]):
+                    matrix[~known, position] = rest
                     rest -= float(np.float32(rest))
 
     def _number(self, values: Floats) -> Floats:
@@ -188,11 +188,11 @@ class Fitted:
         """
         columns = [column_of(batch, each) for each in self.encodings]
         matrix = np.empty((batch.num_rows, sum(len(each.names) for each in self.encodings)), np.float32)
-        place = 0
+        position = 0
         for each, column in zip(self.encodings, columns):
             width = len(each.names)
-            each.write(column, matrix[:, place : place + width])
-            place += width
+            each.write(column, matrix[:, position : position + width])
+            position += width
         return matrix
 
     def to_json(self) -> str:
@@ -232,12 +232,12 @@ _RENAME = str.maketrans({"[": "(", "]": ")", "<": "‹"})
 
 def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
     """The input's column, of the type it was trained with (strings may come large or coded)."""
-    place = batch.schema.get_field_index(each.input)
-    if place < 0:
+    position = batch.schema.get_field_index(each.input)
+    if position < 0:
         raise MismatchError(
             "A batch has every input of the model", repr(each.input), nearest(each.input, batch.schema.names)
         )
-    column = batch.column(place)
+    column = batch.column(position)
     kind = str(column.type)
     if kind != each.type:
         if pa.types.is_dictionary(column.type):
@@ -288,7 +288,7 @@ def _difference(whole: Counts, base: int) -> Floats:
 
 
 # Inputs that this process has warned of.
-_told: set[str] = set()
+_record: set[str] = set()
 
 
 def _missing_unless_finite(values: Floats) -> Floats:
@@ -322,8 +322,8 @@ def _hashed(column: pa.Array, buckets: int) -> Matrix:
     """`transforms.records.row_hashing.hash_column` of each text, modulo `buckets`; NaN for null."""
     coded = texts(column).dictionary_encode()
     hashes = hash_column(pl.Series(pl.from_arrow(coded.dictionary)))
-    places = np.append((hashes % np.uint64(buckets)).astype(np.float32), np.float32(np.nan))
-    result: Matrix = places[pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)]
+    positions = np.append((hashes % np.uint64(buckets)).astype(np.float32), np.float32(np.nan))
+    result: Matrix = positions[pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)]
     return result
 
 

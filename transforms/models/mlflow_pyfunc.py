@@ -15,7 +15,7 @@ from schemas.tables import scores
 from transforms.models.scoring import Pinned, Scorer, open_scorer, score
 
 
-class Served:
+class PyfuncModel:
     """What MLflow calls: `predict` of a pandas frame of raw inputs."""
 
     def __init__(self, scorer: Scorer) -> None:
@@ -60,10 +60,10 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _load_pyfunc(path: str) -> Served:
+def load_pyfunc(path: str) -> PyfuncModel:
     """MLflow's entry: the model in `path`, its digests checked."""
     import mlflow
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     metadata = mlflow.models.Model.load(os.path.join(folder, "MLmodel")).metadata or {}
-    return Served(open_scorer(Pinned(folder, digest=metadata.get("manifest_sha256"))))
+    return PyfuncModel(open_scorer(Pinned(folder, digest=metadata.get("manifest_sha256"))))

@@ -287,9 +287,9 @@ class Registry:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             path = _sqlite_path(self.uri)
-            place = None if path is None else str(path.parent / "artifacts" / name)
+            position = None if path is None else str(path.parent / "artifacts" / name)
             with _unless_there():
-                client.create_experiment(name, place)
+                client.create_experiment(name, position)
             experiment = client.get_experiment_by_name(name)
         runs = client.search_runs([experiment.experiment_id], f"tags.`{RUN}` = '{run_id}'", max_results=1)
         return (

@@ -19,20 +19,20 @@ Ints = npt.NDArray[np.int64]
 _CODER = RecordBatchCoder()
 
 
-def part_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
+def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
     """Per row the part, 0 … parts − 1, that the hash of its `keys` names: the same for equal keys of whatever integer type."""
     if parts == 1:
         return np.zeros(len(rows), np.int64)
     return (combine([hash_column(rows[key]) for key in keys]) % np.uint64(parts)).astype(np.int64)
 
 
-def places_by_part(part: Ints, parts: int) -> list[Ints]:
+def positions_by_partition(part: Ints, parts: int) -> list[Ints]:
     """Per part the places of its rows, in order."""
     order = np.argsort(part, kind="stable")
     return np.split(order, np.searchsorted(part[order], np.arange(1, parts)))
 
 
-class Spill:
+class DiskPartitions:
     """Rows in `parts` by the hash of `keys`; with one part they stay in memory.
 
     Args:
@@ -46,7 +46,7 @@ class Spill:
         self.keys, self.parts = tuple(keys), parts
         self.rows = np.zeros(parts, np.int64)
         self._held: list[pl.DataFrame] = []
-        self._places: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
+        self._positions: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
         self._path, self._end = "", 0
         if parts > 1:
             handle, self._path = tempfile.mkstemp(".arrows", dir=folder)
@@ -61,9 +61,11 @@ class Spill:
             return
         try:
             with open(self._path, "ab") as file:
-                for part, places in enumerate(places_by_part(part_of(rows, self.keys, self.parts), self.parts)):
-                    if len(places):
-                        self._write(file, part, rows[places])
+                for part, positions in enumerate(
+                    positions_by_partition(partition_of(rows, self.keys, self.parts), self.parts)
+                ):
+                    if len(positions):
+                        self._write(file, part, rows[positions])
         except OSError as error:
             raise DataError(
                 "Rows of a block too large for memory are set down on local disk",
@@ -75,7 +77,7 @@ class Spill:
         (batch,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
         data = _CODER.encode(batch)
         file.write(data)  # type: ignore[attr-defined]
-        self._places[part].append((self._end, len(data)))
+        self._positions[part].append((self._end, len(data)))
         self._end += len(data)
         self.rows[part] += len(rows)
 
@@ -92,6 +94,6 @@ class Spill:
 
     def _read(self, part: int) -> Iterator[pl.DataFrame]:
         with open(self._path, "rb") as file:
-            for start, length in self._places[part]:
+            for start, length in self._positions[part]:
                 file.seek(start)
                 yield frame(_CODER.decode(pa.py_buffer(file.read(length))))

@@ -44,9 +44,9 @@ def exact_sums(values: Floats, groups: Counts, size: int) -> list[int]:
         whole = np.ldexp(mantissa, _MANTISSA).astype(np.int64)
         least = int(exponent.min())
         span = int(exponent.max()) - least + 1
-        cells, place = _cells(groups[start : start + _MOST] * span + (exponent - least))
-        high = np.bincount(place, weights=whole >> _HALF).astype(np.int64)
-        low = np.bincount(place, weights=whole & ((1 << _HALF) - 1)).astype(np.int64)
+        cells, position = _cells(groups[start : start + _MOST] * span + (exponent - least))
+        high = np.bincount(position, weights=whole >> _HALF).astype(np.int64)
+        low = np.bincount(position, weights=whole & ((1 << _HALF) - 1)).astype(np.int64)
         for cell, upper, lower in zip(cells.tolist(), high.tolist(), low.tolist(), strict=True):
             group, shift = divmod(cell, span)
             totals[group] += ((upper << _HALF) + lower) << (shift + least - _MANTISSA + UNIT)
@@ -65,11 +65,11 @@ def exact_squares(values: Floats) -> int:
         whole = np.ldexp(mantissa, _MANTISSA).astype(np.int64)
         high, low = whole >> _HALF, whole & ((1 << _HALF) - 1)
         least = int(exponent.min())
-        cells, place = _cells((exponent - least).astype(np.int64))
+        cells, position = _cells((exponent - least).astype(np.int64))
         # (high · 2^27 + low)², each product of at most 54 bits and added in halves.
         for product, shift in ((high * high, 2 * _HALF), (high * low, _HALF + 1), (low * low, 0)):
             for part, up in ((product >> _HALF, _HALF), (product & ((1 << _HALF) - 1), 0)):
-                sums = np.bincount(place, weights=part)
+                sums = np.bincount(position, weights=part)
                 for cell, found in zip(cells.tolist(), sums.astype(np.int64).tolist(), strict=True):
                     total += found << (shift + up + 2 * (cell + least - _MANTISSA + UNIT))
     return total
@@ -110,8 +110,8 @@ def root(value: Fraction) -> float:
 def _cells(keys: Counts) -> tuple[Counts, Counts]:
     """Distinct `keys` and the position of each row's, without a sort where they are small."""
     if len(keys) and int(keys.max()) > 4 * len(keys) + 4096:
-        cells, place = np.unique(keys, return_inverse=True)
-        return cells, place
+        cells, position = np.unique(keys, return_inverse=True)
+        return cells, position
     seen = np.bincount(keys) > 0
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[keys]
 
@@ -245,10 +245,10 @@ class Bins:
         if not len(running) or not running[-1]:
             return []
         last, result = int(running[-1]) - 1, []
-        for place in (Fraction(share) * last for share in at):
-            low = int(place)
+        for position in (Fraction(share) * last for share in at):
+            low = int(position)
             first, second = (int(np.searchsorted(running, rank, "right")) for rank in (low, min(low + 1, last)))
-            result.append((first, second, place - low))
+            result.append((first, second, position - low))
         return result
 
 

@@ -32,17 +32,17 @@ def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = No
     return b"\n".join([line, b"".join(bodies)])
 
 
-def unpack(packet: bytes) -> tuple[dict[str, Any], Frames]:
+def unpack(envelope: bytes) -> tuple[dict[str, Any], Frames]:
     """Head and frames of `pack`."""
-    end = packet.index(b"\n")
-    line = json.loads(packet[:end])
+    end = envelope.index(b"\n")
+    line = json.loads(envelope[:end])
     frames, start = {}, end + 1
     for name, size in line["frames"]:
-        frames[name] = pl.read_ipc_stream(packet[start : start + size])
+        frames[name] = pl.read_ipc_stream(envelope[start : start + size])
         start += size
     return line["head"], frames
 
 
-def head_of(packet: bytes) -> dict[str, Any]:
+def head_of(envelope: bytes) -> dict[str, Any]:
     """The head alone."""
-    return json.loads(packet[: packet.index(b"\n")])["head"]
+    return json.loads(envelope[: envelope.index(b"\n")])["head"]

@@ -7,7 +7,7 @@ import gc
 
 
 @functools.cache  # to count what is spared walks it too
-def spare_imports() -> None:
+def freeze_imports() -> None:
     """Take what is there now out of Python's garbage collection, once a process; called where a worker sets up.
 
     Beam, TFDV and MLflow leave some 200 000 objects for good.  A full collection walks them all, which holds the interpreter for 0.3

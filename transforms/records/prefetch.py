@@ -11,12 +11,12 @@ import apache_beam as beam
 from apache_beam import pvalue
 from apache_beam.transforms.window import GlobalWindows
 
-from transforms.records.garbage_collection import spare_imports
+from transforms.records.garbage_collection import freeze_imports
 
 Read = TypeVar("Read")
 
 
-class Ahead(beam.DoFn):
+class PrefetchDoFn(beam.DoFn):
     """A bundle's elements are read in one thread and worked on in another, each in turn; meanwhile the fused steps that follow
     take what came before, so that no core is idle while files are read or written.
 
@@ -27,7 +27,7 @@ class Ahead(beam.DoFn):
     readers = 1
 
     def setup(self) -> None:
-        spare_imports()
+        freeze_imports()
         self.reader, self.worker = ThreadPoolExecutor(self.readers, "read"), ThreadPoolExecutor(1, "work")
 
     def start_bundle(self) -> None:

@@ -61,7 +61,7 @@ class Axis:
         """From 0 to 1."""
         return cls(0.0, 1.0, label, tuple((i / 4, ("0", "0.25", "0.5", "0.75", "1")[i]) for i in range(5)))
 
-    def place(self, values: Values) -> npt.NDArray[np.float64]:
+    def position(self, values: Values) -> npt.NDArray[np.float64]:
         """Where values lie, 0 … 1000; those outside at the edge."""
         found = np.asarray(values, np.float64)
         low, high = self.low, self.high
@@ -92,43 +92,43 @@ def line(x: Axis, y: Axis, xs: Values, ys: Values, kind: str) -> Markup:
     """A line through points."""
     if not len(xs):
         return Markup("")
-    return Markup(f'<path class="line {kind}" d="M{"L".join(_d(x.place(xs), SIDE - y.place(ys)))}"/>')
+    return Markup(f'<path class="line {kind}" d="M{"L".join(_d(x.position(xs), SIDE - y.position(ys)))}"/>')
 
 
 def band(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
     """The area between two lines."""
-    there, back = _d(x.place(xs), SIDE - y.place(highs)), _d(x.place(xs), SIDE - y.place(lows))[::-1]
+    there, back = _d(x.position(xs), SIDE - y.position(highs)), _d(x.position(xs), SIDE - y.position(lows))[::-1]
     return Markup(f'<path class="band {kind}" d="M{"L".join([*there, *back])}Z"/>')
 
 
 def dots(x: Axis, y: Axis, xs: Values, ys: Values, kind: str, titles: Sequence[str] = ()) -> Markup:
     """Points; `titles` are shown under a pointer."""
-    places = _d(x.place(xs), SIDE - y.place(ys))
+    positions = _d(x.position(xs), SIDE - y.position(ys))
     if not titles:
-        return Markup(f'<path class="dot {kind}" d="M{"h0M".join(places)}h0"/>') if places else Markup("")
+        return Markup(f'<path class="dot {kind}" d="M{"h0M".join(positions)}h0"/>') if positions else Markup("")
     return join(
-        Markup(f'<path class="dot {kind}" d="M{place}h0">{tag("title", title)}</path>')
-        for place, title in zip(places, titles, strict=True)
+        Markup(f'<path class="dot {kind}" d="M{position}h0">{tag("title", title)}</path>')
+        for position, title in zip(positions, titles, strict=True)
     )
 
 
 def spans(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
     """Vertical lines from low to high."""
-    at, low, high = x.place(xs), SIDE - y.place(lows), SIDE - y.place(highs)
+    at, low, high = x.position(xs), SIDE - y.position(lows), SIDE - y.position(highs)
     steps = [f"M{a:.0f} {b:.0f}V{c:.0f}" for a, b, c in zip(at, low, high, strict=True)]
     return Markup(f'<path class="line {kind}" d="{"".join(steps)}"/>')
 
 
 def plot(label: str, x: Axis, y: Axis, *marks: Markup, ratio: str = "4/3") -> Markup:
     """A chart of `marks`; `label` says in words what it shows."""
-    across, up = x.place([at for at, _ in x.ticks]), y.place([at for at, _ in y.ticks])
+    across, up = x.position([at for at, _ in x.ticks]), y.position([at for at, _ in y.ticks])
     grid = "".join([*(f"M{a:.0f} 0V1000" for a in across), *(f"M0 {SIDE - a:.0f}H1000" for a in up)])
     drawn = Markup(
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" style="aspect-ratio:{ratio}" aria-hidden="true">'
         f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
     )
-    ys = join(_at(word, f"bottom:{place / 10:.1f}%") for (_, word), place in zip(y.ticks, up, strict=True))
-    xs = join(_at(word, f"left:{place / 10:.1f}%") for (_, word), place in zip(x.ticks, across, strict=True))
+    ys = join(_at(word, f"bottom:{position / 10:.1f}%") for (_, word), position in zip(y.ticks, up, strict=True))
+    xs = join(_at(word, f"left:{position / 10:.1f}%") for (_, word), position in zip(x.ticks, across, strict=True))
     longest = max((len(word) for _, word in y.ticks), default=1)
     return tag(
         "div", tag("div", y.label, class_="yl"), tag("div", ys, class_="ys", aria_hidden="true"), drawn,
@@ -148,7 +148,7 @@ def legend(*entries: tuple[str, str]) -> Markup:
 
 def strip(x: Axis, *marks: Markup, height: int = 26) -> Markup:
     """One row of a table of charts that share `x`."""
-    grid = "".join(f"M{a:.0f} 0V1000" for a in x.place([at for at, _ in x.ticks]))
+    grid = "".join(f"M{a:.0f} 0V1000" for a in x.position([at for at, _ in x.ticks]))
     return Markup(
         f'<svg class="strip" viewBox="0 0 1000 1000" preserveAspectRatio="none" style="height:{height}px" aria-hidden="true">'
         f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
@@ -157,8 +157,10 @@ def strip(x: Axis, *marks: Markup, height: int = 26) -> Markup:
 
 def scale(x: Axis) -> Markup:
     """The head of a column of strips: the marks of their axis, and what it is."""
-    places = x.place([at for at, _ in x.ticks])
-    words = join(_at(word, f"left:{place / 10:.1f}%") for (_, word), place in zip(x.ticks, places, strict=True))
+    positions = x.position([at for at, _ in x.ticks])
+    words = join(
+        _at(word, f"left:{position / 10:.1f}%") for (_, word), position in zip(x.ticks, positions, strict=True)
+    )
     return join([tag("div", x.label, class_="sl"), tag("div", words, class_="xs", aria_hidden="true")])
 
 
@@ -167,19 +169,19 @@ ROW = Axis(0.0, 1.0)
 
 def upright(x: Axis, at: float, kind: str) -> Markup:
     """A vertical line through a strip or plot."""
-    place = float(x.place([at])[0])
-    return Markup(f'<path class="line {kind}" d="M{place:.0f} 0V1000"/>')
+    position = float(x.position([at])[0])
+    return Markup(f'<path class="line {kind}" d="M{position:.0f} 0V1000"/>')
 
 
 def stripe(x: Axis, low: float, high: float, kind: str) -> Markup:
     """A vertical band."""
-    a, b = x.place([low, high])
+    a, b = x.position([low, high])
     return Markup(f'<path class="band {kind}" d="M{a:.0f} 0H{b:.0f}V1000H{a:.0f}Z"/>')
 
 
 def bar(x: Axis, value: float, kind: str, thick: float = 0.5) -> Markup:
     """A bar from 0 to `value` in a strip."""
-    a, b = x.place([0.0, value])
+    a, b = x.position([0.0, value])
     top, end = SIDE * (0.5 - thick / 2), SIDE * (0.5 + thick / 2)
     return Markup(f'<path class="bar {kind}" d="M{a:.0f} {top:.0f}H{b:.0f}V{end:.0f}H{a:.0f}Z"/>')
 
@@ -188,7 +190,7 @@ def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: st
     """An estimate and its interval in a strip."""
     parts = []
     if span is not None:
-        a, b = x.place(list(span))
+        a, b = x.position(list(span))
         parts.append(Markup(f'<path class="line {kind}" d="M{a:.0f} 500H{b:.0f}"/>'))
     if value is not None:
         parts.append(dots(x, ROW, [value], [0.5], f"big {kind}"))
@@ -197,17 +199,17 @@ def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: st
 
 def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Markup:
     """Points of a strip, apart where they are many, in the colours `v0` … `v4` that `kinds` says (−1 is `none`)."""
-    places = x.place(values)
-    cells = np.floor(places / SIDE * 90).astype(int)
+    positions = x.position(values)
+    cells = np.floor(positions / SIDE * 90).astype(int)
     # In no order within a cell, lest the points draw lines; the same each time.
-    order = np.lexsort((np.random.default_rng(0).random(len(places)), cells))
+    order = np.lexsort((np.random.default_rng(0).random(len(positions)), cells))
     cells = cells[order]
     first = np.searchsorted(cells, cells)
     rank, size = np.arange(len(cells)) - first, np.bincount(cells, minlength=1)[cells] if len(cells) else cells
     most = max(int(size.max()) if len(size) else 1, 8)
     # In turns above and below the middle, as far out as the cell is full.
     offset = np.where(rank % 2, 1, -1) * ((rank + 1) // 2) * (2.0 / most)
-    ys = np.empty(len(places))
+    ys = np.empty(len(positions))
     ys[order] = 0.5 + np.clip(offset, -1, 1) * 0.42
     if kinds is None:
         return dots(x, ROW, np.asarray(values), ys, "small v")

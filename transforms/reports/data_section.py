@@ -115,15 +115,15 @@ def _length(span: timedelta) -> str:
 def origin(manifest: Content) -> Markup:
     """Tables and their versions."""
     features, label = manifest.get("feature_table") or {}, manifest.get("label_table") or {}
-    rows: list[list[object]] = [["features", _place(features.get("uri", DASH)), _version(features), f"fingerprint {manifest['fingerprint']}"]]  # fmt: skip
+    rows: list[list[object]] = [["features", _position(features.get("uri", DASH)), _version(features), f"fingerprint {manifest['fingerprint']}"]]  # fmt: skip
     files = manifest.get("label_files") or []
     rows.append(
-        ["label", _place(label.get("uri", DASH)), _version(label), f"{_files(len(files))} read" if files else ""]
+        ["label", _position(label.get("uri", DASH)), _version(label), f"{_files(len(files))} read" if files else ""]
     )
     for name, each in (manifest.get("sources") or {}).items():
-        told = [_files(each["files"]) if each.get("files") else "a dimension"]
-        told += [join([day(each["first"]), f" {DASH} ", day(each["last"])])] if each.get("first") else []
-        what = join([tag("span", word, class_="keep") for word in told], ", ")
+        words = [_files(each["files"]) if each.get("files") else "a dimension"]
+        words += [join([day(each["first"]), f" {DASH} ", day(each["last"])])] if each.get("first") else []
+        what = join([tag("span", word, class_="keep") for word in words], ", ")
         rows.append([name, "source of the features", text(each.get("digest", DASH)), what])
     return join([
         table(["Read", "From", "Version or digest", ""], rows, "Tables read and their versions"),
@@ -135,7 +135,7 @@ def _files(count: int) -> str:
     return f"{count:,} file" + ("s" if count > 1 else "")
 
 
-def _place(uri: object) -> Markup:
+def _position(uri: object) -> Markup:
     return tag("code", str(uri).removeprefix("file://").rstrip("/"))
 
 

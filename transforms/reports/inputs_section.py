@@ -75,8 +75,8 @@ def _kinds(values: Sequence[Any]) -> Any:
     ordered = np.sort(numbers[known])
     if not len(ordered):
         return np.full(len(numbers), -1)
-    place = (np.searchsorted(ordered, numbers, "left") + np.searchsorted(ordered, numbers, "right")) / 2
-    return np.where(known, np.minimum(place * 5 // max(len(ordered), 1), 4), -1).astype(int)
+    position = (np.searchsorted(ordered, numbers, "left") + np.searchsorted(ordered, numbers, "right")) / 2
+    return np.where(known, np.minimum(position * 5 // max(len(ordered), 1), 4), -1).astype(int)
 
 
 def dependence(known: Content, points: Sequence[Content]) -> Markup:
@@ -104,10 +104,10 @@ def _picture(each: Content, unit: str) -> Markup:
     xs, ys = numbers[there], moved[there]
     x = Axis.over(np.quantile(xs, [0.01, 0.99]), "value", ticks=4, pad=0.02)
     y = Axis.over([0.0, *np.quantile(moved, [0.002, 0.998])], f"contribution, {unit}", ticks=4, pad=0.05)
-    middle = medians(xs, ys)
+    interior = medians(xs, ys)
     marks = [
         charts.line(x, y, [x.low, x.high], [0, 0], "zero"), charts.dots(x, y, xs[:POINTS], ys[:POINTS], "small v"),
-        charts.line(x, y, [at for at, _ in middle], [value for _, value in middle], "second"),
+        charts.line(x, y, [at for at, _ in interior], [value for _, value in interior], "second"),
     ]  # fmt: skip
     return figure(join(title), charts.plot(f"Contribution of {each['input']} by its value", x, y, *marks, ratio="5/4"))
 

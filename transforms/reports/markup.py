@@ -49,8 +49,8 @@ def shown(value: float, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e15:
         words = f"{int(value):,}"
     elif 1e-3 <= abs(value) < 1e6:
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        words = f"{value:,.{min(places, digits)}f}"
+        positions = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        words = f"{value:,.{min(positions, digits)}f}"
     else:
         words = f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
     return words.replace("-", MINUS)

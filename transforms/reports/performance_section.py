@@ -159,8 +159,8 @@ def calibration(content: Content) -> Markup:
 def wilson(share: float, rows: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     z = 1.959964
-    middle, spread = share + z * z / (2 * rows), z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return max(0.0, (middle - spread) / (1 + z * z / rows)), min(1.0, (middle + spread) / (1 + z * z / rows))
+    interior, spread = share + z * z / (2 * rows), z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, (interior - spread) / (1 + z * z / rows)), min(1.0, (interior + spread) / (1 + z * z / rows))
 
 
 def thresholds(content: Content) -> Markup:
@@ -230,8 +230,8 @@ def errors(content: Content) -> Markup:
             charts.line(x, y, [x.low, x.high], [x.low, x.high], "thin"),
             charts.dots(x, y, predicted, actual, "small v"),
         )
-        middle = charts.medians(predicted, actual)
-        trend = charts.line(x, y, [at for at, _ in middle], [value for _, value in middle], "second")
+        interior = charts.medians(predicted, actual)
+        trend = charts.line(x, y, [at for at, _ in interior], [value for _, value in interior], "second")
         parts.append(figure(
             join(["Predicted and actual ", tag("small", number(len(predicted)), " test rows, by hash")]),
             charts.plot("Actual value by predicted value", x, y, *marks, trend, ratio="1"), charts.legend(("point", "row"), ("second", "median of actual"), ("thin", "perfect")),

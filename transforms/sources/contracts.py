@@ -13,7 +13,7 @@ from schemas.durations import instant, microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 from transforms.records.times import EPOCH, MICROSECOND
-from transforms.sources.dead_letters import LETTER
+from transforms.sources.dead_letters import ROW_DEAD_LETTERS
 
 # Polars prints times to the year 262 143.
 _PRINTED = 2**62
@@ -180,11 +180,11 @@ def holds(declared: pl.DataType, found: pa.DataType) -> bool:
     return pa.types.is_floating(found) and found.bit_width <= (64 if declared == pl.Float64 else 32)
 
 
-def judge(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Split rows into those that keep the contract (NaN turned to null, −0.0 to 0.0) and dead letters with the first rule broken.
 
     Returns:
-        (rows that keep it, letters of schema `LETTER`: place in `frame`, field, rule, value, plausible time in µs or null).
+        (rows that keep it, letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible time in µs or null).
     """
     rules = contract.rules()
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]
@@ -197,16 +197,16 @@ def judge(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.Dat
     )
     if len(broken) != len(frame):
         broken = pl.Series([False]).new_from_index(0, len(frame))
-    letters = pl.DataFrame(schema=LETTER)
+    dead_letters = pl.DataFrame(schema=ROW_DEAD_LETTERS)
     if broken.any():
-        letters = _letters(contract, frame.with_row_index("place").filter(broken), rules)
+        dead_letters = _dead_letters(contract, frame.with_row_index("place").filter(broken), rules)
         frame = frame.filter(~broken)
     if floats:
         frame = frame.with_columns(pl.col(floats).fill_nan(None) + 0.0)
-    return frame, letters
+    return frame, dead_letters
 
 
-def _letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, str, pl.Expr]]) -> pl.DataFrame:
+def _dead_letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, str, pl.Expr]]) -> pl.DataFrame:
     def first(what: list[pl.Expr]) -> pl.Expr:
         return pl.coalesce(
             [pl.when(condition).then(value) for (_, _, condition), value in zip(rules, what, strict=True)]
@@ -222,7 +222,7 @@ def _letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, str, 
         first([pl.lit(rule) for _, rule, _ in rules]).alias("rule"),
         first([_shown(field, bad.schema[field]).fill_null("null") for field, _, _ in rules]).alias("value"),
         time.alias("time"),
-    ).cast(LETTER)  # type: ignore[arg-type]
+    ).cast(ROW_DEAD_LETTERS)  # type: ignore[arg-type]
 
 
 def _shown(name: str, dtype: pl.DataType) -> pl.Expr:

@@ -23,7 +23,7 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import Contract, Partitions, fits
-from transforms.storage.delta_tables import WRITERS, open_table, paths_of, root_of
+from transforms.storage.delta_tables import WRITE_POOL, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
 
 
@@ -138,7 +138,7 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
     paths = files_of(root, contract.source, version)
     try:
-        return contract, [each for part in WRITERS.map(lambda path: _slices(path, contract), paths) for each in part]
+        return contract, [each for part in WRITE_POOL.map(lambda path: _slices(path, contract), paths) for each in part]
     except ContractError:
         _of_one_type(contract, paths)
         raise
@@ -165,7 +165,7 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
     """Declared columns by which a Delta source is partitioned."""
-    what, uri = f"Source {contract.source.name!r}", root_of(table)
+    what, uri = f"Source {contract.source.name!r}", table_root(table)
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         raise ContractError(
@@ -298,16 +298,16 @@ class Inventory:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a run of some dates cannot account for: rows that belong to no date."""
-        told = []
+        result = []
         for name in self.slices:
             lost = self.timeless(name) if self.contract(name).source.time is not None else ()
             if lost:
                 rows, paths = sum(each.rows for each in lost), sorted({each.path for each in lost})
                 more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
-                told.append(
+                result.append(
                     f"{name}: {rows:,} rows lie in row groups without any plausible time, so in no date ({paths[0]}{more}); --full sets them aside"
                 )
-        return tuple(told)
+        return tuple(result)
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:

@@ -15,13 +15,13 @@ import pyarrow as pa
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS
-from transforms.sources.contracts import Contract, judge
+from transforms.sources.contracts import Contract, check_rows
 from transforms.sources.day_digests import Digests, day_digests, subtract
-from transforms.sources.dead_letters import LETTERS, concat_letters
+from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
 from transforms.sources.inventory import Slice, open_parquet, stamp_of
 
 # Rows that a read in pieces holds at once.
-CHUNK = 500_000
+CHUNK_ROWS = 500_000
 # Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
 REPEATS_AT_ONCE = 4_000_000
 
@@ -35,7 +35,7 @@ class Read:
     """What came of reading slices: rows that keep the contract, and dead letters with their file and row."""
 
     frame: pl.DataFrame
-    letters: pl.DataFrame
+    dead_letters: pl.DataFrame
     digests: Digests = dataclasses.field(default_factory=dict)
 
 
@@ -63,10 +63,10 @@ def read_slices(
     parts = [_read_file(contract, path, groups, stamps[path]) for path, groups in _by_file(slices)]
     if not parts:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
-        return Read(frame, pl.DataFrame(schema=LETTERS))
+        return Read(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
     whole = pl.concat(parts)
     owners = _owners(contract, slices, whole)
-    return _judged(contract, slices, whole, owners, (low, high), own, numbered, span)
+    return _checked(contract, slices, whole, owners, (low, high), own, numbered, span)
 
 
 def stream_slices(
@@ -76,7 +76,7 @@ def stream_slices(
     high: int = 2**62,
     own: tuple[int, int] | None = None,
     span: tuple[int, int] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = CHUNK_ROWS,
 ) -> Iterator[Read]:
     """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the files' row groups.
 
@@ -93,12 +93,12 @@ def stream_slices(
             continue
         owner = functools.cache(functools.partial(_first_plausible, contract, each))
         for piece, whole in _pieces(contract, each, chunk):
-            yield _judged(contract, [piece], whole, lambda _, first=owner: first(), (low, high), own, False, span)  # type: ignore[misc]
+            yield _checked(contract, [piece], whole, lambda _, first=owner: first(), (low, high), own, False, span)  # type: ignore[misc]
     if held or not slices:
         yield read_slices(contract, held, low, high, own, span=span)
 
 
-def _judged(
+def _checked(
     contract: Contract,
     slices: Sequence[Slice],
     whole: pl.DataFrame,
@@ -114,15 +114,19 @@ def _judged(
         whole = whole.with_columns(
             pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
         )
-    frame, letters = judge(contract, whole)
-    letters = _placed(letters, slices, owners, contract) if len(letters) else pl.DataFrame(schema=LETTERS)
+    frame, dead_letters = check_rows(contract, whole)
+    dead_letters = (
+        _placed(dead_letters, slices, owners, contract)
+        if len(dead_letters)
+        else pl.DataFrame(schema=SOURCE_DEAD_LETTERS)
+    )
     if own is not None:
-        letters = letters.filter(pl.col("time").is_between(*own, closed="left"))
+        dead_letters = dead_letters.filter(pl.col("time").is_between(*own, closed="left"))
     if contract.source.time is not None:
         moment = pl.col(contract.source.time).to_physical()
         if low > ALWAYS or high < 2**62:
             frame = frame.filter((moment >= low) & (moment < high))
-    return Read(frame, letters, digests)
+    return Read(frame, dead_letters, digests)
 
 
 def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:
@@ -197,7 +201,7 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
         return None
     file = open_parquet(piece.path, contract.source)
     with _whole(contract, piece.path):
-        for batch in file.iter_batches(CHUNK, [piece.group], [contract.source.time]):
+        for batch in file.iter_batches(CHUNK_ROWS, [piece.group], [contract.source.time]):
             moments: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([batch]))  # type: ignore[assignment]
             found = _plausible(contract, moments[contract.source.time])
             if found is not None:
@@ -219,19 +223,19 @@ def _in_files(slices: Sequence[Slice]) -> list[Slice]:
     return [each for file in files.values() for each in file]
 
 
-def _placed(letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
+def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
     """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible row."""
     slices = _in_files(slices)
     ends = np.cumsum([each.rows for each in slices])
-    place = letters["place"].to_numpy()
-    index = np.searchsorted(ends, place, "right")
+    position = dead_letters["place"].to_numpy()
+    index = np.searchsorted(ends, position, "right")
     starts = ends - [each.rows for each in slices]
-    owned = {int(i): owners(int(i)) for i in np.unique(index[letters["time"].is_null().to_numpy()])}
+    owned = {int(i): owners(int(i)) for i in np.unique(index[dead_letters["time"].is_null().to_numpy()])}
     own = pl.Series([owned.get(int(i)) for i in index], dtype=pl.Int64)
-    return letters.select(
+    return dead_letters.select(
         pl.lit(contract.source.name).alias("source"),
         pl.Series("file", [slices[i].path for i in index], pl.String),
-        pl.Series("row", place - starts[index] + np.array([each.first for each in slices])[index], pl.Int64),
+        pl.Series("row", position - starts[index] + np.array([each.first for each in slices])[index], pl.Int64),
         "field", "rule", "value",
         pl.coalesce("time", own, pl.lit(ALWAYS)).alias("time"),
     )  # fmt: skip
@@ -262,7 +266,7 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     if not len(again):
         return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
     occurrences = pl.concat([
-        judge(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)
+        check_rows(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)
     ])  # fmt: skip
     first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
     kept = without_repeats(source, occurrences, first)
@@ -276,7 +280,7 @@ def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> 
     return ids.lazy().group_by(narrow.columns).len().filter(pl.col("len") > 1).select(narrow.columns).collect()
 
 
-def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK) -> Iterator[pl.DataFrame]:
+def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -> Iterator[pl.DataFrame]:
     """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows and one file."""
 
     def read(held: Sequence[Slice]) -> pl.DataFrame:
@@ -329,4 +333,4 @@ def locate(
             pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
             pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
         ))  # fmt: skip
-    return concat_letters(parts)
+    return concat_dead_letters(parts)

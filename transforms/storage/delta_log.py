@@ -66,7 +66,7 @@ def version_of_run(uri: str, run_id: str, version: int) -> int:
     return next((int(each["version"]) for each in last if each.get("run_id") == run_id), version)
 
 
-def made_since(uri: str, run_id: str, base: int | None, version: int) -> int | None:
+def commits_since(uri: str, run_id: str, base: int | None, version: int) -> int | None:
     """The version after `base` and up to `version` that the run made, if it did."""
     last = itertools.takewhile(lambda each: base is None or each["version"] > base, commits(uri, version))
     return next((int(each["version"]) for each in last if each.get("run_id") == run_id), None)

@@ -31,7 +31,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 
 from schemas.errors import ConflictError, StoreError
 from transforms.records.record_batches import batch
-from transforms.storage.delta_log import conflict, made_since, remaining, version_of_run
+from transforms.storage.delta_log import commits_since, conflict, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 
 _TYPES = {
@@ -40,11 +40,11 @@ _TYPES = {
 }  # fmt: skip
 READ_ROWS = 250_000
 # By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
-_KEPT = {"delta.enableExpiredLogCleanup": "false"}
-WRITERS = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
+TABLE_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
+WRITE_POOL = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 # Commits of other dates at the same moment make one try again: 20 times, waiting at most 0.02, 0.04, … 2 s between, some
 # 15 s on average in all.
-TRIES, FIRST_WAIT, LONGEST_WAIT = 20, 0.02, 2.0
+COMMIT_ATTEMPTS, FIRST_BACKOFF, LONGEST_BACKOFF = 20, 0.02, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +86,25 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
         ) from None
 
 
-def newest(uri: str) -> int | None:
+def newest_version(uri: str) -> int | None:
     """The table's version now, None where there is none."""
     table = open_table(uri)
     return None if table is None else int(table.version())
 
 
-def root_of(table: DeltaTable) -> str:
+def table_root(table: DeltaTable) -> str:
     """The table's folder."""
     return address_of(table.table_uri)
 
 
 def paths_of(table: DeltaTable) -> list[str]:
     """Where every file of the table lies, sorted."""
-    return sorted(FileSystems.join(root_of(table), unquote(path)) for path in _actions(table)["path"])
+    return sorted(FileSystems.join(table_root(table), unquote(path)) for path in _actions(table)["path"])
 
 
 def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
     """The files of the table's dates in `[start, end)`, in order of date and path."""
-    root, actions = root_of(table), _actions(table)
+    root, actions = table_root(table), _actions(table)
     files = [
         DataFile(FileSystems.join(root, unquote(path)), day, rows, size)
         for path, day, rows, size in zip(
@@ -151,7 +151,7 @@ def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[D
 
 def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
     """The rows of `files` as one batch."""
-    parts = list(WRITERS.map(lambda file: read_file(file, columns), files))
+    parts = list(WRITE_POOL.map(lambda file: read_file(file, columns), files))
     whole = pa.concat_tables(parts)
     return batch(whole, whole.schema)
 
@@ -208,7 +208,7 @@ def write_files(
         write_aside(folder, name, buffer)
         return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
 
-    return list(WRITERS.map(write, starts, [*starts[1:], len(days)])) if starts else []
+    return list(WRITE_POOL.map(write, starts, [*starts[1:], len(days)])) if starts else []
 
 
 def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
@@ -236,7 +236,7 @@ def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class CommitTarget:
     """What a commit replaces.
 
     Args:
@@ -281,7 +281,7 @@ class CommitFiles(beam.PTransform):
     `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
     """
 
-    target: Target
+    target: CommitTarget
     prepare: Callable[..., dict[str, str]] | None = None
     side: tuple[Any, ...] = ()
 
@@ -299,7 +299,7 @@ class WriteTable(beam.PTransform):
     Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
     """
 
-    target: Target
+    target: CommitTarget
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
         files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
@@ -307,7 +307,7 @@ class WriteTable(beam.PTransform):
 
 
 def commit(
-    target: Target,
+    target: CommitTarget,
     written: list[tuple[DataFile, dict[str, str]]],
     prepare: Callable[..., dict[str, str]] | None = None,
     side: Sequence[Any] = (),
@@ -326,7 +326,7 @@ def commit(
             "This is a defect of Millrace: please report it",
         )
     unique = {file.path: (file, values) for file, values in written}
-    actions: list[Any] = [_add(target.uri, file, values) for file, values in unique.values()]
+    actions: list[Any] = [add_action(target.uri, file, values) for file, values in unique.values()]
     done = {
         "rows": sum(file.rows for file, _ in unique.values()),
         "files": len(unique),
@@ -334,9 +334,9 @@ def commit(
     }
     schema, parts = delta_schema(target.schema), [*(target.extra or {}), "date"]
     before = _paths(open_table(target.uri, target.base), target) if target.base is not None else {}
-    for attempt in range(TRIES):
+    for attempt in range(COMMIT_ATTEMPTS):
         if attempt:  # waits of random length part those who met
-            time.sleep(random.uniform(0, min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)))
+            time.sleep(random.uniform(0, min(FIRST_BACKOFF * 2**attempt, LONGEST_BACKOFF)))
         table = open_table(target.uri)
         try:
             more = {} if prepare is None else prepare(table, *side)
@@ -351,12 +351,12 @@ def commit(
                     actions,
                     mode="error",
                     partition_by=parts,
-                    configuration=_KEPT,
+                    configuration=TABLE_CONFIGURATION,
                     commit_properties=properties,
                 )
                 return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
             # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
-            if (made := made_since(target.uri, target.run_id, target.base, table.version())) is not None:
+            if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
                 return Committed(made, **done, fresh=False)  # type: ignore[arg-type]
             now = _paths(table, target)
             if now != before:
@@ -381,18 +381,18 @@ def commit(
                 "Check access and free space, then run the same command again",
             ) from None
     raise ConflictError(
-        f"A commit goes through within {TRIES} tries",
+        f"A commit goes through within {COMMIT_ATTEMPTS} tries",
         f"as many other commits to {target.uri} meanwhile",
         "Run the same command again when fewer runs write to this table",
     )
 
 
-def _add(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
+def add_action(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
     stats = json.dumps({"numRecords": file.rows})
     return AddAction(file.path[len(uri.rstrip("/")) + 1 :], file.bytes, values, 0, True, stats)
 
 
-def _filters(target: Target, dates: Sequence[date] | None) -> Any:
+def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Any:
     """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
     filters: list[tuple[str, str, Any]] = [(name, "=", value) for name, value in (target.extra or {}).items()]
     if dates is not None:
@@ -400,7 +400,7 @@ def _filters(target: Target, dates: Sequence[date] | None) -> Any:
     return filters or None
 
 
-def _paths(table: DeltaTable | None, target: Target) -> dict[str, date]:
+def _paths(table: DeltaTable | None, target: CommitTarget) -> dict[str, date]:
     """Files of the target's dates, each with its own."""
     if table is None:
         return {}
@@ -434,4 +434,4 @@ def _in_a_line(error: BaseException) -> str:
     return ": ".join(filter(None, lines))[:300] or type(error).__name__
 
 
-Written = list[tuple[DataFile, dict[str, str]]]
+WrittenFiles = list[tuple[DataFile, dict[str, str]]]

@@ -11,16 +11,23 @@ from transforms.storage.delta_log import root_of, versions
 BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
 
 # Folder to how many folders below it its tables are.
-PLACES = {"features": 2, "features_live": 2, "predictions": 1, "predictions_live": 1, "dead_letters": 1, "sources": 1}
+TABLE_DEPTHS = {
+    "features": 2,
+    "features_live": 2,
+    "predictions": 1,
+    "predictions_live": 1,
+    "dead_letters": 1,
+    "sources": 1,
+}
 
 
 def tables_below(store: str) -> list[str]:
     """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit yet."""
     return [
-        f"{place}/{'/'.join(parts)}"
-        for place, depth in PLACES.items()
-        for parts in folders(FileSystems.join(store, place), depth)
-        if place != "sources" or versions(FileSystems.join(store, place, *parts))
+        f"{position}/{'/'.join(parts)}"
+        for position, depth in TABLE_DEPTHS.items()
+        for parts in folders(FileSystems.join(store, position), depth)
+        if position != "sources" or versions(FileSystems.join(store, position, *parts))
     ]
 
 
@@ -37,7 +44,7 @@ def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
     return [(name, *rest) for name in names for rest in folders(os.path.join(folder, name), depth - 1)]
 
 
-def place_of(uri: str) -> str:
+def path_in_store(uri: str) -> str:
     """A feature table's path within its store: stores may be moved."""
     return "/".join(root_of(uri).split("/")[-3:])
 
@@ -58,7 +65,7 @@ def features_live_uri(store: str, view: str, fingerprint: str) -> str:
     return FileSystems.join(store, "features_live", view, fingerprint)
 
 
-def live_letters_uri(store: str, view: str) -> str:
+def live_dead_letters_uri(store: str, view: str) -> str:
     return FileSystems.join(store, "dead_letters", f"live_{view}")
 
 

@@ -19,11 +19,11 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import StoreError
 from transforms.storage.delta_tables import write_aside
 
-MARK = "started.json"
+MARKER = "started.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Running:
+class RunMarker:
     """A run that has started and not ended: since when, and the process that launched it."""
 
     run_id: str
@@ -46,7 +46,7 @@ class Running:
         return True
 
 
-def mark(folder: str, pipeline: str, run_id: str) -> None:
+def write_marker(folder: str, pipeline: str, run_id: str) -> None:
     """Say that the run whose folder this is has started.
 
     Raises:
@@ -60,12 +60,12 @@ def mark(folder: str, pipeline: str, run_id: str) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    write_aside(folder, MARK, pa.py_buffer(json.dumps(entry, indent=2).encode()))
+    write_aside(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
 
 
-def unmark(folder: str) -> None:
+def remove_marker(folder: str) -> None:
     """Say that it has ended."""
-    path = FileSystems.join(folder, MARK)
+    path = FileSystems.join(folder, MARKER)
     if "://" not in path:
         with contextlib.suppress(OSError):
             os.remove(path)
@@ -73,28 +73,28 @@ def unmark(folder: str) -> None:
         FileSystems.delete([path])
 
 
-def running(store: str) -> list[Running]:
+def running_runs(store: str) -> list[RunMarker]:
     """Every run that has started and not ended, or was killed.
 
     Raises:
         StoreError: a mark cannot be read.
     """
-    return [_read(path) for path in _marks(FileSystems.join(store, "runs"))]
+    return [_read(path) for path in _markers(FileSystems.join(store, "runs"))]
 
 
-def _marks(folder: str) -> Iterator[str]:
+def _markers(folder: str) -> Iterator[str]:
     if "://" in folder:
-        yield from (each.path for each in FileSystems.match([f"{folder}/*/{MARK}"])[0].metadata_list)
+        yield from (each.path for each in FileSystems.match([f"{folder}/*/{MARKER}"])[0].metadata_list)
     elif os.path.isdir(folder):
-        paths = (os.path.join(entry.path, MARK) for entry in os.scandir(folder) if entry.is_dir())
+        paths = (os.path.join(entry.path, MARKER) for entry in os.scandir(folder) if entry.is_dir())
         yield from sorted(path for path in paths if os.path.exists(path))
 
 
-def _read(path: str) -> Running:
+def _read(path: str) -> RunMarker:
     try:
         with FileSystems.open(path, "application/octet-stream") as file:
             entry = json.loads(file.read())
-        return Running(
+        return RunMarker(
             entry["run_id"], entry["pipeline"], datetime.fromisoformat(entry["started"]), entry["host"], entry["pid"]
         )
     except (OSError, ValueError, KeyError) as error:

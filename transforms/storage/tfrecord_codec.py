@@ -23,22 +23,22 @@ import pyarrow.compute as pc
 from isal import isal_zlib
 
 # Rows encoded at a time: some 30 MB of records, enough that calls per column do not count.
-CHUNK = 1 << 14
+CHUNK_ROWS = 1 << 14
 # Rows a thread turns into one gzip member; a file is several of them, as gzip allows.
-MEMBER = 2 * CHUNK
+MEMBER_ROWS = 2 * CHUNK_ROWS
 _ENCODERS = ThreadPoolExecutor(os.cpu_count() or 1, "tfrecord")
 _EMPTY = pa.scalar(b"", pa.binary())
 
 
 def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
     """The rows of `batch` as a gzipped TFRecord file, in parts.  Equal rows give equal bytes."""
-    starts = range(0, max(batch.num_rows, 1), MEMBER)
-    yield from _ENCODERS.map(lambda start: _member(batch.slice(start, MEMBER), level), starts)
+    starts = range(0, max(batch.num_rows, 1), MEMBER_ROWS)
+    yield from _ENCODERS.map(lambda start: _member(batch.slice(start, MEMBER_ROWS), level), starts)
 
 
 def _member(batch: pa.RecordBatch, level: int) -> bytes:
     packer = isal_zlib.compressobj(level, isal_zlib.DEFLATED, 31)  # gzip, many times faster than zlib's own
-    parts = [packer.compress(records(batch.slice(start, CHUNK))) for start in range(0, batch.num_rows, CHUNK)]
+    parts = [packer.compress(records(batch.slice(start, CHUNK_ROWS))) for start in range(0, batch.num_rows, CHUNK_ROWS)]
     return b"".join([*parts, packer.flush()])
 
 
@@ -48,7 +48,7 @@ def records(batch: pa.RecordBatch) -> memoryview:
         return memoryview(b"")
     features = _features(batch)
     # Rows have few different lengths, so what depends on the length is made once for each.
-    sizes, place = np.unique(_lengths(features), return_inverse=True)
+    sizes, position = np.unique(_lengths(features), return_inverse=True)
     openings = [b"\x0a" + _varint(size) for size in sizes.tolist()]
     lengths = [struct.pack("<Q", len(opening) + size) for opening, size in zip(openings, sizes.tolist())]
     checksums = _masked(np.array([google_crc32c.value(length) for length in lengths], np.uint32)).tolist()
@@ -56,9 +56,9 @@ def records(batch: pa.RecordBatch) -> memoryview:
         length + struct.pack("<I", checksum) + opening
         for length, checksum, opening in zip(lengths, checksums, openings)
     ]
-    begun = np.array([google_crc32c.value(opening) for opening in openings])[place].tolist()
+    begun = np.array([google_crc32c.value(opening) for opening in openings])[position].tolist()
     sums = np.fromiter(map(google_crc32c.extend, begun, features.to_pylist()), np.uint32, len(features))
-    framed = _joined(pa.array(heads, pa.binary()).take(pa.array(place)), features, _fixed(_masked(sums)))
+    framed = _joined(pa.array(heads, pa.binary()).take(pa.array(position)), features, _fixed(_masked(sums)))
     return memoryview(_content(framed))
 
 
@@ -148,6 +148,6 @@ def _varints(values: npt.NDArray[np.uint64]) -> pa.Array:
     used[:, 0] = True
     more = np.zeros_like(used)
     more[:, :-1] = used[:, 1:]
-    letters = ((septets & np.uint64(127)).astype(np.uint8) | (more.astype(np.uint8) << 7))[used]
+    dead_letters = ((septets & np.uint64(127)).astype(np.uint8) | (more.astype(np.uint8) << 7))[used]
     offsets = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int32)
-    return pa.Array.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(letters)])
+    return pa.Array.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(dead_letters)])

@@ -26,9 +26,9 @@ from schemas.errors import ContractError, StoreError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.tfrecord_codec import gzipped
 
-ROWS = 1 << 15
+BATCH_ROWS = 1 << 15
 # A record longer than this is a broken length, not an example.
-LONGEST = 1 << 30
+LONGEST_RECORD = 1 << 30
 _HEAD = struct.Struct("<QI")
 _SUM = struct.Struct("<I")
 
@@ -49,7 +49,7 @@ def matching(pattern: str) -> list[str]:
     return paths
 
 
-def read_examples(path: str, schema: pa.Schema, rows: int = ROWS) -> Iterator[pa.RecordBatch]:
+def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """The examples of one file, gzipped or not, as batches of `schema` with at most `rows` rows.
 
     A feature the example leaves out is null; integers become booleans, dates and times as the schema says; features
@@ -88,7 +88,7 @@ def _records(path: str) -> Iterator[bytes]:
         with _opened(path) as handle:
             while head := handle.read(_HEAD.size):
                 length, checksum = _HEAD.unpack(head)
-                _require(checksum == _masked(head[:8]) and length < LONGEST, "the checksum of its length")
+                _require(checksum == _masked(head[:8]) and length < LONGEST_RECORD, "the checksum of its length")
                 record, foot = handle.read(length), handle.read(_SUM.size)
                 _require(len(record) == length and len(foot) == _SUM.size, "its end")
                 _require(_SUM.unpack(foot)[0] == _masked(record), "its checksum")
@@ -142,8 +142,8 @@ def _flat(lists: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if lengths.max(initial=0) > 1:
             raise ValueError(f"feature {field.name!r} has {int(lengths.max())} values")
         present = lengths == 1
-        place = pa.array(np.cumsum(present) - 1, mask=~present)
-        columns.append(_typed(column.flatten().take(place), field.type))
+        position = pa.array(np.cumsum(present) - 1, mask=~present)
+        columns.append(_typed(column.flatten().take(position), field.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -169,7 +169,7 @@ class ReadExamples(beam.PTransform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TFRecordFile:
     """A file written aside: where, which rows it starts with (their date and a digest, to sort by), how many."""
 
     path: str
@@ -177,7 +177,7 @@ class Part:
     rows: int
 
 
-def write_part(batch: pa.RecordBatch, prefix: str, run_id: str) -> Part:
+def write_tfrecord_file(batch: pa.RecordBatch, prefix: str, run_id: str) -> TFRecordFile:
     """Write the batch as tf.Examples into a hidden file beside `prefix`.  Equal batches write the same name again."""
     content = b"".join(gzipped(batch))
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -185,10 +185,10 @@ def write_part(batch: pa.RecordBatch, prefix: str, run_id: str) -> Part:
     folder, base = FileSystems.split(prefix)
     name = f".{base}.{run_id}-{digest}.part"
     write_aside(folder or ".", name, pa.py_buffer(content))
-    return Part(FileSystems.join(folder or ".", name), f"{first[0] if first else ''}-{digest}", batch.num_rows)
+    return TFRecordFile(FileSystems.join(folder or ".", name), f"{first[0] if first else ''}-{digest}", batch.num_rows)
 
 
-def publish_parts(parts: list[Part], prefix: str) -> list[str]:
+def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
     """Give the parts their names, `<prefix>-00000-of-00002.tfrecord.gz` and so on in order of date, and remove others.
 
     Done again after being cut short, it completes what is missing.
@@ -213,12 +213,12 @@ def publish_parts(parts: list[Part], prefix: str) -> list[str]:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteParts(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for `publish_parts`."""
+class WriteTFRecordFiles(beam.PTransform):
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for `publish_tfrecord_files`."""
 
     prefix: str
     run_id: str
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        parts = batches | "Write" >> beam.Map(write_part, self.prefix, self.run_id)
+        parts = batches | "Write" >> beam.Map(write_tfrecord_file, self.prefix, self.run_id)
         return parts | "Gather" >> beam.combiners.ToList()

@@ -17,22 +17,22 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
-from transforms.storage.delta_tables import open_table, paths_of, root_of
-from transforms.storage.paths import MANIFEST, place_of
-from transforms.storage.run_markers import MARK, Running
+from transforms.storage.delta_tables import open_table, paths_of, table_root
+from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.run_markers import MARKER, RunMarker
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
 # Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
-DATA = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
-ASIDE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
-LOG_ASIDE = re.compile(r".*(\.tmp|#\d+)")
+DATA_FILE = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
+TEMPORARY_FILE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
+TEMPORARY_LOG_FILE = re.compile(r".*(\.tmp|#\d+)")
 EXAMPLES = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
 # What a run has left, any one of them, that trained a model.
 LEFT = (("model", MANIFEST), ("run.json",))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredFile:
     """A file of a store."""
 
     path: str
@@ -45,7 +45,7 @@ class Waste:
     """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics`, `summary`, or `mark` (of a
     run that was killed)."""
 
-    file: Stored
+    file: StoredFile
     table: str
     kind: str
 
@@ -60,31 +60,31 @@ class Pin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class VacuumRules:
     """What stays: files younger than `orphans`, versions younger than `retention`, both counted back from `now`."""
 
     now: datetime
     orphans: timedelta
     retention: timedelta
     pins: tuple[Pin, ...] = ()
-    at_work: tuple[Running, ...] = ()
+    at_work: tuple[RunMarker, ...] = ()
 
-    def owner(self, path: str) -> Running | None:
+    def owner(self, path: str) -> RunMarker | None:
         """The run at work that the file may belong to: file names begin with their run's id."""
         name = path.rsplit("/", 1)[-1].removeprefix(".")
         return next((run for run in self.at_work if name.startswith((f"{run.run_id}-", f"{run.run_id}."))), None)
 
 
-def at_work(every: Iterable[Running], now: datetime, longest: timedelta) -> tuple[Running, ...]:
+def at_work(every: Iterable[RunMarker], now: datetime, longest: timedelta) -> tuple[RunMarker, ...]:
     """Runs that may still be writing: started within `longest`, or launched by a process that lives."""
     return tuple(each for each in every if now - each.started < longest or each.launcher_lives)
 
 
-def files_below(folder: str) -> Iterator[Stored]:
+def files_below(folder: str) -> Iterator[StoredFile]:
     """Every file below `folder`, hidden ones too."""
     if "://" in folder:
         for each in FileSystems.match([f"{folder}/**"])[0].metadata_list:
-            yield Stored(each.path, each.size_in_bytes, datetime.fromtimestamp(each.last_updated_in_seconds, UTC))
+            yield StoredFile(each.path, each.size_in_bytes, datetime.fromtimestamp(each.last_updated_in_seconds, UTC))
         return
     for root, _, names in os.walk(folder):
         for name in names:
@@ -93,10 +93,10 @@ def files_below(folder: str) -> Iterator[Stored]:
                 status = os.lstat(path)
             except FileNotFoundError:  # renamed or removed by its writer meanwhile
                 continue
-            yield Stored(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+            yield StoredFile(path, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
-def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
+def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     """Files of one table that may go.
 
     Raises:
@@ -105,7 +105,7 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
     uri = FileSystems.join(store, *table.split("/"))
     # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
     listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
-    kept = _kept(uri, table, rules)
+    kept = _retained(uri, table, rules)
     needed, once = _paths(uri, kept)
     manifests, runs = _named(uri, kept)
     summaries = _summaries(uri, manifests)
@@ -115,8 +115,8 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
         folder, name = inside.split("/")[0], inside.split("/")[-1]
         age = rules.now - file.changed
         if folder == LOG:
-            kind = "aside" if LOG_ASIDE.fullmatch(name) else None
-        elif ASIDE.fullmatch(name):
+            kind = "aside" if TEMPORARY_LOG_FILE.fullmatch(name) else None
+        elif TEMPORARY_FILE.fullmatch(name):
             kind = "aside"
         elif folder == MANIFESTS:
             kind = "manifest" if name not in manifests else None
@@ -130,40 +130,42 @@ def waste_of(store: str, table: str, rules: Rules) -> list[Waste]:
             # Whose rows a source's owner may want back is not ours to say.
             kind = "expired" if not table.startswith("sources/") else None
         else:
-            kind = "orphan" if DATA.fullmatch(name) else None
+            kind = "orphan" if DATA_FILE.fullmatch(name) else None
         if kind is not None and age >= rules.orphans:
             found.append(Waste(file, table, kind))
     return found
 
 
-def waste_of_runs(store: str, rules: Rules) -> list[Waste]:
+def waste_of_runs(store: str, rules: VacuumRules) -> list[Waste]:
     """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left no model."""
     found = []
     ended: dict[str, bool] = {}
-    for place in ("runs", "examples", "registry"):
-        for file in files_below(FileSystems.join(store, place)):
+    for position in ("runs", "examples", "registry"):
+        for file in files_below(FileSystems.join(store, position)):
             name = file.path.rsplit("/", 1)[-1]
-            kind = "aside" if ASIDE.fullmatch(name) else "mark" if name == MARK and place == "runs" else None
-            if place == "examples" and EXAMPLES.fullmatch(name):
+            kind = (
+                "aside" if TEMPORARY_FILE.fullmatch(name) else "mark" if name == MARKER and position == "runs" else None
+            )
+            if position == "examples" and EXAMPLES.fullmatch(name):
                 run = file.path.rsplit("/", 2)[-2]
                 if run not in ended:
                     ended[run] = any(FileSystems.exists(FileSystems.join(store, "runs", run, *path)) for path in LEFT)
                 kind = None if ended[run] else "orphan"  # repeated, the run makes them anew
             busy = any(f"/{each.run_id}/" in file.path for each in rules.at_work)
             if kind is not None and rules.now - file.changed >= rules.orphans and not busy:
-                found.append(Waste(file, place, kind))
+                found.append(Waste(file, position, kind))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kept:
+class _Retained:
     """Versions that stay readable: `young` ones, from the one that the retention began with, and older `pinned` ones."""
 
     young: tuple[int, ...]
     pinned: tuple[int, ...]
 
 
-def _kept(uri: str, table: str, rules: Rules) -> _Kept:
+def _retained(uri: str, table: str, rules: VacuumRules) -> _Retained:
     every = versions(uri)
     young: list[int] = []
     for version in reversed(every):
@@ -173,10 +175,10 @@ def _kept(uri: str, table: str, rules: Rules) -> _Kept:
             break
     # A pin above the newest is of a table that was here before: its files are gone.
     pinned = {pin.version for pin in rules.pins if pin.table == table and every and pin.version <= every[-1]}
-    return _Kept(tuple(young), tuple(sorted(pinned - set(young))))
+    return _Retained(tuple(young), tuple(sorted(pinned - set(young))))
 
 
-def _paths(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+def _paths(uri: str, kept: _Retained) -> tuple[set[str], set[str]]:
     """(Paths that some kept version names, paths that any commit named), within the table."""
     needed = _paths_at(uri, None)
     if needed is None:
@@ -199,10 +201,10 @@ def _paths_at(uri: str, version: int | None) -> set[str] | None:
             f"version {version} of {uri}",
             "Restore its log; nothing was removed",
         )
-    return None if opened is None else {path[len(root_of(opened)) + 1 :] for path in paths_of(opened)}
+    return None if opened is None else {path[len(table_root(opened)) + 1 :] for path in paths_of(opened)}
 
 
-def _named(uri: str, kept: _Kept) -> tuple[set[str], set[str]]:
+def _named(uri: str, kept: _Retained) -> tuple[set[str], set[str]]:
     """(Manifests that kept versions need, runs that committed).  A version's manifest is the last one named up to it."""
     manifests: set[str] = set()
     runs: set[str] = set()
@@ -265,5 +267,5 @@ def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
     for name, manifest in models.items():
         table = manifest.get("feature_table")
         if isinstance(table, Mapping) and "uri" in table and "version" in table:
-            pins.append(Pin(place_of(str(table["uri"])), int(str(table["version"])), name))
+            pins.append(Pin(path_in_store(str(table["uri"])), int(str(table["version"])), name))
     return tuple(pins)

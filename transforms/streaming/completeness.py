@@ -29,19 +29,19 @@ class Partition:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class CompletenessRule:
     """How late a source's rows may be, and how long a silent partition is waited for (None: for ever), in µs."""
 
     lateness: int
     idle: int | None = None
 
     @classmethod
-    def of(cls, source: Source) -> Rule:
+    def of(cls, source: Source) -> CompletenessRule:
         idle = None if source.idle is None else microseconds(source.idle)
         return cls(microseconds(source.lateness, zero=True), idle)
 
 
-class Clock:
+class Completeness:
     """Completeness per source.  Times are µs since 1970; `now` is whatever clock idleness is measured by.
 
     >>> clock = Clock({"sales": Rule(lateness=10)})
@@ -55,10 +55,10 @@ class Clock:
     40
     """
 
-    def __init__(self, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, rules: Mapping[str, CompletenessRule]) -> None:
         self.rules = dict(rules)
         self.partitions: dict[str, dict[int, Partition]] = {name: {} for name in rules}
-        self._settled = dict.fromkeys(rules, ALWAYS)
+        self._watermarks = dict.fromkeys(rules, ALWAYS)
 
     def expect(self, source: str, partition: int, now: int) -> None:
         """Wait for a partition from now on."""
@@ -82,12 +82,12 @@ class Clock:
             return ALWAYS
         return min(waiting) if waiting else FOREVER
 
-    def settled(self, source: str, now: int) -> int:
+    def watermark(self, source: str, now: int) -> int:
         """As `complete`, but it never goes back, and idleness or the end of all does not move it: what is before is late."""
         waiting = self._waited_for(source, now)
         if waiting:
-            self._settled[source] = max(self._settled[source], min(waiting))
-        return self._settled[source]
+            self._watermarks[source] = max(self._watermarks[source], min(waiting))
+        return self._watermarks[source]
 
     def _waited_for(self, source: str, now: int) -> list[int]:
         idle = self.rules[source].idle
@@ -105,7 +105,7 @@ class Clock:
     def to_json(self) -> dict[str, Any]:
         return {
             name: {
-                "settled": self._settled[name],
+                "settled": self._watermarks[name],
                 "partitions": {
                     str(number): [each.promise, each.heard, each.ended] for number, each in partitions.items()
                 },
@@ -115,7 +115,7 @@ class Clock:
 
     def load(self, value: Mapping[str, Any]) -> None:
         """Take over what `to_json` of a clock gave."""
-        for name, told in value.items():
+        for name, state in value.items():
             if name in self.partitions:
-                self._settled[name] = told["settled"]
-                self.partitions[name] = {int(number): Partition(*pair) for number, pair in told["partitions"].items()}
+                self._watermarks[name] = state["settled"]
+                self.partitions[name] = {int(number): Partition(*pair) for number, pair in state["partitions"].items()}

@@ -20,20 +20,20 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.records.frame_packets import Frames, pack
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.completeness import Clock, Rule
-from transforms.streaming.messages import LETTERS, ORIGIN
+from transforms.streaming.completeness import Completeness, CompletenessRule
+from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, ORIGIN
 from transforms.streaming.micro_batches import (
-    PLACE,
-    Micro,
-    NextThere,
+    ORIGIN_COLUMNS,
+    MicroBatch,
+    NextAvailable,
+    dead_letter,
     digest,
     in_order,
     known_columns,
-    letter,
-    nothing_there,
-    rid,
+    no_topic,
+    row_identity,
 )
-from transforms.streaming.pane_store import CELLS, Panes, key_hashes, size_of
+from transforms.streaming.pane_store import SLOTS, TimeBuckets, key_hashes, size_of
 from transforms.streaming.shards import (
     MINUTE,
     RID,
@@ -41,11 +41,11 @@ from transforms.streaming.shards import (
     held_back,
     route_compacted,
     route_events,
-    route_questions,
-    with_keys,
+    route_spine_rows,
+    with_group_keys,
 )
 
-PENDING, ASKED = "?pending", "?asked"
+PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Turn:
 
     number: int
     shards: Mapping[int, bytes]
-    questions: bytes | None
+    spine_rows: bytes | None
     entry: bytes
 
 
@@ -63,10 +63,10 @@ class Journal:
 
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
-        self.next_there: NextThere = nothing_there
+        self.next_available: NextAvailable = no_topic
         self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
-        self.clock = Clock({name: Rule.of(source) for name, source in self.sources.items()})
+        self.completeness = Completeness({name: CompletenessRule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
         self.sent = [0] * shards
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
@@ -76,52 +76,52 @@ class Journal:
         self.held_back = {name: held_back(view, name) for name in view.events}
         self.remembered = {name: 2 * view.reach(name) for name in view.events}
         reach = max([0, *(view.reach(name) for name in view.events)])
-        self.stores: dict[str, Panes] = {
-            PENDING: Panes(view.time, MINUTE * 10),
-            ASKED: Panes("time", max(self.keep // 4, MINUTE)),
+        self.stores: dict[str, TimeBuckets] = {
+            PENDING: TimeBuckets(view.time, MINUTE * 10),
+            KNOWN_SPINE_ROWS: TimeBuckets("time", max(self.keep // 4, MINUTE)),
         }
         for name, source in view.events.items():
             if repeats_by(view, name):
-                self.stores[name] = Panes(str(source.time), max(2 * reach // (CELLS - 2), MINUTE))
+                self.stores[name] = TimeBuckets(str(source.time), max(2 * reach // (SLOTS - 2), MINUTE))
 
     # -- what must survive ---------------------------------------------------------------------------------------
 
     def head(self) -> dict[str, Any]:
         return {
-            "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.clock.to_json(), "horizon": self.horizon, "counts": self.counts,
+            "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.completeness.to_json(), "horizon": self.horizon, "counts": self.counts,
             "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
         }  # fmt: skip
 
     def load(self, head: Mapping[str, Any]) -> None:
         self.turn_number, self.began, self.horizon = head["turn"], head["began"], head["horizon"]
         self.sent = list(head["sent"])
-        self.clock.load(head["clock"])
+        self.completeness.load(head["clock"])
         self.counts = {name: dict(each) for name, each in head["counts"].items()}
         self.next = {name: {int(k): v for k, v in each.items()} for name, each in head["next"].items()}
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
-    def admit(self, inbox: Sequence[Micro], now: int) -> tuple[list[Micro], list[Micro]]:
+    def admit(self, inbox: Sequence[MicroBatch], now: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)"""
-        return in_order(inbox, self.next, now, self._count, self.next_there)
+        return in_order(inbox, self.next, now, self._count, self.next_available)
 
-    def turn(self, admitted: Sequence[Micro], now: int) -> Turn:
+    def turn(self, admitted: Sequence[MicroBatch], now: int) -> Turn:
         """Apply micro-batches (`admit`ted), decide what can be answered, number the turn."""
         self.turn_number += 1
-        letters = [pl.DataFrame(schema=LETTERS)]
+        dead_letters = [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
         rows: dict[str, list[pl.DataFrame]] = {name: [] for name in self.sources}
-        floors = {name: self.clock.settled(name, now) for name in self.sources}
-        for micro in admitted:
-            self._admit_one(micro, rows, letters, now)
+        watermarks = {name: self.completeness.watermark(name, now) for name in self.sources}
+        for micro_batch in admitted:
+            self._admit_one(micro_batch, rows, dead_letters, now)
         accepted = {name: pl.concat(parts) for name, parts in rows.items() if parts}
-        return self._turn(accepted, letters, floors, now)
+        return self._turn(accepted, dead_letters, watermarks, now)
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
         """A turn that gives the shards rows accepted before; nothing is counted, no clock moves."""
         self.turn_number += 1
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
         self._send(f"rows:{name}", name, rows, to_shards)
-        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+        return self._envelopes(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
 
     def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
         """As `seed`, of what is kept of the older events of a group."""
@@ -131,47 +131,53 @@ class Journal:
         for frames, some in zip(to_shards, mine, strict=True):
             if some.any():
                 frames[f"compacted:{group}"] = reduced.filter(pl.Series(some))
-        return self._packets(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=LETTERS))
+        return self._envelopes(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
 
     def _admit_one(
-        self, micro: Micro, rows: dict[str, list[pl.DataFrame]], letters: list[pl.DataFrame], now: int
+        self, micro_batch: MicroBatch, rows: dict[str, list[pl.DataFrame]], dead_letters: list[pl.DataFrame], now: int
     ) -> None:
-        due = self.next[micro.source].get(micro.partition, micro.first)
-        fresh, bad = micro.rows, micro.letters
-        if due > micro.first:  # delivered again in part
+        due = self.next[micro_batch.source].get(micro_batch.partition, micro_batch.first)
+        fresh, bad = micro_batch.rows, micro_batch.dead_letters
+        if due > micro_batch.first:  # delivered again in part
             fresh = fresh.filter(pl.col("__offset") >= due)
             bad = bad.filter(pl.col("offset") >= due)
-        self.next[micro.source][micro.partition] = micro.next
-        self._count(micro.source, "messages", micro.messages)
-        self.clock.expect(micro.source, micro.partition, now)
+        self.next[micro_batch.source][micro_batch.partition] = micro_batch.next
+        self._count(micro_batch.source, "messages", micro_batch.messages)
+        self.completeness.expect(micro_batch.source, micro_batch.partition, now)
         if len(fresh):
-            time = str(self.sources[micro.source].time)
-            self.clock.observe(micro.source, micro.partition, int(fresh[time].to_physical().max()), now)  # type: ignore[arg-type]
-            rows[micro.source].append(fresh)
-            self._count(micro.source, "rows", len(fresh))
-        if micro.heartbeat is not None:
-            self.clock.promise(micro.source, micro.partition, micro.heartbeat, now)
+            time = str(self.sources[micro_batch.source].time)
+            self.completeness.observe(
+                micro_batch.source, micro_batch.partition, int(fresh[time].to_physical().max()), now
+            )  # type: ignore[arg-type]
+            rows[micro_batch.source].append(fresh)
+            self._count(micro_batch.source, "rows", len(fresh))
+        if micro_batch.heartbeat is not None:
+            self.completeness.promise(micro_batch.source, micro_batch.partition, micro_batch.heartbeat, now)
         if len(bad):
-            letters.append(bad)
-            self._count(micro.source, "dead", len(bad))
+            dead_letters.append(bad)
+            self._count(micro_batch.source, "dead", len(bad))
 
     def _turn(
-        self, accepted: dict[str, pl.DataFrame], letters: list[pl.DataFrame], floors: Mapping[str, int], now: int
+        self,
+        accepted: dict[str, pl.DataFrame],
+        dead_letters: list[pl.DataFrame],
+        watermarks: Mapping[str, int],
+        now: int,
     ) -> Turn:
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
-        asked = accepted.get(self.view.spine.name)
+        spine_rows_in = accepted.get(self.view.spine.name)
         for name in self.view.events:
             if name in accepted:
-                accepted[name] = self._events(name, accepted[name], floors[name], to_shards)
-        if asked is not None:
-            letters += self._questions(asked, floors[self.view.spine.name])
+                accepted[name] = self._events(name, accepted[name], watermarks[name], to_shards)
+        if spine_rows_in is not None:
+            dead_letters += self._spine_rows(spine_rows_in, watermarks[self.view.spine.name])
         for name in self.sources:
-            self.clock.settled(name, now)
+            self.completeness.watermark(name, now)
         ready = self._ready(now)
         self.advance(now)
-        return self._packets(ready, to_shards, accepted, pl.concat(letters))
+        return self._envelopes(ready, to_shards, accepted, pl.concat(dead_letters))
 
-    def _events(self, name: str, rows: pl.DataFrame, floor: int, to_shards: list[Frames]) -> pl.DataFrame:
+    def _events(self, name: str, rows: pl.DataFrame, watermark: int, to_shards: list[Frames]) -> pl.DataFrame:
         """Route a source's new rows, less repeats, and take back those that a repeat known earlier replaces.
 
         Returns:
@@ -179,12 +185,12 @@ class Journal:
         """
         source, whole = self.sources[name], rows
         time = pl.col(str(source.time)).to_physical()
-        late = int(rows.select((time < floor).sum()).item())
+        late = int(rows.select((time < watermark).sum()).item())
         if late:
             self._count(name, "late", late)
         columns = self.view.columns_held(name)
         if repeats_by(self.view, name):
-            rows = rows.select(*known_columns(self.view, name), rid(rows))
+            rows = rows.select(*known_columns(self.view, name), row_identity(rows))
             counted, retracted = self._without_repeats(source, rows)
             whole = whole.with_columns(
                 rows[RID].is_in(counted[RID].implode()).alias("__counted"),
@@ -247,39 +253,41 @@ class Journal:
         store.add(kept.filter(remembered))
         return kept, gone
 
-    def _questions(self, rows: pl.DataFrame, floor: int) -> list[pl.DataFrame]:
+    def _spine_rows(self, rows: pl.DataFrame, watermark: int) -> list[pl.DataFrame]:
         """Take new questions in; letters for those that contradict one asked before or are too old to answer."""
         view, spine = self.view, self.view.spine.name
         moment = pl.col(view.time).to_physical()
         rows = rows.with_columns(
             row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
         )
-        letters = []
-        if floor > ALWAYS:
-            since = max(floor - self.keep, self.horizon)  # beyond the latter if `keep` was less once
+        dead_letters = []
+        if watermark > ALWAYS:
+            since = max(watermark - self.keep, self.horizon)  # beyond the latter if `keep` was less once
             old = rows.filter(moment < since)
             if len(old):
                 rule = "a question comes no later than the spine's lateness and --keep allow"
-                letters.append(letter(view, old, view.time, rule, pl.col(view.time).cast(pl.String)))
+                dead_letters.append(dead_letter(view, old, view.time, rule, pl.col(view.time).cast(pl.String)))
                 self._count(spine, "too_late", len(old))
                 rows = rows.filter(moment >= since)
-        rows = rows.with_columns((moment < floor).alias("__late"))
-        asked = self.stores[ASKED].take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
-        if asked or rows["row_id"].n_unique() < len(rows):
-            rows, conflicts = self._distinct(rows, asked)
-            letters += conflicts
+        rows = rows.with_columns((moment < watermark).alias("__late"))
+        spine_rows_in = self.stores[KNOWN_SPINE_ROWS].take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
+        if spine_rows_in or rows["row_id"].n_unique() < len(rows):
+            rows, conflicts = self._distinct(rows, spine_rows_in)
+            dead_letters += conflicts
         if late := int(rows["__late"].sum()):
             self._count(spine, "late_questions", late)
         self.stores[PENDING].add(rows)
-        self.stores[ASKED].add(rows.select("row_id", moment.alias("time"), "__digest"))
-        return letters
+        self.stores[KNOWN_SPINE_ROWS].add(rows.select("row_id", moment.alias("time"), "__digest"))
+        return dead_letters
 
-    def _distinct(self, rows: pl.DataFrame, asked: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    def _distinct(
+        self, rows: pl.DataFrame, spine_rows_in: list[pl.DataFrame]
+    ) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """New questions, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was answered."""
         view = self.view
         before = (
-            pl.concat(asked).join(rows, on="row_id", how="semi")
-            if asked
+            pl.concat(spine_rows_in).join(rows, on="row_id", how="semi")
+            if spine_rows_in
             else pl.DataFrame(schema={"row_id": pl.Int64, "time": pl.Int64, "__digest": pl.UInt64})
         )
         pending = self.stores[PENDING].drop("row_id", before["row_id"].to_numpy()) if len(before) else None
@@ -288,20 +296,20 @@ class Journal:
         rest = rows.join(answered, on="row_id", how="anti")
         if pending is not None:
             rest = pl.concat([pending.select(rest.columns), rest])
-        order = ["row_id", *view.spine.schema, *PLACE]
+        order = ["row_id", *view.spine.schema, *ORIGIN_COLUMNS]
         kept = rest.sort(order).unique("row_id", keep="first", maintain_order=True)
-        lost = rest.join(kept, on=["row_id", *PLACE], how="anti")
+        lost = rest.join(kept, on=["row_id", *ORIGIN_COLUMNS], how="anti")
         same = pl.concat([
             lost.join(kept, on=["row_id", "__digest"], how="semi"), again.join(answered, on=["row_id", "__digest"], how="semi"),
         ])  # fmt: skip
         self._count(view.spine.name, "repeated", len(same))
-        conflicts = pl.concat([lost, again]).join(same, on=["row_id", *PLACE], how="anti")
-        self.stores[ASKED].drop("row_id", kept["row_id"].to_numpy())
-        letters = []
+        conflicts = pl.concat([lost, again]).join(same, on=["row_id", *ORIGIN_COLUMNS], how="anti")
+        self.stores[KNOWN_SPINE_ROWS].drop("row_id", kept["row_id"].to_numpy())
+        dead_letters = []
         if len(conflicts):
             key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
-            letters.append(
-                letter(
+            dead_letters.append(
+                dead_letter(
                     view,
                     conflicts,
                     ", ".join(view.key),
@@ -310,11 +318,11 @@ class Journal:
                 )
             )
             self._count(view.spine.name, "conflicting", len(conflicts))
-        return kept, letters
+        return kept, dead_letters
 
     def bound(self, now: int) -> int:
         """Questions up to this time can be answered."""
-        return min([FOREVER, *(self.clock.complete(name, now) for name in self.view.events)])
+        return min([FOREVER, *(self.completeness.complete(name, now) for name in self.view.events)])
 
     def answerable(self, now: int) -> bool:
         """Whether some waiting question can be answered as things stand."""
@@ -331,12 +339,12 @@ class Journal:
 
     def advance(self, now: int) -> None:
         """Let go of what neither a waiting question nor one that may still come can reach."""
-        floor = self.clock.settled(self.view.spine.name, now)
-        if floor == ALWAYS:
+        watermark = self.completeness.watermark(self.view.spine.name, now)
+        if watermark == ALWAYS:
             return
         oldest = self.oldest_pending()
-        self.horizon = max(self.horizon, min(floor - self.keep, FOREVER if oldest is None else oldest))
-        self.stores[ASKED].evict(floor - self.keep)
+        self.horizon = max(self.horizon, min(watermark - self.keep, FOREVER if oldest is None else oldest))
+        self.stores[KNOWN_SPINE_ROWS].evict(watermark - self.keep)
         for name in self.view.events:
             if name in self.stores:
                 self.stores[name].evict(self.horizon - self.remembered[name])
@@ -348,7 +356,7 @@ class Journal:
     @property
     def last(self) -> bool:
         """Whether every partition says that nothing follows."""
-        return self.clock.ended
+        return self.completeness.ended
 
     def cut(self) -> str:
         """Next offset per partition, `source/partition:offset` in order, as text."""
@@ -356,24 +364,28 @@ class Journal:
             f"{name}/{partition}:{self.next[name][partition]}" for name in sorted(self.next) for partition in sorted(self.next[name])
         )  # fmt: skip
 
-    def _packets(
-        self, ready: pl.DataFrame, to_shards: list[Frames], accepted: Mapping[str, pl.DataFrame], letters: pl.DataFrame
+    def _envelopes(
+        self,
+        ready: pl.DataFrame,
+        to_shards: list[Frames],
+        accepted: Mapping[str, pl.DataFrame],
+        dead_letters: pl.DataFrame,
     ) -> Turn:
-        questions, parts = None, 0
+        spine_rows, parts = None, 0
         if len(ready):
-            ready = with_keys(self.view, self.groups, ready).with_columns(
+            ready = with_group_keys(self.view, self.groups, ready).with_columns(
                 pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
             )
-            asked = [
+            spine_rows_in = [
                 "__position",
-                *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.asked)]),
+                *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)]),
             ]
-            for frames, mine in zip(to_shards, route_questions(self.groups, ready, self.shards), strict=True):
+            for frames, mine in zip(to_shards, route_spine_rows(self.groups, ready, self.shards), strict=True):
                 if mine.any():
-                    frames["questions"] = ready.select(asked).filter(pl.Series(mine))
+                    frames["questions"] = ready.select(spine_rows_in).filter(pl.Series(mine))
                     parts += 1
             context = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN)
-            questions = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
+            spine_rows = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
         shards = {}
         for number, frames in enumerate(to_shards):
             if frames or self.turn_number % 16 == 0:  # now and then all hear how far they may forget
@@ -382,11 +394,11 @@ class Journal:
                 )
                 self.sent[number] += 1
         entry = pack({
-            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(letters), "next": self.head()["next"], "clock": self.clock.to_json(),
+            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(dead_letters), "next": self.head()["next"], "clock": self.completeness.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
             "state": size_of(self.stores),
-        }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": letters} if len(letters) else {})})  # fmt: skip
-        return Turn(self.turn_number, shards, questions, entry)
+        }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": dead_letters} if len(dead_letters) else {})})  # fmt: skip
+        return Turn(self.turn_number, shards, spine_rows, entry)
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]

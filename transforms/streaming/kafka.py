@@ -21,8 +21,8 @@ DELIVERY_MS, HELD = 120_000, 64
 # By a hash of the key.
 ANY = -1
 # Rows and bytes of one message of answers: the usual limit of clients and brokers is a megabyte.
-ROWS, MOST = 1000, 950_000
-WITHIN = 10.0
+MESSAGE_ROWS, MESSAGE_BYTES = 1000, 950_000
+TIMEOUT_SECONDS = 10.0
 # Of every consumer: rows of a transaction that was aborted are none, and rows of one that is open are not there yet.
 # `Broker.properties` may say otherwise.
 COMMITTED = {"isolation.level": "read_committed"}
@@ -49,7 +49,7 @@ class Broker:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class ReadTopics(beam.PTransform):
-    """PBegin → PCollection[Message], from where `group` stands (see `stand`); each partition in order.
+    """PBegin → PCollection[Message], from where `group` stands (see `set_group_offsets`); each partition in order.
 
     Nothing is committed to the broker: where to go on is kept with what was made of the messages.
     """
@@ -186,7 +186,7 @@ class Sender:
         )  # fmt: skip
 
 
-def tell_end(broker: Broker, topic: str) -> None:
+def send_end(broker: Broker, topic: str) -> None:
     """Say on every partition of a topic that nothing follows."""
     sender = Sender(broker)
     for number in begin_offsets(broker, [topic])[topic]:
@@ -209,7 +209,7 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
     missing = [NewTopic(topic) for topic in topics if topic not in known]
     for topic, made in admin.create_topics(missing).items() if missing else ():
         try:
-            made.result(WITHIN)
+            made.result(TIMEOUT_SECONDS)
         except KafkaException as error:
             if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
                 fix = "Create it yourself, or grant the right to"
@@ -217,28 +217,30 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
                 raise StoreError("An output topic is there or can be created", value, fix) from None
 
 
-def answer_messages(answers: pa.RecordBatch, fingerprint: str, most: int = MOST) -> Iterator[tuple[bytes, bytes]]:
+def feature_row_messages(
+    answers: pa.RecordBatch, fingerprint: str, most: int = MESSAGE_BYTES
+) -> Iterator[tuple[bytes, bytes]]:
     """Answers as messages: the key names the fingerprint and the first row, the value is Arrow; rows are told apart by `row_id`.
 
     A value of more than `most` bytes is halved, down to one row.
     """
-    for start in range(0, answers.num_rows, ROWS):
-        part = answers.slice(start, ROWS)
+    for start in range(0, answers.num_rows, MESSAGE_ROWS):
+        part = answers.slice(start, MESSAGE_ROWS)
         value = to_arrow(part)
         if len(value) > most and part.num_rows > 1:
             half = part.num_rows // 2
             for some in (part.slice(0, half), part.slice(half)):
-                yield from answer_messages(some, fingerprint, most)
+                yield from feature_row_messages(some, fingerprint, most)
             continue
         first = part.column(part.schema.get_field_index("row_id"))[0].as_py()
         yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), value
 
 
-def letter_messages(letters: Any) -> Iterator[tuple[bytes, bytes]]:
+def dead_letter_messages(dead_letters: Any) -> Iterator[tuple[bytes, bytes]]:
     """Dead letters as messages, JSON each; the key is the place of the row."""
-    places = letters.select("source", "partition", "offset", "place").rows()
-    for place, value in zip(places, to_json(letters), strict=True):
-        yield "/".join(map(str, place)).encode(), value
+    positions = dead_letters.select("source", "partition", "offset", "place").rows()
+    for position, value in zip(positions, to_json(dead_letters), strict=True):
+        yield "/".join(map(str, position)).encode(), value
 
 
 def topic_of(view: FeatureView, prefix: str = "") -> str:
@@ -246,7 +248,7 @@ def topic_of(view: FeatureView, prefix: str = "") -> str:
     return f"{prefix}{view.name}.features"
 
 
-def letters_topic(view: FeatureView, prefix: str = "") -> str:
+def dead_letters_topic(view: FeatureView, prefix: str = "") -> str:
     return f"{prefix}{view.name}.dead_letters"
 
 
@@ -285,7 +287,7 @@ def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dic
                 )
         return {
             topic: {
-                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=WITHIN)[which]
+                number: client.get_watermark_offsets(TopicPartition(topic, number), timeout=TIMEOUT_SECONDS)[which]
                 for number in sorted(known[topic])
             }
             for topic in topics
@@ -294,18 +296,18 @@ def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dic
         client.close()
 
 
-def stand(broker: Broker, group: str, offsets: Mapping[str, Mapping[int, int]]) -> None:
+def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[int, int]]) -> None:
     """Let the consumer group `group` (a fresh one) begin at these offsets."""
     from confluent_kafka import KafkaException, TopicPartition
 
     client = _consumer(broker, group)
     try:
-        places = [
+        positions = [
             TopicPartition(topic, number, offset)
             for topic, numbers in offsets.items()
             for number, offset in numbers.items()
         ]
-        client.commit(offsets=places, asynchronous=False)
+        client.commit(offsets=positions, asynchronous=False)
     except KafkaException as error:
         raise StoreError(
             "A consumer group can be placed", f"{group}: {error}", "Use a group of its own for every launch"
@@ -328,7 +330,9 @@ def _metadata(broker: Broker, client: Any) -> dict[str, list[int]]:
     from confluent_kafka import KafkaException
 
     try:
-        return {name: list(topic.partitions) for name, topic in client.list_topics(timeout=WITHIN).topics.items()}
+        return {
+            name: list(topic.partitions) for name, topic in client.list_topics(timeout=TIMEOUT_SECONDS).topics.items()
+        }
     except KafkaException as error:
         raise StoreError(
             "The broker answers", f"{broker.bootstrap}: {error.args[0].str()}", "Start it, or correct --bootstrap"

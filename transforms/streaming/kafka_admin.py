@@ -11,15 +11,15 @@ from typing import Any
 
 from schemas.errors import StoreError
 from transforms.records.times import ALWAYS
-from transforms.streaming.kafka import WITHIN, Broker, _consumer, end_offsets
+from transforms.streaming.kafka import TIMEOUT_SECONDS, Broker, _consumer, end_offsets
 
 # What Kafka's client takes unless told otherwise, and what a record needs beside its value.
 CLIENT_LIMIT, OVERHEAD = 1_000_000, 1_000
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstThere:
-    """Which record of a partition comes first, at or after an offset: a `NextThere`.
+class FirstAvailable:
+    """Which record of a partition comes first, at or after an offset: a `NextAvailable`.
 
     Args:
         broker: where the topics are.
@@ -56,7 +56,7 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
             dataclasses.replace(broker, properties=properties), "millrace-look"
         )
         client.assign([TopicPartition(topic, partition, offset)])
-        message = client.poll(WITHIN)
+        message = client.poll(TIMEOUT_SECONDS)
         error = None if message is None else message.error()
         if message is None or (error is not None and error.code() != KafkaError._PARTITION_EOF):
             client.close()  # the next to ask gets another
@@ -90,7 +90,7 @@ def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:
 
     client = _consumer(broker, "millrace-look")
     try:
-        known = client.list_topics(timeout=WITHIN).topics
+        known = client.list_topics(timeout=TIMEOUT_SECONDS).topics
         return {topic: len(known[topic].partitions) for topic in topics if topic in known}
     except KafkaException:
         return {}
@@ -108,11 +108,11 @@ def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     limits = [CLIENT_LIMIT]
     for answer in asked.values():
         with contextlib.suppress(KafkaException, KeyError):  # without the right to ask, the client's own limit
-            limits.append(int(answer.result(WITHIN)["max.message.bytes"].value))
+            limits.append(int(answer.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
     return min(limits)
 
 
-def reach(what: str, flag: str, addresses: str) -> None:
+def check_reachable(what: str, flag: str, addresses: str) -> None:
     """Connect to one of some addresses HOST:PORT (with commas between), to say at once what is wrong with all.
 
     Raises:
@@ -122,7 +122,7 @@ def reach(what: str, flag: str, addresses: str) -> None:
     for address in addresses.split(","):
         host, _, port = address.strip().rpartition(":")
         try:
-            socket.create_connection((host or "localhost", int(port)), WITHIN / 2).close()
+            socket.create_connection((host or "localhost", int(port)), TIMEOUT_SECONDS / 2).close()
             return
         except (OSError, ValueError) as error:
             reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")

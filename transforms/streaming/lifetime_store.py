@@ -22,7 +22,7 @@ from transforms.features.lifetime_summaries import Summary, merge, summarise, su
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
-from transforms.streaming.pane_store import CELLS, Part, Piece
+from transforms.streaming.pane_store import SLOTS, IndexedRows, Piece
 
 # How events are kept that have left the panes: not at all (bounded windows), as a summary, or those first and last.
 Kind = Literal["none", "summary", "rows"]
@@ -42,7 +42,7 @@ def by_kind(feature: Trailing | Latest) -> Iterator[tuple[Kind, Trailing | Lates
         yield from ((kind, part) for part in rest([feature], others))  # type: ignore[misc]
 
 
-class Compacted:
+class LifetimeStore:
     """Events of one group (features of one source, key and condition, of one kind) after they left the panes.
 
     Parts of growing size, merged like the levels of a log-structured tree, so that taking a few rows in touches few others.
@@ -54,17 +54,17 @@ class Compacted:
         cell: in which cell of the state it is written (see `panes.take_changes`), and its number among others there.
     """
 
-    def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, cell: int) -> None:
+    def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, slot: int) -> None:
         first = features[0]
         self.source, self.where, self.name = first.source, first.condition, first.name
-        self.features, self.kind, self.place = features, kind, cell
+        self.features, self.kind, self.position = features, kind, slot
         self.keys = tuple(column for _, column in first.keys)
         self.columns = view.columns_held(first.source.name)
         self.summary_name = summary_name(
             first.source.name, first.keys, None if first.where is None else canonical(first.where)
         )
         self.nothing = self.reduced(pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns}))
-        self.parts: list[Part] = []
+        self.parts: list[IndexedRows] = []
         self.changes: dict[int, list[Piece] | None] = {}
 
     def __len__(self) -> int:
@@ -86,19 +86,19 @@ class Compacted:
         if not len(reduced):
             return
         self._append(reduced)
-        if (changes := self.changes.setdefault(self.place % CELLS, [])) is not None:
-            changes.append((self.place, reduced))
+        if (changes := self.changes.setdefault(self.position % SLOTS, [])) is not None:
+            changes.append((self.position, reduced))
 
     def restore(self, _: int, reduced: pl.DataFrame) -> None:
         """As `add`, of what a cell has."""
         if len(reduced):
             self._append(reduced)
 
-    def cell(self, cell: int) -> list[Piece]:
-        """All that cell `cell` holds, with the number it goes by: the largest part as it is, and the others as one."""
-        if not self.parts or self.place % CELLS != cell:
+    def slot(self, slot: int) -> list[Piece]:
+        """All that cell `slot` holds, with the number it goes by: the largest part as it is, and the others as one."""
+        if not self.parts or self.position % SLOTS != slot:
             return []
-        return [(self.place, self._joined(some)) for some in (self.parts[:1], self.parts[1:]) if some]
+        return [(self.position, self._joined(some)) for some in (self.parts[:1], self.parts[1:]) if some]
 
     def whole(self) -> pl.DataFrame:
         return self._joined(self.parts)
@@ -115,9 +115,9 @@ class Compacted:
     def _append(self, reduced: pl.DataFrame) -> None:
         while self.parts and len(self.parts[-1].frame) <= 2 * len(reduced):
             reduced = self._one([self.parts.pop().frame, reduced])
-        self.parts.append(Part(reduced, ALWAYS))
+        self.parts.append(IndexedRows(reduced, ALWAYS))
 
-    def _joined(self, parts: Sequence[Part]) -> pl.DataFrame:
+    def _joined(self, parts: Sequence[IndexedRows]) -> pl.DataFrame:
         return self._one([part.frame for part in parts])
 
     def _one(self, frames: Sequence[pl.DataFrame]) -> pl.DataFrame:

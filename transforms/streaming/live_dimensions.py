@@ -23,11 +23,11 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.block_inputs import contradictions, dimension_rows
 from transforms.sources.contracts import Contract
-from transforms.sources.dead_letters import concat_letters
+from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside
-from transforms.streaming.messages import LETTERS
+from transforms.streaming.messages import MESSAGE_DEAD_LETTERS
 
 log = logging.getLogger("millrace.live")
 # Beside a dimension's contents: the version that serves.
@@ -43,7 +43,7 @@ class Dimensions:
         self.versions: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self.frames: dict[str, pl.DataFrame] = {}
-        self._letters: list[pl.DataFrame] = []
+        self._dead_letters: list[pl.DataFrame] = []
         self.refused = Metrics.counter("millrace.live", "dimensions_refused")
 
     def refresh(self) -> None:
@@ -75,34 +75,36 @@ class Dimensions:
             return
         read = read_slices(contract, slices)
         frame = dimension_rows(contract, read.frame)
-        letters, _ = contradictions(self.view, contract, slices, frame)
+        dead_letters, _ = contradictions(self.view, contract, slices, frame)
         version = keep(self.kept, name, frame)
-        self._set_aside(name, version, [each.path for each in slices], concat_letters([read.letters, *letters]))
+        self._set_aside(
+            name, version, [each.path for each in slices], concat_dead_letters([read.dead_letters, *dead_letters])
+        )
         if name in self.versions and version != self.versions[name]:
             log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
 
     def news(self) -> pl.DataFrame:
-        """Letters about the versions read since this was asked last.  `partition` is −1, `offset` a row of file number `place`."""
-        told, self._letters = self._letters, []
-        return pl.concat([pl.DataFrame(schema=LETTERS), *told])
+        """Letters about the versions read since this was asked last.  `partition` is −1, `offset` a row of file number `position`."""
+        collected, self._dead_letters = self._dead_letters, []
+        return pl.concat([pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), *collected])
 
-    def _set_aside(self, name: str, version: str, files: list[str], letters: pl.DataFrame) -> None:
-        if not len(letters):
+    def _set_aside(self, name: str, version: str, files: list[str], dead_letters: pl.DataFrame) -> None:
+        if not len(dead_letters):
             return
-        letters = letters.unique(["file", "row"], keep="first", maintain_order=True)
-        places = {path: number for number, path in enumerate(sorted(set(files)))}
+        dead_letters = dead_letters.unique(["file", "row"], keep="first", maintain_order=True)
+        positions = {path: number for number, path in enumerate(sorted(set(files)))}
         file = pl.col("file").str.split("/").list.last()
-        told = letters.select(
+        collected = dead_letters.select(
             "source", pl.lit(-1, pl.Int32).alias("partition"), pl.col("row").alias("offset"),
-            pl.col("file").replace_strict(places, return_dtype=pl.Int32).alias("place"), "field",
+            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"), "field",
             pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"), "value",
             pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived"),
         ).sort("place", "offset")  # fmt: skip
-        self._letters.append(told)
+        self._dead_letters.append(collected)
         log.warning(
             "dimension %s, version %s: rows set aside: %d; the first is row %d of %s: %s",
-            name, version, len(told), letters["row"][0], letters["file"][0], letters["rule"][0],
+            name, version, len(collected), dead_letters["row"][0], dead_letters["file"][0], dead_letters["rule"][0],
         )  # fmt: skip
 
     def _as_before(self, name: str) -> bool:
@@ -128,8 +130,8 @@ def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
     path = FileSystems.join(folder, name, f"{version}.arrow")
     if not FileSystems.exists(path):
         write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(sink.getvalue()))
-    told = pa.py_buffer(json.dumps({"version": version}).encode())
-    write_aside(FileSystems.join(folder, name), SERVING, told)
+    collected = pa.py_buffer(json.dumps({"version": version}).encode())
+    write_aside(FileSystems.join(folder, name), SERVING, collected)
     return version
 
 

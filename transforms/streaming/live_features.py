@@ -22,15 +22,22 @@ from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
 from transforms.sources.contracts import Contract
-from transforms.streaming.journal_dofn import JournalStep, TimedJournalStep
-from transforms.streaming.kafka import Broker, Produce, answer_messages, letter_messages, letters_topic, topic_of
+from transforms.streaming.journal_dofn import JournalDoFn, TimedJournalDoFn
+from transforms.streaming.kafka import (
+    Broker,
+    Produce,
+    dead_letter_messages,
+    dead_letters_topic,
+    feature_row_messages,
+    topic_of,
+)
 from transforms.streaming.messages import Message, by_partition, decode_topic
-from transforms.streaming.micro_batches import micro_packet
-from transforms.streaming.mirrored_state import ONE, Keyed, Live
-from transforms.streaming.shard_dofns import AssembleStep, CommitStep, ShardStep
+from transforms.streaming.micro_batches import micro_batch_envelope
+from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes, LiveSettings
+from transforms.streaming.shard_dofns import AssembleDoFn, CommitDoFn, ShardDoFn
 
 # Values of messages that one packet, and so one turn, takes in at most and one more: some fifty thousand rows of a backlog.
-PACKET_BYTES = 2 << 20
+ENVELOPE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -48,25 +55,25 @@ class LiveFeatures(beam.PTransform):
     """
 
     view: FeatureView
-    live: Live
+    live: LiveSettings
     sends: Sends | None = None
 
-    def expand(self, packets: beam.PCollection) -> beam.PCollection:
+    def expand(self, envelopes: beam.PCollection) -> beam.PCollection:
         view, live = self.view, self.live
-        step = JournalStep if not live.pace else TimedJournalStep
+        step = JournalDoFn if not live.pace else TimedJournalDoFn
         inside = live.shards == 1  # the shard is in the journal's step
-        tags = ("answers",) if inside else ("shards", "questions")
-        journal = packets | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
+        tags = ("answers",) if inside else ("shards", "spine_rows")
+        journal = envelopes | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
         if not inside:
-            parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardStep(view, live))
-            asked = (_pairs(journal.questions), parts) | "Parts" >> beam.Flatten()
-            assembled = asked | "Assemble" >> _keyed_step(AssembleStep(view, live), "answers")
+            parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardDoFn(view, live))
+            asked = (_pairs(journal.spine_rows), parts) | "Parts" >> beam.Flatten()
+            assembled = asked | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "answers")
         entries, answers = _pairs(journal.entries), _pairs(journal.answers if inside else assembled.answers)
         if self.sends is not None:
-            entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.letters)
+            entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.dead_letters)
             answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)
         ledger = (entries, answers) | "Turns" >> beam.Flatten()
-        return ledger | "Commit" >> _keyed_step(CommitStep(view, live))
+        return ledger | "Commit" >> _keyed_step(CommitDoFn(view, live))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,16 +92,16 @@ class Sends:
     prefix: str
     most: int
 
-    def answers(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
+    def answers(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
         rows = batch(unpack(pair[1])[1]["rows"], live_schema(self.view))
-        for key, value in answer_messages(rows, self.view.fingerprint, self.most):
+        for key, value in feature_row_messages(rows, self.view.fingerprint, self.most):
             yield topic_of(self.view, self.prefix), key, value
-        yield from self.letters(pair)  # about dimensions
+        yield from self.dead_letters(pair)  # about dimensions
 
-    def letters(self, pair: Keyed) -> Iterator[tuple[str, bytes, bytes]]:
+    def dead_letters(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
         if head_of(pair[1]).get("letters"):
-            for key, value in letter_messages(unpack(pair[1])[1]["letters"]):
-                yield letters_topic(self.view, self.prefix), key, value
+            for key, value in dead_letter_messages(unpack(pair[1])[1]["letters"]):
+                yield dead_letters_topic(self.view, self.prefix), key, value
 
 
 def _pairs(pairs: beam.PCollection) -> beam.PCollection:
@@ -104,11 +111,11 @@ def _pairs(pairs: beam.PCollection) -> beam.PCollection:
 
 def to_journal() -> beam.PTransform:
     """PCollection of packets (bytes) → the same, addressed to the journal."""
-    return beam.Map(lambda packet: (ONE, packet)).with_output_types(Keyed)
+    return beam.Map(lambda envelope: (SINGLE_KEY, envelope)).with_output_types(KeyedBytes)
 
 
 def _keyed_step(step: beam.DoFn, *tags: str) -> Any:
-    done = beam.ParDo(step).with_output_types(Keyed)
+    done = beam.ParDo(step).with_output_types(KeyedBytes)
     return done.with_outputs(*tags) if tags else done
 
 
@@ -130,7 +137,7 @@ def decoded(
     messages: Iterable[Message],
     prefix: str = "",
     index: int | None = None,
-    came: int = 0,
+    received: int = 0,
 ) -> bytes:
     """Messages of any topics and partitions as one packet for the journal."""
     parts, arrived = [], 0
@@ -139,7 +146,7 @@ def decoded(
         for some, held in zip(partitions, decode_topic(contracts[source], partitions), strict=True):
             parts.append((source, some[0].partition, some[0].offset, some[-1].offset + 1, len(some), held))
             arrived = max(arrived, *(each.timestamp for each in some), 0)
-    return micro_packet(parts, arrived, index, came)
+    return micro_batch_envelope(parts, arrived, index, received)
 
 
 class DecodeChunks(beam.DoFn):
@@ -173,11 +180,11 @@ class DecodeBundles(beam.DoFn):
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         self.bytes += len(message.value)
-        if self.bytes >= PACKET_BYTES:
+        if self.bytes >= ENVELOPE_BYTES:
             yield from self.finish_bundle()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
-            packet = decoded(self.contracts, self.messages, self.prefix, came=now_us())
+            envelope = decoded(self.contracts, self.messages, self.prefix, received=now_us())
             self.messages, self.bytes = [], 0
-            yield WindowedValue(packet, MIN_TIMESTAMP, [GlobalWindow()])
+            yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -21,35 +21,35 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import CommitProperties, Transaction, create_table_with_add_actions
 
 from schemas.errors import StoreError
-from schemas.live import LIVE_LETTERS, accepted, live_schema, repeats_by
+from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Frames, head_of, unpack
 from transforms.records.record_batches import batch
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
-    _KEPT,
-    TRIES,
-    _add,
+    COMMIT_ATTEMPTS,
+    TABLE_CONFIGURATION,
+    add_action,
     data_files,
     delta_schema,
     open_table,
     read_file,
     write_files,
 )
-from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.replay import sources_of
 
-KEY = "millrace_live"
+COMMIT_KEY = "millrace_live"
 # Dates of answers whose ids stay in memory.
-DAYS_AT_HAND = 8
+DAYS_CACHED = 8
 
 
-def app_of(name: str) -> str:
+def application_of(name: str) -> str:
     """The application under which a live job commits to the table of a source, a view's answers or a model's predictions."""
     return f"live/{name}"
 
 
-def last_told(table: DeltaTable | None, app: str) -> dict[str, Any]:
+def last_commit_record(table: DeltaTable | None, app: str) -> dict[str, Any]:
     """What the newest commit of `app` said about itself: turn, offsets, clock…; empty if there is none.
 
     However many commits of others, such as a vacuum's, came after it.
@@ -60,7 +60,7 @@ def last_told(table: DeltaTable | None, app: str) -> dict[str, Any]:
     if table is None or table.transaction_version(app) is None:
         return {}
     for version in range(table.version(), -1, -1):
-        if (said := commit_at(table.table_uri, version).get(KEY)) is not None:
+        if (said := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
             return dict(json.loads(said))
     return {}
 
@@ -82,33 +82,33 @@ class Writer:
     run_id: str
 
     def append(
-        self, frame: pl.DataFrame, turn: int, told: Mapping[str, Any], fresh: Fresh, always: bool = False
+        self, frame: pl.DataFrame, turn: int, record: Mapping[str, Any], fresh: NewRows, always: bool = False
     ) -> int:
         """Commit the rows of `frame` that are not in the table; how many that were.  `always`: what is told, also without rows.
 
         Raises:
             StoreError: the store refuses.
         """
-        for _ in range(TRIES):
+        for _ in range(COMMIT_ATTEMPTS):
             table = open_table(self.uri)
             rows = fresh(table, frame)
             if not len(rows) and not always:
                 return 0
             actions = [
-                _add(self.uri, file, values)
+                add_action(self.uri, file, values)
                 for file, values in write_files(batch(rows.sort("date"), self.schema), self.uri, self.run_id)
             ]
             before = table.transaction_version(self.app) if table is not None else None
             version = turn if before is None else max(turn, before + 1)
             properties = CommitProperties(
-                custom_metadata={KEY: json.dumps(told, separators=(",", ":")), "run_id": self.run_id},
+                custom_metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
                 app_transactions=[Transaction(self.app, version)],
             )
             schema = delta_schema(self.schema)
             try:
                 if table is None:
                     create_table_with_add_actions(
-                        self.uri, schema, actions, mode="error", partition_by=["date"], configuration=_KEPT,
+                        self.uri, schema, actions, mode="error", partition_by=["date"], configuration=TABLE_CONFIGURATION,
                         commit_properties=properties,
                     )  # fmt: skip
                 else:
@@ -125,11 +125,13 @@ class Writer:
                     "Check access and free space; nothing is lost, the job goes on from its last commit",
                 ) from None
         raise StoreError(
-            f"A commit goes through within {TRIES} tries", self.uri, "Is another live job writing the same table?"
+            f"A commit goes through within {COMMIT_ATTEMPTS} tries",
+            self.uri,
+            "Is another live job writing the same table?",
         )
 
 
-class Fresh:
+class NewRows:
     """Which rows a table does not hold yet."""
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
@@ -137,7 +139,7 @@ class Fresh:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BeyondOffsets(Fresh):
+class BeyondOffsets(NewRows):
     """Rows whose offset lies at or after those that the table's last commit says it is whole to."""
 
     app: str
@@ -145,7 +147,7 @@ class BeyondOffsets(Fresh):
     names: tuple[str, str, str]
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
-        done = last_told(table, self.app).get("next", {})
+        done = last_commit_record(table, self.app).get("next", {})
         source, partition, offset = self.names
         keep = np.ones(len(frame), np.bool_)
         for name, partitions in done.items():
@@ -160,7 +162,7 @@ class BeyondOffsets(Fresh):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NewLetters(Fresh):
+class NewDeadLetters(NewRows):
     """Letters about rows beyond the offsets of the last commit; and about a dimension's, of partition −1, those that the
     table does not hold: every worker that reads a version tells of it."""
 
@@ -178,7 +180,7 @@ class NewLetters(Fresh):
         return pl.concat([frame.filter(pl.col("partition") >= 0), about])
 
 
-class UnknownIds(Fresh):
+class UnknownIds(NewRows):
     """Rows whose `row_id` is in none of the table's files of the same dates.  Each file's ids are read once."""
 
     def __init__(self) -> None:
@@ -199,12 +201,12 @@ class UnknownIds(Fresh):
         for file in data_files(table, day, day + timedelta(days=1)):
             if file.path not in known:
                 known[file.path] = read_file(file, ["row_id"])["row_id"].to_numpy()
-        while len(self.known) > DAYS_AT_HAND:
+        while len(self.known) > DAYS_CACHED:
             del self.known[min(each for each in self.known if each != day)]
         return list(known.values())
 
 
-class Ledger:
+class PendingTurns:
     """Turns in order, with their answers, until they are committed."""
 
     def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True) -> None:
@@ -216,10 +218,10 @@ class Ledger:
         self.rows = {"events": 0, "answered": 0, "letters": 0}
         self.shards = {"rows": 0, "bytes": 0}  # that answered last hold
 
-    def take(self, packet: bytes) -> None:
-        head = head_of(packet)
+    def take(self, envelope: bytes) -> None:
+        head = head_of(envelope)
         if head["turn"] > self.committed:
-            (self.answers if head.get("kind") == "features" else self.entries)[head["turn"]] = packet
+            (self.answers if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
 
     def whole(self) -> list[int]:
         """Turns that can be committed: the next ones, answered in full."""
@@ -243,35 +245,38 @@ class Ledger:
                 if "letters" in frames:  # about dimensions
                     rows.setdefault("letters", []).append(frames["letters"])
                 self.shards = answer["state"]
-        told = {
+        record = {
             name: head[name]
             for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")
         }
         whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
         if "letters" in whole:
-            self.rows["letters"] += self._letters(whole["letters"], told)
+            self.rows["letters"] += self._dead_letters(whole["letters"], record)
         for name in sources_of(self.view):
             if f"rows:{name}" in whole:
-                self.rows["events"] += self._source(name, whole[f"rows:{name}"], told)
+                self.rows["events"] += self._source(name, whole[f"rows:{name}"], record)
         if "answers" in whole and self.table:
             uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
-            writer = Writer(uri, live_schema(self.view), app_of(self.view.name), self.run_id)
-            self.rows["answered"] += writer.append(whole["answers"], told["turn"], told, self._ids)
+            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
+            self.rows["answered"] += writer.append(whole["answers"], record["turn"], record, self._ids)
         for number in turns:
             del self.entries[number]
             self.answers.pop(number, None)
         self.committed = turns[-1]
-        return {**told, "state": {"journal": head["state"], "shards": self.shards}}
+        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
 
-    def _letters(self, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
+    def _dead_letters(self, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
         arrived = _time("arrived")
         frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
         writer = Writer(
-            live_letters_uri(self.store, self.view.name), LIVE_LETTERS, app_of(f"{self.view.name}/letters"), self.run_id
+            live_dead_letters_uri(self.store, self.view.name),
+            LIVE_DEAD_LETTERS,
+            application_of(f"{self.view.name}/letters"),
+            self.run_id,
         )
-        return writer.append(frame, told["turn"], told, NewLetters(writer.app))
+        return writer.append(frame, record["turn"], record, NewDeadLetters(writer.app))
 
-    def _source(self, name: str, frame: pl.DataFrame, told: Mapping[str, Any]) -> int:
+    def _source(self, name: str, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
         source = sources_of(self.view)[name]
         frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
         frame = frame.with_columns(
@@ -280,10 +285,10 @@ class Ledger:
             if repeats_by(self.view, name) and column not in frame.columns
         )
         writer = Writer(
-            source_uri(sources_root(self.store), name), accepted(self.view, name), app_of(name), self.run_id
+            source_uri(sources_root(self.store), name), accepted(self.view, name), application_of(name), self.run_id
         )
         fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
-        return writer.append(frame, told["turn"], told, fresh)
+        return writer.append(frame, record["turn"], record, fresh)
 
 
 def _time(name: str) -> pl.Expr:

@@ -20,12 +20,12 @@ from schemas.durations import microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 from transforms.records.times import FOREVER
-from transforms.sources.contracts import Contract, judge
+from transforms.sources.contracts import Contract, check_rows
 
 HEARTBEAT = b"__heartbeat"
 # Where a row came from: columns beside the source's own.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
-LETTERS = {
+MESSAGE_DEAD_LETTERS = {
     "source": pl.String, "partition": pl.Int32, "offset": pl.Int64, "place": pl.Int32,
     "field": pl.String, "rule": pl.String, "value": pl.String, "arrived": pl.Int64,
 }  # fmt: skip
@@ -53,12 +53,12 @@ class Decoded:
 
     Args:
         rows: the declared columns and `ORIGIN`, contract kept.
-        letters: rows and messages that break it, schema `LETTERS`.
+        letters: rows and messages that break it, schema `MESSAGE_DEAD_LETTERS`.
         heartbeat: greatest time up to which the partition says to have told everything, or None.
     """
 
     rows: pl.DataFrame
-    letters: pl.DataFrame
+    dead_letters: pl.DataFrame
     heartbeat: int | None
 
 
@@ -102,17 +102,17 @@ def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
 def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) -> list[Decoded]:
     """As `decode`, for partitions of one topic in one go, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
-    frames, letters = _frames(contract, rows)
+    frames, dead_letters = _frames(contract, rows)
     whole = pl.concat(frames) if frames else _empty(contract.source)
-    kept, broken = judge(contract, whole)
+    kept, broken = check_rows(contract, whole)
     if len(broken):
-        letters.append(_located(contract, whole, broken))
+        dead_letters.append(_located(contract, whole, broken))
     kept, ahead = _ahead(contract, kept)
-    letters += ahead
-    broken, result = pl.concat([pl.DataFrame(schema=LETTERS), *letters]), []
+    dead_letters += ahead
+    broken, result = pl.concat([pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), *dead_letters]), []
     numbers = [messages[0].partition if messages else 0 for messages in partitions]
-    places = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
-    for messages, number, start, end in zip(partitions, numbers, places[:-1], places[1:], strict=True):
+    positions = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
+    for messages, number, start, end in zip(partitions, numbers, positions[:-1], positions[1:], strict=True):
         until, more = _promised(contract, messages)
         mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
         result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
@@ -121,15 +121,15 @@ def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) ->
 
 def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
     """(The greatest time that a partition's heartbeats tell, letters for those that tell none.)"""
-    until, letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
+    until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
     for beat in (each for each in messages if each.key == HEARTBEAT):
-        told = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
-        if told is None or (told > beat.timestamp + ahead_by and told != FOREVER):
+        stamp = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
+        if stamp is None or (stamp > beat.timestamp + ahead_by and stamp != FOREVER):
             rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
-            letters.append(_unreadable(contract, beat, rule))
-        elif told != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
-            until.append(told)
-    return max(until, default=None), letters
+            dead_letters.append(_unreadable(contract, beat, rule))
+        elif stamp != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
+            until.append(stamp)
+    return max(until, default=None), dead_letters
 
 
 def _empty(source: Source) -> pl.DataFrame:
@@ -138,7 +138,7 @@ def _empty(source: Source) -> pl.DataFrame:
 
 def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
     """Frames of the readable messages, and letters of the others."""
-    frames, letters = [], []
+    frames, dead_letters = [], []
     for together, group in itertools.groupby(messages, _together):
         some = list(group)
         if together is not None and len(some) > 1:
@@ -150,8 +150,8 @@ def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.Da
                 frames.append(_one(contract, message))
             except _ANYTHING as error:
                 reason = str(error).strip().splitlines()
-                letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
-    return frames, letters
+                dead_letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
+    return frames, dead_letters
 
 
 def _one(contract: Contract, message: Message) -> pl.DataFrame:
@@ -272,11 +272,11 @@ def _avro_rows(value: bytes) -> list[Any]:
 
 def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:
     lengths = np.array(counts, np.int64)
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return frame.with_columns(
         pl.Series("__partition", np.repeat(np.array([each.partition for each in messages], np.int32), lengths)),
         pl.Series("__offset", np.repeat(np.array([each.offset for each in messages], np.int64), lengths)),
-        pl.Series("__place", place.astype(np.int32)),
+        pl.Series("__place", position.astype(np.int32)),
         pl.Series("__arrived", np.repeat(np.array([each.timestamp for each in messages], np.int64), lengths)),
     )
 
@@ -285,7 +285,7 @@ def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFra
     text = message.value[:200].decode("utf-8", "backslashreplace")
     reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
     row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
-    return pl.DataFrame([row], schema=LETTERS, orient="row")
+    return pl.DataFrame([row], schema=MESSAGE_DEAD_LETTERS, orient="row")
 
 
 def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
@@ -304,13 +304,13 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
     if not late.any():
         return rows, []
     bad = rows.filter(late)
-    letter = bad.select(
+    dead_letter = bad.select(
         pl.lit(source.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
         pl.col("__place").alias("place"), pl.lit(time).alias("field"),
         pl.lit(f"a time is at most {source.ahead} ahead of its arrival (ahead)").alias("rule"),
         pl.col(time).cast(pl.String).alias("value"), pl.col("__arrived").alias("arrived"),
     )  # fmt: skip
-    return rows.filter(~late), [letter]
+    return rows.filter(~late), [dead_letter]
 
 
 def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:

@@ -17,19 +17,19 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from transforms.records.frame_packets import pack, unpack
 from transforms.streaming.journal import Journal
 from transforms.streaming.kafka import Broker
-from transforms.streaming.micro_batches import Micro
-from transforms.streaming.pane_store import CELLS, Store, cell_of, take_changes
+from transforms.streaming.micro_batches import MicroBatch
+from transforms.streaming.pane_store import SLOTS, Store, slot_contents, take_changes
 from transforms.streaming.shards import Shard
 
 # The one key of what must be one.
-ONE = b"0"
+SINGLE_KEY = b"0"
 # Pieces a cell may have before it is written anew as one.
 PIECES = 24
-Keyed = tuple[bytes, bytes]
+KeyedBytes = tuple[bytes, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
-class Live:
+class LiveSettings:
     """How a live job works.  Times are µs.
 
     Args:
@@ -74,11 +74,11 @@ class Mirror:
         self._held[key] = (version, value)
 
 
-def load_cells(stores: Mapping[str, Store], cells: Sequence[Any]) -> list[int]:
+def load_slots(stores: Mapping[str, Store], slots: Sequence[Any]) -> list[int]:
     """Fill `stores` from their cells; how many pieces each cell has."""
     counts = []
-    for cell in cells:
-        pieces = list(cell.read())
+    for slot in slots:
+        pieces = list(slot.read())
         counts.append(len(pieces))
         for piece in pieces:
             head, frames = unpack(piece)
@@ -86,16 +86,16 @@ def load_cells(stores: Mapping[str, Store], cells: Sequence[Any]) -> list[int]:
     return counts
 
 
-def save_cells(stores: Mapping[str, Store], cells: Sequence[Any], counts: list[int]) -> None:
+def save_slots(stores: Mapping[str, Store], slots: Sequence[Any], counts: list[int]) -> None:
     """Write what has changed in `stores`: appended, or a cell anew."""
     for number, pieces in take_changes(stores).items():
-        cell = cells[number]
+        slot = slots[number]
         if pieces is None or counts[number] + len(pieces) > PIECES:
-            cell.clear()
+            slot.clear()
             counts[number] = 0
-            pieces = cell_of(stores, number)
-        for name, pane, rows in pieces:
-            cell.add(pack({"store": name, "pane": pane}, {"rows": rows}))
+            pieces = slot_contents(stores, number)
+        for name, bucket, rows in pieces:
+            slot.add(pack({"store": name, "pane": bucket}, {"rows": rows}))
         counts[number] += len(pieces)
 
 
@@ -109,12 +109,12 @@ def write_head(head: Any, value: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(eq=False)
-class HeldJournal:
+class JournalState:
     """The journal, what waits for it, and, where there is but one, the shard."""
 
     journal: Journal
     shard: Shard | None
-    inbox: list[Micro] = dataclasses.field(default_factory=list)
+    inbox: list[MicroBatch] = dataclasses.field(default_factory=list)
     early: dict[int, bytes] = dataclasses.field(default_factory=dict)
     counts: list[int] = dataclasses.field(default_factory=list)
 
@@ -125,8 +125,8 @@ class HeldJournal:
         return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
 
 
-HEAD, BAG = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())
-CELL = [BagStateSpec(f"cell_{number}", BytesCoder()) for number in range(CELLS)]
+HEAD_SPEC, BAG_SPEC = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())
+SLOT_SPECS = [BagStateSpec(f"cell_{number}", BytesCoder()) for number in range(SLOTS)]
 StateParam = beam.DoFn.StateParam
 
 

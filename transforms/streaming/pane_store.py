@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 # Rows and the pane they are of.
 Piece = tuple[int, pl.DataFrame]
 # Cells that hold a state's panes; more panes than cells share them.
-CELLS = 8
+SLOTS = 8
 # Panes that rows added at once may go to; rows that span more are kept in wider ones, else catching up would cut them to shreds.
 SPREAD = 8
 
@@ -32,7 +32,7 @@ def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
     return combine([hash_column(frame[name]) for name in columns])
 
 
-class Part:
+class IndexedRows:
     """Some rows of a pane, none before `low`, with an index per key."""
 
     def __init__(self, frame: pl.DataFrame, low: int) -> None:
@@ -65,11 +65,11 @@ class Part:
         if total == len(hashes):
             return np.arange(total)
         starts = np.cumsum(lengths) - lengths
-        places = np.arange(total) - np.repeat(starts, lengths) + np.repeat(lo, lengths)
-        return np.sort(order[places])
+        positions = np.arange(total) - np.repeat(starts, lengths) + np.repeat(lo, lengths)
+        return np.sort(order[positions])
 
 
-class Panes:
+class TimeBuckets:
     """A source's rows, for as long as some window can reach them.
 
     Args:
@@ -82,15 +82,15 @@ class Panes:
 
     def __init__(self, time: str, width: int) -> None:
         self.time, self.width = time, max(width, 1)
-        self.panes: dict[int, list[Part]] = {}
+        self.buckets: dict[int, list[IndexedRows]] = {}
         self.changes: dict[int, list[Piece] | None] = {}
 
     def __len__(self) -> int:
-        return sum(len(part.frame) for parts in self.panes.values() for part in parts)
+        return sum(len(part.frame) for parts in self.buckets.values() for part in parts)
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for parts in self.panes.values() for part in parts)
+        return sum(part.bytes for parts in self.buckets.values() for part in parts)
 
     def add(self, frame: pl.DataFrame) -> None:
         """Take rows in, any order of times."""
@@ -111,30 +111,30 @@ class Panes:
         ):
             self._add(int(numbers[start]), frame[int(start) : int(end)], int(first))
 
-    def restore(self, pane: int, frame: pl.DataFrame) -> None:
+    def restore(self, bucket: int, frame: pl.DataFrame) -> None:
         """Take in rows of a pane as its cell has them."""
-        self._append(pane, frame, int(_moments(frame, self.time).min()))
+        self._append(bucket, frame, int(_moments(frame, self.time).min()))
 
     def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
         self._append(number, frame, low)
-        if (changes := self.changes.setdefault(number % CELLS, [])) is not None:
+        if (changes := self.changes.setdefault(number % SLOTS, [])) is not None:
             changes.append((number, frame))
 
     def _append(self, number: int, frame: pl.DataFrame, low: int) -> None:
-        parts = self.panes.setdefault(number, [])
+        parts = self.buckets.setdefault(number, [])
         while parts and len(parts[-1].frame) <= 2 * len(frame):
             before = parts.pop()
             frame, low = pl.concat([before.frame, frame]), min(low, before.low)
-        parts.append(Part(frame, low))
+        parts.append(IndexedRows(frame, low))
 
     def _rewrite(self, number: int) -> None:
-        self.changes[number % CELLS] = None
+        self.changes[number % SLOTS] = None
 
-    def _parts(self, low: int, high: int) -> Iterator[Part]:
+    def _parts(self, low: int, high: int) -> Iterator[IndexedRows]:
         """Parts that may have times in `[low, high)`."""
-        for number in sorted(self.panes):
+        for number in sorted(self.buckets):
             if (number + 1) * self.width > low:
-                yield from (part for part in self.panes[number] if part.low < high)
+                yield from (part for part in self.buckets[number] if part.low < high)
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
         """Rows of panes that reach into `[low, high)` whose `key` hashes to one of `wanted`; a few others may be among them."""
@@ -147,41 +147,41 @@ class Panes:
         return found
 
     def all(self) -> list[pl.DataFrame]:
-        return [part.frame for number in sorted(self.panes) for part in self.panes[number]]
+        return [part.frame for number in sorted(self.buckets) for part in self.buckets[number]]
 
-    def cell(self, cell: int) -> list[Piece]:
-        """All rows that cell `cell` holds, with their panes."""
-        numbers = sorted(number for number in self.panes if number % CELLS == cell)
-        return [(number, pl.concat([part.frame for part in self.panes[number]])) for number in numbers]
+    def slot(self, slot: int) -> list[Piece]:
+        """All rows that cell `slot` holds, with their panes."""
+        numbers = sorted(number for number in self.buckets if number % SLOTS == slot)
+        return [(number, pl.concat([part.frame for part in self.buckets[number]])) for number in numbers]
 
     def evict(self, horizon: int) -> list[pl.DataFrame]:
         """Drop panes that end at or before `horizon`; the rows that went."""
         dropped = []
-        for number in sorted(number for number in self.panes if (number + 1) * self.width <= horizon):
-            dropped += [part.frame for part in self.panes.pop(number)]
+        for number in sorted(number for number in self.buckets if (number + 1) * self.width <= horizon):
+            dropped += [part.frame for part in self.buckets.pop(number)]
             self._rewrite(number)
         return dropped
 
     def drop(self, column: str, values: UInt64s | Ints) -> pl.DataFrame | None:
         """Take out the rows whose `column` (an integer) is one of `values`; the rows taken."""
         gone = []
-        for number, parts in self.panes.items():
+        for number, parts in self.buckets.items():
             for i, part in enumerate(parts):
                 hit = np.isin(part.frame[column].to_numpy(), values)
                 if hit.any():
                     gone.append(part.frame.filter(pl.Series(hit)))
-                    parts[i] = Part(part.frame.filter(pl.Series(~hit)), part.low)
+                    parts[i] = IndexedRows(part.frame.filter(pl.Series(~hit)), part.low)
                     self._rewrite(number)
             parts[:] = [part for part in parts if len(part.frame)]
-        self.panes = {number: parts for number, parts in self.panes.items() if parts}
+        self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
         return pl.concat(gone) if gone else None
 
     def take_before(self, bound: int) -> list[pl.DataFrame]:
         """Take out the rows with time at or before `bound`."""
         taken = []
-        for number in sorted(self.panes):
+        for number in sorted(self.buckets):
             rest = []
-            for part in self.panes[number]:
+            for part in self.buckets[number]:
                 before = _moments(part.frame, self.time) <= bound if part.low <= bound else np.zeros(0, np.bool_)
                 if not before.any():
                     rest.append(part)
@@ -192,9 +192,9 @@ class Panes:
                 else:
                     hit = pl.Series(before)
                     taken.append(part.frame.filter(hit))
-                    rest.append(Part(part.frame.filter(~hit), part.low))
-            self.panes[number] = rest
-        self.panes = {number: parts for number, parts in self.panes.items() if parts}
+                    rest.append(IndexedRows(part.frame.filter(~hit), part.low))
+            self.buckets[number] = rest
+        self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
         return taken
 
 
@@ -206,8 +206,8 @@ class Store(Protocol):
     def __len__(self) -> int: ...
     @property
     def bytes(self) -> int: ...
-    def cell(self, cell: int) -> list[Piece]: ...
-    def restore(self, pane: int, frame: pl.DataFrame, /) -> None: ...
+    def slot(self, slot: int) -> list[Piece]: ...
+    def restore(self, bucket: int, frame: pl.DataFrame, /) -> None: ...
 
 
 def _moments(frame: pl.DataFrame, time: str) -> Ints:
@@ -215,23 +215,23 @@ def _moments(frame: pl.DataFrame, time: str) -> Ints:
 
 
 def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
-    """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `cell_of`."""
+    """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `slot_contents`."""
     changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
     for name, store in stores.items():
-        for cell, pieces in store.changes.items():
-            if pieces is None or (cell in changes and changes[cell] is None):
-                changes[cell] = None
+        for slot, pieces in store.changes.items():
+            if pieces is None or (slot in changes and changes[slot] is None):
+                changes[slot] = None
             else:
-                known = changes.setdefault(cell, [])
+                known = changes.setdefault(slot, [])
                 assert known is not None
                 known += [(name, *piece) for piece in pieces]
         store.changes = {}
     return changes
 
 
-def cell_of(stores: Mapping[str, Store], cell: int) -> list[tuple[str, int, pl.DataFrame]]:
+def slot_contents(stores: Mapping[str, Store], slot: int) -> list[tuple[str, int, pl.DataFrame]]:
     """Everything a cell holds."""
-    return [(name, *piece) for name, store in stores.items() for piece in store.cell(cell)]
+    return [(name, *piece) for name, store in stores.items() for piece in store.slot(slot)]
 
 
 def size_of(stores: Mapping[str, Store]) -> dict[str, int]:

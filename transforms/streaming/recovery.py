@@ -15,12 +15,12 @@ from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root
-from transforms.streaming.journal import ASKED, PENDING, Journal, Turn
-from transforms.streaming.lifetime_store import Compacted
-from transforms.streaming.live_tables import app_of, last_told
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
+from transforms.streaming.journal import KNOWN_SPINE_ROWS, PENDING, Journal, Turn
+from transforms.streaming.lifetime_store import LifetimeStore
+from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.messages import ORIGIN
-from transforms.streaming.micro_batches import PLACE, digest, known_columns, rid
+from transforms.streaming.micro_batches import ORIGIN_COLUMNS, digest, known_columns, row_identity
 from transforms.streaming.replay import sources_of
 from transforms.streaming.shards import RID
 
@@ -31,12 +31,12 @@ EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class RecoveryPoint:
     """Where a job begins: the last turn, next offset per source and partition, and what the tables said of the clock."""
 
     turn: int
     next: dict[str, dict[str, int]]
-    clock: dict[str, Any]
+    completeness: dict[str, Any]
     counts: dict[str, dict[str, int]]
     versions: dict[str, int]
 
@@ -44,74 +44,78 @@ class Start:
         return dataclasses.asdict(self)
 
 
-def find_start(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]]) -> Start:
+def find_recovery_point(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]]) -> RecoveryPoint:
     """Where to go on: after the last commit of each source, or at `begin` (first offsets of the partitions) where there is none."""
-    turn, offsets, clock, counts, versions = 0, {}, {}, {}, {}
+    turn, offsets, completeness, counts, versions = 0, {}, {}, {}, {}
     for name in sources_of(view):
         table = open_table(source_uri(sources_root(store), name))
-        told = last_told(table, app_of(name))
-        done = told.get("next", {}).get(name, {})
+        record = last_commit_record(table, application_of(name))
+        done = record.get("next", {}).get(name, {})
         offsets[name] = {str(number): int(done.get(str(number), first)) for number, first in begin[name].items()}
-        if told:
+        if record:
             assert table is not None
             versions[name] = int(table.version())
-            clock[name], counts[name] = told["clock"][name], told["counts"][name]
-        turn = max(turn, told.get("turn", 0))
+            completeness[name], counts[name] = record["clock"][name], record["counts"][name]
+        turn = max(turn, record.get("turn", 0))
     answers = open_table(features_live_uri(store, view.name, view.fingerprint))
-    turn = max(turn, last_told(answers, app_of(view.name)).get("turn", 0))
+    turn = max(turn, last_commit_record(answers, application_of(view.name)).get("turn", 0))
     if answers is not None:
         versions["?answers"] = int(answers.version())
-    return Start(turn, offsets, clock, counts, versions)
+    return RecoveryPoint(turn, offsets, completeness, counts, versions)
 
 
-def resume(journal: Journal, store: str, start: Start, now: int) -> list[Turn]:
+def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int) -> list[Turn]:
     """Bring a new journal to where the tables stand; turns that give the shards what they need to know."""
     view = journal.view
     journal.turn_number, journal.began = start.turn, start.turn + 1
     journal.next = {name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()}
-    journal.clock.load(start.clock)
+    journal.completeness.load(start.completeness)
     journal.counts.update({name: dict(each) for name, each in start.counts.items()})
     for name, partitions in journal.next.items():
         for number in partitions:
-            journal.clock.expect(name, number, now)
-            journal.clock.partitions[name][number].heard = now
+            journal.completeness.expect(name, number, now)
+            journal.completeness.partitions[name][number].heard = now
     if view.spine.name in start.versions:
-        _ask_again(journal, store, start, now)
+        _restore_pending(journal, store, start, now)
     journal.advance(now)
     return _seed(journal, store, start)
 
 
-def _ask_again(journal: Journal, store: str, start: Start, now: int) -> None:
+def _restore_pending(journal: Journal, store: str, start: RecoveryPoint, now: int) -> None:
     """Questions without an answer wait again; those with one are remembered."""
     view = journal.view
-    floor = journal.clock.settled(view.spine.name, now)
-    told = last_told(open_table(features_live_uri(store, view.name, view.fingerprint)), app_of(view.name))
+    watermark = journal.completeness.watermark(view.spine.name, now)
+    record = last_commit_record(
+        open_table(features_live_uri(store, view.name, view.fingerprint)), application_of(view.name)
+    )
     # Before this no question was waiting when the answers were last committed.
     low = ALWAYS
-    if told:
-        oldest = told["oldest_pending"]
-        settled = told["clock"][view.spine.name]["settled"]
-        low = min(FOREVER if oldest is None else oldest, settled - journal.keep, floor - journal.keep)
-    questions = rows_from(store, view, view.spine.name, start.versions[view.spine.name], low)
-    if not len(questions):
+    if record:
+        oldest = record["oldest_pending"]
+        committed_watermark = record["clock"][view.spine.name]["settled"]
+        low = min(FOREVER if oldest is None else oldest, committed_watermark - journal.keep, watermark - journal.keep)
+    spine_rows = rows_from(store, view, view.spine.name, start.versions[view.spine.name], low)
+    if not len(spine_rows):
         return
-    questions = questions.with_columns(
-        row_ids(view.name, [questions[name] for name in (*view.key, view.time)]), digest(questions, list(view.spine.schema)),
-        (pl.col(view.time).to_physical() < floor).alias("__late"), pl.col("__arrived").to_physical(),
+    spine_rows = spine_rows.with_columns(
+        row_ids(view.name, [spine_rows[name] for name in (*view.key, view.time)]), digest(spine_rows, list(view.spine.schema)),
+        (pl.col(view.time).to_physical() < watermark).alias("__late"), pl.col("__arrived").to_physical(),
     )  # fmt: skip
-    refused = _letters(store, view)
-    questions = (
-        questions.join(refused, on=PLACE, how="anti")
-        .sort(["row_id", *view.spine.schema, *PLACE])
+    refused = _dead_letters(store, view)
+    spine_rows = (
+        spine_rows.join(refused, on=ORIGIN_COLUMNS, how="anti")
+        .sort(["row_id", *view.spine.schema, *ORIGIN_COLUMNS])
         .unique("row_id", keep="first", maintain_order=True)
     )
-    waiting = questions.join(_answered(store, view, start, low), on="row_id", how="anti")
+    waiting = spine_rows.join(_computed_ids(store, view, start, low), on="row_id", how="anti")
     columns = [*view.spine.schema, *ORIGIN, "row_id", "__digest", "__late"]
     journal.stores[PENDING].add(waiting.select(columns))
-    journal.stores[ASKED].add(questions.select("row_id", pl.col(view.time).to_physical().alias("time"), "__digest"))
+    journal.stores[KNOWN_SPINE_ROWS].add(
+        spine_rows.select("row_id", pl.col(view.time).to_physical().alias("time"), "__digest")
+    )
 
 
-def _seed(journal: Journal, store: str, start: Start) -> list[Turn]:
+def _seed(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
     """Turns that give the shards every event that a window can still reach; what is older and still counts, compacted."""
     view, turns = journal.view, []
     for name in view.events:
@@ -142,13 +146,13 @@ def _seed_compacted(
     """Turns that give the shards what they keep of all a source's events before `until` µs, read date by date."""
     view = journal.view
     found = {
-        i: Compacted(view, group.features, group.kind, i)
+        i: LifetimeStore(view, group.features, group.kind, i)
         for i, group in enumerate(journal.groups)
         if group.source == name and group.kind != "none"
     }
     moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_held(name)
     if repeats_by(view, name):
-        columns = [*columns, *PLACE, "__counted"]
+        columns = [*columns, *ORIGIN_COLUMNS, "__counted"]
     for rows in pieces_from(store, view, name, version, end=until, columns=columns):
         older = rows.filter(moment < until)
         if repeats_by(view, name):
@@ -163,7 +167,7 @@ def _seed_compacted(
 
 def _counted(rows: pl.DataFrame, gone: pl.Series) -> pl.DataFrame:
     """Those rows that counted and still do, with their identity."""
-    return rows.with_columns(rid(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
+    return rows.with_columns(row_identity(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(gone.implode()))
 
 
 def _replaced(store: str, view: FeatureView, source: str, version: int, low: int) -> pl.Series:
@@ -212,7 +216,7 @@ def pieces_from(
         yield pl.concat(held)
 
 
-def _answered(store: str, view: FeatureView, start: Start, low: int) -> pl.DataFrame:
+def _computed_ids(store: str, view: FeatureView, start: RecoveryPoint, low: int) -> pl.DataFrame:
     """Ids of the answers in the table."""
     none = pl.DataFrame(schema={"row_id": pl.Int64})
     if "?answers" not in start.versions:
@@ -223,10 +227,10 @@ def _answered(store: str, view: FeatureView, start: Start, low: int) -> pl.DataF
     return pl.concat([none, *(pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files)])
 
 
-def _letters(store: str, view: FeatureView) -> pl.DataFrame:
+def _dead_letters(store: str, view: FeatureView) -> pl.DataFrame:
     """Places of the questions that were set aside."""
-    none = pl.DataFrame(schema={name: ORIGIN[name] for name in PLACE})
-    table = open_table(live_letters_uri(store, view.name))
+    none = pl.DataFrame(schema={name: ORIGIN[name] for name in ORIGIN_COLUMNS})
+    table = open_table(live_dead_letters_uri(store, view.name))
     if table is None:
         return none
     read = [
@@ -237,7 +241,9 @@ def _letters(store: str, view: FeatureView) -> pl.DataFrame:
         [
             none,
             *(
-                part.filter(pl.col("source") == view.spine.name).select(pl.col(name[2:]).alias(name) for name in PLACE)
+                part.filter(pl.col("source") == view.spine.name).select(
+                    pl.col(name[2:]).alias(name) for name in ORIGIN_COLUMNS
+                )
                 for part in read
             ),
         ]
@@ -249,6 +255,6 @@ def _day(low: int) -> date | None:
     return None if low <= EARLIEST else day_of(min(low, LATEST))
 
 
-def start_of(head: Mapping[str, Any]) -> Start:
-    """`Start` of what `to_json` gave."""
-    return Start(**json.loads(json.dumps(head)))
+def start_of(head: Mapping[str, Any]) -> RecoveryPoint:
+    """`RecoveryPoint` of what `to_json` gave."""
+    return RecoveryPoint(**json.loads(json.dumps(head)))

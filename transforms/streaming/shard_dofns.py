@@ -19,29 +19,29 @@ from transforms.records.frame_packets import head_of, pack, unpack
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import now_us
 from transforms.streaming.live_dimensions import Dimensions
-from transforms.streaming.live_tables import Ledger
+from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.mirrored_state import (
-    BAG,
-    CELL,
-    HEAD,
-    ONE,
-    Keyed,
-    Live,
+    BAG_SPEC,
+    HEAD_SPEC,
+    SINGLE_KEY,
+    SLOT_SPECS,
+    KeyedBytes,
+    LiveSettings,
     Mirror,
     StateParam,
     assembler,
-    load_cells,
+    load_slots,
     read_head,
-    save_cells,
+    save_slots,
     write_head,
 )
 from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
 
 
-class ShardStep(beam.DoFn):
+class ShardDoFn(beam.DoFn):
     """(shard, turn's packet) → (assembler, answers).  Packets are applied in the order of their numbers."""
 
-    def __init__(self, view: FeatureView, live: Live) -> None:
+    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.rows = Metrics.distribution("millrace.live", "shard_rows")
 
@@ -49,21 +49,21 @@ class ShardStep(beam.DoFn):
         self.mirror = Mirror()
 
     def process(
-        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG),
-        c0: Any = StateParam(CELL[0]), c1: Any = StateParam(CELL[1]), c2: Any = StateParam(CELL[2]), c3: Any = StateParam(CELL[3]),
-        c4: Any = StateParam(CELL[4]), c5: Any = StateParam(CELL[5]), c6: Any = StateParam(CELL[6]), c7: Any = StateParam(CELL[7]),
-    ) -> Iterator[Keyed]:  # fmt: skip
-        key, packet = element
-        cells = (c0, c1, c2, c3, c4, c5, c6, c7)
-        told = read_head(head)
+        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC),
+        c0: Any = StateParam(SLOT_SPECS[0]), c1: Any = StateParam(SLOT_SPECS[1]), c2: Any = StateParam(SLOT_SPECS[2]), c3: Any = StateParam(SLOT_SPECS[3]),
+        c4: Any = StateParam(SLOT_SPECS[4]), c5: Any = StateParam(SLOT_SPECS[5]), c6: Any = StateParam(SLOT_SPECS[6]), c7: Any = StateParam(SLOT_SPECS[7]),
+    ) -> Iterator[KeyedBytes]:  # fmt: skip
+        key, envelope = element
+        slots = (c0, c1, c2, c3, c4, c5, c6, c7)
+        state = read_head(head)
 
         def build() -> tuple[Shard, list[int], dict[int, bytes]]:
             shard = Shard(self.view, int(key), self.live.shards)
-            return shard, load_cells(shard.stores, cells), {head_of(each)["number"]: each for each in bag.read()}
+            return shard, load_slots(shard.stores, slots), {head_of(each)["number"]: each for each in bag.read()}
 
-        shard, counts, early = self.mirror.get(key, told["version"], build)
-        due = told.get("due", 0)
-        early[head_of(packet)["number"]] = packet
+        shard, counts, early = self.mirror.get(key, state["version"], build)
+        due = state.get("due", 0)
+        early[head_of(envelope)["number"]] = envelope
         held_back = len(early) > 1 or due not in early
         while due in early:
             turn, frames = unpack(early.pop(due))
@@ -76,17 +76,17 @@ class ShardStep(beam.DoFn):
             bag.clear()
             for each in early.values():
                 bag.add(each)
-        save_cells(shard.stores, cells, counts)
-        told.update(version=told["version"] + 1, due=due)
-        write_head(head, told)
-        self.mirror.put(key, told["version"], (shard, counts, early))
+        save_slots(shard.stores, slots, counts)
+        state.update(version=state["version"] + 1, due=due)
+        write_head(head, state)
+        self.mirror.put(key, state["version"], (shard, counts, early))
         self.rows.update(sum(len(store) for store in shard.stores.values()))
 
 
-class AssembleStep(beam.DoFn):
+class AssembleDoFn(beam.DoFn):
     """A turn's questions and the shards' parts → its answers, once all are there; also as a packet for the tables."""
 
-    def __init__(self, view: FeatureView, live: Live) -> None:
+    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.pending = Metrics.gauge("millrace.live", "turns_to_assemble")
 
@@ -97,10 +97,10 @@ class AssembleStep(beam.DoFn):
         self.dimensions = Dimensions(self.view, self.live.dimensions, kept, self.live.dimension_every)
 
     def process(
-        self, element: Keyed, head: Any = StateParam(HEAD), bag: Any = StateParam(BAG)
+        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC)
     ) -> Iterator[pvalue.TaggedOutput]:
-        key, packet = element
-        told = read_head(head)
+        key, envelope = element
+        state = read_head(head)
 
         def build() -> dict[int, list[bytes]]:
             turns: dict[int, list[bytes]] = {}
@@ -108,46 +108,47 @@ class AssembleStep(beam.DoFn):
                 turns.setdefault(head_of(each)["turn"], []).append(each)
             return turns
 
-        turns = self.mirror.get(key, told["version"], build)
-        number = head_of(packet)["turn"]
+        turns = self.mirror.get(key, state["version"], build)
+        number = head_of(envelope)["turn"]
         parts = turns.setdefault(number, [])
-        parts.append(packet)
+        parts.append(envelope)
         heads = [head_of(each) for each in parts]
         wanted = next((each["parts"] for each in heads if "parts" in each), None)
         if wanted is not None and len(parts) == wanted + 1:
             asked = next(each for each, one in zip(parts, heads, strict=True) if "parts" in one)
             yield pvalue.TaggedOutput(
-                "answers", (ONE, self.answer(asked, [each for each in parts if each is not asked]))
+                "answers", (SINGLE_KEY, self.compute_features(asked, [each for each in parts if each is not asked]))
             )
             del turns[number]
             bag.clear()
             for each in (each for some in turns.values() for each in some):
                 bag.add(each)
         else:
-            bag.add(packet)
-        told["version"] += 1
-        write_head(head, told)
-        self.mirror.put(key, told["version"], turns)
+            bag.add(envelope)
+        state["version"] += 1
+        write_head(head, state)
+        self.mirror.put(key, state["version"], turns)
         self.pending.set(len(turns))
 
-    def answer(self, asked: bytes, parts: Sequence[bytes]) -> bytes:
+    def compute_features(self, asked: bytes, parts: Sequence[bytes]) -> bytes:
         head, frames = unpack(asked)
-        questions = frames["questions"]
+        spine_rows = frames["questions"]
         self.dimensions.refresh()
-        features = assemble(self.view, self.groups, questions, parts, self.dimensions.frames)
+        features = assemble(self.view, self.groups, spine_rows, parts, self.dimensions.frames)
         moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         rows = features.with_columns(
             row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
             pl.col(self.view.time).dt.date().alias("date"), pl.lit(head["cut"]).alias("__cut"),
-            *(questions[name] for name in ("__late", "__partition", "__offset", "__place")),
+            *(spine_rows[name] for name in ("__late", "__partition", "__offset", "__place")),
             moment.alias("__answered"), pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
         )  # fmt: skip
-        held = [head_of(each)["state"] for each in parts]
-        state = {name: sum(each[name] for each in held) for name in ("rows", "bytes")}
-        letters = self.dimensions.news()
-        told = {"letters": letters} if len(letters) else {}
+        shard_states = [head_of(each)["state"] for each in parts]
+        state = {name: sum(each[name] for each in shard_states) for name in ("rows", "bytes")}
+        dead_letters = self.dimensions.news()
+        dimension_frames = {"letters": dead_letters} if len(dead_letters) else {}
         return pack(
-            {"kind": "features", "turn": head["turn"], "state": state, "letters": len(letters)}, {"rows": rows, **told}
+            {"kind": "features", "turn": head["turn"], "state": state, "letters": len(dead_letters)},
+            {"rows": rows, **dimension_frames},
         )
 
 
@@ -156,10 +157,10 @@ class AssembleStep(beam.DoFn):
 NEVER = TimerSpec("never", TimeDomain.WATERMARK)
 
 
-class CommitStep(beam.DoFn):
+class CommitDoFn(beam.DoFn):
     """Entries and answers of turns → commits.  One key: turns in order, an interval at a time."""
 
-    def __init__(self, view: FeatureView, live: Live) -> None:
+    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.committed = Metrics.counter("millrace.live", "rows_committed")
 
@@ -169,26 +170,26 @@ class CommitStep(beam.DoFn):
 
     def process(
         self,
-        element: Keyed,
-        head: Any = StateParam(HEAD),
-        bag: Any = StateParam(BAG),
+        element: KeyedBytes,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
         never: Any = beam.DoFn.TimerParam(NEVER),
-    ) -> Iterator[Keyed]:
-        key, packet = element
-        told = read_head(head)
+    ) -> Iterator[KeyedBytes]:
+        key, envelope = element
+        state = read_head(head)
 
-        def build() -> Ledger:
-            ledger = Ledger(self.view, self.live.store, self.live.run_id, self.live.table)
-            ledger.committed = told.get("committed", 0)
-            ledger.rows.update(told.get("rows", {}))
+        def build() -> PendingTurns:
+            ledger = PendingTurns(self.view, self.live.store, self.live.run_id, self.live.table)
+            ledger.committed = state.get("committed", 0)
+            ledger.rows.update(state.get("rows", {}))
             for each in bag.read():
                 ledger.take(each)
             return ledger
 
-        ledger = self.mirror.get(key, told["version"], build)
-        if head_of(packet).get("kind") != "tick":
-            bag.add(packet)
-            ledger.take(packet)
+        ledger = self.mirror.get(key, state["version"], build)
+        if head_of(envelope).get("kind") != "tick":
+            bag.add(envelope)
+            ledger.take(envelope)
         turns = ledger.whole()
         now = time.monotonic_ns() // 1000
         if turns and (now - self.since >= self.live.commit_every or head_of(ledger.entries[turns[-1]])["last"]):
@@ -197,11 +198,11 @@ class CommitStep(beam.DoFn):
             bag.clear()
             for each in (*ledger.entries.values(), *ledger.answers.values()):
                 bag.add(each)
-            yield ONE, json.dumps({**summary, "rows": ledger.rows}).encode()
-        told.update(version=told["version"] + 1, committed=ledger.committed, rows=ledger.rows)
-        write_head(head, told)
-        self.mirror.put(key, told["version"], ledger)
+            yield SINGLE_KEY, json.dumps({**summary, "rows": ledger.rows}).encode()
+        state.update(version=state["version"] + 1, committed=ledger.committed, rows=ledger.rows)
+        write_head(head, state)
+        self.mirror.put(key, state["version"], ledger)
 
     @on_timer(NEVER)
-    def told_never(self) -> None:
+    def on_never(self) -> None:
         """No timer is set."""

@@ -25,8 +25,8 @@ from transforms.features.kernel import Reading, compute, gathered, with_derived
 from transforms.records.frame_packets import Frames, pack, unpack
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
-from transforms.streaming.lifetime_store import Compacted, Kind, by_kind
-from transforms.streaming.pane_store import CELLS, Panes, Store, key_hashes, size_of
+from transforms.streaming.lifetime_store import Kind, LifetimeStore, by_kind
+from transforms.streaming.pane_store import SLOTS, Store, TimeBuckets, key_hashes, size_of
 
 Bools = npt.NDArray[np.bool_]
 RID = "__rid"
@@ -52,11 +52,11 @@ class Group:
     kind: Kind = "none"
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def spine_columns(self) -> tuple[str, ...]:
         return tuple(spine for spine, _ in self.keys)
 
     @property
-    def known(self) -> tuple[str, ...]:
+    def source_columns(self) -> tuple[str, ...]:
         return tuple(column for _, column in self.keys)
 
     @property
@@ -124,14 +124,14 @@ def _early(view: FeatureView) -> list[tuple[str, Derived]]:
     return result
 
 
-def with_keys(view: FeatureView, groups: Sequence[Group], questions: pl.DataFrame) -> pl.DataFrame:
+def with_group_keys(view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame) -> pl.DataFrame:
     """Questions with those derived columns by which groups are keyed."""
-    wanted = {name for group in groups for name in group.asked} - set(view.spine.schema)
+    wanted = {name for group in groups for name in group.spine_columns} - set(view.spine.schema)
     if not wanted:
-        return questions
+        return spine_rows
     for _, feature in _early(view):
-        questions = with_derived(view, feature, questions)
-    return questions
+        spine_rows = with_derived(view, feature, spine_rows)
+    return spine_rows
 
 
 def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
@@ -141,7 +141,7 @@ def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
 def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shards: int) -> list[Bools]:
     """Per shard which of the source's rows it needs: those with a key of its own, in any group."""
     wanted = [np.zeros(len(rows), np.bool_) for _ in range(shards)]
-    for keys in {group.known for group in groups if group.source == source}:
+    for keys in {group.source_columns for group in groups if group.source == source}:
         owner = shard_of(key_hashes(rows, keys), shards)
         nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
         owner = np.where(nulls, -1, owner)  # a null key matches nothing
@@ -152,15 +152,15 @@ def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shard
 
 def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
     """Per shard which rows of what is kept of a group's older events are of its keys."""
-    owner = shard_of(key_hashes(reduced, group.known), shards)
+    owner = shard_of(key_hashes(reduced, group.source_columns), shards)
     return [owner == number for number in range(shards)]
 
 
-def route_questions(groups: Sequence[Group], questions: pl.DataFrame, shards: int) -> list[Bools]:
+def route_spine_rows(groups: Sequence[Group], spine_rows: pl.DataFrame, shards: int) -> list[Bools]:
     """Per shard which questions have a group it answers."""
-    wanted = [np.zeros(len(questions), np.bool_) for _ in range(shards)]
-    for keys in {group.asked for group in groups}:
-        owner = shard_of(key_hashes(questions, keys), shards)
+    wanted = [np.zeros(len(spine_rows), np.bool_) for _ in range(shards)]
+    for keys in {group.spine_columns for group in groups}:
+        owner = shard_of(key_hashes(spine_rows, keys), shards)
         for number in range(shards):
             wanted[number] |= owner == number
     return wanted
@@ -173,20 +173,20 @@ class Shard:
         self.view, self.number, self.shards = view, number, shards
         self.groups = groups_of(view)
         self.held_back = {name: held_back(view, name) for name in view.events}
-        self.panes = {
-            name: Panes(str(source.time), max(self.held_back[name] // (CELLS - 2), MINUTE)) for name, source in view.events.items()
+        self.buckets = {
+            name: TimeBuckets(str(source.time), max(self.held_back[name] // (SLOTS - 2), MINUTE)) for name, source in view.events.items()
         }  # fmt: skip
         self.compacted = {
-            i: Compacted(view, group.features, group.kind, i) for i, group in enumerate(self.groups) if group.kind != "none"
+            i: LifetimeStore(view, group.features, group.kind, i) for i, group in enumerate(self.groups) if group.kind != "none"
         }  # fmt: skip
 
     @property
     def stores(self) -> dict[str, Store]:
-        return {**self.panes, **{f"compacted {i}": store for i, store in self.compacted.items()}}
+        return {**self.buckets, **{f"compacted {i}": store for i, store in self.compacted.items()}}
 
     def apply(self, head: Mapping[str, Any], frames: Frames) -> bytes | None:
         """Take a turn's events in, answer its questions, forget what no window can reach any more."""
-        for name, store in self.panes.items():
+        for name, store in self.buckets.items():
             if f"retract:{name}" in frames:
                 store.drop(RID, frames[f"retract:{name}"][RID].to_numpy())
             if f"rows:{name}" in frames:
@@ -196,15 +196,15 @@ class Shard:
         for i, compacted in self.compacted.items():
             if f"compacted:{i}" in frames:
                 compacted.add(frames[f"compacted:{i}"])
-        answer = None
+        envelope = None
         if "questions" in frames:
-            parts = self.answer(frames["questions"])
-            told = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
-            answer = pack(told, {str(i): part for i, part in parts.items()})
-        for name, store in self.panes.items():
+            parts = self.compute_features(frames["questions"])
+            head_out = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
+            envelope = pack(head_out, {str(i): part for i, part in parts.items()})
+        for name, store in self.buckets.items():
             if left := store.evict(head["horizon"] - self.held_back[name]):
                 self._compact(name, left)
-        return answer
+        return envelope
 
     def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
         """Keep what windows without a beginning need of events that every question still to come may see."""
@@ -213,22 +213,24 @@ class Shard:
             rows = pl.concat(frames)
             for i, group in groups.items():
                 compacted = self.compacted[i]
-                mine = shard_of(key_hashes(rows, group.known), self.shards) == self.number
+                mine = shard_of(key_hashes(rows, group.source_columns), self.shards) == self.number
                 compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
-    def answer(self, questions: pl.DataFrame) -> dict[int, pl.DataFrame]:
+    def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
         """Per group, the columns of the questions whose key is this shard's, with their `__position`."""
-        hashes = {keys: key_hashes(questions, keys) for keys in {group.asked for group in self.groups}}
+        hashes = {keys: key_hashes(spine_rows, keys) for keys in {group.spine_columns for group in self.groups}}
         result = {}
         for i, group in enumerate(self.groups):
-            mine = shard_of(hashes[group.asked], self.shards) == self.number
+            mine = shard_of(hashes[group.spine_columns], self.shards) == self.number
             if not mine.any():
                 continue
-            some = questions if mine.all() else questions.filter(pl.Series(mine))
+            some = spine_rows if mine.all() else spine_rows.filter(pl.Series(mine))
             moments = some[self.view.time].to_physical()
             low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
-            wanted = hashes[group.asked][mine]
-            found = self.panes[group.source].take(group.known, wanted, low if group.kind == "none" else ALWAYS, high)
+            wanted = hashes[group.spine_columns][mine]
+            found = self.buckets[group.source].take(
+                group.source_columns, wanted, low if group.kind == "none" else ALWAYS, high
+            )
             columns = self.view.columns_held(group.source)
             events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
             tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
@@ -242,7 +244,7 @@ def _nothing(view: FeatureView, source: str) -> pl.DataFrame:
 
 
 def assemble(
-    view: FeatureView, groups: Sequence[Group], questions: pl.DataFrame, answers: Sequence[bytes], dimensions: Mapping[str, pl.DataFrame]
+    view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame, answers: Sequence[bytes], dimensions: Mapping[str, pl.DataFrame]
 ) -> pl.DataFrame:  # fmt: skip
     """All features of a turn's questions from the shards' parts: context and features, as `kernels.compute` gives."""
     parts: dict[str, list[pl.DataFrame]] = {}
@@ -252,8 +254,8 @@ def assemble(
     columns: dict[str, pl.Series] = {}
     for some in parts.values():
         whole = (pl.concat(some) if len(some) > 1 else some[0]).sort("__position")
-        if len(whole) != len(questions):
-            raise AssertionError(f"{len(whole)} answers to {len(questions)} questions")
+        if len(whole) != len(spine_rows):
+            raise AssertionError(f"{len(whole)} answers to {len(spine_rows)} questions")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
 
     def gather(
@@ -269,7 +271,7 @@ def assemble(
                 result += [columns[name] for name in feature.renamed.values()]
         return result
 
-    return compute(view, questions, dimensions, gather)
+    return compute(view, spine_rows, dimensions, gather)
 
 
 def versions_text(versions: Mapping[str, str]) -> str:

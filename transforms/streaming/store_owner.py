@@ -19,11 +19,11 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import StoreError
 from schemas.live import repeats_by
 from schemas.views import FeatureView
-from transforms.sources.contracts import judge
+from transforms.sources.contracts import check_rows
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
-from transforms.storage.paths import features_live_uri, live_letters_uri, source_uri, sources_root, tables_below
+from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import app_of
+from transforms.streaming.live_tables import application_of
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (offsets, accepted rows and answers of its own)"
@@ -96,13 +96,15 @@ def _check_tables(view: FeatureView, store: str) -> None:
         return
     names = tables_below(store)
     answered = {tuple(name.split("/")[1:]) for name in names if name.startswith("features_live/")}
-    letters = {name.removeprefix("dead_letters/live_") for name in names if name.startswith("dead_letters/live_")}
+    dead_letters = {name.removeprefix("dead_letters/live_") for name in names if name.startswith("dead_letters/live_")}
     for other in sorted({name for name, _ in answered} - {view.name}):
         _refuse_view(view, store, other, FileSystems.join(store, "features_live", other))
-    for other in sorted(letters - {view.name}):
-        table = open_table(live_letters_uri(store, other))
-        if table is not None and table.transaction_version(app_of(f"{other}/letters")) is not None:  # not a model's
-            _refuse_view(view, store, other, live_letters_uri(store, other))
+    for other in sorted(dead_letters - {view.name}):
+        table = open_table(live_dead_letters_uri(store, other))
+        if (
+            table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
+        ):  # not a model's
+            _refuse_view(view, store, other, live_dead_letters_uri(store, other))
     if answered and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)
 
@@ -110,7 +112,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
 def _check_rows(view: FeatureView, store: str) -> None:
     """See that the rows which a job of another definition of the view has taken in are those that this one would have."""
     contracts = contracts_of(view)
-    table = open_table(live_letters_uri(store, view.name))
+    table = open_table(live_dead_letters_uri(store, view.name))
     for file in [] if table is None else data_files(table):
         told = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "place", "field"])))
         told = told.filter(pl.col("partition") >= 0, pl.col("place") >= 0)
@@ -129,7 +131,7 @@ def _check_rows(view: FeatureView, store: str) -> None:
             _refuse_rows(view, store, name, "repeats count once for one of the two only")
         for file in data_files(table):
             rows = pl.DataFrame(pl.from_arrow(read_file(file, list(contract.columns))))
-            _, bad = judge(contract, rows.select(contract.columns))
+            _, bad = check_rows(contract, rows.select(contract.columns))
             if len(bad):
                 value = f"an accepted row breaks this view's rule: {bad['field'][0]}, {bad['rule'][0]}"
                 _refuse_rows(view, store, name, value)

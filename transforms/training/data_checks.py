@@ -28,7 +28,7 @@ log = logging.getLogger("millrace.training")
 # Files of a bundle beside the model.
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
 # An input of at most so many values, each of which goes with one label in so many rows on average, gives the answer away.
-FEW, ROWS = 20, 5
+FEW, LEAST_ROWS = 20, 5
 # So does one that leaves less than this of the label's variance within its values.
 MOST = 0.8
 _SMALL = 1 << 24
@@ -62,14 +62,14 @@ class Findings:
         return [Verdict(gate, self.drift[name] <= most, f"{name} moved most, by {self.drift[name]:.4f}")]
 
 
-def columns_of(model: Model) -> pa.Schema:
+def model_columns(model: Model) -> pa.Schema:
     """The columns that training data are described by: inputs and label."""
     return described(schema_of(model), [*model.inputs, LABEL])
 
 
 def bundle_files(statistics: Any, model: Model) -> dict[str, bytes]:
     """Statistics and schema of the training split, as TFX tools read them."""
-    schema = schema_text(infer_schema(statistics, columns_of(model)))
+    schema = schema_text(infer_schema(statistics, model_columns(model)))
     return {STATISTICS: statistics.SerializeToString(deterministic=True), SCHEMA: schema.encode()}
 
 
@@ -90,7 +90,7 @@ def examine(
         leaks: see `Leaks`.
         champion: its version and its training data's statistics, serialised.
     """
-    columns = columns_of(model)
+    columns = model_columns(model)
     drift = {} if champion is None else distances(learnt, parse_statistics(champion[1]), columns)
     warnings = tuple(leaks.values()) + tuple(_dull(learnt))
     for each in warnings:
@@ -184,16 +184,16 @@ class Suspect:
         fix = "Is it known when the question is asked? If so its `time` should say so; if not, leave it out"
         if self.rows and self.equal == self.rows and (self.levels is None or len(self.levels) > 1):
             return f"Input {name!r} equals the label in all {self.rows} training examples. {fix}"
-        if self.levels and self.rows >= ROWS * len(self.levels):
+        if self.levels and self.rows >= LEAST_ROWS * len(self.levels):
             labels = {each.least for each in self.levels.values()}
             if len(labels) > 1 and all(each.least == each.most for each in self.levels.values()):
                 return f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. {fix}"
-            if (told := self.told) > MOST:
-                return f"Input {name!r} all but gives the label away: {told:.0%} of the label's variance lies between its {len(self.levels)} values. {fix}"
+            if (explained := self.explained) > MOST:
+                return f"Input {name!r} all but gives the label away: {explained:.0%} of the label's variance lies between its {len(self.levels)} values. {fix}"
         return None
 
     @property
-    def told(self) -> float:
+    def explained(self) -> float:
         """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
         levels = list((self.levels or {}).values())
         rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)

@@ -33,7 +33,7 @@ FOLDER = "examples"
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class ExampleBlock:
     """Neighbouring files of the feature table, and the slices of the label's source that can label their rows."""
 
     index: int
@@ -43,7 +43,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class ExamplePlan:
     """What examples are made of, resolved at launch.
 
     Args:
@@ -59,19 +59,19 @@ class Plan:
     model: Model
     split: Split
     folder: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[ExampleBlock, ...]
     contract: Contract
     repeats: pl.DataFrame | None
     tfrecords: bool = True
 
     @property
-    def alone(self) -> Plan:
+    def alone(self) -> ExamplePlan:
         """The plan without its blocks, which travel as elements: not twice."""
         return dataclasses.replace(self, blocks=())
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class ExampleShard:
     """One file of examples.
 
     Args:
@@ -102,7 +102,7 @@ class Account:
     rows: int = 0
     counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
-    shards: tuple[Shard, ...] = ()
+    shards: tuple[ExampleShard, ...] = ()
     rounded: int = 0
 
     @property
@@ -110,12 +110,12 @@ class Account:
         """Rows in no split: in an embargo, or after the cutoff."""
         return self.rows - sum(each.rows for each in self.counts.values())
 
-    def of(self, split: str) -> list[Shard]:
+    def of(self, split: str) -> list[ExampleShard]:
         """The split's shards, each once, in order of time."""
         return sorted({each for each in self.shards if each.split == split}, key=lambda each: each.index)
 
 
-def make_plan(
+def plan_examples(
     model: Model,
     files: Iterable[DataFile],
     sources: str,
@@ -124,7 +124,7 @@ def make_plan(
     now: int,
     tfrecords: bool = True,
     version: int | None = None,
-) -> Plan:
+) -> ExamplePlan:
     """Cut the feature table's `files` into blocks, each with the label events it needs.
 
     Args:
@@ -149,9 +149,9 @@ def make_plan(
     for index, part in enumerate(parts):
         low, high = _epoch(part[0].date), _epoch(part[-1].date) + DAY + within
         events = tuple(each for each in slices if each.low < high and each.high >= low)
-        blocks.append(Block(index, len(parts), part, events))
+        blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
-    return Plan(model, split, folder, tuple(blocks), contract, repeats, tfrecords)
+    return ExamplePlan(model, split, folder, tuple(blocks), contract, repeats, tfrecords)
 
 
 def _columns_read(model: Model) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ def _columns_read(model: Model) -> tuple[str, ...]:
 def _columns_ordering(model: Model) -> tuple[str, ...]:
     """Further columns of the label's source that decide which of several rows of a key and moment labels (see `FeatureView.columns_ordering`)."""
     read, order = set(_columns_read(model)), model.label.source.tie_order
-    before = set(order[: max(place for place, name in enumerate(order) if name in read)]) - read
+    before = set(order[: max(position for position, name in enumerate(order) if name in read)]) - read
     return tuple(name for name in model.label.source.schema if name in before)
 
 
@@ -183,7 +183,7 @@ def schema_of(model: Model) -> pa.Schema:
     return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
 
 
-def make_examples(plan: Plan, block: Block) -> tuple[dict[str, pa.RecordBatch], Account]:
+def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.RecordBatch], Account]:
     """Examples of one block per split, not written yet, and the account of its rows."""
     model, schema = plan.model, schema_of(plan.model)
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
@@ -209,7 +209,7 @@ def _rounded() -> pl.Expr:
     return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
 
 
-def write_shard(plan: Plan, split: str, block: Block, rows: pa.RecordBatch) -> Shard:
+def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.RecordBatch) -> ExampleShard:
     """Write one block's examples of a split, Parquet and TFRecord.  The same block writes the same bytes under the same names."""
     name = f"{split}-{block.index:05d}-of-{block.of:05d}"
     strings = [field.name for field in rows.schema if pa.types.is_string(field.type)]
@@ -219,15 +219,15 @@ def write_shard(plan: Plan, split: str, block: Block, rows: pa.RecordBatch) -> S
     if plan.tfrecords:
         write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(gzipped(rows))))
     write_aside(plan.folder, f"{name}.parquet", sink.getvalue())
-    return Shard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
+    return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
 
-def shards_to_judge(trained: object, account: Account) -> list[Shard]:
+def shards_to_judge(trained: object, account: Account) -> list[ExampleShard]:
     """The files to judge by; `trained` only makes the step wait for it."""
     return account.of("test")
 
 
-def read_shard(shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The shard's rows, one row group at a time.
 
     Raises:
@@ -260,7 +260,7 @@ class MakeExamples(beam.PTransform):
     fitted in the same pass.
     """
 
-    plan: Plan
+    plan: ExamplePlan
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         made = blocks | "Make" >> beam.ParDo(_Make(self.plan)).with_outputs("train", main="account")
@@ -268,10 +268,10 @@ class MakeExamples(beam.PTransform):
 
 
 class _Make(beam.DoFn):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ExamplePlan) -> None:
         self.plan = plan.alone
 
-    def process(self, block: Block) -> Iterator[Account | beam.pvalue.TaggedOutput]:
+    def process(self, block: ExampleBlock) -> Iterator[Account | beam.pvalue.TaggedOutput]:
         parts, account = make_examples(self.plan, block)
         shards = [write_shard(self.plan, name, block, rows) for name, rows in parts.items() if rows.num_rows]
         yield dataclasses.replace(account, shards=tuple(shards))
@@ -295,7 +295,7 @@ def add_accounts(accounts: Iterable[Account]) -> Account:
     return Account(rows, counts, seen, ordered, rounded)
 
 
-def checked(account: Account, plan: Plan) -> Account:
+def checked(account: Account, plan: ExamplePlan) -> Account:
     """`account` if every row is accounted for and every split can be used; leftovers of earlier attempts are removed.
 
     Raises:

@@ -60,8 +60,8 @@ class Fit(beam.PTransform):
 
 
 # What is accumulated per input; each kind has `+`.
-Part = Any
-State = dict[str, Part]
+PartialFit = Any
+State = dict[str, PartialFit]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
@@ -198,7 +198,7 @@ def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
     return total
 
 
-def _part(each: Encoding, batch: pa.RecordBatch) -> Part | None:
+def _part(each: Encoding, batch: pa.RecordBatch) -> PartialFit | None:
     """What `batch` adds to what is fitted for one input; None where nothing is."""
     encoder = each.encoder
     if isinstance(encoder, encoders.Hashing | encoders.Log):
@@ -228,7 +228,7 @@ def _given(encoder: encoders.Encoder | None) -> bool:
     return isinstance(encoder, encoders.Impute) and not isinstance(encoder.value, str)
 
 
-def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
+def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
     """The state of one input; `part` is None where no row was seen or nothing is fitted."""
     encoder = each.encoder
     if isinstance(encoder, encoders.Target):
@@ -254,8 +254,8 @@ def _finished(each: Encoding, part: Part | None) -> dict[str, Any]:
         part = part.bins if encoder == encoders.Impute("median") else part.moments
     bins = part if isinstance(part, Bins) else Bins.empty(QUANTILE_BINS)
     if isinstance(encoder, encoders.Robust):
-        low, middle, high = bins.quantiles((0.25, 0.5, 0.75))
-        return {"offset": middle, "scale": high - low or 1.0}
+        low, interior, high = bins.quantiles((0.25, 0.5, 0.75))
+        return {"offset": interior, "scale": high - low or 1.0}
     if isinstance(encoder, encoders.Bucketize):
         cuts = bins.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
         return {"boundaries": sorted(set(cuts)) if len(bins.keys) else []}
@@ -275,8 +275,8 @@ def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, 
     if isinstance(encoder, encoders.MinMax):
         return _around(Fraction(least), float(greatest - least))
     if isinstance(encoder, encoders.Robust) and isinstance(part, Ranks):
-        low, middle, high = part.quantiles((0.25, 0.5, 0.75))
-        return _around(middle, float(high - low))
+        low, interior, high = part.quantiles((0.25, 0.5, 0.75))
+        return _around(interior, float(high - low))
     if isinstance(encoder, encoders.Bucketize) and isinstance(part, Ranks):
         # Of integers as many lie below a boundary as below the next integer.
         cuts = part.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
@@ -291,9 +291,9 @@ def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, 
     return state
 
 
-def _around(middle: Fraction, scale: float) -> dict[str, Any]:
-    base = round(middle)
-    return {"base": base, "offset": float(middle - base), "scale": scale or 1.0}
+def _around(interior: Fraction, scale: float) -> dict[str, Any]:
+    base = round(interior)
+    return {"base": base, "offset": float(interior - base), "scale": scale or 1.0}
 
 
 def _target(encoder: encoders.Target, part: Vocabulary) -> dict[str, Any]:

@@ -85,13 +85,13 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
         .sort("__place")
     )
     horizon = pl.col("__asked") + horizon_of(label)
-    came = (pl.col("__known") < horizon) & pl.col("__value").is_not_null()
+    received = (pl.col("__known") < horizon) & pl.col("__value").is_not_null()
     absent = None if label.absent == "drop" else float(label.absent)
     return rows.with_columns(
         found.select(
-            pl.when(came).then("__value").otherwise(pl.lit(absent, pl.Float64)).alias(LABEL),
-            pl.when(came).then("__known").otherwise(horizon).alias(LABEL_TIME),
-            came.fill_null(False).alias("__came"),
+            pl.when(received).then("__value").otherwise(pl.lit(absent, pl.Float64)).alias(LABEL),
+            pl.when(received).then("__known").otherwise(horizon).alias(LABEL_TIME),
+            received.fill_null(False).alias("__came"),
         )
     )
 
@@ -125,7 +125,7 @@ def groups_of(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
     return pl.Series("part", names, pl.String)
 
 
-def ripe(label: Label, times: pa.Array, start: datetime | None, end: datetime) -> pa.Array:
+def mature(label: Label, times: pa.Array, start: datetime | None, end: datetime) -> pa.Array:
     """Whether each of `times` lies in `[start, end)` and its label's horizon has passed by `end`."""
     stamps = pl.Series("time", pl.from_arrow(times))
     done = stamps + timedelta(microseconds=microseconds(label.within)) <= end

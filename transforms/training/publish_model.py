@@ -88,14 +88,14 @@ def publish(
     manifest = load(trained.folder, trained.digest).manifest
     _leave(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: render(content, manifest, points)})  # fmt: skip
     try:
-        content = enter(content, pending, where.registry, where.folder)
+        content = register_model(content, pending, where.registry, where.folder)
     except StoreError as error:
         how = f"The model is kept in {trained.folder}; register it with: millrace register {where.run_id}"
         raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
     return content
 
 
-def enter(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, folder: str) -> dict[str, Any]:
+def register_model(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, folder: str) -> dict[str, Any]:
     """Register what `publish` left on disk, its trials and its report too; returns the account with `model_version` and `champion`.
 
     The alias moves only if every gate holds and the champion is still the one that the model was compared with.

@@ -19,7 +19,7 @@ from transforms.models.encoders import Fitted, Matrix, column_of, texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Hindsight:
+class TargetEncoding:
     """Labels of the training split by the time they were known.
 
     Args:
@@ -41,7 +41,7 @@ class Hindsight:
         """
         asked = pl.DataFrame({"asked": pl.from_arrow(batch.column(batch.schema.get_field_index(self.time)))})
         asked = asked.with_row_index("place").sort("asked")
-        place = 0
+        position = 0
         for encoding in self.fitted.encodings:
             if isinstance(encoding.encoder, encoders.Target):
                 category = pl.Series("category", pl.from_arrow(texts(column_of(batch, encoding))))
@@ -56,11 +56,11 @@ class Hindsight:
                 own = pl.col("sum_own").fill_null(0.0), pl.col("count_own").fill_null(0)
                 mean = (own[0] + smoothing * prior) / (own[1] + smoothing)
                 found = rows.sort("place").select(pl.when(pl.col("category").is_not_null()).then(mean)).to_series()
-                matrix[:, place] = found.cast(pl.Float64).fill_null(np.nan).to_numpy()
-            place += len(encoding.names)
+                matrix[:, position] = found.cast(pl.Float64).fill_null(np.nan).to_numpy()
+            position += len(encoding.names)
 
 
-def hindsight(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -> Hindsight | None:
+def target_encoding(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -> TargetEncoding | None:
     """What `batches` of the training split tell, read only where an input has a `Target` encoder; else None."""
     inputs = [each for each in fitted.encodings if isinstance(each.encoder, encoders.Target)]
     if not inputs:
@@ -72,7 +72,7 @@ def hindsight(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -
             columns[name] = pl.from_arrow(batch.column(batch.schema.get_field_index(name)))
         parts.append(pl.DataFrame(columns))
     rows = pl.concat(parts) if parts else pl.DataFrame(schema={LABEL: pl.Float32, LABEL_TIME: pl.Datetime("us", "UTC")})
-    return Hindsight(
+    return TargetEncoding(
         fitted, model.view.time, _running(rows, []), {each.input: _running(rows, [each.input]) for each in inputs}
     )
 

@@ -26,7 +26,7 @@ from transforms.storage.delta_tables import write_aside
 from transforms.training.data_checks import bundle_files
 from transforms.training.examples import Account
 from transforms.training.hyperparameter_search import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
-from transforms.training.xgboost_checks import require_device, told
+from transforms.training.xgboost_checks import first_line, require_device
 from transforms.training.xgboost_data import Matrices, is_external, matrices
 
 log = logging.getLogger("millrace.training")
@@ -135,7 +135,7 @@ class Study:
         return len(self.split.folds) + 1
 
 
-class Bench:
+class TrialRunner:
     """Trials at work in one process, side by side: one thread each where there are as many as cores.
 
     They share the binned rows, which are made once for each number of bins and fold.
@@ -175,7 +175,7 @@ class Bench:
                 model, trial, self.matrices(trial), self.threads, classes, self.study.device
             )
         except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
-            return Result(trial, math.nan, error=told(error), seconds=time.perf_counter() - start)
+            return Result(trial, math.nan, error=first_line(error), seconds=time.perf_counter() - start)
         name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
         write_aside(self.study.folder, name, pa.py_buffer(booster))
         value = history[rounds - 1]
@@ -299,7 +299,7 @@ def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trial
         DataError: the study's device is not here.
     """
     require_device(study.device)
-    bench = Bench(study, account, fitted, len(trials))
+    bench = TrialRunner(study, account, fitted, len(trials))
     ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
     with ThreadPoolExecutor(bench.side, "trial") as pool:
         futures: list[Future[Result]] = [pool.submit(bench.run, trial) for trial in ordered]

@@ -81,9 +81,9 @@ def require_device(device: str) -> None:
             rows = np.zeros((2, 1), np.float32)
             xgboost.train({"device": device, "verbosity": 1}, xgboost.DMatrix(rows, rows[:, 0], nthread=1), 1)
         except xgboost.core.XGBoostError as error:
-            reason = told(error)
+            reason = first_line(error)
     reason = reason or next(
-        (told(each.message) for each in said if "GPU" in str(each.message) or "CUDA" in str(each.message)), ""
+        (first_line(each.message) for each in said if "GPU" in str(each.message) or "CUDA" in str(each.message)), ""
     )
     if reason:
         raise DataError(
@@ -92,7 +92,7 @@ def require_device(device: str) -> None:
         )  # fmt: skip
 
 
-def told(error: object) -> str:
+def first_line(error: object) -> str:
     """The line of XGBoost's message that says what is wrong, without time and place in its source."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = next((each for each in lines if "Check failed" in each or "Invalid" in each), lines[0])

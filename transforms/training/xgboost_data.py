@@ -18,9 +18,9 @@ from schemas import Model
 from schemas.errors import DataError
 from schemas.splits import LABEL, Fold
 from transforms.models.encoders import Fitted, Matrix
-from transforms.training.examples import Account, Shard, read_shard
-from transforms.training.labels import ripe
-from transforms.training.target_encoding import Hindsight, hindsight
+from transforms.training.examples import Account, ExampleShard, read_shard
+from transforms.training.labels import mature
+from transforms.training.target_encoding import TargetEncoding, target_encoding
 
 # Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
 KEPT = 256 << 20
@@ -42,20 +42,20 @@ class Matrices:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class DataPart:
     """Rows of some shards: those in `[start, end)` whose label's horizon has passed by the end; all without bounds."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ExampleShard, ...]
     start: datetime | None = None
     end: datetime | None = None
 
 
-def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[Part, Part]:
+def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[DataPart, DataPart]:
     """What is learnt from and judged by; `fold` None is the split itself."""
     train = tuple(account.of("train"))
     if fold is None:
-        return Part(train), Part(tuple(account.of("validate")))
-    return Part(train, None, fold.train_end), Part(train, fold.validate_start, fold.validate_end)
+        return DataPart(train), DataPart(tuple(account.of("validate")))
+    return DataPart(train, None, fold.train_end), DataPart(train, fold.validate_start, fold.validate_end)
 
 
 def matrices(
@@ -79,7 +79,7 @@ def matrices(
             )  # fmt: skip
     external = is_external(fitted, account)
     folder = tempfile.mkdtemp(prefix="millrace-bins-") if external else None
-    known = hindsight(model, fitted, batches(model, learning, _ledger(model, fitted)))
+    known = target_encoding(model, fitted, batches(model, learning, _ledger(model, fitted)))
     learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
     judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
     if folder is not None:
@@ -103,7 +103,7 @@ def _ledger(model: Model, fitted: Fitted) -> list[str]:
 
 
 def _matrix(
-    model: Model, fitted: Fitted, part: Part, known: Hindsight | None, cache: str | None, **options: Any
+    model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None, cache: str | None, **options: Any
 ) -> Any:
     import xgboost
 
@@ -140,7 +140,7 @@ def _matrix(
     return matrix
 
 
-def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def batches(model: Model, part: DataPart, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """`columns` of the part's rows."""
     if part.end is None:
         for shard in part.shards:
@@ -149,7 +149,7 @@ def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.Rec
     time = model.view.time
     for shard in part.shards:
         for batch in read_shard(shard, list(dict.fromkeys([*columns, time]))):
-            inside = ripe(model.label, batch.column(batch.schema.get_field_index(time)), part.start, part.end)
+            inside = mature(model.label, batch.column(batch.schema.get_field_index(time)), part.start, part.end)
             if pc.any(inside).as_py():
                 found = [batch.column(batch.schema.get_field_index(name)).filter(inside) for name in columns]
                 yield pa.RecordBatch.from_arrays(found, list(columns))
@@ -158,12 +158,12 @@ def batches(model: Model, part: Part, columns: Sequence[str]) -> Iterator[pa.Rec
 def until(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
     """The rows of training examples that a fold learns from."""
     times = batch.column(batch.schema.get_field_index(model.view.time))
-    inside = ripe(model.label, times, None, fold.train_end)
+    inside = mature(model.label, times, None, fold.train_end)
     return pa.RecordBatch.from_arrays([column.filter(inside) for column in batch.columns], schema=batch.schema)
 
 
 def encoded(
-    model: Model, fitted: Fitted, part: Part, known: Hindsight | None = None
+    model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None = None
 ) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
     """(matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
     time = [model.view.time] if known is not None else []

@@ -24,15 +24,15 @@ Singles = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
 LOW = 14
-CELLS = 1 << (32 - LOW)
+BUCKETS = 1 << (32 - LOW)
 _LOW_BITS = np.uint32((1 << LOW) - 1)
-_SIGN = CELLS >> 1
+_SIGN = BUCKETS >> 1
 _PREFIX = 23 - LOW  # mantissa bits that name a cell
 _NOT_FINITE = 255 << _PREFIX
 _LARGEST = float(np.finfo(np.float32).max)
 # Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
-ROWS = 1 << 24
-FEW = CELLS // 16
+MOST_ROWS = 1 << 24
+FEW = BUCKETS // 16
 # `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its square of 2^−298.
 _SUM, _SQUARE = UNIT - 149, 2 * (UNIT - 149)
 # Integers up to here are float32s and doubles alike.
@@ -40,7 +40,7 @@ _WHOLE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Numbers:
+class NumericSketch:
     """Numbers of a column.
 
     Args:
@@ -68,29 +68,29 @@ class Numbers:
     lows: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     @classmethod
-    def of(cls, column: pa.Array) -> Numbers:
+    def of(cls, column: pa.Array) -> NumericSketch:
         """Of an Arrow array of floats, integers or booleans."""
         result = cls()
-        for start in range(0, len(column), ROWS):
-            result = result + _numbers(column.slice(start, ROWS))
+        for start in range(0, len(column), MOST_ROWS):
+            result = result + _numbers(column.slice(start, MOST_ROWS))
         return result
 
-    def __add__(self, other: Numbers) -> Numbers:
+    def __add__(self, other: NumericSketch) -> NumericSketch:
         if not other.rows or not self.rows:
             return self if self.rows else other
-        cells, place = np.unique(np.concatenate([self.cells, other.cells]), return_inverse=True)
+        cells, position = np.unique(np.concatenate([self.cells, other.cells]), return_inverse=True)
         counts, lows = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
-        for part, at in ((self, place[: len(self.cells)]), (other, place[len(self.cells) :])):
+        for part, at in ((self, position[: len(self.cells)]), (other, position[len(self.cells) :])):
             counts[at] += part.counts
             lows[at] += part.lows
-        return Numbers(
+        return NumericSketch(
             self.rows + other.rows, self.missing + other.missing, self.strange + other.strange, self.zeros + other.zeros,
             min(self.least, other.least), max(self.greatest, other.greatest),
             self.total + other.total, self.squares + other.squares, cells, counts, lows,
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Numbers) and all(
+        return isinstance(other, NumericSketch) and all(
             np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)
         )
 
@@ -111,18 +111,18 @@ class Numbers:
         return exact_sums.deviation(self.values, self.total, self.squares)
 
     @property
-    def middles(self) -> Floats:
+    def interiors(self) -> Floats:
         """Mean of each cell's values."""
         names = self.cells
         negative = names < 0
         bits = np.where(negative, -names - 1, names)
         exponent, prefix = _parts(bits)
-        middle = np.ldexp((prefix << LOW) + self.lows / self.counts, exponent - 149)
-        return np.clip(np.where(negative, -middle, middle), self.least, self.greatest)
+        interior = np.ldexp((prefix << LOW) + self.lows / self.counts, exponent - 149)
+        return np.clip(np.where(negative, -interior, interior), self.least, self.greatest)
 
     def ranked(self, ranks: Ints) -> Floats:
         """The values of these ranks, counted from 0."""
-        found = self.middles[np.searchsorted(np.cumsum(self.counts), ranks, "right")]
+        found = self.interiors[np.searchsorted(np.cumsum(self.counts), ranks, "right")]
         return np.where(ranks == 0, self.least, np.where(ranks == self.values - 1, self.greatest, found))
 
     @property
@@ -131,10 +131,10 @@ class Numbers:
         return float(self.ranked(np.array([last // 2, last - last // 2])).mean())
 
 
-def _numbers(column: pa.Array) -> Numbers:
+def _numbers(column: pa.Array) -> NumericSketch:
     rows, missing = len(column), column.null_count
     if missing == rows:
-        return Numbers(rows, missing)
+        return NumericSketch(rows, missing)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
     whole = column.drop_null().to_numpy() if pa.types.is_integer(column.type) else None
@@ -144,16 +144,16 @@ def _numbers(column: pa.Array) -> Numbers:
     words = np.ascontiguousarray(single).view(np.uint32)
     low, names = words & _LOW_BITS, (words >> np.uint32(LOW)).astype(np.int64)
     # Few rows do not pay for an array of all cells.
-    found, place = (np.arange(CELLS), names) if rows > FEW else np.unique(names, return_inverse=True)
+    found, position = (np.arange(BUCKETS), names) if rows > FEW else np.unique(names, return_inverse=True)
     lows = low.astype(np.float64)
-    counts, exact_sums = np.bincount(place, minlength=len(found)), np.bincount(place, lows, len(found))
+    counts, exact_sums = np.bincount(position, minlength=len(found)), np.bincount(position, lows, len(found))
     np.multiply(lows, lows, out=lows)
-    squared = np.bincount(place, lows, len(found))
+    squared = np.bincount(position, lows, len(found))
     finite = found & (_SIGN - 1) < _NOT_FINITE
     strange = int(counts[~finite].sum()) - missing
     there = np.flatnonzero(finite & (counts > 0))
     if not len(there):
-        return Numbers(rows, missing, strange)
+        return NumericSketch(rows, missing, strange)
     found, count = found[there], counts[there]
     exact_sums, squared = exact_sums[there].astype(np.int64), squared[there].astype(np.int64)
     ordered = _named(found)
@@ -170,7 +170,7 @@ def _numbers(column: pa.Array) -> Numbers:
         total, squares, least, greatest = exact_sum(wide), exact_squares(wide), float(wide.min()), float(wide.max())
     zeros = int(np.count_nonzero(words << np.uint32(1) == 0)) if np.isin(found, (0, _SIGN)).any() else 0
     order = np.argsort(ordered)
-    return Numbers(
+    return NumericSketch(
         rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], exact_sums[order]
     )
 

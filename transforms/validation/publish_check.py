@@ -17,7 +17,7 @@ from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
-from transforms.sources.tallies import Tally
+from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import Committed, write_aside
 from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate
@@ -31,7 +31,7 @@ _SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class PublishRules:
     """What the user asked for.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be there."""
 
     schema: str
@@ -41,7 +41,7 @@ class Rules:
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class PublishCheck:
     """All that the last step needs to judge a run, resolved at launch.
 
     Args:
@@ -55,7 +55,7 @@ class Check:
         ranges: the runs of neighbouring days, both ends included, where there are gaps between first and last.
     """
 
-    rules: Rules
+    rules: PublishRules
     schema: str | None
     table: str
     run_id: str
@@ -63,7 +63,7 @@ class Check:
     last: date
     previous: bytes | None
     before: str
-    letters: str
+    dead_letters: str
     command: str
     ranges: tuple[tuple[date, date], ...] = ()
 
@@ -75,9 +75,9 @@ class Check:
 
 
 def make_check(
-    rules: Rules, table: str, base: int | None, run_id: str, first: date, last: date, letters: str, command: str,
+    rules: PublishRules, table: str, base: int | None, run_id: str, first: date, last: date, dead_letters: str, command: str,
     ranges: tuple[tuple[date, date], ...] = (),
-) -> Check:  # fmt: skip
+) -> PublishCheck:  # fmt: skip
     """Read the schema and the previous statistics.
 
     The statistics of a run are those of all its rows, whatever the gaps between its days; drift is measured from the
@@ -97,7 +97,7 @@ def make_check(
             rules.schema,
             command,
         )
-    return Check(rules, schema, table, run_id, first, last, previous, before, letters, command, ranges)
+    return PublishCheck(rules, schema, table, run_id, first, last, previous, before, dead_letters, command, ranges)
 
 
 def read_schema(path: str, required: bool) -> str | None:
@@ -182,12 +182,12 @@ class Validate(beam.PTransform):
         letters: the dead letters' commit, as a side input: they can be looked at whatever is found.
     """
 
-    check: Check
+    check: PublishCheck
     tallies: beam.pvalue.AsSideInput
-    letters: beam.pvalue.AsSideInput
+    dead_letters: beam.pvalue.AsSideInput
 
     def expand(self, statistics: beam.PCollection) -> beam.PCollection:
-        return statistics | "Check" >> beam.Map(check_statistics, self.check, self.tallies, self.letters)
+        return statistics | "Check" >> beam.Map(check_statistics, self.check, self.tallies, self.dead_letters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class AlsoChecked:
 
 
 def check_statistics(
-    statistics: Any, check: Check, tallies: Mapping[str, Tally], letters: Committed | None = None
+    statistics: Any, check: PublishCheck, tallies: Mapping[str, SourceTally], dead_letters: Committed | None = None
 ) -> dict[str, str]:
     """What to keep with the commit, if there may be one.  Statistics and account are written whatever is found.
 
@@ -235,7 +235,7 @@ def check_statistics(
     return metadata
 
 
-def check_dead(check: Check, tallies: Mapping[str, Tally]) -> None:
+def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
     """Refuse a run that set aside more of a source than allowed."""
     most = check.rules.max_dead_fraction
     for tally in tallies.values():
@@ -243,11 +243,11 @@ def check_dead(check: Check, tallies: Mapping[str, Tally]) -> None:
             raise ContractError(
                 f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
                 f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {tally.dead / tally.read:.3g}, in {check.interval}",
-                f"Nothing was committed; {check.letters} holds the rows and the rules they broke.  Mend the source, or run again with --max_dead_fraction {tally.dead / tally.read + 0.0005:.3f}",
+                f"Nothing was committed; {check.dead_letters} holds the rows and the rules they broke.  Mend the source, or run again with --max_dead_fraction {tally.dead / tally.read + 0.0005:.3f}",
             )  # fmt: skip
 
 
-def anomaly_error(check: Check, found: tuple[Anomaly, ...]) -> AnomalyError:
+def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyError:
     """What stops a run whose statistics break the schema: `--schema` is named where it was given."""
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
     where = f" --schema {check.rules.schema}" if check.rules.required else ""

@@ -21,9 +21,9 @@ import pyarrow as pa
 from tensorflow_metadata.proto.v0 import statistics_pb2 as pb
 
 from schemas.views import FeatureView
-from transforms.features.kernel import CORES
+from transforms.features.kernel import KERNEL_POOL
 from transforms.records.row_hashing import hash_column
-from transforms.validation.numeric_sketch import Floats, Ints, Numbers
+from transforms.validation.numeric_sketch import Floats, Ints, NumericSketch
 
 BUCKETS = 10
 TOP_VALUES = 20
@@ -33,7 +33,7 @@ LEVELS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Strings:
+class StringSketch:
     """Strings of a column.
 
     Args:
@@ -54,23 +54,23 @@ class Strings:
     partial: bool = False
 
     @classmethod
-    def of(cls, column: pa.Array) -> Strings:
+    def of(cls, column: pa.Array) -> StringSketch:
         """Of an Arrow array of strings."""
         values = pl.Series("value", pl.from_arrow(column)).cast(pl.String)
         levels = values.drop_nulls().to_frame().group_by("value").agg(count=pl.len().cast(pl.Int64))
         size = int(levels.select((pl.col("value").str.len_bytes() * pl.col("count")).sum()).item())
         return cls(len(column), column.null_count, size, *_least(levels, False))
 
-    def __add__(self, other: Strings) -> Strings:
+    def __add__(self, other: StringSketch) -> StringSketch:
         levels = pl.concat([self.levels, other.levels]).group_by("value").agg(pl.col("count").sum())
-        return Strings(
+        return StringSketch(
             self.rows + other.rows, self.missing + other.missing, self.bytes + other.bytes,
             *_least(levels, self.partial or other.partial),
         )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Strings)
+            isinstance(other, StringSketch)
             and (self.rows, self.missing, self.bytes, self.partial)
             == (other.rows, other.missing, other.bytes, other.partial)
             and self.levels.equals(other.levels)
@@ -102,7 +102,7 @@ class Description:
     """What is kept of rows: how many, and Numbers or Strings per column, in order."""
 
     rows: int
-    columns: Mapping[str, Numbers | Strings]
+    columns: Mapping[str, NumericSketch | StringSketch]
     integers: frozenset[str]
 
     def __add__(self, other: Description) -> Description:
@@ -117,26 +117,26 @@ def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     )
 
 
-def columns_of(view: FeatureView) -> pa.Schema:
+def view_columns(view: FeatureView) -> pa.Schema:
     """The columns of a view's table that are described: its features and what stands beside them, not the key, the time or ids."""
     beside = [name for name in view.context if name not in (*view.key, view.time)]
     return described(view.output_schema, [*beside, *view.feature_names])
 
 
 def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
-    """Description of a RecordBatch's `columns` (see `columns_of`)."""
+    """Description of a RecordBatch's `columns` (see `view_columns`)."""
 
-    def of_column(field: pa.Field) -> Numbers | Strings:
+    def of_column(field: pa.Field) -> NumericSketch | StringSketch:
         column = rows.column(rows.schema.get_field_index(field.name))
-        return Numbers.of(column) if _number(field.type) else Strings.of(column)
+        return NumericSketch.of(column) if _number(field.type) else StringSketch.of(column)
 
-    kept = dict(zip(columns.names, CORES.map(of_column, columns), strict=True))
+    kept = dict(zip(columns.names, KERNEL_POOL.map(of_column, columns), strict=True))
     return Description(rows.num_rows, kept, _integers(columns))
 
 
 def nothing(columns: pa.Schema) -> Description:
     """Description of no rows."""
-    kept = {field.name: Numbers() if _number(field.type) else Strings() for field in columns}
+    kept = {field.name: NumericSketch() if _number(field.type) else StringSketch() for field in columns}
     return Description(0, kept, _integers(columns))
 
 
@@ -180,7 +180,7 @@ def proto(description: Description) -> Any:
     for name, column in description.columns.items():
         feature = dataset.features.add()
         feature.path.step.append(name)
-        if isinstance(column, Numbers):
+        if isinstance(column, NumericSketch):
             feature.type = feature.INT if name in description.integers else feature.FLOAT
             _write_numbers(feature.num_stats, column)
         else:
@@ -189,7 +189,7 @@ def proto(description: Description) -> Any:
     return result
 
 
-def _write_common(common: Any, column: Numbers | Strings) -> None:
+def _write_common(common: Any, column: NumericSketch | StringSketch) -> None:
     present = column.rows - column.missing
     common.num_missing, common.num_non_missing = column.missing, present
     if not present:
@@ -201,7 +201,7 @@ def _write_common(common: Any, column: Numbers | Strings) -> None:
         common.num_values_histogram.buckets.add(low_value=1, high_value=1, sample_count=present / BUCKETS)
 
 
-def _write_numbers(stats: Any, column: Numbers) -> None:
+def _write_numbers(stats: Any, column: NumericSketch) -> None:
     _write_common(stats.common_stats, column)
     if column.rows == column.missing:
         return
@@ -216,28 +216,28 @@ def _write_numbers(stats: Any, column: Numbers) -> None:
             histogram.buckets.add(low_value=low, high_value=high, sample_count=count)
 
 
-def equal_widths(column: Numbers, buckets: int = BUCKETS) -> tuple[Floats, Ints]:
+def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Ints]:
     """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a cell as its mean does."""
     if column.least == column.greatest:
         return np.array([column.least, column.greatest]), np.array([column.values])
     bounds = np.linspace(column.least, column.greatest, buckets + 1)
-    place = np.clip(np.searchsorted(bounds, column.middles) - 1, 0, buckets - 1)
+    position = np.clip(np.searchsorted(bounds, column.interiors) - 1, 0, buckets - 1)
     counts = np.zeros(buckets, np.int64)
-    np.add.at(counts, place, column.counts)
+    np.add.at(counts, position, column.counts)
     return bounds, counts
 
 
-def equal_counts(column: Numbers, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
+def equal_counts(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
     """Bounds [buckets + 1] at quantiles and counts [buckets]; buckets that end at one value share what it holds, as TFDV has it."""
     ranks = -(-np.arange(buckets + 1) * column.values // buckets) - 1
     bounds = column.ranked(np.maximum(ranks, 0))
     ends, share = np.unique(bounds[1:], return_counts=True)
-    held = np.maximum(np.searchsorted(column.middles, ends, "right") - 1, 0)
+    held = np.maximum(np.searchsorted(column.interiors, ends, "right") - 1, 0)
     below = np.cumsum(column.counts)[held]
     return bounds, np.repeat(np.diff(below, prepend=0) / share, share)
 
 
-def _write_strings(stats: Any, column: Strings) -> None:
+def _write_strings(stats: Any, column: StringSketch) -> None:
     _write_common(stats.common_stats, column)
     if not column.values:
         return

@@ -241,11 +241,11 @@ def verify_rows(view: FeatureView, published: pl.DataFrame, spine: pl.DataFrame,
     own = recompute(view, spine, tables, published)
     count = len(differences)
     for name in own.columns:
-        places = differ(published[name], own[name]).arg_true().to_list()
-        count += len(places)
-        for place in places[: max(EXAMPLES - len(differences), 0)]:
-            row = _row(view, published.row(place, named=True))
-            differences.append(Difference(row, name, published[name][place], own[name][place]))
+        positions = differ(published[name], own[name]).arg_true().to_list()
+        count += len(positions)
+        for position in positions[: max(EXAMPLES - len(differences), 0)]:
+            row = _row(view, published.row(position, named=True))
+            differences.append(Difference(row, name, published[name][position], own[name][position]))
     return Verified(len(found), 0, len(found) * len(view.columns), count, 0.0, tuple(differences[:EXAMPLES]))
 
 

@@ -131,7 +131,7 @@ def _windowed(
     rows = range(len(moments))
     if isinstance(feature, Latest):
         found = [window(row, feature.length) for row in rows]
-        at = pl.Series([int(places[-1]) if len(places) else None for places in found], dtype=pl.Int64)
+        at = pl.Series([int(positions[-1]) if len(positions) else None for positions in found], dtype=pl.Int64)
         return [
             stored(seen[column].gather(at), view.columns[name]).alias(name) for column, name in feature.renamed.items()
         ]
@@ -140,7 +140,7 @@ def _windowed(
     for each in feature.statistics:
         inside = windows[each.length]
         if each.column == "*":
-            made.append(pl.Series(each.name, [len(places) for places in inside], pl.Int64))
+            made.append(pl.Series(each.name, [len(positions) for positions in inside], pl.Int64))
             continue
         parts = _parts(seen[each.column], each.stat, inside)
         if each.stat in ("var", "std"):
@@ -158,9 +158,9 @@ def _windowed(
 def _parts(column: pl.Series, stat: str, inside: Sequence[npt.NDArray[np.int64]]) -> list[list[Any]]:
     """The values of each window, in order."""
     if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
-        return [column.gather(pl.Series(places)).drop_nulls().to_list() for places in inside]
+        return [column.gather(pl.Series(positions)).drop_nulls().to_list() for positions in inside]
     numbers = column.cast(pl.Float64).to_numpy()  # of which NaN is none: it was read as null
-    return [values[~np.isnan(values)].tolist() for values in (numbers[places] for places in inside)]
+    return [values[~np.isnan(values)].tolist() for values in (numbers[positions] for positions in inside)]
 
 
 def _variances(name: str, stat: str, parts: Sequence[list[float]], published: pl.Series) -> pl.Series:

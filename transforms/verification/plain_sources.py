@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.sources.contracts import Contract, judge
+from transforms.sources.contracts import Contract, check_rows
 from transforms.sources.inventory import Slice, open_parquet, stamp_of
 
 Ints = npt.NDArray[np.int64]
@@ -137,8 +137,8 @@ def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted
     kept = _kept(contract, tables.rows(name, columns, wanted), wanted, tables.most)
     if once:
         kept = _each_once(contract, tables, kept, once, wanted)
-    place = source.event_time or str(source.time)
-    by = list(dict.fromkeys([place, *(source.order or ()), *source.schema])) if tied else [place]
+    position = source.event_time or str(source.time)
+    by = list(dict.fromkeys([position, *(source.order or ()), *source.schema])) if tied else [position]
     return kept.sort([column for column in by if column in kept.columns], maintain_order=True)
 
 
@@ -159,7 +159,7 @@ def dimension_rows(tables: Tables, name: str, keys: Sequence[str], values: pl.Da
     columns = list(contract.source.schema)
     wanted = values.drop_nulls().unique()
     parts = [rows.join(wanted, on=list(keys), how="semi") for rows in tables.rows(name, columns)]
-    good = judge(contract, pl.concat(parts))[0] if parts else pl.DataFrame(schema=contract.source.schema)
+    good = check_rows(contract, pl.concat(parts))[0] if parts else pl.DataFrame(schema=contract.source.schema)
     by = [column for column in columns if column in good.columns]
     return good.sort(by).unique(keys, keep="first", maintain_order=True)
 
@@ -174,7 +174,7 @@ def _kept(
             raise TooManyRows
     if not kept:
         return pl.DataFrame(schema=contract.source.schema)
-    return judge(contract, pl.concat(kept))[0]
+    return check_rows(contract, pl.concat(kept))[0]
 
 
 def _seen(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> pl.DataFrame:
@@ -208,7 +208,7 @@ def _each_once(
     rows = pl.concat(
         [piece.join(repeated, on=names, how="semi") for piece in tables.rows(source.name, list(source.schema), moments)]
     )
-    good = judge(contract, rows)[0]
+    good = check_rows(contract, rows)[0]
     by = list(dict.fromkeys([str(source.time), *(source.order or ()), *source.schema]))
     first = good.sort(by).unique(names, keep="first", maintain_order=True)
     return pl.concat([kept.join(repeated, on=names, how="anti"), _seen(source, first, wanted).select(kept.columns)])

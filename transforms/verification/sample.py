@@ -94,10 +94,10 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
     # Half by chance alone: rows whose windows are empty have answers too.
     mixed = [
         *edges,
-        *(int(place) for i in range(quota) for place in (chance if i % 2 else fullest)[i : i + 1]),
+        *(int(position) for i in range(quota) for position in (chance if i % 2 else fullest)[i : i + 1]),
     ]
-    places = list(dict.fromkeys(int(place) for place in mixed))[:quota]
-    return rows[places].with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__rank"))
+    positions = list(dict.fromkeys(int(position) for position in mixed))[:quota]
+    return rows[positions].with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__rank"))
 
 
 def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequence[str], run_id: str) -> pl.DataFrame:

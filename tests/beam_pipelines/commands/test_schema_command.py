@@ -12,11 +12,11 @@ from beam_pipelines.commands import schema
 from schemas.errors import AnomalyError
 from schemas.loading import load_definition
 from tests.support import shop
-from transforms.sources.tallies import Tally
-from transforms.storage.delta_tables import newest
+from transforms.sources.tallies import SourceTally
+from transforms.storage.delta_tables import newest_version
 from transforms.storage.paths import features_uri
-from transforms.validation.publish_check import Rules, check_statistics, make_check
-from transforms.validation.statistics import columns_of, describe, proto
+from transforms.validation.publish_check import PublishRules, check_statistics, make_check
+from transforms.validation.statistics import describe, proto, view_columns
 from transforms.validation.tfdv_schema import parse_schema
 
 
@@ -60,15 +60,15 @@ def call(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # ty
 def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
     """A run that the schema stopped: it found a shop that was never seen, and much older visitors."""
     definition = load_definition(str(store / "definition.py"))
-    table, columns = features_uri(str(store), "buying", definition.view.fingerprint), columns_of(definition.view)
+    table, columns = features_uri(str(store), "buying", definition.view.fingerprint), view_columns(definition.view)
     found = pl.read_delta(table).with_columns(
         shop=pl.when(pl.col("visit") % 50 == 0).then(pl.lit("east")).otherwise("shop"), age=pl.col("age") + 40
     )
     (rows,) = found.select(columns.names).with_columns(pl.col("shop")).to_arrow().combine_chunks().to_batches()
     check = make_check(
-        Rules(str(path)),
+        PublishRules(str(path)),
         table,
-        newest(table),
+        newest_version(table),
         run_id,
         date(2024, 3, 1),
         date(2024, 3, 2),
@@ -76,7 +76,7 @@ def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
         "--definition d --store s",
     )
     with pytest.raises(AnomalyError) as caught:
-        check_statistics(proto(describe(rows, columns)), check, {"visits": Tally("visits", 1, 1)})
+        check_statistics(proto(describe(rows, columns)), check, {"visits": SourceTally("visits", 1, 1)})
     return caught.value
 
 

@@ -11,14 +11,14 @@ import pytest
 from beam_pipelines import cli, features, inference, training
 from beam_pipelines.commands.tables import tables
 from beam_pipelines.commands.trace import trace
-from beam_pipelines.runtime.errors import guard, resume
+from beam_pipelines.runtime.errors import guard, resume_hint
 from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import load_definition
 from tests.support import shop
 from transforms.lineage.trace import describe
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.run_markers import running
+from transforms.storage.run_markers import running_runs
 
 Out = pytest.CaptureFixture[str]
 
@@ -198,9 +198,9 @@ def test_a_failed_run_says_where_and_how_to_resume(tmp_path: Path, capsys: Out) 
     definition = shop.write(tmp_path, 200)
     spoiled = tmp_path / "sources" / "sales" / "part.parquet"
     whole = spoiled.read_bytes()
-    middle = bytearray(whole)
-    middle[4:200] = bytes(196)  # pages, not the footer: noticed by a worker
-    spoiled.write_bytes(bytes(middle))
+    interior = bytearray(whole)
+    interior[4:200] = bytes(196)  # pages, not the footer: noticed by a worker
+    spoiled.write_bytes(bytes(interior))
     command = ["features", "--definition", str(definition), "--store", str(tmp_path), "--start", "2024-01-05"]
     assert cli.main(command) == 3
     err = capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_a_failed_run_says_where_and_how_to_resume(tmp_path: Path, capsys: Out) 
     (line,) = (line for line in err.splitlines() if "to resume" in line)
     again = line.split("millrace ", 1)[1].split()
     assert again[:-1] == [*command, "--run_id"]
-    assert running(str(tmp_path)) == [], "a run that ended by a mistake is not at work"
+    assert running_runs(str(tmp_path)) == [], "a run that ended by a mistake is not at work"
     spoiled.write_bytes(whole)
     assert cli.main(again) == 0
     assert open_table(str(tmp_path / "features" / "buying" / fingerprint(tmp_path))) is not None
@@ -220,8 +220,8 @@ def test_the_resume_command_replaces_the_run_id_it_was_given(tmp_path: Path) -> 
     with pytest.raises(DataError), Run("features", "r7", str(tmp_path)):
         raise error
     for argv in (["features", "--run_id", "r7", "--store", "a b"], ["--store", "a b", "--run_id=r7"]):
-        assert resume(error, argv).endswith("millrace features --store 'a b' --run_id r7")
-    assert resume(DataError("before any run"), ["features"]) == ""
+        assert resume_hint(error, argv).endswith("millrace features --store 'a b' --run_id r7")
+    assert resume_hint(DataError("before any run"), ["features"]) == ""
 
 
 def test_a_defect_shows_its_traceback_and_how_to_resume(tmp_path: Path, capsys: Out) -> None:
@@ -234,7 +234,7 @@ def test_a_defect_shows_its_traceback_and_how_to_resume(tmp_path: Path, capsys: 
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "to resume: millrace features --run_id r8" in err
-    assert [each.run_id for each in running(str(tmp_path))] == ["r8"], "its workers may be at work elsewhere"
+    assert [each.run_id for each in running_runs(str(tmp_path))] == ["r8"], "its workers may be at work elsewhere"
 
 
 def test_dates_are_days(store: Path) -> None:

@@ -69,9 +69,9 @@ class Made:
         where = ["--definition", str(self.folder / definition), "--store", str(store or self.store)]
         assert cli.main([command, *where, *flags]) == 0
 
-    def rows(self, *place: str) -> pl.DataFrame:
+    def rows(self, *position: str) -> pl.DataFrame:
         """The table at a place of the store; `*` stands for the only name there."""
-        (path,) = self.store.glob("/".join(place))
+        (path,) = self.store.glob("/".join(position))
         table = open_table(str(path))
         assert table is not None
         parts = [pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)]
@@ -258,10 +258,10 @@ def lifetime_sources(days: Sequence[int]) -> dict[str, pl.DataFrame]:
 def lifetime_truth(asked: pl.DataFrame, events: pl.DataFrame) -> dict[str, dict[str, Any]]:
     """Every question's features by looking at every event: id → name → value."""
     found = {}
-    for question in asked.iter_rows(named=True):
-        seen = events.filter(pl.col("k") == question["k"], pl.col("at") < question["at"]).sort("at")["v"].to_list()
+    for spine_row in asked.iter_rows(named=True):
+        seen = events.filter(pl.col("k") == spine_row["k"], pl.col("at") < spine_row["at"]).sort("at")["v"].to_list()
         some = bool(seen)
-        found[str(question["id"])] = {
+        found[str(spine_row["id"])] = {
             "ev_by_k_count_all": len(seen), "ev_by_k_v_sum_all": sum(seen) if some else None,
             "ev_by_k_v_mean_all": float(np.float32(sum(seen) / len(seen))) if some else None,
             "ev_by_k_v_min_all": min(seen, default=None), "ev_by_k_v_max_all": max(seen, default=None),
