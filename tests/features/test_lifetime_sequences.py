@@ -324,8 +324,9 @@ class Sequences(RuleBasedStateMachine):
             else:
                 assert got.filter(~inside).is_empty()
         got = got.filter(inside)
-        known, newest = self.known[flags.view], len(self.town) - 1
-        current = all(known.get(each) == newest for each in got.select(day.unique())["date"])
+        known = self.known[flags.view]
+        days = got.select(day.unique())["date"]
+        current = all(each in known and self.town[known[each]] == self.town[-1] for each in days)
         assert current or not flags.refresh
         self.check_against(view, got, inside)
         fresh = self.fresh(flags).filter(inside)

@@ -146,9 +146,8 @@ class Journal:
         self.completeness.expect(micro_batch.source, micro_batch.partition, now)
         if len(fresh):
             time = str(self.sources[micro_batch.source].time)
-            self.completeness.observe(
-                micro_batch.source, micro_batch.partition, int(fresh[time].to_physical().max()), now
-            )  # type: ignore[arg-type]
+            greatest = int(fresh[time].to_physical().max())  # type: ignore[arg-type]
+            self.completeness.observe(micro_batch.source, micro_batch.partition, greatest, now)
             rows[micro_batch.source].append(fresh)
             self._count(micro_batch.source, "rows", len(fresh))
         if micro_batch.heartbeat is not None:

@@ -146,7 +146,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
     # Few rows do not pay for an array of all cells.
     found, position = (np.arange(BUCKETS), names) if rows > FEW else np.unique(names, return_inverse=True)
     lows = low.astype(np.float64)
-    counts, exact_sums = np.bincount(position, minlength=len(found)), np.bincount(position, lows, len(found))
+    counts, low_sums = np.bincount(position, minlength=len(found)), np.bincount(position, lows, len(found))
     np.multiply(lows, lows, out=lows)
     squared = np.bincount(position, lows, len(found))
     finite = found & (_SIGN - 1) < _NOT_FINITE
@@ -155,7 +155,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
     if not len(there):
         return NumericSketch(rows, missing, strange)
     found, count = found[there], counts[there]
-    exact_sums, squared = exact_sums[there].astype(np.int64), squared[there].astype(np.int64)
+    low_sums, squared = low_sums[there].astype(np.int64), squared[there].astype(np.int64)
     ordered = _named(found)
     if whole is not None and (int(whole.min()) < -_WHOLE or int(whole.max()) > _WHOLE):
         whole = whole.astype(np.int64)
@@ -163,7 +163,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
         total, squares = integer_sums(whole)
         total, squares = total << UNIT, squares << 2 * UNIT
     elif raw.dtype == np.float32 or np.array_equal(single, raw, equal_nan=True):
-        total, squares = _moments(found, count, exact_sums, squared)
+        total, squares = _moments(found, count, low_sums, squared)
         least, greatest = (_extreme(names, low, found[at(ordered)], at is np.argmax) for at in (np.argmin, np.argmax))
     else:
         wide = raw[np.isfinite(raw)].astype(np.float64)
@@ -171,7 +171,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
     zeros = int(np.count_nonzero(words << np.uint32(1) == 0)) if np.isin(found, (0, _SIGN)).any() else 0
     order = np.argsort(ordered)
     return NumericSketch(
-        rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], exact_sums[order]
+        rows, missing, strange, zeros, least, greatest, total, squares, ordered[order], count[order], low_sums[order]
     )
 
 
@@ -192,11 +192,11 @@ def _parts(bits: Ints) -> tuple[Ints, Ints]:
     return np.maximum(field, 1) - 1, np.where(field > 0, prefix | 1 << _PREFIX, prefix)
 
 
-def _moments(found: Ints, count: Ints, sums: Ints, squared: Ints) -> tuple[int, int]:
+def _moments(found: Ints, count: Ints, low_sums: Ints, squared: Ints) -> tuple[int, int]:
     """Σx and Σx² in 2^−1126 from the cells' counts and the sums of their low bits and of those squared."""
     exponent, prefix = _parts(found & (_SIGN - 1))
     sign = np.where(found & _SIGN, -1, 1)
-    columns = [sign * ((prefix * count << LOW) + exact_sums), prefix * prefix * count, 2 * prefix * exact_sums, squared]
+    columns = [sign * ((prefix * count << LOW) + low_sums), prefix * prefix * count, 2 * prefix * low_sums, squared]
     by_exponent = np.zeros((4, 255), np.int64)
     for row, column in zip(by_exponent, columns, strict=True):
         np.add.at(row, exponent, column)
