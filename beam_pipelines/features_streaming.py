@@ -18,7 +18,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, day
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -36,9 +36,11 @@ from schemas.errors import DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.records.frame_packets import pack
-from transforms.records.times import EPOCH, MICROSECOND
+from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
+from transforms.streaming.beginnings import HISTORY, of_topic
+from transforms.streaming.history import Handover
 from transforms.streaming.kafka import (
     Broker,
     ReadTopics,
@@ -71,6 +73,7 @@ class Options:
     replay: Replay | None
     broker: Broker | None
     sinks: tuple[str, ...]
+    handover: Handover
     beam_args: tuple[str, ...]
 
     @property
@@ -90,12 +93,29 @@ def parse(argv: Sequence[str]) -> Options:
         DefinitionError: a flag or the definition is refused.
     """
     arguments = Arguments("millrace features --streaming", "Answer questions as they arrive.")
-    arguments.add_interval("messages (replay only)")
+    arguments.add_argument(
+        "--start",
+        type=day,
+        help="first UTC day that comes as messages, like 2013-01-01; what --sources hold from before is history "
+        "(default: replay, the first day there is; kafka, where each source's history ends)",
+    )
+    arguments.add_argument(
+        "--end", type=day, help="replay: the UTC day after the last (default: the day after the last there is)"
+    )
     arguments.add_argument("--streaming", action="store_true", help="live: this pipeline")
     arguments.add_argument(
         "--source", choices=("kafka", "replay"), default="replay", help="where messages come from (default: replay)"
     )
-    arguments.add_argument("--sources", help="replay: folder of the files to send; dimensions are read there too")
+    arguments.add_argument(
+        "--sources",
+        help="folder of the sources' files or Delta tables: what they hold from before the start is handed over as history, "
+        "dimensions are read there, and replay sends the rest",
+    )
+    arguments.add_argument(
+        "--without_history",
+        action="store_true",
+        help="start with empty windows; answers are marked __cold until every window has filled (lifetime windows: for ever)",
+    )
     arguments.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
     arguments.add_argument(
         "--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)"
@@ -142,9 +162,9 @@ def parse(argv: Sequence[str]) -> Options:
         kafka=None if replaying else Broker(flags.bootstrap or "", flags.expansion_service),
     )  # fmt: skip
     span = {
-        name: (day - EPOCH.date()) // MICROSECOND
+        name: (given - EPOCH.date()) // MICROSECOND
         for name in ("start", "end")
-        if (day := getattr(flags, name)) is not None
+        if (given := getattr(flags, name)) is not None
     }
     replay = (
         Replay(
@@ -167,16 +187,25 @@ def parse(argv: Sequence[str]) -> Options:
         raise DefinitionError(
             "A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table"
         )
+    if not replaying and flags.end is not None:
+        raise DefinitionError(
+            "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
+        )
     groups_of(definition.view)
-    return Options(
-        definition, flags.run_id, live, replay, broker, ("table", "topic") if sink == "both" else (sink,), tuple(rest)
-    )
+    handover = Handover(
+        definition.view, flags.store, None if sources == sources_root(flags.store) else sources, span.get("start"), live.keep,
+        flags.without_history, span.get("start", ALWAYS) if replaying else None, flags.run_id,
+    )  # fmt: skip
+    sinks = ("table", "topic") if sink == "both" else (sink,)
+    return Options(definition, flags.run_id, live, replay, broker, sinks, handover, tuple(rest))
 
 
 def build(pipeline: beam.Pipeline, options: Options, start: RecoveryPoint | None = None, group: str = "") -> None:
     """The graph: messages → packets → turns → answers → tables and topics."""
     view, live = options.definition.view, options.live
     if options.replay is not None:
+        if start is not None:
+            live = dataclasses.replace(live, begin=start.to_json())
         chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, options.replay))
         envelopes = (
             chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
@@ -210,11 +239,14 @@ def sends_to(view: FeatureView, broker: Broker, prefix: str) -> Sends:
 def main(argv: Sequence[str]) -> int:
     """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
     options = parse(argv)
+    options.handover.check()
     claim(options.definition.view, options.live.store)
     with Run("features --streaming", options.run_id, options.folder) as run:
         if options.replay is not None:
             pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
-            build(pipeline, options)
+            beginnings = options.handover.beginnings()
+            none: dict[str, dict[int, int]] = {name: {} for name in sources_of(options.definition.view)}
+            build(pipeline, options, find_recovery_point(options.definition.view, options.live.store, none, beginnings))
             execute(pipeline)
         else:
             run_live(options)
@@ -246,6 +278,7 @@ def run_live(options: Options) -> None:
     assert options.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(options.broker, pipeline_options)
+    options.handover.beginnings()  # before anything is started
     with stopped_by_signals():
         while _launch(options, pipeline_options):
             pass
@@ -258,9 +291,10 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
     names = list(sources_of(view))
     topics = [f"{live.prefix}{name}" for name in names]
     begin = begin_offsets(broker, topics)
-    start = find_recovery_point(view, live.store, {name: begin[f"{live.prefix}{name}"] for name in names})
+    first = {name: begin[f"{live.prefix}{name}"] for name in names}
+    start = find_recovery_point(view, live.store, first, options.handover.beginnings())
     group = f"millrace-{view.name}-{options.run_id}-{uuid.uuid4().hex[:8]}"
-    due = {f"{live.prefix}{name}": {int(n): offset for n, offset in start.next[name].items()} for name in names}
+    due = {f"{live.prefix}{name}": of_topic(start.next[name]) for name in names}
     warn_of_loss(begin, due)
     set_group_offsets(broker, group, due)
     pipeline = beam.Pipeline(options=pipeline_options)
@@ -273,7 +307,7 @@ def _launch(options: Options, pipeline_options: PipelineOptions) -> bool:
         record = read_status(status)
         if not record or not record["last"] or int(record["turn"]) <= start.turn:
             return False
-        due = {f"{live.prefix}{name}": {int(n): at for n, at in record["next"][name].items()} for name in names}
+        due = {f"{live.prefix}{name}": of_topic(record["next"][name]) for name in names}
         try:
             left = unread(broker, due)
         except StoreError:  # asked again, once the broker is back
@@ -303,13 +337,15 @@ def summary(options: Options) -> dict[str, object]:
     counts = {name: dict(record.get("counts", {}).get(name, {})) for name in tables}
     answered = 0 if table is None else sum(file.rows for file in data_files(table))
     for name, kept in tables.items():
-        counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept))
+        history = int(last_commit_record(kept, application_of(name)).get("next", {}).get(name, {}).get(str(HISTORY), 0))
+        counts[name]["rows"] = 0 if kept is None else sum(file.rows for file in data_files(kept)) - history
+        counts[name]["history"] = history
     if options.replay is None:
         assert options.broker is not None
         with contextlib.suppress(StoreError):  # stopped while the broker is away: what is unread is not known
             check_reachable("The broker", "--bootstrap", options.broker.bootstrap)
             done = {name: record.get("next", {}).get(name, {}) for name in tables}
-            due = {f"{live.prefix}{name}": {int(n): at for n, at in each.items()} for name, each in done.items()}
+            due = {f"{live.prefix}{name}": of_topic(each) for name, each in done.items()}
             for topic, left in unread(options.broker, due).items():
                 counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
     figures: dict[str, object] = {

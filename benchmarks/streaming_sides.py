@@ -32,7 +32,7 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
         launched = time.time()
-        child = rig.live("--sources", str(sources), *flags)
+        child = rig.live("--sources", str(sources), "--without_history", *flags)
         running = _launched(child)
         rig.finished("live", 600)
         ended = time.time()
@@ -66,7 +66,7 @@ def lag(
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
     with Rig(folder, sources, share) as rig, Watch(rig) as watch:
         predictions = f"{rig.model}.predictions"
-        rig.live("--sources", str(sources), *flags)
+        rig.live("--sources", str(sources), "--without_history", *flags)
         if registry is not None:
             rig.broker.create(predictions, f"{predictions}.dead_letters", partitions=rig.partitions, config=STAMPED)
             rig.live("--registry", registry, name="inference", module="beam_pipelines.inference")
@@ -119,7 +119,7 @@ def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float
     last = str(np.datetime64(first) + np.timedelta64(int(np.ceil(minutes * 60 * speed / 86_400)), "D"))
     states: list[dict[str, Any]] = []
     with Rig(folder, sources) as rig, Watch(rig) as watch:
-        rig.live("--sources", str(sources), *flags)
+        rig.live("--sources", str(sources), "--without_history", *flags)
         _await_running(rig, "live")
         producer = rig.produce("--start", first, "--end", last, "--speed", str(speed))
         began = time.time()

@@ -17,8 +17,9 @@ ORIGIN = pa.schema([
 ])  # fmt: skip
 
 # Beside the features of an answer: the next offset per partition it could see (`source/partition:offset,…`), whether the
-# question came late, where the question came from, when it was answered, and the dimensions' versions as JSON.
-ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string())])  # fmt: skip
+# question came late, where the question came from, when it was answered, the dimensions' versions as JSON, and whether some
+# window began before the job has the rows of its source (null in what was written before this was told).
+ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string()), ("__cold", pa.bool_())])  # fmt: skip
 
 # What a live prediction keeps of the answer it was made from, and where in the features topic that came from.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])

@@ -38,7 +38,10 @@ def _position(topic: str, row: Mapping[str, Any]) -> str:
 
 
 def _print_visible(each: Visible, days: bool, most: int) -> None:
-    upto = ", ".join(f"{partition}: {offset}" for partition, offset in each.cut.items()) or "nothing"
+    upto = (
+        ", ".join(f"{partition if partition >= 0 else 'history'}: {offset}" for partition, offset in each.cut.items())
+        or "nothing"
+    )
     print(wrapped(f"{each.source}, offsets before {upto} ({each.table or 'not in this store'})", hanging=2))
     total = sum(count for _, count in each.days)
     if len(each.days) > most and not days:

@@ -1,5 +1,7 @@
 """The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with batch.
 
+What the sources hold from before the month is handed over as history, so that every window is filled from the first answer on.
+
     ./run_local.sh stream                 # Kafka and Prism where Java, Maven and Go are present, else a replay in one process
 
 Everything it starts runs on free ports of loopback and ends with it, on Ctrl-C too.
@@ -128,6 +130,14 @@ def judge(figures: dict[str, Any]) -> int:
         if count != asked:
             fix = "Please report it, with the folder above"
             raise DataError(f"Every question is {what} once", f"{count:,} of {asked:,}", fix)
+    full = figures["parity"]["full_batch"]
+    compared = full.get("answers_compared", 0) + full.get("answers_of_dates_not_computed", 0)
+    if full.get("values_differing") != 0 or compared != asked:
+        raise DataError(
+            "Live answers are the batch table's, from the first one on",
+            f"{full.get('values_differing', 'no')} values of {compared:,} answers differ from {full['batch']}",
+            "See the causes above, and in run.json",
+        )
     if scored is not None and len(scored["compared"]) < 2:
         print(f"note: version {', '.join(scored['compared'])} scored all; the swap came after the last row", flush=True)
     return 0
@@ -211,7 +221,10 @@ def through_kafka(case: Case) -> dict[str, Any]:
             with contextlib.ExitStack() as stack:
                 children = {
                     "live": pipeline(
-                        case, "live", [*where, "--sources", str(case.store / "sources"), "--commit_every=2s"]
+                        case,
+                        "live",
+                        # What the sources hold from before the month is handed over as history.
+                        [*where, "--sources", str(case.store / "sources"), "--start", case.start, "--commit_every=2s"],
                     )
                 }
                 if case.first:

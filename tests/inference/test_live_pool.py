@@ -108,7 +108,10 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
 
     producer = [sys.executable, "-m", "deploy.streaming.producer", *common, "--sources", str(built.store.parent / "source" / "sources"),
                 "--start", "2024-01-01", "--end", "2024-01-08", "--speed", str(7 * 86_400 / 12), "--share=3,1"]  # fmt: skip
-    with job("inference", "scores", "--registry", registry) as scores, job("features", "first") as first:
+    with (
+        job("inference", "scores", "--registry", registry) as scores,
+        job("features", "first", "--without_history") as first,
+    ):
         for each in (scores, first):
             await_(lambda each=each: "running: " in each.output(), 150, each)
         with Child(producer, tmp_path / "producer.log", cwd=ROOT) as sending:
@@ -116,7 +119,7 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
             first.signal(signal.SIGINT)
             assert first.wait(60) == 0, first.output()
             assert answers() < ROWS
-            with job("features", "second") as second:
+            with job("features", "second", "--without_history") as second:
                 assert sending.wait(100) == 0, sending.output()
                 said = end(second)
         end(scores, 60)

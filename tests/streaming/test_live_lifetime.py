@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from beam_pipelines import features_streaming
 from beam_pipelines.commands import parity
-from schemas import Derived, FeatureView, Latest, Source, Trailing, load_definition
+from schemas import FeatureView, Latest, Source, Trailing, load_definition
 from tests.support import histories, market
 from tests.support.features_runs import answers as batch_answers
 from tests.support.features_runs import run as run_batch
 from tests.support.lifetime_case import definition, same
 from tests.support.live_fixtures import Live
 from tests.support.live_histories import killed
+from tests.support.live_lifetime_case import SUMMARY, mixed
 from tests.support.live_turns import audit, events, placed, run, sales, spine_rows, stream
 from tests.support.live_turns import read as rows_of
 from tests.support.state_cells import Cell
@@ -35,23 +36,6 @@ from transforms.streaming.mirrored_state import load_slots, save_slots
 from transforms.streaming.pane_store import SLOTS
 from transforms.streaming.shards import Shard
 
-SUMMARY = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
-mixed = FeatureView(
-    "mixed", spine_rows, key="id",
-    features=[
-        Trailing(events, by="k", over=("1m", "all"), stats={"v": SUMMARY, "s": ("count", "first", "last"), "b": ("mean", "last"), "*": "count"}),
-        Trailing(events, by=("k", "g"), over="all", where=pl.col("v") > 0, name="positive", stats={"v": ("sum", "var", "first")}),
-        Trailing(events, by=("k", "g"), over="10s", stats={"v": ("median", "n_unique")}),
-        Latest(events, by="g", columns=("v", "s"), max_age="forever"),
-        Latest(events, by="k", columns="v", max_age="forever", where=pl.col("s") == "x", name="marked"),
-        Trailing(sales, by="k", over=("30s", "all"), stats={"v": ("sum", "mean", "first", "min"), "n": "max", "*": "count"}),
-        Latest(sales, by="k", columns=("v", "n"), max_age="forever"),
-        Derived(near=pl.col("g") // 2),
-        Trailing(events, by={"near": "g", "b": "b"}, over="all", stats={"n": ("sum", "max", "std"), "*": "count"}, name="near"),
-        Trailing(placed, by="k", over="10s", stats={"v": "sum"}),
-        Trailing(spine_rows, by="k", over="all", stats={"x": ("mean", "last", "min"), "*": "count"}, name="crowd"),
-    ],
-)  # fmt: skip
 # No window bounds what is held back: an event is compacted as soon as no question can come before it.
 only = FeatureView(
     "only", spine_rows, key="id",

@@ -71,6 +71,7 @@ class Stage:
         self.grown: dict[str, int] = {}  # partitions of topics that have got more
         self.rows: dict[str, set[tuple[int, int, int]]] = {}  # places of rows, or of what is none
         self.lost: list[str] = []  # messages that the broker did not take
+        self.beginning = ["--without_history"]  # flags
         market.write(folder, {"shops": market.spoiled(market.sources())["shops"]})
 
     def topic(self, source: str) -> str:
@@ -151,7 +152,7 @@ class Stage:
         return [
             "--streaming", "--source=kafka", "--definition", str(self.definition), "--store", str(self.store),
             "--sources", str(self.folder / "sources"), "--bootstrap", self.live.broker.bootstrap, "--expansion_service", self.live.expansion.address,
-            "--topic_prefix", self.prefix, "--run_id", run_id, "--commit_every=500ms", "--keep=2d", *beam,
+            "--topic_prefix", self.prefix, "--run_id", run_id, "--commit_every=500ms", "--keep=2d", *self.beginning, *beam,
         ]  # fmt: skip
 
     def job(self, run_id: str, environment: str = "LOOPBACK", options: Sequence[str] | None = None) -> Child:

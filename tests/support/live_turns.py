@@ -90,6 +90,11 @@ def stream(random: Random, scale: int = 1, step: int = 1) -> list[list[Message]]
         rows.sort(
             key=lambda each: each[1][str(SOURCES[each[0]].time)].max() + timedelta(seconds=random.uniform(0, slack))
         )  # type: ignore[operator]
+    return delivered(random, rows)
+
+
+def delivered(random: Random, rows: list[tuple[str, pl.DataFrame]]) -> list[list[Message]]:
+    """Parts in the order in which they arrive, in chunks, on two partitions; at last each says that nothing follows."""
     offsets: dict[tuple[str, int], int] = {}
     messages = []
     for name, part in rows:

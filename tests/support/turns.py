@@ -14,7 +14,7 @@ from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import micro_batches_of
 from transforms.streaming.mirrored_state import LiveSettings
-from transforms.streaming.recovery import find_recovery_point, restore_journal
+from transforms.streaming.recovery import RecoveryPoint, find_recovery_point, restore_journal
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
 
@@ -33,6 +33,7 @@ class Job:
         run_id: str = "t",
         shards: int = 2,
         keep: int = HOUR,
+        start: RecoveryPoint | None = None,
     ) -> None:
         self.view, self.store = view, str(store)
         self.live = LiveSettings(str(store), run_id, str(dimensions), shards=shards, keep=keep)
@@ -43,7 +44,7 @@ class Job:
         self.assemble.setup()
         self.contracts = contracts_of(view)
         self.now = 0
-        start = find_recovery_point(view, str(store), begin)
+        start = start or find_recovery_point(view, str(store), begin)
         self.start = {
             name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()
         }

@@ -19,8 +19,9 @@ from transforms.records.frame_packets import pack
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_log import commit_at, file_actions, versions
-from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
+from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
+from transforms.streaming.live_tables import read_answers
 from transforms.streaming.messages import HEARTBEAT, MESSAGE_DEAD_LETTERS, Message, by_partition, heartbeat, to_arrow
 
 # Messages of a batch: bounds what a worker holds while a job catches up.
@@ -166,7 +167,7 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
             arrived = int(commit_at(uri, version).get("timestamp", 0)) * 1000
             for path in sorted(file_actions(uri, version)[0] & files.keys()):
                 if offset + files[path].rows > due:
-                    rows = batch(read_file(files[path], live_schema(view).names), live_schema(view))
+                    rows = batch(read_answers(view, files[path]), live_schema(view))
                     for start in range(max(due - offset, 0), rows.num_rows, MESSAGE_ROWS):
                         part = to_arrow(rows.slice(start, MESSAGE_ROWS))
                         yield Message(topic, 0, offset + start, arrived, f"{view.fingerprint}:replay".encode(), part)

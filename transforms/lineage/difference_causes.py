@@ -21,9 +21,10 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.views import FeatureView, reached_from
 from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
 from transforms.lineage.feature_parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_tables import read_answers
 from transforms.streaming.micro_batches import ORIGIN_COLUMNS
 
 EXAMPLES = 3
@@ -83,7 +84,7 @@ def compare(view: FeatureView, store: str, batch: Batch, start: date | None = No
     result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
     answered = []
     for group in _by_dates(files) if files else ():
-        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in group])
+        answers = pl.concat([read_answers(view, file) for file in group])
         moments = answers[view.time].to_physical().to_numpy()
         span += [int(moments.min()), int(moments.max())]
         answered.append(answers["row_id"])

@@ -27,7 +27,7 @@ from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.live_tables import application_of, last_commit_record, read_answers
 from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of, row_identity
 from transforms.streaming.shards import RID
 
@@ -114,7 +114,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
     cuts = cuts_of(files)
     result = Parity({name: Compared() for name in view.columns}, cuts=len(cuts))
     for some in _by_dates(files):
-        answers = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in some])
+        answers = pl.concat([read_answers(view, file) for file in some])
         for (versions,), part in answers.group_by("__dimensions"):
             dimensions = {
                 name: kept(FileSystems.join(store, "dimensions"), name, version)

@@ -89,6 +89,10 @@ class Completeness:
             self._watermarks[source] = max(self._watermarks[source], min(waiting))
         return self._watermarks[source]
 
+    def known(self, source: str) -> int:
+        """What `watermark` gave last."""
+        return self._watermarks[source]
+
     def _waited_for(self, source: str, now: int) -> list[int]:
         idle = self.rules[source].idle
         return [

@@ -20,6 +20,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.records.frame_packets import Frames, pack
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER
+from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule
 from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, ORIGIN
 from transforms.streaming.micro_batches import (
@@ -71,6 +72,10 @@ class Journal:
         self.sent = [0] * shards
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.horizon = ALWAYS
+        self.beginnings = Beginnings()
+        self.first: dict[
+            str, dict[int, int]
+        ] = {}  # µs of the first rows of each partition, while a source's beginning is not known
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         # How long, in µs, shards hold events of a source, and the journal those that a repeat may replace.
         self.held_back = {name: held_back(view, name) for name in view.events}
@@ -90,6 +95,7 @@ class Journal:
         return {
             "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.completeness.to_json(), "horizon": self.horizon, "counts": self.counts,
             "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
+            "beginnings": self.beginnings.to_json(), "first": {name: {str(k): v for k, v in each.items()} for name, each in self.first.items()},
         }  # fmt: skip
 
     def load(self, head: Mapping[str, Any]) -> None:
@@ -98,6 +104,8 @@ class Journal:
         self.completeness.load(head["clock"])
         self.counts = {name: dict(each) for name, each in head["counts"].items()}
         self.next = {name: {int(k): v for k, v in each.items()} for name, each in head["next"].items()}
+        self.beginnings = Beginnings.of_json(head.get("beginnings"))
+        self.first = {name: {int(k): v for k, v in each.items()} for name, each in head.get("first", {}).items()}
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +122,10 @@ class Journal:
         for micro_batch in admitted:
             self._admit_one(micro_batch, rows, dead_letters, now)
         accepted = {name: pl.concat(parts) for name, parts in rows.items() if parts}
+        for name in self.view.events:
+            if name in accepted and name != self.view.spine.name:
+                accepted[name], early = self._since_start(name, accepted[name])
+                dead_letters += early
         return self._turn(accepted, dead_letters, watermarks, now)
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
@@ -148,13 +160,43 @@ class Journal:
             time = str(self.sources[micro_batch.source].time)
             greatest = int(fresh[time].to_physical().max())  # type: ignore[arg-type]
             self.completeness.observe(micro_batch.source, micro_batch.partition, greatest, now)
+            self._first(micro_batch, int(fresh[time].to_physical().min()))  # type: ignore[arg-type]
             rows[micro_batch.source].append(fresh)
             self._count(micro_batch.source, "rows", len(fresh))
         if micro_batch.heartbeat is not None:
             self.completeness.promise(micro_batch.source, micro_batch.partition, micro_batch.heartbeat, now)
+            if micro_batch.heartbeat < FOREVER:
+                self._first(micro_batch, micro_batch.heartbeat)
         if len(bad):
             dead_letters.append(bad)
             self._count(micro_batch.source, "dead", len(bad))
+
+    def _first(self, micro_batch: MicroBatch, moment: int) -> None:
+        if self.beginnings.of(micro_batch.source).since == FOREVER:
+            self.first.setdefault(micro_batch.source, {}).setdefault(micro_batch.partition, moment)
+
+    def _since_start(self, name: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+        """Rows of a topic that are not history's; letters for the others where nothing tells whether history has them too."""
+        start = self.beginnings.of(name).start
+        if start is None or repeats_by(self.view, name):
+            return rows, []
+        time = str(self.sources[name].time)
+        early = pl.col(time).to_physical() < start
+        old = rows.filter(early)
+        if not len(old):
+            return rows, []
+        self._count(name, BEFORE_START, len(old))
+        rule = f"{BEFORE_START}: a source without unique takes rows from before its start from its history alone"
+        return rows.filter(~early), [dead_letter(name, old, time, rule, pl.col(time).cast(pl.String))]
+
+    def _begun(self, name: str) -> None:
+        """Once every partition of a source has spoken it is known from when on none of its rows is missing."""
+        beginning, first = self.beginnings.of(name), self.first.get(name)
+        if beginning.since == FOREVER and first and self.completeness.source_columns(name) > ALWAYS:
+            since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
+            since = since if beginning.start is None else max(since, beginning.start)
+            self.beginnings = self.beginnings.with_source(name, dataclasses.replace(beginning, since=since))
+            del self.first[name]
 
     def _turn(
         self,
@@ -172,6 +214,7 @@ class Journal:
             dead_letters += self._spine_rows(spine_rows_in, watermarks[self.view.spine.name])
         for name in self.sources:
             self.completeness.watermark(name, now)
+            self._begun(name)
         ready = self._ready(now)
         self.advance(now)
         return self._envelopes(ready, to_shards, accepted, pl.concat(dead_letters))
@@ -260,12 +303,14 @@ class Journal:
             row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
         )
         dead_letters = []
-        if watermark > ALWAYS:
+        if watermark > ALWAYS or self.horizon > ALWAYS:
             since = max(watermark - self.keep, self.horizon)  # beyond the latter if `keep` was less once
             old = rows.filter(moment < since)
             if len(old):
                 rule = "a question comes no later than the spine's lateness and --keep allow"
-                dead_letters.append(dead_letter(view, old, view.time, rule, pl.col(view.time).cast(pl.String)))
+                dead_letters.append(
+                    dead_letter(view.spine.name, old, view.time, rule, pl.col(view.time).cast(pl.String))
+                )
                 self._count(spine, "too_late", len(old))
                 rows = rows.filter(moment >= since)
         rows = rows.with_columns((moment < watermark).alias("__late"))
@@ -309,7 +354,7 @@ class Journal:
             key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
             dead_letters.append(
                 dead_letter(
-                    view,
+                    view.spine.name,
                     conflicts,
                     ", ".join(view.key),
                     "one key asks one question at one time (the smallest, or the answered one, was kept)",
@@ -340,9 +385,12 @@ class Journal:
         """Let go of what neither a waiting question nor one that may still come can reach."""
         watermark = self.completeness.watermark(self.view.spine.name, now)
         if watermark == ALWAYS:
+            self.horizon = max(self.horizon, self.beginnings.horizon)
             return
         oldest = self.oldest_pending()
-        self.horizon = max(self.horizon, min(watermark - self.keep, FOREVER if oldest is None else oldest))
+        self.horizon = max(
+            self.horizon, self.beginnings.horizon, min(watermark - self.keep, FOREVER if oldest is None else oldest)
+        )
         self.stores[KNOWN_SPINE_ROWS].evict(watermark - self.keep)
         for name in self.view.events:
             if name in self.stores:
@@ -383,7 +431,10 @@ class Journal:
                 if mine.any():
                     frames["questions"] = ready.select(spine_rows_in).filter(pl.Series(mine))
                     parts += 1
-            context = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN)
+            context = ready.select(
+                *self.view.spine.schema, "row_id", "__late", *ORIGIN,
+                (pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)).alias("__cold"),
+            )  # fmt: skip
             spine_rows = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
         shards = {}
         for number, frames in enumerate(to_shards):
@@ -395,7 +446,7 @@ class Journal:
         entry = pack({
             "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(dead_letters), "next": self.head()["next"], "clock": self.completeness.to_json(),
             "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
-            "state": size_of(self.stores),
+            "state": size_of(self.stores), "started": self.beginnings.starts, "beginnings": self.beginnings.to_json(),
         }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": dead_letters} if len(dead_letters) else {})})  # fmt: skip
         return Turn(self.turn_number, shards, spine_rows, entry)
 

@@ -33,7 +33,7 @@ from transforms.streaming.mirrored_state import (
     save_slots,
     write_head,
 )
-from transforms.streaming.recovery import restore_journal, start_of
+from transforms.streaming.recovery import hand_over, restore_journal, start_of
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
 
@@ -62,6 +62,9 @@ class JournalDoFn(beam.DoFn):
         slots = (c0, c1, c2, c3, c4, c5, c6, c7)
         state = read_head(head)
         journal_state = self.held(key, state, bag, slots)
+        if "journal" not in state and self.live.begin is not None:
+            for turn in hand_over(journal_state.journal, self.live.store, start_of(self.live.begin)):
+                yield from self.sent(journal_state, turn)
         bag.add(envelope)
         due = state.setdefault("due", 0)
         journal_state.early[head_of(envelope)["index"]] = envelope

@@ -29,6 +29,7 @@ from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
     TABLE_CONFIGURATION,
+    DataFile,
     add_action,
     data_files,
     delta_schema,
@@ -42,6 +43,15 @@ from transforms.streaming.replay import sources_of
 COMMIT_KEY = "millrace_live"
 # Dates of answers whose ids stay in memory.
 DAYS_CACHED = 8
+
+
+def read_answers(view: FeatureView, file: DataFile) -> pl.DataFrame:
+    """A file of the live feature table; a column that came with a later Millrace is null in what an earlier one wrote."""
+    schema = pl.DataFrame(pl.from_arrow(live_schema(view).empty_table())).schema
+    rows = pl.DataFrame(pl.from_arrow(read_file(file)))
+    return rows.with_columns(
+        pl.lit(None, dtype).alias(name) for name, dtype in schema.items() if name not in rows.columns
+    ).select(schema.names())
 
 
 def application_of(name: str) -> str:
@@ -94,41 +104,52 @@ class Writer:
             rows = fresh(table, frame)
             if not len(rows) and not always:
                 return 0
-            actions = [
-                add_action(self.uri, file, values)
-                for file, values in write_files(batch(rows.sort("date"), self.schema), self.uri, self.run_id)
-            ]
-            before = table.transaction_version(self.app) if table is not None else None
-            version = turn if before is None else max(turn, before + 1)
-            properties = CommitProperties(
-                custom_metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
-                app_transactions=[Transaction(self.app, version)],
-            )
-            schema = delta_schema(self.schema)
-            try:
-                if table is None:
-                    create_table_with_add_actions(
-                        self.uri, schema, actions, mode="error", partition_by=["date"], configuration=TABLE_CONFIGURATION,
-                        commit_properties=properties,
-                    )  # fmt: skip
-                else:
-                    table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
+            files = write_files(batch(rows.sort("date"), self.schema), self.uri, self.run_id)
+            if self.commit(table, files, turn, record):
                 return len(rows)
-            except CommitFailedError:
-                continue  # somebody else committed: look again at what is in
-            except (DeltaError, OSError) as error:
-                if table is None and open_table(self.uri) is not None:
-                    continue
-                raise StoreError(
-                    "The store can be written",
-                    f"{self.uri}: {str(error).splitlines()[0][:300]}",
-                    "Check access and free space; nothing is lost, the job goes on from its last commit",
-                ) from None
         raise StoreError(
             f"A commit goes through within {COMMIT_ATTEMPTS} tries",
             self.uri,
             "Is another live job writing the same table?",
         )
+
+    def commit(
+        self, table: DeltaTable | None, files: Sequence[tuple[DataFile, dict[str, str]]], turn: int, record: Mapping[str, Any]
+    ) -> bool:  # fmt: skip
+        """Commit files that were written; False: somebody else has committed since `table` was opened.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        before = table.transaction_version(self.app) if table is not None else None
+        version = turn if before is None else max(turn, before + 1)
+        properties = CommitProperties(
+            custom_metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
+            app_transactions=[Transaction(self.app, version)],
+        )
+        schema, actions = delta_schema(self.schema), [add_action(self.uri, file, values) for file, values in files]
+        try:
+            if table is None:
+                create_table_with_add_actions(
+                    self.uri, schema, actions, mode="error", partition_by=["date"], configuration=TABLE_CONFIGURATION,
+                    commit_properties=properties,
+                )  # fmt: skip
+                return True
+            known = {field.name for field in table.schema().fields}
+            if later := [field for field in schema.fields if field.name not in known]:
+                table.alter.add_columns(later)  # of a table that an earlier Millrace made; null in the rows it has
+            table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
+            return True
+        except CommitFailedError:
+            return False
+        except (DeltaError, OSError) as error:
+            if table is None and open_table(self.uri) is not None:
+                return False
+            raise StoreError(
+                "The store can be written",
+                f"{self.uri}: {str(error).splitlines()[0][:300]}",
+                "Check access and free space; nothing is lost, the job goes on from its last commit",
+            ) from None
 
 
 class NewRows:
@@ -156,6 +177,8 @@ class BeyondOffsets(NewRows):
             for number, until in partitions.items():
                 hit = (frame[partition].to_numpy() == int(number)) & (frame[offset].to_numpy() < until)
                 if self.source is None:
+                    if int(number) < 0:  # letters about rows of files, see `NewDeadLetters`
+                        continue
                     hit &= (frame[source] == name).to_numpy()
                 keep &= ~hit
         return frame if keep.all() else frame.filter(pl.Series(keep))
@@ -247,7 +270,18 @@ class PendingTurns:
                 self.shards = answer["state"]
         record = {
             name: head[name]
-            for name in ("turn", "last", "next", "clock", "pending", "oldest_pending", "horizon", "counts")
+            for name in (
+                "turn",
+                "last",
+                "next",
+                "clock",
+                "pending",
+                "oldest_pending",
+                "horizon",
+                "counts",
+                "started",
+                "beginnings",
+            )
         }
         whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
         if "letters" in whole:

@@ -165,10 +165,10 @@ def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
     return pl.Series("__digest", combine(parts))
 
 
-def dead_letter(view: FeatureView, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
-    """Letters for rows of the spine that are set aside as questions."""
+def dead_letter(source: str, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
+    """Letters for rows of a source that keep its contract and are set aside all the same."""
     return rows.select(
-        pl.lit(view.spine.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
+        pl.lit(source).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
         pl.col("__place").alias("place"), pl.lit(field).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"),
         pl.col("__arrived").alias("arrived"),
     )  # fmt: skip

@@ -44,6 +44,7 @@ class LiveSettings:
         prefix: before the names of topics.
         table: whether answers go to the table.
         kafka: where messages come from; None: a replay.
+        begin: of a replay, where it begins (`resume.Start` as JSON); None: with nothing.
     """
 
     store: str
@@ -57,6 +58,7 @@ class LiveSettings:
     prefix: str = ""
     table: bool = True
     kafka: Broker | None = None
+    begin: Mapping[str, Any] | None = None
 
 
 class Mirror:

@@ -16,6 +16,8 @@ from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
+from transforms.streaming.beginnings import HISTORY, Beginnings, of_topic
+from transforms.streaming.history import batch_record, recorded
 from transforms.streaming.journal import KNOWN_SPINE_ROWS, PENDING, Journal, Turn
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.live_tables import application_of, last_commit_record
@@ -39,19 +41,29 @@ class RecoveryPoint:
     completeness: dict[str, Any]
     counts: dict[str, dict[str, int]]
     versions: dict[str, int]
+    beginnings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def find_recovery_point(view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]]) -> RecoveryPoint:
-    """Where to go on: after the last commit of each source, or at `begin` (first offsets of the partitions) where there is none."""
+def find_recovery_point(
+    view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]], beginnings: Beginnings | None = None
+) -> RecoveryPoint:
+    """Where to go on: after the last commit of each source, or at `begin` (first offsets of the partitions) where there is none.
+
+    What was handed over as history is there as partition −1.  `beginnings`: where the sources' rows begin, None: as the tables say.
+    """
+    if beginnings is None:
+        beginnings = recorded(view, store, {name: batch_record(view, store, name) for name in sources_of(view)})
     turn, offsets, completeness, counts, versions = 0, {}, {}, {}, {}
     for name in sources_of(view):
         table = open_table(source_uri(sources_root(store), name))
         record = last_commit_record(table, application_of(name))
         done = record.get("next", {}).get(name, {})
         offsets[name] = {str(number): int(done.get(str(number), first)) for number, first in begin[name].items()}
+        if str(HISTORY) in done:
+            offsets[name][str(HISTORY)] = int(done[str(HISTORY)])
         if record:
             assert table is not None
             versions[name] = int(table.version())
@@ -61,7 +73,7 @@ def find_recovery_point(view: FeatureView, store: str, begin: Mapping[str, Mappi
     turn = max(turn, last_commit_record(answers, application_of(view.name)).get("turn", 0))
     if answers is not None:
         versions["?answers"] = int(answers.version())
-    return RecoveryPoint(turn, offsets, completeness, counts, versions)
+    return RecoveryPoint(turn, offsets, completeness, counts, versions, beginnings.to_json())
 
 
 def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int) -> list[Turn]:
@@ -71,14 +83,26 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
     journal.next = {name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()}
     journal.completeness.load(start.completeness)
     journal.counts.update({name: dict(each) for name, each in start.counts.items()})
+    journal.beginnings = Beginnings.of_json(start.beginnings)
     for name, partitions in journal.next.items():
-        for number in partitions:
+        for number in of_topic(partitions):  # nothing more is waited for of history
             journal.completeness.expect(name, number, now)
             journal.completeness.partitions[name][number].heard = now
     if view.spine.name in start.versions:
         _restore_pending(journal, store, start, now)
     journal.advance(now)
     return _seed(journal, store, start)
+
+
+def hand_over(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
+    """As `restore_journal`, of history alone: a replay sends all else again."""
+    journal.beginnings = Beginnings.of_json(start.beginnings)
+    journal.next = {
+        name: {HISTORY: each[str(HISTORY)]} if str(HISTORY) in each else {} for name, each in start.next.items()
+    }
+    journal.advance(0)
+    taken = {name: version for name, version in start.versions.items() if journal.next.get(name)}
+    return _seed(journal, store, dataclasses.replace(start, versions=taken), only=HISTORY)
 
 
 def _restore_pending(journal: Journal, store: str, start: RecoveryPoint, now: int) -> None:
@@ -95,6 +119,7 @@ def _restore_pending(journal: Journal, store: str, start: RecoveryPoint, now: in
         committed_watermark = record["clock"][view.spine.name]["settled"]
         low = min(FOREVER if oldest is None else oldest, committed_watermark - journal.keep, watermark - journal.keep)
     spine_rows = rows_from(store, view, view.spine.name, start.versions[view.spine.name], low)
+    spine_rows = spine_rows.filter(pl.col("__partition") >= 0)  # history asks nothing
     if not len(spine_rows):
         return
     spine_rows = spine_rows.with_columns(
@@ -115,8 +140,11 @@ def _restore_pending(journal: Journal, store: str, start: RecoveryPoint, now: in
     )
 
 
-def _seed(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
-    """Turns that give the shards every event that a window can still reach; what is older and still counts, compacted."""
+def _seed(journal: Journal, store: str, start: RecoveryPoint, only: int | None = None) -> list[Turn]:
+    """Turns that give the shards every event that a window can still reach; what is older and still counts, compacted.
+
+    `only`: of this partition.
+    """
     view, turns = journal.view, []
     for name in view.events:
         if name not in start.versions:
@@ -125,6 +153,8 @@ def _seed(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
         low = journal.horizon - journal.remembered[name] if known else ALWAYS
         held = journal.horizon - journal.held_back[name] if known else ALWAYS
         rows, gone = rows_from(store, view, name, start.versions[name], low), pl.Series([], dtype=pl.Int64)
+        if only is not None:
+            rows = rows.filter(pl.col("__partition") == only)
         columns = view.columns_held(name)
         if repeats_by(view, name):
             far = ALWAYS if name in journal.lifetime or not known else low - journal.remembered[name]
@@ -136,12 +166,12 @@ def _seed(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
         rows = rows.select(columns).filter(moment >= held)
         turns += [journal.seed(name, rows.slice(begin, SEED_ROWS)) for begin in range(0, len(rows), SEED_ROWS)]
         if name in journal.lifetime and known:
-            turns += _seed_compacted(journal, store, name, start.versions[name], held, gone)
+            turns += _seed_compacted(journal, store, name, start.versions[name], held, gone, only)
     return turns
 
 
 def _seed_compacted(
-    journal: Journal, store: str, name: str, version: int, until: int, gone: pl.Series
+    journal: Journal, store: str, name: str, version: int, until: int, gone: pl.Series, only: int | None = None
 ) -> Iterator[Turn]:
     """Turns that give the shards what they keep of all a source's events before `until` µs, read date by date."""
     view = journal.view
@@ -152,9 +182,12 @@ def _seed_compacted(
     }
     moment, columns = pl.col(str(view.events[name].time)).to_physical(), view.columns_held(name)
     if repeats_by(view, name):
-        columns = [*columns, *ORIGIN_COLUMNS, "__counted"]
+        columns = [*columns, "__counted"]
+    columns = [*columns, *ORIGIN_COLUMNS]
     for rows in pieces_from(store, view, name, version, end=until, columns=columns):
         older = rows.filter(moment < until)
+        if only is not None:
+            older = older.filter(pl.col("__partition") == only)
         if repeats_by(view, name):
             older = _counted(older, gone)
         for i, each in found.items():

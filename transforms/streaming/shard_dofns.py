@@ -139,7 +139,7 @@ class AssembleDoFn(beam.DoFn):
         rows = features.with_columns(
             row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
             pl.col(self.view.time).dt.date().alias("date"), pl.lit(head["cut"]).alias("__cut"),
-            *(spine_rows[name] for name in ("__late", "__partition", "__offset", "__place")),
+            *(spine_rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
             moment.alias("__answered"), pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
         )  # fmt: skip
         shard_states = [head_of(each)["state"] for each in parts]
