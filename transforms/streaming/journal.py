@@ -192,7 +192,7 @@ class Journal:
     def _begun(self, name: str) -> None:
         """Once every partition of a source has spoken it is known from when on none of its rows is missing."""
         beginning, first = self.beginnings.of(name), self.first.get(name)
-        if beginning.since == FOREVER and first and self.completeness.source_columns(name) > ALWAYS:
+        if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
             since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
             since = since if beginning.start is None else max(since, beginning.start)
             self.beginnings = self.beginnings.with_source(name, dataclasses.replace(beginning, since=since))
