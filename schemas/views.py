@@ -257,8 +257,29 @@ class FeatureView:
 
     @functools.cached_property
     def meanings(self) -> dict[str, str]:
-        """Digest per feature of what decides its values, features above it included; of no other feature of the view."""
-        return self._digests(alone=True)
+        """Digest per feature of what decides its values, features above it included."""
+        digests: dict[str, str] = {}
+        for feature in self.features:
+            for name in (
+                feature.outputs({**self.spine.schema, **self.columns})
+                if not isinstance(feature, Derived)
+                else feature.columns
+            ):
+                meaning: dict[str, Any] = {
+                    "kernel": KERNEL_VERSION,
+                    "type": str(self.columns[name]),
+                    **feature.meaning(name),
+                }
+                if isinstance(feature, Derived) and self.arithmetic[name].changed:
+                    meaning["arithmetic"] = ARITHMETIC
+                above = (
+                    columns_of(feature.columns[name])
+                    if isinstance(feature, Derived)
+                    else [spine for spine, _ in feature.keys]
+                )
+                meaning["uses"] = {column: digests.get(column, str(self.spine.schema.get(column))) for column in above}
+                digests[name] = _digest(meaning)
+        return digests
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -268,40 +289,8 @@ class FeatureView:
         """
         return _digest({
             "key": self.key, "time": self.time, "spine": {name: str(dtype) for name, dtype in self.spine.schema.items()},
-            "features": list(self._digests(alone=False).items()), "kernel": KERNEL_VERSION,
+            "features": list(self.meanings.items()), "kernel": KERNEL_VERSION,
         })  # fmt: skip
-
-    def _digests(self, alone: bool) -> dict[str, str]:
-        """Digest per feature, of the feature `alone` or in this view.
-
-        Version 0.1.0 broke ties by the columns that the view read.  Where these are all that decide, the same rows win now as
-        then, so in such a view the order of ties is no part of the digest and the view keeps its fingerprint.  A table
-        of it notices another order by its manifest (`staleness.is_reordered`).
-        """
-        digests: dict[str, str] = {}
-        for feature in self.features:
-            above_of = (
-                {name: columns_of(expression) for name, expression in feature.columns.items()}
-                if isinstance(feature, Derived)
-                else {
-                    name: [spine for spine, _ in feature.keys]
-                    for name in feature.outputs({**self.spine.schema, **self.columns})
-                }
-            )
-            for name, above in above_of.items():
-                meaning: dict[str, Any] = {
-                    "kernel": KERNEL_VERSION,
-                    "type": str(self.columns[name]),
-                    **feature.meaning(name),
-                }
-                if isinstance(feature, Derived):
-                    if self.arithmetic[name].changed:
-                        meaning["arithmetic"] = ARITHMETIC
-                elif not alone and not self.columns_ordering(feature.source.name):
-                    meaning.pop("ties", None)
-                meaning["uses"] = {column: digests.get(column, str(self.spine.schema.get(column))) for column in above}
-                digests[name] = _digest(meaning)
-        return digests
 
     @functools.cached_property
     def output_schema(self) -> pa.Schema:

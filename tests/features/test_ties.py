@@ -20,7 +20,7 @@ from schemas import FeatureView, Label, load_definition
 from schemas.sources import Source
 from tests.support import oracles
 from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.storage.paths import features_live_uri, features_uri
+from transforms.storage.paths import features_live_uri
 from transforms.training.labels import attach
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -240,9 +240,9 @@ def test_the_order_of_columns_is_part_of_what_a_choosing_feature_means() -> None
     scope: dict[str, Any] = {}
     exec(HEAD, scope)
 
-    def meanings(made: str, columns: dict[str, Any], **source: Any) -> dict[str, str]:
+    def fingerprint(made: str, columns: dict[str, Any], **source: Any) -> str:
         feature = eval(made, {**scope, "ev": Source("ev", columns=columns, **source)})
-        return FeatureView("v", spine, "id", [feature]).meanings
+        return FeatureView("v", spine, "id", [feature]).fingerprint
 
     turned = dict(reversed(columns.items()))
     for made, source in (
@@ -251,13 +251,13 @@ def test_the_order_of_columns_is_part_of_what_a_choosing_feature_means() -> None
         ('Trailing(ev, by="k", over="1d", stats={"v": "sum"})', {"time": "at", "unique": "k"}),
         ('Lookup(ev, by="k", columns="v")', {}),
     ):
-        assert meanings(made, columns, **source) != meanings(made, turned, **source), made
+        assert fingerprint(made, columns, **source) != fingerprint(made, turned, **source), made
     for made, source in (
         ('Latest(ev, by="k", columns="v", max_age="1d")', {"time": "at", "order": "v"}),
         ('Trailing(ev, by="k", over="1d", stats={"v": "sum"})', {"time": "at"}),
         ('Trailing(ev, by="k", over="1d", stats={"*": "count"})', {"time": "at", "unique": "k"}),
     ):
-        assert meanings(made, columns, **source) == meanings(made, turned, **source), made
+        assert fingerprint(made, columns, **source) == fingerprint(made, turned, **source), made
 
 
 def test_the_first_row_of_a_label_is_taken_by_declared_columns() -> None:
@@ -268,32 +268,3 @@ def test_the_first_row_of_a_label_is_taken_by_declared_columns() -> None:
     for order in itertools.permutations(range(3)):
         events = pl.DataFrame({name: [values[i] for i in order] for name, values in rows.items()}, schema=ev.schema)
         assert attach(asked, events, label, "at")["__label"].to_list() == [2.0]
-
-
-def test_a_table_is_computed_again_when_the_declared_order_that_breaks_its_ties_changes(tmp_path: Path) -> None:
-    """The view reads every column, so its fingerprint is that of version 0.1.0, which says nothing of their order."""
-    text = (
-        HEAD
-        + """
-q = Source("q", time="at", columns={"id": pl.Int64, "k": pl.Int64})
-ev = Source("ev", time="at", columns=COLUMNS)
-view = FeatureView("v", q, "id", [Latest(ev, by="k", columns=("a", "b"), max_age="1d")])
-"""
-    )
-    orders = ('{"k": pl.Int64, "a": pl.Int64, "b": pl.Int64}', '{"k": pl.Int64, "b": pl.Int64, "a": pl.Int64}')
-    moment = pl.Series([datetime(2024, 1, 1, 6, tzinfo=UTC)] * 2, dtype=pl.Datetime("us", "UTC"))
-    for name, frame in {
-        "q": pl.DataFrame({"at": moment.head(1).dt.offset_by("1h"), "id": [1], "k": [1]}),
-        "ev": pl.DataFrame({"at": moment, "k": [1, 1], "a": [1, 2], "b": [9, 3]}),
-    }.items():
-        (tmp_path / "sources" / name).mkdir(parents=True)
-        frame.write_parquet(tmp_path / "sources" / name / "a.parquet")
-    path, seen, fingerprints = tmp_path / "definition.py", [], set()
-    for order in (*orders, orders[0]):
-        path.write_text(text.replace("COLUMNS", order))
-        view = load_definition(str(path)).view
-        fingerprints.add(view.fingerprint)
-        assert features.main(["--definition", str(path), "--store", str(tmp_path), "--no-statistics"]) == 0
-        seen.append(pl.read_delta(features_uri(str(tmp_path), "v", view.fingerprint)).select("ev_a", "ev_b").row(0))
-    assert len(fingerprints) == 1
-    assert seen == [(2, 3), (1, 9), (2, 3)]

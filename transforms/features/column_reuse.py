@@ -88,9 +88,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
     """`describe` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
     mine = describe(view)
-    # Tables of one fingerprint hold the same values, whatever an older version wrote as their features' meanings.
-    same = {**before.about, "meanings": None} == {**mine, "meanings": None}
-    return mine if not before.dates or same else {}
+    return mine if not before.dates or before.about == mine else {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
-from transforms.features.column_reuse import OlderTable, describe, description_after
+from transforms.features.column_reuse import OlderTable, description_after
 from transforms.features.history_snapshots import SnapshotFiles, left_for_later
-from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, is_reordered, outdated
+from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
 from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
@@ -93,8 +93,6 @@ class WriteManifest:
     ) -> dict[str, str]:
         """`carried`: the summaries of all history that the run made."""
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
-        if is_reordered(self.view, before):  # its days are marked: from now on the order is the new one
-            before = dataclasses.replace(before, about=describe(self.view))
         left = left_for_later(carried or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
         after = dataclasses.replace(after, about=description_after(self.view, before))

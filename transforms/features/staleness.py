@@ -12,7 +12,6 @@ import numpy as np
 
 from schemas.durations import DAY
 from schemas.errors import StoreError
-from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.row_hashing import combine, hash_column, hash_text
 from transforms.records.times import as_date
@@ -30,8 +29,6 @@ MOST_SNAPSHOTS = 100
 VERSION = 2
 # The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
 OUTDATED = -1
-# The same, of a day that was computed while ties were broken by the declared columns in another order.
-REORDERED = -2
 WRITTEN_BEFORE = f"written before manifests of version {VERSION}, when windows over all history could count events twice or too early: recomputed"
 
 
@@ -112,28 +109,9 @@ EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 def continued(view: FeatureView, manifest: Manifest) -> Manifest:
     """What of a manifest, whose version may be older, a run may build upon: of the days of a view with windows over all history
     that is their names, so that they are computed again."""
-    if manifest.version < VERSION and lifetime_sources(view):
-        return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
-    if is_reordered(view, manifest):
-        return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, REORDERED), snapshots={})
-    return manifest
-
-
-def is_reordered(view: FeatureView, manifest: Manifest) -> bool:
-    """Whether a source from which a feature takes one row of several now declares its columns in another order.
-
-    That order breaks ties, and is part of a view's fingerprint only where the view reads fewer columns than decide (see
-    `FeatureView._digests`).
-    """
-    described = manifest.about.get("sources", {})
-    for feature in view.features:
-        if isinstance(feature, Derived) or not feature.chooses or feature.source.name not in described:
-            continue
-        before = [name for name, _ in described[feature.source.name]["columns"]]
-        now = [name for name in feature.source.schema if name in before]
-        if now != [name for name in before if name in now]:
-            return True
-    return False
+    if manifest.version >= VERSION or not lifetime_sources(view):
+        return manifest
+    return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
 
 
 def outdated(manifest: Manifest) -> list[int]:
@@ -367,8 +345,6 @@ def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh:
             reasons[day] = "never computed"
         elif manifest.dates[day] == OUTDATED:
             reasons[day] = WRITTEN_BEFORE
-        elif manifest.dates[day] == REORDERED:
-            reasons[day] = "a source declares its columns in another order, by which ties are broken"
         elif now[day] != manifest.dates[day]:
             reasons[day] = _why(view, manifest, current.digests, dropped, day)
         elif refresh and manifest.looked_up.get(day) != lookup:
