@@ -226,14 +226,12 @@ class Trailing:
         return {
             "trailing": [each.column, each.stat, each.length],
             **_events_meaning(self, used, each.stat in ORDERED),
-            **_ties(self, breaks_ties(self, used, each.stat in ORDERED)),
         }
 
-    @property
-    def chooses(self) -> bool:
-        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
+    def chooses(self, known: Iterable[str] = ()) -> bool:
+        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see `breaks_ties`)."""
         return any(
-            breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED)
+            breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED, known)
             for each in self.statistics
         )
 
@@ -300,13 +298,11 @@ class Latest:
         return {
             "latest": [column, self.length],
             **_events_meaning(self, [column], ordered=True),
-            **_ties(self, breaks_ties(self, [column], ordered=True)),
         }
 
-    @property
-    def chooses(self) -> bool:
-        """Whether some value of it depends on which of several rows is taken (see `breaks_ties`)."""
-        return any(breaks_ties(self, [column], ordered=True) for column in self.columns)
+    def chooses(self, known: Iterable[str] = ()) -> bool:
+        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see `breaks_ties`)."""
+        return any(breaks_ties(self, [column], ordered=True, known=known) for column in self.columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -357,13 +353,11 @@ class Lookup:
 
     def meaning(self, name: str) -> dict[str, Any]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        known = {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
-        return {**known, **_ties(self, column not in {key for _, key in self.keys})}
+        return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
 
-    @property
-    def chooses(self) -> bool:
-        """Whether some value of it depends on which of several rows of a key is taken."""
-        return not set(self.columns) <= {key for _, key in self.keys}
+    def chooses(self, known: Iterable[str] = ()) -> bool:
+        """Whether some value of it depends on which of several rows of a key is taken that are alike in `known` columns."""
+        return not set(self.columns) <= {*known, *(key for _, key in self.keys)}
 
 
 def limits_of(feature: Trailing | Latest | Lookup) -> dict[str, Bounds | None]:
@@ -459,8 +453,9 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
     }  # fmt: skip
 
 
-def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool) -> bool:
-    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken.
+def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:
+    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken that are alike
+    in `known` columns.
 
     Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics take one.
     What the rows have in common by then cannot depend on which it is.
@@ -470,17 +465,10 @@ def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool) 
     if source.unique is not None:
         where = set() if feature.where is None else set(columns_of(feature.where))
         placed = {source.event_time} - {None}
-        repeats = not {*used, *keys, *where, *placed} <= {*source.unique, source.time}
+        repeats = not {*used, *keys, *where, *placed} <= {*source.unique, source.time, *known}
     common = {*keys, source.event_time or source.time, *(source.order or ())}
     alone = source.unique is not None and set(source.unique) <= common  # no two rows have all of it in common
-    return repeats or (ordered and not alone and not set(used) <= common)
-
-
-def _ties(feature: Trailing | Latest | Lookup, chooses: bool) -> dict[str, Any]:
-    """The part of a feature's meaning that says which of several rows it takes."""
-    if not chooses:
-        return {}
-    return {"ties": [[name, str(feature.source.schema[name])] for name in feature.source.tie_order]}
+    return repeats or (ordered and not alone and not set(used) <= {*common, *known})
 
 
 def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str, str]:

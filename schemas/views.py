@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -213,20 +214,20 @@ class FeatureView:
     def columns_ordering(self, source: str) -> tuple[str, ...]:
         """Further columns of `source` that decide which of several rows a feature takes, in declared order.
 
-        Those that stand in `tie_order` before the last one that is read: rows which these do not tell apart are alike in all
-        that is read.  No row is judged by them.
+        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do not tell
+        apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by them.
         """
         declared = self.sources[source]
         if declared is self.spine:  # all of its columns are read anyway
             return ()
+        read, order = set(self.columns_read(source)), declared.tie_order
+        first = list(itertools.takewhile(read.__contains__, order))
         if not any(
-            feature.chooses
+            feature.chooses(first)
             for feature in self.features
             if not isinstance(feature, Derived) and feature.source is declared
         ):
             return ()
-        read = set(self.columns_read(source))
-        order = declared.tie_order
         last = max(place for place, name in enumerate(order) if name in read)
         before = set(order[:last]) - read
         return tuple(name for name in declared.schema if name in before)
@@ -290,7 +291,20 @@ class FeatureView:
         return _digest({
             "key": self.key, "time": self.time, "spine": {name: str(dtype) for name, dtype in self.spine.schema.items()},
             "features": list(self.meanings.items()), "kernel": KERNEL_VERSION,
+            **({"ties": self._ties} if self._ties else {}),
         })  # fmt: skip
+
+    @functools.cached_property
+    def _ties(self) -> dict[str, list[list[str]]]:
+        """Per source of which columns are read only to break ties, the order of ties.
+
+        Features of other sources take the rows that they always took.
+        """
+        return {
+            name: [[column, str(source.schema[column])] for column in source.ties(self.columns_held(name))]
+            for name, source in self.sources.items()
+            if self.columns_ordering(name)
+        }
 
     @functools.cached_property
     def output_schema(self) -> pa.Schema:

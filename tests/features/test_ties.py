@@ -234,30 +234,61 @@ def test_what_is_read_for_the_order_is_what_can_decide() -> None:
     assert ordering('Lookup(ev, by={"k": "z"}, columns="k")') == (), "what comes after cannot decide"
 
 
-def test_the_order_of_columns_is_part_of_what_a_choosing_feature_means() -> None:
+def test_a_view_has_another_fingerprint_where_its_choice_has_changed() -> None:
+    """Where the columns that break ties are not those that it reads; their order is in it then."""
     spine = Source("q", time="at", columns={"id": pl.Int64, "k": pl.Int64})
-    columns = {"k": pl.Int64, "v": pl.Float64, "s": pl.String}
     scope: dict[str, Any] = {}
     exec(HEAD, scope)
 
-    def fingerprint(made: str, columns: dict[str, Any], **source: Any) -> str:
-        feature = eval(made, {**scope, "ev": Source("ev", columns=columns, **source)})
-        return FeatureView("v", spine, "id", [feature]).fingerprint
+    def view(made: str, columns: Sequence[str], **source: Any) -> FeatureView:
+        types = {name: pl.Float64 if name == "v" else pl.Int64 for name in columns}
+        return FeatureView("v", spine, "id", [eval(made, {**scope, "ev": Source("ev", columns=types, **source)})])
 
-    turned = dict(reversed(columns.items()))
     for made, source in (
-        ('Latest(ev, by="k", columns="v", max_age="1d")', {"time": "at"}),
+        ('Latest(ev, by="k", columns="v", max_age="1d")', {"time": "at", "order": "k"}),
         ('Trailing(ev, by="k", over="1d", stats={"v": "first"})', {"time": "at", "order": "k"}),
         ('Trailing(ev, by="k", over="1d", stats={"v": "sum"})', {"time": "at", "unique": "k"}),
         ('Lookup(ev, by="k", columns="v")', {}),
     ):
-        assert fingerprint(made, columns, **source) != fingerprint(made, turned, **source), made
+        alike = [view(made, columns, **source) for columns in (("k", "v"), ("k", "v", "y", "z"))]
+        assert alike[0].fingerprint == alike[1].fingerprint, "what stands behind cannot decide"
+        changed = [
+            view(made, columns, **source) for columns in (("y", "z", "k", "v"), ("z", "y", "k", "v"), ("z", "k", "v"))
+        ]
+        assert len({each.fingerprint for each in (alike[0], *changed)}) == 4
+        assert {text for each in (*alike, *changed) for text in each.meanings.values()} == set(alike[0].meanings.values())  # fmt: skip
     for made, source in (
         ('Latest(ev, by="k", columns="v", max_age="1d")', {"time": "at", "order": "v"}),
         ('Trailing(ev, by="k", over="1d", stats={"v": "sum"})', {"time": "at"}),
         ('Trailing(ev, by="k", over="1d", stats={"*": "count"})', {"time": "at", "unique": "k"}),
     ):
-        assert fingerprint(made, columns, **source) == fingerprint(made, turned, **source), made
+        assert view(made, ("k", "v"), **source).fingerprint == view(made, ("z", "v", "k"), **source).fingerprint, made
+
+
+def test_a_table_whose_rows_were_taken_in_another_order_is_not_continued(
+    root: tuple[Path, dict[str, pl.DataFrame]], tmp_path: Path
+) -> None:
+    """`bare` is read whole, so its order of columns is in no fingerprint: the manifest has it."""
+    folder, _ = root
+    path = folder / "turned.py"
+    made = 'view = FeatureView("tied", spine=q, key="id", features=[Latest(bare, by="k", columns="s", max_age="1d")])\n'
+
+    def run(head: str, run_id: str) -> tuple[FeatureView, pl.DataFrame, dict[str, Any]]:
+        path.write_text(head + made)
+        view = load_definition(str(path)).view
+        argv = ["--definition", str(path), "--store", str(tmp_path), "--sources", str(folder / "sources")]
+        assert features.main([*argv, "--run_id", run_id]) == 0
+        told = json.loads((tmp_path / "runs" / run_id / "run.json").read_text())
+        return view, read(f"{tmp_path}/features/tied/{view.fingerprint}"), told
+
+    first, before, _ = run(HEAD, "first")
+    assert run(HEAD, "again")[2]["rows_out"] == 0
+    turned = HEAD.replace('bare = Source("bare", time="at", columns=WIDE)', 'bare = Source("bare", time="at", columns=dict(reversed(WIDE.items())))')  # fmt: skip
+    second, after, told = run(turned, "turned")
+    assert first.fingerprint == second.fingerprint
+    assert told["rows_out"] == len(after)
+    assert differing(before, first, folder) == differing(after, second, folder) == []
+    assert not before["bare_s"].equals(after["bare_s"]), "another row is taken"
 
 
 def test_the_first_row_of_a_label_is_taken_by_declared_columns() -> None:

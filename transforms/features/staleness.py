@@ -12,6 +12,7 @@ import numpy as np
 
 from schemas.durations import DAY
 from schemas.errors import StoreError
+from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.row_hashing import combine, hash_column, hash_text
 from transforms.records.times import as_date
@@ -108,10 +109,37 @@ EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 
 def continued(view: FeatureView, manifest: Manifest) -> Manifest:
     """What of a manifest, whose version may be older, a run may build upon: of the days of a view with windows over all history
-    that is their names, so that they are computed again."""
+    that is their names, so that they are computed again.  Nothing of one that took rows in another order (`reordered`)."""
+    if reordered(view, manifest):
+        return EMPTY
     if manifest.version >= VERSION or not lifetime_sources(view):
         return manifest
     return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
+
+
+def reordered(view: FeatureView, manifest: Manifest) -> list[str]:
+    """Sources whose columns were declared in another order when the table was written, so that other rows were taken of those
+    that tie."""
+    if not manifest.about:
+        return []
+    then = {view.spine.name: manifest.about["spine"], **manifest.about["sources"]}
+    now = {view.spine.name: list(view.spine.schema)}
+    for name, source in view.sources.items():
+        if any(
+            feature.chooses()
+            for feature in view.features
+            if not isinstance(feature, Derived) and feature.source is source
+        ):
+            now.setdefault(name, view.columns_held(name))
+    return [
+        name
+        for name, columns in now.items()
+        if name in then and not _in_step([each for each, _ in then[name]["columns"]], columns)
+    ]
+
+
+def _in_step(before: Sequence[str], now: Sequence[str]) -> bool:
+    return [name for name in before if name in set(now)] == [name for name in now if name in set(before)]
 
 
 def outdated(manifest: Manifest) -> list[int]:

@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView
-from transforms.features.block_inputs import distinct
+from transforms.features.block_inputs import dimension_rows, distinct
 from transforms.lineage.feature_parity import (
     NEVER,
     Bools,
@@ -131,7 +131,7 @@ class Batch:
         result = {}
         for name in self.view.dimensions:
             rows = self.rows(name)[0].filter("__kept").drop("__kept")
-            result[name] = rows.sort(rows.columns)
+            result[name] = dimension_rows(self.inventory.contract(name), rows)
         return result
 
     def values(self, first: date, last: date) -> pl.DataFrame:
@@ -224,7 +224,7 @@ class Sides:
     @memo
     def aligned(self, name: str) -> Aligned:
         view, repeats = self.view, list(repeats_by(self.view, name))
-        columns = list(dict.fromkeys([*view.columns_read(name), *repeats]))
+        columns = list(dict.fromkeys([*view.columns_held(name), *repeats]))
         extra = ["__counted", "__instead"] if repeats else []
         live = _read(view, self.store, name, [*columns, *ORIGIN_COLUMNS, *extra], None, None)
         started = self.started(name, live)
@@ -262,7 +262,7 @@ class Sides:
         mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
         moments = both[str(view.events[name].time)].to_physical().to_numpy()
         return Aligned(
-            both.select(view.columns_read(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
+            both.select(view.columns_held(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
             np.where(mine, both["__gone"].to_numpy(), 0), both["__kept"].to_numpy(), cause,
         )  # fmt: skip
 
