@@ -280,7 +280,9 @@ def test_a_package_comes_in_without_its_modules() -> None:
     imports = "; ".join(f"import transforms.{package}" for package in PUBLIC)
     program = f"import sys; {imports}; print(*sorted(name.split('.')[0] for name in sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert not {"apache_beam", "mlflow", "numpy", "polars", "pyarrow", "tensorflow", "xgboost"} & set(out.stdout.split())
+    assert not {"apache_beam", "mlflow", "numpy", "polars", "pyarrow", "tensorflow", "xgboost"} & set(
+        out.stdout.split()
+    )
 
 
 @pytest.mark.parametrize(
