@@ -7,6 +7,7 @@ page: a Mermaid graph of the packages, and a table of all their imports.  `tests
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ TOGETHER = {
     "beam_pipelines.features_streaming": "beam_pipelines.features",
     "beam_pipelines.inference_streaming": "beam_pipelines.inference",
 }
+MODULE_NAME = re.compile(rf"({'|'.join(FOLDERS)})(\.\w+)+(:\w+)?")
 LEFT_OUT = {"transforms", "beam_pipelines", "transforms.public_names", "transforms.serving"}
 
 Graph = Mapping[str, frozenset[str]]
@@ -49,10 +51,8 @@ def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
             base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             above = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{above}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called == "import_module" and isinstance(node.args[0].value, str):
-                yield node.args[0].value
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
+            yield node.value.partition(":")[0]  # for import_module, as in the table of commands
 
 
 def read_graph(root: Path = ROOT) -> Graph:
@@ -100,7 +100,9 @@ def draw(graph: Graph) -> str:
     few = reduced(graph)
     lines += [f"    {name} --> {other}" for name in sorted(few) for other in sorted(few[name])]
     lines += ["```", "", "| package | imports |", "|---|---|"]
-    lines += [f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(graph[name])) or 'none'} |" for name in sorted(graph)]
+    lines += [
+        f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(graph[name])) or 'none'} |" for name in sorted(graph)
+    ]
     return "\n".join(lines)
 
 
