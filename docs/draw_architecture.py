@@ -90,15 +90,24 @@ def reduced(graph: Graph) -> Graph:
     return {name: frozenset(found) for name, found in left.items()}
 
 
+def identifier(name: str) -> str:
+    """A box's name as Mermaid accepts it: dots and slashes have a meaning there."""
+    return name.replace(".", "_")
+
+
 def draw(graph: Graph) -> str:
     """The Mermaid graph and the table of all imports, as Markdown."""
     lines = ["```mermaid", "graph TD"]
     for folder in reversed(FOLDERS):
-        lines.append(f"    subgraph {folder}_box[{folder}/]")
-        lines += [f"        {name}[{name.rpartition('.')[2]}]" for name in sorted(graph) if name.startswith(folder)]
+        lines.append(f'    subgraph {folder}_folder["{folder}/"]')
+        lines += [
+            f'        {identifier(name)}["{name.rpartition(".")[2]}"]'
+            for name in sorted(graph)
+            if name.startswith(folder)
+        ]
         lines.append("    end")
     few = reduced(graph)
-    lines += [f"    {name} --> {other}" for name in sorted(few) for other in sorted(few[name])]
+    lines += [f"    {identifier(name)} --> {identifier(other)}" for name in sorted(few) for other in sorted(few[name])]
     lines += ["```", "", "| package | imports |", "|---|---|"]
     lines += [
         f"| `{name}` | {', '.join(f'`{each}`' for each in sorted(graph[name])) or 'none'} |" for name in sorted(graph)
