@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.features.block_inputs import contradictions, dimension_rows, distinct
+    from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
     from transforms.features.column_reuse import Copies, find_copies, reading, rest
     from transforms.features.history_snapshots import (
         Chain,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transforms.sources.inventory import (
         Inventory,
         Slice,
+        files_of,
         open_parquet,
         stamp_of,
         survey,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.beginnings import HISTORY, of_topic
+    from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
         Broker,
@@ -35,7 +37,14 @@ if TYPE_CHECKING:
     )
     from transforms.streaming.live_dimensions import kept
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
-    from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record
+    from transforms.streaming.live_tables import (
+        BeyondOffsets,
+        UnknownIds,
+        Writer,
+        application_of,
+        last_commit_record,
+        read_answers,
+    )
     from transforms.streaming.messages import (
         HEARTBEAT,
         MESSAGE_DEAD_LETTERS,
