@@ -16,7 +16,13 @@ from transforms.public_names import listed_names
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("beam_pipelines", "transforms", "schemas", "examples")
 OURS = (*PACKAGES, "tests", "benchmarks", "deploy", "docs")
-CHECKED = (*PACKAGES, "tests", "benchmarks", "deploy/streaming", "docs")  # the rest of deploy/ runs in other environments
+CHECKED = (
+    *PACKAGES,
+    "tests",
+    "benchmarks",
+    "deploy/streaming",
+    "docs",
+)  # the rest of deploy/ runs in other environments
 
 # Each package imports only those above it.
 ORDER = (
