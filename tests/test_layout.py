@@ -1,6 +1,7 @@
 """The house keeps its plan: who may import whom, what the wheel holds, how fast `schemas` comes in."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,14 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from transforms.public_names import listed_names
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("beam_pipelines", "transforms", "schemas", "examples")
-OURS = (*PACKAGES, "tests", "benchmarks", "deploy")
-CHECKED = (*PACKAGES, "tests", "benchmarks", "deploy/streaming")  # the rest of deploy/ runs in other environments
+OURS = (*PACKAGES, "tests", "benchmarks", "deploy", "docs")
+CHECKED = (
+    *PACKAGES,
+    "tests",
+    "benchmarks",
+    "deploy/streaming",
+    "docs",
+)  # the rest of deploy/ runs in other environments
 
 # Each package imports only those above it.
 ORDER = (
     "schemas",
+    "transforms.public_names",  # used by the `__init__` of every package
     "transforms.records",
     "transforms.storage",
     "transforms.sources",
@@ -46,8 +56,14 @@ ORDER = (
 # Some may import less than the order lets them.
 ONLY = {
     # What verifies the kernel shares nothing with it.
-    "transforms.verification": {"schemas", "transforms.records", "transforms.storage", "transforms.sources"},
-    "transforms.reports": {"schemas", "transforms.evaluation"},
+    "transforms.verification": {
+        "schemas",
+        "transforms.public_names",
+        "transforms.records",
+        "transforms.storage",
+        "transforms.sources",
+    },
+    "transforms.reports": {"schemas", "transforms.public_names", "transforms.evaluation"},
 }
 # Pipelines meet only in tables, topics, files and the registry; one and its live form are one.
 PIPELINES = (
@@ -61,6 +77,7 @@ MAY_IMPORT = {
     "beam_pipelines": {"schemas", "transforms", "beam_pipelines"},
     "examples": {"schemas", "examples"},
     "deploy": {"schemas", "deploy"},
+    "docs": {"docs"},  # it reads the code, and runs none of it
 }
 # A use case's entry points run pipelines; its definition and its data never do.
 ENTRY_POINTS = {"examples/flights/run.py", "examples/flights/stream.py"}
@@ -113,6 +130,46 @@ def private(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
 
 def within(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
+
+
+def module_of(name: str) -> str:
+    """The module of ours that an imported name is, or is in; "" where there is none."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:end])
+        if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
+            return ".".join(parts[:end])
+    return ""
+
+
+def used_outside() -> dict[str, set[tuple[str, str]]]:
+    """(module, name) of everything in each package of `transforms` that another package, or a pipeline, uses."""
+    used: dict[str, set[tuple[str, str]]] = {}
+    for path in sources("transforms", "beam_pipelines"):
+        tree, name = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT).as_posix()
+        here = package_of(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        modules: dict[str, str] = {}  # local name → module
+        found: set[tuple[str, str]] = set()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+                continue
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if (module := module_of(full)) == full:
+                    modules[alias.asname or alias.name] = full
+                elif module:
+                    found.add((module, alias.name))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                found.add((modules[node.value.id], node.attr))
+        for module, each in found:
+            package = package_of(module)
+            # A function named as its module (`exact_sums`) is found in the module: the package's attribute is the module.
+            named_alike = module_of(f"{package}.{each}") == f"{package}.{each}"
+            if package.count(".") == 1 and package.startswith("transforms.") and package != here and not named_alike:
+                used.setdefault(package, set()).add((module, each))
+    used.pop("transforms.public_names", None)
+    return used
 
 
 def package_of(name: str) -> str:
@@ -195,6 +252,44 @@ def test_imports_follow_the_plan() -> None:
 def test_every_package_has_its_place_in_the_order() -> None:
     packages = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in sources("transforms", "schemas")}
     assert packages <= set(ORDER), f"not in ORDER: {sorted(packages - set(ORDER))}"
+
+
+PUBLIC = sorted(path.parent.name for path in (ROOT / "transforms").glob("*/__init__.py"))
+
+
+def listed(package: str) -> dict[str, str]:
+    """Name → module of what a package of `transforms` lists as its public names."""
+    return listed_names((ROOT / "transforms" / package / "__init__.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_lists_what_others_use(package: str) -> None:
+    names, text = listed(package), (ROOT / "transforms" / package / "__init__.py").read_text(encoding="utf-8")
+    used = {name: module for module, name in used_outside().get(f"transforms.{package}", ())}
+    missing = [f"    from {module} import {name}" for name, module in sorted(used.items()) if names.get(name) != module]
+    assert not missing, f"transforms/{package}/__init__.py does not list:\n" + "\n".join(missing)
+    assert not any(name.startswith("_") for name in names)
+    assert not [name for name in names if (ROOT / "transforms" / package / f"{name}.py").exists()]
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_listed_name_can_be_imported_from_its_package(package: str) -> None:
+    module = importlib.import_module(f"transforms.{package}")
+    for name, origin in listed(package).items():
+        assert getattr(module, name) is getattr(importlib.import_module(origin), name)
+        assert name in dir(module)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = module.no_such_name
+
+
+def test_a_package_comes_in_without_its_modules() -> None:
+    imports = "; ".join(f"import transforms.{package}" for package in PUBLIC)
+    program = f"import sys; {imports}; print(*sorted(name.split('.')[0] for name in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not {"apache_beam", "mlflow", "numpy", "polars", "pyarrow", "tensorflow", "xgboost"} & set(
+        out.stdout.split()
+    )
 
 
 @pytest.mark.parametrize(

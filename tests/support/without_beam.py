@@ -74,7 +74,7 @@ def outputs_of(
     tagged: dict[str, list[Any]] = defaultdict(list)
     for each in out:
         tagged[each.tag if isinstance(each, pvalue.TaggedOutput) else "features"].append(getattr(each, "value", each))
-    return Outputs(tagged["features"], tagged["letters"], add_tallies(tagged["tallies"]), carried)
+    return Outputs(tagged["features"], tagged["dead_letters"], add_tallies(tagged["tallies"]), carried)
 
 
 def perform(options: Options) -> PreparedRun:

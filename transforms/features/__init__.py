@@ -1,1 +1,58 @@
-"""The feature kernel, and the batch engine around it."""
+"""The kernel, which computes features, and the batch engine around it.
+
+A spine row is read with the other rows of its time block (`Block`).  The block's events are those that a window of one of
+its spine rows can reach.  The kernel (`compute`) sorts the events, finds each window by binary search, and computes all
+features of the block at once.  `TrailingFeatures` is the PTransform that does this for every block of a `FeaturePlan`.
+Before it, `examine` and `find_stale` decide which days to compute, and `plan_blocks` cuts them into blocks.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
+    from transforms.features.column_reuse import Copies, find_copies, reading, rest
+    from transforms.features.history_snapshots import (
+        Chain,
+        HistorySnapshots,
+        Segment,
+        chains,
+        segments,
+        usable_snapshot,
+    )
+    from transforms.features.kernel import KERNEL_POOL, Reading, compute, computing, gathered, with_derived
+    from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
+    from transforms.features.long_windows import LONG, firsts_and_lasts
+    from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest, warn_of_outdated
+    from transforms.features.plan import (
+        BLOCK_ROWS,
+        BROADCAST_BYTES,
+        MOST_BLOCKS,
+        MOST_SHARDS,
+        Block,
+        FeaturePlan,
+        amplification,
+        interval,
+        plan_blocks,
+        reached,
+    )
+    from transforms.features.staleness import (
+        DIGESTED,
+        EMPTY,
+        REPEATS,
+        VERSION,
+        WRITTEN_BEFORE,
+        Current,
+        Manifest,
+        Stale,
+        continued,
+        examine,
+        find_stale,
+        outdated,
+        usable_snapshots,
+    )
+    from transforms.features.trailing_features import TrailingFeatures
+    from transforms.features.window_statistics import ExactSum
+
+import_when_used(__name__)

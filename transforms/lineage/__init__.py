@@ -1,1 +1,31 @@
-"""Where a row came from, and whether live and batch agree."""
+"""Where a row comes from, and whether live and batch agree.
+
+`find_rows` and `find_prediction` find a row in a store; `origin` follows it back to the sources, commits and models that it
+was made from.  `check` (parity) computes every live feature row again from exactly the events that it could see, and compares
+it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.lineage.counted_rows import UNEXPLAINED, Batch
+    from transforms.lineage.difference_causes import Full, compare
+    from transforms.lineage.feature_parity import Parity, check
+    from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
+    from transforms.lineage.live_verification import verify_live
+    from transforms.lineage.prediction_parity import Rescored, rescore
+    from transforms.lineage.trace import (
+        Origin,
+        VisibleSource,
+        commit_of,
+        describe,
+        find_prediction,
+        find_rows,
+        key_of,
+        origin,
+        view_table,
+    )
+
+import_when_used(__name__)

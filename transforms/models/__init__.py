@@ -1,1 +1,41 @@
-"""Encoders, model bundles, the registry, scoring."""
+"""Trained models: encoders, the model bundle, the registry, and scoring.
+
+A feature row is encoded to a float32 matrix by the `Fitted` encoders of a `Bundle`, and the bundle's booster scores it.
+`Score` does so in a pipeline through Beam's RunInference, `score` for one batch without Beam.  A bundle is a folder of
+plain files whose digests are checked before anything is parsed.  `Registry` names bundles by version and by alias.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.models.bundle import Bundle, digest_of, load, save
+    from transforms.models.encoders import (
+        EXACT,
+        Encoding,
+        Fitted,
+        Matrix,
+        column_of,
+        columns_needed,
+        integers,
+        is_whole,
+        numbers,
+        texts,
+    )
+    from transforms.models.mlflow_pyfunc import load_pyfunc
+    from transforms.models.problem_identity import problem_of, require_same_problem
+    from transforms.models.registry import CHAMPION, RUN, Registry, registry_uri
+    from transforms.models.scoring import (
+        ARM,
+        Pinned,
+        Score,
+        Scorer,
+        carried_name,
+        columns_read,
+        open_scorer,
+        predict,
+        score,
+    )
+
+import_when_used(__name__)

@@ -1,1 +1,35 @@
-"""What Beam elements are made of: RecordBatches and their coder, row hashes, exact sums, prefetch, partitions on disk."""
+"""What Beam elements are made of, and the tools that every package needs to work on them.
+
+A row never travels alone: it is part of a `pa.RecordBatch`.  `to_ipc` and `from_ipc` turn a batch into bytes and back,
+`frame` and `batch` turn it into a Polars frame and back.  `row_ids` gives each row a 64-bit id that is the same on every
+machine.  Sums over rows are exact integers (`exact_sums`), so the order in which Beam merges them does not matter.
+A group of rows that is too large for memory goes to local disk in partitions by the hash of its key.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
+    from transforms.records.exact_sums import (
+        UNIT,
+        Bins,
+        Counts,
+        Floats,
+        Moments,
+        deviation,
+        exact_squares,
+        exact_sum,
+        integer_sums,
+        ratio,
+    )
+    from transforms.records.frame_packets import Frames, head_of, pack, unpack
+    from transforms.records.garbage_collection import freeze_imports
+    from transforms.records.prefetch import PrefetchDoFn
+    from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
+    from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids
+    from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, as_date, day_of, now_us
+    from transforms.records.value_text import shown
+
+import_when_used(__name__)

@@ -1,1 +1,40 @@
-"""Sources: their contracts, their files, reading them, digests of their days, dead letters."""
+"""The tables that users bring: their contracts, their files, reading them, and an account of every row.
+
+`take_inventory` reads the Parquet footers of a view's sources.  `read_slices` reads the row groups and columns that are
+needed, checks each row against the contract of its source, and returns three things: the good rows, the bad ones as dead
+letters, and a `SourceTally` that counts each row in exactly one place.  `Digests` of the rows of each day show which days
+have changed since an earlier run.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.sources.contracts import Contract, check_rows
+    from transforms.sources.day_digests import Digests, add
+    from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters, dead_letters_batch
+    from transforms.sources.inventory import (
+        Inventory,
+        Slice,
+        files_of,
+        open_parquet,
+        stamp_of,
+        survey,
+        take_inventory,
+        version_of,
+    )
+    from transforms.sources.reader import (
+        CHUNK_ROWS,
+        Read,
+        Repeats,
+        locate,
+        read_raw,
+        read_slices,
+        repeats_of,
+        stream_slices,
+        without_repeats,
+    )
+    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, conserve, digests_read
+
+import_when_used(__name__)

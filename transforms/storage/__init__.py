@@ -1,1 +1,76 @@
-"""Delta tables and their log, TFRecord files, paths in a store, run markers, vacuum."""
+"""Everything that a store holds: Delta tables and their log, TFRecord files, paths, run markers, vacuum.
+
+Workers write the rows of a batch to data files (`WriteFiles`), which no reader sees.  One last step adds all files of
+the run to the table's log in one commit (`CommitFiles`); from then on `data_files` lists them and `read_file` reads them.
+`paths` knows where each table of a store is.  Vacuum deletes files that no commit and no kept version names.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.storage.delta_log import commit_at, commits, file_actions, metadata_of, root_of, versions
+    from transforms.storage.delta_tables import (
+        COMMIT_ATTEMPTS,
+        TABLE_CONFIGURATION,
+        WRITE_POOL,
+        CommitFiles,
+        CommitTarget,
+        Committed,
+        DataFile,
+        ReadTable,
+        WriteFiles,
+        WriteTable,
+        WrittenFiles,
+        add_action,
+        commit,
+        data_files,
+        days_between,
+        delta_schema,
+        groups,
+        newest_version,
+        open_table,
+        paths_of,
+        read_file,
+        read_group,
+        table_root,
+        write_aside,
+        write_files,
+    )
+    from transforms.storage.paths import (
+        BOOSTER,
+        ENCODERS,
+        MANIFEST,
+        dead_letters_uri,
+        features_live_uri,
+        features_uri,
+        folders,
+        live_dead_letters_uri,
+        path_in_store,
+        predictions_uri,
+        source_uri,
+        sources_root,
+        tables_below,
+    )
+    from transforms.storage.run_markers import MARKER, remove_marker, running_runs, write_marker
+    from transforms.storage.tfrecord_codec import gzipped
+    from transforms.storage.tfrecord_io import (
+        ReadExamples,
+        TFRecordFile,
+        WriteTFRecordFiles,
+        matching,
+        publish_tfrecord_files,
+    )
+    from transforms.storage.vacuum import (
+        VacuumRules,
+        Waste,
+        at_work,
+        files_below,
+        pins_of,
+        remove,
+        waste_of,
+        waste_of_runs,
+    )
+
+import_when_used(__name__)

@@ -1,1 +1,86 @@
-"""The live engine: messages, journal, shards, live tables, recovery."""
+"""The live engine: the same features, computed as messages arrive.
+
+A message is decoded and its rows are put into a micro-batch with their offsets.  The journal receives all
+micro-batches, orders them, drops repeats, moves the completeness watermark, and releases spine rows whose sources are
+complete.  A shard holds the events of its keys and computes the features of a released spine row with the kernel of
+the batch engine.  `LiveFeatures` is the PTransform of all this.  The rows from before a job's start are accepted from
+files as its history.  Feature rows go to a topic at once and to the live tables at each commit; after a stop,
+`find_recovery_point` reads from these tables where to continue.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.streaming.beginnings import HISTORY, of_topic
+    from transforms.streaming.history import Handover
+    from transforms.streaming.kafka import (
+        MESSAGE_ROWS,
+        Broker,
+        Produce,
+        ReadTopics,
+        begin_offsets,
+        dead_letter_messages,
+        dead_letters_topic,
+        ensure,
+        send_end,
+        set_group_offsets,
+        topic_of,
+    )
+    from transforms.streaming.kafka_admin import (
+        OVERHEAD,
+        FirstAvailable,
+        check_reachable,
+        partitions_of,
+        size_limit,
+        unread,
+    )
+    from transforms.streaming.live_dimensions import kept
+    from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
+    from transforms.streaming.live_tables import (
+        BeyondOffsets,
+        UnknownIds,
+        Writer,
+        application_of,
+        last_commit_record,
+        read_answers,
+    )
+    from transforms.streaming.messages import (
+        HEARTBEAT,
+        MESSAGE_DEAD_LETTERS,
+        Decoded,
+        Message,
+        by_partition,
+        heartbeat,
+        to_arrow,
+    )
+    from transforms.streaming.micro_batches import (
+        ORIGIN_COLUMNS,
+        SKIPPED,
+        MicroBatch,
+        cut_of,
+        envelopes_of,
+        in_order,
+        micro_batch_envelope,
+        micro_batches_of,
+        no_topic,
+        row_identity,
+    )
+    from transforms.streaming.mirrored_state import (
+        BAG_SPEC,
+        HEAD_SPEC,
+        SINGLE_KEY,
+        KeyedBytes,
+        LiveSettings,
+        Mirror,
+        StateParam,
+        read_head,
+        write_head,
+    )
+    from transforms.streaming.recovery import RecoveryPoint, find_recovery_point
+    from transforms.streaming.replay import Replay, SendChunks, sources_of
+    from transforms.streaming.shards import RID, groups_of
+    from transforms.streaming.store_owner import claim
+
+import_when_used(__name__)

@@ -1,1 +1,36 @@
-"""Statistics of tables, the reviewed TFDV schema, and the check before features are published."""
+"""Checks of a table before it is published: statistics, the reviewed schema, and the share of dead letters.
+
+Every batch of rows goes through `describe`, which keeps a mergeable sketch per column.  `Statistics` merges the sketches and
+writes a TensorFlow Metadata proto.  `Validate` compares it with the use case's `schema.pbtxt` by means of TFDV, and refuses
+the commit when there are anomalies or too many rows were rejected.
+"""
+
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.validation.publish_check import (
+        AlsoChecked,
+        PublishRules,
+        Validate,
+        committed_statistics,
+        make_check,
+        read_account,
+        read_schema,
+        read_statistics,
+        statistics_path,
+    )
+    from transforms.validation.statistics import Statistics, describe, described, nothing, proto, view_columns
+    from transforms.validation.tfdv_schema import (
+        Anomaly,
+        infer_schema,
+        measured,
+        parse_schema,
+        parse_statistics,
+        schema_text,
+        update_schema,
+        validate,
+    )
+
+import_when_used(__name__)

@@ -1,36 +1,26 @@
-"""The plain recomputation behind `--verify` and `millrace verify`: a few published rows, computed again from all rows of the
-sources as the definition says, without anything that the kernel is made of."""
+"""The plain recomputation behind `--verify` and `millrace verify`.
 
-from transforms.verification.check import (
-    ROWS,
-    SHARE,
-    SHARE_OF_EVERYTHING,
-    Amount,
-    Difference,
-    Verification,
-    Verified,
-    verify_rows,
-    verify_written,
-)
-from transforms.verification.plain_features import recompute
-from transforms.verification.plain_sources import Files, Frames, spine_rows
-from transforms.verification.sample import choose, choose_files, every_row
+A few published rows are computed again from all rows of the sources, as the definition reads.  The package imports nothing
+that the kernel is made of.  `choose` samples spine rows, `recompute` filters the events of each and computes its features
+one at a time, and `verify_written` compares every bit with the file that is about to be published.
+"""
 
-__all__ = [
-    "ROWS",
-    "SHARE",
-    "SHARE_OF_EVERYTHING",
-    "Amount",
-    "Difference",
-    "Files",
-    "Frames",
-    "Verification",
-    "Verified",
-    "choose",
-    "choose_files",
-    "every_row",
-    "recompute",
-    "spine_rows",
-    "verify_rows",
-    "verify_written",
-]
+from typing import TYPE_CHECKING
+
+from transforms.public_names import import_when_used
+
+if TYPE_CHECKING:
+    from transforms.verification.check import (
+        ROWS,
+        SHARE,
+        SHARE_OF_EVERYTHING,
+        Amount,
+        Verification,
+        Verified,
+        verify_rows,
+        verify_written,
+    )
+    from transforms.verification.plain_sources import Frames
+    from transforms.verification.sample import choose, choose_files, every_row
+
+import_when_used(__name__)
