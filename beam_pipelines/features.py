@@ -15,7 +15,6 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from beam_pipelines.commands.verify import VerifyFlags, add_verification
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
@@ -23,6 +22,7 @@ from beam_pipelines.runtime.plan_text import plan_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
 from beam_pipelines.runtime.terminal import many
 from beam_pipelines.runtime.trained_models import trained
+from beam_pipelines.runtime.verify_flags import VerifyFlags, add_verification
 from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.loading import Definition, load_definition

@@ -14,7 +14,6 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-import test_arithmetic as arithmetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,7 @@ from beam_pipelines.commands import verify
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing, load_definition
 from schemas.arithmetic import in_64_bits
 from schemas.errors import ContractError, MismatchError
-from tests.support import market, oracles
+from tests.support import arithmetic, market, oracles
 from tests.support.features_runs import answers, table_of
 from tests.support.histories import T0, at, histories, many_spine_rows, view
 from tests.support.kernels_case import same
