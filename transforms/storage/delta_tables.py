@@ -150,10 +150,24 @@ def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[D
 
 
 def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
-    """The rows of `files` as one batch."""
+    """The rows of `files` as one batch; a column that some of the files do not have is null there."""
     parts = list(WRITE_POOL.map(lambda file: read_file(file, columns), files))
-    whole = pa.concat_tables(parts)
+    whole = pa.concat_tables(with_every_column(parts))
     return batch(whole, whole.schema)
+
+
+def with_every_column(parts: Sequence[pa.Table]) -> list[pa.Table]:
+    """`parts` with the same columns, in the last one's order: nulls where a version that knew less wrote a part."""
+    types: dict[str, pa.DataType] = {}
+    for part in parts:
+        types |= {field.name: field.type for field in part.schema}
+    names = list(dict.fromkeys([*parts[-1].column_names, *types])) if parts else []
+
+    def completed(part: pa.Table) -> pa.Table:
+        there = set(part.column_names)
+        return pa.table({name: part[name] if name in there else pa.nulls(len(part), types[name]) for name in names})
+
+    return [part if part.column_names == names else completed(part) for part in parts]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label

@@ -79,9 +79,11 @@ def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFi
             first.append(rows)
     groups = lifetime_groups(view)
     least = [_with_history(view, first, names, run_id) for names in groups] if first else []
-    whole = pl.concat([*least, pl.concat(ranked).sort("__rank", maintain_order=True).drop("__rank")])
+    # Older files may lack a column that says how a row was computed.
+    mixed = pl.concat(ranked, how="diagonal").sort("__rank", maintain_order=True).drop("__rank")
+    whole = pl.concat([*least, mixed], how="diagonal")
     distinct = whole.unique("row_id", keep="first", maintain_order=True)
-    musts = len(pl.concat(least)["row_id"].unique()) if least else 0
+    musts = len(pl.concat([row["row_id"] for row in least]).unique()) if least else 0
     return Sample(distinct[: max(count, musts)], musts)
 
 
@@ -121,7 +123,7 @@ def every_row(files: Iterable[DataFile], at_once: int) -> Iterator[pl.DataFrame]
         for start in range(0, len(rows), at_once):
             held.append(rows[start : start + at_once])
             if sum(map(len, held)) >= at_once:
-                yield pl.concat(held)
+                yield pl.concat(held, how="diagonal")
                 held = []
     if held:
-        yield pl.concat(held)
+        yield pl.concat(held, how="diagonal")

@@ -1,4 +1,5 @@
-"""Makes the stores beside this file.  Run once, with the code of commit 3d8d05f; it is kept to say how they were made.
+"""Makes the stores beside this file.  Run once, with the code of commit 3d8d05f, whose modules it
+imports; it is kept to say how they were made.
 
 `PYTHONPATH=. python tests/data/stores/make_stores.py [NAME…]` from the project's root writes `NAME.tar.gz`.
 """
@@ -24,9 +25,9 @@ import polars as pl
 
 from beam_pipelines import cli
 from schemas import load_definition
-from transforms.storage.delta_tables import data_files, open_table, read_file
-from transforms.streaming import replay
-from transforms.streaming.messages import Message
+from transforms import replay
+from transforms.messages import Message
+from transforms.tables import data_files, open_table, read_file
 
 HERE = Path(__file__).parent
 # Where they are made; `tests/support/stores.py` writes another folder in its place where the registry names it.
