@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -11,18 +10,17 @@ from collections.abc import Sequence
 
 from apache_beam.io.filesystems import FileSystems
 
-from beam_pipelines.runtime.arguments import Arguments, fraction
+from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import Run
+from beam_pipelines.runtime.verify_arguments import ALL, some_or_all
 from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri
-from transforms.verification.check import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount, Verification, Verified
-
-ALL = -1
+from transforms.verification.check import ROWS, Amount, Verification, Verified
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,48 +70,6 @@ def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None)
     inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
     return Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifyFlags:
-    """`--verify` (None: not given) and `--verify_share` of a run."""
-
-    rows: int | None = None
-    share: float | None = None
-
-    def amount(self, began: int, everything: bool) -> Amount | None:
-        """How many rows a run verifies that began at `began`, µs since 1970; None: none at all."""
-        if self.rows == 0:
-            return None
-        if self.rows is not None:
-            return Amount(None if self.rows == ALL else self.rows, self.share, began)
-        share = self.share if self.share is not None else SHARE_OF_EVERYTHING if everything else SHARE
-        return Amount(ROWS, share, began)
-
-
-def add_verification(arguments: Arguments) -> None:
-    """--verify and --verify_share."""
-    arguments.add_argument(
-        "--verify",
-        type=some_or_all,
-        metavar="N|all",
-        help=f"rows to compute again plainly, from all rows of the sources, before the commit; 0: none (default: up to {ROWS}, as time allows)",
-    )
-    arguments.add_argument(
-        "--verify_share",
-        type=fraction,
-        help=f"share of the run's time that this may take (default: {SHARE_OF_EVERYTHING:g} of a run over everything and "
-        f"{SHARE:g} of any other; no limit where --verify says how many)",
-    )
-
-
-def some_or_all(text: str) -> int:
-    """A number of rows, or `ALL`."""
-    if text == "all":
-        return ALL
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor all")
-    return int(text)
 
 
 if __name__ == "__main__":

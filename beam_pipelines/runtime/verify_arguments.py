@@ -1,0 +1,54 @@
+"""Flags that say how many rows a run verifies before its commit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from beam_pipelines.runtime.arguments import Arguments, fraction
+from transforms.verification.check import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount
+
+# Value of --verify and --rows for every row.
+ALL = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyFlags:
+    """`--verify` (None: not given) and `--verify_share` of a run."""
+
+    rows: int | None = None
+    share: float | None = None
+
+    def amount(self, began: int, everything: bool) -> Amount | None:
+        """How many rows a run verifies that began at `began`, µs since 1970; None: none at all."""
+        if self.rows == 0:
+            return None
+        if self.rows is not None:
+            return Amount(None if self.rows == ALL else self.rows, self.share, began)
+        share = self.share if self.share is not None else SHARE_OF_EVERYTHING if everything else SHARE
+        return Amount(ROWS, share, began)
+
+
+def add_verification(arguments: Arguments) -> None:
+    """--verify and --verify_share."""
+    arguments.add_argument(
+        "--verify",
+        type=some_or_all,
+        metavar="N|all",
+        help=f"rows to compute again plainly, from all rows of the sources, before the commit; 0: none (default: up to {ROWS}, as time allows)",
+    )
+    arguments.add_argument(
+        "--verify_share",
+        type=fraction,
+        help=f"share of the run's time that this may take (default: {SHARE_OF_EVERYTHING:g} of a run over everything and "
+        f"{SHARE:g} of any other; no limit where --verify says how many)",
+    )
+
+
+def some_or_all(text: str) -> int:
+    """A number of rows, or `ALL`."""
+    if text == "all":
+        return ALL
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor all")
+    return int(text)
