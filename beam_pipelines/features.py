@@ -154,7 +154,7 @@ def parse(
     arguments.add_validation()
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    rules = PublishRules(
+    rules: PublishRules | None = PublishRules(
         flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
     )
     if not flags.statistics:

@@ -163,6 +163,7 @@ def parse(argv: Sequence[str]) -> Options:
     }
     replay = None
     if replaying:
+        assert sources is not None
         replay = Replay(
             sources,
             **span,

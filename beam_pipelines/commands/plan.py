@@ -198,7 +198,7 @@ def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
     features.build(pipeline, options, work)
     found: dict[str, list[str]] = {}
 
-    class Labels(PipelineVisitor):  # type: ignore[misc]
+    class Labels(PipelineVisitor):
         def enter_composite_transform(self, node: AppliedPTransform) -> None:
             self.visit_transform(node)
 

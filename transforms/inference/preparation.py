@@ -86,11 +86,13 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
     model, bundle = pinned(request, name)
     check_model(bundle, model.version, view, _command("training", request))
     schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
+    paths: tuple[str, ...] = ()
+    files: tuple[DataFile, ...] = ()
+    dates: tuple[date, ...] | None = None
     if request.input_tfrecord:
-        paths, files, dates = tuple(matching(request.input_tfrecord)), (), None
-        features = request.input_tfrecord
+        paths, features = tuple(matching(request.input_tfrecord)), request.input_tfrecord
     else:
-        paths, (features, files, dates) = (), feature_files(request, view, schema)
+        features, files, dates = feature_files(request, view, schema)
     uri = predictions_uri(request.store, name)
     written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
     base = None if request.output_tfrecord else check_target(uri, written)
