@@ -82,7 +82,7 @@ class StreamingArguments(Arguments):
         replaying = flags.source == "replay"
         if not replaying and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --source replay"
-            raise DefinitionError("A live job that reads Kafka needs a broker", "no --bootstrap", fix)
+            raise DefinitionError("Live from Kafka, a broker is named", "no --bootstrap", fix)
         sink = flags.sink or ("table" if replaying else "both")
         if sink != "table" and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --sink table"
