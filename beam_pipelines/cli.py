@@ -1,4 +1,7 @@
-"""`millrace`: the three pipelines and what one asks of a store."""
+"""`millrace`: the three pipelines, and the commands that inspect or change a store.
+
+Nothing heavy is imported here: `millrace --help` imports neither Beam nor Polars, and a command imports only what it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,28 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.errors import guard
-from schemas.errors import DefinitionError, nearest
-
-# Command to (module, or module:function, and what it does); imported when called, since some bring TensorFlow or MLflow along.
+# Command to (module, or module:function, and what it does).  Imported when called: some import TensorFlow or MLflow.
 COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
-    "training": ("beam_pipelines.training", "train a model on a feature table, judge it, register it"),
+    "training": ("beam_pipelines.training", "train a model on a feature table, evaluate it, register it"),
     "retrain": (
         "beam_pipelines.commands.retrain",
-        "train a registered version again from what it records, and compare",
+        "train a registered version again from its own record, and compare",
     ),
     "inference": ("beam_pipelines.inference", "score feature rows with a registered model"),
-    "schema": ("beam_pipelines.commands.schema", "infer, check or update the schema.pbtxt that features must keep"),
+    "schema": ("beam_pipelines.commands.schema", "infer, check or update the schema.pbtxt that features must match"),
     "plan": ("beam_pipelines.commands.plan", "print what `features` would do, and run nothing"),
-    "parity": ("beam_pipelines.commands.parity", "compute live answers again in batch, and compare them to the bit"),
+    "parity": ("beam_pipelines.commands.parity", "recompute live feature rows in batch, and compare them bit by bit"),
     "verify": (
         "beam_pipelines.commands.verify",
-        "compute rows of a feature table again, plainly, and compare them to the bit",
+        "recompute rows of a feature table independently, and compare them bit by bit",
     ),
     "tables": ("beam_pipelines.commands.tables:tables", "list every table of a store"),
     "trace": (
         "beam_pipelines.commands.trace:trace",
         "follow a feature row or a prediction back to what it was made from",
     ),
-    "vacuum": ("beam_pipelines.commands.vacuum:vacuum", "remove what no commit names and no kept version needs"),
+    "vacuum": ("beam_pipelines.commands.vacuum:vacuum", "remove files that no commit names and no kept version needs"),
     "models": ("beam_pipelines.commands.models:models", "list registered models, their metrics, the champion, and why"),
     "promote": ("beam_pipelines.commands.models:promote", "make a version the champion, with a reason"),
     "rollback": (
@@ -39,9 +39,9 @@ COMMANDS = {
     ),
     "register": (
         "beam_pipelines.commands.models:register",
-        "register a model that was trained while the registry was away",
+        "register a model that was trained while the registry could not be reached",
     ),
-    "new": ("beam_pipelines.commands.new", "write a definition that runs"),
+    "new": ("beam_pipelines.commands.new", "write a definition that runs as it is"),
 }
 USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
 
@@ -49,19 +49,23 @@ USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --he
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return guard(_main)(arguments)
-
-
-def _main(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))
-        return 0 if argv else 2
+        return 0 if arguments else 2
+    from beam_pipelines.runtime.errors import guard
+
+    return guard(_run)(arguments)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Import the command's module and call it."""
+    from schemas.errors import DefinitionError, nearest
+
     command, *rest = argv
     if command not in COMMANDS:
-        raise DefinitionError(
-            f"millrace has the commands {', '.join(COMMANDS)}", repr(command), nearest(command, COMMANDS)
-        )
+        rule = f"millrace has the commands {', '.join(COMMANDS)}"
+        raise DefinitionError(rule, repr(command), nearest(command, COMMANDS))
     module, _, function = COMMANDS[command][0].partition(":")
     return int(getattr(importlib.import_module(module), function or "main")(rest))
 

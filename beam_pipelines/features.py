@@ -8,45 +8,29 @@ import importlib
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
-from deltalake import DeltaTable
+from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.plan_text import plan_lines
+from beam_pipelines.runtime.plan_text import prepared_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
-from beam_pipelines.runtime.terminal import many
-from beam_pipelines.runtime.trained_models import trained
-from beam_pipelines.runtime.verify_flags import VerifyFlags, add_verification
-from schemas.durations import DAY
-from schemas.errors import StoreError
+from beam_pipelines.runtime.trained_models import models_trained_on
+from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
 from schemas.loading import Definition, load_definition
 from schemas.tables import DEAD_LETTERS
-from schemas.views import FeatureView, lifetime_sources
-from transforms.features.column_reuse import Copies, find_copies
-from transforms.features.history_snapshots import Chain, HistorySnapshots, Segment, chains, segments, usable_snapshot
-from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest
-from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS, FeaturePlan, interval, plan_blocks
-from transforms.features.staleness import (
-    EMPTY,
-    WRITTEN_BEFORE,
-    Current,
-    Manifest,
-    Stale,
-    continued,
-    examine,
-    find_stale,
-    outdated,
-    usable_snapshots,
-)
+from transforms.features.history_snapshots import HistorySnapshots
+from transforms.features.manifest_store import WriteManifest
+from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
+from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
 from transforms.features.trailing_features import TrailingFeatures
-from transforms.records.times import ALWAYS, as_date, day_of
-from transforms.sources.inventory import Inventory, take_inventory
+from transforms.records.times import day_of
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
@@ -58,9 +42,8 @@ from transforms.storage.delta_tables import (
     newest_version,
     open_table,
 )
-from transforms.storage.paths import dead_letters_uri, features_uri, path_in_store
-from transforms.storage.vacuum import pins_of
-from transforms.validation.publish_check import AlsoChecked, PublishRules, Validate, make_check
+from transforms.storage.paths import dead_letters_uri, features_uri
+from transforms.validation.publish_check import AlsoChecked, PublishCheck, PublishRules, Validate, make_check
 from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
@@ -93,8 +76,27 @@ class Options:
         return features_uri(self.store, self.definition.view.name, self.definition.view.fingerprint)
 
     @property
+    def request(self) -> FeaturesRequest:
+        """What the library needs to know of the options to prepare the run."""
+        return FeaturesRequest(
+            view=self.definition.view,
+            store=self.store,
+            table=self.table,
+            sources=self.sources,
+            now=self.now,
+            start=self.start,
+            end=self.end,
+            full=self.full,
+            refresh=self.refresh,
+            block_rows=self.block_rows,
+            shuffled=self.shuffled,
+            key_shards=self.key_shards,
+            broadcast_bytes=self.broadcast_mb * 1e6,
+        )
+
+    @property
     def folder(self) -> str:
-        """Where the run's own account goes."""
+        """Folder of the run's report."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
@@ -152,7 +154,7 @@ def parse(
     arguments.add_validation()
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    rules = PublishRules(
+    rules: PublishRules | None = PublishRules(
         flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
     )
     if not flags.statistics:
@@ -175,171 +177,115 @@ def shards(text: str) -> int | None:
     return int(text)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PreparedRun:
-    """What there is to do: the plan (None: nothing), why per date, and the snapshot that this was decided on."""
-
-    plan: FeaturePlan | None
-    stale: Stale
-    current: Current
-    base: int | None
-    copies: Copies | None = None
-    inventory: Inventory | None = None
-    everything: bool = False
-    segments: tuple[Segment, ...] = ()
-    chains: tuple[Chain, ...] = ()
-    outdated: tuple[int, ...] = ()  # days of the table that an older version wrote, and may have got wrong
-
-    def plan_lines(self, view: FeatureView) -> Iterator[str]:
-        """The plan in sentences."""
-        if self.plan is not None:
-            yield from plan_lines(view, self.plan, self.chains, self.segments, self.current.looked)
-
-
 def prepare(options: Options) -> PreparedRun:
-    """Decide what to compute: the interval asked for, everything, or what is missing or stale.
-
-    Raises:
-        DataError, ContractError, StoreError: sources or table are not as they must be.
-    """
-    view = options.definition.view
-    inventory, table = take_inventory(view, options.sources, options.now), open_table(options.table)
-    bounded = options.start is not None or options.end is not None
-    # A run of some days builds on what is known of the others, also where it computes its own from nothing.
-    manifest = EMPTY if options.full and not bounded else continued(view, read_manifest(table))
-    current, base = examine(inventory, manifest, options.full), None if table is None else int(table.version())
-    everything = False
-    if bounded:
-        stale = Stale({})
-        ranges = [interval(view, inventory, options.start, options.end)]
-    elif options.full or not manifest.dates:
-        stale, everything = Stale({}), True
-        ranges = [interval(view, inventory, None, None)]
-    else:
-        stale = find_stale(view, manifest, current, options.refresh)
-        ranges = stale.ranges()
-    old = outdated(_read_if_whole(view, table) if everything else manifest)
-    notes = outdated_notes(old, [(ALWAYS, -ALWAYS)]) if everything else [*outdated_notes(old, ranges), *inventory.notes]
-    stale = dataclasses.replace(stale, notes=(*stale.notes, *notes))
-    if not ranges:
-        return PreparedRun(None, stale, current, base)
-    repeats = {name: each.first for name, each in current.repeats.items()}
-    plan = plan_blocks(
-        view,
-        inventory,
-        ranges,
-        repeats,
-        everything,
-        digest=not current.digested,
-        block_rows=options.block_rows,
-        shuffled=options.shuffled,
-        summarised=lifetime_sources(view),
-        key_shards=options.key_shards,
-        broadcast_bytes=options.broadcast_mb * 1e6,
-    )
-    days = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
-    older = [] if options.full else older_tables(options.store, view)
-    copies = find_copies(view, inventory, current, older, days)
-    if not lifetime_sources(view):
-        return PreparedRun(plan, stale, current, base, copies, inventory, everything)
-    found = {
-        first: None
-        if options.full
-        else usable_snapshot(options.table, usable_snapshots(view, manifest, current, first))
-        for first, _ in ranges
-    }
-    over = chains(plan, found)
-    timeless = {name: inventory.timeless(name) for name in view.events if everything}
-    summarised = segments(view, plan, over, inventory.slices, timeless)
-    return PreparedRun(plan, stale, current, base, copies, inventory, everything, summarised, over, tuple(old))
+    """Decide what the run computes; see `transforms.features.preparation`."""
+    return prepare_features(options.request)
 
 
-def _read_if_whole(view: FeatureView, table: DeltaTable | None) -> Manifest:
-    """The manifest that a run over everything does without."""
-    try:
-        return continued(view, read_manifest(table))
-    except StoreError:
-        return EMPTY
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """The commits of one run: features and dead letters, and what goes into them as metadata."""
 
+    features: CommitTarget
+    dead_letters: CommitTarget
+    manifest: WriteManifest
 
-def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """What a run over `ranges` (µs) does about `days` that an older version may have got wrong, and what it leaves as it is."""
-    left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
-    if len(days) > len(left):
-        yield f"rows of {many(len(days) - len(left), 'day')} {WRITTEN_BEFORE}"
-    if left:
-        yield (
-            f"rows of {many(len(left), 'more day')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
-            "and may be wrong in the same way: a run without --start and --end recomputes them"
+    @staticmethod
+    def of(options: Options, work: PreparedRun) -> Targets:
+        view, plan, uri = options.definition.view, work.required_plan, dead_letters_uri(options.store, "features")
+        metadata = {
+            "pipeline": "features",
+            "view": view.name,
+            "fingerprint": view.fingerprint,
+            "definition_sha256": options.definition.digest,
+        }
+        if work.copies is not None:
+            metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
+        features = CommitTarget(
+            options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata
         )
+        # A run that was stopped over its dead letters has committed them; their rows may have been corrected before it is
+        # resumed.  So every launch commits its dead letters under an id of its own.
+        launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
+        dead_letters = CommitTarget(
+            uri, DEAD_LETTERS, plan.dates, launch, newest_version(uri), {"view": view.name}, metadata
+        )
+        manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
+        return Targets(features, dead_letters, manifest)
 
 
-def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
-    """Models, by name and version or by their run, that were trained on the table up to this version."""
-    every = trained(store, None, whole=False)
-    # A registered model is found again in the folder of the run that trained it.
-    registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
-    return [
-        f"{name} (table version {pin.version})"
-        for name, manifest in every.items()
-        if not (name.startswith("run ") and manifest.get("run_id") in registered)
-        for pin in pins_of({name: manifest})
-        if pin.table == path_in_store(table) and version is not None and pin.version <= version
-    ]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Computed:
+    """The features of a run in the graph: their rows, dead letters and tallies, and the history that was committed with them."""
+
+    features: beam.PCollection
+    dead_letters: beam.PCollection
+    tallies: beam.PCollection
+    history: tuple[AsSingleton, ...] = ()
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
-    """The graph: blocks → features, dead letters and accounts → files → one commit each."""
-    view, plan, dead = options.definition.view, work.plan, dead_letters_uri(options.store, "features")
-    assert plan is not None
-    metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint, "definition_sha256": options.definition.digest}  # fmt: skip
-    if work.copies is not None:
-        metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
-    table = CommitTarget(options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata)
-    # A run that was stopped over its dead rows and is resumed has told of rows that may be mended since: each launch tells anew.
-    launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
-    dead_letter_target = CommitTarget(
-        dead, DEAD_LETTERS, plan.dates, launch, newest_version(dead), {"view": view.name}, metadata
-    )
-    manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
-
-    blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
-    history: tuple[beam.pvalue.AsSingleton, ...] = ()
-    if work.chains:
-        summarise = HistorySnapshots(view, plan, options.table, options.run_id, work.chains)
-        carried, old_dead_letters, old_tallies = (
-            pipeline | "Segments" >> beam.Create(list(work.segments)) | "History" >> summarise
-        )
-        history = (beam.pvalue.AsSingleton(carried),)
-        compute = TrailingFeatures(view, plan, history[0], options.table, work.copies)
-        features, dead_letters, tallies = blocks | "Features" >> compute
-        dead_letters = (dead_letters, old_dead_letters) | "AllLetters" >> beam.Flatten()
-        tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
-    else:
-        features, dead_letters, tallies = blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)
-    tallied = beam.pvalue.AsSingleton(tallies | "Tally" >> beam.CombineGlobally(add_tallies))
-    files = features | "Write" >> WriteFiles(table.uri, table.run_id)
+    """The graph: blocks → features, dead letters and tallies → files → one commit each."""
+    view, targets = options.definition.view, Targets.of(options, work)
+    computed = compute(pipeline, options, work)
+    tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
+    files = computed.features | "Write" >> WriteFiles(targets.features.uri, targets.features.run_id)
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
-    verified = beam.pvalue.AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
-    counted = counted | "AfterVerify" >> beam.Map(lambda written, _: written, verified)
-    buried = beam.pvalue.AsSingleton(dead_letters | "DeadLetters" >> WriteTable(dead_letter_target))
-    # Letters first: killed in between, a run is repeated, while dates once committed are not computed again for their letters.
-    counted = counted | "AfterLetters" >> beam.Map(lambda written, _: written, buried)
+    verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
+    counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
+    rejected = AsSingleton(computed.dead_letters | "DeadLetters" >> WriteTable(targets.dead_letters))
+    # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
+    # would not be computed again for their dead letters.
+    counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
+    sides, manifest = (tallied, *computed.history), targets.manifest
     if options.rules is None:
-        committed = counted | "Commit" >> CommitFiles(table, manifest, (tallied, *history))
+        committed = counted | "Commit" >> CommitFiles(targets.features, manifest, sides)
     else:
-        command = f"--definition {options.definition.name} --store {options.store}"
-        check = make_check(
-            options.rules, table.uri, work.base, table.run_id, day_of(plan.start), day_of(plan.end - 1), dead, command,
-            tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
-        )  # fmt: skip
-        statistics = features | "Statistics" >> Statistics(view_columns(view))
-        judged = statistics | "Validate" >> Validate(check, tallied, buried)
-        committed = counted | "Commit" >> CommitFiles(
-            table, AlsoChecked(manifest), (tallied, *history, beam.pvalue.AsSingleton(judged))
-        )
+        statistics = computed.features | "Statistics" >> Statistics(view_columns(view))
+        checked = AsSingleton(statistics | "Validate" >> Validate(publish_check(options, work), tallied, rejected))
+        committed = counted | "Commit" >> CommitFiles(targets.features, AlsoChecked(manifest), (*sides, checked))
     account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, buried, verified, account)
+    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account)
+
+
+def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
+    """The graph from blocks to feature rows, with the history that windows without a beginning need."""
+    view, plan = options.definition.view, work.required_plan
+    blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
+    if not work.chains:
+        return Computed(*(blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)))
+    summarise = HistorySnapshots(view, plan, options.table, options.run_id, work.chains)
+    segments = pipeline | "Segments" >> beam.Create(list(work.segments))
+    snapshots, old_dead_letters, old_tallies = segments | "History" >> summarise
+    history = AsSingleton(snapshots)
+    features, dead_letters, tallies = blocks | "Features" >> TrailingFeatures(
+        view, plan, history, options.table, work.copies
+    )
+    dead_letters = (dead_letters, old_dead_letters) | "AllLetters" >> beam.Flatten()
+    tallies = (tallies, old_tallies) | "AllTallies" >> beam.Flatten()
+    return Computed(features, dead_letters, tallies, (history,))
+
+
+def first_of(written: Any, _: Any) -> Any:
+    """`written`, once the side input is there."""
+    return written
+
+
+def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
+    """What is checked before the features are committed: their statistics against the schema, and the share of dead letters."""
+    assert options.rules is not None
+    plan = work.required_plan
+    return make_check(
+        options.rules,
+        options.table,
+        work.base,
+        options.run_id,
+        day_of(plan.start),
+        day_of(plan.end - 1),
+        dead_letters_uri(options.store, "features"),
+        f"--definition {options.definition.name} --store {options.store}",
+        tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
+    )
 
 
 def verification(options: Options, work: PreparedRun) -> Verification | None:
@@ -367,35 +313,22 @@ def write_account(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the features are committed.  With --streaming the same features, live: see `beam_pipelines.features_streaming`."""
+    """Run the pipeline; 0 when the features are committed.  With --streaming see `beam_pipelines.features_streaming`."""
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
     options = parse(argv)
-    view = options.definition.view
     with Run("features", options.run_id, options.folder) as run:
         run.where = options.table
         work = prepare(options)
         for note in work.stale.notes:
             log.warning(note)
         if work.outdated:
-            models = models_trained_on(options.store, options.table, work.base)
-            for model in models:
-                log.warning("trained on such days, so train it again: %s", model)
-            run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
+            warn_of_outdated_models(run, options, work)
         if work.plan is None:
-            run.update(
-                {
-                    "rows_in": 0,
-                    "rows_out": 0,
-                    "set_aside": 0,
-                    "dates": 0,
-                    "commit_version": work.base,
-                    "nothing_to_do": "no date is missing or stale",
-                }
-            )
+            run.update(nothing_to_do(work))
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in work.plan_lines(view):
+            for line in prepared_lines(options.definition.view, work):
                 log.info(line)
             pipeline = batch_pipeline(options.beam_args)
             build(pipeline, options, work)
@@ -403,8 +336,22 @@ def main(argv: Sequence[str]) -> int:
             run.update(read_json(FileSystems.join(options.folder, "account.json")))
         table = open_table(options.table)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
-        run.update({"table": options.table, "table_rows": rows, "fingerprint": view.fingerprint})
+        run.update({"table": options.table, "table_rows": rows, "fingerprint": options.definition.view.fingerprint})
     return 0
+
+
+def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> None:
+    """Name the models that were trained on days which an older version may have got wrong."""
+    models = models_trained_on(options.store, options.table, work.base)
+    for model in models:
+        log.warning("trained on such days, so train it again: %s", model)
+    run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
+
+
+def nothing_to_do(work: PreparedRun) -> dict[str, Any]:
+    """Figures of a run that has nothing to compute."""
+    counts = {"rows_in": 0, "rows_out": 0, "set_aside": 0, "dates": 0}
+    return {**counts, "commit_version": work.base, "nothing_to_do": "no date is missing or stale"}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,7 +19,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import Arguments, day
+from beam_pipelines.runtime.arguments import day
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -31,7 +32,7 @@ from beam_pipelines.runtime.job_supervisor import (
     write_status,
 )
 from beam_pipelines.runtime.run_report import Run, execute
-from schemas.durations import microseconds
+from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments
 from schemas.errors import DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
@@ -86,13 +87,29 @@ class Options:
         return features_live_uri(self.live.store, view.name, view.fingerprint)
 
 
+LENGTHS = (
+    Length("pace", "200ms", "least time between micro-batches"),
+    Length("commit_every", "10s", "least time between commits"),
+    Length("keep", "1h", "spine rows that arrive up to this late are still answered"),
+    Length("dimension_every", "60s", "time between reads of the dimensions"),
+    Length("chunk", "1h", "replay: rows that arrive within this long are sent together"),
+    Length("disorder", "0s", "replay: rows arrive up to this late"),
+)
+
+
 def parse(argv: Sequence[str]) -> Options:
     """Options from flags.
 
     Raises:
         DefinitionError: a flag or the definition is refused.
     """
-    arguments = Arguments("millrace features --streaming", "Answer questions as they arrive.")
+    arguments = StreamingArguments(
+        "millrace features --streaming",
+        "Compute the features of spine rows as they arrive.",
+        source="where messages come from",
+        results="feature rows",
+        lengths=LENGTHS,
+    )
     arguments.add_argument(
         "--start",
         type=day,
@@ -102,72 +119,52 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument(
         "--end", type=day, help="replay: the UTC day after the last (default: the day after the last there is)"
     )
-    arguments.add_argument("--streaming", action="store_true", help="live: this pipeline")
-    arguments.add_argument(
-        "--source", choices=("kafka", "replay"), default="replay", help="where messages come from (default: replay)"
-    )
     arguments.add_argument(
         "--sources",
-        help="folder of the sources' files or Delta tables: what they hold from before the start is handed over as history, "
+        help="folder of the sources' files or Delta tables: rows from before the start are loaded as history, "
         "dimensions are read there, and replay sends the rest",
     )
     arguments.add_argument(
         "--without_history",
         action="store_true",
-        help="start with empty windows; answers are marked __cold until every window has filled (lifetime windows: for ever)",
-    )
-    arguments.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
-    arguments.add_argument(
-        "--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)"
-    )
-    arguments.add_argument("--topic_prefix", default="", help="before the name of every topic")
-    arguments.add_argument(
-        "--sink",
-        choices=("table", "topic", "both"),
-        help="where answers go (default: both with kafka, table with replay)",
+        help="start with empty windows; feature rows are marked __cold until every window has filled "
+        "(lifetime windows: for ever)",
     )
     arguments.add_argument(
         "--shards",
         type=int,
         default=1,
-        help="parallel shards of keys (default 1: nothing on its way through the runner)",
+        help="parallel shards of keys (default 1: nothing is sent through the runner between steps)",
     )
-    for name, value, text in (
-        ("pace", "200ms", "least time between turns"), ("commit_every", "10s", "least time between commits"),
-        ("keep", "1h", "late questions are answered for this long"), ("dimension_every", "60s", "how often dimensions are looked at"),
-        ("chunk", "1h", "replay: what arrives within this long comes together"), ("disorder", "0s", "replay: rows arrive up to this late"),
-    ):  # fmt: skip
-        arguments.add_argument(f"--{name}", default=value, help=f"{text} (default {value})")
     arguments.add_argument("--partitions", type=int, default=2, help="replay: partitions of every topic (default 2)")
     arguments.add_argument("--seed", type=int, default=0, help="replay: of the disorder")
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    lengths = {
-        name: microseconds(getattr(flags, name), f"--{name}", zero=True)
-        for name in ("pace", "commit_every", "keep", "dimension_every", "chunk", "disorder")
-    }
-    replaying = flags.source == "replay"
-    sources = os.path.abspath(flags.sources) if flags.sources and "://" not in flags.sources else flags.sources
-    if replaying and (sources is None or sources == sources_root(flags.store)):
-        raise DefinitionError(
-            "A replay reads its files from another place than it writes to",
-            f"--sources {sources or 'left out'}, --store {flags.store}",
-            "Name the folder of the files with --sources, and a store of the live job's own",
-        )
-    sink = flags.sink or ("table" if replaying else "both")
+    sources = replay_sources(flags)
+    shared = arguments.shared(flags)
+    lengths, replaying = shared.lengths, shared.replaying
     live = LiveSettings(
-        store=flags.store, run_id=flags.run_id, dimensions=sources or sources_root(flags.store), shards=max(flags.shards, 1),
-        keep=lengths["keep"], pace=0 if replaying else max(lengths["pace"], 1000), commit_every=lengths["commit_every"],
-        dimension_every=lengths["dimension_every"], prefix=flags.topic_prefix, table=sink != "topic",
-        kafka=None if replaying else Broker(flags.bootstrap or "", flags.expansion_service),
-    )  # fmt: skip
+        store=flags.store,
+        run_id=flags.run_id,
+        dimensions=sources or sources_root(flags.store),
+        shards=max(flags.shards, 1),
+        keep=lengths["keep"],
+        pace=0 if replaying else max(lengths["pace"], 1000),
+        commit_every=lengths["commit_every"],
+        dimension_every=lengths["dimension_every"],
+        prefix=shared.prefix,
+        table="table" in shared.sinks,
+        kafka=None if replaying else shared.broker,
+    )
     span = {
         name: (given - EPOCH.date()) // MICROSECOND
         for name in ("start", "end")
         if (given := getattr(flags, name)) is not None
     }
-    replay = (
-        Replay(
+    replay = None
+    if replaying:
+        assert sources is not None
+        replay = Replay(
             sources,
             **span,
             partitions=max(flags.partitions, 1),
@@ -175,29 +172,40 @@ def parse(argv: Sequence[str]) -> Options:
             seed=flags.seed,
             chunk=max(lengths["chunk"], 1),
         )
-        if replaying
-        else None
-    )
-    if not replaying and flags.bootstrap is None:
-        raise DefinitionError(
-            "Live from Kafka, a broker is named", "no --bootstrap", "Add --bootstrap HOST:PORT, or --source replay"
-        )
-    broker = Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None
-    if sink != "table" and broker is None:
-        raise DefinitionError(
-            "A topic is written to a broker", "no --bootstrap", "Add --bootstrap HOST:PORT, or --sink table"
-        )
-    if not replaying and flags.end is not None:
+    elif flags.end is not None:
         raise DefinitionError(
             "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
         )
     groups_of(definition.view)
     handover = Handover(
-        definition.view, flags.store, None if sources == sources_root(flags.store) else sources, span.get("start"), live.keep,
-        flags.without_history, span.get("start", ALWAYS) if replaying else None, flags.run_id,
-    )  # fmt: skip
-    sinks = ("table", "topic") if sink == "both" else (sink,)
-    return Options(definition, flags.run_id, live, replay, broker, sinks, handover, tuple(rest))
+        definition.view,
+        flags.store,
+        None if sources == sources_root(flags.store) else sources,
+        span.get("start"),
+        live.keep,
+        flags.without_history,
+        span.get("start", ALWAYS) if replaying else None,
+        flags.run_id,
+    )
+    return Options(definition, flags.run_id, live, replay, shared.broker, shared.sinks, handover, tuple(rest))
+
+
+def replay_sources(flags: argparse.Namespace) -> str | None:
+    """The folder of the sources, absolute.
+
+    Raises:
+        DefinitionError: a replay would read the folder that it writes to.
+    """
+    sources: str | None = flags.sources
+    if sources and "://" not in sources:
+        sources = os.path.abspath(sources)
+    if flags.source == "replay" and (sources is None or sources == sources_root(flags.store)):
+        raise DefinitionError(
+            "A replay reads its files from another place than it writes to",
+            f"--sources {sources or 'left out'}, --store {flags.store}",
+            "Name the folder of the files with --sources, and a store of the live job's own",
+        )
+    return sources
 
 
 def build(pipeline: beam.Pipeline, options: Options, start: RecoveryPoint | None = None, group: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -15,19 +14,15 @@ import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
-from beam_pipelines.runtime.arguments import Arguments, next_day
+from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
-from schemas.errors import ContractError, DataError, DefinitionError, MismatchError, StoreError
+from schemas.errors import ContractError, DataError, DefinitionError
 from schemas.loading import Definition, load_definition
-from schemas.tables import predictions
-from schemas.views import FeatureView
-from transforms.features.manifest_store import warn_of_outdated
-from transforms.inference.champion_model import check_model
-from transforms.models.bundle import Bundle, digest_of, load
-from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, Score, columns_read
+from transforms.inference.preparation import InferencePlan, InferenceRequest, prepare_inference
+from transforms.models.registry import registry_uri
+from transforms.models.scoring import Score
 from transforms.records.record_batches import batch as to_batch
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
@@ -38,17 +33,11 @@ from transforms.storage.delta_tables import (
     ReadTable,
     WriteFiles,
     commit,
-    data_files,
-    days_between,
-    delta_schema,
-    open_table,
 )
-from transforms.storage.paths import features_uri, predictions_uri
 from transforms.storage.tfrecord_io import (
     ReadExamples,
     TFRecordFile,
     WriteTFRecordFiles,
-    matching,
     publish_tfrecord_files,
 )
 
@@ -72,8 +61,23 @@ class Options:
     beam_args: tuple[str, ...]
 
     @property
+    def request(self) -> InferenceRequest:
+        """What the library needs to know of the options to prepare the run."""
+        return InferenceRequest(
+            definition=self.definition,
+            store=self.store,
+            registry=self.registry,
+            run_id=self.run_id,
+            start=self.start,
+            end=self.end,
+            model_version=self.model_version,
+            input_tfrecord=self.input_tfrecord,
+            output_tfrecord=self.output_tfrecord,
+        )
+
+    @property
     def folder(self) -> str:
-        """Where the run's own account goes."""
+        """Folder of the run's report."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
@@ -103,118 +107,9 @@ def parse(argv: Sequence[str]) -> Options:
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class InferencePlan:
-    """What a launch resolves and pins before any row is read.
-
-    Args:
-        model: pinned.
-        bundle: the same, loaded and checked.
-        columns: of the feature table, as the model's predictions need them.
-        files: of the feature table; none where TFRecords are read.
-        paths: TFRecord files; none where the table is read.
-        features: address and version of the feature table read, or the pattern of TFRecord files.
-        target: what the predictions replace.  Its dates are None where TFRecords decide them.
-    """
-
-    model: Pinned
-    bundle: Bundle
-    columns: pa.Schema
-    files: tuple[DataFile, ...]
-    paths: tuple[str, ...]
-    features: str
-    target: CommitTarget
-
-
 def plan_inference(options: Options) -> InferencePlan:
-    """Resolve the model and the rows, and see that they were made for each other.
-
-    Raises:
-        StoreError: no champion, no such version, no feature table, files altered.
-        MismatchError: fingerprints or schemas differ.
-        DataError: the interval has no rows.
-    """
-    view, name = options.definition.view, options.definition.require_model().name
-    model, bundle = pinned(options, name)
-    check_model(bundle, model.version, view, _command("training", options))
-    schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
-    if options.input_tfrecord:
-        paths, files, dates = tuple(matching(options.input_tfrecord)), (), None
-        features = options.input_tfrecord
-    else:
-        paths, (features, files, dates) = (), feature_files(options, view, schema)
-    uri = predictions_uri(options.store, name)
-    written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
-    base = None if options.output_tfrecord else check_target(uri, written)
-    metadata = {
-        "pipeline": "inference", "model": name, "model_version": model.version, "fingerprint": bundle.fingerprint, "features": features,
-    }  # fmt: skip
-    target = CommitTarget(uri, written, dates, options.run_id, base, None, metadata)
-    return InferencePlan(model, bundle, schema, files, paths, features, target)
-
-
-def pinned(options: Options, name: str) -> tuple[Pinned, Bundle]:
-    """The version asked for, or the champion of this moment, its files checked."""
-    registry = Registry(options.registry)
-    version = options.model_version or registry.champion(name)
-    if version is None:
-        fix = f"Train one with: {_command('training', options)}; or name a version with --model_version"
-        raise StoreError("A model has a champion before it scores", f"none for {name!r} in {options.registry}", fix)
-    version, folder = registry.resolve(name, version)
-    digest = digest_of(folder)
-    return Pinned(folder, version, digest), load(folder, digest)
-
-
-def feature_files(
-    options: Options, view: FeatureView, schema: pa.Schema
-) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
-    """(Address and version of the feature table, its files in the interval, the interval's dates)."""
-    uri = features_uri(options.store, view.name, view.fingerprint)
-    again = _command("features", options)
-    if (table := open_table(uri)) is None:
-        if others := fingerprints(options.store, view.name):
-            value = f"{', '.join(others)} in {FileSystems.split(uri)[0]}, {view.fingerprint} in the definition"
-            raise MismatchError("The definition's features have been computed", value, f"Compute them with: {again}")
-        raise StoreError(
-            "Features are computed before they are scored", f"no table at {uri}", f"Compute them with: {again}"
-        )
-    check_fields(uri, table, schema, f"Compute them again with: {again}")
-    warn_of_outdated(view, table)
-    every = data_files(table)
-    files = tuple(data_files(table, options.start, options.end))
-    if not files:
-        has = f"{every[0].date} to {every[-1].date}" if every else "none at all"
-        value = f"none in [{options.start or 'the first'}, {options.end or 'the last'}) of {uri}, which has {has}"
-        raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
-    dates = days_between(options.start or files[0].date, options.end or next_day(files[-1].date))
-    return f"{uri}@{table.version()}", files, dates
-
-
-def fingerprints(store: str, view: str) -> list[str]:
-    """Of all tables there are of a view's features."""
-    (match,) = FileSystems.match([FileSystems.join(features_uri(store, view, "*"), "_delta_log", "*.json")])
-    return sorted({each.path.replace("\\", "/").split("/")[-3] for each in match.metadata_list})
-
-
-def check_target(uri: str, schema: pa.Schema) -> int | None:
-    """Version of the predictions table, None where there is none; refused if its columns are others."""
-    if (table := open_table(uri)) is None:
-        return None
-    check_fields(uri, table, schema, "Give the model a new name, or move the old table away")
-    return int(table.version())
-
-
-def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
-    """Refuse a Delta table without the columns of `schema`."""
-    found = {field.name: str(field.type.type) for field in table.schema().fields}
-    wanted = {field.name: str(field.type.type) for field in delta_schema(schema).fields}
-    wrong = [
-        f"{name} is {found.get(name, 'missing')} instead of {kind}"
-        for name, kind in wanted.items()
-        if found.get(name) != kind
-    ]
-    if wrong:
-        raise MismatchError(f"The table {uri} has the columns of this definition", "; ".join(wrong), fix)
+    """Which model scores which rows; see `transforms.inference.preparation`."""
+    return prepare_inference(options.request)
 
 
 def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:
@@ -322,17 +217,6 @@ def main(argv: Sequence[str]) -> int:
             "features": plan.features, "predictions": options.output_tfrecord or plan.target.uri,
         })  # fmt: skip
     return 0
-
-
-def _command(pipeline: str, options: Options) -> str:
-    """The command line that would prepare what is missing."""
-    words = ["millrace", pipeline, "--definition", options.definition.name, "--store", options.store]
-    if pipeline == "features":
-        words += ["--start", str(options.start)] if options.start else []
-        words += ["--end", str(options.end)] if options.end else []
-    elif "://" in options.store or options.registry != registry_uri(options.store):
-        words += ["--registry", options.registry]
-    return shlex.join(words)
 
 
 if __name__ == "__main__":

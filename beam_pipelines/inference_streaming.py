@@ -22,7 +22,6 @@ from apache_beam import typehints
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -35,8 +34,8 @@ from beam_pipelines.runtime.job_supervisor import (
     write_status,
 )
 from beam_pipelines.runtime.run_report import Run, execute
-from schemas.durations import microseconds
-from schemas.errors import DefinitionError, MillraceError, StoreError
+from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments
+from schemas.errors import MillraceError, StoreError
 from schemas.live import live_predictions
 from schemas.loading import Definition, load_definition
 from transforms.inference.champion_model import ChampionHandler, Serving, check_model, close_all, open_checked
@@ -91,53 +90,51 @@ class Options:
         return model if self.alias == CHAMPION else f"{model}.{self.alias}"
 
 
+LENGTHS = (
+    Length("poll", "5s", "how often the alias is read; a new version takes over without a restart", zero=False),
+    Length("commit_every", "10s", "least time between commits"),
+    Length("pace", "0s", "replay: time between messages"),
+)
+
+
 def parse(argv: Sequence[str]) -> Options:
     """Options from flags.
 
     Raises:
         DefinitionError: a flag or the definition is refused.
     """
-    arguments = Arguments("millrace inference --streaming", "Score feature rows as they arrive.")
-    arguments.add_argument("--streaming", action="store_true", help="live: this pipeline")
-    arguments.add_argument(
-        "--source", choices=("kafka", "replay"), default="replay",
-        help="where answers come from: the features topic, or the live feature table read in order (default: replay)",
-    )  # fmt: skip
-    arguments.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
-    arguments.add_argument(
-        "--expansion_service", help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)"
+    arguments = StreamingArguments(
+        "millrace inference --streaming",
+        "Score feature rows as they arrive.",
+        source="where feature rows come from: the features topic, or the live feature table read in order",
+        results="predictions",
+        lengths=LENGTHS,
     )
-    arguments.add_argument("--topic_prefix", default="", help="before the name of every topic")
-    arguments.add_argument(
-        "--sink", choices=("table", "topic", "both"),
-        help="where predictions go (default: both with kafka, table with replay)",
-    )  # fmt: skip
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite in <store>/registry)")
-    arguments.add_argument("--alias", default=CHAMPION, help=f"whose bearer scores (default: {CHAMPION})")
+    arguments.add_argument(
+        "--alias", default=CHAMPION, help=f"the version with this alias scores (default: {CHAMPION})"
+    )
     arguments.add_argument("--threads", type=int, default=1, help="of XGBoost in each worker (default: 1)")
-    for name, value, text in (
-        ("poll", "5s", "how often the alias is read; a new bearer takes over without a restart"),
-        ("commit_every", "10s", "least time between commits"), ("pace", "0s", "replay: time between messages"),
-    ):  # fmt: skip
-        arguments.add_argument(f"--{name}", default=value, help=f"{text} (default {value})")
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
     definition.require_model()
-    lengths = {name: microseconds(getattr(flags, name), f"--{name}", zero=name != "poll") for name in ("poll", "commit_every", "pace")}  # fmt: skip
-    replaying = flags.source == "replay"
-    if not replaying and flags.bootstrap is None:
-        fix = "Add --bootstrap HOST:PORT, or --source replay"
-        raise DefinitionError("Live from Kafka, a broker is named", "no --bootstrap", fix)
-    sink = flags.sink or ("table" if replaying else "both")
-    if sink != "table" and flags.bootstrap is None:
-        fix = "Add --bootstrap HOST:PORT, or --sink table"
-        raise DefinitionError("A topic is written to a broker", "no --bootstrap", fix)
+    shared = arguments.shared(flags)
     return Options(
-        definition=definition, store=flags.store, registry=registry_uri(flags.store, flags.registry), run_id=flags.run_id,
-        alias=flags.alias, poll=lengths["poll"], threads=flags.threads, replaying=replaying, pace=lengths["pace"],
-        broker=Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None, prefix=flags.topic_prefix,
-        sinks=("table", "topic") if sink == "both" else (sink,), commit_every=lengths["commit_every"], beam_args=tuple(rest),
-    )  # fmt: skip
+        definition=definition,
+        store=flags.store,
+        registry=registry_uri(flags.store, flags.registry),
+        run_id=flags.run_id,
+        alias=flags.alias,
+        poll=shared.lengths["poll"],
+        threads=flags.threads,
+        broker=shared.broker,
+        replaying=shared.replaying,
+        pace=shared.lengths["pace"],
+        prefix=shared.prefix,
+        sinks=shared.sinks,
+        commit_every=shared.lengths["commit_every"],
+        beam_args=tuple(rest),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
 import logging
 import os
-import platform
 import re
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
-from deltalake import DeltaTable
 
-from beam_pipelines.runtime.arguments import Arguments, day, next_day
+from beam_pipelines.runtime.arguments import Arguments, day
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json
 from schemas import Model
-from schemas.durations import instant
-from schemas.errors import DataError, GateError, MillraceError, MismatchError, StoreError
+from schemas.errors import GateError, MillraceError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.evaluation.evaluate import Evaluate, carried
 from transforms.evaluation.shap import Explain
-from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, Score
-from transforms.records.times import EPOCH
-from transforms.sources.inventory import version_of
-from transforms.storage.delta_tables import data_files, open_table
-from transforms.storage.paths import features_uri, source_uri
 from transforms.training.champion_comparison import Challenge, Compare
 from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
 from transforms.training.examples import (
@@ -49,23 +39,20 @@ from transforms.training.examples import (
     MakeExamples,
     add_accounts,
     checked,
-    plan_examples,
     read_shard,
     shards_to_judge,
 )
 from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
 from transforms.training.hyperparameter_search import trials
+from transforms.training.preparation import TrainingRequest, prepare_training
 from transforms.training.publish_model import REPORT, Publication, publish, rival_of
 from transforms.training.trainer import Study, Train, save_best
 from transforms.training.unseen_categories import unseen
-from transforms.training.xgboost_checks import require_known
 from transforms.training.xgboost_data import until
 from transforms.validation.statistics import Statistics
 
 log = logging.getLogger("millrace.training")
-PACKAGES = ("beam_pipelines", "transforms", "schemas")
-LIBRARIES = ("apache-beam", "deltalake", "numpy", "polars", "pyarrow", "xgboost")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +96,27 @@ class Options:
         return self.definition.require_model()
 
     @property
+    def request(self) -> TrainingRequest:
+        """What the library needs to know of the options to prepare the run."""
+        return TrainingRequest(
+            definition=self.definition,
+            store=self.store,
+            sources=self.sources,
+            examples=self.examples,
+            run_id=self.run_id,
+            features_version=self.features_version,
+            label_version=self.label_version,
+            start=self.start,
+            cutoff=self.cutoff,
+            now=self.now,
+            cores=self.cores,
+            device=self.device,
+            keep_examples=self.keep_examples,
+        )
+
+    @property
     def folder(self) -> str:
-        """Where the run's own account, its trials and its bundle go."""
+        """Folder of the run's report, its trials and its bundle."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
     @property
@@ -255,120 +261,9 @@ def publication(options: Options) -> Publication:
     )
 
 
-def open_features(options: Options) -> DeltaTable:
-    """The feature table of the model's view.
-
-    Raises:
-        MismatchError: there are features of this view under another fingerprint only; both are named.
-        DataError: there are none at all.
-    """
-    view = options.model.view
-    table = open_table(features_uri(options.store, view.name, view.fingerprint), options.features_version)
-    command = f"millrace features --definition {options.definition.name} --store {options.store}"
-    if table is not None:
-        return table
-    root = FileSystems.join(options.store, "features", view.name)
-    logs = FileSystems.match([f"{root}/*/_delta_log/*.json"])[0].metadata_list
-    others = sorted({each.path.split("/")[-3] for each in logs})
-    if others:
-        raise MismatchError(
-            f"Training reads features of the definition's own fingerprint, {view.fingerprint}", f"{', '.join(others)} in {root}", f"Run: {command}"
-        )  # fmt: skip
-    raise DataError(f"View {view.name!r} has a feature table", f"none under {root}", f"Run: {command}")
-
-
 def resolve(options: Options) -> tuple[ExamplePlan, dict[str, Any]]:
-    """What the run reads, pinned: a plan, and where it all comes from.
-
-    Raises:
-        MillraceError: no features, or of another definition; see `open_features` and `plan_examples`.
-    """
-    model = options.model
-    require_known(model.objective, trials(model))  # refused before anything is read
-    table = open_features(options)
-    warn_of_outdated(model.view, table)
-    files = data_files(table, options.start, options.cutoff)
-    if not files:
-        raise DataError("The feature table has rows before the cutoff", f"none from {options.start or 'the first day'} to {options.cutoff or 'the last'}", "Choose other dates, or compute features")  # fmt: skip
-    cutoff = instant(options.cutoff or next_day(max(file.date for file in files)))
-    split = model.split.resolve(cutoff)
-    source = model.label.source
-    version = options.label_version if options.label_version is not None else version_of(options.sources, source)
-    plan = plan_examples(
-        model, files, options.sources, options.examples, split, options.now, options.keep_examples, version
-    )
-    text = Path(options.definition.path).read_bytes()
-    return plan, {
-        "feature_table": {
-            "uri": table.table_uri,
-            "version": table.version(),
-            "first": str(min(file.date for file in files)),
-        },
-        "sources": sources_of(table),
-        "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
-        "label_table": {"uri": source_uri(options.sources, source.name), "version": version},
-        "split": split.as_json(),
-        "read": {
-            "start": options.start and str(options.start),
-            "cutoff": str(cutoff.date()),
-            "now": options.now,
-            "sources": options.sources,
-        },
-        "cores": options.cores,
-        "device": options.device,
-        "definition": {
-            "name": options.definition.name,
-            "sha256": hashlib.sha256(text).hexdigest(),
-            "source": text.decode(),
-        },
-        "run_id": options.run_id,
-        "code_version": _version("millrace"),
-        "code_sha256": code_digest(),
-        "constraints_sha256": constraints_digest(),
-        "environment": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
-    }
-
-
-def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
-    """What the feature table's newest commit read of each source: files, their digest, first and last date; of a dimension its content's digest."""
-    try:
-        manifest = read_manifest(table)
-    except StoreError as error:
-        log.warning("where the features come from is not known: %s", error)
-        return {}
-    found: dict[str, dict[str, Any]] = {}
-    for name, files in manifest.files.items():
-        stamps = "\n".join(sorted(f"{path} {each[0]}" for path, each in files.items()))
-        dates = [day for day, (rows, _) in manifest.digests.get(name, {}).items() if rows]
-        known = {"first": str(_day(min(dates))), "last": str(_day(max(dates)))} if dates else {}
-        found[name] = {"files": len(files), "digest": hashlib.sha256(stamps.encode()).hexdigest()[:16], **known}
-    return found | {name: {"digest": f"{digest:016x}"} for name, digest in manifest.dimensions.items()}
-
-
-def _day(number: int) -> date:
-    return EPOCH.date() + timedelta(days=number)
-
-
-def code_digest() -> str:
-    """SHA-256 of this program's source."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def constraints_digest() -> str:
-    """SHA-256 of all installed distributions, a `name==version` a line, sorted: of the constraints they would make."""
-    installed = {f"{each.metadata['Name'].lower()}=={each.version}" for each in importlib.metadata.distributions()}
-    return hashlib.sha256("\n".join(sorted(installed)).encode()).hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
+    """What the run reads, at fixed versions, and where all of it comes from; see `transforms.training.preparation`."""
+    return prepare_training(options.request)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,15 +10,16 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from beam_pipelines import features
-from beam_pipelines.features import Options, PreparedRun
+from beam_pipelines.features import Options
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.plan_text import looked_lines
+from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, reading
 from transforms.features.plan import FeaturePlan
+from transforms.features.preparation import PreparedRun
 from transforms.records.times import day_of
 from transforms.sources.inventory import Inventory, take_inventory
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             print("\ncopied columns")
             _print_copies(view, work.copies, work.plan)
         print("\nplan")
-        for line in work.plan_lines(view):
+        for line in prepared_lines(view, work):
             print(wrapped(line, hanging=2))
         print("\nBeam steps")
         for step, inside in steps(options, work).items():
@@ -197,7 +198,7 @@ def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
     features.build(pipeline, options, work)
     found: dict[str, list[str]] = {}
 
-    class Labels(PipelineVisitor):  # type: ignore[misc]
+    class Labels(PipelineVisitor):
         def enter_composite_transform(self, node: AppliedPTransform) -> None:
             self.visit_transform(node)
 

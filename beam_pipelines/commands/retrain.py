@@ -20,7 +20,7 @@ from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json
-from beam_pipelines.training import Options, code_digest, constraints_digest, resolve, train_and_test
+from beam_pipelines.training import Options, resolve, train_and_test
 from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError
 from schemas.loading import load_definition
@@ -29,6 +29,7 @@ from transforms.models.bundle import Bundle, load
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_tables import write_aside
 from transforms.training.examples import Account
+from transforms.training.preparation import code_digest, constraints_digest
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import metrics_of
 

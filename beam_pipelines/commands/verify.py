@@ -13,7 +13,7 @@ from apache_beam.io.filesystems import FileSystems
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import Run
-from beam_pipelines.runtime.verify_flags import ALL, some_or_all
+from beam_pipelines.runtime.verify_arguments import ALL, some_or_all
 from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView

@@ -1,8 +1,9 @@
-"""Flags of the pipelines: ours are checked, the rest go to Beam."""
+"""Flags of the commands: ours are checked here, the rest go to Beam."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import uuid
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from schemas.errors import DefinitionError, nearest
 
-# Every other row: then it is the source that is broken, not its rows.
+# When more than half of the rows are rejected, the source is broken, not its rows.
 MAX_DEAD_FRACTION = 0.5
 
 
@@ -90,7 +91,7 @@ class Arguments(argparse.ArgumentParser):
                 for option in ours
                 if name.startswith("--")
                 and name not in ours
-                and _distance(name.replace("-", "_"), option.replace("-", "_")) <= 2
+                and _edits(name.replace("-", "_"), option.replace("-", "_")) <= 2
             ]
             if near and not _known_to_beam(name):
                 self.error(f"unknown flag {name}; did you mean {near[0]}?")
@@ -104,7 +105,7 @@ class Arguments(argparse.ArgumentParser):
         return namespace, rest
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Our flags, where none goes to Beam."""
+        """Our flags, for a command that passes none on to Beam."""
         namespace, rest = self.parse(argv)
         if rest:
             ours = [option for action in self._actions for option in action.option_strings]
@@ -115,17 +116,14 @@ class Arguments(argparse.ArgumentParser):
         raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
 
 
-def _distance(a: str, b: str) -> int:
-    """Edits between two words, good to about two."""
-    if abs(len(a) - len(b)) > 2:
-        return 3
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
+def _edits(a: str, b: str) -> int:
+    """How many letters must be replaced, inserted or removed to turn one word into the other, as difflib aligns them.
+
+    >>> _edits("--store", "--stroe"), _edits("--start", "--stat")
+    (2, 1)
+    """
+    changes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in changes if kind != "equal")
 
 
 def _known_to_beam(flag: str) -> bool:
@@ -148,7 +146,7 @@ def day(text: str) -> date:
 
 
 def identifier(text: str) -> str:
-    if not text or not all(dead_letter.isalnum() or dead_letter in "-_" for dead_letter in text) or len(text) > 64:
+    if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
     return text
 

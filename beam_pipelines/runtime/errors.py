@@ -32,7 +32,7 @@ def recovered(error: BaseException) -> BaseException:
     if not found:
         return error
     kind, message = found[-1]
-    return getattr(errors, kind, MillraceError)(STEP.sub("", message), None, where)  # type: ignore[no-any-return]
+    return getattr(errors, kind, MillraceError)(STEP.sub("", message), None, where)
 
 
 def _traceback_of_mistake(record: logging.LogRecord) -> bool:

@@ -65,7 +65,10 @@ def stopped_by_signals() -> Iterator[None]:
 
 @functools.cache
 def _quiet_logs() -> None:
-    """For good: some of the threads outlive the job."""
+    """Keep Beam's threads quiet when they lose their runner: the launcher reports that once, in its own words.
+
+    It stays so until the process ends, for some of the threads outlive the job.
+    """
     hook = threading.excepthook
 
     def quietly(died: threading.ExceptHookArgs) -> None:
@@ -73,7 +76,9 @@ def _quiet_logs() -> None:
             hook(died)
 
     threading.excepthook = quietly
-    sdk_worker.print = lambda *_, **__: None  # of a traceback that is logged as well
+    # `SdkHarness._execute` prints a traceback and logs it too; the filter below reaches only what is logged.  Beam declined
+    # to remove such a repetition (apache/beam pull request 5020).  A test fails once Beam no longer prints it.
+    sdk_worker.print = lambda *_, **__: None
     for each in WORKER:
         each.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], grpc.RpcError)))
 
@@ -224,12 +229,12 @@ class _Job:
             except Exception as error:
                 failed.append(error)
 
-        spine_columns = threading.Thread(target=ask, name="cancel", daemon=True)
-        spine_columns.start()
-        spine_columns.join(CANCELLED_WITHIN)
+        thread = threading.Thread(target=ask, name="cancel", daemon=True)
+        thread.start()
+        thread.join(CANCELLED_WITHIN)
         if failed:
             raise failed[0]
-        if spine_columns.is_alive():
+        if thread.is_alive():
             log.warning(
                 "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, its "
                 "table still holds every row once; see the runner's log", CANCELLED_WITHIN,

@@ -10,9 +10,16 @@ from schemas.views import FeatureView
 from transforms.features.history_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
+from transforms.features.preparation import PreparedRun
 from transforms.features.staleness import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
 from transforms.sources.inventory import Slice
+
+
+def prepared_lines(view: FeatureView, work: PreparedRun) -> Iterator[str]:
+    """The plan of a prepared run in sentences; none where there is nothing to compute."""
+    if work.plan is not None:
+        yield from plan_lines(view, work.plan, work.chains, work.segments, work.current.looked)
 
 
 def plan_lines(

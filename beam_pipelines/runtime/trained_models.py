@@ -11,7 +11,8 @@ from pathlib import Path
 from beam_pipelines.runtime.run_report import log, read_json
 from schemas.errors import MillraceError, StoreError
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.paths import MANIFEST
+from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.vacuum import pins_of
 
 
 def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, Mapping[str, object]]:
@@ -51,3 +52,17 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
                     "Restore it, or delete its run's folder",
                 ) from None
     return found
+
+
+def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
+    """Models, by name and version or by their run, that were trained on the table up to this version."""
+    every = trained(store, None, whole=False)
+    # A registered model is found again in the folder of the run that trained it.
+    registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
+    return [
+        f"{name} (table version {pin.version})"
+        for name, manifest in every.items()
+        if not (name.startswith("run ") and manifest.get("run_id") in registered)
+        for pin in pins_of({name: manifest})
+        if pin.table == path_in_store(table) and version is not None and pin.version <= version
+    ]

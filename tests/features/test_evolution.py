@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan_main
-from beam_pipelines.features import PreparedRun
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.errors import StoreError
 from schemas.features import Feature
@@ -25,6 +24,7 @@ from schemas.loading import Definition
 from tests.support import shop
 from transforms.features.column_reuse import needed, rest
 from transforms.features.manifest_store import WriteManifest, read_manifest
+from transforms.features.preparation import PreparedRun
 from transforms.features.trailing_features import ComputeBlock
 from transforms.sources.tallies import add_tallies
 from transforms.storage.delta_tables import CommitTarget, commit, data_files, open_table, read_file, write_files

@@ -11,12 +11,13 @@ import pyarrow as pa
 from apache_beam import pvalue
 
 from beam_pipelines import features
-from beam_pipelines.features import Options, PreparedRun
+from beam_pipelines.features import Options
 from schemas import FeatureView
 from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import Chain, Segment, SnapshotFiles, Summarise, merge_in_order, remove_parts
 from transforms.features.manifest_store import WriteManifest
 from transforms.features.plan import FeaturePlan
+from transforms.features.preparation import PreparedRun
 from transforms.features.shuffle import Route, routes
 from transforms.features.trailing_features import ComputeBlock, ComputeGathered
 from transforms.sources.tallies import SourceTally, add_tallies, conserve

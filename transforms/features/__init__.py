@@ -12,19 +12,12 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
-    from transforms.features.column_reuse import Copies, find_copies, reading, rest
-    from transforms.features.history_snapshots import (
-        Chain,
-        HistorySnapshots,
-        Segment,
-        chains,
-        segments,
-        usable_snapshot,
-    )
+    from transforms.features.column_reuse import Copies, reading, rest
+    from transforms.features.history_snapshots import Chain, HistorySnapshots, Segment
     from transforms.features.kernel import KERNEL_POOL, Reading, compute, computing, gathered, with_derived
     from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
     from transforms.features.long_windows import LONG, firsts_and_lasts
-    from transforms.features.manifest_store import WriteManifest, older_tables, read_manifest, warn_of_outdated
+    from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
     from transforms.features.plan import (
         BLOCK_ROWS,
         BROADCAST_BYTES,
@@ -33,25 +26,10 @@ if TYPE_CHECKING:
         Block,
         FeaturePlan,
         amplification,
-        interval,
-        plan_blocks,
         reached,
     )
-    from transforms.features.staleness import (
-        DIGESTED,
-        EMPTY,
-        REPEATS,
-        VERSION,
-        WRITTEN_BEFORE,
-        Current,
-        Manifest,
-        Stale,
-        continued,
-        examine,
-        find_stale,
-        outdated,
-        usable_snapshots,
-    )
+    from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
+    from transforms.features.staleness import DIGESTED, REPEATS, VERSION, Manifest
     from transforms.features.trailing_features import TrailingFeatures
     from transforms.features.window_statistics import ExactSum
 

@@ -20,5 +20,6 @@ if TYPE_CHECKING:
         begin_at,
         to_envelope,
     )
+    from transforms.inference.preparation import InferencePlan, InferenceRequest, prepare_inference
 
 import_when_used(__name__)

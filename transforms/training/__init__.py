@@ -19,18 +19,17 @@ if TYPE_CHECKING:
         MakeExamples,
         add_accounts,
         checked,
-        plan_examples,
         read_shard,
         shards_to_judge,
     )
     from transforms.training.fit_encoders import Fit, declared
     from transforms.training.float32_checks import lost_digits
     from transforms.training.hyperparameter_search import trials
+    from transforms.training.preparation import TrainingRequest, code_digest, constraints_digest, prepare_training
     from transforms.training.publish_model import PENDING, REPORT, Publication, publish, register_model, rival_of
     from transforms.training.trainer import Study, Train, Trained, save_best
     from transforms.training.trial_log import metrics_of
     from transforms.training.unseen_categories import unseen
-    from transforms.training.xgboost_checks import require_known
     from transforms.training.xgboost_data import until
 
 import_when_used(__name__)

@@ -1,4 +1,4 @@
-"""The flags by which a run says how many of its rows it verifies."""
+"""Flags that say how many rows a run verifies before its commit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 from beam_pipelines.runtime.arguments import Arguments, fraction
 from transforms.verification.check import ROWS, SHARE, SHARE_OF_EVERYTHING, Amount
 
+# Value of --verify and --rows for every row.
 ALL = -1
 
 

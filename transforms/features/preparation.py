@@ -1,0 +1,221 @@
+"""What a features run computes, decided before its graph is built.
+
+The decision goes one way: inventory of the sources → digests of what they hold → stale dates → plan of blocks → columns that can
+be copied from older tables → history snapshots to start from.  Each step reads what the steps before it returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from datetime import date
+
+from deltalake import DeltaTable
+
+from schemas.durations import DAY
+from schemas.errors import StoreError
+from schemas.views import FeatureView, lifetime_sources
+from transforms.features.column_reuse import Copies, find_copies
+from transforms.features.history_snapshots import Chain, Segment, chains, segments, usable_snapshot
+from transforms.features.manifest_store import older_tables, read_manifest
+from transforms.features.plan import FeaturePlan, interval, plan_blocks
+from transforms.features.staleness import (
+    EMPTY,
+    WRITTEN_BEFORE,
+    Current,
+    Manifest,
+    Stale,
+    continued,
+    examine,
+    find_stale,
+    outdated,
+    usable_snapshots,
+)
+from transforms.records.times import ALWAYS, as_date
+from transforms.sources.inventory import Inventory, take_inventory
+from transforms.storage.delta_tables import open_table
+
+Ranges = list[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeaturesRequest:
+    """Which features to compute, from what, and how the work may be divided.
+
+    Args:
+        view: of the features.
+        store: its address.
+        table: address of the feature table.
+        sources: folder of the sources.
+        now: µs since 1970; rows stamped later are not known yet.
+        start: first day to compute; None: the first there is.
+        end: the day after the last; None: the day after the last there is.
+        full: compute every date again, whatever the table holds.
+        refresh: also count dates as stale whose dimensions have changed.
+        block_rows: rows computed at once.
+        shuffled: send rows to their blocks instead of letting each block read; None: whichever reads less.
+        key_shards: parts into which a block's events are divided by key; None: as many as memory needs.
+        broadcast_bytes: a larger dimension is read by each block instead of being sent to every worker.
+    """
+
+    view: FeatureView
+    store: str
+    table: str
+    sources: str
+    now: int
+    start: date | None
+    end: date | None
+    full: bool
+    refresh: bool
+    block_rows: int
+    shuffled: bool | None
+    key_shards: int | None
+    broadcast_bytes: float
+
+    @property
+    def bounded(self) -> bool:
+        """Whether only some days are to be computed."""
+        return self.start is not None or self.end is not None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """What there is to compute, why, and the state of the sources and of the table that this was decided on.
+
+    Args:
+        plan: None: there is nothing to compute.
+        stale: reasons per date, and notes for the user.
+        current: digests of the sources.
+        base: version of the feature table; None: there is no table yet.
+        copies: columns that are copied from an older table.
+        inventory: of the sources.
+        everything: whether all dates are computed.
+        segments: of the history that is summarised for windows without a beginning.
+        chains: of those segments, each with the snapshot it starts from.
+        outdated: days of the table that an older version wrote, and whose values may be wrong.
+    """
+
+    plan: FeaturePlan | None
+    stale: Stale
+    current: Current
+    base: int | None
+    copies: Copies | None = None
+    inventory: Inventory | None = None
+    everything: bool = False
+    segments: tuple[Segment, ...] = ()
+    chains: tuple[Chain, ...] = ()
+    outdated: tuple[int, ...] = ()
+
+    @property
+    def required_plan(self) -> FeaturePlan:
+        """The plan of a run that has something to compute."""
+        assert self.plan is not None, "a run with nothing to compute has no graph"
+        return self.plan
+
+
+def prepare_features(request: FeaturesRequest) -> PreparedRun:
+    """Decide what to compute: the days that were requested, all days, or those that are missing or stale.
+
+    Raises:
+        DataError: there are no spine rows in the interval, or a source has no files.
+        ContractError: a file cannot be read as its source declares.
+        StoreError: the table or its manifest cannot be read.
+    """
+    view = request.view
+    inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
+    # A run over some days keeps what is known of the others, even when it computes its own days from nothing.
+    whole = request.full and not request.bounded
+    manifest = EMPTY if whole else continued(view, read_manifest(table))
+    current, base = examine(inventory, manifest, request.full), None if table is None else int(table.version())
+    everything = not request.bounded and (request.full or not manifest.dates)
+    stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
+    days = outdated(_readable_manifest(view, table) if everything else manifest)
+    stale = _with_notes(stale, days, ranges, inventory, everything)
+    if not ranges:
+        return PreparedRun(None, stale, current, base)
+    plan = plan_blocks(
+        view,
+        inventory,
+        ranges,
+        {name: each.first for name, each in current.repeats.items()},
+        everything,
+        digest=not current.digested,
+        block_rows=request.block_rows,
+        shuffled=request.shuffled,
+        summarised=lifetime_sources(view),
+        key_shards=request.key_shards,
+        broadcast_bytes=request.broadcast_bytes,
+    )
+    computed = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
+    older = [] if request.full else older_tables(request.store, view)
+    copies = find_copies(view, inventory, current, older, computed)
+    prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything)
+    if not lifetime_sources(view):
+        return prepared
+    history, summarised = _history(request, prepared, manifest, ranges)
+    return dataclasses.replace(prepared, segments=summarised, chains=history, outdated=tuple(days))
+
+
+def _stale_ranges(
+    request: FeaturesRequest, inventory: Inventory, manifest: Manifest, current: Current, everything: bool
+) -> tuple[Stale, Ranges]:
+    """(Why dates are stale, `[start, end)` µs of what is computed)."""
+    if request.bounded or everything:
+        return Stale({}), [interval(request.view, inventory, request.start, request.end)]
+    stale = find_stale(request.view, manifest, current, request.refresh)
+    return stale, list(stale.ranges())
+
+
+def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: Inventory, everything: bool) -> Stale:
+    """`stale` with what the user should know of days that an older version wrote, and of the sources."""
+    if everything:
+        notes = list(outdated_notes(days, [(ALWAYS, -ALWAYS)]))
+    else:
+        notes = [*outdated_notes(days, ranges), *inventory.notes]
+    return dataclasses.replace(stale, notes=(*stale.notes, *notes))
+
+
+def _history(
+    request: FeaturesRequest, prepared: PreparedRun, manifest: Manifest, ranges: Ranges
+) -> tuple[tuple[Chain, ...], tuple[Segment, ...]]:
+    """What is summarised for windows without a beginning, and the snapshots to start from."""
+    view, inventory, plan = request.view, prepared.inventory, prepared.required_plan
+    assert inventory is not None
+    snapshots = {
+        first: None
+        if request.full
+        else usable_snapshot(request.table, usable_snapshots(view, manifest, prepared.current, first))
+        for first, _ in ranges
+    }
+    found = chains(plan, snapshots)
+    timeless = {name: inventory.timeless(name) for name in view.events if prepared.everything}
+    return found, segments(view, plan, found, inventory.slices, timeless)
+
+
+def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:
+    """The table's manifest; an empty one where it cannot be read, for a run over everything does not need it."""
+    try:
+        return continued(view, read_manifest(table))
+    except StoreError:
+        return EMPTY
+
+
+def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Notes on days whose values an older version may have got wrong: which of them the run recomputes, and which it leaves.
+
+    Args:
+        days: numbers of days since 1970.
+        ranges: `[start, end)` µs that the run computes.
+    """
+    left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
+    if len(days) > len(left):
+        yield f"rows of {_days(len(days) - len(left))} {WRITTEN_BEFORE}"
+    if left:
+        yield (
+            f"rows of {_days(len(left), 'more ')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
+            "and may be wrong in the same way: a run without --start and --end recomputes them"
+        )
+
+
+def _days(count: int, which: str = "") -> str:
+    return f"{count:,} {which}day{'' if count == 1 else 's'}"

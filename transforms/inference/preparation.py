@@ -1,0 +1,178 @@
+"""Which model scores which rows: decided, and fixed to versions, before the graph of an inference run is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from datetime import date, timedelta
+from typing import Any
+
+import pyarrow as pa
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.errors import DataError, MismatchError, StoreError
+from schemas.loading import Definition
+from schemas.tables import predictions
+from schemas.views import FeatureView
+from transforms.features.manifest_store import warn_of_outdated
+from transforms.inference.champion_model import check_model
+from transforms.models.bundle import Bundle, digest_of, load
+from transforms.models.registry import Registry, registry_uri
+from transforms.models.scoring import Pinned, columns_read
+from transforms.storage.delta_tables import CommitTarget, DataFile, data_files, days_between, delta_schema, open_table
+from transforms.storage.paths import features_uri, predictions_uri
+from transforms.storage.tfrecord_io import matching
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InferenceRequest:
+    """Which rows to score, and with what.
+
+    Args:
+        definition: of the view and the model.
+        store: its address.
+        registry: MLflow tracking URI.
+        run_id: of the run.
+        start: first day of feature rows; None: the first there is.
+        end: the day after the last; None: the day after the last there is.
+        model_version: None: the champion.
+        input_tfrecord: pattern of files to score instead of the feature table.
+        output_tfrecord: prefix of files to write instead of the predictions table.
+    """
+
+    definition: Definition
+    store: str
+    registry: str
+    run_id: str
+    start: date | None
+    end: date | None
+    model_version: str | None
+    input_tfrecord: str | None
+    output_tfrecord: str | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InferencePlan:
+    """The model and the rows of a run, at fixed versions.
+
+    Args:
+        model: its version, folder and digest.
+        bundle: the model, loaded and checked.
+        columns: of the feature table, as the model's predictions need them.
+        files: of the feature table; none where TFRecords are read.
+        paths: TFRecord files; none where the table is read.
+        features: address and version of the feature table read, or the pattern of TFRecord files.
+        target: what the predictions replace.  Its dates are None where TFRecords decide them.
+    """
+
+    model: Pinned
+    bundle: Bundle
+    columns: pa.Schema
+    files: tuple[DataFile, ...]
+    paths: tuple[str, ...]
+    features: str
+    target: CommitTarget
+
+
+def prepare_inference(request: InferenceRequest) -> InferencePlan:
+    """Find the model and the rows, and check that they were made for each other.
+
+    Raises:
+        StoreError: no champion, no such version, no feature table, files altered.
+        MismatchError: fingerprints or schemas differ.
+        DataError: the interval has no rows.
+    """
+    view, name = request.definition.view, request.definition.require_model().name
+    model, bundle = pinned(request, name)
+    check_model(bundle, model.version, view, _command("training", request))
+    schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
+    paths: tuple[str, ...] = ()
+    files: tuple[DataFile, ...] = ()
+    dates: tuple[date, ...] | None = None
+    if request.input_tfrecord:
+        paths, features = tuple(matching(request.input_tfrecord)), request.input_tfrecord
+    else:
+        features, files, dates = feature_files(request, view, schema)
+    uri = predictions_uri(request.store, name)
+    written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
+    base = None if request.output_tfrecord else check_target(uri, written)
+    metadata = {
+        "pipeline": "inference", "model": name, "model_version": model.version, "fingerprint": bundle.fingerprint, "features": features,
+    }  # fmt: skip
+    target = CommitTarget(uri, written, dates, request.run_id, base, None, metadata)
+    return InferencePlan(model, bundle, schema, files, paths, features, target)
+
+
+def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
+    """The requested version, or else the present champion, with the digest of its files."""
+    registry = Registry(request.registry)
+    version = request.model_version or registry.champion(name)
+    if version is None:
+        fix = f"Train one with: {_command('training', request)}; or name a version with --model_version"
+        raise StoreError("A model has a champion before it scores", f"none for {name!r} in {request.registry}", fix)
+    version, folder = registry.resolve(name, version)
+    digest = digest_of(folder)
+    return Pinned(folder, version, digest), load(folder, digest)
+
+
+def feature_files(
+    request: InferenceRequest, view: FeatureView, schema: pa.Schema
+) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
+    """(Address and version of the feature table, its files in the interval, the interval's dates)."""
+    uri = features_uri(request.store, view.name, view.fingerprint)
+    again = _command("features", request)
+    if (table := open_table(uri)) is None:
+        if others := fingerprints(request.store, view.name):
+            value = f"{', '.join(others)} in {FileSystems.split(uri)[0]}, {view.fingerprint} in the definition"
+            raise MismatchError("The definition's features have been computed", value, f"Compute them with: {again}")
+        raise StoreError(
+            "Features are computed before they are scored", f"no table at {uri}", f"Compute them with: {again}"
+        )
+    check_fields(uri, table, schema, f"Compute them again with: {again}")
+    warn_of_outdated(view, table)
+    every = data_files(table)
+    files = tuple(data_files(table, request.start, request.end))
+    if not files:
+        has = f"{every[0].date} to {every[-1].date}" if every else "none at all"
+        value = f"none in [{request.start or 'the first'}, {request.end or 'the last'}) of {uri}, which has {has}"
+        raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
+    dates = days_between(request.start or files[0].date, request.end or files[-1].date + timedelta(days=1))
+    return f"{uri}@{table.version()}", files, dates
+
+
+def fingerprints(store: str, view: str) -> list[str]:
+    """Fingerprints of all feature tables of a view."""
+    (match,) = FileSystems.match([FileSystems.join(features_uri(store, view, "*"), "_delta_log", "*.json")])
+    return sorted({each.path.replace("\\", "/").split("/")[-3] for each in match.metadata_list})
+
+
+def check_target(uri: str, schema: pa.Schema) -> int | None:
+    """Version of the predictions table, None where there is none; refused if its columns are others."""
+    if (table := open_table(uri)) is None:
+        return None
+    check_fields(uri, table, schema, "Give the model a new name, or move the old table away")
+    return int(table.version())
+
+
+def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
+    """Refuse a Delta table without the columns of `schema`."""
+    found = {field.name: str(field.type.type) for field in table.schema().fields}
+    wanted = {field.name: str(field.type.type) for field in delta_schema(schema).fields}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')} instead of {kind}"
+        for name, kind in wanted.items()
+        if found.get(name) != kind
+    ]
+    if wrong:
+        raise MismatchError(f"The table {uri} has the columns of this definition", "; ".join(wrong), fix)
+
+
+def _command(pipeline: str, request: InferenceRequest) -> str:
+    """The command that would make what is missing."""
+    words = ["millrace", pipeline, "--definition", request.definition.name, "--store", request.store]
+    if pipeline == "features":
+        words += ["--start", str(request.start)] if request.start else []
+        words += ["--end", str(request.end)] if request.end else []
+    elif "://" in request.store or request.registry != registry_uri(request.store):
+        words += ["--registry", request.registry]
+    return shlex.join(words)
