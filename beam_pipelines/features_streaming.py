@@ -37,7 +37,7 @@ from schemas.errors import DefinitionError, MismatchError, StoreError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.records.frame_packets import pack
-from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
+from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.beginnings import HISTORY, of_topic
@@ -80,6 +80,16 @@ class Options:
     @property
     def folder(self) -> str:
         return os.path.join(self.live.store, "runs", self.run_id)
+
+    @property
+    def stream(self) -> dict[str, object]:
+        """All that the offsets of its messages depend on."""
+        if self.replay is None:
+            return {"--source": "kafka", "--topic_prefix": self.live.prefix}
+        said = dataclasses.asdict(self.replay)
+        del said["root"]  # a store and its sources may be moved
+        days = {name: None if abs(said[name]) >= FOREVER else str(day_of(said[name])) for name in ("start", "end")}
+        return {"--source": "replay", **{f"--{name}": each for name, each in {**said, **days}.items()}}
 
     @property
     def table(self) -> str:
@@ -248,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the job until it ends: the end of a replay, a word on every partition that nothing follows, or a signal."""
     options = parse(argv)
     options.handover.check()
-    claim(options.definition.view, options.live.store)
+    claim(options.definition.view, options.live.store, options.stream)
     with Run("features --streaming", options.run_id, options.folder) as run:
         if options.replay is not None:
             pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))

@@ -468,6 +468,41 @@ def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Pa
     assert again.beginnings == tell.beginnings
 
 
+def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_path: Path) -> None:
+    """A job that remembers further finds rows of one `unique` value which an earlier job counted, since it remembered less."""
+    lay(tmp_path / "in", {"reads": rows_of(reads, []), "once": rows_of(once, [(-3000, 8)])})
+    tell = Told(two("5s"), tmp_path)
+    for at in (2, 200, 400):
+        tell([(at, at + 1.0)], reads=[(at, at)], once=[(at, 7), (at, 8), (at + 1, at)])
+    tell.answers()
+    view = two(("5s", "2h"))
+    tell = Told(view, tmp_path, run_id="again")
+    tell([(500, 451.0)], reads=[(452, 1)], once=[(450, 7), (450, 8), (452, 452)])  # repeats of both
+    tell([(501, 461.0)], reads=[(462, 1)], once=[(1, 7), (462, 462)])  # known earlier than all of them
+    tell.answers()
+    checked = check(view, str(tell.store))
+    assert checked.answers == 5
+    assert checked.differing == 0, {name: each.examples for name, each in checked.features.items() if each.differing}
+    rows = read(str(tell.store / "sources" / "once"))
+    assert rows["__instead"].drop_nulls().n_unique() == 2
+    tell = Told(view, tmp_path, run_id="third")
+    tell([(502, 471.0)], reads=[(472, 1)], once=[(472, 472)])
+    tell.answers()
+    assert check(view, str(tell.store)).differing == 0
+
+
+def test_a_history_that_ended_long_ago_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
+    """The topic has all that comes after it, however little of history a window reached at first."""
+    hour = 3600
+    lay(tmp_path / "in", {"reads": rows_of(reads, [(-9 * hour, 1)]), "once": rows_of(once, [(-60, 1)])})
+    tell = Told(two(), tmp_path)
+    tell([(1, 1.0)], reads=[(-7 * hour, 2), (2, 3)], once=[(2, 3)])
+    assert tell.answers("__cold") == {1: (False,)}
+    tell = Told(two("8h"), tmp_path, run_id="again")
+    tell([(2, 4.0)], reads=[(9, 1)], once=[(9, 9)])
+    assert tell.answers("reads_by_k_v_sum_8h", "__cold")[2] == (5.0, False)
+
+
 def test_history_without_rows_is_a_history(tmp_path: Path) -> None:
     lay(tmp_path / "in", {"reads": rows_of(reads, []), "once": rows_of(once, [])})
     tell = Told(two(("1h", "all")), tmp_path, start=None)

@@ -88,3 +88,35 @@ def test_a_model_s_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) 
     assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
     (tmp_path / "dead_letters" / "live_predictions_model").mkdir(parents=True)
     claim(load_definition(str(market.define(tmp_path / "mine"))).view, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--start", "2024-03-03"],
+        ["--end", "2024-03-04"],
+        ["--chunk", "6h"],
+        ["--partitions", "3"],
+        ["--disorder", "1h"],
+    ],
+)
+def test_another_stream_is_refused_before_anything_is_written(
+    lived: tuple[Path, Path], capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Its messages have the same offsets and hold other rows."""
+    folder, store = lived
+    before = content(store)
+    assert guard(features_streaming.main)([*argv(folder, store, name="other"), *flags]) == 4
+    said = capsys.readouterr().err
+    assert all(word in said for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), said
+    assert content(store) == before
+
+
+def test_a_job_that_has_read_nothing_binds_to_no_stream(tmp_path: Path) -> None:
+    market.write(tmp_path, market.sources(30))
+    view = load_definition(str(market.define(tmp_path))).view
+    claim(view, str(tmp_path / "store"), {"--source": "replay", "--chunk": 1})
+    claim(view, str(tmp_path / "store"), {"--source": "kafka", "--topic_prefix": ""})
+    assert json.loads((tmp_path / "store" / OWNER).read_text())["stream"]["--source"] == "kafka"
+    claim(view, str(tmp_path / "store"))
+    assert json.loads((tmp_path / "store" / OWNER).read_text())["stream"]["--source"] == "kafka"

@@ -138,7 +138,7 @@ class Handover:
             if name not in given:
                 continue
             low = self._low(name, since) if name in self.view.events else starts[name]
-            beginning = Beginning(starts[name], low if starts[name] > ALWAYS else ALWAYS)
+            beginning = Beginning(starts[name], min(low, starts[name]))  # the topic has what comes after S
             found = self._accept(found, name, beginning, given[name], (low, starts[name]), {})
         for name in self.view.events:
             if name in fresh or name not in given:
@@ -209,7 +209,8 @@ class Handover:
         if name not in lifetime_sources(self.view):  # a restart reads back no further to find what replaced a row
             far = pl.col("__mine").dt.offset_by(f"{2 * self.view.reach(name)}us")
             later = later.filter(pl.col(moment) <= far)
-        replaced = later.select(*unique, pl.col(RID).alias("__gone")).unique(unique)
+        replaced = later.sort(moment, RID).select(*unique, pl.col(RID).alias("__gone"))
+        replaced = replaced.unique(unique, keep="first")  # a row names one that it replaces
         rows = rows.join(earlier.unique(unique), on=unique, how="left", maintain_order="left")
         rows = rows.join(replaced, on=unique, how="left", maintain_order="left")
         counts = pl.col("__counted") & pl.col("__known").is_null()

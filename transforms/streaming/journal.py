@@ -281,7 +281,11 @@ class Journal:
             unique, keep="first", maintain_order=True
         )
         kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
-        gone = old.filter(~pl.col(RID).is_in(first[RID].implode()))
+        # Of several that count, since their job remembered less far, one alone: a row names one row that it replaces.
+        oldest = old.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
+            unique, keep="first", maintain_order=True
+        )
+        gone = oldest.filter(~pl.col(RID).is_in(first[RID].implode()))
         if source.name not in self.lifetime:  # so that a restart, which reads back so far, finds what replaced each row
             time, since = pl.col(str(source.time)), pl.col("__since").dt.offset_by(f"{self.remembered[source.name]}us")
             since_first = first.select(*unique, pl.col(str(source.time)).alias("__since"))

@@ -1,8 +1,10 @@
-"""One live view per store.
+"""One live view per store, and one stream.
 
 Accepted rows, offsets and each row's fate are kept by source, and rows are judged by the columns that one view reads.  A
 second view's job on the same store would go on from the first one's offsets, with rows judged for another purpose.  The
 view that owns a store is written down there when its first job starts; in stores without such a note their tables tell.
+
+Offsets mean nothing in another stream: those of a replay are numbered by its flags, those of Kafka by its topics.
 """
 
 from __future__ import annotations
@@ -22,20 +24,24 @@ from schemas.views import FeatureView
 from transforms.sources.contracts import check_rows
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
+from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import application_of
+from transforms.streaming.live_tables import application_of, last_commit_record
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (offsets, accepted rows and answers of its own)"
 
 
-def claim(view: FeatureView, store: str) -> None:
-    """Note that the store's live jobs are this view's.
+def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None) -> None:
+    """Note that the store's live jobs are this view's, and what they read (`stream`: all that its offsets depend on).
 
     Raises:
-        StoreError: they are another view's, or were of a definition of it that read other columns; nothing was written.
+        StoreError: they are another view's, were of a definition of it that read other columns, or have read another stream;
+            nothing was written.
     """
     mine = _note(view)
+    if stream is not None:
+        mine["stream"] = dict(stream)
     known = _read(store)
     if known is None:
         _check_tables(view, store)
@@ -49,7 +55,8 @@ def claim(view: FeatureView, store: str) -> None:
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
-        mine["sources"] = {**known["sources"], **mine["sources"]}
+        _check_stream(view, store, mine, known)
+        mine = {**known, **mine, "sources": {**known["sources"], **mine["sources"]}}
     if mine != known:
         write_aside(store, OWNER, pa.py_buffer((json.dumps(mine, indent=2) + "\n").encode()))
 
@@ -88,6 +95,28 @@ def _check_note(view: FeatureView, store: str, mine: Mapping[str, Any], known: M
             continue
         other = sorted(set(each["columns"]) ^ set(before["columns"])) or ["the columns by which repeats count once"]
         _refuse_rows(view, store, name, f"{', '.join(other)} read by one of the two only")
+
+
+def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    before, now = known.get("stream"), mine.get("stream")
+    if before is None or now is None or before == now or not _has_read(view, store):
+        return
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
+    raise StoreError(
+        "A live store goes on with the stream that it has read: offsets of another one mean other rows",
+        f"{shown[1]}, where {store} was written with {shown[0]}",
+        "Repeat the flags of before, or give this job another --store (what comes before its --start is history)",
+    )
+
+
+def _has_read(view: FeatureView, store: str) -> bool:
+    """Whether offsets of a topic are in the store."""
+    told = (
+        last_commit_record(open_table(source_uri(sources_root(store), name)), application_of(name))
+        for name in contracts_of(view)
+    )
+    return any(of_topic(offsets) for each in told for offsets in each.get("next", {}).values())
 
 
 def _check_tables(view: FeatureView, store: str) -> None:
