@@ -29,6 +29,8 @@ SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
 # Values of a source that are read in a second, for what is left undone for want of time; and what a run's files take.
 VALUES_PER_SECOND = 12e6
 SECONDS_PER_GROUP, SECONDS_PER_VALUE = 0.002, 4e-5
+# Part of the allowed time that an estimate may fill: the machine may be busy with other things.
+FILLED = 0.7
 # Rows recomputed in one pass over the sources where every row is wanted.
 AT_ONCE = 20_000
 EXAMPLES = 3
@@ -51,8 +53,8 @@ class Amount:
 
     @property
     def seconds(self) -> float | None:
-        """What may be spent, as of now."""
-        return None if self.share is None else max(time.time() - self.began / 1e6, 0.0) * self.share
+        """What an estimate may come to, as of now."""
+        return None if self.share is None else max(time.time() - self.began / 1e6, 0.0) * self.share * FILLED
 
 
 @dataclasses.dataclass(frozen=True)
