@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_pipelines import training
+from transforms.training import preparation
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -20,20 +20,20 @@ def test_every_module_of_the_program_counts(tmp_path: Path, monkeypatch: pytest.
     for name in MODULES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(training, "__file__", str(tmp_path / "beam_pipelines" / "training.py"))
-    digests = {training.code_digest()}
-    assert digests == {training.code_digest()}
+    monkeypatch.setattr(preparation, "__file__", str(tmp_path / "transforms" / "training" / "preparation.py"))
+    digests = {preparation.code_digest()}
+    assert digests == {preparation.code_digest()}
     for name in MODULES:
         (tmp_path / name).write_text(f"x = {name!r}\n")
-        digests.add(training.code_digest())
+        digests.add(preparation.code_digest())
     assert len(digests) == 1 + len(MODULES) > 100
 
 
 def test_a_module_that_moves_is_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "__file__", str(tmp_path / "beam_pipelines" / "training.py"))
+    monkeypatch.setattr(preparation, "__file__", str(tmp_path / "transforms" / "training" / "preparation.py"))
     for name in ("transforms/features/plan.py", "beam_pipelines/training.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    before = training.code_digest()
+    before = preparation.code_digest()
     (tmp_path / "transforms/features/plan.py").rename(tmp_path / "transforms/plan.py")
-    assert training.code_digest() != before
+    assert preparation.code_digest() != before

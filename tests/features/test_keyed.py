@@ -175,7 +175,7 @@ def test_any_cut_by_key_gives_the_same_bits_letters_and_accounts(
     whole = computed(view, store, key_shards=1)
     with pytest.MonkeyPatch.context() as patch:
         for module in (reader, key_partitions, routed_dimensions):
-            patch.setattr(module, "CHUNK", chunk)
+            patch.setattr(module, "CHUNK_ROWS", chunk)
         patch.setattr(reader.stream_slices, "__defaults__", (*reader.stream_slices.__defaults__[:-1], chunk))  # type: ignore[index]
         choices = {"block_rows": block_rows, "key_shards": shards, "broadcast_bytes": 0 if routed else 10**9}
         same(computed(view, store, shuffled, **choices), whole)

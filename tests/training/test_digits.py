@@ -228,7 +228,7 @@ def test_the_share_of_the_labels_variance_is_exact(rows: list[tuple[str, int]], 
     mean = sum(everything) / len(everything)
     total = sum((label - mean) ** 2 for label in everything)
     between = sum(len(level) * (sum(level) / len(level) - mean) ** 2 for level in known.values())
-    assert found.told == (float(between / total) if total else 0.0)
+    assert found.explained == (float(between / total) if total else 0.0)
     assert isinstance(next(iter((found.levels or {}).values())), Level)
 
 
