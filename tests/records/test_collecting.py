@@ -21,13 +21,13 @@ class Cycle:
 
 collected()
 before = min(collected() for _ in range(3))
-spare_imports()
+freeze_imports()
 frozen = gc.get_freeze_count()
 print("times", before / min(collected() for _ in range(3)))
 gone = weakref.ref(Cycle())
 gc.collect()
 kept = [Cycle() for _ in range(100)]
-spare_imports()
+freeze_imports()
 print("found", gone() is None, "once", frozen == gc.get_freeze_count())
 """
 
