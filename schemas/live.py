@@ -1,4 +1,4 @@
-"""Arrow schemas of what live jobs write: accepted rows with their origin, feature rows with their cut, and dead letters."""
+"""Arrow schemas of what live jobs write: accepted rows with their origin, feature rows with their cut, dead letters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ ORIGIN = pa.schema([
 ])  # fmt: skip
 
 # Columns added to the features of a feature row: the next offset per partition that it could see
-# (`source/partition:offset,…`), whether the spine row was late, its origin, the time of computation, the versions of the
-# dimensions as JSON, and whether some window begins before the job has its source's rows (null in files written before
-# the column existed).
+# (`source/partition:offset,…`), whether the spine row was late, its origin, the time of computation, the versions of
+# the dimensions as JSON, and whether some window begins before the job has its source's rows (null in files written
+# before the column existed).
 ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string()), ("__cold", pa.bool_())])  # fmt: skip
 
 # What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
-# Messages and rows that broke their contract, and refused spine rows.  `place` is −1 for a whole message.  For a row of a
-# dimension `partition` is −1, `offset` its row in a file and `place` the number of the file; the rule names file and version.
+# Messages and rows that broke their contract, and refused spine rows.  `place` is −1 for a whole message.  For a row of
+# a dimension `partition` is −1, `offset` its row in a file and `place` the number of the file; the rule names file and
+# version.
 LIVE_DEAD_LETTERS = pa.schema([
     ("source", pa.string()),
     ("partition", pa.int32()),

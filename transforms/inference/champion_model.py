@@ -1,7 +1,8 @@
 """The model behind a registry alias in a live job: it is polled while the job runs and swapped between two batches.
 
 Each worker process has one model and a thread that polls the alias.  The thread downloads, checks and warms up a new
-version, and then swaps it in with one assignment.  If a version is broken, it is refused and the previous one keeps serving.
+version, and then swaps it in with one assignment.  If a version is broken, it is refused and the previous one keeps
+serving.
 """
 
 from __future__ import annotations
@@ -305,8 +306,8 @@ def _moment(at: int) -> str:
 class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
     """RunInference over live feature rows: each batch is scored by the model that serves at that moment.
 
-    The input is batches of `schemas.live.scorable(view)`, the output is `schemas.live.live_predictions(view, classes)`.  An
-    envelope in the metadata of the schema (`BATCH_RECORD`) passes through, and the model of this worker is added.
+    The input is batches of `schemas.live.scorable(view)`, the output is `schemas.live.live_predictions(view, classes)`.
+    An envelope in the metadata of the schema (`BATCH_RECORD`) passes through, and the model of this worker is added.
     """
 
     def __init__(self, serving: Serving) -> None:

@@ -1,7 +1,8 @@
 """Output of live inference: messages for the topic, and commits to a table that has each row once.
 
-A row is scored, then acknowledged by the broker, then committed.  A commit records the next offset of every partition of
-the features topic, so that a job that was killed resumes there.  Rows that are read again are scored again, and dropped by id.
+A row is scored, then acknowledged by the broker, then committed.  A commit records the next offset of every partition
+of the features topic, so that a job that was killed resumes there.  Rows that are read again are scored again, and
+dropped by id.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class PendingPredictions:
         return bool(self.next) and all(self.ended.get(number) == offset for number, offset in self.next.items())
 
     def commit(self, now: int) -> dict[str, Any] | None:
-        """Commit what is there in order and keep the rest.  Returns the status, or None if there was nothing to commit."""
+        """Commit what is there in order and keep the rest.  Returns the status; None if there was nothing to commit."""
 
         def count(_: str, what: str, number: int) -> None:
             if what == SKIPPED:
