@@ -1,4 +1,4 @@
-"""Arrow schemas of what live jobs write: accepted rows with their origin, answers with what they could see, dead letters."""
+"""Arrow schemas of what live jobs write: accepted rows with their origin, feature rows with their cut, dead letters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyarrow as pa
 from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
 
-# Where a row came from: topic partition, offset of its message, place in the message; and when it arrived.
+# The origin of a row: topic partition, offset of its message, position in the message, and time of arrival.
 ORIGIN = pa.schema([
     ("__partition", pa.int32()),
     ("__offset", pa.int64()),
@@ -16,16 +16,18 @@ ORIGIN = pa.schema([
     ("__arrived", TIME),
 ])  # fmt: skip
 
-# Beside the features of an answer: the next offset per partition it could see (`source/partition:offset,…`), whether the
-# question came late, where the question came from, when it was answered, the dimensions' versions as JSON, and whether some
-# window began before the job has the rows of its source (null in what was written before this was told).
+# Columns added to the features of a feature row: the next offset per partition that it could see
+# (`source/partition:offset,…`), whether the spine row was late, its origin, the time of computation, the versions of
+# the dimensions as JSON, and whether some window begins before the job has its source's rows (null in files written
+# before the column existed).
 ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string()), ("__cold", pa.bool_())])  # fmt: skip
 
-# What a live prediction keeps of the answer it was made from, and where in the features topic that came from.
+# What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
-# Messages and rows that broke their contract, and questions set aside.  `place` is −1 for a message as a whole.  Of a
-# dimension's row `partition` is −1, `offset` its row in a file, `place` the file's number; the rule names file and version.
+# Messages and rows that broke their contract, and refused spine rows.  `place` is −1 for a whole message.  For a row of
+# a dimension `partition` is −1, `offset` its row in a file and `place` the number of the file; the rule names file and
+# version.
 LIVE_DEAD_LETTERS = pa.schema([
     ("source", pa.string()),
     ("partition", pa.int32()),
@@ -41,9 +43,9 @@ LIVE_DEAD_LETTERS = pa.schema([
 
 
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
-    """Columns whose repeated values count once among the events of `name`; none if every row counts.
+    """Columns that identify repeats among the events of `name`, which count once; empty if every row counts.
 
-    As events too a spine's rows are questions, each asked once.
+    The rows of a spine are unique also where the spine is a source of events.
     """
     if name not in view.events:
         return ()
@@ -51,9 +53,9 @@ def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
 
 
 def accepted(view: FeatureView, name: str) -> pa.Schema:
-    """Rows of a source as a live job keeps them: its columns, `ORIGIN`, and `date`, the UTC date of their time.
+    """Rows of a source as a live job stores them: its columns, `ORIGIN`, and `date`, the UTC date of their time.
 
-    Where repeats count once, also what became of the row: whether it counted, and which row (`__instead`) it replaced.
+    If repeats count once, there are also columns for whether the row counted and which row (`__instead`) it replaced.
     """
     source = view.spine if name == view.spine.name else view.events[name]
     arrow = pl.DataFrame(schema=source.schema).to_arrow().schema
@@ -63,16 +65,16 @@ def accepted(view: FeatureView, name: str) -> pa.Schema:
 
 
 def live_schema(view: FeatureView) -> pa.Schema:
-    """Answers: the view's feature table with `ANSWER` beside."""
+    """Live feature rows: the view's feature table with the columns of `ANSWER`."""
     return pa.schema([*view.output_schema, *ANSWER])
 
 
 def scorable(view: FeatureView) -> pa.Schema:
-    """Answers on their way to a model: the view's feature table with `SEEN` beside."""
+    """Feature rows to be scored: the view's feature table with the columns of `SEEN`."""
     return pa.schema([*view.output_schema, *SEEN])
 
 
 def live_predictions(view: FeatureView, classes: int = 1) -> pa.Schema:
-    """A batch job's predictions with `SEEN` and the moment of scoring beside."""
+    """A batch job's predictions with the columns of `SEEN` and the time of scoring."""
     made = predictions(view.output_schema, tuple(view.key), view.time, classes)
     return pa.schema([*made, *SEEN, pa.field("__scored", TIME)])

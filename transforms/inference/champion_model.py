@@ -1,7 +1,8 @@
-"""The model that bears an alias, in a live job: looked for anew while it serves, and swapped between two batches.
+"""The model behind a registry alias in a live job: it is polled while the job runs and swapped between two batches.
 
-Each worker process holds one, with a thread that reads the alias again and again.  A new version is fetched, checked and
-warmed there, then takes over by one assignment; a version that is broken is refused, and what served before serves on.
+Each worker process has one model and a thread that polls the alias.  The thread downloads, checks and warms up a new
+version, and then swaps it in with one assignment.  If a version is broken, it is refused and the previous one keeps
+serving.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
 from transforms.records.frame_packets import head_of, pack
 
 log = logging.getLogger("millrace.serving")
-# What a batch says beside its rows, in its schema's metadata: a packet of where it comes from; who scored it, as JSON.
+# Keys of the metadata of a batch's schema: an envelope with the origin of its rows; the model that scored it, as JSON.
 BATCH_RECORD, SERVING = b"millrace.told", b"millrace.serving"
-# Swaps and refusals that are kept to be told.
+# The most swaps and refusals that are kept for the status.
 KEPT = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """What a live job scores with.
+    """The settings of a live job's scoring.
 
     Args:
         registry: MLflow tracking URI.
         model: registered name.
-        view: whose rows are scored.
-        first: the version that served at launch; a worker that starts while the alias names a broken one begins with it.
-        classes: scores per row.  They are columns, and so stay what they were at launch.
-        alias: whose bearer serves.
-        arm: part of every prediction's identity.
-        poll: how often the alias is read, µs.
-        threads: of XGBoost in each worker.
+        view: the view whose rows are scored.
+        first: the version that served at launch; a worker that starts while the alias names a broken version uses it.
+        classes: scores per row.  Each is a column, so the number is fixed at launch.
+        alias: the version with this alias serves.
+        arm: part of the identity of every prediction.
+        poll: interval between reads of the alias, µs.
+        threads: XGBoost threads per worker.
     """
 
     registry: str
@@ -66,7 +67,7 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that serves since a moment (µs since 1970)."""
+    """A model and the time since which it serves (µs since 1970)."""
 
     scorer: Scorer
     since: int
@@ -77,13 +78,13 @@ class LoadedModel:
 
 
 def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
-    """Refuse a model that was trained on other features than the definition describes now.
+    """Refuse a model that was trained on features other than those that the definition describes now.
 
     Args:
         bundle: the model.
-        version: as it is registered.
-        view: of the definition.
-        train: the command that trains one.
+        version: its version in the registry.
+        view: the view of the definition.
+        train: the command that trains a model.
 
     Raises:
         MismatchError: fingerprints or inputs differ.
@@ -107,11 +108,11 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
 
 
 def open_checked(serving: Serving, model: Pinned) -> Scorer:
-    """A model ready to serve: files as registered, made for these features, and it has scored a row.
+    """Load a model and check it: its files are as registered, it fits these features, and it scores a test row.
 
     Raises:
-        StoreError: files missing or altered.
-        MismatchError: made for other features, or it gives another number of scores.
+        StoreError: files are missing or altered.
+        MismatchError: the model was trained on other features, or returns another number of scores.
     """
     scorer = open_scorer(model, serving.threads)
     bundle, view = scorer.bundle, serving.view
@@ -127,14 +128,14 @@ def open_checked(serving: Serving, model: Pinned) -> Scorer:
 
 
 class Champion:
-    """The bearer of the alias, in this process.
+    """The version with the alias, in this process.
 
     Args:
-        serving: what is wanted.
-        watch: whether a thread looks after it.
+        serving: the settings.
+        watch: whether a thread polls the alias.
 
     Raises:
-        MillraceError: neither the bearer nor the version at launch can serve.
+        MillraceError: neither the version with the alias nor the version of the launch can serve.
     """
 
     def __init__(self, serving: Serving, watch: bool = True) -> None:
@@ -161,18 +162,18 @@ class Champion:
         return self._held
 
     def take(self) -> tuple[LoadedModel, int]:
-        """What serves, and the time now (µs): before another one's `since`, whenever that takes over."""
+        """The model that serves, and the time now (µs), which is before the `since` of any model that replaces it."""
         with self._lock:
             return self.held, time.time_ns() // 1000
 
     def news(self) -> dict[str, int]:
-        """Swaps and refusals since the last time this was asked."""
+        """Counts of swaps and refusals since the last call."""
         with self._lock:
             result, self._news = self._news, {"swaps": 0, "refused": 0}
             return result
 
     def begin(self, held: LoadedModel, rows: pa.RecordBatch) -> None:
-        """Tell of the first rows that a model scores here."""
+        """Record the first rows that a model scores in this process."""
         with self._lock:
             if self._began == held.version or held is not self._held or not rows.num_rows:
                 return
@@ -189,14 +190,14 @@ class Champion:
         )
 
     def look(self) -> None:
-        """Read the alias; where another version bears it, let that one serve if it can."""
+        """Read the alias; if it names another version, swap that version in if it can serve."""
         serving = self.serving
         try:
             version = self._registry.bearer(serving.model, serving.alias)
             if version is None:
                 value = f"nobody bears {serving.alias!r} of {serving.model!r} in {serving.registry}"
                 raise StoreError("The alias of a live job has a bearer", value, "Give it back with: millrace promote")
-        except Exception as error:  # whatever a registry does, the model in memory serves on
+        except Exception as error:  # on any error of the registry, the model in memory keeps serving
             self._say(error)
             return
         if self._trouble:
@@ -208,7 +209,7 @@ class Champion:
             self._try(version)
 
     def close(self) -> None:
-        """Look no more; what is held serves on."""
+        """Stop polling; the model in memory keeps serving."""
         self._stop.set()
 
     def _try(self, version: str) -> None:
@@ -221,7 +222,7 @@ class Champion:
         self._folder, state = folder, _state(folder)
         try:
             scorer = open_checked(serving, Pinned(folder, version, digest))
-        except Exception as error:  # a model may be broken in any way
+        except Exception as error:  # a broken model may raise any exception
             self._refuse(version, error)
             self._skipped = version, state
             return
@@ -261,7 +262,7 @@ class Champion:
         )  # fmt: skip
 
     def _say(self, error: Exception) -> None:
-        """Tell of a registry's trouble, once until it changes."""
+        """Report an error of the registry once, until the error changes."""
         if str(error) != self._trouble:
             self._trouble = str(error)
             serving = "the version of the launch" if self._held is None else f"version {self._held.version}"
@@ -272,7 +273,7 @@ _open: weakref.WeakSet[Champion] = weakref.WeakSet()
 
 
 def close_all() -> None:
-    """Stop the threads of this process that look after models."""
+    """Stop the polling threads of this process."""
     for champion in list(_open):
         champion.close()
 
@@ -286,7 +287,7 @@ def _watch(champion: weakref.ref[Champion], stop: threading.Event, poll: float) 
 
 
 def _state(folder: str) -> tuple[Any, ...]:
-    """What shows that a folder's files have changed."""
+    """A value that changes when the files of a folder change."""
     try:
         if "://" in folder:
             (found,) = FileSystems.match([FileSystems.join(folder, "*")])
@@ -294,7 +295,7 @@ def _state(folder: str) -> tuple[Any, ...]:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
         return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
-    except Exception as error:  # gone, or not to be read: until that changes
+    except Exception as error:  # missing or unreadable: the same value until that changes
         return (type(error).__name__,)
 
 
@@ -303,10 +304,10 @@ def _moment(at: int) -> str:
 
 
 class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
-    """RunInference over live feature rows: each batch is scored by the model that serves when its turn comes.
+    """RunInference over live feature rows: each batch is scored by the model that serves at that moment.
 
-    Takes batches of `schemas.live.scorable(view)` and gives `schemas.live.live_predictions(view, classes)`; a packet in the
-    schema's metadata (`BATCH_RECORD`) travels on, with what this worker serves.
+    The input is batches of `schemas.live.scorable(view)`, the output is `schemas.live.live_predictions(view, classes)`.
+    An envelope in the metadata of the schema (`BATCH_RECORD`) passes through, and the model of this worker is added.
     """
 
     def __init__(self, serving: Serving) -> None:
@@ -321,7 +322,7 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
     def run_inference(
         self, batch: Sequence[pa.RecordBatch], model: Champion, inference_args: dict[str, Any] | None = None
     ) -> Iterable[pa.RecordBatch]:
-        rows: pa.RecordBatch = batch  # RunInference takes a batch as it comes
+        rows: pa.RecordBatch = batch  # RunInference passes a batch unchanged
         held, at = model.take()
         for name, number in model.news().items():
             if number:
@@ -344,7 +345,7 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
 def score_live(
     serving: Serving, champion: Champion, held: LoadedModel, at: int, rows: pa.RecordBatch
 ) -> pa.RecordBatch:
-    """Predictions of a batch with one model, stamped `at` µs."""
+    """Predictions of one model for a batch, with the scoring time `at` (µs)."""
     schema = live_predictions(serving.view, serving.classes)
     if rows.num_rows:
         made = predict(held.scorer, rows, serving.arm, SEEN.names)
@@ -362,5 +363,5 @@ def score_live(
 
 
 def batch_record(rows: pa.RecordBatch) -> bytes:
-    """The packet that travels with a batch."""
+    """The envelope in the metadata of a batch."""
     return bytes((rows.schema.metadata or {}).get(BATCH_RECORD, pack({})))

@@ -1,4 +1,4 @@
-"""Answers on their way to a model: messages of the features topic, or the live table read as such, → batches to score."""
+"""Input of live inference: messages of the features topic, or rows of the live feature table, → batches to score."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_tables import read_answers
 from transforms.streaming.messages import HEARTBEAT, MESSAGE_DEAD_LETTERS, Message, by_partition, heartbeat, to_arrow
 
-# Messages of a batch: bounds what a worker holds while a job catches up.
+# Messages per batch: this bounds the memory of a worker while a job catches up.
 BATCH_MESSAGES = 200
-# Rows of a replayed message.
+# Rows per replayed message.
 MESSAGE_ROWS = 1000
 _ARROW = b"\xff\xff\xff\xff"
 
 
 def source_of(view: FeatureView) -> str:
-    """What the features topic is called in offsets and letters, whatever the prefix."""
+    """The name of the features topic in offsets and dead letters, without the prefix."""
     return f"{view.name}.features"
 
 
 def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = False) -> pa.RecordBatch:
-    """Messages of any partitions as one batch of `scorable(view)`; what it covers and what was set aside travel with it.
+    """Messages of any partitions as one batch of `scorable(view)`; its metadata has the offsets and the dead letters.
 
     Args:
-        view: whose answers these are.
+        view: the view of the feature rows.
         messages: from the features topic.
         by_row: offsets count rows (a replayed table), not messages.
     """
@@ -54,7 +54,7 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
                     dead_letters.append(_dead_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
                 beat, rows = until, 0
                 continue
-            beat = None  # an end is one only while nothing follows
+            beat = None  # an end counts only if no message follows
             try:
                 answers = _feature_rows(view, message)
             except (ValueError, OSError, pa.ArrowException) as error:
@@ -78,10 +78,10 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
 
 
 def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
-    """Rows of a message, columns of `scorable(view)`, checked.
+    """Rows of a message with the columns of `scorable(view)`, checked.
 
     Raises:
-        ValueError: another fingerprint or schema, or no Arrow.
+        ValueError: the fingerprint or the schema differs, or the value is not Arrow.
     """
     found_fingerprint = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
     if found_fingerprint != view.fingerprint:
@@ -109,7 +109,7 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
 
 
 def _whole(view: FeatureView, answers: pa.Table) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """(Rows that name their question, (place, field) of the others.)"""
+    """(Rows with a complete spine key, (position, field) of the other rows.)"""
     named = [*view.key, view.time, "row_id", "date"]
     broken: dict[int, str] = {}
     for name in named:
@@ -129,7 +129,7 @@ def _dead_letter(source: str, message: Message, field: str, rule: str, position:
 
 
 class DecodeFeatureRows(beam.DoFn):
-    """Message → batches of `scorable(view)`, of the messages of a bundle, `most` at a time."""
+    """Message → batches of `scorable(view)`, each with at most `most` messages of a bundle."""
 
     def __init__(self, view: FeatureView, most: int = BATCH_MESSAGES, by_row: bool = False) -> None:
         self.view, self.most, self.by_row = view, most, by_row
@@ -152,7 +152,9 @@ class DecodeFeatureRows(beam.DoFn):
 
 
 def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterator[Message]:
-    """The live feature table as messages of one partition: commit by commit, an offset per row, from `begin` on; then its end.
+    """The live feature table as messages of one partition, commit by commit, with one offset per row, from `begin` on.
+
+    A message that marks the end comes last.
 
     Raises:
         StoreError: the table's log cannot be read.
@@ -176,6 +178,6 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
 
 
 def rows_in(view: FeatureView, store: str) -> int:
-    """Answers that a replay reads."""
+    """Number of feature rows that a replay reads."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     return 0 if table is None else sum(file.rows for file in data_files(table))

@@ -1,7 +1,8 @@
-"""Live predictions on their way out: messages for the topic, and commits to a table that holds each row once.
+"""Output of live inference: messages for the topic, and commits to a table that has each row once.
 
-The order is: scored, acknowledged by the broker, committed.  A commit carries the next offset of every partition of the
-features topic, so that a job that was killed reads on from there; what comes again is scored again, and its id is known.
+A row is scored, then acknowledged by the broker, then committed.  A commit records the next offset of every partition
+of the features topic, so that a job that was killed resumes there.  Rows that are read again are scored again, and
+dropped by id.
 """
 
 from __future__ import annotations
@@ -56,25 +57,25 @@ from transforms.streaming.mirrored_state import (
     write_head,
 )
 
-# Reigns (a model in a worker) whose beginning the status tells.
+# The most (worker, model) pairs whose first rows the status reports.
 SWAPS_SHOWN = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Outlet:
-    """Where a live job's predictions go.
+    """Where the predictions of a live job are written.
 
     Args:
-        view: whose rows are scored.
-        model: names topic and table.
-        store: where the tables lie.
-        run_id: begins the names of files.
+        view: the view whose rows are scored.
+        model: the model's name, part of the names of topic and table.
+        store: the folder of the tables.
+        run_id: prefix of file names.
         classes: scores per row.
-        arm: of the predictions.
-        prefix: before the names of topics.
-        table: whether the table gets the rows; without, only where the job stands.
-        commit_every: least time between commits, µs.
-        kafka: where the features topic is, which knows why an offset does not come; None: a replay.
+        arm: the arm of the predictions.
+        prefix: prefix of topic names.
+        table: whether rows are written to the table; if not, commits record only the offsets.
+        commit_every: minimum interval between commits, µs.
+        kafka: the broker of the features topic, which can explain a gap in the offsets; None: a replay.
     """
 
     view: FeatureView
@@ -98,11 +99,11 @@ class Outlet:
 
     @property
     def topics(self) -> tuple[str, str]:
-        """Of predictions and of dead letters."""
+        """The topics of predictions and of dead letters."""
         return f"{self.prefix}{self.model}.predictions", f"{self.prefix}{self.model}.predictions.dead_letters"
 
     def messages(self, rows: pa.RecordBatch) -> Iterator[tuple[str, bytes, bytes]]:
-        """A batch of predictions as messages, and what was set aside beside it.  A row is known by its `prediction_id`."""
+        """A batch of predictions and its dead letters as messages.  `prediction_id` identifies a row."""
         topic, dead_letters_topic = self.topics
         plain = rows.replace_schema_metadata(None)
         for start in range(0, rows.num_rows, MESSAGE_ROWS):
@@ -116,10 +117,10 @@ class Outlet:
 
 
 def to_envelope(rows: pa.RecordBatch) -> KeyedBytes:
-    """A batch of predictions as a packet for the ledger: a micro-batch per partition."""
+    """A batch of predictions as an envelope for `PendingPredictions`: one micro-batch per partition."""
     record, frames = unpack(batch_record(rows))
     serving = json.loads((rows.schema.metadata or {}).get(SERVING, b"{}"))
-    # Polars takes no metadata that is not text.
+    # Polars accepts only text as metadata.
     whole, dead_letters, parts = (
         frame(rows.replace_schema_metadata(None)),
         frames.get("letters", pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)),
@@ -133,7 +134,7 @@ def to_envelope(rows: pa.RecordBatch) -> KeyedBytes:
 
 
 class _Once(UnknownIds):
-    """As `UnknownIds`; keeps what it found to be new."""
+    """`UnknownIds` that also keeps the rows it found to be new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class _Once(UnknownIds):
 
 
 def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
-    """What a new ledger starts from: what the table's last commit told, else `begin`, the first offset per partition."""
+    """The initial state: the record of the table's last commit, else `begin`, the first offset per partition."""
     record = last_commit_record(open_table(outlet.uri), application_of(outlet.model))
     source = source_of(outlet.view)
     done = record.get("next", {}).get(source, {})
@@ -156,7 +157,7 @@ def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
 
 
 class PendingPredictions:
-    """Predictions in order of offsets, until they are committed.  What of it must survive is `state` and the inbox."""
+    """Predictions in order of offsets until they are committed.  `state` and the inbox are the state to checkpoint."""
 
     def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
         self.outlet, self.source = outlet, source_of(outlet.view)
@@ -173,11 +174,11 @@ class PendingPredictions:
         self._next_available = no_topic if outlet.kafka is None else FirstAvailable(outlet.kafka, outlet.prefix)
 
     def state(self) -> dict[str, Any]:
-        """What must survive beside the inbox."""
+        """The state to checkpoint, apart from the inbox."""
         return {**self.head(), "reigns": self.tenures, "refused": self.refused, "since": self.since}
 
     def head(self) -> dict[str, Any]:
-        """What commits tell."""
+        """The record of a commit."""
         return {
             "turn": self.turn, "next": {self.source: {str(number): offset for number, offset in self.next.items()}},
             "ended": {str(number): offset for number, offset in self.ended.items()}, "rows": self.rows, "by_version": self.by_version,
@@ -203,11 +204,11 @@ class PendingPredictions:
 
     @property
     def last(self) -> bool:
-        """Whether the last word of every partition is that nothing follows."""
+        """Whether every partition has reported its end."""
         return bool(self.next) and all(self.ended.get(number) == offset for number, offset in self.next.items())
 
     def commit(self, now: int) -> dict[str, Any] | None:
-        """Commit what is there in order, and keep the rest; what is to be told, or None if there was nothing."""
+        """Commit what is there in order and keep the rest.  Returns the status; None if there was nothing to commit."""
 
         def count(_: str, what: str, number: int) -> None:
             if what == SKIPPED:
@@ -289,7 +290,7 @@ class PendingPredictions:
 
 
 class CommitPredictions(beam.DoFn):
-    """Packets of predictions → commits, an interval at a time; what was told as JSON.  One key."""
+    """Envelopes of predictions → one commit per interval; the output is the status as JSON.  There is one key."""
 
     def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
         self.outlet, self.start = outlet, start
@@ -305,7 +306,7 @@ class CommitPredictions(beam.DoFn):
         yield from self.taken(element, head, bag)
 
     def taken(self, element: KeyedBytes, head: Any, bag: Any) -> Iterator[KeyedBytes]:
-        """Take a packet in; commit when it is time."""
+        """Add an envelope; commit if the interval has passed."""
         key, envelope = element
         state = read_head(head)
         ledger = self.ledger(key, state, bag)
@@ -346,7 +347,7 @@ WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
 
 
 class TimedCommitPredictions(CommitPredictions):
-    """As `CommitPredictions`; a timer commits what is left when nothing more comes."""
+    """`CommitPredictions` with a timer that commits the rest when no more input arrives."""
 
     def process(
         self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
@@ -355,7 +356,7 @@ class TimedCommitPredictions(CommitPredictions):
         self.arm(head, wake)
 
     def arm(self, head: Any, wake: Any) -> None:
-        """Wake up once after this interval, unless that is set already."""
+        """Set the timer for one interval from now, unless it is set already."""
         state, now = read_head(head), now_us()
         at = now + self.outlet.commit_every
         if not now - 5_000_000 < state.get("wake", 0) <= at:
@@ -373,5 +374,5 @@ class TimedCommitPredictions(CommitPredictions):
             yield from self.commit(ledger, bag)
         state["wake"] = 0
         self.save(key, state, ledger, head)
-        if ledger.inbox:  # a hole is waited on
+        if ledger.inbox:  # a gap in the offsets is still waited for
             self.arm(head, wake)

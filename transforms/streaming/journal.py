@@ -1,8 +1,9 @@
-"""The journal: one order of everything that arrives, and which questions can be answered when.
+"""The journal: one order for everything that arrives, and the decision which spine rows can be computed when.
 
-Micro-batches of all partitions come here.  In *turns* the journal admits them in the order of their offsets, drops
-repeats, moves the clock, and asks the shards those questions whose sources are complete.  Turns are numbered; what a
-turn could see, its *cut*, is the next offset of every partition, and the same for all features of a row.
+Micro-batches of all partitions arrive here.  In *turns* the journal admits them in order of offsets, drops repeats,
+advances the completeness watermark, and sends the spine rows whose sources are complete to the shards.  Turns are
+numbered.  The *cut* of a turn is the next offset of every partition: it says what the turn could see, and is the same
+for all features of a row.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turn:
-    """What a turn sends on: a packet per shard concerned, the questions for the assembler, the entry for the tables."""
+    """The output of a turn: an envelope per shard concerned, the spine rows for the assembler, the entry for the
+    tables."""
 
     number: int
     shards: Mapping[int, bytes]
@@ -60,7 +62,7 @@ class Turn:
 
 
 class Journal:
-    """See the module.  Plain Python: what of it must survive is `head` and `stores`."""
+    """See the module.  A plain Python object: `head` and `stores` are the state to checkpoint."""
 
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
@@ -89,7 +91,7 @@ class Journal:
             if repeats_by(view, name):
                 self.stores[name] = TimeBuckets(str(source.time), max(2 * reach // (SLOTS - 2), MINUTE))
 
-    # -- what must survive ---------------------------------------------------------------------------------------
+    # -- state to checkpoint -------------------------------------------------------------------------------------
 
     def head(self) -> dict[str, Any]:
         return {
@@ -110,11 +112,11 @@ class Journal:
     # -- turns ---------------------------------------------------------------------------------------------------
 
     def admit(self, inbox: Sequence[MicroBatch], now: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
-        """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)"""
+        """(Micro-batches that are due, in order of offsets; those that wait for an earlier one.)"""
         return in_order(inbox, self.next, now, self._count, self.next_available)
 
     def turn(self, admitted: Sequence[MicroBatch], now: int) -> Turn:
-        """Apply micro-batches (`admit`ted), decide what can be answered, number the turn."""
+        """Apply the `admit`ted micro-batches, decide which spine rows can be computed, and number the turn."""
         self.turn_number += 1
         dead_letters = [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
         rows: dict[str, list[pl.DataFrame]] = {name: [] for name in self.sources}
@@ -129,14 +131,14 @@ class Journal:
         return self._turn(accepted, dead_letters, watermarks, now)
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
-        """A turn that gives the shards rows accepted before; nothing is counted, no clock moves."""
+        """A turn that sends rows accepted earlier to the shards; it counts nothing and moves no watermark."""
         self.turn_number += 1
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
         self._send(f"rows:{name}", name, rows, to_shards)
         return self._envelopes(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
 
     def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
-        """As `seed`, of what is kept of the older events of a group."""
+        """As `seed`, for the compacted older events of a group."""
         self.turn_number += 1
         to_shards: list[Frames] = [{} for _ in range(self.shards)]
         mine = route_compacted(self.groups[group], reduced, self.shards)
@@ -176,7 +178,8 @@ class Journal:
             self.first.setdefault(micro_batch.source, {}).setdefault(micro_batch.partition, moment)
 
     def _since_start(self, name: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """Rows of a topic that are not history's; letters for the others where nothing tells whether history has them too."""
+        """Rows of a topic that are not history; dead letters for rows of which it is unknown whether history has them
+        too."""
         start = self.beginnings.of(name).start
         if start is None or repeats_by(self.view, name):
             return rows, []
@@ -190,7 +193,8 @@ class Journal:
         return rows.filter(~early), [dead_letter(name, old, time, rule, pl.col(time).cast(pl.String))]
 
     def _begun(self, name: str) -> None:
-        """Once every partition of a source has spoken it is known from when on none of its rows is missing."""
+        """Once every partition of a source has sent something, record the time from which none of its rows is
+        missing."""
         beginning, first = self.beginnings.of(name), self.first.get(name)
         if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
             since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
@@ -220,10 +224,11 @@ class Journal:
         return self._envelopes(ready, to_shards, accepted, pl.concat(dead_letters))
 
     def _events(self, name: str, rows: pl.DataFrame, watermark: int, to_shards: list[Frames]) -> pl.DataFrame:
-        """Route a source's new rows, less repeats, and take back those that a repeat known earlier replaces.
+        """Route a source's new rows without repeats, and retract rows that are replaced by a repeat known earlier.
 
         Returns:
-            All the rows; of a source with `unique`, with what became of each.
+            All the rows; for a source with `unique`, with columns that say whether each counted and which row it
+            replaced.
         """
         source, whole = self.sources[name], rows
         time = pl.col(str(source.time)).to_physical()
@@ -262,10 +267,11 @@ class Journal:
                 frames[frame] = rows if mine.all() else rows.filter(pl.Series(mine))
 
     def _without_repeats(self, source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """(Rows that count, the rids of which replace those in `__instead`): of rows with one `unique` value the first known stays."""
+        """(Rows that count, row ids that replace those in `__instead`): of rows with one `unique` value, the first
+        known counts."""
         store, unique = self.stores[source.name], list(repeats_by(self.view, source.name))
         hashes = key_hashes(rows, unique)
-        # To the microsecond, since what shards have compacted before then cannot be taken back.
+        # To the microsecond, since a row that the shards compacted earlier cannot be retracted.
         remembered = pl.lit(True)
         if self.horizon > ALWAYS:
             remembered = pl.col(str(source.time)).to_physical() >= self.horizon - self.remembered[source.name]
@@ -286,12 +292,12 @@ class Journal:
             unique, keep="first", maintain_order=True
         )
         gone = oldest.filter(~pl.col(RID).is_in(first[RID].implode()))
-        if source.name not in self.lifetime:  # so that a restart, which reads back so far, finds what replaced each row
+        if source.name not in self.lifetime:  # a restart reads back this far, and so finds what replaced each row
             time, since = pl.col(str(source.time)), pl.col("__since").dt.offset_by(f"{self.remembered[source.name]}us")
             since_first = first.select(*unique, pl.col(str(source.time)).alias("__since"))
             gone = gone.join(since_first, on=unique).filter(time <= since)
         gone = gone.select(*unique, pl.col(RID).alias("__instead"))
-        if source is not self.view.spine:  # questions are accounted for as such
+        if source is not self.view.spine:  # spine rows are counted elsewhere
             self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
         if len(gone):
             store.drop(RID, gone["__instead"].to_numpy())
@@ -300,7 +306,7 @@ class Journal:
         return kept, gone
 
     def _spine_rows(self, rows: pl.DataFrame, watermark: int) -> list[pl.DataFrame]:
-        """Take new questions in; letters for those that contradict one asked before or are too old to answer."""
+        """Add new spine rows; dead letters for those that contradict an earlier one or are too old to be computed."""
         view, spine = self.view, self.view.spine.name
         moment = pl.col(view.time).to_physical()
         rows = rows.with_columns(
@@ -308,7 +314,7 @@ class Journal:
         )
         dead_letters = []
         if watermark > ALWAYS or self.horizon > ALWAYS:
-            since = max(watermark - self.keep, self.horizon)  # beyond the latter if `keep` was less once
+            since = max(watermark - self.keep, self.horizon)  # later than the horizon if `keep` was shorter before
             old = rows.filter(moment < since)
             if len(old):
                 rule = "a question comes no later than the spine's lateness and --keep allow"
@@ -331,7 +337,8 @@ class Journal:
     def _distinct(
         self, rows: pl.DataFrame, spine_rows_in: list[pl.DataFrame]
     ) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """New questions, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was answered."""
+        """New spine rows, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was
+        computed."""
         view = self.view
         before = (
             pl.concat(spine_rows_in).join(rows, on="row_id", how="semi")
@@ -369,11 +376,11 @@ class Journal:
         return kept, dead_letters
 
     def bound(self, now: int) -> int:
-        """Questions up to this time can be answered."""
+        """Spine rows up to this time can be computed."""
         return min([FOREVER, *(self.completeness.complete(name, now) for name in self.view.events)])
 
     def answerable(self, now: int) -> bool:
-        """Whether some waiting question can be answered as things stand."""
+        """Whether some pending spine row can be computed now."""
         oldest = self.oldest_pending()
         return oldest is not None and oldest <= self.bound(now)
 
@@ -386,7 +393,7 @@ class Journal:
         return ready
 
     def advance(self, now: int) -> None:
-        """Let go of what neither a waiting question nor one that may still come can reach."""
+        """Evict what neither a pending spine row nor a future one can reach."""
         watermark = self.completeness.watermark(self.view.spine.name, now)
         if watermark == ALWAYS:
             self.horizon = max(self.horizon, self.beginnings.horizon)
@@ -406,7 +413,7 @@ class Journal:
 
     @property
     def last(self) -> bool:
-        """Whether every partition says that nothing follows."""
+        """Whether every partition has reported its end."""
         return self.completeness.ended
 
     def cut(self) -> str:
@@ -442,7 +449,9 @@ class Journal:
             spine_rows = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
         shards = {}
         for number, frames in enumerate(to_shards):
-            if frames or self.turn_number % 16 == 0:  # now and then all hear how far they may forget
+            if (
+                frames or self.turn_number % 16 == 0
+            ):  # now and then, so that all shards learn the horizon up to which they evict
                 shards[number] = pack(
                     {"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames
                 )

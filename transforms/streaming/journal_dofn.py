@@ -1,4 +1,4 @@
-"""The journal as a step of a pipeline: its state kept, its turns sent on."""
+"""The journal as a DoFn: it checkpoints the journal's state and emits its turns."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from transforms.streaming.shards import Shard
 
 
 class JournalDoFn(beam.DoFn):
-    """Packets → a packet per shard concerned, the turn's questions, its entry.  A turn per packet, at the packet's own time.
+    """Envelopes → an envelope per shard concerned, the turn's spine rows, its entry.  Each envelope is a turn, at its
+    own time.
 
-    A single shard works here, and the turn's answers are sent on instead.
+    With one shard the shard runs in this DoFn, and the turn's feature rows are emitted instead.
     """
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
@@ -68,7 +69,7 @@ class JournalDoFn(beam.DoFn):
         bag.add(envelope)
         due = state.setdefault("due", 0)
         journal_state.early[head_of(envelope)["index"]] = envelope
-        while due in journal_state.early:  # in order of arrival, whatever the runner's
+        while due in journal_state.early:  # in order of arrival, in whatever order the runner delivers
             envelope = journal_state.early.pop(due)
             now = head_of(envelope)["arrived"]
             journal_state.inbox += micro_batches_of(envelope)
@@ -123,7 +124,7 @@ class JournalDoFn(beam.DoFn):
         slots: Sequence[Any],
         left: Iterable[bytes],
     ) -> None:
-        """Write the journal down; `left` are the packets that still wait."""
+        """Write the journal's state; `left` are the envelopes that still wait."""
         bag.clear()
         for envelope in left:
             bag.add(envelope)
@@ -138,8 +139,11 @@ WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
 
 
 class TimedJournalDoFn(JournalDoFn):
-    """As `JournalDoFn`, at the worker's time: a turn as soon as something comes, if the one before began `pace` ago or longer;
-    else a timer wakes it up then."""
+    """`JournalDoFn` on the worker's clock: a turn starts when input arrives and `pace` has passed since the last turn
+    began.
+
+    Otherwise a timer starts the turn when `pace` has passed.
+    """
 
     def process(  # type: ignore[override]
         self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
@@ -167,7 +171,7 @@ class TimedJournalDoFn(JournalDoFn):
         yield from self.taken(key, state, now_us(), head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
 
     def arm(self, state: dict[str, Any], wake: Any, at: int) -> None:
-        """Wake up at `at`, unless that is to happen before."""
+        """Set the timer to `at`, unless it is already set to an earlier time."""
         if not now_us() - 5_000_000 < state.get("wake", 0) <= at:
             state["wake"] = at
             wake.set(at / 1e6)
@@ -175,7 +179,7 @@ class TimedJournalDoFn(JournalDoFn):
     def taken(
         self, key: bytes, state: dict[str, Any], now: int, head: Any, bag: Any, wake: Any, slots: Sequence[Any]
     ) -> Iterator[pvalue.TaggedOutput]:
-        """Take in what has come, as a turn if there is anything to tell."""
+        """Run a turn over the input that has arrived, if there is anything to emit."""
         journal_state = self.held(key, state, _Nothing(), slots)
         envelopes = list(bag.read())
         starts = [each for each in envelopes if head_of(each)["kind"] == "start"]
@@ -184,7 +188,7 @@ class TimedJournalDoFn(JournalDoFn):
                 journal_state.journal, self.live.store, start_of(head_of(starts[0])["start"]), now
             ):
                 yield from self.sent(journal_state, turn)
-        elif "journal" not in state:  # what the tables say comes first
+        elif "journal" not in state:  # the state of the tables comes first
             self.arm(state, wake, now + self.live.pace)
             write_head(head, state)
             return
@@ -192,7 +196,7 @@ class TimedJournalDoFn(JournalDoFn):
             each for envelope in envelopes if envelope not in starts for each in micro_batches_of(envelope)
         ]
         admitted, waiting = journal_state.journal.admit(journal_state.inbox, now)
-        over = bool(starts) and journal_state.journal.last  # a job that had ended, and was killed before it said so
+        over = bool(starts) and journal_state.journal.last  # a job that had ended, and was killed before it reported so
         if admitted or over or journal_state.journal.answerable(now):
             yield from self.sent(journal_state, journal_state.journal.turn(admitted, now))
         else:
