@@ -1,4 +1,4 @@
-"""A block's inputs: its questions, the events they can see, the dimensions they look up; and an account of every row."""
+"""A block's inputs: its spine rows, the events they can see and the dimensions they look up, with tallies of all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE_ROW = "one key has one row (the smallest was kept)"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockInput:
-    """Rows to use, dead letters (schema of `read_slices`), and the account of both."""
+    """Rows to use, dead letters (with the schema of `read_slices`), and the tallies of both."""
 
     frame: pl.DataFrame
     dead_letters: pl.DataFrame
@@ -31,7 +31,7 @@ class BlockInput:
 
 
 def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput:
-    """The block's questions, each once, sorted by time and key."""
+    """The block's spine rows without repeats, sorted by time and key."""
     # A spine that is a source of events too is digested as that, once.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
     reads = stream_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
@@ -46,7 +46,7 @@ def joined(reads: Iterable[Read]) -> Read:
 
 
 def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: Read) -> BlockInput:
-    """Questions that were `read`, each once; contradictions are told."""
+    """The spine rows in `read` without repeats. Contradictory rows become dead letters."""
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
     rule = "one key asks one question at one time (the smallest row was kept)"
     dead_letters = concat_dead_letters([read.dead_letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
@@ -58,28 +58,28 @@ def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: 
 
 
 def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> BlockInput:
-    """Events that the block's windows can reach, repeats removed; letters and account of those that the block owns."""
+    """Events that the block's windows can reach, without repeats; dead letters and tallies of those that the block owns."""
     return deduplicate_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
 
 
 def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[Read]:
-    """As `read_events`, in pieces, repeats still there."""
+    """Like `read_events`, but in chunks and with repeats."""
     return stream_slices(**_within_reach(view, plan, block, name))
 
 
 def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> dict[str, Any]:
     """What to read of `name` for a block."""
     contract, span = plan.contracts[name], block.spans.get(name)
-    # The spine's own letters are told where it is read as the spine.
+    # The dead letters of the spine are emitted where it is read as the spine.
     own = (0, 0) if contract is plan.spine else block.owns(name)
     low = min(block.start - view.reach(name), block.owns(name)[0], span[0] if span else block.start)
     return {"contract": contract, "slices": block.events[name], "low": low, "high": block.end, "own": own, "span": span}
 
 
 def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: Read) -> BlockInput:
-    """Events that were `read`, without repeats, and the account of those that the block owns."""
+    """The events in `read` without repeats, and the tally of those that the block owns."""
     contract = plan.contracts[name]
-    if contract is plan.spine:  # one key asks one question at one time, whoever counts them
+    if contract is plan.spine:  # a key has one spine row at a time
         kept, _ = distinct(read.frame, (view.time, *view.key))
     else:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
@@ -98,12 +98,12 @@ def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name:
 
 
 def label(plan: FeaturePlan, name: str) -> str:
-    """How accounts call the events of `name`: a spine that is a source of events too is read twice."""
+    """The name of the tally of the events of `name`. A spine that is also a source of events is read twice."""
     return name + AS_EVENTS if plan.contracts[name] is plan.spine else name
 
 
 def read_dimension(view: FeatureView, plan: FeaturePlan, name: str) -> BlockInput:
-    """A dimension, one row per key of each `Lookup`, its letters dated at the start of the interval."""
+    """Reads a dimension, one row per key of each `Lookup`. Its dead letters are dated at the start of the interval."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
     frame = dimension_rows(contract, read.frame)
@@ -128,7 +128,7 @@ def dimension_rows(contract: Contract, frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def losing(frame: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
-    """Rows of a dimension (`dimension_rows`) that stand below another one of their key."""
+    """Rows of a dimension (`dimension_rows`) that come after another row with the same key."""
     several = frame.filter(frame.select(pl.struct(key).is_duplicated()).to_series())
     return several.join(
         several.unique(key, keep="first", maintain_order=True), on=frame.columns, how="anti", nulls_equal=True
@@ -152,7 +152,7 @@ def contradictions(
 def tally_dimension(
     plan: FeaturePlan, name: str, total: int, used: int, dead_letters: Sequence[pl.DataFrame]
 ) -> tuple[pl.DataFrame, SourceTally]:
-    """A dimension's letters, dated at the start of the interval, and its account, of `total` rows read."""
+    """A dimension's dead letters, dated at the start of the interval, and the tally of its `total` rows."""
     dead = (
         concat_dead_letters(dead_letters)
         .unique(["file", "row"], keep="first", maintain_order=True)

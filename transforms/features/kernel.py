@@ -1,4 +1,4 @@
-"""What a feature is: spine rows and the events before them in, features out.  Knows nothing of Beam, blocks or shards."""
+"""Computes features from spine rows and the events before them. Independent of Beam, blocks and shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transforms.features.window_statistics import Bools, Column, Ints, Once, laz
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
-# numpy and Polars let go of the interpreter while they work, so threads do share the cores.
+# numpy and Polars release the GIL while they work, so threads run in parallel.
 KERNEL_POOL = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
 log = logging.getLogger("millrace.features")
 Reading = Trailing | Latest | Lookup
@@ -40,7 +40,7 @@ def compute(
         spine: the spine source's columns, any order of rows.
         tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
             irrelevant), repeats by `unique` already removed; dimensions with one row per key.
-            For windows over all history they hold all of it; or, under `lifetime.summary_name`, the `Summary` of what came
+            For windows over all history they hold all of it; or, under `lifetime_summaries.summary_name`, the `Summary` of what came
             before the events that they hold, or of those that all windows of one length hold.
         gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
 
@@ -120,7 +120,7 @@ def _parts(feature: Reading) -> list[list[Statistic]]:
 
 @contextlib.contextmanager
 def computing(what: str) -> Iterator[None]:
-    """Turn a failure of the user's expression into one that names it."""
+    """Turns a failure of the user's expression into an error that names the expression."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
@@ -152,7 +152,7 @@ def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
 
 
 def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
-    """Columns of the dimension's row of each spine row's key."""
+    """Looks up the columns of the dimension row that has the key of each spine row."""
     left, right = codes(spine, dimension, feature.keys)
     rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
     rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key wins
@@ -266,7 +266,7 @@ class History:
 
     @lazy
     def rows(self) -> Ints:
-        """Row of `events` per place in sorted order."""
+        """The row of `events` at each position in sorted order."""
         return self.sorting.order
 
     @lazy
@@ -283,7 +283,7 @@ class History:
         return rows
 
     def windows(self, length: int | None, ordered: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `sorting.spine_order`."""
+        """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `window_bounds.spine_order`."""
         rows = self.ordered_rows if ordered else self.rows
         lo, hi = self.sorting.bounds(length, self.until)
         if self.known is None:

@@ -1,8 +1,9 @@
-"""A block whose windows reach more events than memory holds: its events are cut by the hash of each feature group's key.
+"""Blocks whose windows reach more events than fit in memory: events are partitioned by the hash of each group's key.
 
-Events are streamed once and set down apart by group (source, key and condition) and by the key's hash.  Then one part of one
-group at a time is taken up, and the kernel answers the questions whose keys it holds: all events of a key are in one part, so
-the kernel never knows.  A key that holds most of the rows cannot be cut by its hash; what bounds that is `interiors`.
+Events are streamed once and written to disk by group (source, key and condition) and by the hash of the key. Then one
+partition of one group is read at a time, and the kernel computes the features of the spine rows with its keys. All events of
+a key are in one partition, so the result does not change. A key with most of the rows cannot be split by its hash; the
+summaries of `long_windows` bound that case.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def event_groups(features: Iterable[object]) -> dict[Identity, list[Events]]:
 
 
 class KeyedEvents:
-    """A block's events on local disk, from which `gather` answers.
+    """A block's events on local disk, from which `gather` computes features.
 
     Args:
-        folder: where rows are set down; whoever made it removes it.
+        folder: where rows are written. The caller removes it.
     """
 
     def __init__(self, view: FeatureView, plan: FeaturePlan, block: Block, folder: str) -> None:
@@ -66,7 +67,7 @@ class KeyedEvents:
         self.suspects = {name: DiskPartitions(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events}  # fmt: skip
 
     def add(self, name: str, read: Read) -> None:
-        """Events of a source that were read; those that may repeat others wait until all have come."""
+        """Adds events read from a source. Those that may be repeats are kept until all have been added."""
         contract, repeats = self.plan.contracts[name], self.plan.repeats.get(name)
         clear = read.frame
         if contract is self.plan.spine:
@@ -82,7 +83,7 @@ class KeyedEvents:
         self._settle(name, Read(clear, read.dead_letters, read.digests))
 
     def settled(self) -> dict[str, BlockInput]:
-        """Letters and accounts of all that was added; the rows themselves are set down."""
+        """Returns the dead letters and tallies of all added rows. The rows themselves are on disk."""
         for name, suspects in self.suspects.items():
             for part in range(suspects.parts):
                 rows = list(suspects.read(part, CHUNK_ROWS))
@@ -111,7 +112,7 @@ class KeyedEvents:
     def gather(
         self, view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, Any]
     ) -> list[pl.Series]:
-        """As `kernels.gathered`, one part of one group at a time."""
+        """As `kernel.gathered`, one partition of one group at a time."""
         lookups = [feature for feature in features if isinstance(feature, Lookup)]
         columns = gathered(view, lookups, frame, tables)
         for name, group in event_groups(features).items():
@@ -120,7 +121,7 @@ class KeyedEvents:
 
 
 class GroupEvents:
-    """Events of one group, apart by the hash of its key."""
+    """The events of one group, partitioned by the hash of its key."""
 
     def __init__(
         self, view: FeatureView, plan: FeaturePlan, block: Block, features: Sequence[Events], folder: str

@@ -1,6 +1,6 @@
-"""Windows over all history: what came before a block is one compact row per key, its summary.
+"""Windows over all history: the events before a block are reduced to a summary, one compact row per key.
 
-A summary holds counts, exact sums (the digits of `windows.ExactSum`), extremes and the first and last values, so that a
+A summary holds counts, exact sums (the digits of `window_statistics.ExactSum`), extremes and the first and last values, so that a
 summary and the block's own events give the very bits that all events together would.
 """
 
@@ -34,7 +34,7 @@ class Summary:
 
 
 def summary_name(source: str, keys: Sequence[tuple[str, str]], where: str | None) -> str:
-    """Under which name the summary of a group's events stands among a kernel's tables."""
+    """The name of the summary of a group's events among a kernel's tables."""
     return f"{source} by {','.join(column for _, column in keys)} where {where}: summary"
 
 
@@ -76,7 +76,7 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
 
 
 def merge(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """Summary of two spans of time, the earlier first; associative."""
+    """Merges the summaries of two spans of time, the earlier first. Associative."""
     if earlier is None:
         return later
     both = pl.concat([earlier, later], how="diagonal")
@@ -96,7 +96,7 @@ def merge(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]
 
 
 def order(source: Source, events: pl.DataFrame) -> list[str]:
-    """Columns that put events of a key in order: time, then what breaks its ties."""
+    """The columns that order the events of a key: time, then the tie-breakers."""
     return list(dict.fromkeys([str(source.time), *source.ties(events.columns)]))
 
 
@@ -116,7 +116,7 @@ def _digit_columns(prefix: str, digits: Digits) -> list[pl.Series]:
 
 
 class PriorSummary:
-    """A group's summary laid beside the windows: for each window the numbers of its key, zero or missing for new keys."""
+    """A group's summary joined to the windows: the values of each window's key, zero or null for new keys."""
 
     def __init__(self, summary: pl.DataFrame, rows: Ints) -> None:
         """`rows`: per window the row of `summary`, −1 for none."""

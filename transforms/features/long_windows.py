@@ -1,13 +1,14 @@
-"""Windows longer than a block: what all windows of a block have in common is reduced to what their statistics need of it.
+"""Windows longer than a block: the events that all windows of a block share are reduced to summaries.
 
-For questions asked in `[a, b)` every window `[t − W, t)` with W > b − a holds all events of `[b − W, a)`, its middle.  Only the
-events of `[a − W, b − W)` and `[a, b)`, its edges, are in some windows and not in others.  So a window of a year costs a block
-twice its own length, however many events a key has:
+For spine rows in `[a, b)`, every window `[t − W, t)` with W > b − a contains all events of `[b − W, a)`, the interior. Only
+the events of `[a − W, b − W)` and `[a, b)`, the edges, are in some windows and not in others. So a window of a year costs a
+block only twice the block's own length, no matter how many events a key has:
 
-- counts, sums and extremes of the middle are one row per key (`lifetime.summarise`), exact, to which the edges' are added;
-- of `first`, `last` and `Latest` the middle can give one row per key and column: these rows stay, the others go.
+- Counts, sums and extremes of the interior are one exact row per key (`lifetime_summaries.summarise`). Those of the edges are
+  added to it.
+- For `first`, `last` and `Latest` the interior contributes at most one row per key and column. Only these rows are kept.
 
-Medians, quantiles and numbers of different values have no such summary: their windows keep all events.
+Medians, quantiles and distinct counts have no such summary: their windows keep all events.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from schemas.sources import Source
 from transforms.features.column_reuse import rest
 from transforms.features.lifetime_summaries import Summary, merge, summarise
 
-# A window is divided if it is longer than so many times the span of the questions: then its edges are less than half of it.
+# A window is split if it is longer than this many times the span of the spine rows.
 LONG = 2
 
 
 def position(source: Source) -> pl.Expr:
-    """Where an event lies in windows, µs."""
+    """The time that decides which windows contain an event, µs."""
     return pl.col(str(source.event_time or source.time)).to_physical()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowPart:
-    """Features of one group that are answered from the same rows.
+    """Features of one group that are computed from the same rows.
 
     Args:
-        since: events placed before this are in no window, µs.
-        length: of the windows whose middle `[middle[0], middle[1])` is reduced; None: all events are kept.
-        summed: whether to a summary; else to the rows that may be first or last.
+        since: events before this time are in no window, µs.
+        length: length in µs of the windows whose interior is reduced; None: all events are kept.
+        interior: the interior `[interior[0], interior[1])`, µs.
+        summed: whether the interior is reduced to a summary; otherwise to the rows that can be first or last.
     """
 
     features: tuple[Trailing | Latest, ...]
@@ -49,7 +51,7 @@ class WindowPart:
     summed: bool = False
 
     def events(self, chunks: Iterable[pl.DataFrame], nothing: pl.DataFrame) -> tuple[pl.DataFrame, Summary | None]:
-        """The rows that the kernel needs, and the summary of the others."""
+        """Returns the rows that the kernel needs, and the summary of the other rows."""
         row_position, source = position(self.features[0].source), self.features[0].source
         low, high = self.interior
         inside = (row_position >= low) & (row_position < high) & (pl.col(str(source.time)).to_physical() < high)
@@ -72,10 +74,10 @@ class WindowPart:
 
 
 def split_windows(features: Sequence[Trailing | Latest], span: tuple[int, int], start: int) -> list[WindowPart]:
-    """`features` of one group for questions asked in `span` (µs), by how the events of their windows can be reduced.
+    """Splits `features` of one group, for spine rows in `span` (µs), by how the events of their windows can be reduced.
 
     Args:
-        start: lifetime windows hold the events from here on, µs; those before are in a summary of their own.
+        start: lifetime windows contain the events from this time on, µs. Earlier events are in a separate summary.
     """
     first, last = span
     by: dict[tuple[int | None, bool], list[Trailing | Latest]] = {}
@@ -112,13 +114,13 @@ def _long(length: int | None, span: tuple[int, int]) -> int | None:
 
 
 def _ever(feature: Trailing | Latest) -> Trailing | Latest:
-    """The same statistics over all of what is there."""
+    """The same statistics over all events."""
     assert isinstance(feature, Trailing)
     return dataclasses.replace(feature, over="all")
 
 
 def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
-    """Of `events` that are all in the same windows, those that can be the first or the last of any, each once."""
+    """Selects from `events`, which are all in the same windows, those that can be the first or last of a window, each once."""
     source, keys = features[0].source, [column for _, column in features[0].keys]
     wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
     wanted |= {(each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Manifests at rest: written beside a feature table before the commit that names them, read back by the next run."""
+"""Stores manifests beside a feature table: written before the commit that names them, and read by the next run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from transforms.storage.paths import folders
 
 log = logging.getLogger("millrace.features")
 
-FOLDER = "_manifests"  # Delta leaves folders with an underscore alone
+FOLDER = "_manifests"  # Delta ignores folders whose names start with an underscore
 
 
 def read_manifest(table: DeltaTable | None) -> Manifest:
     """The manifest of the table's newest commit that has one; an empty one for a new table.
 
     Raises:
-        StoreError: it is gone or spoiled.
+        StoreError: the manifest is missing or unreadable.
     """
     name = None if table is None else metadata_of(table, "manifest")
     if table is None or name is None:
@@ -45,10 +45,10 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
 
 
 def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
-    """Tell a reader of the table that an older version may have got some of its days wrong."""
+    """Warns a reader of the table that an older version may have computed some of its days incorrectly."""
     try:
         days = outdated(continued(view, read_manifest(table)))
-    except StoreError:  # told by those who need it
+    except StoreError:  # commands that need the manifest report this error
         return
     if days:
         log.warning(
@@ -60,7 +60,7 @@ def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
 
 
 def older_tables(store: str, view: FeatureView) -> list[OlderTable]:
-    """The tables of the same view's other fingerprints, the last written first; one that cannot be read is passed over."""
+    """Tables of the view's other fingerprints, newest first. A table that cannot be read is skipped with a warning."""
     found = []
     root = FileSystems.join(store, "features", view.name)
     for (fingerprint,) in folders(root, 1):
@@ -79,7 +79,7 @@ def older_tables(store: str, view: FeatureView) -> list[OlderTable]:
 
 @dataclasses.dataclass(frozen=True)
 class WriteManifest:
-    """Metadata for a commit of `ranges` (µs): writes the manifest that follows from the snapshot the commit builds on."""
+    """Metadata for a commit of `ranges` (µs). Derives the manifest from the snapshot the commit builds on, and writes it."""
 
     view: FeatureView
     uri: str
@@ -91,7 +91,7 @@ class WriteManifest:
     def __call__(
         self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], carried: SnapshotFiles | None = None
     ) -> dict[str, str]:
-        """`carried`: the summaries of all history that the run made."""
+        """Writes the manifest and returns its name as metadata. `carried` are the lifetime summaries that the run wrote."""
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
         left = left_for_later(carried or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)

@@ -1,4 +1,4 @@
-"""Dimensions too large to be held by every worker: each block reads past the whole of one and keeps the rows it looks up."""
+"""Dimensions too large for every worker's memory: each block scans the dimension and keeps only the rows it looks up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transforms.sources.reader import CHUNK_ROWS, locate, stream_slices
 
 
 def routing(plan: FeaturePlan, gather: Gather = gathered) -> Gather:
-    """`gather`, with the routed dimensions of `plan` read as they are looked up."""
+    """Wraps `gather` so that the routed dimensions of `plan` are read when they are looked up."""
     return functools.partial(_gather, plan, gather) if plan.routed else gather
 
 
@@ -45,8 +45,10 @@ def _gather(
 
 
 def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
-    """The dimension's rows of the keys in `spine`, in the order of `dimension_rows`: of one key's rows the first is the one
-    that a `Lookup` over the whole dimension takes."""
+    """The rows of the dimension for the keys in `spine`, in the order of `dimension_rows`.
+
+    The first row of a key is the row that a `Lookup` over the whole dimension would use.
+    """
     types, keys = contract.source.schema, [right for _, right in feature.keys]
     wanted = spine.select(pl.col(left).cast(types[right], strict=False).alias(right) for left, right in feature.keys)
     wanted = wanted.drop_nulls().unique()
@@ -57,7 +59,7 @@ def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spin
 
 
 def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BLOCK_ROWS) -> BlockInput:
-    """As `inputs.read_dimension` but for the rows: letters and account, some keys at a time."""
+    """Like `block_inputs.read_dimension` but without the rows: only dead letters and tallies, a partition of keys at a time."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     keys = list(dict.fromkeys(
         tuple(column for _, column in feature.keys)

@@ -1,4 +1,4 @@
-"""Rows sent to the blocks that need them: for sources that are not sorted by time, or where reading is dear."""
+"""Sends rows to the blocks that need them, for sources that are not sorted by time or are expensive to read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Routed = tuple[int, tuple[str, bytes]]
 
 
 def routes(plan: FeaturePlan) -> Iterator[tuple[str, Slice]]:
-    """(source, slice), each once, for every slice that some block needs."""
+    """Yields (source, slice) once for every slice that some block needs."""
     spine = plan.spine.source.name
     needed = {(spine, each) for block in plan.blocks for each in block.spine}
     needed |= {(name, each) for block in plan.blocks for name, slices in block.events.items() for each in slices}
@@ -33,11 +33,10 @@ def routes(plan: FeaturePlan) -> Iterator[tuple[str, Slice]]:
 
 
 class Route(PrefetchDoFn):
-    """(source, slice) → (block, (source or SPINE, rows)) per block that needs rows of it; tagged: the slice's dead letters and what
-    of its account no block can give.
+    """Maps (source, slice) to (block, (source or SPINE, rows)) for each block that needs rows of the slice.
 
-    Rows are bytes already (see `sent`): packed here, in a thread of their own, and so small that it costs little to copy them, as a
-    shuffle does several times.
+    Tagged outputs are the slice's dead letters and the tallies that no block can compute. Rows are sent as bytes (see `sent`).
+    They are compressed here, in a separate thread, because a shuffle copies them several times.
     """
 
     readers = os.cpu_count() or 1
@@ -90,7 +89,7 @@ class Route(PrefetchDoFn):
 
 
 def sent(rows: pl.DataFrame) -> bytes:
-    """Rows as they are sent: Arrow IPC, packed by Zstandard into a third of what LZ4 leaves of keys and times."""
+    """Encodes rows as Arrow IPC with Zstandard, which compresses keys and times to a third of their size with LZ4."""
     (only,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
     return to_ipc(only, "zstd")
 
@@ -102,7 +101,7 @@ def received(rows: bytes) -> pl.DataFrame:
 def _own(
     moments: np.ndarray[tuple[int], np.dtype[np.int64]], plan: FeaturePlan, name: str
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which moments some block accounts for."""
+    """A mask of the times (µs) that some block counts in its tallies."""
     inside = np.zeros(len(moments), np.bool_)
     for block in plan.blocks:
         since, until = block.owns(name)
@@ -115,7 +114,7 @@ def _owned(dead_letters: pl.DataFrame, plan: FeaturePlan, name: str) -> pl.DataF
 
 
 def gathered_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
-    """What a block was sent, as if it had read it; letters were told where the slices were read."""
+    """The rows sent to a block, as a `Read`. It has no dead letters: they were emitted when the slices were read."""
     contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
     schema = {column: contract.source.schema[column] for column in contract.read}
     return Read(pl.concat([pl.DataFrame(schema=schema), *parts]), pl.DataFrame(schema=SOURCE_DEAD_LETTERS))

@@ -1,4 +1,4 @@
-"""Events and spine rows → features, block by block."""
+"""Computes features from events and spine rows, block by block."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ log = logging.getLogger("millrace.features")
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class TrailingFeatures(beam.PTransform):
     """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
-    dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`inputs.Tally`).
+    dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`tallies.SourceTally`).
 
     A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
     slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
-    the summaries before each block that `carrying.CarrySummaries` left under `uri`.  Columns of `copies` are not computed.
+    the summaries before each block that `history_snapshots` left under `uri`.  Columns of `copies` are not computed.
     """
 
     view: FeatureView
@@ -82,7 +82,7 @@ FEATURES, TAGS = "features", ("dead_letters", "tallies")
 
 
 def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
-    """Features, letters and tallies, the first two known to hold RecordBatches."""
+    """Features, dead letters and tallies. The first two have RecordBatch type hints."""
     features, dead_letters = outputs[FEATURES], outputs.dead_letters
     features.element_type = dead_letters.element_type = pa.RecordBatch
     return features, dead_letters, outputs.tallies
@@ -111,7 +111,7 @@ class ComputeBlock(PrefetchDoFn):
             yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
 
     def keyed(self, block: Block, carried: SnapshotFiles | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """What a block gives whose events are too many to hold: they are set down as they are read."""
+        """The outputs of a block whose events do not fit in memory: they are written to disk as they are read."""
         with spill_events(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
@@ -121,7 +121,7 @@ class ComputeBlock(PrefetchDoFn):
     def answers(
         self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], carried: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """What a block gives whose events are in memory."""
+        """The outputs of a block whose events are in memory."""
         summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
         frames = {**{name: each.frame for name, each in events.items()}, **summaries}
         yield from self._record(block, spine, frames, list(events.values()), gathered)
@@ -129,7 +129,7 @@ class ComputeBlock(PrefetchDoFn):
     def keyed_answers(
         self, block: Block, spine: BlockInput, events: KeyedEvents, carried: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """What a block gives whose events were set down, apart by the hash of their keys."""
+        """The outputs of a block whose events are on disk, partitioned by the hash of their keys."""
         settled = events.settled()
         for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
             events.carry(name, rows)
@@ -164,7 +164,7 @@ class ComputeGathered(ComputeBlock):
         block = self.by_index[element[0]]
         parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
-            yield from self.rest()  # what is too large for memory is set down as it arrives, and alone
+            yield from self.rest()  # a source too large for memory is written to disk as it is read, one source at a time
             yield from self._spilled(block, element[1], carried)
             return
         for name, rows in element[1]:
@@ -198,13 +198,13 @@ class ComputeGathered(ComputeBlock):
 
 @contextlib.contextmanager
 def spill_events(view: FeatureView, plan: FeaturePlan, block: Block) -> Iterator[KeyedEvents]:
-    """A place on local disk for a block's events, for as long as it takes to answer from them."""
+    """A temporary folder on local disk for a block's events, deleted when its features are computed."""
     with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
         yield KeyedEvents(view, plan, block, folder)
 
 
 def read_block(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, dict[str, BlockInput]]:
-    """The block's questions and, per source, the events they can see; sources are read side by side."""
+    """The block's spine rows and, per source, the events they can see. Sources are read in parallel."""
     spine = KERNEL_POOL.submit(read_spine, view, plan, block)
     events = {name: KERNEL_POOL.submit(read_events, view, plan, block, name) for name in block.events}
     return spine.result(), {name: each.result() for name, each in events.items()}
@@ -218,7 +218,7 @@ def compute_features(
     copies: Copies | None = None,
     gather: Gather = gathered,
 ) -> pa.RecordBatch:
-    """The features of a block's questions; see `kernels.compute`."""
+    """Computes the features of a block's spine rows; see `kernel.compute`."""
     return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
 
 

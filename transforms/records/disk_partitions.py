@@ -1,4 +1,4 @@
-"""Rows set down on local disk, apart by the hash of a key, so that they can be taken up again one part at a time."""
+"""Rows written to local disk, partitioned by the hash of a key, so that they can be read back one partition at a time."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ _CODER = RecordBatchCoder()
 
 
 def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
-    """Per row the part, 0 … parts − 1, that the hash of its `keys` names: the same for equal keys of whatever integer type."""
+    """The partition of each row, 0 … parts − 1, by the hash of its `keys`.
+
+    Equal keys have the same partition, even if their integer types differ.
+    """
     if parts == 1:
         return np.zeros(len(rows), np.int64)
     return (combine([hash_column(rows[key]) for key in keys]) % np.uint64(parts)).astype(np.int64)
 
 
 def positions_by_partition(part: Ints, parts: int) -> list[Ints]:
-    """Per part the places of its rows, in order."""
+    """The positions of the rows of each partition, in ascending order."""
     order = np.argsort(part, kind="stable")
     return np.split(order, np.searchsorted(part[order], np.arange(1, parts)))
 
 
 class DiskPartitions:
-    """Rows in `parts` by the hash of `keys`; with one part they stay in memory.
+    """Rows in `parts` partitions by the hash of `keys`. A single partition stays in memory.
 
     Args:
-        folder: on local disk; the file goes when the folder does.
+        folder: a folder on local disk. The file is deleted with the folder.
 
     Raises:
-        DataError: the disk is full, or cannot be written.
+        DataError: the disk is full or cannot be written.
     """
 
     def __init__(self, folder: str, keys: Sequence[str], parts: int) -> None:
@@ -82,7 +85,7 @@ class DiskPartitions:
         self.rows[part] += len(rows)
 
     def read(self, part: int, chunk: int) -> Iterator[pl.DataFrame]:
-        """A part's rows in frames of about `chunk` rows."""
+        """Yields the rows of one partition in frames of about `chunk` rows."""
         held: list[pl.DataFrame] = []
         for rows in self._held if self.parts == 1 else self._read(part):
             held.append(rows)

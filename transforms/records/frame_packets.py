@@ -1,6 +1,6 @@
-"""Packets: what travels between live steps and lies in their state; a small JSON head and frames, as bytes.
+"""Envelopes: a small JSON head and Polars frames as bytes, sent between live steps and kept in their state.
 
-Plain bytes need no coder of their own on any runner, and one packet carries what belongs together.
+Plain bytes need no custom coder on any runner, and one envelope keeps related frames together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Frames = dict[str, pl.DataFrame]
 
 
 def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = None) -> bytes:
-    """Head and frames as bytes: one line of JSON, then each frame as an Arrow IPC stream (lz4).
+    """Encodes a head and frames as bytes: one line of JSON, then each frame as an Arrow IPC stream (lz4).
 
     >>> head, frames = unpack(pack({"turn": 3}, {"rows": pl.DataFrame({"a": [1]})}))
     >>> head["turn"], frames["rows"]["a"].to_list()
@@ -33,7 +33,7 @@ def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = No
 
 
 def unpack(envelope: bytes) -> tuple[dict[str, Any], Frames]:
-    """Head and frames of `pack`."""
+    """Decodes the head and frames that `pack` encoded."""
     end = envelope.index(b"\n")
     line = json.loads(envelope[:end])
     frames, start = {}, end + 1
@@ -44,5 +44,5 @@ def unpack(envelope: bytes) -> tuple[dict[str, Any], Frames]:
 
 
 def head_of(envelope: bytes) -> dict[str, Any]:
-    """The head alone."""
+    """Decodes only the head of an envelope."""
     return json.loads(envelope[: envelope.index(b"\n")])["head"]

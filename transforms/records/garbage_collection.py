@@ -1,4 +1,4 @@
-"""What a worker imported is not searched for garbage again and again."""
+"""Excludes the objects of a worker's imports from garbage collection."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 import gc
 
 
-@functools.cache  # to count what is spared walks it too
+@functools.cache  # counting the frozen objects also walks them
 def freeze_imports() -> None:
-    """Take what is there now out of Python's garbage collection, once a process; called where a worker sets up.
+    """Excludes all existing objects from garbage collection, once per process. Called when a worker is set up.
 
-    Beam, TFDV and MLflow leave some 200 000 objects for good.  A full collection walks them all, which holds the interpreter for 0.3
-    to 0.5 s: half the time that a live answer may take.
+    Beam, TFDV and MLflow create some 200 000 permanent objects. A full collection walks them all, which blocks the interpreter
+    for 0.3 to 0.5 s: half the time allowed for a live prediction.
     """
     if not gc.get_freeze_count():
         gc.freeze()

@@ -1,4 +1,4 @@
-"""A DoFn that works on its next elements while Beam hands on what the last one gave."""
+"""A DoFn that reads and processes its next elements while the following steps consume the outputs of the previous one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Read = TypeVar("Read")
 
 
 class PrefetchDoFn(beam.DoFn):
-    """A bundle's elements are read in one thread and worked on in another, each in turn; meanwhile the fused steps that follow
-    take what came before, so that no core is idle while files are read or written.
+    """Reads the elements of a bundle in `readers` threads and processes them, in order, in another thread.
 
-    At once there are one element's outputs that are handed on, the next one's, and what was read of the `readers` after it.
-    Outputs are in the global window.
+    Meanwhile the fused steps that follow consume earlier outputs, so that no core is idle while files are read or written.
+    Memory holds the outputs of the element being emitted, those of the next one, and the input of the `readers` elements
+    after it. Outputs are in the global window.
     """
 
     readers = 1
@@ -34,14 +34,14 @@ class PrefetchDoFn(beam.DoFn):
         self.pending: deque[Future[list[Any]]] = deque()
 
     def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[Any]]) -> Iterator[Any]:
-        """Begin an element, whose outputs are `work(read())`; give those of an element before it, if its turn has come."""
+        """Starts an element whose outputs are `work(read())`, and yields the outputs of an earlier element if enough are pending."""
         found = self.reader.submit(read)
         self.pending.append(self.worker.submit(lambda: list(work(found.result()))))
         if len(self.pending) > self.readers + 1:
             yield from self.pending.popleft().result()
 
     def rest(self) -> Iterator[Any]:
-        """Outputs of all that was begun."""
+        """Yields the outputs of all pending elements."""
         while self.pending:
             yield from self.pending.popleft().result()
 

@@ -1,4 +1,4 @@
-"""RecordBatches as Beam elements: their coder, and the way to Polars and back."""
+"""RecordBatches as Beam elements: their coder, and conversions to and from Polars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apache_beam.coders import typecoders
 
 
 class RecordBatchCoder(coders.Coder):
-    """Arrow IPC of exactly the slice, lz4; pickling would write the whole parent buffer."""
+    """Encodes only the slice, as Arrow IPC with lz4. Pickling would write the whole parent buffer."""
 
     def encode(self, value: pa.RecordBatch) -> bytes:
         return to_ipc(value, "lz4")
@@ -31,7 +31,7 @@ typecoders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
 
 def to_ipc(value: pa.RecordBatch, compression: str) -> bytes:
-    """The batch as an Arrow IPC stream."""
+    """Encodes the batch as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, value.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_batch(value)
@@ -39,27 +39,27 @@ def to_ipc(value: pa.RecordBatch, compression: str) -> bytes:
 
 
 def from_ipc(encoded: bytes) -> pa.RecordBatch:
-    """The batch of `to_ipc`, whatever its compression."""
+    """Decodes a batch that `to_ipc` encoded, with any compression."""
     with pa.ipc.open_stream(pa.py_buffer(encoded)) as reader:
         return reader.read_next_batch()
 
 
 def frame(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:
-    """The batch as a Polars frame, without a copy where types allow."""
+    """Converts the batch to a Polars frame, without a copy where the types allow it."""
     return pl.from_arrow(batch)  # type: ignore[return-value]
 
 
 def table(value: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """The frame's columns that `schema` names, in its order and exactly its types.
+    """Selects the columns of `schema` from the frame, in the order and with exactly the types of `schema`.
 
     Raises:
-        pa.ArrowInvalid: a value that does not fit.
+        pa.ArrowInvalid: a value does not fit its type.
     """
     return pa.table([value[name].to_arrow().cast(schema.field(name).type) for name in schema.names], schema=schema)
 
 
 def batch(value: pl.DataFrame | pa.Table, schema: pa.Schema) -> pa.RecordBatch:
-    """The frame or table as one RecordBatch of exactly `schema`."""
+    """Converts the frame or table to one RecordBatch with exactly `schema`."""
     whole = (value.cast(schema) if isinstance(value, pa.Table) else table(value, schema)).combine_chunks()
     batches = whole.to_batches()
     if not batches:

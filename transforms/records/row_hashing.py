@@ -1,7 +1,7 @@
-"""Stable 64-bit ids of rows: the same on every machine, in every process, in every version of the libraries.
+"""Stable 64-bit row ids: the same on every machine, in every process and with every version of the libraries.
 
-Methods: XXH3 (64 bits, seed 0; frozen since xxHash 0.8) of a string's UTF-8; splitmix64 (Steele, Lea & Flood 2014) of anything else,
-and to chain the parts of a row.
+Strings are hashed with XXH3 (64 bits, seed 0; frozen since xxHash 0.8) over their UTF-8. All other values are hashed with
+splitmix64 (Steele, Lea & Flood 2014), which also combines the columns of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import polars_hash as plh
 UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NULL = np.uint64(0x6E756C6C6E756C6C)
-# Values mixed at a time: they stay in a core's cache, and in memory that the allocator keeps.
+# Number of values mixed at a time: few enough to stay in a core's cache and in memory that the allocator reuses.
 _PIECE = 1 << 14
 
 
@@ -36,17 +36,17 @@ def mix(values: UInt64s) -> UInt64s:
 
 
 def hash_text(text: str) -> np.uint64:
-    """Hash of one string, equal to `hash_column` of a column that holds it."""
+    """The hash of one string, equal to the `hash_column` hash of that value in a column."""
     return hash_column(pl.Series([text]))[0]
 
 
 def hash_column(column: pl.Series) -> UInt64s:
-    """Hash per value of an integer, number, boolean, date, time or string column."""
+    """The hash of each value of an integer, float, boolean, date, time or string column."""
     if column.dtype == pl.String:
         hashes = column.to_frame("text").select(plh.col("text").nchash.xxh3_64().fill_null(0))
         result = hashes.to_series().to_numpy()
     elif column.dtype.is_float():
-        # Adding zero makes −0.0 the same as 0.0, and every NaN is one.
+        # Adding zero turns −0.0 into 0.0. All NaNs are replaced by one NaN.
         floats = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0
         result = mix(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
     else:
@@ -56,7 +56,7 @@ def hash_column(column: pl.Series) -> UInt64s:
 
 
 def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
-    """One hash of several, order-sensitive."""
+    """Combines several hashes into one. The order matters."""
     state: UInt64s = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -65,10 +65,10 @@ def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
 
 
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
-    """`row_id` (int64) of rows named by `columns`: for a spine row the salt is its view, the columns its key and time."""
+    """The `row_id` (int64) of rows identified by `columns`. For a spine row the salt is its view, the columns its key and time."""
     return pl.Series("row_id", combine([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64))
 
 
 def prediction_ids(model: str, arm: pl.Series, row_id: pl.Series) -> pl.Series:
-    """`prediction_id` (int64) of a row's prediction by a model's arm."""
+    """The `prediction_id` (int64) of the prediction that an arm of a model makes for a row."""
     return row_ids(model, [arm, row_id]).alias("prediction_id")

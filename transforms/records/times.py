@@ -1,4 +1,4 @@
-"""Times: µs since 1970 in UTC, days, and the stamps that mean always and for ever."""
+"""Times in µs since 1970 in UTC, days since 1970, and the timestamps that mean "always" and "for ever"."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def now_us() -> int:
 
 
 def day_of(microsecond: int) -> date:
-    """UTC date of an instant in µs."""
+    """The UTC date of a time in µs since 1970."""
     return date(1970, 1, 1) + timedelta(days=microsecond // DAY)
 
 

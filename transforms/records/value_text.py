@@ -1,4 +1,4 @@
-"""Values as text for people."""
+"""Formats values for people to read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import polars as pl
 
 
 def shown(value: object, dtype: pl.DataType | None = None) -> str:
-    """`value` of a column of `dtype`; of float32 the shortest text that reads back to the same float32.
+    """Formats a `value` of a column of `dtype`. A float32 becomes the shortest text that parses to the same float32.
 
     >>> shown(23.329999923706055, pl.Float32())
     '23.33'

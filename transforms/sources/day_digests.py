@@ -1,4 +1,4 @@
-"""Digests of a source's rows by day: equal where the rows are equal, whatever their order or files."""
+"""Digests of a source's rows by day. Equal rows have equal digests, regardless of their order and files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from schemas.durations import DAY
 from transforms.records.row_hashing import combine, hash_column
 from transforms.sources.contracts import Contract
 
-# Day (days since 1970) to (rows, sum of the rows' hashes mod 2**64).
+# Maps a day (days since 1970) to (number of rows, sum of the rows' hashes mod 2**64).
 Digests = dict[int, tuple[int, int]]
 _MASK = 2**64 - 1
 
 
 def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), high: int = 2**62) -> Digests:
-    """Digest per day of the rows (good or bad) with a plausible time in `[low, high)` µs."""
+    """The digest of each day, over the rows (valid or rejected) with a plausible time in `[low, high)` µs."""
     moments = frame[str(contract.source.time)].to_physical()
     low, high = max(low, contract.earliest), min(high, contract.latest)
     inside = (moments >= low) & (moments < high)
@@ -38,7 +38,7 @@ def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), hi
 
 
 def add(parts: Iterable[Mapping[int, tuple[int, int]]]) -> Digests:
-    """Digests of rows that lie in several parts."""
+    """Adds the digests of disjoint sets of rows."""
     result: Digests = {}
     for part in parts:
         for day, (rows, total) in part.items():
@@ -48,7 +48,7 @@ def add(parts: Iterable[Mapping[int, tuple[int, int]]]) -> Digests:
 
 
 def subtract(whole: Digests, part: Digests) -> Digests:
-    """Digests of the rows in `whole` and not in its `part`."""
+    """The digests of the rows of `whole` that are not in `part`, a subset of it."""
     rest = {
         day: (rows - part.get(day, (0, 0))[0], (total - part.get(day, (0, 0))[1]) & _MASK)
         for day, (rows, total) in whole.items()

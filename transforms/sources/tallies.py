@@ -1,4 +1,4 @@
-"""The account of a source's rows: each is counted in exactly one place."""
+"""Tallies of a source's rows: each row is counted exactly once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ AS_EVENTS = " (as events)"
 
 @dataclasses.dataclass(frozen=True)
 class SourceTally:
-    """Rows of one source, each counted in exactly one place: read = used + outside + repeated + dead.
+    """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
-    Of a spine `used` rows were answered; of events they lie within some window's reach; `outside` lie beyond all.
-    `digests` are those of its days where a block was asked for them.
+    The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the `outside`
+    rows are within reach of none. `digests` are the digests by day, where a block was asked to compute them.
     """
 
     source: str
@@ -46,7 +46,7 @@ class SourceTally:
 
 
 def add_tallies(tallies: Iterable[SourceTally | Mapping[str, SourceTally]]) -> dict[str, SourceTally]:
-    """Sums per source, in any order of merging."""
+    """Sums the tallies of each source. The order does not matter."""
     result: dict[str, SourceTally] = {}
     for each in tallies:
         for tally in [each] if isinstance(each, SourceTally) else each.values():
@@ -55,10 +55,10 @@ def add_tallies(tallies: Iterable[SourceTally | Mapping[str, SourceTally]]) -> d
 
 
 def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str) -> WrittenFiles:
-    """`files` if every row read is accounted for and every question is answered in them.
+    """Returns `files` if every row read is counted exactly once and every spine row has a feature row in them.
 
     Raises:
-        DataError: nothing is committed then.
+        DataError: a row is missing or counted twice. Nothing is committed then.
     """
     lost = [tally for tally in tallies.values() if not tally.conserved]
     answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
@@ -70,5 +70,5 @@ def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str
 
 
 def digests_read(tallies: Mapping[str, SourceTally]) -> dict[str, Digests]:
-    """Digests by day per source."""
+    """The digests by day of each source that has any."""
     return {label.removesuffix(AS_EVENTS): tally.digests for label, tally in tallies.items() if tally.digests}
