@@ -528,7 +528,7 @@ def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytes
     rows = [(-day * number - 60 * i, 100 * number + i) for number in range(30) for i in range(20)]
     shuffled = rows_of(reads, rows).sample(fraction=1, shuffle=True, seed=1)
     lay(tmp_path / "in", {"reads": shuffled, "once": rows_of(once, rows)})
-    monkeypatch.setattr(history, "CHUNK", 50)
+    monkeypatch.setattr(history, "CHUNK_ROWS", 50)
     seen: list[int] = []
     pieces = history._Files.pieces
 
