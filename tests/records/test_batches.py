@@ -1,5 +1,7 @@
 """RecordBatches cross machines whole, and small when they are small."""
 
+import subprocess
+import sys
 from datetime import UTC, date, datetime
 from typing import Any
 
