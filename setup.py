@@ -8,6 +8,8 @@ REQUIRES = [
     "dill",  # tfx-bsl imports it and does not say so
     "google-crc32c>=1.5",
     "isal>=1.6",
+    "jinja2>=3.1,<4",
+    "markupsafe>=3,<4",
     "matplotlib>=3.8,<4",
     "mlflow>=3.17,<4",
     "numpy>=1.26,<3",
@@ -50,7 +52,7 @@ setup(
     classifiers=["Private :: Do Not Upload", "Programming Language :: Python :: 3.11"],
     python_requires=">=3.11,<3.12",  # the newest TFDV that runs on glibc 2.36 has no wheel past 3.11
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={"": ["*.pbtxt", "py.typed"]},
+    package_data={"": ["*.pbtxt", "py.typed"], "transforms.reports": ["templates/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["millrace = beam_pipelines.cli:main"]},

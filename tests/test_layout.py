@@ -424,7 +424,7 @@ def test_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     ours = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.pbtxt")
+        for pattern in ("*.py", "*.pbtxt", "*.html.j2", "*.css")
         for folder in PACKAGES
         for path in (ROOT / folder).rglob(pattern)
     }

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import xgboost
+from markupsafe import escape
 
 from beam_pipelines import features, training
 from schemas.errors import GateError
@@ -25,8 +26,9 @@ from transforms.models.bundle import load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer
 from transforms.reports.charts import Axis
-from transforms.reports.markup import given, interval, named, number, shown, tag, text
-from transforms.reports.report import FILE, outcome, render
+from transforms.reports.formatting import given, interval, named, number, shown
+from transforms.reports.header import outcome
+from transforms.reports.report import FILE, render, templates
 
 HOSTILE = """<script>alert('1')</script>&"west"""
 VOID = {"meta", "br", "wbr"}
@@ -173,6 +175,35 @@ def test_the_page_is_whole_safe_and_needs_nothing_else(store: Path, run: str) ->
     assert len(page.all("table")) == len(page.all("caption")) == raw.count('<div class="scroll"')
 
 
+def texts(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in JSON there is a text: one way to each kind of place."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, each in inside:
+        yield from texts(each, (*way, key))
+    if isinstance(value, str):
+        yield way
+
+
+def test_no_text_of_the_account_becomes_markup(store: Path) -> None:
+    """Every text in turn is a script, whatever it says: a name, a reason, an address, a version."""
+    for run in RUNS:
+        kept = json.dumps([account(store, run), load(store / "runs" / run / "model").manifest])
+        seen = 0
+        for way in texts(json.loads(kept)):
+            arguments = json.loads(kept)
+            place = arguments
+            for key in way[:-1]:
+                place = place[key]
+            place[way[-1]] = HOSTILE
+            try:
+                raw = render(*arguments)
+            except (ValueError, KeyError):  # a stamp, or the name of a metric
+                continue
+            assert "<script" not in raw
+            seen += HOSTILE in Page(raw).text
+        assert seen > 10
+
+
 def test_the_verdict_is_at_the_top(store: Path) -> None:
     content = account(store, "binary")
     kind, title, why = outcome(content)
@@ -274,13 +305,14 @@ def test_a_report_compares_with_the_champion(store: Path) -> None:
 
 
 def test_markup_escapes_and_keeps_exact_values() -> None:
-    assert tag("b", "<i>", title='"&') == '<b title="&quot;&amp;">&lt;i&gt;</b>'
+    written = templates().from_string('<b title="{{ title }}">{{ word }}</b>').render(title='"&', word="<i>")
+    assert written.replace("&#34;", "&quot;") == '<b title="&quot;&amp;">&lt;i&gt;</b>'
     assert named("a_b<c>") == '<span class="name">a_<wbr>b&lt;c&gt;</span>'
     assert Page(str(number(0.1 + 0.2))).values == ["0.30000000000000004"]
     assert [shown(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == ["336,776", "0.7523", "−12.35", "1.234e−5", "0", "–"]  # fmt: skip
     assert Page(str(given(0.05))).text == "0.05"
     assert Page(str(interval([-1.0, 2.0]))).text == "−1 to 2"
-    assert text(number(1)) == number(1)
+    assert escape(number(1)) == number(1)
 
 
 def axes() -> Iterator[Axis]:

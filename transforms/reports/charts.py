@@ -1,7 +1,7 @@
-"""Charts as SVG that stretches, with words beside it in HTML: they stay readable at any width, and follow light and dark.
+"""Charts as paths of SVG that stretches, with words beside it in HTML: readable at any width, in light and dark.
 
 A plot is a square of 1000 units stretched to whatever room there is; strokes keep their width, and a dot is a line of no
-length with round ends, so neither is stretched with it.  Colours come from the page's style.
+length with round ends, so neither is stretched with it.  Colours come from the page's style; `charts.html.j2` writes the page.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from transforms.reports.markup import Markup, join, mark, tag, text
+from transforms.reports.formatting import mark
 
 SIDE = 1000.0
 Values = Sequence[float] | npt.NDArray[np.float64]
@@ -61,6 +62,12 @@ class Axis:
         """From 0 to 1."""
         return cls(0.0, 1.0, label, tuple((i / 4, ("0", "0.25", "0.5", "0.75", "1")[i]) for i in range(5)))
 
+    @property
+    def positions(self) -> list[tuple[float, str]]:
+        """Where the ticks lie, 0 … 1000, and their words."""
+        found = self.position([at for at, _ in self.ticks])
+        return [(float(position), word) for position, (_, word) in zip(found, self.ticks, strict=True)]
+
     def position(self, values: Values) -> npt.NDArray[np.float64]:
         """Where values lie, 0 … 1000; those outside at the edge."""
         found = np.asarray(values, np.float64)
@@ -84,120 +91,134 @@ def _decades(low: float, high: float) -> list[float]:
     return inside if len(inside) <= 6 else [each for each in inside if math.log10(each) % 1 < 1e-9][:8]
 
 
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One path of a chart.
+
+    Args:
+        kind: its classes, which say how it is drawn and in which colour.
+        d: as SVG writes it.
+        title: shown under a pointer.
+    """
+
+    kind: str
+    d: str
+    title: str = ""
+
+
+Paths = tuple[Path, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A chart with two axes.
+
+    Args:
+        label: says in words what it shows.
+        ratio: of width to height.
+    """
+
+    label: str
+    x: Axis
+    y: Axis
+    paths: Paths
+    ratio: str = "4/3"
+
+    @property
+    def grid(self) -> str:
+        across = [f"M{at:.0f} 0V1000" for at, _ in self.x.positions]
+        return "".join([*across, *(f"M0 {SIDE - at:.0f}H1000" for at, _ in self.y.positions)])
+
+    @property
+    def left(self) -> float:
+        """Room for the words of the upright axis, in em."""
+        return max((len(word) for _, word in self.y.ticks), default=1) * 0.62 + 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """One row of a table of charts that share `x`."""
+
+    x: Axis
+    paths: Paths
+    height: int = 26
+
+    @property
+    def grid(self) -> str:
+        return "".join(f"M{at:.0f} 0V1000" for at, _ in self.x.positions)
+
+
+class Key(NamedTuple):
+    """What a legend says of a mark: its class, and what it is."""
+
+    kind: str
+    name: str
+
+
 def _d(xs: Values, ys: Values) -> list[str]:
     return [f"{x:.0f} {y:.0f}" for x, y in zip(xs, ys, strict=True)]
 
 
-def line(x: Axis, y: Axis, xs: Values, ys: Values, kind: str) -> Markup:
+def line(x: Axis, y: Axis, xs: Values, ys: Values, kind: str) -> Paths:
     """A line through points."""
     if not len(xs):
-        return Markup("")
-    return Markup(f'<path class="line {kind}" d="M{"L".join(_d(x.position(xs), SIDE - y.position(ys)))}"/>')
+        return ()
+    return (Path(f"line {kind}", f"M{'L'.join(_d(x.position(xs), SIDE - y.position(ys)))}"),)
 
 
-def band(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
+def band(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Paths:
     """The area between two lines."""
     there, back = _d(x.position(xs), SIDE - y.position(highs)), _d(x.position(xs), SIDE - y.position(lows))[::-1]
-    return Markup(f'<path class="band {kind}" d="M{"L".join([*there, *back])}Z"/>')
+    return (Path(f"band {kind}", f"M{'L'.join([*there, *back])}Z"),)
 
 
-def dots(x: Axis, y: Axis, xs: Values, ys: Values, kind: str, titles: Sequence[str] = ()) -> Markup:
+def dots(x: Axis, y: Axis, xs: Values, ys: Values, kind: str, titles: Sequence[str] = ()) -> Paths:
     """Points; `titles` are shown under a pointer."""
     positions = _d(x.position(xs), SIDE - y.position(ys))
-    if not titles:
-        return Markup(f'<path class="dot {kind}" d="M{"h0M".join(positions)}h0"/>') if positions else Markup("")
-    return join(
-        Markup(f'<path class="dot {kind}" d="M{position}h0">{tag("title", title)}</path>')
-        for position, title in zip(positions, titles, strict=True)
-    )
+    if titles:
+        return tuple(Path(f"dot {kind}", f"M{at}h0", title) for at, title in zip(positions, titles, strict=True))
+    return (Path(f"dot {kind}", f"M{'h0M'.join(positions)}h0"),) if positions else ()
 
 
-def spans(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Markup:
+def spans(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -> Paths:
     """Vertical lines from low to high."""
     at, low, high = x.position(xs), SIDE - y.position(lows), SIDE - y.position(highs)
-    steps = [f"M{a:.0f} {b:.0f}V{c:.0f}" for a, b, c in zip(at, low, high, strict=True)]
-    return Markup(f'<path class="line {kind}" d="{"".join(steps)}"/>')
-
-
-def plot(label: str, x: Axis, y: Axis, *marks: Markup, ratio: str = "4/3") -> Markup:
-    """A chart of `marks`; `label` says in words what it shows."""
-    across, up = x.position([at for at, _ in x.ticks]), y.position([at for at, _ in y.ticks])
-    grid = "".join([*(f"M{a:.0f} 0V1000" for a in across), *(f"M0 {SIDE - a:.0f}H1000" for a in up)])
-    drawn = Markup(
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" style="aspect-ratio:{ratio}" aria-hidden="true">'
-        f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
-    )
-    ys = join(_at(word, f"bottom:{position / 10:.1f}%") for (_, word), position in zip(y.ticks, up, strict=True))
-    xs = join(_at(word, f"left:{position / 10:.1f}%") for (_, word), position in zip(x.ticks, across, strict=True))
-    longest = max((len(word) for _, word in y.ticks), default=1)
-    return tag(
-        "div", tag("div", y.label, class_="yl"), tag("div", ys, class_="ys", aria_hidden="true"), drawn,
-        tag("div", xs, class_="xs", aria_hidden="true"), tag("div", x.label, class_="xl"),
-        class_="plot", role="img", aria_label=label, style=f"--left:{longest * 0.62 + 0.6:.1f}em",
-    )  # fmt: skip
-
-
-def _at(word: str, style: str) -> Markup:
-    return Markup(f'<span style="{style}">{text(word)}</span>')
-
-
-def legend(*entries: tuple[str, str]) -> Markup:
-    """(class of a mark, what it is)."""
-    return tag("p", *(tag("span", name, class_=f"key {kind}") for kind, name in entries), class_="legend")
-
-
-def strip(x: Axis, *marks: Markup, height: int = 26) -> Markup:
-    """One row of a table of charts that share `x`."""
-    grid = "".join(f"M{a:.0f} 0V1000" for a in x.position([at for at, _ in x.ticks]))
-    return Markup(
-        f'<svg class="strip" viewBox="0 0 1000 1000" preserveAspectRatio="none" style="height:{height}px" aria-hidden="true">'
-        f'<path class="grid" d="{grid}"/>{join(marks)}</svg>'
-    )
-
-
-def scale(x: Axis) -> Markup:
-    """The head of a column of strips: the marks of their axis, and what it is."""
-    positions = x.position([at for at, _ in x.ticks])
-    words = join(
-        _at(word, f"left:{position / 10:.1f}%") for (_, word), position in zip(x.ticks, positions, strict=True)
-    )
-    return join([tag("div", x.label, class_="sl"), tag("div", words, class_="xs", aria_hidden="true")])
+    return (Path(f"line {kind}", "".join(f"M{a:.0f} {b:.0f}V{c:.0f}" for a, b, c in zip(at, low, high, strict=True))),)
 
 
 ROW = Axis(0.0, 1.0)
 
 
-def upright(x: Axis, at: float, kind: str) -> Markup:
+def upright(x: Axis, at: float, kind: str) -> Paths:
     """A vertical line through a strip or plot."""
-    position = float(x.position([at])[0])
-    return Markup(f'<path class="line {kind}" d="M{position:.0f} 0V1000"/>')
+    return (Path(f"line {kind}", f"M{x.position([at])[0]:.0f} 0V1000"),)
 
 
-def stripe(x: Axis, low: float, high: float, kind: str) -> Markup:
+def stripe(x: Axis, low: float, high: float, kind: str) -> Paths:
     """A vertical band."""
     a, b = x.position([low, high])
-    return Markup(f'<path class="band {kind}" d="M{a:.0f} 0H{b:.0f}V1000H{a:.0f}Z"/>')
+    return (Path(f"band {kind}", f"M{a:.0f} 0H{b:.0f}V1000H{a:.0f}Z"),)
 
 
-def bar(x: Axis, value: float, kind: str, thick: float = 0.5) -> Markup:
+def bar(x: Axis, value: float, kind: str, thick: float = 0.5) -> Paths:
     """A bar from 0 to `value` in a strip."""
     a, b = x.position([0.0, value])
     top, end = SIDE * (0.5 - thick / 2), SIDE * (0.5 + thick / 2)
-    return Markup(f'<path class="bar {kind}" d="M{a:.0f} {top:.0f}H{b:.0f}V{end:.0f}H{a:.0f}Z"/>')
+    return (Path(f"bar {kind}", f"M{a:.0f} {top:.0f}H{b:.0f}V{end:.0f}H{a:.0f}Z"),)
 
 
-def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: str) -> Markup:
+def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: str) -> Paths:
     """An estimate and its interval in a strip."""
-    parts = []
+    parts: Paths = ()
     if span is not None:
         a, b = x.position(list(span))
-        parts.append(Markup(f'<path class="line {kind}" d="M{a:.0f} 500H{b:.0f}"/>'))
+        parts += (Path(f"line {kind}", f"M{a:.0f} 500H{b:.0f}"),)
     if value is not None:
-        parts.append(dots(x, ROW, [value], [0.5], f"big {kind}"))
-    return join(parts)
+        parts += dots(x, ROW, [value], [0.5], f"big {kind}")
+    return parts
 
 
-def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Markup:
+def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Paths:
     """Points of a strip, apart where they are many, in the colours `v0` … `v4` that `kinds` says (−1 is `none`)."""
     positions = x.position(values)
     cells = np.floor(positions / SIDE * 90).astype(int)
@@ -213,11 +234,11 @@ def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -
     ys[order] = 0.5 + np.clip(offset, -1, 1) * 0.42
     if kinds is None:
         return dots(x, ROW, np.asarray(values), ys, "small v")
-    drawn = []
+    drawn: Paths = ()
     for kind in (-1, 0, 1, 2, 3, 4):
         mine = kinds == kind
-        drawn.append(dots(x, ROW, np.asarray(values)[mine], ys[mine], "small " + (f"v{kind}" if kind >= 0 else "vx")))
-    return join(drawn)
+        drawn += dots(x, ROW, np.asarray(values)[mine], ys[mine], "small " + (f"v{kind}" if kind >= 0 else "vx"))
+    return drawn
 
 
 def medians(xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64], parts: int = 12) -> list[tuple[float, float]]:

@@ -1,128 +1,173 @@
-"""The part of a training report about what the model goes by: contributions of its inputs, over rows and by value."""
+"""What a model goes by, in a training report: contributions of its inputs, over rows and by value."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from transforms.reports import charts
-from transforms.reports.charts import Axis, medians
-from transforms.reports.markup import Markup, category, details, figure, join, named, note, number, section, table, tag
+from transforms.reports.charts import Axis, Plot, Strip, medians
+from transforms.reports.formatting import category
 
 Content = Mapping[str, Any]
-# Inputs with a picture each, the categories of one, and points of a scatter or swarm.
-PICTURES, CATEGORIES, POINTS = 6, 10, 800
+Floats = npt.NDArray[np.float64]
+# Inputs with a picture each, the categories of one, points of a scatter or swarm, and of one category's swarm.
+PICTURES, CATEGORIES, POINTS, SWARM = 6, 10, 800, 200
 
 
-def explanation(content: Content) -> Markup | None:
-    """Mean contribution of each input, how single rows move, and how the first inputs' values matter."""
-    known, points = content.get("explanation") or {}, (content.get("points") or {}).get("points") or []
+@dataclasses.dataclass(frozen=True)
+class Moving:
+    """An input: how single rows move, if that is known, and its mean absolute contribution."""
+
+    name: str
+    swarm: Strip | None
+    bar: Strip
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Category:
+    """Contributions of one value, and their mean."""
+
+    name: str
+    swarm: Strip
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Rows without a value, and the mean of their contributions."""
+
+    rows: int
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Contribution by the value of one input: of a number a plot, of a string its categories; neither if all is missing.
+
+    Args:
+        scale: of the categories.
+    """
+
+    name: str
+    of_class: int | None
+    missing: Missing | None = None
+    plot: Plot | None = None
+    scale: Axis | None = None
+    categories: tuple[Category, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """Inputs by mean absolute contribution: those with pictures first."""
+
+    unit: str
+    rows: int
+    scale: Axis
+    first: tuple[Moving, ...]
+    more: tuple[Moving, ...]
+    pictures: tuple[Picture, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The section: contributions, or the `reason` why there are none."""
+
+    reason: str | None
+    explained: Explained | None = None
+
+
+def inputs(content: Content, points: Content) -> Inputs | None:
+    known = content.get("explanation") or {}
     if not known.get("inputs"):
-        reason = known.get("reason")
-        return (
-            section("inputs", "What the model goes by", note(f"There are no contributions: {reason}."))
-            if reason
-            else None
-        )
-    said = note(
-        "Contributions of each input to the margin (", known["unit"], ") of ", number(known["rows"]), " test rows, chosen by a hash: SHAP values as XGBoost computes "
-        "them. With the base they add up to the margin, row by row; the columns that an encoder makes of one input are added up.",
-    )  # fmt: skip
-    return section("inputs", "What the model goes by", said, summary(known, points), dependence(known, points))
+        return Inputs(known["reason"]) if known.get("reason") else None
+    return Inputs(None, explained(known, points.get("points") or []))
 
 
-def summary(known: Content, points: Sequence[Content]) -> Markup:
-    """Inputs by mean absolute contribution, each with its rows as a swarm."""
+def explained(known: Content, points: Sequence[Content]) -> Explained:
     shapes = {each["input"]: each for each in points}
     ends = [value for each in points for value in each["contributions"]]
-    x = Axis.over(
-        [0.0, *(np.quantile(ends, [0.002, 0.998]) if ends else ())], f"contribution, {known['unit']}", ticks=4, pad=0.03
-    )
+    outer = np.quantile(ends, [0.002, 0.998]) if ends else ()
+    x = Axis.over([0.0, *outer], f"contribution, {known['unit']}", ticks=4, pad=0.03)
     most = Axis.over([0.0, known["inputs"][0]["mean_abs"]], "mean |contribution|")
 
-    def row(each: Content) -> list[object]:
-        found = shapes.get(each["input"])
-        marks = [charts.upright(x, 0.0, "zero")]
+    def bar(each: Content) -> Strip:
+        return Strip(most, charts.bar(most, each["mean_abs"], "first"), 14)
+
+    def moving(each: Content) -> Moving:
+        found, marks = shapes.get(each["input"]), charts.upright(x, 0.0, "zero")
+        of_class = None if found is None else found.get("class")
         if found is not None:
-            kinds, moved = _kinds(found["values"][:POINTS]), np.array(found["contributions"][:POINTS])
-            marks.append(charts.swarm(x, moved, kinds))
-        which = f" (class {found['class']})" if found is not None and found.get("class") is not None else ""
-        return [named(each["input"] + which), charts.strip(x, *marks, height=34), charts.strip(most, charts.bar(most, each["mean_abs"], "first"), height=14), number(each["mean_abs"])]  # fmt: skip
+            marks += charts.swarm(x, np.array(found["contributions"][:POINTS]), _fifths(found["values"][:POINTS]))
+        name = each["input"] + ("" if of_class is None else f" (class {of_class})")
+        return Moving(name, Strip(x, marks, 34), bar(each), each["mean_abs"])
 
-    heads = ["Input", charts.scale(x), tag("span", "As a bar", class_="hidden"), "Mean |contribution|"]
-    first, rest = known["inputs"][: len(points)], known["inputs"][len(points) :]
-    keys = charts.legend(("v0", "low value"), ("v2", "middle"), ("v4", "high value"), ("vx", "missing, or a category"))
-    whole = tag(
-        "div",
-        table(heads, [row(each) for each in first], "Inputs by mean absolute contribution", (2,)),
-        class_="swarms",
-    )
-    if not rest:
-        return join([keys, whole])
-    plain = [[named(each["input"]), charts.strip(most, charts.bar(most, each["mean_abs"], "first"), height=14), number(each["mean_abs"])] for each in rest]  # fmt: skip
-    return join([keys, whole, details(f"{len(rest)} further inputs", table(["Input", tag("span", "As a bar", class_="hidden"), "Mean |contribution|"], plain, "Further inputs", (2,)))])  # fmt: skip
+    first, more = known["inputs"][: len(points)], known["inputs"][len(points) :]
+    return Explained(
+        known["unit"], known["rows"], x, tuple(map(moving, first)),
+        tuple(Moving(each["input"], None, bar(each), each["mean_abs"]) for each in more),
+        tuple(picture(each, known["unit"]) for each in points[:PICTURES]),
+    )  # fmt: skip
 
 
-def _kinds(values: Sequence[Any]) -> Any:
+def _fifths(values: Sequence[Any]) -> npt.NDArray[np.int64]:
     """Fifths of numbers by rank, −1 for what has none, as categories."""
     if any(isinstance(value, str) for value in values):
         return np.full(len(values), -1)
-    numbers = np.array([math.nan if value is None else float(value) for value in values])
+    numbers = _numbers(values)
     known = np.isfinite(numbers)
     ordered = np.sort(numbers[known])
     if not len(ordered):
         return np.full(len(numbers), -1)
-    position = (np.searchsorted(ordered, numbers, "left") + np.searchsorted(ordered, numbers, "right")) / 2
-    return np.where(known, np.minimum(position * 5 // max(len(ordered), 1), 4), -1).astype(int)
+    place = (np.searchsorted(ordered, numbers, "left") + np.searchsorted(ordered, numbers, "right")) / 2
+    return np.where(known, np.minimum(place * 5 // len(ordered), 4), -1).astype(int)
 
 
-def dependence(known: Content, points: Sequence[Content]) -> Markup:
-    """Contribution by the value of each of the first inputs."""
-    pictures = [_picture(each, known["unit"]) for each in points[:PICTURES]]
-    return join([tag("h3", "By value"), tag("div", *[each for each in pictures if each], class_="grid three")])
+def _numbers(values: Sequence[Any]) -> Floats:
+    return np.array([math.nan if value is None else float(value) for value in values])
 
 
-def _picture(each: Content, unit: str) -> Markup:
+def picture(each: Content, unit: str) -> Picture:
     values, moved = each["values"], np.array(each["contributions"])
-    title: list[object] = [tag("code", each["input"])]
-    if each.get("class") is not None:
-        title.append(tag("small", f" class {each['class']}"))
+    found = Picture(each["input"], each.get("class"))
     if any(isinstance(value, str) for value in values):
-        return figure(join(title), _by_category(values, moved, unit))
-    numbers = np.array([math.nan if value is None else float(value) for value in values])
+        return by_category(found, values, moved, unit)
+    numbers = _numbers(values)
     there = np.isfinite(numbers)
-    left = int((~there).sum())
-    if left:
-        title.append(
-            tag("small", " ", number(left), " missing, mean ", number(float(moved[~there].mean()), 3, signed=True))
-        )
+    if not there.all():
+        missing = Missing(int((~there).sum()), float(moved[~there].mean()))
+        found = dataclasses.replace(found, missing=missing)
     if not there.any():
-        return figure(join(title), note("The value is missing in every row."))
+        return found
     xs, ys = numbers[there], moved[there]
     x = Axis.over(np.quantile(xs, [0.01, 0.99]), "value", ticks=4, pad=0.02)
     y = Axis.over([0.0, *np.quantile(moved, [0.002, 0.998])], f"contribution, {unit}", ticks=4, pad=0.05)
-    interior = medians(xs, ys)
-    marks = [
-        charts.line(x, y, [x.low, x.high], [0, 0], "zero"), charts.dots(x, y, xs[:POINTS], ys[:POINTS], "small v"),
-        charts.line(x, y, [at for at, _ in interior], [value for _, value in interior], "second"),
-    ]  # fmt: skip
-    return figure(join(title), charts.plot(f"Contribution of {each['input']} by its value", x, y, *marks, ratio="5/4"))
+    middle = medians(xs, ys)
+    paths = (
+        charts.line(x, y, [x.low, x.high], [0, 0], "zero")
+        + charts.dots(x, y, xs[:POINTS], ys[:POINTS], "small v")
+        + charts.line(x, y, [at for at, _ in middle], [value for _, value in middle], "second")
+    )
+    return dataclasses.replace(found, plot=Plot(f"Contribution of {each['input']} by its value", x, y, paths, "5/4"))
 
 
-def _by_category(values: Sequence[Any], moved: Any, unit: str) -> Markup:
+def by_category(found: Picture, values: Sequence[Any], moved: Floats, unit: str) -> Picture:
     """A swarm for each of the most frequent categories, the greatest mean first."""
     names = ["null" if value is None else str(value) for value in values]
     often = sorted(set(names), key=lambda name: (-names.count(name), name))[:CATEGORIES]
     x = Axis.over([0.0, *np.quantile(moved, [0.002, 0.998])], f"contribution, {unit}", ticks=3, pad=0.03)
-    found = []
+    means = []
     for name in often:
         mine = moved[np.array([each == name for each in names])]
-        found.append((float(mine.mean()), name, mine))
-    rows = [
-        [named(category(name)), charts.strip(x, charts.upright(x, 0.0, "zero"), charts.swarm(x, mine[:200]), height=22), number(mean, 3, signed=True)]
-        for mean, name, mine in sorted(found, key=lambda each: (-each[0], each[1]))
-    ]  # fmt: skip
-    return table(["Category", charts.scale(x), "Mean"], rows, "Contribution by category", (2,))
+        means.append((float(mine.mean()), name, mine))
+    categories = [
+        Category(category(name), Strip(x, charts.upright(x, 0.0, "zero") + charts.swarm(x, mine[:SWARM]), 22), mean)
+        for mean, name, mine in sorted(means, key=lambda each: (-each[0], each[1]))
+    ]
+    return dataclasses.replace(found, scale=x, categories=tuple(categories))

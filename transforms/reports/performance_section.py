@@ -1,119 +1,220 @@
-"""The part of a training report about the whole test split: metrics, curves, calibration, classes, errors."""
+"""The whole test split in a training report: metrics, curves, calibration, thresholds, classes, errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from schemas.models import RISING
 from transforms.reports import charts
-from transforms.reports.charts import Axis
-from transforms.reports.data_section import words
-from transforms.reports.markup import (
-    Markup,
-    estimate,
-    figure,
-    given,
-    interval,
-    join,
-    note,
-    number,
-    percent,
-    section,
-    shown,
-    table,
-    tag,
-)
+from transforms.reports.charts import Axis, Key, Paths, Plot, Strip
+from transforms.reports.formatting import shown
 
 Content = Mapping[str, Any]
-# Points of a scatter.
-POINTS = 800
+# Points of a scatter, and the most classes whose confusion is shown.
+POINTS, CONFUSED = 800, 20
 
 
-def performance(content: Content, manifest: Content) -> Markup:
-    """Metrics with intervals, beside the champion's; then what the objective has to show."""
-    objective = manifest["objective"]
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The champion's value of a metric, and what the model's is above it."""
+
+    theirs: float | None
+    value: float | None
+    span: Sequence[float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric with its 95 % interval; `against` is None where there is no champion to compare with."""
+
+    name: str
+    value: float | None
+    span: Sequence[float] | None
+    rising: bool
+    against: Difference | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """ROC and precision by recall.
+
+    Args:
+        keys: of what both show.
+        share: of positives.
+        threshold: that the gates use; None: none, or not among those that were judged.
+    """
+
+    roc: Plot
+    auc: float | None
+    precision_recall: Plot
+    average_precision: float | None
+    keys: tuple[Key, ...]
+    share: float
+    threshold: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Rows of like scores: their mean score, how many they are, and the share of positives with its 95 % interval."""
+
+    score: float
+    strip: Strip
+    rows: int
+    share: float
+    span: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Reliability diagram, and how many rows each of its points stands for."""
+
+    error: float | None
+    plot: Plot
+    scale: Axis
+    bins: tuple[Bin, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """Rates of the rows that score `at` or more; `used` by the gates or not."""
+
+    at: float
+    precision: float | None
+    recall: float | None
+    intervals: Mapping[str, Sequence[float]]
+    false_positive_rate: float | None
+    selection_rate: float | None
+    used: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Class:
+    """A class against all others: its rows, how many were taken for it, and metrics by name with their intervals."""
+
+    number: int
+    rows: int
+    chosen: int
+    metrics: tuple[tuple[float | None, Sequence[float] | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Confused:
+    """Rows of a true class that were taken for a class, and their share of the true class."""
+
+    rows: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scatter:
+    """Predicted against actual, of so many rows."""
+
+    plot: Plot
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantile:
+    """The absolute error that a share of rows stays within."""
+
+    share: float
+    strip: Strip
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """Predicted against actual on the sample, and quantiles of the absolute error over all rows."""
+
+    scatter: Scatter | None
+    scale: Axis
+    quantiles: tuple[Quantile, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Performance:
+    """The section: metrics, and what the objective has to show.
+
+    Args:
+        champion: version of the model that it is compared with; None: there is none.
+        auc_error: how far off AUC may be, where scores were binned.
+    """
+
+    objective: str
+    rows: int
+    metrics: tuple[Metric, ...]
+    champion: str | None
+    auc_error: float | None
+    curves: Curves | None = None
+    calibration: Calibration | None = None
+    thresholds: tuple[Threshold, ...] = ()
+    classes: tuple[Class, ...] = ()
+    confusion: tuple[tuple[Confused, ...], ...] = ()
+    errors: Errors | None = None
+
+
+def performance(content: Content, manifest: Content, points: Content) -> Performance:
+    objective, rival = manifest["objective"], content["rival"]
+    champion = None if rival["metrics"] is None else str(rival["version"])
+    found = Performance(objective, content["rows"], metrics(content), champion, content.get("auc_error") or None)
     if objective == "binary:logistic":
-        shape: list[Markup] = [curves(content), calibration(content), thresholds(content)]
-    elif objective == "multi:softprob":
-        shape = [classes(content), confusion(content)]
-    else:
-        shape = [errors(content)]
-    return section("performance", "Performance on the test split", metrics(content), *shape)
+        return dataclasses.replace(
+            found, curves=curves(content), calibration=calibration(content), thresholds=thresholds(content)
+        )
+    if objective == "multi:softprob":
+        return dataclasses.replace(found, classes=classes(content), confusion=confusion(content))
+    return dataclasses.replace(found, errors=errors(content, points))
 
 
-def metrics(content: Content) -> Markup:
-    rival, spans = content["rival"], content["intervals"]
-    theirs, apart = rival["metrics"], rival.get("differences") or {}
-    rows = []
-    for name, value in content["metrics"].items():
-        row: list[object] = [words(name), estimate(value, spans.get(name)), "more" if name in RISING else "less"]
-        if theirs is not None:
-            span = apart.get(name)
-            row += [
-                number(theirs.get(name)),
-                join([number(span[0], signed=True), " ", interval(span[1], True)]) if span else number(None),
-            ]
-        rows.append(row)
-    heads: list[object] = ["Metric", "Value, 95 % interval", "Better is"]
-    if theirs is not None:
-        heads += [f"Champion (version {rival['version']})", "Difference, 95 % interval"]
-    error = content.get("auc_error")
-    said = [
-        "Over ", number(content["rows"]), " test rows. Intervals are the middle 95 % of 200 Poisson bootstrap replicates",
-        "; differences are paired, row by row." if theirs is not None else ".",
-    ]  # fmt: skip
-    said += [" Scores were binned: AUC is right to ", number(error), "."] if error else []
-    return join([table(heads, rows, "Metrics of the test split", range(1, len(heads))), note(*said)])
+def metrics(content: Content) -> tuple[Metric, ...]:
+    theirs, apart = content["rival"]["metrics"], content["rival"].get("differences") or {}
+
+    def against(name: str) -> Difference | None:
+        if theirs is None:
+            return None
+        value, span = apart.get(name) or (None, None)
+        return Difference(theirs.get(name), value, span)
+
+    return tuple(
+        Metric(name, value, content["intervals"].get(name), name in RISING, against(name))
+        for name, value in content["metrics"].items()
+    )
 
 
-def curves(content: Content) -> Markup:
-    """ROC and precision–recall, the champion's beside."""
+def curves(content: Content) -> Curves | None:
+    """The model's curves, the champion's beside."""
     if not content.get("roc"):
-        return note("The test split has one class only: there are no curves.")
-    rival = content["rival"]
+        return None
+    rival, bins, at = content["rival"], content["calibration"], _at(content)
+    auc, precision = content["metrics"]["auc"], content["metrics"]["average_precision"]
     x, y = Axis.share("false positive rate"), Axis.share("true positive rate")
-    roc = np.array(content["roc"])
-    marks = [
-        charts.line(x, y, [0, 1], [0, 1], "thin"),
-        charts.band(x, y, roc[:, 0], np.zeros(len(roc)), roc[:, 1], "first"),
-    ]
-    if rival.get("roc"):
-        other = np.array(rival["roc"])
-        marks.append(charts.line(x, y, other[:, 0], other[:, 1], "second"))
-    marks.append(charts.line(x, y, roc[:, 0], roc[:, 1], "first"))
-    entries = [
-        ("first", "this model"),
-        *([("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
-    ]
-    first = figure(
-        join(["ROC ", tag("small", "area ", number(content["metrics"]["auc"]))]),
-        charts.plot(f"ROC curve, area {shown(content['metrics']['auc'] or math.nan)}", x, y, *marks, ratio="1"), charts.legend(*entries, ("thin", "chance")),
-    )  # fmt: skip
+    paths = charts.line(x, y, [0, 1], [0, 1], "thin") + _curve(x, y, content["roc"], rival.get("roc"))
+    roc = Plot(f"ROC curve, area {shown(auc or math.nan)}", x, y, paths, "1")
+    share = sum(each["rows"] * each["share"] for each in bins) / sum(each["rows"] for each in bins)
     x, y = Axis.share("recall"), Axis.share("precision")
-    found, total = np.array(content["precision_recall"]), sum(each["rows"] for each in content["calibration"])
-    share = sum(each["rows"] * each["share"] for each in content["calibration"]) / total
-    marks = [
-        charts.line(x, y, [0, 1], [share, share], "thin"),
-        charts.band(x, y, found[:, 0], np.zeros(len(found)), found[:, 1], "first"),
-    ]
-    if rival.get("precision_recall"):
-        other = np.array(rival["precision_recall"])
-        marks.append(charts.line(x, y, other[:, 0], other[:, 1], "second"))
-    marks.append(charts.line(x, y, found[:, 0], found[:, 1], "first"))
-    at = _at(content)
+    paths = charts.line(x, y, [0, 1], [share, share], "thin")
+    paths += _curve(x, y, content["precision_recall"], rival.get("precision_recall"))
     if at and at["precision"] is not None and at["recall"] is not None:
         said = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
-        marks.append(charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [said]))
-    second = figure(
-        join(["Precision and recall ", tag("small", "average precision ", number(content["metrics"]["average_precision"]))]),
-        charts.plot(f"Precision by recall, average precision {shown(content['metrics']['average_precision'])}", x, y, *marks, ratio="1"),
-        charts.legend(*entries, ("thin", f"share of positives, {share:.1%}"), *([("point", f"threshold {at['threshold']:g}")] if at else [])),
-    )  # fmt: skip
-    return tag("div", first, second, class_="grid")
+        paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [said])
+    by_recall = Plot(f"Precision by recall, average precision {shown(precision)}", x, y, paths, "1")
+    keys = (Key("first", "this model"), *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []))  # fmt: skip
+    return Curves(roc, auc, by_recall, precision, keys, share, at["threshold"] if at else None)
+
+
+def _curve(x: Axis, y: Axis, points: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]] | None) -> Paths:
+    """A curve over its area, and the champion's between the two."""
+    mine = np.array(points)
+    paths = charts.band(x, y, mine[:, 0], np.zeros(len(mine)), mine[:, 1], "first")
+    if theirs:
+        other = np.array(theirs)
+        paths += charts.line(x, y, other[:, 0], other[:, 1], "second")
+    return paths + charts.line(x, y, mine[:, 0], mine[:, 1], "first")
 
 
 def _at(content: Content) -> Content | None:
@@ -122,38 +223,29 @@ def _at(content: Content) -> Content | None:
     return next((each for each in content.get("thresholds", ()) if each["threshold"] == wanted), None)
 
 
-def calibration(content: Content) -> Markup:
-    """Reliability diagram: share of positives by score, and how many rows each point stands for."""
-    points = content.get("calibration") or []
+def calibration(content: Content) -> Calibration | None:
+    points, error = content.get("calibration") or [], content["metrics"].get("calibration_error")
     if not points:
-        return Markup("")
+        return None
     spans = [wilson(each["share"], each["rows"]) for each in points]
     x, y = Axis.share("mean score of a tenth of the scale"), Axis.share("share of positives")
     scores, shares = [each["score"] for each in points], [each["share"] for each in points]
     titles = [
         f"{each['rows']:,} rows: score {shown(each['score'])}, positives {shown(each['share'])}" for each in points
     ]
-    marks = [
-        charts.line(x, y, [0, 1], [0, 1], "thin"), charts.line(x, y, scores, shares, "first faint"),
-        charts.spans(x, y, scores, [low for low, _ in spans], [high for _, high in spans], "first"),
-        charts.dots(x, y, scores, shares, "big first", titles),
-    ]  # fmt: skip
-    error = content["metrics"].get("calibration_error")
-    first = figure(
-        join(["Calibration ", tag("small", "mean distance from the diagonal ", number(error))]),
-        charts.plot(f"Share of positives by score; calibration error {shown(error or 0.0)}", x, y, *marks, ratio="1"),
-        charts.legend(("point", "share, 95 % Wilson interval"), ("thin", "perfect")),
-    )  # fmt: skip
-    most = Axis.over([0, *(each["rows"] for each in points)], "rows", ticks=3)
-    rows = [
-        [number(each["score"]), charts.strip(most, charts.bar(most, each["rows"], "first"), height=18), number(each["rows"]), number(each["share"]), interval(span)]
-        for each, span in zip(points, spans, strict=True)
-    ]  # fmt: skip
-    counts = table(
-        ["Mean score", charts.scale(most), "Rows", "Positives", "95 %"], rows, "Calibration in numbers", (0, 2, 3, 4)
+    paths = (
+        charts.line(x, y, [0, 1], [0, 1], "thin")
+        + charts.line(x, y, scores, shares, "first faint")
+        + charts.spans(x, y, scores, [low for low, _ in spans], [high for _, high in spans], "first")
+        + charts.dots(x, y, scores, shares, "big first", titles)
     )
-    second = figure("Rows by score", counts)
-    return tag("div", first, second, class_="grid")
+    plot = Plot(f"Share of positives by score; calibration error {shown(error or 0.0)}", x, y, paths, "1")
+    most = Axis.over([0, *(each["rows"] for each in points)], "rows", ticks=3)
+    bins = tuple(
+        Bin(each["score"], Strip(most, charts.bar(most, each["rows"], "first"), 18), each["rows"], each["share"], span)
+        for each, span in zip(points, spans, strict=True)
+    )
+    return Calibration(error, plot, most, bins)
 
 
 def wilson(share: float, rows: int) -> tuple[float, float]:
@@ -163,82 +255,55 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
     return max(0.0, (interior - spread) / (1 + z * z / rows)), min(1.0, (interior + spread) / (1 + z * z / rows))
 
 
-def thresholds(content: Content) -> Markup:
-    found = content.get("thresholds") or []
-    if not found:
-        return Markup("")
-    chosen = (content.get("rules") or {}).get("threshold")
-    rows = [
-        [
-            given(each["threshold"]), estimate(each["precision"], each["intervals"].get("precision")), estimate(each["recall"], each["intervals"].get("recall")),
-            percent(each["false_positive_rate"]), percent(each["selection_rate"]),
-        ]
-        for each in found
-    ]  # fmt: skip
-    heads = ["Score from", "Precision", "Recall", "False positive rate", "Selected"]
-    kinds = ["best" if each["threshold"] == chosen else "" for each in found]
-    return join([
-        tag("h3", "By threshold"), table(heads, rows, "Precision and recall by threshold", range(5), kinds),
-        note("The marked row is the threshold that the gates use."),
-    ])  # fmt: skip
+def thresholds(content: Content) -> tuple[Threshold, ...]:
+    used = (content.get("rules") or {}).get("threshold")
+    return tuple(
+        Threshold(
+            each["threshold"], each["precision"], each["recall"], each["intervals"],
+            each["false_positive_rate"], each["selection_rate"], each["threshold"] == used,
+        )
+        for each in content.get("thresholds") or []
+    )  # fmt: skip
 
 
-def classes(content: Content) -> Markup:
-    """Each class against all others."""
-    found = content.get("classes") or []
-    rows = [
-        [
-            number(each["class"]), number(each["rows"]), number(each["chosen"]),
-            *(estimate(each[name], each["intervals"].get(name)) for name in ("precision", "recall", "auc")),
-        ]
-        for each in found
-    ]  # fmt: skip
-    heads = ["Class", "Rows", "Chosen", "Precision", "Recall", "AUC against the rest"]
-    return join([tag("h3", "By class"), table(heads, rows, "Metrics of each class", range(6))]) if rows else Markup("")
+def classes(content: Content) -> tuple[Class, ...]:
+    return tuple(
+        Class(
+            each["class"], each["rows"], each["chosen"],
+            tuple((each[name], each["intervals"].get(name)) for name in ("precision", "recall", "auc")),
+        )
+        for each in content.get("classes") or []
+    )  # fmt: skip
 
 
-def confusion(content: Content) -> Markup:
+def confusion(content: Content) -> tuple[tuple[Confused, ...], ...]:
     """How often each class was taken for each other."""
     found = content.get("confusion") or []
-    if not found or len(found) > 20:
-        return Markup("")
-    rows = []
-    for true, counts in enumerate(found):
-        total = sum(counts) or 1
-        cells = [
-            tag("div", number(count), class_="cell" + (" own" if chosen == true else ""), style=f"--share:{count / total:.3f}", title=f"{count / total:.1%} of class {true}")
-            for chosen, count in enumerate(counts)
-        ]  # fmt: skip
-        rows.append([f"is {true}", *cells])
-    heads = ["", *(f"taken for {each}" for each in range(len(found)))]
-    return join([
-        tag("h3", "Confusion"), table(heads, rows, "Rows by true class and the class of the greatest score", range(1, len(heads))),
-        note("Shades are shares of a row: what became of each true class."),
-    ])  # fmt: skip
+    if len(found) > CONFUSED:
+        return ()
+    return tuple(tuple(Confused(count, count / (sum(counts) or 1)) for count in counts) for counts in found)
 
 
-def errors(content: Content) -> Markup:
-    """Predicted against actual on the sample, and quantiles of the absolute error over all rows."""
-    parts = []
-    sample = content.get("points") or {}
-    if sample.get("scores"):
-        predicted, actual = np.array(sample["scores"][:POINTS]), np.array(sample["labels"][:POINTS])
-        both = np.concatenate([predicted, actual])
-        low, high = np.quantile(both, [0.005, 0.995])
-        x, y = Axis.over([low, high], "predicted", pad=0.03), Axis.over([low, high], "actual", pad=0.03)
-        marks = (
-            charts.line(x, y, [x.low, x.high], [x.low, x.high], "thin"),
-            charts.dots(x, y, predicted, actual, "small v"),
-        )
-        interior = charts.medians(predicted, actual)
-        trend = charts.line(x, y, [at for at, _ in interior], [value for _, value in interior], "second")
-        parts.append(figure(
-            join(["Predicted and actual ", tag("small", number(len(predicted)), " test rows, by hash")]),
-            charts.plot("Actual value by predicted value", x, y, *marks, trend, ratio="1"), charts.legend(("point", "row"), ("second", "median of actual"), ("thin", "perfect")),
-        ))  # fmt: skip
+def errors(content: Content, points: Content) -> Errors:
     found = content.get("errors") or []
-    if found:
-        most = Axis.over([0, *(each["error"] for each in found)], "absolute error", ticks=3)
-        rows = [[percent(each["share"], 0), charts.strip(most, charts.bar(most, each["error"], "first"), height=18), number(each["error"])] for each in found]  # fmt: skip
-        parts.append(figure("Absolute error", table(["Of rows within", charts.scale(most), "Error"], rows, "Quantiles of the absolute error", (2,)), note("Over all test rows, to 0.2 %.")))  # fmt: skip
-    return tag("div", *parts, class_="grid") if parts else Markup("")
+    most = Axis.over([0, *(each["error"] for each in found)], "absolute error", ticks=3)
+    quantiles = tuple(
+        Quantile(each["share"], Strip(most, charts.bar(most, each["error"], "first"), 18), each["error"])
+        for each in found
+    )
+    return Errors(scatter(points), most, quantiles)
+
+
+def scatter(points: Content) -> Scatter | None:
+    if not points.get("scores"):
+        return None
+    predicted, actual = np.array(points["scores"][:POINTS]), np.array(points["labels"][:POINTS])
+    low, high = np.quantile(np.concatenate([predicted, actual]), [0.005, 0.995])
+    x, y = Axis.over([low, high], "predicted", pad=0.03), Axis.over([low, high], "actual", pad=0.03)
+    middle = charts.medians(predicted, actual)
+    paths = (
+        charts.line(x, y, [x.low, x.high], [x.low, x.high], "thin")
+        + charts.dots(x, y, predicted, actual, "small v")
+        + charts.line(x, y, [at for at, _ in middle], [value for _, value in middle], "second")
+    )
+    return Scatter(Plot("Actual value by predicted value", x, y, paths, "1"), len(predicted))

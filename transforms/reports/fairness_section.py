@@ -1,0 +1,94 @@
+"""Protected groups in a training report: rates by their values, and the differences that gates bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transforms.evaluation.gates import RATES
+from transforms.reports import charts
+from transforms.reports.charts import Axis, Paths, Strip
+from transforms.reports.formatting import category
+
+Content = Mapping[str, Any]
+SHOWN = {
+    "selection_rate": "Selected",
+    "recall": "Recall",
+    "false_positive_rate": "False positive rate",
+    "precision": "Precision",
+}
+DRAWN = 3  # of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Rates of one value of a protected column, in the order of `SHOWN`."""
+
+    value: str
+    strip: Strip
+    rows: int
+    rates: tuple[float | None, ...]
+    judged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A greatest difference between groups, what gates allow of it, and in which rates it is."""
+
+    name: str
+    value: float | None
+    bound: float | None
+    rates: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str | None:
+        """`pass` or `fail`; None where nothing is bounded."""
+        if self.bound is None or self.value is None:
+            return None
+        return "pass" if self.value <= self.bound else "fail"
+
+
+@dataclasses.dataclass(frozen=True)
+class Protected:
+    """A protected column."""
+
+    column: str
+    scale: Axis
+    groups: tuple[Rates, ...]
+    measures: tuple[Measure, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fairness:
+    """The section; rows are selected from a score of `threshold` on."""
+
+    threshold: float | None
+    columns: tuple[Protected, ...]
+    names: tuple[str, ...] = tuple(SHOWN.values())
+
+
+def fairness(content: Content) -> Fairness | None:
+    if not content["fairness"]:
+        return None
+    rules = content.get("rules") or {}
+    bounds = rules.get("max_difference", {})
+    return Fairness(rules.get("threshold"), tuple(protected(each, bounds) for each in content["fairness"]))
+
+
+def protected(found: Content, bounds: Mapping[str, float]) -> Protected:
+    x = Axis.share()
+
+    def marks(each: Content) -> Paths:
+        paths: Paths = ()
+        for i, (rate, word) in enumerate(list(SHOWN.items())[:DRAWN]):
+            if each.get(rate) is not None:
+                paths += charts.dots(x, charts.ROW, [each[rate]], [0.5], f"big g{i}", [word])
+        return paths
+
+    groups = tuple(
+        Rates(category(each["value"]), Strip(x, marks(each)), each["rows"], tuple(map(each.get, SHOWN)), each["judged"])
+        for each in found["groups"]
+    )
+    measures = tuple(Measure(name, value, bounds.get(name), tuple(RATES[name])) for name, value in found["differences"].items())  # fmt: skip
+    return Protected(found["column"], x, groups, measures)

@@ -1,0 +1,127 @@
+"""How a report writes numbers, times and names: what one reads, beside the exact value.
+
+All but `shown`, `mark`, `category` and `metric_name` give HTML; what they are given is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from markupsafe import Markup, escape
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+_NONE = Markup('<span class="none">{}</span>').format(DASH)
+_METRICS = {"auc": "AUC", "rmse": "RMSE", "mae": "MAE", "brier": "Brier score", "macro_auc": "macro AUC"}
+
+
+def shown(value: float, digits: int = 4) -> str:
+    """A number for reading: thousands apart, `digits` significant ones, a real minus sign.
+
+    >>> shown(336776), shown(0.75231), shown(-12.3456), shown(0.00001234), shown(0.0)
+    ('336,776', '0.7523', '−12.35', '1.234e−5', '0')
+    """
+    if not math.isfinite(value):
+        return DASH
+    if value == int(value) and abs(value) < 1e15:
+        words = f"{int(value):,}"
+    elif 1e-3 <= abs(value) < 1e6:
+        positions = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        words = f"{value:,.{min(positions, digits)}f}"
+    else:
+        words = f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
+    return words.replace("-", MINUS)
+
+
+def mark(value: float) -> str:
+    """A number that somebody chose, such as a parameter or a mark of an axis: no zeros at its end.
+
+    >>> mark(0.05), mark(-2.0), mark(12500)
+    ('0.05', '−2', '12,500')
+    """
+    words = f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    return words.replace("e-0", "e-").replace("-", MINUS)
+
+
+def category(value: object) -> str:
+    """A value of a column, in words where it has none to show.
+
+    >>> category(None), category(""), category(" "), category("a")
+    ('null', '(empty)', "' '", 'a')
+    """
+    words = "null" if value is None else str(value)
+    return words if words.strip() else repr(words) if words else "(empty)"
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name for reading.
+
+    >>> metric_name("auc"), metric_name("log_loss")
+    ('AUC', 'log loss')
+    """
+    return _METRICS.get(metric, metric.replace("_", " "))
+
+
+def number(value: float | int | None, digits: int = 4, signed: bool = False) -> Markup:
+    """A `data` element: what one reads, and the exact value.
+
+    >>> number(0.1 + 0.2)
+    Markup('<data value="0.30000000000000004">0.3000</data>')
+    """
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return _data(value, ("+" if signed and value > 0 else "") + shown(value, digits))
+
+
+def given(value: float | int | None) -> Markup:
+    """As `number`, of a number that somebody chose."""
+    return _NONE if value is None else _data(value, mark(value))
+
+
+def parameter(value: object) -> Markup:
+    """As `given`, of a parameter, which need not be a number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return given(value)
+    return escape(DASH if value is None else value)
+
+
+def percent(value: float | None, digits: int = 1) -> Markup:
+    """A share as per cent."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return _data(value, f"{value * 100:.{digits}f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS))
+
+
+def _data(value: float | int, words: str) -> Markup:
+    return Markup('<data value="{}">{}</data>').format(repr(value), words)
+
+
+def interval(span: Sequence[float] | None, signed: bool = False) -> Markup:
+    """A 95 % interval in small print; nothing where there is none."""
+    if span is None:
+        return Markup("")
+    low, high = (number(each, signed=signed) for each in span)
+    return Markup('<span class="ci">{}{}{}</span>').format(low, f" {DASH} " if min(span) >= 0 else " to ", high)
+
+
+def estimate(value: float | None, span: Sequence[float] | None = None, signed: bool = False) -> Markup:
+    """A value and its interval."""
+    return number(value, signed=signed) + (" " if span else "") + interval(span, signed)
+
+
+def day(stamp: str) -> Markup:
+    """An ISO stamp as a `time` element; midnight goes without saying."""
+    at = datetime.fromisoformat(stamp)
+    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    words = f"{at.day} {at:%b %Y}" + ("" if (at.hour, at.minute, at.second) == (0, 0, 0) else f", {at:%H:%M}")
+    return Markup('<time datetime="{}">{}</time>').format(at.isoformat(), words)
+
+
+def named(value: object) -> Markup:
+    """A name that may break after its underscores.
+
+    >>> named("a_b<c>")
+    Markup('<span class="name">a_<wbr>b&lt;c&gt;</span>')
+    """
+    return Markup('<span class="name">{}</span>').format(escape(value).replace("_", Markup("_<wbr>")))

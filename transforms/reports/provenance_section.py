@@ -1,0 +1,45 @@
+"""What it takes to make the model of a training report again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transforms.reports.formatting import DASH
+
+Content = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What the model was made of.
+
+    Args:
+        again: the command that makes it again; None before it is registered.
+        made_of: what, and which.
+        source: the definition's text.
+    """
+
+    again: str | None
+    made_of: tuple[tuple[str, str], ...]
+    source: str | None
+
+
+def provenance(content: Content, manifest: Content) -> Provenance:
+    definition, version = manifest.get("definition") or {}, content.get("model_version")
+    made_of = (
+        ("run", manifest.get("run_id", DASH)),
+        ("bundle", content["bundle"]),
+        ("definition", f"{definition.get('name', DASH)}, SHA-256 {definition.get('sha256', DASH)}"),
+        ("code", f"{manifest.get('code_version', DASH)}, SHA-256 {manifest.get('code_sha256', DASH)}"),
+        ("packages, SHA-256", manifest.get("constraints_sha256", DASH)),
+        ("environment", _pairs(manifest.get("environment") or {})),
+        ("cores, device, seed", ", ".join(f"{manifest.get(name, DASH)}" for name in ("cores", "device", "seed"))),
+        ("parameters", _pairs(manifest.get("params", {})) or DASH),
+    )
+    return Provenance(f"millrace retrain {version}" if version else None, made_of, definition.get("source") or None)
+
+
+def _pairs(named: Content) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items())
