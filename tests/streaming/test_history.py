@@ -588,7 +588,7 @@ def forget(table: Path, column: str | None = None) -> None:
 @pytest.mark.timeout(280)
 def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> None:
     """Files of three days and a topic with all six: every answer from then on is batch's; the job is killed on the way."""
-    stage = Stage(features_streaming, tmp_path)
+    stage = Stage(live, tmp_path)
     frames = {name: rows for name, rows in market.sources().items() if name != "shops"}
     times = {name: str(source.time) for name, source in stage.sources.items()}
     start = market.at(3)
