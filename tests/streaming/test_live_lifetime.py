@@ -288,4 +288,4 @@ WITHOUT_BEGINNING = """
 @pytest.mark.live
 @pytest.mark.timeout(280)
 def test_launcher_and_prism_are_killed_on_a_real_broker(live: Live, tmp_path: Path) -> None:
-    killed(features_streaming, tmp_path, 2, 3, market.DEFINITION.replace("\n    Lookup(shops", WITHOUT_BEGINNING))
+    killed(live, tmp_path, 2, 3, market.DEFINITION.replace("\n    Lookup(shops", WITHOUT_BEGINNING))
