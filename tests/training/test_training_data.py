@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -16,6 +14,7 @@ import sklearn.metrics
 from beam_pipelines import cli, features, training
 from schemas.errors import GateError
 from tests.support import shop
+from tests.support.training_pipeline_case import account, flags
 from transforms.models.bundle import load
 from transforms.validation.tfdv_schema import parse_schema, parse_statistics
 
@@ -33,23 +32,6 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(computed: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(computed, tmp_path / "store"))
-
-
-def flags(store: Path, run_id: str, *more: str) -> list[str]:
-    return [
-        "--definition",
-        str(store / "definition.py"),
-        "--store",
-        str(store),
-        "--run_id",
-        run_id,
-        "--threads=1",
-        *more,
-    ]
-
-
-def account(store: Path, run_id: str) -> dict[str, Any]:
-    return json.loads((store / "runs" / run_id / "training.json").read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from beam_pipelines import cli, features, training
 from schemas.errors import MismatchError
 from tests.support import shop
+from tests.support.training_pipeline_case import account, flags
 from transforms.models.registry import Registry, registry_uri
 from transforms.training.trial_log import log_trials
 
@@ -30,23 +30,6 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(computed: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(computed, tmp_path / "store"))
-
-
-def flags(store: Path, run_id: str, *more: str) -> list[str]:
-    return [
-        "--definition",
-        str(store / "definition.py"),
-        "--store",
-        str(store),
-        "--run_id",
-        run_id,
-        "--threads=1",
-        *more,
-    ]
-
-
-def account(store: Path, run_id: str) -> dict[str, Any]:
-    return json.loads((store / "runs" / run_id / "training.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
