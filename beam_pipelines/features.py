@@ -160,12 +160,23 @@ def parse(
     if not flags.statistics:
         rules = None
     return Options(
-        definition=definition, store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id, start=flags.start, end=flags.end, full=flags.full, refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1), shuffled=PLANS[flags.plan], key_shards=flags.key_shards,
-        broadcast_mb=flags.broadcast_mb, rules=rules, verify=VerifyFlags(flags.verify, flags.verify_share),
-        now=time.time_ns() // 1000, beam_args=tuple(rest),
-    )  # fmt: skip
+        definition=definition,
+        store=flags.store,
+        sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        run_id=flags.run_id,
+        start=flags.start,
+        end=flags.end,
+        full=flags.full,
+        refresh=flags.refresh,
+        block_rows=max(flags.block_rows, 1),
+        shuffled=PLANS[flags.plan],
+        key_shards=flags.key_shards,
+        broadcast_mb=flags.broadcast_mb,
+        rules=rules,
+        verify=VerifyFlags(flags.verify, flags.verify_share),
+        now=time.time_ns() // 1000,
+        beam_args=tuple(rest),
+    )
 
 
 def shards(text: str) -> int | None:
@@ -304,12 +315,20 @@ def write_account(
 ) -> None:
     """Leave the run's figures where the launcher, on whatever machine, finds them."""
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
-    write_json(path, {
-        "rows_in": sum(each.read for each in tallies.values()), "rows_out": committed.rows, "set_aside": buried.rows,
-        "sources": {name: tally.counts for name, tally in tallies.items()},
-        "files": committed.files, "dates": len(committed.dates), "commit_version": committed.version, **days,
-        **({} if verified is None else {"verified": str(verified), "verification": verified.figures}),
-    })  # fmt: skip
+    write_json(
+        path,
+        {
+            "rows_in": sum(each.read for each in tallies.values()),
+            "rows_out": committed.rows,
+            "set_aside": buried.rows,
+            "sources": {name: tally.counts for name, tally in tallies.items()},
+            "files": committed.files,
+            "dates": len(committed.dates),
+            "commit_version": committed.version,
+            **days,
+            **({} if verified is None else {"verified": str(verified), "verification": verified.figures}),
+        },
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -367,10 +367,17 @@ def summary(options: Options) -> dict[str, object]:
             for topic, left in unread(options.broker, due).items():
                 counts[topic.removeprefix(live.prefix)]["unread"] = sum(left.values())
     figures: dict[str, object] = {
-        "sources_root": live.dimensions, "rows_in": sum(each["rows"] for each in counts.values()), "rows_out": answered, "pending": record.get("pending"),
-        "turns": record.get("turn"), "sources": counts, "counts": counts, "table": options.table, "fingerprint": view.fingerprint,
+        "sources_root": live.dimensions,
+        "rows_in": sum(each["rows"] for each in counts.values()),
+        "rows_out": answered,
+        "pending": record.get("pending"),
+        "turns": record.get("turn"),
+        "sources": counts,
+        "counts": counts,
+        "table": options.table,
+        "fingerprint": view.fingerprint,
         "commit_version": None if table is None else table.version(),
-    }  # fmt: skip
+    }
     if live.table:
         asked = counts[view.spine.name]
         aside = sum(asked.get(what, 0) for what in ("repeated", "conflicting", "too_late"))

@@ -101,10 +101,18 @@ def parse(argv: Sequence[str]) -> Options:
         fix = "Leave them out: every example of the files is scored"
         raise DefinitionError("--start and --end choose rows of the feature table", "--input_tfrecord beside them", fix)
     return Options(
-        definition=load_definition(flags.definition), store=flags.store, registry=registry_uri(flags.store, flags.registry),
-        run_id=flags.run_id, start=flags.start, end=flags.end, model_version=flags.model_version, input_tfrecord=flags.input_tfrecord,
-        output_tfrecord=flags.output_tfrecord, threads=flags.threads, beam_args=tuple(rest),
-    )  # fmt: skip
+        definition=load_definition(flags.definition),
+        store=flags.store,
+        registry=registry_uri(flags.store, flags.registry),
+        run_id=flags.run_id,
+        start=flags.start,
+        end=flags.end,
+        model_version=flags.model_version,
+        input_tfrecord=flags.input_tfrecord,
+        output_tfrecord=flags.output_tfrecord,
+        threads=flags.threads,
+        beam_args=tuple(rest),
+    )
 
 
 def plan_inference(options: Options) -> InferencePlan:
@@ -212,10 +220,15 @@ def main(argv: Sequence[str]) -> int:
         build(pipeline, options, plan)
         execute(pipeline)
         run.update(read_json(FileSystems.join(options.folder, "account.json")))
-        run.update({
-            "model": plan.bundle.name, "model_version": plan.model.version, "fingerprint": plan.bundle.fingerprint,
-            "features": plan.features, "predictions": options.output_tfrecord or plan.target.uri,
-        })  # fmt: skip
+        run.update(
+            {
+                "model": plan.bundle.name,
+                "model_version": plan.model.version,
+                "fingerprint": plan.bundle.fingerprint,
+                "features": plan.features,
+                "predictions": options.output_tfrecord or plan.target.uri,
+            }
+        )
     return 0
 
 

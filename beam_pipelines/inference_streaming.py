@@ -160,9 +160,16 @@ def plan_live_inference(options: Options) -> LiveInferencePlan:
     """
     view, model = options.definition.view, options.definition.require_model()
     outlet = Outlet(
-        view, options.name, options.store, options.run_id, prefix=options.prefix, table="table" in options.sinks,
-        commit_every=options.commit_every, kafka=None if options.replaying else options.broker, arm=ARM if options.alias == CHAMPION else options.alias,
-    )  # fmt: skip
+        view,
+        options.name,
+        options.store,
+        options.run_id,
+        prefix=options.prefix,
+        table="table" in options.sinks,
+        commit_every=options.commit_every,
+        kafka=None if options.replaying else options.broker,
+        arm=ARM if options.alias == CHAMPION else options.alias,
+    )
     serving = first_model(options, outlet)
     outlet = dataclasses.replace(outlet, classes=serving.classes)
     check_target(outlet)
@@ -202,9 +209,15 @@ def first_model(options: Options, outlet: Outlet) -> Serving:
     def opened(version: str) -> Serving:
         _, folder, digest = registry.locate(name, version)
         serving = Serving(
-            options.registry, name, view, Pinned(folder, version, digest), alias=options.alias, arm=outlet.arm,
-            poll=options.poll, threads=options.threads,
-        )  # fmt: skip
+            options.registry,
+            name,
+            view,
+            Pinned(folder, version, digest),
+            alias=options.alias,
+            arm=outlet.arm,
+            poll=options.poll,
+            threads=options.threads,
+        )
         from transforms.models.bundle import load
 
         bundle = load(folder, digest)
@@ -230,7 +243,11 @@ def check_target(outlet: Outlet) -> None:
     table, wanted = open_table(outlet.uri), live_predictions(outlet.view, outlet.classes)
     if table is not None and (found := {field.name for field in table.schema().fields}) != set(wanted.names):
         value = f"{outlet.uri}: {', '.join(sorted(found ^ set(wanted.names)))} in one of them only"
-        raise StoreError("The table of live predictions has this model's columns", value, "Give the model a new name, or move the old table away")  # fmt: skip
+        raise StoreError(
+            "The table of live predictions has this model's columns",
+            value,
+            "Give the model a new name, or move the old table away",
+        )
 
 
 def build(pipeline: beam.Pipeline, options: Options, plan: LiveInferencePlan, group: str = "") -> None:
@@ -350,12 +367,20 @@ def summary(options: Options, plan: LiveInferencePlan) -> dict[str, object]:
     table, status = open_table(plan.outlet.uri), read_status(options.status)
     rows = status.get("rows", {})
     return {
-        "rows_in": rows.get("read", 0), "rows_out": 0 if table is None else sum(file.rows for file in data_files(table)),
-        "repeated": rows.get("repeated", 0), "set_aside": rows.get("letters", 0),
-        SKIPPED: rows.get(SKIPPED, 0), "swaps": status.get("swaps", []), "refused": status.get("refused", []),
-        "by_version": status.get("by_version", {}), "model": options.definition.require_model().name, "model_version": status.get("version", plan.serving.first.version),
-        "fingerprint": options.definition.view.fingerprint, "predictions": plan.outlet.uri, "commit_version": None if table is None else table.version(),
-    }  # fmt: skip
+        "rows_in": rows.get("read", 0),
+        "rows_out": 0 if table is None else sum(file.rows for file in data_files(table)),
+        "repeated": rows.get("repeated", 0),
+        "set_aside": rows.get("letters", 0),
+        SKIPPED: rows.get(SKIPPED, 0),
+        "swaps": status.get("swaps", []),
+        "refused": status.get("refused", []),
+        "by_version": status.get("by_version", {}),
+        "model": options.definition.require_model().name,
+        "model_version": status.get("version", plan.serving.first.version),
+        "fingerprint": options.definition.view.fingerprint,
+        "predictions": plan.outlet.uri,
+        "commit_version": None if table is None else table.version(),
+    }
 
 
 if __name__ == "__main__":

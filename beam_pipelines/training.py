@@ -138,7 +138,11 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
-    arguments.add_argument("--cutoff", type=day, help="UTC day before which everything is known (default: the day after the last of the feature table)")  # fmt: skip
+    arguments.add_argument(
+        "--cutoff",
+        type=day,
+        help="UTC day before which everything is known (default: the day after the last of the feature table)",
+    )
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
         "--threads",
@@ -148,15 +152,27 @@ def parse(argv: Sequence[str]) -> Options:
     )
     arguments.add_argument("--device", type=device, default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
     arguments.add_argument(
-        "--keep_examples", action=argparse.BooleanOptionalAction, default=True, help="keep TFRecord and Parquet examples (default: yes)"
-    )  # fmt: skip
+        "--keep_examples",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep TFRecord and Parquet examples (default: yes)",
+    )
     flags, rest = arguments.parse(argv)
     return Options(
-        definition=load_definition(flags.definition), store=flags.store, sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id, features_version=flags.features_version, start=flags.start, cutoff=flags.cutoff,
-        registry=registry_uri(flags.store, flags.registry), cores=flags.threads or os.cpu_count() or 1, device=flags.device, keep_examples=flags.keep_examples,
-        now=time.time_ns() // 1000, beam_args=tuple(rest),
-    )  # fmt: skip
+        definition=load_definition(flags.definition),
+        store=flags.store,
+        sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        run_id=flags.run_id,
+        features_version=flags.features_version,
+        start=flags.start,
+        cutoff=flags.cutoff,
+        registry=registry_uri(flags.store, flags.registry),
+        cores=flags.threads or os.cpu_count() or 1,
+        device=flags.device,
+        keep_examples=flags.keep_examples,
+        now=time.time_ns() // 1000,
+        beam_args=tuple(rest),
+    )
 
 
 def cores(text: str) -> int:
@@ -285,7 +301,7 @@ def main(argv: Sequence[str]) -> int:
             f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
             f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
-        )  # fmt: skip
+        )
     return 0
 
 
@@ -306,13 +322,25 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     splits = report["splits"].values()
     shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}
     return {
-        "rows_in": report["feature_rows"], "rows_out": sum(each["entered"] for each in splits), "rows_outside": report["outside"],
-        "rows_waiting": sum(each["waiting"] for each in splits), "rows_without_label": sum(each["dropped"] for each in splits),
+        "rows_in": report["feature_rows"],
+        "rows_out": sum(each["entered"] for each in splits),
+        "rows_outside": report["outside"],
+        "rows_waiting": sum(each["waiting"] for each in splits),
+        "rows_without_label": sum(each["dropped"] for each in splits),
         **{name: each["entered"] for name, each in report["splits"].items()},
-        "rounds": report["rounds"], **shown, "gates_held": sum(each["holds"] for each in report["gates"]), "gates": len(report["gates"]),
-        "model": report["model"], "model_version": report["model_version"], "champion": report["champion"], **({"not_champion": report["kept"]} if report.get("kept") else {}), "trials": report["trials"],
-        "warnings": report["data"]["warnings"], "drift_max": max(report["data"]["drift"].values(), default=None), "report": report["report"],
-    }  # fmt: skip
+        "rounds": report["rounds"],
+        **shown,
+        "gates_held": sum(each["holds"] for each in report["gates"]),
+        "gates": len(report["gates"]),
+        "model": report["model"],
+        "model_version": report["model_version"],
+        "champion": report["champion"],
+        **({"not_champion": report["kept"]} if report.get("kept") else {}),
+        "trials": report["trials"],
+        "warnings": report["data"]["warnings"],
+        "drift_max": max(report["data"]["drift"].values(), default=None),
+        "report": report["report"],
+    }
 
 
 if __name__ == "__main__":

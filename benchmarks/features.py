@@ -79,7 +79,9 @@ def make_sides(folder: Path, copies: int, wanted: Sequence[str]) -> dict[str, Si
     module, tenth = "benchmarks.features_sides", max(copies // 10, 1)
     sides: dict[str, Callable[[], Side]] = {
         "polars": lambda: Side("polars", f"{module}:polars", {"sources": data("even", copies)}),
-        "kernel": lambda: Side("kernel", f"{module}:kernel", {"sources": data("even", copies), "block_rows": BLOCK_ROWS}),
+        "kernel": lambda: Side(
+            "kernel", f"{module}:kernel", {"sources": data("even", copies), "block_rows": BLOCK_ROWS}
+        ),
         "slices": lambda: millrace("slices", data("even", copies)),
         "shuffle": lambda: millrace("shuffle", data("even", copies), "shuffle"),
         "triple": lambda: millrace("triple", data("triple", 3 * copies)),
@@ -88,8 +90,10 @@ def make_sides(folder: Path, copies: int, wanted: Sequence[str]) -> dict[str, Si
         "idiomatic": lambda: Side("idiomatic", f"{module}:idiomatic", {"sources": data("tenth", tenth)}),
         "join": lambda: Side("join", "benchmarks.features_join:millrace", {"sources": join(), "flags": []}),
         "feast": lambda: feast("feast", join(), "duckdb"),
-        "feast_dask": lambda: feast("feast_dask", features_join.write(data("one", 1), str(folder / "join-one")), "dask"),
-    }  # fmt: skip
+        "feast_dask": lambda: feast(
+            "feast_dask", features_join.write(data("one", 1), str(folder / "join-one")), "dask"
+        ),
+    }
     return {name: make() for name, make in sides.items() if name in wanted}
 
 
@@ -115,12 +119,16 @@ def ratios(measured: dict[str, list[Measurement]]) -> dict[str, float]:
         return float(sorted(each[field] for each in found)[len(found) // 2])
 
     pairs: dict[str, tuple[str, str, str]] = {
-        "wall_vs_polars": ("slices", "polars", "seconds"), "wall_vs_same_kernel": ("slices", "kernel", "seconds"),
-        "shuffle_vs_same_kernel": ("shuffle", "kernel", "seconds"), "peak_vs_polars": ("slices", "polars", "peak_mb"),
-        "wall_30m_vs_10m": ("triple", "slices", "seconds"), "peak_30m_vs_10m": ("triple", "slices", "peak_mb"),
-        "heavy_key_vs_even": ("heavy", "slices", "seconds"), "idiomatic_beam_vs_wall": ("idiomatic", "tenth", "seconds"),
+        "wall_vs_polars": ("slices", "polars", "seconds"),
+        "wall_vs_same_kernel": ("slices", "kernel", "seconds"),
+        "shuffle_vs_same_kernel": ("shuffle", "kernel", "seconds"),
+        "peak_vs_polars": ("slices", "polars", "peak_mb"),
+        "wall_30m_vs_10m": ("triple", "slices", "seconds"),
+        "peak_30m_vs_10m": ("triple", "slices", "peak_mb"),
+        "heavy_key_vs_even": ("heavy", "slices", "seconds"),
+        "idiomatic_beam_vs_wall": ("idiomatic", "tenth", "seconds"),
         "feast_vs_wall": ("feast", "join", "seconds"),
-    }  # fmt: skip
+    }
     return {
         name: median(a, field) / median(b, field)
         for name, (a, b, field) in pairs.items()

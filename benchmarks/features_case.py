@@ -18,9 +18,11 @@ departures = Source(
     "departures", time="departed_at", columns={**dict.fromkeys(KEYS, pl.String), "dep_delay": pl.Float64}
 )
 view = FeatureView(
-    "bench", spine=schedule, key="flight_id",
+    "bench",
+    spine=schedule,
+    key="flight_id",
     features=[Trailing(departures, by=key, over=WINDOWS, stats={"dep_delay": STATS}) for key in KEYS],
-)  # fmt: skip
+)
 
 
 def write(store: str, copies: int, heavy: bool = False) -> None:

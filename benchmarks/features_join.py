@@ -27,14 +27,22 @@ def feast_python() -> str:
     Raises:
         SystemExit: it cannot be made.
     """
-    cache = os.environ.get("MILLRACE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "millrace")  # fmt: skip
+    cache = os.environ.get("MILLRACE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "millrace"
+    )
     folder = Path(cache) / FEAST.translate({ord(sign): "-" for sign in "[]="})
     python = folder / "bin" / "python"
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
         uv = shutil.which("uv")
-        make = [uv, "venv", "-q", "--python", "3.11", str(folder)] if uv else [sys.executable, "-m", "venv", str(folder)]  # fmt: skip
-        install = [uv, "pip", "install", "-q", "--python", str(python), FEAST] if uv else [str(python), "-m", "pip", "install", "-q", FEAST]  # fmt: skip
+        make = (
+            [uv, "venv", "-q", "--python", "3.11", str(folder)] if uv else [sys.executable, "-m", "venv", str(folder)]
+        )
+        install = (
+            [uv, "pip", "install", "-q", "--python", str(python), FEAST]
+            if uv
+            else [str(python), "-m", "pip", "install", "-q", FEAST]
+        )
         for command in (make, install):
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(f"no environment for Feast: {' '.join(command)} failed")
@@ -99,7 +107,21 @@ def millrace(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
 
     os.makedirs(out, exist_ok=True)
     Path(out, "definition.py").write_text("from benchmarks import features_join\n\nview = features_join.view()\n")
-    return {"exit": features.main(["--definition", f"{out}/definition.py", "--store", out, "--sources", sources, "--full", "--no-statistics", *flags])}  # fmt: skip
+    return {
+        "exit": features.main(
+            [
+                "--definition",
+                f"{out}/definition.py",
+                "--store",
+                out,
+                "--sources",
+                sources,
+                "--full",
+                "--no-statistics",
+                *flags,
+            ]
+        )
+    }
 
 
 def feast(sources: str, out: str, store: str) -> dict[str, Any]:
@@ -115,13 +137,26 @@ def feast(sources: str, out: str, store: str) -> dict[str, Any]:
     from benchmarks.measure import stage
 
     os.makedirs(out, exist_ok=True)
-    config = RepoConfig(project="join", registry=f"{out}/registry.db", provider="local", offline_store={"type": store}, online_store=None, entity_key_serialization_version=3)  # fmt: skip
+    config = RepoConfig(
+        project="join",
+        registry=f"{out}/registry.db",
+        provider="local",
+        offline_store={"type": store},
+        online_store=None,
+        entity_key_serialization_version=3,
+    )
     plane = Entity(name="plane", join_keys=["tailnum"], value_type=ValueType.STRING)
     rows = FileSource(
         name="rows", path=f"{sources}/plane/part-0.parquet", timestamp_field="known_at", file_format=ParquetFormat()
     )
     day = timedelta(days=1) - timedelta(microseconds=1)
-    features = FeatureView(name="plane", entities=[plane], ttl=day, schema=[Field(name=name, dtype=Float32) for name in NUMBERS], source=rows)  # fmt: skip
+    features = FeatureView(
+        name="plane",
+        entities=[plane],
+        ttl=day,
+        schema=[Field(name=name, dtype=Float32) for name in NUMBERS],
+        source=rows,
+    )
     repository = FeatureStore(config=config)
     repository.apply([plane, features])
     with stage("join"):
@@ -137,9 +172,13 @@ def differing(ours: Path, theirs: Path) -> dict[str, float]:
     import polars as pl
 
     made = view()
-    mine = pl.scan_delta(str(ours / "features" / made.name / made.fingerprint)).select("flight_id", *(f"plane_{name}" for name in NUMBERS))  # fmt: skip
+    mine = pl.scan_delta(str(ours / "features" / made.name / made.fingerprint)).select(
+        "flight_id", *(f"plane_{name}" for name in NUMBERS)
+    )
     other = pl.scan_parquet(theirs / "features.parquet").select("flight_id", *NUMBERS)
     joined = mine.join(other, on="flight_id")
     apart = pl.any_horizontal(pl.col(f"plane_{name}").ne_missing(pl.col(name).cast(pl.Float32)) for name in NUMBERS)
-    counted = joined.select(pl.len().alias("rows"), apart.sum().alias("apart"), pl.col("plane_f0").count().alias("found")).collect()  # fmt: skip
+    counted = joined.select(
+        pl.len().alias("rows"), apart.sum().alias("apart"), pl.col("plane_f0").count().alias("found")
+    ).collect()
     return {f"join_{name}": float(counted[name][0]) for name in counted.columns}

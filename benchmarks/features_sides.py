@@ -26,10 +26,13 @@ def polars(sources: str, out: str) -> dict[str, Any]:
     both = pl.concat([events, spine], how="diagonal").sort("at")
     for key in KEYS:
         both = both.with_columns(
-            getattr(pl.col("dep_delay"), f"rolling_{stat}_by")("at", window, closed="left").over(key).cast(pl.Float32)
+            getattr(pl.col("dep_delay"), f"rolling_{stat}_by")("at", window, closed="left")
+            .over(key)
+            .cast(pl.Float32)
             .alias(f"departures_by_{key}_dep_delay_{stat}_{window}")
-            for stat in STATS for window in WINDOWS
-        )  # fmt: skip
+            for stat in STATS
+            for window in WINDOWS
+        )
     features = both.filter("asked").drop("asked", "dep_delay")
     os.makedirs(out, exist_ok=True)
     features.write_parquet(f"{out}/features.parquet")

@@ -49,20 +49,57 @@ def features(sources: Path, out: Path) -> None:
     local = pl.col("due_at").dt.convert_time_zone("America/New_York")
     delay = pl.col("dep_delay").cast(pl.Float64)
     quartiles = ("mean", "median", "q75")
-    frame = pl.concat([
-        schedule,
-        _trailing(schedule, departures, "origin", delay, "dep_delay_", {"1h": (*quartiles, "count"), "3h": (*quartiles, "count"), "24h": ("mean",)}),
-        _trailing(schedule, departures, "carrier", delay, "dep_delay_", {"1h": quartiles, "3h": quartiles, "24h": ("mean",)}),
-        _trailing(schedule, departures, ("origin", "carrier"), delay, "dep_delay_", {"3h": ("mean",), "7d": ("mean",)}),
-        _trailing(schedule, departures, ("origin", "dest"), delay, "dep_delay_", {"28d": ("mean",)}),
-        _trailing(schedule, departures, ("carrier", "flight"), delay, "dep_delay_", {"28d": ("mean", "count")}),
-        _trailing(schedule, departures.filter(LATE), ("carrier", "flight"), delay, "", {"28d": ("count",)}, "late"),
-        _asked_before(schedule, ("1h", "2h", "3h")),
-        _latest(schedule, schedule, "asked_at", "tailnum", ("due_minute", "block"), "23h", "planned_"),
-        _latest(schedule, departures, "departed_at", "tailnum", ("dep_delay", "departed_minute", "block"), "21h", "left_"),
-        _latest(schedule, arrivals, "arrived_at", "tailnum", ("arr_delay", "arrived_minute", "block"), "21h", "landed_"),
-        _latest(schedule, weather, "observed_at", "origin", ("humid", "wind_speed", "precip", "pressure", "visib"), "6h", "weather_"),
-    ], how="horizontal")  # fmt: skip
+    frame = pl.concat(
+        [
+            schedule,
+            _trailing(
+                schedule,
+                departures,
+                "origin",
+                delay,
+                "dep_delay_",
+                {"1h": (*quartiles, "count"), "3h": (*quartiles, "count"), "24h": ("mean",)},
+            ),
+            _trailing(
+                schedule,
+                departures,
+                "carrier",
+                delay,
+                "dep_delay_",
+                {"1h": quartiles, "3h": quartiles, "24h": ("mean",)},
+            ),
+            _trailing(
+                schedule, departures, ("origin", "carrier"), delay, "dep_delay_", {"3h": ("mean",), "7d": ("mean",)}
+            ),
+            _trailing(schedule, departures, ("origin", "dest"), delay, "dep_delay_", {"28d": ("mean",)}),
+            _trailing(schedule, departures, ("carrier", "flight"), delay, "dep_delay_", {"28d": ("mean", "count")}),
+            _trailing(schedule, departures.filter(LATE), ("carrier", "flight"), delay, "", {"28d": ("count",)}, "late"),
+            _asked_before(schedule, ("1h", "2h", "3h")),
+            _latest(schedule, schedule, "asked_at", "tailnum", ("due_minute", "block"), "23h", "planned_"),
+            _latest(
+                schedule,
+                departures,
+                "departed_at",
+                "tailnum",
+                ("dep_delay", "departed_minute", "block"),
+                "21h",
+                "left_",
+            ),
+            _latest(
+                schedule, arrivals, "arrived_at", "tailnum", ("arr_delay", "arrived_minute", "block"), "21h", "landed_"
+            ),
+            _latest(
+                schedule,
+                weather,
+                "observed_at",
+                "origin",
+                ("humid", "wind_speed", "precip", "pressure", "visib"),
+                "6h",
+                "weather_",
+            ),
+        ],
+        how="horizontal",
+    )
     since = {
         f"{name}_since": (pl.col("due_minute") - pl.col(f"{name}_{column}")) % 1440
         for name, column in (("planned", "due_minute"), ("left", "departed_minute"), ("landed", "arrived_minute"))
@@ -71,19 +108,25 @@ def features(sources: Path, out: Path) -> None:
         frame.lazy()
         .join(planes.lazy(), on="tailnum", how="left", maintain_order="left")
         .with_columns(
-            minute=local.dt.hour().cast(pl.Int32) * 60 + local.dt.minute(), weekday=local.dt.weekday(),
-            queue=pl.col("schedule_by_origin_count_3h") - pl.col("schedule_by_origin_count_2h") - pl.col("departures_by_origin_dep_delay_count_1h"),
-            late_share=pl.col("late_by_carrier_flight_count_28d") / pl.col("departures_by_carrier_flight_dep_delay_count_28d"),
-            plane_age=local.dt.year() - pl.col("planes_year"), **since,
+            minute=local.dt.hour().cast(pl.Int32) * 60 + local.dt.minute(),
+            weekday=local.dt.weekday(),
+            queue=pl.col("schedule_by_origin_count_3h")
+            - pl.col("schedule_by_origin_count_2h")
+            - pl.col("departures_by_origin_dep_delay_count_1h"),
+            late_share=pl.col("late_by_carrier_flight_count_28d")
+            / pl.col("departures_by_carrier_flight_dep_delay_count_28d"),
+            plane_age=local.dt.year() - pl.col("planes_year"),
+            **since,
         )
         .with_columns(
-            planned_slack=pl.col("planned_since") - 2 * pl.col("planned_block"), left_slack=pl.col("left_since") - 2 * pl.col("left_block"),
+            planned_slack=pl.col("planned_since") - 2 * pl.col("planned_block"),
+            left_slack=pl.col("left_since") - 2 * pl.col("left_block"),
             landed_slack=pl.col("landed_since") - pl.col("landed_block"),
         )
         .with_columns(pl.selectors.float().cast(pl.Float32).fill_nan(None))
         .select("flight_id", "asked_at", *ENCODED, *model.view.feature_names)
         .collect()
-    )  # fmt: skip
+    )
     frame.write_parquet(out, compression="lz4")
 
 
@@ -109,8 +152,11 @@ def train(sources: Path, folder: Path) -> float:
     watched = xgb.QuantileDMatrix(matrices["validate"], labels["validate"], ref=data)
     booster = xgb.train(
         {"objective": model.objective, "eval_metric": model.metric, "seed": model.seed, **model.params},
-        data, model.rounds, evals=[(watched, "validate")], verbose_eval=False,
-    )  # fmt: skip
+        data,
+        model.rounds,
+        evals=[(watched, "validate")],
+        verbose_eval=False,
+    )
     booster.save_model(folder / "model.ubj")
     (folder / "encodings.json").write_text(json.dumps(encodings))
     return _auc(booster.inplace_predict(matrices["test"]), labels["test"])
@@ -131,15 +177,32 @@ def _read(sources: Path, name: str) -> pl.DataFrame:
 
 
 def _trailing(
-    asked: pl.DataFrame, events: pl.DataFrame, by: str | tuple[str, ...], value: pl.Expr, column: str,
-    windows: dict[str, tuple[str, ...]], source: str = "departures",
-) -> pl.DataFrame:  # fmt: skip
+    asked: pl.DataFrame,
+    events: pl.DataFrame,
+    by: str | tuple[str, ...],
+    value: pl.Expr,
+    column: str,
+    windows: dict[str, tuple[str, ...]],
+    source: str = "departures",
+) -> pl.DataFrame:
     """Statistics of `value` over each window before each asked row, in the order of `asked`."""
     keys = (by,) if isinstance(by, str) else by
-    both = pl.concat([
-        events.select(*keys, pl.col("departed_at").to_physical().alias("t"), value.alias("v"), pl.lit(None, pl.UInt32).alias("row")),
-        asked.select(*keys, pl.col("asked_at").to_physical().alias("t"), pl.lit(None, pl.Float64).alias("v"), pl.int_range(pl.len(), dtype=pl.UInt32).alias("row")),
-    ])  # fmt: skip
+    both = pl.concat(
+        [
+            events.select(
+                *keys,
+                pl.col("departed_at").to_physical().alias("t"),
+                value.alias("v"),
+                pl.lit(None, pl.UInt32).alias("row"),
+            ),
+            asked.select(
+                *keys,
+                pl.col("asked_at").to_physical().alias("t"),
+                pl.lit(None, pl.Float64).alias("v"),
+                pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
+            ),
+        ]
+    )
     group = pl.struct(keys) if len(keys) > 1 else pl.col(keys[0])
     low, high = both["t"].min(), both["t"].max()
     span = high - low + max(map(_length, windows))  # type: ignore[operator]
@@ -189,9 +252,20 @@ def _latest(
     events = events.drop_nulls(by).select(
         by, pl.col(time).alias("__t"), *(pl.col(name).alias(prefix + name) for name in columns)
     )
-    return asked.select(by, "asked_at").join_asof(
-        events, left_on="asked_at", right_on="__t", by=by, strategy="backward", tolerance=max_age, allow_exact_matches=False, check_sortedness=False,
-    ).select(prefix + name for name in columns)  # fmt: skip
+    return (
+        asked.select(by, "asked_at")
+        .join_asof(
+            events,
+            left_on="asked_at",
+            right_on="__t",
+            by=by,
+            strategy="backward",
+            tolerance=max_age,
+            allow_exact_matches=False,
+            check_sortedness=False,
+        )
+        .select(prefix + name for name in columns)
+    )
 
 
 def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> np.ndarray:
@@ -206,7 +280,7 @@ def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> np.ndarray:
         *(pl.col(name).cast(pl.Float32) for name in model.view.feature_names),
         *((origin == i).cast(pl.Float32).alias(f"origin={i}") for i in range(len(encodings["origin"]) + 1)),
         rank("carrier"),
-    ).to_numpy()  # fmt: skip
+    ).to_numpy()
 
 
 def _auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -32,9 +32,11 @@ KEYS, QUESTIONS = 5000, 1_000_000
 asked = Source("asked", time="at", columns={"id": pl.Int64, "key": pl.Int64})
 events = Source("events", time="at", columns={"key": pl.Int64, **dict.fromkeys(NUMBERS, pl.Float64)})
 view = FeatureView(
-    "large", spine=asked, key="id",
+    "large",
+    spine=asked,
+    key="id",
     features=[Trailing(events, by="key", over="1d", stats={**dict.fromkeys(NUMBERS, "mean"), "*": "count"})],
-)  # fmt: skip
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
             one, modules = run(side, folder / f"{name}-out", modules or ())
             if name != "small":  # which says what is imported, and warms up
                 measured[name] = [one]
-                say(f"{name}, {size / 1e9:.2f} GB: {one.seconds:.1f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB")  # fmt: skip
+                say(
+                    f"{name}, {size / 1e9:.2f} GB: {one.seconds:.1f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
+                )
             apart = compare(sources, folder / f"{name}-out")
             say(f"{name}: {apart} of the last {min(1000, QUESTIONS):,} counts differ from Polars")
             if flags.keep is None:
@@ -83,15 +87,24 @@ def write(folder: Path, rows: int, group_rows: int) -> int:
         at = START + np.sort(random.integers(0, YEAR, QUESTIONS))
         stamps = pa.array(at, pa.timestamp("us", "UTC"))
         keys = pa.array(random.integers(0, KEYS, QUESTIONS))
-        pq.write_table(pa.table({"id": np.arange(QUESTIONS), "key": keys, "at": stamps}), folder / "asked" / "part-0.parquet", row_group_size=131_072)  # fmt: skip
-        schema = pa.schema([("at", pa.timestamp("us", "UTC")), ("key", pa.int64()), *((name, pa.float64()) for name in NUMBERS)])  # fmt: skip
+        pq.write_table(
+            pa.table({"id": np.arange(QUESTIONS), "key": keys, "at": stamps}),
+            folder / "asked" / "part-0.parquet",
+            row_group_size=131_072,
+        )
+        schema = pa.schema(
+            [("at", pa.timestamp("us", "UTC")), ("key", pa.int64()), *((name, pa.float64()) for name in NUMBERS)]
+        )
         with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
             for first in range(0, rows, 2**20):
                 last = min(first + 2**20, rows)
                 low, high = START + YEAR * first // rows, START + YEAR * last // rows
                 columns = [np.sort(random.integers(low, high, last - first)), random.integers(0, KEYS, last - first)]
                 columns += [random.random(last - first) for _ in NUMBERS]
-                batch = pa.record_batch([pa.array(column).cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)  # fmt: skip
+                batch = pa.record_batch(
+                    [pa.array(column).cast(field.type) for column, field in zip(columns, schema, strict=True)],
+                    schema=schema,
+                )
                 writer.write_table(pa.Table.from_batches([batch]), row_group_size=group_rows)
     return path.stat().st_size
 
@@ -100,15 +113,37 @@ def pipeline(sources: str, out: str, flags: list[str]) -> dict[str, int]:
     """`millrace features`, Parquet to a Delta table."""
     from beam_pipelines import features
 
-    code = features.main(["--definition", "benchmarks.large_file", "--store", out, "--sources", sources, "--full", "--no-statistics", *flags])  # fmt: skip
+    code = features.main(
+        [
+            "--definition",
+            "benchmarks.large_file",
+            "--store",
+            out,
+            "--sources",
+            sources,
+            "--full",
+            "--no-statistics",
+            *flags,
+        ]
+    )
     return {"exit": code}
 
 
 def compare(sources: Path, out: Path) -> int:
     """How many of the last questions have another count of events than a join in Polars finds."""
-    ours = pl.scan_delta(str(out / "features" / view.name / view.fingerprint)).select("id", "at", "key", "events_by_key_count_1d").sort("at", descending=True).head(1000).collect()  # fmt: skip
+    ours = (
+        pl.scan_delta(str(out / "features" / view.name / view.fingerprint))
+        .select("id", "at", "key", "events_by_key_count_1d")
+        .sort("at", descending=True)
+        .head(1000)
+        .collect()
+    )
     seen = pl.scan_parquet(sources / "events" / "*.parquet").select(pl.col("at").alias("seen"), "key")
-    pairs = ours.lazy().join(seen, on="key").filter((pl.col("seen") < pl.col("at")) & (pl.col("seen") >= pl.col("at").dt.offset_by("-1d")))  # fmt: skip
+    pairs = (
+        ours.lazy()
+        .join(seen, on="key")
+        .filter((pl.col("seen") < pl.col("at")) & (pl.col("seen") >= pl.col("at").dt.offset_by("-1d")))
+    )
     counts = pairs.group_by("id").len().collect(engine="streaming")
     both = ours.join(counts, on="id", how="left").with_columns(pl.col("len").fill_null(0))
     return int((both["events_by_key_count_1d"] != both["len"]).sum())

@@ -6,6 +6,8 @@ from benchmarks.features_case import KEYS, departures, schedule
 from schemas import FeatureView, Trailing
 
 view = FeatureView(
-    "long", spine=schedule, key="flight_id",
+    "long",
+    spine=schedule,
+    key="flight_id",
     features=[Trailing(departures, by=key, over=("24h", "365d"), stats={"dep_delay": ("mean", "max")}) for key in KEYS],
-)  # fmt: skip
+)

@@ -71,10 +71,14 @@ def wrong(sources: Path, out: Path, checked: int) -> int:
     apart = pl.lit(False)
     for key in features_case.KEYS:
         pairs = known.join(last.lazy().select("flight_id", key, "asked_at"), on=key)
-        pairs = pairs.filter((pl.col("departed_at") < pl.col("asked_at")) & (pl.col("departed_at") >= pl.col("asked_at").dt.offset_by("-365d")))  # fmt: skip
+        pairs = pairs.filter(
+            (pl.col("departed_at") < pl.col("asked_at"))
+            & (pl.col("departed_at") >= pl.col("asked_at").dt.offset_by("-365d"))
+        )
         found = pairs.group_by("flight_id").agg(
-            pl.col("dep_delay").max().cast(pl.Float32).alias(f"{key}_max"), pl.col("dep_delay").mean().alias(f"{key}_mean")
-        )  # fmt: skip
+            pl.col("dep_delay").max().cast(pl.Float32).alias(f"{key}_max"),
+            pl.col("dep_delay").mean().alias(f"{key}_mean"),
+        )
         last = last.join(found.collect(engine="streaming"), on="flight_id", how="left")
         mean, highest = (pl.col(f"departures_by_{key}_dep_delay_{stat}_365d") for stat in ("mean", "max"))
         apart |= highest.ne_missing(pl.col(f"{key}_max")) | mean.is_null().ne(pl.col(f"{key}_mean").is_null())

@@ -99,9 +99,11 @@ def check(outputs: Mapping[str, Path]) -> dict[str, Any]:
     its = json.loads((native / "metrics.json").read_text())["auc"]
     _require(abs(auc - its) < AUC_APART, f"an AUC of {auc:.4f} and one of {its:.4f}")
     return {
-        "feature_values": len(ours) * len(view.feature_names), "auc": round(auc, 5), "auc_native": round(its, 5),
+        "feature_values": len(ours) * len(view.feature_names),
+        "auc": round(auc, 5),
+        "auc_native": round(its, 5),
         "mean_score_difference": round(float((scores - others).abs().mean()), 6),  # type: ignore[arg-type]
-    }  # fmt: skip
+    }
 
 
 def _table(uri: str) -> pl.DataFrame:

@@ -86,14 +86,24 @@ def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, lis
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer, printed = (Path(folder) / name for name in ("request.json", "answer.json", "printed"))
-        request.write_text(json.dumps({
-            "function": side.function, "modules": list(modules), "arguments": {**side.arguments, "out": str(out)},
-        }))  # fmt: skip
+        request.write_text(
+            json.dumps(
+                {
+                    "function": side.function,
+                    "modules": list(modules),
+                    "arguments": {**side.arguments, "out": str(out)},
+                }
+            )
+        )
         with printed.open("w") as sink:
             done = subprocess.run(
                 [side.python, "-m", "benchmarks.measure", str(request), str(answer)],
-                cwd=ROOT, env={**os.environ, **QUIET}, stdout=sink, stderr=subprocess.STDOUT, check=False,
-            )  # fmt: skip
+                cwd=ROOT,
+                env={**os.environ, **QUIET},
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
         if done.returncode or not answer.exists():
             raise SystemExit(f"{side.name} failed with exit code {done.returncode}:\n{printed.read_text()[-4000:]}")
         content = json.loads(answer.read_text())

@@ -61,10 +61,15 @@ def polars(source: str, out: str) -> dict[str, Any]:
     figures = [
         expression.name.suffix(f"_{suffix}")
         for suffix, expression in {
-            "missing": pl.all().null_count(), "mean": pl.all().mean(), "std": pl.all().std(ddof=0), "zeros": (pl.all() == 0).sum(),
-            "min": pl.all().min(), "max": pl.all().max(), **{f"q{i}": pl.all().quantile(i / 10) for i in range(1, 10)},
+            "missing": pl.all().null_count(),
+            "mean": pl.all().mean(),
+            "std": pl.all().std(ddof=0),
+            "zeros": (pl.all() == 0).sum(),
+            "min": pl.all().min(),
+            "max": pl.all().max(),
+            **{f"q{i}": pl.all().quantile(i / 10) for i in range(1, 10)},
         }.items()
-    ]  # fmt: skip
+    ]
     found = data.select(figures).collect().row(0, named=True)
     width = {name: (found[f"{name}_max"] - found[f"{name}_min"]) / 10 for name in names}
     bins = [

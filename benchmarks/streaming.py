@@ -92,12 +92,20 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
         return path
 
     run: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "catchup": lambda to: streaming_sides.catchup(to, sources(flags.years), flags.first, f"{2013 + flags.years}-02-01", flags.rows, more),
-        "per_element": lambda to: streaming_sides.per_element(to, sources(flags.years), flags.first, flags.days, flags.rows),
+        "catchup": lambda to: streaming_sides.catchup(
+            to, sources(flags.years), flags.first, f"{2013 + flags.years}-02-01", flags.rows, more
+        ),
+        "per_element": lambda to: streaming_sides.per_element(
+            to, sources(flags.years), flags.first, flags.days, flags.rows
+        ),
         "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, share=flags.share),
-        "predictions": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, registry=champion(folder / "models"), share=flags.share),
-        "soak": lambda to: streaming_sides.soak(to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more),
-    }  # fmt: skip
+        "predictions": lambda to: streaming_sides.lag(
+            to, sources(flags.years), *steady, registry=champion(folder / "models"), share=flags.share
+        ),
+        "soak": lambda to: streaming_sides.soak(
+            to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more
+        ),
+    }
     figures: dict[str, list[dict[str, Any]]] = {}
     for number in range(flags.repeats):
         for side in sides:

@@ -92,8 +92,12 @@ class Windows(beam.DoFn):
         self.groups = groups_of(load_definition(DEFINITION).view)
 
     def process(
-        self, element: Element, events: Any = beam.DoFn.StateParam(EVENTS), newest: Any = beam.DoFn.StateParam(NEWEST), clean: Any = beam.DoFn.TimerParam(CLEAN),
-    ) -> Iterator[tuple[str, bytes]]:  # fmt: skip
+        self,
+        element: Element,
+        events: Any = beam.DoFn.StateParam(EVENTS),
+        newest: Any = beam.DoFn.StateParam(NEWEST),
+        clean: Any = beam.DoFn.TimerParam(CLEAN),
+    ) -> Iterator[tuple[str, bytes]]:
         key, (moment, what) = element
         if isinstance(what, dict):
             events.add((moment, what))
@@ -116,14 +120,22 @@ class Windows(beam.DoFn):
                 continue
             for each in feature.statistics:
                 inside = [row for at, row in mine if at >= moment - (each.length or 0)]
-                values = [1.0] * len(inside) if each.column == "*" else [row[each.column] for row in inside if row[each.column] is not None]  # fmt: skip
+                values = (
+                    [1.0] * len(inside)
+                    if each.column == "*"
+                    else [row[each.column] for row in inside if row[each.column] is not None]
+                )
                 answer[each.name] = STATS[each.stat](values)
         yield what, json.dumps(answer).encode()
 
     @on_timer(CLEAN)
     def cleaned(
-        self, key: Any = beam.DoFn.KeyParam, events: Any = beam.DoFn.StateParam(EVENTS), newest: Any = beam.DoFn.StateParam(NEWEST), clean: Any = beam.DoFn.TimerParam(CLEAN),
-    ) -> None:  # fmt: skip
+        self,
+        key: Any = beam.DoFn.KeyParam,
+        events: Any = beam.DoFn.StateParam(EVENTS),
+        newest: Any = beam.DoFn.StateParam(NEWEST),
+        clean: Any = beam.DoFn.TimerParam(CLEAN),
+    ) -> None:
         edge = newest.read() - self.groups[json.loads(key)[0]].reach
         kept = [each for each in events.read() if each[0] >= edge]
         events.clear()

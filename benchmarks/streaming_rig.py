@@ -108,18 +108,47 @@ class Rig:
     def live(self, *flags: str, name: str = "live", module: str = "beam_pipelines.features") -> Child:
         """Start a live job."""
         command = [
-            sys.executable, "-W", "ignore", "-m", module, "--streaming", "--source=kafka", "--definition", DEFINITION,
-            "--store", str(self.store), "--run_id", name, "--bootstrap", self.broker.bootstrap, "--expansion_service", self.expansion.address,
-            *self.prism.options, "--environment_type=LOOPBACK", *flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            module,
+            "--streaming",
+            "--source=kafka",
+            "--definition",
+            DEFINITION,
+            "--store",
+            str(self.store),
+            "--run_id",
+            name,
+            "--bootstrap",
+            self.broker.bootstrap,
+            "--expansion_service",
+            self.expansion.address,
+            *self.prism.options,
+            "--environment_type=LOOPBACK",
+            *flags,
+        ]
         return self.start(name, command)
 
     def produce(self, *flags: str, name: str = "producer") -> Child:
         """Start the producer."""
         command = [
-            sys.executable, "-m", "deploy.streaming.producer", "--definition", DEFINITION, "--sources", str(self.sources),
-            "--bootstrap", self.broker.bootstrap, "--share", self.share, "--status", str(self.folder / f"{name}.json"), *flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "deploy.streaming.producer",
+            "--definition",
+            DEFINITION,
+            "--sources",
+            str(self.sources),
+            "--bootstrap",
+            self.broker.bootstrap,
+            "--share",
+            self.share,
+            "--status",
+            str(self.folder / f"{name}.json"),
+            *flags,
+        ]
         return self.start(name, command)
 
     def start(self, name: str, command: Sequence[str]) -> Child:

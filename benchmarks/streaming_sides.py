@@ -45,18 +45,34 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
-        "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
-        "running_s": running - launched, "events": counts["rows"], "questions": len(spine_rows), "rows_per_message": counts["rows"] / counts["messages"],
-        "first_answer_s": float(stamps[0]) - launched, "last_answer_s": float(stamps[-1]) - launched, "seconds": ended - launched,
-        "under_way_s": end - begin, "cores": watch.cores(begin, end), "rss_mb": watch.samples[-1]["rss_mb"], "committed": store_rows,
+        "events_per_second": counts["rows"] / (float(stamps[-1]) - running),
+        "under_way_per_second": counts["rows"] * inside / (end - begin),
+        "running_s": running - launched,
+        "events": counts["rows"],
+        "questions": len(spine_rows),
+        "rows_per_message": counts["rows"] / counts["messages"],
+        "first_answer_s": float(stamps[0]) - launched,
+        "last_answer_s": float(stamps[-1]) - launched,
+        "seconds": ended - launched,
+        "under_way_s": end - begin,
+        "cores": watch.cores(begin, end),
+        "rss_mb": watch.samples[-1]["rss_mb"],
+        "committed": store_rows,
         "progress": [round(float(stamps[int((len(stamps) - 1) * share / 20)]) - launched, 2) for share in range(21)],
-    }  # fmt: skip
+    }
 
 
 def lag(
-    folder: Path, sources: Path, first: str, offered: float, seconds: float, warm_up: float, flags: list[str],
-    registry: str | None = None, share: str = SHARE,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    sources: Path,
+    first: str,
+    offered: float,
+    seconds: float,
+    warm_up: float,
+    flags: list[str],
+    registry: str | None = None,
+    share: str = SHARE,
+) -> dict[str, Any]:
     """Events at a steady rate, the job already up; how long after its completing record is a question answered?
 
     With a `registry` its champion scores what is answered, on the same machine; how long after its features is a prediction there?
@@ -96,12 +112,21 @@ def lag(
         waits = (after["scored"] - after["answered"]).to_numpy()
         further = {"predictions_lag_p99_s": distribution(waits).get("p99"), "predictions_lag": distribution(waits)}
     return further | {
-        "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"), "features_lag": distribution(steady["lag"].to_numpy()),
-        "offered_per_second": counts["rows"] / (sent - began), "speed": speed, "share": share, "events": counts["rows"], "questions": len(spine_rows), "measured": len(steady),
-        "rows_per_message": counts["rows"] / counts["messages"], "cores": watch.cores(began + warm_up, sent), "rss_mb": watch.samples[-1]["rss_mb"],
-        "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()), "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
+        "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"),
+        "features_lag": distribution(steady["lag"].to_numpy()),
+        "offered_per_second": counts["rows"] / (sent - began),
+        "speed": speed,
+        "share": share,
+        "events": counts["rows"],
+        "questions": len(spine_rows),
+        "measured": len(steady),
+        "rows_per_message": counts["rows"] / counts["messages"],
+        "cores": watch.cores(began + warm_up, sent),
+        "rss_mb": watch.samples[-1]["rss_mb"],
+        "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()),
+        "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
         "p99_by_5s": _by_time(steady, began),
-    }  # fmt: skip
+    }
 
 
 def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
@@ -136,10 +161,16 @@ def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float
     return {
         "soak_memory_growth": _growth([sum(each["rss_mb"][name] for name in WORKERS) for each in later]),
         "growth": {name: _growth([each["rss_mb"][name] for each in later]) for name in later[-1]["rss_mb"]},
-        "rss_mb": [{name: round(value) for name, value in inside[int((len(inside) - 1) * i / 15)]["rss_mb"].items()} for i in range(16)],
-        "minutes": (sent - began) / 60, "offered_per_second": rows["events"] / (sent - began), "rows": rows,
-        "cores": watch.cores(began, sent), "state": [states[int((len(states) - 1) * i / 15)] for i in range(16)],
-    }  # fmt: skip
+        "rss_mb": [
+            {name: round(value) for name, value in inside[int((len(inside) - 1) * i / 15)]["rss_mb"].items()}
+            for i in range(16)
+        ],
+        "minutes": (sent - began) / 60,
+        "offered_per_second": rows["events"] / (sent - began),
+        "rows": rows,
+        "cores": watch.cores(began, sent),
+        "state": [states[int((len(states) - 1) * i / 15)] for i in range(16)],
+    }
 
 
 def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -> dict[str, Any]:
@@ -164,9 +195,16 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
-        "events_per_second": counts["rows"] / (float(stamps[-1]) - running), "under_way_per_second": counts["rows"] * inside / (end - begin),
-        "running_s": running - launched, "events": counts["rows"], "questions": len(spine_rows), "answers": len(stamps), "first_answer_s": float(stamps[0]) - launched, "under_way_s": end - begin, "cores": watch.cores(begin, end),
-    }  # fmt: skip
+        "events_per_second": counts["rows"] / (float(stamps[-1]) - running),
+        "under_way_per_second": counts["rows"] * inside / (end - begin),
+        "running_s": running - launched,
+        "events": counts["rows"],
+        "questions": len(spine_rows),
+        "answers": len(stamps),
+        "first_answer_s": float(stamps[0]) - launched,
+        "under_way_s": end - begin,
+        "cores": watch.cores(begin, end),
+    }
 
 
 def _launched(child: Child) -> float:

@@ -140,10 +140,16 @@ def native(store: str, out: str) -> dict[str, Any]:
     mean, deviation = train["x00"].mean(), train["x00"].std(ddof=0)
 
     def matrix(part: pl.DataFrame) -> Any:
-        return part.select(
-            (pl.col("x00") - mean) / deviation, *names[1:NUMBERS], *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in ranks["city"]),
-            pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
-        ).cast(pl.Float32).to_numpy()  # fmt: skip
+        return (
+            part.select(
+                (pl.col("x00") - mean) / deviation,
+                *names[1:NUMBERS],
+                *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in ranks["city"]),
+                pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
+            )
+            .cast(pl.Float32)
+            .to_numpy()
+        )
 
     learn = xgboost.QuantileDMatrix(matrix(train), train["label"].to_numpy())
     judge = xgboost.QuantileDMatrix(matrix(parts["validate"]), parts["validate"]["label"].to_numpy(), ref=learn)
@@ -247,10 +253,11 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
     def read(split: str) -> tuple[Any, Any]:
         part = pl.read_parquet(f"{shards}/{split}-*.parquet")
         matrix = part.select(
-            ((pl.col("x00") - standard["offset"]) / standard["scale"]).cast(pl.Float32), *(f"x{i:02}" for i in range(1, NUMBERS)),
+            ((pl.col("x00") - standard["offset"]) / standard["scale"]).cast(pl.Float32),
+            *(f"x{i:02}" for i in range(1, NUMBERS)),
             *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in [*ranks["city"], "*"]),
             pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
-        )  # fmt: skip
+        )
         return matrix.to_numpy(), part["__label"].to_numpy()
 
     with stage("train"):
@@ -258,9 +265,13 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
         judge = xgboost.QuantileDMatrix(*read("validate"), ref=learn)
         history: dict[str, Any] = {}
         booster = xgboost.train(
-            {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0}, learn, rounds,
-            evals=[(judge, "v")], evals_result=history, verbose_eval=False,
-        )  # fmt: skip
+            {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0},
+            learn,
+            rounds,
+            evals=[(judge, "v")],
+            evals_result=history,
+            verbose_eval=False,
+        )
         booster.save_model(f"{out}/model.ubj")
     return {"auc": history["v"]["auc"][-1]}
 

@@ -50,12 +50,27 @@ _HANDING_ON = ("FillNull", "FillNan", "Coalesce")
 # Do not see how a float is rounded.
 _BLIND = ("IsNan", "IsNotNan", "IsNull", "IsNotNull")
 _RANGES: dict[str, Bounds] = {
-    "Year": (-300_000, 300_000), "IsoYear": (-300_000, 300_000), "Quarter": (1, 4), "Month": (1, 12), "Week": (1, 53),
-    "WeekDay": (1, 7), "Day": (1, 31), "OrdinalDay": (1, 366), "Hour": (0, 23), "Minute": (0, 59), "Second": (0, 59),
-    "Millisecond": (0, 999), "Microsecond": (0, 999_999), "Nanosecond": (0, 999_999_999),
-    "LenBytes": (0, 2**31), "LenChars": (0, 2**31), "Length": (0, 2**31), "CountMatches": (0, 2**31),
-    "Sign": (-1, 1), "Hash": (0, 2**64 - 1),
-}  # fmt: skip
+    "Year": (-300_000, 300_000),
+    "IsoYear": (-300_000, 300_000),
+    "Quarter": (1, 4),
+    "Month": (1, 12),
+    "Week": (1, 53),
+    "WeekDay": (1, 7),
+    "Day": (1, 31),
+    "OrdinalDay": (1, 366),
+    "Hour": (0, 23),
+    "Minute": (0, 59),
+    "Second": (0, 59),
+    "Millisecond": (0, 999),
+    "Microsecond": (0, 999_999),
+    "Nanosecond": (0, 999_999_999),
+    "LenBytes": (0, 2**31),
+    "LenChars": (0, 2**31),
+    "Length": (0, 2**31),
+    "CountMatches": (0, 2**31),
+    "Sign": (-1, 1),
+    "Hash": (0, 2**64 - 1),
+}
 
 # How a value compares with the one that Polars computes in the columns' types: equal; equal once it is rounded to float32;
 # or perhaps another one.

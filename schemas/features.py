@@ -202,12 +202,15 @@ class Trailing:
         return tuple(
             Statistic(
                 f"{prefix}_{stat}_{window}" if column == "*" else f"{prefix}_{column}_{stat}_{window}",
-                column, stat, window, None if window == "all" else microseconds(window),
+                column,
+                stat,
+                window,
+                None if window == "all" else microseconds(window),
             )
             for column, stats in self.stats.items()
             for stat in stats
             for window in self.over
-        )  # fmt: skip
+        )
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
         _fitting_keys(self, known)
@@ -448,9 +451,17 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
     if feature.where is not None:
         read = [*read, *columns_of(feature.where)]
     return {
-        "source": source.name, "keys": feature.keys, "where": where, **where_arithmetic, "types": _types(feature, read),
-        "time": source.time, "event_time": source.event_time, "not_before": str(instant(source.not_before)), "unique": source.unique, "order": source.order if ordered else None,
-    }  # fmt: skip
+        "source": source.name,
+        "keys": feature.keys,
+        "where": where,
+        **where_arithmetic,
+        "types": _types(feature, read),
+        "time": source.time,
+        "event_time": source.event_time,
+        "not_before": str(instant(source.not_before)),
+        "unique": source.unique,
+        "order": source.order if ordered else None,
+    }
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:

@@ -9,18 +9,29 @@ from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
 
 # The origin of a row: topic partition, offset of its message, position in the message, and time of arrival.
-ORIGIN = pa.schema([
-    ("__partition", pa.int32()),
-    ("__offset", pa.int64()),
-    ("__place", pa.int32()),
-    ("__arrived", TIME),
-])  # fmt: skip
+ORIGIN = pa.schema(
+    [
+        ("__partition", pa.int32()),
+        ("__offset", pa.int64()),
+        ("__place", pa.int32()),
+        ("__arrived", TIME),
+    ]
+)
 
 # Columns added to the features of a feature row: the next offset per partition that it could see
 # (`source/partition:offset,…`), whether the spine row was late, its origin, the time of computation, the versions of
 # the dimensions as JSON, and whether some window begins before the job has its source's rows (null in files written
 # before the column existed).
-ANSWER = pa.schema([("__cut", pa.string()), ("__late", pa.bool_()), *list(ORIGIN)[:3], ("__answered", TIME), ("__dimensions", pa.string()), ("__cold", pa.bool_())])  # fmt: skip
+ANSWER = pa.schema(
+    [
+        ("__cut", pa.string()),
+        ("__late", pa.bool_()),
+        *list(ORIGIN)[:3],
+        ("__answered", TIME),
+        ("__dimensions", pa.string()),
+        ("__cold", pa.bool_()),
+    ]
+)
 
 # What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
@@ -28,18 +39,20 @@ SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answer
 # Messages and rows that broke their contract, and refused spine rows.  `place` is −1 for a whole message.  For a row of
 # a dimension `partition` is −1, `offset` its row in a file and `place` the number of the file; the rule names file and
 # version.
-LIVE_DEAD_LETTERS = pa.schema([
-    ("source", pa.string()),
-    ("partition", pa.int32()),
-    ("offset", pa.int64()),
-    ("place", pa.int32()),
-    ("field", pa.string()),
-    ("rule", pa.string()),
-    ("value", pa.string()),
-    ("view", pa.string()),
-    ("arrived", TIME),
-    ("date", pa.date32()),
-])  # fmt: skip
+LIVE_DEAD_LETTERS = pa.schema(
+    [
+        ("source", pa.string()),
+        ("partition", pa.int32()),
+        ("offset", pa.int64()),
+        ("place", pa.int32()),
+        ("field", pa.string()),
+        ("rule", pa.string()),
+        ("value", pa.string()),
+        ("view", pa.string()),
+        ("arrived", TIME),
+        ("date", pa.date32()),
+    ]
+)
 
 
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:

@@ -186,7 +186,9 @@ class Gates:
             raise DefinitionError("Gates: max_drift is from 0 to 1", repr(self.max_drift), "Write 0.2")
         for name in self.max_difference:
             if name not in FAIRNESS:
-                raise DefinitionError(f"Gates: max_difference bounds {', '.join(FAIRNESS)}", repr(name), nearest(name, FAIRNESS))  # fmt: skip
+                raise DefinitionError(
+                    f"Gates: max_difference bounds {', '.join(FAIRNESS)}", repr(name), nearest(name, FAIRNESS)
+                )
         if self.max_difference and not self.protected:
             raise DefinitionError(
                 "Gates: max_difference compares the values of protected columns",

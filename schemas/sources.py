@@ -13,7 +13,7 @@ from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
 
 TIME = pl.Datetime("us", "UTC")
-_SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)  # fmt: skip
+_SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)
 # Names Millrace writes beside a view's own columns.
 RESERVED = ("date", "row_id")
 
@@ -86,8 +86,11 @@ class Source:
             if column is not None:
                 _column(self.name, column)
             if column is not None and self.columns.get(column, TIME) != TIME:
-                raise DefinitionError(f"{what}: {field} is a Datetime in microseconds and UTC", f"{column!r}: {self.columns[column]}",
-                                      "Leave it out of columns, it has that type by itself")  # fmt: skip
+                raise DefinitionError(
+                    f"{what}: {field} is a Datetime in microseconds and UTC",
+                    f"{column!r}: {self.columns[column]}",
+                    "Leave it out of columns, it has that type by itself",
+                )
         if self.event_time is not None and self.time is None:
             raise DefinitionError(
                 f"{what}: event_time places a row of a source that has time",
@@ -164,6 +167,7 @@ def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
             'Write pl.Datetime("us", "UTC") and convert the data',
         )
     raise DefinitionError(
-        f"Source {source!r}: a column is a signed integer, float, String, Boolean, Date or Datetime(\"us\", \"UTC\")",
-        f"{column!r}: {dtype}", "Cast it where the data is written",
-    )  # fmt: skip
+        f'Source {source!r}: a column is a signed integer, float, String, Boolean, Date or Datetime("us", "UTC")',
+        f"{column!r}: {dtype}",
+        "Cast it where the data is written",
+    )

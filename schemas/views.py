@@ -288,11 +288,16 @@ class FeatureView:
 
         Not with labels, encoders, lateness or the text of the file.
         """
-        return _digest({
-            "key": self.key, "time": self.time, "spine": {name: str(dtype) for name, dtype in self.spine.schema.items()},
-            "features": list(self.meanings.items()), "kernel": KERNEL_VERSION,
-            **({"ties": self._ties} if self._ties else {}),
-        })  # fmt: skip
+        return _digest(
+            {
+                "key": self.key,
+                "time": self.time,
+                "spine": {name: str(dtype) for name, dtype in self.spine.schema.items()},
+                "features": list(self.meanings.items()),
+                "kernel": KERNEL_VERSION,
+                **({"ties": self._ties} if self._ties else {}),
+            }
+        )
 
     @functools.cached_property
     def _ties(self) -> dict[str, list[list[str]]]:

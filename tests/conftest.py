@@ -12,6 +12,7 @@ from tests.support.processes import Zygote
 
 pytest_plugins = ["tests.support.live_fixtures", "tests.support.live_inference_case"]
 
+os.environ["COLUMNS"] = "160"  # the width of every terminal, whatever runs the tests
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

@@ -44,7 +44,10 @@ def models(argv: Sequence[str]) -> int:
     """List registered models: versions, test metrics, the alias, and what their gates said."""
     flags = _arguments("models", models.__doc__ or "").parse_all(argv)
     registry = Registry(registry_uri(flags.store, flags.registry))
-    names = sorted({name for name, _ in registry.models()} & ({flags.model} if flags.model else set()) or {name for name, _ in registry.models() if not flags.model})  # fmt: skip
+    names = sorted(
+        {name for name, _ in registry.models()} & ({flags.model} if flags.model else set())
+        or {name for name, _ in registry.models() if not flags.model}
+    )
     if not names:
         raise DataError(
             "Models are registered before they are listed",
@@ -66,7 +69,9 @@ def models(argv: Sequence[str]) -> int:
         print(columns(("version", "alias", "registered (UTC)", "run", "gates", "test metrics"), rows, "version"))
         for entry in registry.history(name)[-5:]:
             before = f" after version {entry['before']}" if entry["before"] else ""
-            print(f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: {entry['why']} ({entry['who']})")  # fmt: skip
+            print(
+                f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: {entry['why']} ({entry['who']})"
+            )
     return 0
 
 

@@ -19,10 +19,19 @@ import polars as pl
 from schemas import Derived, FeatureView, Gates, Label, Latest, Lookup, Model, Source, TimeSplit, Trailing, encoders
 
 # What is read: <store>/sources/<name>, Parquet files or a Delta table.  `time` is when a row became known.
-orders = Source("orders", time="placed_at",
-                columns={"order_id": pl.Int64, "customer": pl.String, "region": pl.String, "amount": pl.Float64})  # fmt: skip
-payments = Source("payments", time="paid_at", lateness="1h", unique="order_id", order="order_id",
-                  columns={"order_id": pl.Int64, "customer": pl.String, "days_late": pl.Float32})  # fmt: skip
+orders = Source(
+    "orders",
+    time="placed_at",
+    columns={"order_id": pl.Int64, "customer": pl.String, "region": pl.String, "amount": pl.Float64},
+)
+payments = Source(
+    "payments",
+    time="paid_at",
+    lateness="1h",
+    unique="order_id",
+    order="order_id",
+    columns={"order_id": pl.Int64, "customer": pl.String, "days_late": pl.Float32},
+)
 # Without a time it is a dimension.
 customers = Source("customers", columns={"customer": pl.String, "segment": pl.String, "staff": pl.Int32})
 
@@ -30,7 +39,9 @@ LATE = pl.col("days_late") > 0
 
 # One row per order; each feature as of the moment the order was placed.
 view = FeatureView(
-    "@NAME@", spine=orders, key="order_id",
+    "@NAME@",
+    spine=orders,
+    key="order_id",
     features=[
         Derived(amount=pl.col("amount"), hour=pl.col("placed_at").dt.hour(), weekday=pl.col("placed_at").dt.weekday()),
         Trailing(payments, by="customer", over=("7d", "30d"), stats={"days_late": ("mean", "max", "count")}),
@@ -41,16 +52,18 @@ view = FeatureView(
         # May use what stands above it.
         Derived(unusual=pl.col("amount") / pl.col("orders_by_customer_amount_mean_7d")),
     ],
-)  # fmt: skip
+)
 
 # What is learned: was it paid late, or not at all within 20 days?  Orders of the last 20 days wait.
 model = Model(
-    view, label=Label(payments, on="order_id", value=LATE, within="20d", absent=1),
+    view,
+    label=Label(payments, on="order_id", value=LATE, within="20d", absent=1),
     split=TimeSplit(validate="40d", test="40d", embargo="1d"),
     encode={"region": encoders.OneHot(), "customers_segment": encoders.Ordinal()},
-    params={"max_depth": 4, "eta": 0.1}, rounds=60,
+    params={"max_depth": 4, "eta": 0.1},
+    rounds=60,
     gates=Gates(at_least={"auc": 0.6}, slices=("region",), max_gap={"auc": 0.2}, min_slice_rows=100),
-)  # fmt: skip
+)
 '''
 
 DATA = '''"""Writes small made-up sources for the case: replace it with what writes yours.
@@ -79,18 +92,28 @@ def sources(seed: int = 0) -> dict[str, pl.DataFrame]:
     second = np.sort(random.integers(0, DAYS * 86_400, ORDERS))
     late = np.round(habit[who] + amount / 100 + random.normal(0, 2, ORDERS) - 1)
     start = pl.datetime(2024, 1, 1, time_unit="us", time_zone="UTC")
-    orders = pl.DataFrame({"order_id": np.arange(ORDERS), "customer": names[who], "amount": amount, "second": second}).select(
-        (start + pl.duration(seconds="second")).alias("placed_at"), "order_id", "customer", "amount",
+    orders = pl.DataFrame(
+        {"order_id": np.arange(ORDERS), "customer": names[who], "amount": amount, "second": second}
+    ).select(
+        (start + pl.duration(seconds="second")).alias("placed_at"),
+        "order_id",
+        "customer",
+        "amount",
         region=pl.Series(random.choice(np.array(["north", "south", "west"]), ORDERS)),
-    )  # fmt: skip
+    )
     payments = orders.select(
-        (pl.col("placed_at") + pl.duration(hours=pl.Series(np.maximum(14 + late, 1) * 24))).alias("paid_at"), "order_id", "customer",
+        (pl.col("placed_at") + pl.duration(hours=pl.Series(np.maximum(14 + late, 1) * 24))).alias("paid_at"),
+        "order_id",
+        "customer",
         days_late=pl.Series(late, dtype=pl.Float32),
-    ).sort("paid_at", "order_id")  # fmt: skip
-    customers = pl.DataFrame({
-        "customer": names, "segment": random.choice(np.array(["shop", "office", "school"]), CUSTOMERS),
-        "staff": random.integers(1, 500, CUSTOMERS).astype(np.int32),
-    })  # fmt: skip
+    ).sort("paid_at", "order_id")
+    customers = pl.DataFrame(
+        {
+            "customer": names,
+            "segment": random.choice(np.array(["shop", "office", "school"]), CUSTOMERS),
+            "staff": random.integers(1, 500, CUSTOMERS).astype(np.int32),
+        }
+    )
     return {"orders": orders, "payments": payments, "customers": customers}
 
 
@@ -128,7 +151,11 @@ def main(argv: Sequence[str]) -> int:
     flag = f"--definition {definition} --store {store}"
     print(f"{definition}  the one file to change: sources, features, label, model")
     print(f"{folder / 'data.py'}  writes made-up sources, so that it runs as it is\n\nRun next:\n")
-    for command in (f"python {folder / 'data.py'} --store {store}", *(f"millrace {each} {flag}" for each in ("plan", "features", "training", "inference")), f"millrace tables --store {store}"):  # fmt: skip
+    for command in (
+        f"python {folder / 'data.py'} --store {store}",
+        *(f"millrace {each} {flag}" for each in ("plan", "features", "training", "inference")),
+        f"millrace tables --store {store}",
+    ):
         print(f"  {command}")
     return 0
 

@@ -150,11 +150,17 @@ def example(view: FeatureView, told: Mapping[str, Any]) -> str:
 def full_figures(full: Full) -> dict[str, object]:
     """What came of comparing with the full table, as JSON."""
     return {
-        "batch": full.batch, "answers_compared": full.answers, "values_compared": full.values, "values_differing": full.differing,
-        "unexplained": full.unexplained, "causes": {name: dataclasses.asdict(each) for name, each in full.causes.items()},
-        "answers_that_batch_lacks": full.only_live, "rows_without_an_answer": full.only_batch, "rows_that_wait": full.waiting,
+        "batch": full.batch,
+        "answers_compared": full.answers,
+        "values_compared": full.values,
+        "values_differing": full.differing,
+        "unexplained": full.unexplained,
+        "causes": {name: dataclasses.asdict(each) for name, each in full.causes.items()},
+        "answers_that_batch_lacks": full.only_live,
+        "rows_without_an_answer": full.only_batch,
+        "rows_that_wait": full.waiting,
         "answers_of_dates_not_computed": full.not_computed,
-    }  # fmt: skip
+    }
 
 
 def full_table(view: FeatureView, full: Full) -> str:
@@ -197,12 +203,16 @@ def text_of(scored: Rescored) -> str:
 def figures(found: Parity) -> dict[str, object]:
     """The result as JSON."""
     return {
-        "answers_compared": found.answers, "values_compared": sum(each.rows for each in found.features.values()),
-        "values_differing": found.differing, "cuts": found.cuts, "answers_with_later_arrivals": found.by_cut,
-        "answers_later_arrivals_change": found.changed_later, "questions_unanswered": found.unanswered,
+        "answers_compared": found.answers,
+        "values_compared": sum(each.rows for each in found.features.values()),
+        "values_differing": found.differing,
+        "cuts": found.cuts,
+        "answers_with_later_arrivals": found.by_cut,
+        "answers_later_arrivals_change": found.changed_later,
+        "questions_unanswered": found.unanswered,
         "questions_unaccounted_for": found.unaccounted,
         "features": {name: dataclasses.asdict(each) for name, each in found.features.items()},
-    }  # fmt: skip
+    }
 
 
 def table(view: FeatureView, found: Parity) -> str:

@@ -76,9 +76,11 @@ def main(argv: Sequence[str]) -> int:
             or "the booster's bytes differ"
         )
         raise MismatchError(
-            f"Version {version} of {name} comes out the same from what it records", said,
-            "; ".join(differences) or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
-        )  # fmt: skip
+            f"Version {version} of {name} comes out the same from what it records",
+            said,
+            "; ".join(differences)
+            or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
+        )
     return 0
 
 
@@ -117,16 +119,27 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         definition = load_definition(str(path))
         if definition.view.fingerprint != bundle.fingerprint:
             raise MismatchError(
-                "The recorded definition gives the recorded fingerprint", f"{definition.view.fingerprint} and {bundle.fingerprint}",
+                "The recorded definition gives the recorded fingerprint",
+                f"{definition.view.fingerprint} and {bundle.fingerprint}",
                 "Use the code version that trained it: " + str(manifest.get("code_version")),
-            )  # fmt: skip
+            )
         cutoff = instant(read["cutoff"]).date()
         yield Options(
-            definition=definition, store=store, sources=read["sources"], run_id=run_id,
-            features_version=manifest["feature_table"]["version"], start=date.fromisoformat(read["start"]) if read["start"] else None,
-            cutoff=cutoff, registry=registry, cores=manifest["cores"], device=manifest["device"], keep_examples=False,
-            now=read["now"], beam_args=beam_args, label_version=manifest["label_table"]["version"],
-        )  # fmt: skip
+            definition=definition,
+            store=store,
+            sources=read["sources"],
+            run_id=run_id,
+            features_version=manifest["feature_table"]["version"],
+            start=date.fromisoformat(read["start"]) if read["start"] else None,
+            cutoff=cutoff,
+            registry=registry,
+            cores=manifest["cores"],
+            device=manifest["device"],
+            keep_examples=False,
+            now=read["now"],
+            beam_args=beam_args,
+            label_version=manifest["label_table"]["version"],
+        )
 
 
 def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
@@ -139,9 +152,10 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
     if provenance["label_table"]["version"] is None and provenance["label_files"] != before["label_files"]:
         gone = sorted(set(before["label_files"]) ^ set(provenance["label_files"]))
         raise MismatchError(
-            "The label's source holds the files that the version was trained on", f"{len(gone)} differ, as {gone[0]}",
+            "The label's source holds the files that the version was trained on",
+            f"{len(gone)} differ, as {gone[0]}",
             "Restore them; a source that is a Delta table keeps its versions",
-        )  # fmt: skip
+        )
     words = []
     if before["code_sha256"] != code_digest():
         words.append(

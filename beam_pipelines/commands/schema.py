@@ -76,9 +76,15 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     # Arguments names every run; here a name is only meant if it was given.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     return Options(
-        definition, flags.store, flags.schema or definition.schema_path, flags.run_id if named else None,
-        flags.start, flags.end, _days(getattr(flags, "every", "1d")), getattr(flags, "force", False),
-    )  # fmt: skip
+        definition,
+        flags.store,
+        flags.schema or definition.schema_path,
+        flags.run_id if named else None,
+        flags.start,
+        flags.end,
+        _days(getattr(flags, "every", "1d")),
+        getattr(flags, "force", False),
+    )
 
 
 def _days(text: str) -> int:
@@ -91,7 +97,11 @@ def _days(text: str) -> int:
 def infer(options: Options) -> int:
     """Write a first schema from the rows of the feature table (all, or of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
-        raise DefinitionError("infer writes a first schema", f"{options.schema} is there", "Change it with update, or write over it with --force")  # fmt: skip
+        raise DefinitionError(
+            "infer writes a first schema",
+            f"{options.schema} is there",
+            "Change it with update, or write over it with --force",
+        )
     columns = view_columns(options.definition.view)
     statistics, pieces = statistics_of_rows(options), statistics_of_pieces(options)
     write(options.schema, schema_text(infer_schema(statistics, columns, pieces)))
@@ -186,8 +196,9 @@ def files_of(options: Options) -> list[DataFile]:
     if not files:
         raise DataError(
             f"The feature table of {options.definition.view.name!r} has rows{' in the interval' if options.start or options.end else ''}",
-            "none", f"Compute them first: millrace features {options.command}",
-        )  # fmt: skip
+            "none",
+            f"Compute them first: millrace features {options.command}",
+        )
     return files
 
 
@@ -208,7 +219,11 @@ def read(options: Options) -> Any:
     """
     text = read_schema(options.schema, required=False)
     if text is None:
-        raise DefinitionError("The use case has a schema", f"no {options.schema}", f"Write a first one: millrace schema infer {options.command}")  # fmt: skip
+        raise DefinitionError(
+            "The use case has a schema",
+            f"no {options.schema}",
+            f"Write a first one: millrace schema infer {options.command}",
+        )
     return parse_schema(text, options.schema)
 
 
@@ -231,7 +246,11 @@ def write(path: str, text: str) -> None:
             file.write(text)
         os.replace(path + ".part", path)
     except OSError as error:
-        raise StoreError("The schema can be written", f"{path}: {error.strerror}", "Grant access, or choose another place with --schema") from None  # fmt: skip
+        raise StoreError(
+            "The schema can be written",
+            f"{path}: {error.strerror}",
+            "Grant access, or choose another place with --schema",
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:

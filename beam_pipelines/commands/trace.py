@@ -145,7 +145,12 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
         elif len(each.days) > DAYS_SHOWN and not days:
             rows = sum(count for _, count, _ in each.days)
             total = sum(digest for _, _, digest in each.days) % 2**64
-            print(wrapped(f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)", hanging=2))  # fmt: skip
+            print(
+                wrapped(
+                    f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)",
+                    hanging=2,
+                )
+            )
         else:
             print(f"  {each.source}:{'' if each.days else ' no rows in reach'}")
             for day, count, digest in each.days:

@@ -30,7 +30,12 @@ def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool
 def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
     """Which answer a live prediction was made from, and when."""
     where = _position(f"{view.name}.features", row)
-    print(wrapped(f"of the answer at {where}, answered {row['__answered'].isoformat()}, scored {row['__scored'].isoformat()}", hanging=2))  # fmt: skip
+    print(
+        wrapped(
+            f"of the answer at {where}, answered {row['__answered'].isoformat()}, scored {row['__scored'].isoformat()}",
+            hanging=2,
+        )
+    )
 
 
 def _position(topic: str, row: Mapping[str, Any]) -> str:
@@ -45,7 +50,9 @@ def _print_visible(each: Visible, days: bool, most: int) -> None:
     print(wrapped(f"{each.source}, offsets before {upto} ({each.table or 'not in this store'})", hanging=2))
     total = sum(count for _, count in each.days)
     if len(each.days) > most and not days:
-        print(f"    {each.days[0][0]} to {each.days[-1][0]}, {many(total, 'row')} in {many(len(each.days), 'day')} (--days lists them)")  # fmt: skip
+        print(
+            f"    {each.days[0][0]} to {each.days[-1][0]}, {many(total, 'row')} in {many(len(each.days), 'day')} (--days lists them)"
+        )
     else:
         for day, count in each.days:
             print(f"    {day}  {count:>9,} rows")

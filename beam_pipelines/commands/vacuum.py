@@ -25,7 +25,11 @@ def vacuum(argv: Sequence[str]) -> int:
         default="2d",
         help="how long a run may take: younger files stay, whoever wrote them (default 2d)",
     )
-    arguments.add_argument("--retention", default="7d", help="how long replaced versions stay readable (default 7d); those that a registered model was trained on always do")  # fmt: skip
+    arguments.add_argument(
+        "--retention",
+        default="7d",
+        help="how long replaced versions stay readable (default 7d); those that a registered model was trained on always do",
+    )
     arguments.add_argument("--dry_run", action="store_true", help="list what would go, remove nothing")
     arguments.add_argument("--force", action="store_true", help="allow --older_than under an hour")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")

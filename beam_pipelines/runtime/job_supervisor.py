@@ -118,8 +118,10 @@ class Reading:
         for topic in more:
             log.warning(
                 "%s has %d partitions now, %d before: starting again, with all of them",
-                topic, now[topic], len(self.begin[topic]),
-            )  # fmt: skip
+                topic,
+                now[topic],
+                len(self.begin[topic]),
+            )
         return bool(more)
 
     def unread(self) -> int:
@@ -146,8 +148,12 @@ def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mappi
             if due[topic][number] < first:
                 log.warning(
                     "%s/%d: the broker no longer has offsets %d to %d, which were not read; they are counted as %s",
-                    topic, number, due[topic][number], first - 1, SKIPPED,
-                )  # fmt: skip
+                    topic,
+                    number,
+                    due[topic][number],
+                    first - 1,
+                    SKIPPED,
+                )
 
 
 def skipped_in(status: Mapping[str, Any]) -> int:
@@ -237,8 +243,9 @@ class _Job:
         if thread.is_alive():
             log.warning(
                 "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, its "
-                "table still holds every row once; see the runner's log", CANCELLED_WITHIN,
-            )  # fmt: skip
+                "table still holds every row once; see the runner's log",
+                CANCELLED_WITHIN,
+            )
 
 
 def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
@@ -268,14 +275,17 @@ def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
             elif now - since > STILL + 3e-6 * reading.commit_every:
                 log.warning(
                     "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
-                    "and start it again; it goes on from its last commit", now - since, unread,
-                )  # fmt: skip
+                    "and start it again; it goes on from its last commit",
+                    now - since,
+                    unread,
+                )
                 since = now
             if (gone := skipped_in(status)) > skipped:
                 log.warning(
                     "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; counted as %s",
-                    gone - skipped, SKIPPED,
-                )  # fmt: skip
+                    gone - skipped,
+                    SKIPPED,
+                )
                 skipped = gone
         job.cancel()
     except KeyboardInterrupt:

@@ -65,7 +65,14 @@ def _record(name: str, slot: str) -> str:
 def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:
     """`text` in lines of the terminal's width; words longer than a line stay whole, so that they can be copied."""
     width = terminal_width() if width is None else width
-    return textwrap.fill(text, max(width, indent + hanging + 20), initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging), break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return textwrap.fill(
+        text,
+        max(width, indent + hanging + 20),
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + hanging),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def many(count: int, what: str) -> str:

@@ -60,14 +60,25 @@ def sources(folder: Path) -> dict[str, pl.DataFrame]:
     flights = _flights(folder)
     return {
         "schedule": flights.select(
-            pl.col("due_at").dt.offset_by("-2h").alias("asked_at"), "flight_id", "due_at", "origin", "dest", "carrier", "flight", "tailnum",
-            "distance", "block", _minute_of_day(pl.col("due_at")).alias("due_minute"),
+            pl.col("due_at").dt.offset_by("-2h").alias("asked_at"),
+            "flight_id",
+            "due_at",
+            "origin",
+            "dest",
+            "carrier",
+            "flight",
+            "tailnum",
+            "distance",
+            "block",
+            _minute_of_day(pl.col("due_at")).alias("due_minute"),
         ).sort("asked_at", "flight_id"),
         "departures": _happened(flights, "departed_at", pl.col("due_at"), "dep_delay"),
         "arrivals": _happened(flights, "arrived_at", pl.col("due_in_at"), "arr_delay"),
         "weather": _weather(folder),
-        "planes": _csv(folder / "planes.csv", {"tailnum": pl.String, "year": pl.Int32, "seats": pl.Int32, "engines": pl.Int32}).sort("tailnum"),
-    }  # fmt: skip
+        "planes": _csv(
+            folder / "planes.csv", {"tailnum": pl.String, "year": pl.Int32, "seats": pl.Int32, "engines": pl.Int32}
+        ).sort("tailnum"),
+    }
 
 
 def write(store: str) -> dict[str, int]:
@@ -96,11 +107,24 @@ def write(store: str) -> dict[str, int]:
 def _flights(folder: Path) -> pl.DataFrame:
     """Every scheduled flight with its instants, in order of schedule."""
     with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
-        flights = _csv(archive.read("flights.csv"), {
-            "year": pl.Int32, "month": pl.Int8, "day": pl.Int8, "sched_dep_time": pl.Int32, "sched_arr_time": pl.Int32,
-            "dep_delay": pl.Float32, "arr_delay": pl.Float32, "carrier": pl.String, "flight": pl.Int32, "tailnum": pl.String,
-            "origin": pl.String, "dest": pl.String, "distance": pl.Float32,
-        })  # fmt: skip
+        flights = _csv(
+            archive.read("flights.csv"),
+            {
+                "year": pl.Int32,
+                "month": pl.Int8,
+                "day": pl.Int8,
+                "sched_dep_time": pl.Int32,
+                "sched_arr_time": pl.Int32,
+                "dep_delay": pl.Float32,
+                "arr_delay": pl.Float32,
+                "carrier": pl.String,
+                "flight": pl.Int32,
+                "tailnum": pl.String,
+                "origin": pl.String,
+                "dest": pl.String,
+                "distance": pl.Float32,
+            },
+        )
     airports = _csv(folder / "airports.csv", {"faa": pl.String, "tzone": pl.String}).drop_nulls()
     zones = dict(airports.iter_rows()) | ATLANTIC
     sched = pl.col("sched_dep_time")

@@ -261,8 +261,24 @@ def produce(case: Case, bootstrap: str) -> Any:
     from deploy.streaming.processes import Child
 
     days = (datetime.fromisoformat(case.end) - datetime.fromisoformat(case.start)).days
-    flags = ["--definition", DEFINITION, "--sources", str(case.store / "sources"), "--bootstrap", bootstrap, "--start", case.start, "--end", case.end,
-             "--speed", str(days * 86_400 / case.seconds), "--share", SHARE, "--status", str(case.folder / "producer.json")]  # fmt: skip
+    flags = [
+        "--definition",
+        DEFINITION,
+        "--sources",
+        str(case.store / "sources"),
+        "--bootstrap",
+        bootstrap,
+        "--start",
+        case.start,
+        "--end",
+        case.end,
+        "--speed",
+        str(days * 86_400 / case.seconds),
+        "--share",
+        SHARE,
+        "--status",
+        str(case.folder / "producer.json"),
+    ]
     return Child([sys.executable, "-m", "deploy.streaming.producer", *flags], case.folder / "producer.log", cwd=ROOT)
 
 
@@ -364,14 +380,25 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
     show.end()
     seen = watch.version_since.get(case.second)
     return {
-        "mode": "kafka and prism", "events": told["rows"], "questions": questions, "answered": len(watch.answered),
-        **({} if not case.first else {
-            "predicted": len(watch.predicted), "predictions": watch.rows[watch.predictions], "by_version": dict(Counter(watch.predicted.values())),
-            "swap_seen_after_s": round(seen - swapped_at, 2) if seen and swapped_at else None,
-        }),
-        "events_per_second": round(told["rows"] / case.seconds), "lag_s": {"median": quantile(lags, 0.5), "p99": quantile(lags, 0.99)},
-        "drained_after_s": round(drained - done_at, 2) if done_at else None, "seconds": round(drained - began, 1),
-    }  # fmt: skip
+        "mode": "kafka and prism",
+        "events": told["rows"],
+        "questions": questions,
+        "answered": len(watch.answered),
+        **(
+            {}
+            if not case.first
+            else {
+                "predicted": len(watch.predicted),
+                "predictions": watch.rows[watch.predictions],
+                "by_version": dict(Counter(watch.predicted.values())),
+                "swap_seen_after_s": round(seen - swapped_at, 2) if seen and swapped_at else None,
+            }
+        ),
+        "events_per_second": round(told["rows"] / case.seconds),
+        "lag_s": {"median": quantile(lags, 0.5), "p99": quantile(lags, 0.99)},
+        "drained_after_s": round(drained - done_at, 2) if done_at else None,
+        "seconds": round(drained - began, 1),
+    }
 
 
 class Table:
@@ -413,10 +440,19 @@ class Table:
         self.last = time.monotonic()
         newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
         values = (
-            clock(moment), f"{events:,}", clock(settled(told)), f"{questions:,}", f"{len(watch.answered):,}",
-            "" if lag is None else f"{lag:.1f}", f"{len(watch.predicted):,}", newest and f"v{newest}",
-            *(f"{held(told, what) / per:,.{digits}f}" if told else "" for what, per, digits in (("bytes", 1e6, 1), ("rows", 1, 0))),
-        )  # fmt: skip
+            clock(moment),
+            f"{events:,}",
+            clock(settled(told)),
+            f"{questions:,}",
+            f"{len(watch.answered):,}",
+            "" if lag is None else f"{lag:.1f}",
+            f"{len(watch.predicted):,}",
+            newest and f"v{newest}",
+            *(
+                f"{held(told, what) / per:,.{digits}f}" if told else ""
+                for what, per, digits in (("bytes", 1e6, 1), ("rows", 1, 0))
+            ),
+        )
         line = " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, self.columns, strict=False))
         # What was there is written over, and only then cleared behind: a line cleared first flickers.
         self._say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K" if self.over else f"{line}\n")
@@ -475,9 +511,12 @@ def in_process(case: Case) -> dict[str, Any]:
     features_streaming.main([*case.common, "--run_id", "live", *flags])
     found = read_json(os.path.join(case.live, "runs", "live", "run.json"))
     figures = {
-        "mode": "replay in one process", "events": found["rows_in"], "questions": found["counts"][case.view.spine.name]["rows"],
-        "answered": found["rows_out"], "seconds": found["seconds"],
-    }  # fmt: skip
+        "mode": "replay in one process",
+        "events": found["rows_in"],
+        "questions": found["counts"][case.view.spine.name]["rows"],
+        "answered": found["rows_out"],
+        "seconds": found["seconds"],
+    }
     if case.first:
         log = logging.getLogger("millrace.serving")
         with swapping(case) as swap:
@@ -489,9 +528,11 @@ def in_process(case: Case) -> dict[str, Any]:
                 log.removeHandler(halfway)
         made = read_json(os.path.join(case.live, "runs", "inference", "run.json"))
         figures |= {
-            "predicted": made["rows_out"], "by_version": made["by_version"], "swaps": made["swaps"],
+            "predicted": made["rows_out"],
+            "by_version": made["by_version"],
+            "swaps": made["swaps"],
             "seconds": round(found["seconds"] + made["seconds"], 1),
-        }  # fmt: skip
+        }
     return figures
 
 

@@ -86,7 +86,11 @@ def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, 
         with disk(tmp_path / f"disk-{pages}") as mounted:
             store = mounted / "store"
             shutil.copytree(case.before, store)
-            used = int(subprocess.run(["df", "-k", "--output=used", str(mounted)], check=True, capture_output=True, text=True).stdout.split()[1])  # fmt: skip
+            used = int(
+                subprocess.run(
+                    ["df", "-k", "--output=used", str(mounted)], check=True, capture_output=True, text=True
+                ).stdout.split()[1]
+            )
             remount(mounted, f"size={used + 4 * pages}k")
             ended = case.load(store, "held")
             fits = ended.code == 0
@@ -98,7 +102,11 @@ def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, 
                 unchanged(case, store)
             assert not [path for path in store.rglob(".*") if path.is_file()], "half a file takes up room"
             said = ended.err.partition("Got ")[2]
-            positions |= {position for position in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters") if position in said}  # fmt: skip
+            positions |= {
+                position
+                for position in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters")
+                if position in said
+            }
             remount(mounted, "size=64m")
             goes_on(case, store)
     assert fits
@@ -114,9 +122,23 @@ def test_a_disk_too_full_for_the_commit_itself_is_a_full_disk(case: Case, tmp_pa
     with disk(tmp_path / "disk") as mounted:
         store = mounted / "store"
         shutil.copytree(case.before, store)
-        process = case.zygote.start("features", *case.arguments, "--store", str(store), "--run_id", "held", watch=store, step=last, kind=signal.SIGSTOP)  # fmt: skip
+        process = case.zygote.start(
+            "features",
+            *case.arguments,
+            "--store",
+            str(store),
+            "--run_id",
+            "held",
+            watch=store,
+            step=last,
+            kind=signal.SIGSTOP,
+        )
         assert process.stopped()
-        used = int(subprocess.run(["df", "-k", "--output=used", str(mounted)], check=True, capture_output=True, text=True).stdout.split()[1])  # fmt: skip
+        used = int(
+            subprocess.run(
+                ["df", "-k", "--output=used", str(mounted)], check=True, capture_output=True, text=True
+            ).stdout.split()[1]
+        )
         remount(mounted, f"size={used}k")
         process.resume()
         ended = process.wait()

@@ -35,7 +35,9 @@ def appended(source: str, **values: Any) -> Callable[[dict[str, pl.DataFrame]], 
     """One more row like the source's last but for `values`."""
 
     def spoil(frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
-        row = frames[source][-1:].with_columns(**{name: pl.lit(value, frames[source].schema[name]) for name, value in values.items()})  # fmt: skip
+        row = frames[source][-1:].with_columns(
+            **{name: pl.lit(value, frames[source].schema[name]) for name, value in values.items()}
+        )
         return {**frames, source: pl.concat([frames[source], row])}
 
     return spoil
@@ -48,11 +50,14 @@ SET_ASIDE: dict[str, tuple[Callable[..., Any], tuple[str, str]]] = {
     "infinity in an event": (appended("sales", sale=-1, price=float("-inf")), ("price", "a number is finite")),
     "beyond float32": (appended("sales", sale=-1, price=1e300), ("price", "fits float32")),
     "1970": (appended("sales", sale=-1, sold=datetime(1970, 1, 1, tzinfo=UTC)), ("sold", "not before 1990-01-01")),
-    "far future": (appended("visits", visit=-1, asked=datetime(2500, 1, 1, tzinfo=UTC)), ("asked", "ahead of the run's clock")),
+    "far future": (
+        appended("visits", visit=-1, asked=datetime(2500, 1, 1, tzinfo=UTC)),
+        ("asked", "ahead of the run's clock"),
+    ),
     "contradicting question": (appended("visits", size=1e30), ("visit", "one key asks one question")),
     "contradicting dimension": (appended("shops", area=77), ("shop", "one key has one row")),
     "null in a unique column": (appended("sales", sale=None), ("sale", "a key is present")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SET_ASIDE)
@@ -99,14 +104,32 @@ def refused(store: Path, *flags: str) -> tuple[type[Exception], str]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda frames: {**frames, "sales": frames["sales"].drop("price")}, ["'sales'", "declared column 'price'", "part-0.parquet"]),
-        (lambda frames: {**frames, "sales": frames["sales"].rename({"price": "prize"})}, ["declared column 'price'", "Did you mean 'prize'?"]),
-        (with_column("visits", size=pl.col("size").cast(pl.Float64)), ["'visits'", "column 'size' is Float32", "double", "part-0.parquet"]),
-        (with_column("sales", price=pl.col("price").cast(pl.String)), ["'sales'", "column 'price' is Float64", "string"]),
-        (with_column("stock", counted=pl.col("counted").dt.replace_time_zone(None)), ["'stock'", "'counted'", "names its time zone"]),
-        (with_column("visits", asked=pl.col("asked").dt.replace_time_zone(None)), ["'visits'", "'asked'", "convert_time_zone('UTC')"]),
+        (
+            lambda frames: {**frames, "sales": frames["sales"].drop("price")},
+            ["'sales'", "declared column 'price'", "part-0.parquet"],
+        ),
+        (
+            lambda frames: {**frames, "sales": frames["sales"].rename({"price": "prize"})},
+            ["declared column 'price'", "Did you mean 'prize'?"],
+        ),
+        (
+            with_column("visits", size=pl.col("size").cast(pl.Float64)),
+            ["'visits'", "column 'size' is Float32", "double", "part-0.parquet"],
+        ),
+        (
+            with_column("sales", price=pl.col("price").cast(pl.String)),
+            ["'sales'", "column 'price' is Float64", "string"],
+        ),
+        (
+            with_column("stock", counted=pl.col("counted").dt.replace_time_zone(None)),
+            ["'stock'", "'counted'", "names its time zone"],
+        ),
+        (
+            with_column("visits", asked=pl.col("asked").dt.replace_time_zone(None)),
+            ["'visits'", "'asked'", "convert_time_zone('UTC')"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_breaks_its_contract_is_refused_by_name(
     tmp_path: Path, spoil: Callable[..., Any], words: list[str]
 ) -> None:
@@ -158,8 +181,17 @@ def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path:
     frames = market.sources(30)
     run(market.write(tmp_path / "a", frames, files=3))
     market.write(tmp_path / "b", frames, files=3)
-    retyped(tmp_path / "b", "sales", 0, sale=pl.col("sale").cast(pl.Int32), city=pl.col("city").cast(pl.Int8), shop=pl.col("shop").cast(pl.Categorical))  # fmt: skip
-    retyped(tmp_path / "b", "visits", 1, asked=pl.col("asked").dt.cast_time_unit("ns").dt.convert_time_zone("Asia/Tokyo"))  # fmt: skip
+    retyped(
+        tmp_path / "b",
+        "sales",
+        0,
+        sale=pl.col("sale").cast(pl.Int32),
+        city=pl.col("city").cast(pl.Int8),
+        shop=pl.col("shop").cast(pl.Categorical),
+    )
+    retyped(
+        tmp_path / "b", "visits", 1, asked=pl.col("asked").dt.cast_time_unit("ns").dt.convert_time_zone("Asia/Tokyo")
+    )
     run(tmp_path / "b")
     same(answers(tmp_path / "b"), answers(tmp_path / "a"))
 
@@ -167,7 +199,9 @@ def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path:
 def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
     """Rows as a writer leaves them whose clock is set back again and again: each piece in order, each before the last."""
     ordered = frame.sort(time, maintain_order=True)
-    return pl.concat([ordered[len(ordered) * i // pieces : len(ordered) * (i + 1) // pieces] for i in reversed(range(pieces))])  # fmt: skip
+    return pl.concat(
+        [ordered[len(ordered) * i // pieces : len(ordered) * (i + 1) // pieces] for i in reversed(range(pieces))]
+    )
 
 
 def test_rows_of_clocks_that_ran_backwards_are_answered_as_if_in_order(tmp_path: Path) -> None:
@@ -200,8 +234,9 @@ def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> Non
     rows = 3000
     hours, more = random.integers(0, 60 * 24, rows), random.integers(0, 3_600_000_000, rows)
     frame = pl.DataFrame({"visit": np.arange(rows), "shop": random.integers(0, 3, rows)}).with_columns(
-        asked=pl.lit(market.START, pl.Datetime("us", "UTC")) + pl.duration(hours=pl.Series(hours), microseconds=pl.Series(more))
-    )  # fmt: skip
+        asked=pl.lit(market.START, pl.Datetime("us", "UTC"))
+        + pl.duration(hours=pl.Series(hours), microseconds=pl.Series(more))
+    )
     found = {}
     for name, ordered in (("sorted", frame.sort("asked")), ("shuffled", frame)):
         path = market.define(tmp_path / name, HOURLY)
@@ -216,9 +251,20 @@ def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> Non
         )
         found[name] = pl.read_delta(str(path.parent / "features" / "hourly" / view.fingerprint)).sort("visit")
     same(found["shuffled"], found["sorted"])
-    hour = found["sorted"].join(frame, on="shop", suffix="_before").group_by("visit").agg(
-        ((pl.col("asked_before") < pl.col("asked")) & (pl.col("asked_before") >= pl.col("asked").dt.offset_by("-1h"))).sum().alias("count"), pl.col("visits_by_shop_count_1h").first()
-    )  # fmt: skip
+    hour = (
+        found["sorted"]
+        .join(frame, on="shop", suffix="_before")
+        .group_by("visit")
+        .agg(
+            (
+                (pl.col("asked_before") < pl.col("asked"))
+                & (pl.col("asked_before") >= pl.col("asked").dt.offset_by("-1h"))
+            )
+            .sum()
+            .alias("count"),
+            pl.col("visits_by_shop_count_1h").first(),
+        )
+    )
     assert (hour["count"] == hour["visits_by_shop_count_1h"]).all()
     assert len(hour) == rows
 
@@ -286,7 +332,9 @@ def test_a_stamp_at_the_edge_of_now_is_judged_by_the_runs_clock(tmp_path: Path) 
 
 def test_an_expression_that_fails_on_a_row_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(30))
-    market.define(tmp_path, market.DEFINITION.replace('hour=pl.col("asked").dt.hour()', 'hour=pl.col("shop").cast(pl.Int64)'))  # fmt: skip
+    market.define(
+        tmp_path, market.DEFINITION.replace('hour=pl.col("asked").dt.hour()', 'hour=pl.col("shop").cast(pl.Int64)')
+    )
     kind, message = refused(tmp_path)
     assert kind is DataError
     assert "Derived(hour, size) has an answer for every row" in message
@@ -307,13 +355,13 @@ def test_integer_time_statistics_of_other_writers_are_understood(tmp_path: Path)
 
 
 MISTAKES = {
-    "cycle": ('Derived(density=', 'Derived(a=pl.col("b")), Derived(b=pl.col("a")), Derived(density=', "no cycles", 2),
+    "cycle": ("Derived(density=", 'Derived(a=pl.col("b")), Derived(b=pl.col("a")), Derived(density=', "no cycles", 2),
     "unknown column": ('"price": ("mean"', '"prise": ("mean"', "Did you mean 'price'?", 2),
     "window of zero": ('over=("6h", "2d")', 'over=("0h", "2d")', "longer than zero", 2),
     "looks around": ('pl.col("price") > 20', 'pl.col("price") > pl.col("price").mean()', "row-local", 2),
     "python mistake": ("view = FeatureView", "view = FeatureVeiw", "FeatureVeiw", 2),
     "spelling": ("import Derived", "import Derivd", "Derivd", 2),
-}  # fmt: skip
+}
 
 DRIVER = """
 import json, sys
@@ -334,7 +382,10 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
     market.write(tmp_path, {**market.sources(20), "sales": market.sources(20)["sales"].drop("price")})
     frames = market.sources(20)
     market.write(tmp_path / "failing", frames)
-    failing = market.define(tmp_path / "failing", market.DEFINITION.replace('hour=pl.col("asked").dt.hour()', 'hour=pl.col("shop").cast(pl.Int64)'))  # fmt: skip
+    failing = market.define(
+        tmp_path / "failing",
+        market.DEFINITION.replace('hour=pl.col("asked").dt.hour()', 'hour=pl.col("shop").cast(pl.Int64)'),
+    )
     market.write(tmp_path / "blocked", frames)
     (tmp_path / "blocked" / "dead_letters").write_text("in the way")
     cases += [
@@ -344,12 +395,28 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
         (["--definition", good, "--store", str(tmp_path / "blocked")], "can be", 4),
         (["--definition", "no_such_module", "--store", str(tmp_path)], "No module 'no_such_module' here", 2),
         (["--definition", good, "--store", str(tmp_path), "--strat", "2024-03-01"], "did you mean --start?", 2),
-        (["--definition", good, "--store", str(tmp_path), "--start", "1st of March"], "is not a day like 2013-01-31", 2),
-        (["--definition", good, "--store", str(tmp_path), "--start", "2024-03-02", "--end", "2024-03-02"], "comes before --end", 2),
+        (
+            ["--definition", good, "--store", str(tmp_path), "--start", "1st of March"],
+            "is not a day like 2013-01-31",
+            2,
+        ),
+        (
+            ["--definition", good, "--store", str(tmp_path), "--start", "2024-03-02", "--end", "2024-03-02"],
+            "comes before --end",
+            2,
+        ),
         (["--definition", good], "--store", 2),
-    ]  # fmt: skip
+    ]
     argvs = json.dumps([argv for argv, _, _ in cases])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DRIVER, argvs], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DRIVER, argvs],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     said = done.stderr.split("--\n")
     codes = [int(line.removeprefix("-- ")) for line in done.stdout.splitlines() if line.startswith("-- ")]
     assert len(codes) == len(cases), done.stderr

@@ -31,7 +31,9 @@ def test_features_read_back_are_those_of_the_oracle(whole: tuple[Path, dict[str,
     tables = {name: frames[name] for name in view.sources}
     got = answers(store)
     names = [*view.context, *view.columns]
-    expected = pl.DataFrame(oracles.features(view, frames["visits"], tables), schema=got.select(names).schema, orient="row")  # fmt: skip
+    expected = pl.DataFrame(
+        oracles.features(view, frames["visits"], tables), schema=got.select(names).schema, orient="row"
+    )
     same(got.select(names), expected.sort("asked", "visit"))
     assert (got["date"] == got["asked"].dt.date()).all()
     assert got["row_id"].n_unique() == len(got)
@@ -52,7 +54,10 @@ def test_figures_of_a_run_balance_and_stand_in_run_json(whole: tuple[Path, dict[
     for name, rows in figures["sources"].items():
         assert rows["read"] == rows["used"] + rows["outside"] + rows["repeated"] + rows["dead"], name
     for name in market.SET_ASIDE:
-        assert (figures["sources"][name]["dead"], figures["sources"][name]["repeated"]) == (market.SET_ASIDE[name], market.REPEATED[name])  # fmt: skip
+        assert (figures["sources"][name]["dead"], figures["sources"][name]["repeated"]) == (
+            market.SET_ASIDE[name],
+            market.REPEATED[name],
+        )
     assert figures["rows_in"] == sum(rows["read"] for rows in figures["sources"].values())
 
 
@@ -86,7 +91,20 @@ def test_interval_by_interval_is_the_whole_to_the_last_bit(
 ) -> None:
     market.write(tmp_path, market.spoiled(market.sources()), files=2)
     starts = days()[:-1:step]
-    figures = [run(tmp_path, "--start", str(day), "--end", str(day + timedelta(days=step)), "--plan", plan, "--block_rows", "100") for day in starts]  # fmt: skip
+    figures = [
+        run(
+            tmp_path,
+            "--start",
+            str(day),
+            "--end",
+            str(day + timedelta(days=step)),
+            "--plan",
+            plan,
+            "--block_rows",
+            "100",
+        )
+        for day in starts
+    ]
     same(answers(tmp_path), answers(whole[0]))
     told, expected = (
         dead_letters(store).filter(pl.col("source") != "shops").drop("file") for store in (tmp_path, whole[0])
@@ -126,7 +144,10 @@ def test_a_second_run_over_everything_finds_nothing_to_do(tmp_path: Path) -> Non
 
 def test_late_rows_and_new_days_are_taken_up_as_if_everything_ran_again(tmp_path: Path) -> None:
     frames = market.sources(80)
-    early = {name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) if name in market.TIMES else frame for name, frame in frames.items()}  # fmt: skip
+    early = {
+        name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) if name in market.TIMES else frame
+        for name, frame in frames.items()
+    }
     early["sales"] = early["sales"][::2]  # the others come late
     market.write(tmp_path / "a", early)
     run(tmp_path / "a")
@@ -151,7 +172,17 @@ def test_days_whose_questions_were_withdrawn_are_emptied(tmp_path: Path) -> None
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(20))
-    command = [sys.executable, "-m", "beam_pipelines.features", "--definition", str(market.define(tmp_path)), "--store", str(tmp_path), "--run_id", "r"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "beam_pipelines.features",
+        "--definition",
+        str(market.define(tmp_path)),
+        "--store",
+        str(tmp_path),
+        "--run_id",
+        "r",
+    ]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "rows out" in done.stdout

@@ -47,7 +47,11 @@ def killed(case: Case, name: str, number: int, **when: object) -> str:
         assert same(frame, old[table]) or same(frame, new[table]), (name, when, table)
     features = "new" if same(found[case.table], new[case.table]) else "old"
     dead_letters = "new" if same(found["dead_letters/features"], new["dead_letters/features"]) else "old"
-    outcome = "ended" if ended.code == 0 else f"features {features}, dead letters {dead_letters}, {'files left' if leftovers(store) else 'clean'}"  # fmt: skip
+    outcome = (
+        "ended"
+        if ended.code == 0
+        else f"features {features}, dead letters {dead_letters}, {'files left' if leftovers(store) else 'clean'}"
+    )
 
     run_id = "victim" if number % 2 else "another"
     again = case.load(store, run_id)
@@ -153,7 +157,17 @@ def test_vacuum_beside_a_run_removes_none_of_its_files(second_load: Case) -> Non
     new = content(case.after, case.table)
     for step in range(2, count, max(count // 8, 1)):
         store = case.copy(f"beside-{step}")
-        process = case.zygote.start("features", *case.arguments, "--store", str(store), "--run_id", "working", watch=store, step=step, kind=signal.SIGSTOP)  # fmt: skip
+        process = case.zygote.start(
+            "features",
+            *case.arguments,
+            "--store",
+            str(store),
+            "--run_id",
+            "working",
+            watch=store,
+            step=step,
+            kind=signal.SIGSTOP,
+        )
         assert process.stopped()
         there = {path for path in store.rglob("*") if path.is_file()}
         swept = case.zygote.run("vacuum", "--store", str(store), "--older_than", "0s", "--force", watch=store)

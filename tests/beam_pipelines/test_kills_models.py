@@ -47,7 +47,9 @@ class Case:
 
     def run(self, pipeline: str, store: Path, run_id: str, *flags: str, **how: Any) -> Ended:
         definition = str(self.features / "definition.py")
-        return self.zygote.run(pipeline, "--definition", definition, "--store", str(store), "--run_id", run_id, *flags, watch=store, **how)  # fmt: skip
+        return self.zygote.run(
+            pipeline, "--definition", definition, "--store", str(store), "--run_id", run_id, *flags, watch=store, **how
+        )
 
     def train(self, store: Path, run_id: str, **how: Any) -> Ended:
         return self.run("training", store, run_id, "--sources", str(self.features / "sources"), "--threads=1", **how)
@@ -80,7 +82,9 @@ def account(store: Path, run_id: str) -> dict[str, Any]:
     content = json.loads((store / "runs" / run_id / "training.json").read_text())
     for trial in content["trials"]:
         del trial["seconds"]
-    return {name: value for name, value in content.items() if name not in ("bundle", "report", "model_version", "champion")}  # fmt: skip
+    return {
+        name: value for name, value in content.items() if name not in ("bundle", "report", "model_version", "champion")
+    }
 
 
 def registered(store: Path) -> dict[str, str]:
@@ -116,7 +120,9 @@ def trained_again(case: Case, name: str, number: int, **when: object) -> str:
     there = registered(store)
     assert there in ({}, {"victim": "1"})
     champion = Registry(registry_uri(str(store))).champion("buying")
-    outcome = "ended" if ended.code == 0 else "champion" if champion else "registered" if there else "nothing registered"  # fmt: skip
+    outcome = (
+        "ended" if ended.code == 0 else "champion" if champion else "registered" if there else "nothing registered"
+    )
 
     run_id = "victim" if number % 3 else "another"
     again = case.train(store, run_id)
@@ -133,7 +139,9 @@ def trained_again(case: Case, name: str, number: int, **when: object) -> str:
             del each["rival"], each["gates"], each["data"]
     assert told == reference, (name, when)
     booster = "model/booster.ubj"
-    assert (store / "runs" / run_id / booster).read_bytes() == (case.trained / "runs/undisturbed" / booster).read_bytes()  # fmt: skip
+    assert (store / "runs" / run_id / booster).read_bytes() == (
+        case.trained / "runs/undisturbed" / booster
+    ).read_bytes()
     runs = mlflow_runs(store)
     assert {name: states for name, states in runs.items() if name.startswith(run_id)} == {
         name: ["FINISHED"] for name in (run_id, f"{run_id} trial 0", f"{run_id} trial 1")
@@ -200,7 +208,9 @@ def scored_again(case: Case, name: str, number: int, **when: object) -> str:
     told = [entry["run_id"] for entry in commits(uri) if entry.get("pipeline") == "inference"]
     assert sorted(told) == sorted({*(["victim"] if found is not None else []), run_id}), "one commit a run"
     registry = registry_uri(str(case.trained))
-    swept = case.zygote.run("vacuum", "--store", str(store), "--older_than", "0s", "--force", "--registry", registry, watch=store)  # fmt: skip
+    swept = case.zygote.run(
+        "vacuum", "--store", str(store), "--older_than", "0s", "--force", "--registry", registry, watch=store
+    )
     assert swept.code == 0, swept.err
     assert leftovers(store) == [], (name, when)
     assert same(predicted(store), expected), (name, when)

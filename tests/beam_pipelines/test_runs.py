@@ -21,7 +21,9 @@ Out = pytest.CaptureFixture[str]
 
 
 def run(store: Path, pipeline: str, run_id: str, *flags: str) -> int:
-    return main([pipeline, "--definition", str(store / "definition.py"), "--store", str(store), "--run_id", run_id, *flags])  # fmt: skip
+    return main(
+        [pipeline, "--definition", str(store / "definition.py"), "--store", str(store), "--run_id", run_id, *flags]
+    )
 
 
 def figures(store: Path, run_id: str) -> dict[str, object]:
@@ -51,12 +53,16 @@ def test_a_run_id_of_another_pipeline_that_is_at_work_or_was_killed_is_refused(t
         assert (tmp_path / "runs" / "a" / "started.json").exists(), "the mark of the run at work stays"
 
 
-def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_one(tmp_path: Path, capsys: Out) -> None:  # fmt: skip
+def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_one(
+    tmp_path: Path, capsys: Out
+) -> None:
     """Row groups with no plausible time: of a clock that stood at 1970, or of a writer that left them out."""
     shop.write(tmp_path, rows=200)
     folder = tmp_path / "sources" / "sales"
     rows = pl.read_parquet(folder / "part.parquet").head(7)
-    ancient = rows.with_columns(visit=-pl.col("visit") - 1, sold=pl.lit(datetime(1970, 1, 1, tzinfo=UTC)).dt.cast_time_unit("us"))  # fmt: skip
+    ancient = rows.with_columns(
+        visit=-pl.col("visit") - 1, sold=pl.lit(datetime(1970, 1, 1, tzinfo=UTC)).dt.cast_time_unit("us")
+    )
     ancient.write_parquet(folder / "ancient.parquet")
     assert run(tmp_path, "features", "some", "--start", "2024-01-05", "--end", "2024-01-20") == 0
     said = capsys.readouterr().err

@@ -23,7 +23,18 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def held(case: Case, store: Path, run_id: str, step: int, *flags: str) -> Process:
     """A load that waits at a step, its plan made."""
-    process = case.zygote.start("features", *case.arguments, "--store", str(store), "--run_id", run_id, *flags, watch=store, step=step, kind=signal.SIGSTOP)  # fmt: skip
+    process = case.zygote.start(
+        "features",
+        *case.arguments,
+        "--store",
+        str(store),
+        "--run_id",
+        run_id,
+        *flags,
+        watch=store,
+        step=step,
+        kind=signal.SIGSTOP,
+    )
     assert process.stopped()
     return process
 
@@ -39,7 +50,12 @@ def test_two_loads_of_different_dates_both_commit(case: Case, step: int) -> None
         for process in both:
             process.resume()
     else:
-        both = [case.zygote.start("features", *case.arguments, "--store", str(store), "--run_id", f"half-{i}", *flags, watch=store) for i, flags in enumerate(HALVES)]  # fmt: skip
+        both = [
+            case.zygote.start(
+                "features", *case.arguments, "--store", str(store), "--run_id", f"half-{i}", *flags, watch=store
+            )
+            for i, flags in enumerate(HALVES)
+        ]
     for process in both:
         ended = process.wait()
         assert ended.code == 0, ended.err

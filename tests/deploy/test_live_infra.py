@@ -270,7 +270,12 @@ def test_ports_are_free_and_differ() -> None:
 def test_two_processes_get_the_class_paths_once(tmp_path: Path) -> None:
     env = {**os.environ, "MILLRACE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     program = "import logging; logging.basicConfig(level='INFO'); from deploy.streaming.toolchain import classpath; print(classpath('broker'))"
-    both = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     (first, said), (second, also_said) = [process.communicate(timeout=200) for process in both]
     assert first == second
     assert all(Path(jar).is_file() for jar in first.strip().split(":"))

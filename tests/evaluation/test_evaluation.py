@@ -166,9 +166,11 @@ def test_where_cells_hide_the_ranking_there_is_no_interval() -> None:
 def scored_classes(label: Any, score: Any) -> pa.RecordBatch:
     columns = {f"score_{k}": score[:, k] for k in range(score.shape[1])}
     columns |= {
-        "row_id": np.arange(len(label)) * 7919, "__label": label.astype(np.float32),
-        "__origin": np.where(np.arange(len(label)) % 3 == 0, "JFK", "LGA"), "__hour": np.arange(len(label)) % 2,
-    }  # fmt: skip
+        "row_id": np.arange(len(label)) * 7919,
+        "__label": label.astype(np.float32),
+        "__origin": np.where(np.arange(len(label)) % 3 == 0, "JFK", "LGA"),
+        "__hour": np.arange(len(label)) % 2,
+    }
     return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
 
 

@@ -123,7 +123,9 @@ def test_a_champion_that_may_know_the_test_rows_is_told(before: Any, now: Any, w
 
 def test_groups_are_compared_by_who_is_selected() -> None:
     whole = scored(6000)
-    gates = Gates(protected=("group",), max_difference={"demographic_parity": 0.05, "equalized_odds": 0.9}, min_slice_rows=100)  # fmt: skip
+    gates = Gates(
+        protected=("group",), max_difference={"demographic_parity": 0.05, "equalized_odds": 0.9}, min_slice_rows=100
+    )
     found = report("binary:logistic", tally(whole, "binary:logistic", gates.slices))
     parity, odds = verdicts(gates, found)
     rows = whole.to_pandas()

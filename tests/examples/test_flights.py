@@ -25,7 +25,19 @@ from transforms.validation.tfdv_schema import parse_schema
 
 OUTCOMES = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
 PLAN = ["year", "month", "day", "sched_dep_time", "origin", "carrier", "flight", "dest"]
-SPINE = ["asked_at", "flight_id", "due_at", "origin", "dest", "carrier", "flight", "tailnum", "distance", "block", "due_minute"]  # fmt: skip
+SPINE = [
+    "asked_at",
+    "flight_id",
+    "due_at",
+    "origin",
+    "dest",
+    "carrier",
+    "flight",
+    "tailnum",
+    "distance",
+    "block",
+    "due_minute",
+]
 
 
 def minutes(span: pl.Expr) -> pl.Expr:
@@ -125,8 +137,12 @@ def test_departures_after_midnight_and_a_day_late(read):
     longest = departures.sort("dep_delay").tail(1).join(schedule, on="flight_id")
     # HA 51 of 9 January, due 9:00, left 21 h 41 min later: at 6:41 of the 10th.
     assert longest.select("carrier", "flight", "due_at", "departed_at", "dep_delay").row(0) == (
-        "HA", 51, dt.datetime(2013, 1, 9, 14, 0, tzinfo=dt.UTC), dt.datetime(2013, 1, 10, 11, 41, tzinfo=dt.UTC), 1301.0,
-    )  # fmt: skip
+        "HA",
+        51,
+        dt.datetime(2013, 1, 9, 14, 0, tzinfo=dt.UTC),
+        dt.datetime(2013, 1, 10, 11, 41, tzinfo=dt.UTC),
+        1301.0,
+    )
 
 
 def test_no_departure_is_known_before_the_question_or_after_the_labels_horizon(read):
@@ -194,8 +210,10 @@ def test_weather_is_known_when_its_hour_ends_and_no_hour_is_lost_to_the_clocks(r
         moments = weather.filter(pl.col("origin") == "EWR")["observed_at"].to_list()
         assert {dt.datetime(*day, hour, tzinfo=dt.UTC) for hour in hours} <= set(moments)
     twice = weather.filter(
-        (pl.col("origin") == "EWR") & (pl.col("observed_at").dt.date() == dt.date(2013, 11, 3)) & (pl.col("observed_at").dt.hour().is_in([6, 7]))
-    )  # fmt: skip
+        (pl.col("origin") == "EWR")
+        & (pl.col("observed_at").dt.date() == dt.date(2013, 11, 3))
+        & (pl.col("observed_at").dt.hour().is_in([6, 7]))
+    )
     assert [round(temp, 2) for temp in twice["temp"]] == [51.98, 50.0]  # 1:00 in summer time, then 1:00 again
 
 

@@ -57,14 +57,25 @@ POOL: list[Callable[[], Feature]] = [
     lambda: Trailing(asks, by="shop", over="1d", stats={"*": "count", "weight": "mean"}),
     lambda: Lookup(items, by="item", columns=("size", "kind")),
     lambda: Derived(doubled=pl.col("weight") * 2),
-]  # fmt: skip
+]
 WIDER = Trailing(sales, by="shop", over=("1d", "3d", "5d"), stats={"price": ("mean", "count", "max")})
 
 
 def make(numbers: Sequence[int], wider: bool = False, chained: bool = False) -> FeatureView:
     """The view of the chosen features; `wider` changes the first, `chained` adds features that use others."""
     chosen = [POOL[i]() for i in sorted(numbers)]
-    chosen = [WIDER, *(each for each in chosen if not (isinstance(each, Trailing) and each.name is None and each.by == "shop" and each.source is sales))] if wider else chosen  # fmt: skip
+    chosen = (
+        [
+            WIDER,
+            *(
+                each
+                for each in chosen
+                if not (isinstance(each, Trailing) and each.name is None and each.by == "shop" and each.source is sales)
+            ),
+        ]
+        if wider
+        else chosen
+    )
     if chained:
         chosen = [each for each in chosen if not (isinstance(each, Latest) and each.source is views)]
         chosen += [
@@ -90,11 +101,29 @@ def history(seed: int, rows: int = 60) -> Frames:
 
     money = np.round(random.lognormal(2, 1, rows * 3), 2)
     return {
-        "asks": pl.DataFrame({"at": times(rows), "ask": np.arange(rows), **keys(rows), "weight": random.normal(size=rows)}),
-        "sales": pl.DataFrame({"sold": times(rows), "sale": np.arange(rows), **keys(rows), "price": money[:rows], "pieces": money[rows : 2 * rows]}),
-        "views": pl.DataFrame({"seen": times(rows), **keys(rows), "seconds": money[2 * rows :], "page": random.choice(["x", "y"], rows)}),
-        "items": pl.DataFrame({"item": np.arange(5), "size": random.integers(1, 9, 5).astype(np.int32), "kind": random.choice(["k", "l"], 5)}),
-    }  # fmt: skip
+        "asks": pl.DataFrame(
+            {"at": times(rows), "ask": np.arange(rows), **keys(rows), "weight": random.normal(size=rows)}
+        ),
+        "sales": pl.DataFrame(
+            {
+                "sold": times(rows),
+                "sale": np.arange(rows),
+                **keys(rows),
+                "price": money[:rows],
+                "pieces": money[rows : 2 * rows],
+            }
+        ),
+        "views": pl.DataFrame(
+            {"seen": times(rows), **keys(rows), "seconds": money[2 * rows :], "page": random.choice(["x", "y"], rows)}
+        ),
+        "items": pl.DataFrame(
+            {
+                "item": np.arange(5),
+                "size": random.integers(1, 9, 5).astype(np.int32),
+                "kind": random.choice(["k", "l"], 5),
+            }
+        ),
+    }
 
 
 def put(store: Path, frames: Frames) -> None:
@@ -102,7 +131,11 @@ def put(store: Path, frames: Frames) -> None:
         folder = store / "sources" / name
         folder.mkdir(parents=True, exist_ok=True)
         time = {"asks": "at", "sales": "sold", "views": "seen"}.get(name)
-        parts = [("all", frame)] if time is None else [(str(k), part) for (k,), part in frame.group_by(pl.col(time).dt.day() // 4)]  # fmt: skip
+        parts = (
+            [("all", frame)]
+            if time is None
+            else [(str(k), part) for (k,), part in frame.group_by(pl.col(time).dt.day() // 4)]
+        )
         for k, part in parts:
             part.write_parquet(folder / f"{k}.parquet")
 
@@ -115,7 +148,12 @@ def prepare(
     argv = ["--definition", str(definition), "--store", str(store), "--run_id", run_id, "--block_rows", "90"]
     argv += ["--full"] if full else []
     if days is not None:
-        argv += ["--start", str(START.date() + timedelta(days=days[0])), "--end", str(START.date() + timedelta(days=days[1]))]  # fmt: skip
+        argv += [
+            "--start",
+            str(START.date() + timedelta(days=days[0])),
+            "--end",
+            str(START.date() + timedelta(days=days[1])),
+        ]
     options = features.parse([*argv, "--no-statistics"])
     options = dataclasses.replace(options, definition=Definition("d", str(definition), view, None), now=NOW)
     return options, features.prepare(options)
@@ -127,7 +165,9 @@ def computed(
     """What the blocks of a run give: features and tallies."""
     plan = work.plan
     assert plan is not None
-    step = ComputeBlock(view, dataclasses.replace(plan, blocks=()), len(plan.blocks), uri, work.copies if copies else None)  # fmt: skip
+    step = ComputeBlock(
+        view, dataclasses.replace(plan, blocks=()), len(plan.blocks), uri, work.copies if copies else None
+    )
     step.setup()
     step.start_bundle()
     out = [*(each for block in plan.blocks for each in step.process(block)), *step.rest()]
@@ -193,10 +233,23 @@ CHANGES: dict[str, Callable[[Frames, int], Frames]] = {
     "a question": lambda frames, day: edit(frames, "asks", "at", day, weight=0.5),
     "an infinite question": lambda frames, day: edit(frames, "asks", "at", day, weight=math.inf),
     "views": lambda frames, day: edit(frames, "views", "seen", day, page="z"),
-    "late rows": lambda frames, day: {**frames, "views": pl.concat([frames["views"], edit(frames, "views", "seen", day, seconds=3.5)["views"].filter(pl.col("seconds") == 3.5)]).sort("seen")},
-    "a repeat": lambda frames, day: {**frames, "sales": frames["sales"].with_columns(sale=pl.when(pl.col("sale") == day * 5 + 1).then(day * 5).otherwise("sale"))},
-    "a dimension": lambda frames, day: {**frames, "items": frames["items"].with_columns(size=pl.col("size") + (pl.col("item") == day % 5).cast(pl.Int32))},
-}  # fmt: skip
+    "late rows": lambda frames, day: {
+        **frames,
+        "views": pl.concat(
+            [frames["views"], edit(frames, "views", "seen", day, seconds=3.5)["views"].filter(pl.col("seconds") == 3.5)]
+        ).sort("seen"),
+    },
+    "a repeat": lambda frames, day: {
+        **frames,
+        "sales": frames["sales"].with_columns(
+            sale=pl.when(pl.col("sale") == day * 5 + 1).then(day * 5).otherwise("sale")
+        ),
+    },
+    "a dimension": lambda frames, day: {
+        **frames,
+        "items": frames["items"].with_columns(size=pl.col("size") + (pl.col("item") == day % 5).cast(pl.Int32)),
+    },
+}
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
@@ -208,7 +261,9 @@ def test_what_is_copied_is_what_would_be_computed(
     store = tmp_path_factory.mktemp("store")
     some = st.sets(st.sampled_from(range(len(POOL))), min_size=2)
     old = make(sorted(data.draw(some, "old")), chained=data.draw(st.booleans(), "old chained"))
-    new = make(sorted(data.draw(some, "new")), data.draw(st.booleans(), "wider"), data.draw(st.booleans(), "new chained"))  # fmt: skip
+    new = make(
+        sorted(data.draw(some, "new")), data.draw(st.booleans(), "wider"), data.draw(st.booleans(), "new chained")
+    )
     change = st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, DAYS - 1))
     frames = history(data.draw(st.integers(0, 5), "seed"))
     for name, day in data.draw(st.lists(change, max_size=1), "before"):

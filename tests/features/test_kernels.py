@@ -129,8 +129,9 @@ def test_fact_known_in_the_window_but_placed_before_it_is_outside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spine_row", "event"), [("a", "b"), ("a", None), (None, "a"), (None, None), ("", None), ("", "a"), ("a", "A"), ("é", "e\u0301")]
-)  # fmt: skip
+    ("spine_row", "event"),
+    [("a", "b"), ("a", None), (None, "a"), (None, None), ("", None), ("", "a"), ("a", "A"), ("é", "e\u0301")],
+)
 def test_keys_that_differ_or_are_null_match_nothing(spine_row: str | None, event: str | None) -> None:
     table = happenings((at(1), 1.0), k=event)
     assert answers(counted, ask(at(2), k=spine_row), events=table) == [0]
@@ -271,9 +272,13 @@ def test_both_ways_of_sorting_find_the_same_windows(
 
 
 @given(
-    left=st.lists(st.tuples(st.sampled_from([None, "a", "b", "ab", ""]), st.sampled_from([None, 0, 1, 2**50])), max_size=12),
-    right=st.lists(st.tuples(st.sampled_from([None, "a", "b", "ab", ""]), st.sampled_from([None, 0, 1, 2**50])), max_size=12),
-)  # fmt: skip
+    left=st.lists(
+        st.tuples(st.sampled_from([None, "a", "b", "ab", ""]), st.sampled_from([None, 0, 1, 2**50])), max_size=12
+    ),
+    right=st.lists(
+        st.tuples(st.sampled_from([None, "a", "b", "ab", ""]), st.sampled_from([None, 0, 1, 2**50])), max_size=12
+    ),
+)
 def test_codes_are_equal_exactly_where_keys_are(left: list[Any], right: list[Any]) -> None:
     schema = {"s": pl.String, "n": pl.Int64}
     spine, table = (pl.DataFrame(rows, schema=schema, orient="row") for rows in (left, right))
@@ -292,15 +297,23 @@ def test_many_wide_keys_do_not_overflow_their_product() -> None:
 
 
 def test_times_before_1970_and_far_ahead_are_times() -> None:
-    times = [datetime(1901, 1, 1, tzinfo=UTC), datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), T0, datetime(2199, 1, 1, tzinfo=UTC)]  # fmt: skip
+    times = [
+        datetime(1901, 1, 1, tzinfo=UTC),
+        datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+        T0,
+        datetime(2199, 1, 1, tzinfo=UTC),
+    ]
     table = happenings(*[(time - timedelta(microseconds=1), 1.0) for time in times])
     assert answers(counted, ask(*times), events=table) == [1] * 4
 
 
 @pytest.mark.parametrize(
     "feature",
-    [Derived(n=pl.col("k").cast(pl.Int64)), Latest(events, by="k", columns="v", max_age="1s", where=pl.col("s").cast(pl.Int64) > 1, name="odd")],
-)  # fmt: skip
+    [
+        Derived(n=pl.col("k").cast(pl.Int64)),
+        Latest(events, by="k", columns="v", max_age="1s", where=pl.col("s").cast(pl.Int64) > 1, name="odd"),
+    ],
+)
 def test_an_expression_that_fails_on_a_row_is_named(feature: Any) -> None:
     with pytest.raises(DataError, match=r"(Derived\(n\)|where of 'odd') has an answer for every row.*strict=False"):
         answers(feature, ask(at(1)), events=happenings((at(0), 1.0)))

@@ -40,26 +40,50 @@ pays = Source(
 seen = Source("seen", time="at", event_time="was", columns={"k": pl.String, "v": pl.Float64, "s": pl.String})
 shops = Source("shops", columns={"k": pl.String, "area": pl.Int32, "town": pl.String})
 towns = Source("towns", columns={"town": pl.String, "rent": pl.Float64})
-LONG = FeatureView("long", asks, key="id", features=[
-    Derived(half=pl.col("g") // 2),
-    Trailing(pays, by="k", over=("6h", "2d", "365d"), stats={"v": EVERY, "g": ("count", "last", "n_unique"), "*": "count"}),
-    Trailing(pays, by={"half": "g"}, over="40d", where=pl.col("v") > 20, name="dear", stats={"v": ("sum", "first", "q05")}),
-    Trailing(seen, by="k", over=("1d", "90d"), stats={"v": ("mean", "max", "first", "last"), "s": ("last", "n_unique")}),
-    Latest(seen, by="k", columns=("v", "s"), max_age="300d"),
-    Latest(pays, by="g", columns=("no", "v"), max_age="3d"),
-    Trailing(asks, by=("k", "g"), over="30d", stats={"x": ("mean", "min", "last"), "*": "count"}),
-    Lookup(shops, by="k", columns=("area", "town")),
-    Lookup(towns, by={"shops_town": "town"}, columns="rent"),
-    Trailing(pays, by={"shops_area": "g"}, over="365d", name="like", stats={"v": ("sum", "max")}),
-    Derived(share=pl.col("dear_by_half_v_sum_40d") / pl.col("towns_rent")),
-])  # fmt: skip
-EVER = FeatureView("ever", asks, key="id", features=[
-    Trailing(pays, by="k", over=("1d", "all"), stats={"v": (*NUMBERS, "first", "last"), "*": "count"}),
-    Trailing(pays, by="g", over="100d", stats={"v": ("sum", "median")}),
-    Trailing(pays, by=("k", "g"), over="all", where=pl.col("v") > 20, name="dear", stats={"v": ("sum", "std")}),
-    Latest(pays, by="g", columns=("v", "k"), max_age="forever"),
-    Trailing(asks, by="k", over="all", stats={"x": ("mean", "last"), "*": "count"}),
-])  # fmt: skip
+LONG = FeatureView(
+    "long",
+    asks,
+    key="id",
+    features=[
+        Derived(half=pl.col("g") // 2),
+        Trailing(
+            pays,
+            by="k",
+            over=("6h", "2d", "365d"),
+            stats={"v": EVERY, "g": ("count", "last", "n_unique"), "*": "count"},
+        ),
+        Trailing(
+            pays,
+            by={"half": "g"},
+            over="40d",
+            where=pl.col("v") > 20,
+            name="dear",
+            stats={"v": ("sum", "first", "q05")},
+        ),
+        Trailing(
+            seen, by="k", over=("1d", "90d"), stats={"v": ("mean", "max", "first", "last"), "s": ("last", "n_unique")}
+        ),
+        Latest(seen, by="k", columns=("v", "s"), max_age="300d"),
+        Latest(pays, by="g", columns=("no", "v"), max_age="3d"),
+        Trailing(asks, by=("k", "g"), over="30d", stats={"x": ("mean", "min", "last"), "*": "count"}),
+        Lookup(shops, by="k", columns=("area", "town")),
+        Lookup(towns, by={"shops_town": "town"}, columns="rent"),
+        Trailing(pays, by={"shops_area": "g"}, over="365d", name="like", stats={"v": ("sum", "max")}),
+        Derived(share=pl.col("dear_by_half_v_sum_40d") / pl.col("towns_rent")),
+    ],
+)
+EVER = FeatureView(
+    "ever",
+    asks,
+    key="id",
+    features=[
+        Trailing(pays, by="k", over=("1d", "all"), stats={"v": (*NUMBERS, "first", "last"), "*": "count"}),
+        Trailing(pays, by="g", over="100d", stats={"v": ("sum", "median")}),
+        Trailing(pays, by=("k", "g"), over="all", where=pl.col("v") > 20, name="dear", stats={"v": ("sum", "std")}),
+        Latest(pays, by="g", columns=("v", "k"), max_age="forever"),
+        Trailing(asks, by="k", over="all", stats={"x": ("mean", "last"), "*": "count"}),
+    ],
+)
 
 
 def history(seed: int, rows: int, heavy: float) -> dict[str, pl.DataFrame]:
@@ -83,20 +107,46 @@ def history(seed: int, rows: int, heavy: float) -> dict[str, pl.DataFrame]:
 
     n, many = rows // 3, rows
     found = {
-        "asks": pl.DataFrame({"at": times(n), "id": np.arange(n), "k": words(n), "g": some(random.integers(1, 7, n)), "x": some(random.normal(0, 1, n))}),
-        "pays": pl.DataFrame({"at": times(many), "no": np.arange(many), "k": words(many), "g": some(random.integers(1, 7, many)), "v": some(random.integers(-100, 10**7, many) / 100)}),
-        "seen": pl.DataFrame({"was": times(n), "late": random.integers(0, 50, n), "k": words(n), "v": some(random.normal(0, 9, n)), "s": some(random.choice(np.array(["x", "y", "z"]), n))}),
+        "asks": pl.DataFrame(
+            {
+                "at": times(n),
+                "id": np.arange(n),
+                "k": words(n),
+                "g": some(random.integers(1, 7, n)),
+                "x": some(random.normal(0, 1, n)),
+            }
+        ),
+        "pays": pl.DataFrame(
+            {
+                "at": times(many),
+                "no": np.arange(many),
+                "k": words(many),
+                "g": some(random.integers(1, 7, many)),
+                "v": some(random.integers(-100, 10**7, many) / 100),
+            }
+        ),
+        "seen": pl.DataFrame(
+            {
+                "was": times(n),
+                "late": random.integers(0, 50, n),
+                "k": words(n),
+                "v": some(random.normal(0, 9, n)),
+                "s": some(random.choice(np.array(["x", "y", "z"]), n)),
+            }
+        ),
         "shops": pl.DataFrame({"k": ["a", "", "é", "nobody"], "area": [3, None, 5, 6], "town": ["n", "m", None, "n"]}),
         "towns": pl.DataFrame({"town": ["n", "m"], "rent": [0.1, 2.5]}),
-    }  # fmt: skip
+    }
     found["seen"] = found["seen"].with_columns(at=pl.col("was") + pl.duration(hours="late")).drop("late").sort("at")
     again = found["pays"].sample(fraction=0.2, seed=seed, with_replacement=True)
-    found["pays"] = pl.concat([
-        found["pays"],
-        again.with_columns(k=pl.Series(words(len(again)), dtype=pl.String), at=pl.col("at").dt.offset_by("7h")),
-        again[::2].with_columns(k=pl.lit("a"), v=pl.lit(1.5)),
-        again[:3],
-    ])  # fmt: skip
+    found["pays"] = pl.concat(
+        [
+            found["pays"],
+            again.with_columns(k=pl.Series(words(len(again)), dtype=pl.String), at=pl.col("at").dt.offset_by("7h")),
+            again[::2].with_columns(k=pl.lit("a"), v=pl.lit(1.5)),
+            again[:3],
+        ]
+    )
     types = {each.name: each for each in (asks, pays, seen, shops, towns)}
     return {name: frame.cast(types[name].schema).select(list(types[name].schema)) for name, frame in found.items()}  # type: ignore[arg-type]
 
@@ -108,7 +158,12 @@ def spoiled(frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
     conflict = asked[2:4].with_columns(x=pl.lit(1e9, pl.Float32))
     endless = paid[:2].with_columns(v=pl.lit(float("inf")))
     more = shop[:1].with_columns(area=pl.lit(99, pl.Int32))
-    return {**frames, "asks": pl.concat([asked, asked[:2], conflict, timeless]), "pays": pl.concat([paid, endless]), "shops": pl.concat([shop, shop[1:2], more])}  # fmt: skip
+    return {
+        **frames,
+        "asks": pl.concat([asked, asked[:2], conflict, timeless]),
+        "pays": pl.concat([paid, endless]),
+        "shops": pl.concat([shop, shop[1:2], more]),
+    }
 
 
 def write(store: Path, frames: Mapping[str, pl.DataFrame], group: int = 50, shuffle: bool = False) -> Path:
@@ -151,7 +206,10 @@ def computed(
     return features, dead_letters.sort(dead_letters.columns), tallies
 
 
-def same(got: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]], expected: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]]) -> None:  # fmt: skip
+def same(
+    got: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]],
+    expected: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]],
+) -> None:
     assert_frame_equal(got[0], expected[0], check_exact=True)
     assert_frame_equal(got[1].drop("row"), expected[1].drop("row"))
     # How many rows lie outside every window is known to a row group only.
@@ -161,15 +219,31 @@ def same(got: tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]], expecte
 
 
 @given(
-    seed=st.integers(0, 2**31), rows=st.sampled_from([12, 90, 240]), heavy=st.sampled_from([0.0, 0.9]), ever=st.booleans(),
-    block_rows=st.sampled_from([25, 80, 10**6]), shards=st.sampled_from([None, 2, 3, 50]), shuffled=st.booleans(),
-    routed=st.booleans(), chunk=st.sampled_from([7, 60, 10**6]), unsorted=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([12, 90, 240]),
+    heavy=st.sampled_from([0.0, 0.9]),
+    ever=st.booleans(),
+    block_rows=st.sampled_from([25, 80, 10**6]),
+    shards=st.sampled_from([None, 2, 3, 50]),
+    shuffled=st.booleans(),
+    routed=st.booleans(),
+    chunk=st.sampled_from([7, 60, 10**6]),
+    unsorted=st.booleans(),
+)
 @settings(max_examples=15)
 def test_any_cut_by_key_gives_the_same_bits_letters_and_accounts(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, rows: int, heavy: float, ever: bool, block_rows: int,
-    shards: int | None, shuffled: bool, routed: bool, chunk: int, unsorted: bool,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    rows: int,
+    heavy: float,
+    ever: bool,
+    block_rows: int,
+    shards: int | None,
+    shuffled: bool,
+    routed: bool,
+    chunk: int,
+    unsorted: bool,
+) -> None:
     view = EVER if ever else LONG
     store = write(tmp_path_factory.mktemp("store"), spoiled(history(seed, rows, heavy)), shuffle=unsorted)
     whole = computed(view, store, key_shards=1)
@@ -181,15 +255,24 @@ def test_any_cut_by_key_gives_the_same_bits_letters_and_accounts(
         same(computed(view, store, shuffled, **choices), whole)
 
 
-@given(seed=st.integers(0, 2**31), heavy=st.sampled_from([0.0, 0.9]), block_rows=st.sampled_from([25, 300]), shuffled=st.booleans())  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    heavy=st.sampled_from([0.0, 0.9]),
+    block_rows=st.sampled_from([25, 300]),
+    shuffled=st.booleans(),
+)
 @settings(max_examples=4)
 def test_features_cut_by_key_are_those_of_the_oracle(
     tmp_path_factory: pytest.TempPathFactory, seed: int, heavy: float, block_rows: int, shuffled: bool
 ) -> None:
     frames = history(seed, 90, heavy)
     store = write(tmp_path_factory.mktemp("store"), frames)
-    got = computed(LONG, store, shuffled, block_rows=block_rows, key_shards=3, broadcast_bytes=0)[0].drop("row_id", "date")  # fmt: skip
+    got = computed(LONG, store, shuffled, block_rows=block_rows, key_shards=3, broadcast_bytes=0)[0].drop(
+        "row_id", "date"
+    )
     order = [name for name in pays.schema if name not in ("at", "no")]
     first = frames["pays"].unique().sort("at", "no", *order).unique("no", keep="first", maintain_order=True)
-    expected = pl.DataFrame(oracles.features(LONG, frames["asks"], {**frames, "pays": first}), schema=got.schema, orient="row")  # fmt: skip
+    expected = pl.DataFrame(
+        oracles.features(LONG, frames["asks"], {**frames, "pays": first}), schema=got.schema, orient="row"
+    )
     assert_frame_equal(got, expected.sort("at", "id"), check_exact=True)

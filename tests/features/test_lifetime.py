@@ -60,7 +60,10 @@ def test_a_late_event_reaches_every_answer_after_it(tmp_path: Path) -> None:
 def test_new_days_go_on_from_the_last_summary(tmp_path: Path) -> None:
     frames = sources()
     market.define(tmp_path / "a", definition("all", "forever"))
-    market.write(tmp_path / "a", {name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) for name, frame in frames.items()})  # fmt: skip
+    market.write(
+        tmp_path / "a",
+        {name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) for name, frame in frames.items()},
+    )
     run(tmp_path / "a")
     market.write(tmp_path / "a", frames)
     figures = run(tmp_path / "a")

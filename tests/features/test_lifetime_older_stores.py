@@ -143,7 +143,11 @@ def test_a_view_without_such_windows_goes_on_where_it_was(old: Path, capsys: Out
 
 def test_a_changed_view_copies_no_such_columns_from_it(old: Path) -> None:
     text = (old / "ever.py").read_text()
-    (old / "ever.py").write_text(text.replace("[ever, recent]", '[ever, recent, Trailing(events, by="k", over="3d", stats={"v": "min"}, name="more")]'))  # fmt: skip
+    (old / "ever.py").write_text(
+        text.replace(
+            "[ever, recent]", '[ever, recent, Trailing(events, by="k", over="3d", stats={"v": "min"}, name="more")]'
+        )
+    )
     work = features.prepare(features.parse(["--definition", str(old / "ever.py"), "--store", str(old)]))
     assert work.copies is not None
     assert {*work.copies.columns.values()} == {("recent_by_k_v_sum_2d",)}

@@ -229,7 +229,13 @@ class Sequences(RuleBasedStateMachine):
             (self.root / "sources" / source / f"{name}.parquet").unlink()
             return
         for name, rows in files.items():
-            kept = [row for row in rows if (choose.random() < 0.7 if choose is not None else row["at"].date() != as_date(FIRST_DAY + (day or 0)))]  # fmt: skip
+            kept = [
+                row
+                for row in rows
+                if (
+                    choose.random() < 0.7 if choose is not None else row["at"].date() != as_date(FIRST_DAY + (day or 0))
+                )
+            ]
             if len(kept) < len(rows):
                 files[name] = kept
                 self.write(source, name, kept)
@@ -354,7 +360,9 @@ class Sequences(RuleBasedStateMachine):
 
     def fresh(self, flags: Flags) -> pl.DataFrame:
         """The table of a store made anew."""
-        plain = dataclasses.replace(flags, bounds=None, full=False, refresh=False, block_rows=800_000, plan="auto", key_shards="auto")  # fmt: skip
+        plain = dataclasses.replace(
+            flags, bounds=None, full=False, refresh=False, block_rows=800_000, plan="auto", key_shards="auto"
+        )
         options = self.options(plain, "fresh", "fresh")
         if any(self.files["asks"].values()):
             perform(options)
@@ -377,7 +385,11 @@ class Sequences(RuleBasedStateMachine):
 
 
 def inside_of(asked: pl.DataFrame, inside: pl.Expr) -> pl.Series:
-    return asked.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series() if len(asked) else pl.Series([], dtype=pl.Boolean)  # fmt: skip
+    return (
+        asked.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series()
+        if len(asked)
+        else pl.Series([], dtype=pl.Boolean)
+    )
 
 
 def assert_summaries_equal(got: pl.DataFrame, expected: pl.DataFrame, keys: list[str]) -> None:

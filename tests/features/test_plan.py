@@ -57,19 +57,31 @@ def test_features_of_a_plan_are_those_of_the_oracle(view: FeatureView, tmp_path:
     market.write(tmp_path, frames)
     got = computed(view, plan_of(view, tmp_path, block_rows=100))[0]
     tables = {name: frames[name] for name in view.sources}
-    expected = pl.DataFrame(oracles.features(view, frames["visits"], tables), schema=got.drop("row_id", "date").schema, orient="row")  # fmt: skip
+    expected = pl.DataFrame(
+        oracles.features(view, frames["visits"], tables), schema=got.drop("row_id", "date").schema, orient="row"
+    )
     same(got.drop("row_id", "date"), expected)
 
 
 @given(
-    seed=st.integers(0, 2**31), block_rows=st.sampled_from([20, 60, 150, 600]), group=st.integers(9, 200), files=st.integers(1, 3),
-    shuffled=st.booleans(), statistics=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 2**31),
+    block_rows=st.sampled_from([20, 60, 150, 600]),
+    group=st.integers(9, 200),
+    files=st.integers(1, 3),
+    shuffled=st.booleans(),
+    statistics=st.booleans(),
+)
 @settings(max_examples=12)
 def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
-    view: FeatureView, tmp_path_factory: pytest.TempPathFactory,
-    seed: int, block_rows: int, group: int, files: int, shuffled: bool, statistics: bool,
-) -> None:  # fmt: skip
+    view: FeatureView,
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    block_rows: int,
+    group: int,
+    files: int,
+    shuffled: bool,
+    statistics: bool,
+) -> None:
     store = tmp_path_factory.mktemp("store")
     frames = market.spoiled(market.sources(60, seed))
     market.write(store, frames, group=100_000)
@@ -99,7 +111,9 @@ def test_bad_rows_change_no_answer_of_good_ones(view: FeatureView, tmp_path: Pat
 @settings(max_examples=25)
 def test_blocks_tile_the_interval(view: FeatureView, shared: Path, data: st.DataObject, block_rows: int) -> None:
     first = data.draw(st.none() | st.integers(-2, market.DAYS - 1))
-    last = data.draw(st.none() | st.integers((-1 if first is None else first) + 1, market.DAYS + 2).filter(lambda n: n > 0))  # fmt: skip
+    last = data.draw(
+        st.none() | st.integers((-1 if first is None else first) + 1, market.DAYS + 2).filter(lambda n: n > 0)
+    )
     start, end = (None if day is None else market.at(day).date() for day in (first, last))
     plan = plan_of(view, shared, start, end, block_rows=block_rows)
     bounds = [block.start for block in plan.blocks] + [plan.blocks[-1].end]
@@ -157,7 +171,9 @@ def test_row_groups_without_any_plausible_time_are_told_by_a_run_over_everything
     frames = market.sources(30)
     market.write(tmp_path, frames)
     for name, moment in (("visits", datetime(1970, 1, 1)), ("sales", datetime(2199, 1, 1)), ("stock", None)):
-        lost = frames[name][:2].with_columns(pl.lit(moment, pl.Datetime("us")).dt.replace_time_zone("UTC").alias(market.TIMES[name]))  # fmt: skip
+        lost = frames[name][:2].with_columns(
+            pl.lit(moment, pl.Datetime("us")).dt.replace_time_zone("UTC").alias(market.TIMES[name])
+        )
         lost.write_parquet(tmp_path / "sources" / name / "lost.parquet")
     _, dead_letters, tallies = computed(view, plan_of(view, tmp_path, block_rows=50))
     assert sorted(dead_letters["source"]) == ["sales", "sales", "stock", "stock", "visits", "visits"]
@@ -167,14 +183,24 @@ def test_row_groups_without_any_plausible_time_are_told_by_a_run_over_everything
 def test_one_stray_stamp_of_the_future_does_not_stretch_the_answers(view: FeatureView, tmp_path: Path) -> None:
     frames = market.sources(30)
     whole = computed(view, plan_of(view, market.write(tmp_path, frames)))[0]
-    stray = frames["visits"][:1].with_columns(asked=pl.lit(datetime(2199, 1, 1, tzinfo=UTC)), visit=pl.lit(-9, pl.Int64))  # fmt: skip
+    stray = frames["visits"][:1].with_columns(
+        asked=pl.lit(datetime(2199, 1, 1, tzinfo=UTC)), visit=pl.lit(-9, pl.Int64)
+    )
     market.write(tmp_path, {**frames, "visits": pl.concat([frames["visits"], stray])}, group=1000)
     plan = plan_of(view, tmp_path, block_rows=10)
     same(computed(view, plan)[0], whole)
     assert plan.blocks[-1].end <= NOW + 2 * DAY
 
 
-@pytest.mark.parametrize(("start", "end"), [(date(2024, 4, 1), None), (None, date(2024, 3, 1)), (date(2024, 3, 20), date(2024, 3, 21)), (date(2024, 3, 3), date(2024, 3, 3))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (date(2024, 4, 1), None),
+        (None, date(2024, 3, 1)),
+        (date(2024, 3, 20), date(2024, 3, 21)),
+        (date(2024, 3, 3), date(2024, 3, 3)),
+    ],
+)
 def test_an_interval_without_questions_is_refused_with_those_there_are(
     view: FeatureView, shared: Path, start: date | None, end: date | None
 ) -> None:
@@ -203,7 +229,9 @@ def test_a_question_asked_twice_counts_once_as_an_event_too(view: FeatureView, t
     """Identical questions count once and of contradicting ones the smallest stays, also where features trail over the spine."""
     frames = market.sources(30)
     one = computed(view, plan_of(view, market.write(tmp_path / "a", frames)))[0]
-    more = pl.concat([frames["visits"], frames["visits"][3:6], frames["visits"][3:5].with_columns(size=pl.lit(1e9, pl.Float32))])  # fmt: skip
+    more = pl.concat(
+        [frames["visits"], frames["visits"][3:6], frames["visits"][3:5].with_columns(size=pl.lit(1e9, pl.Float32))]
+    )
     same(computed(view, plan_of(view, market.write(tmp_path / "b", {**frames, "visits": more})))[0], one)
 
 

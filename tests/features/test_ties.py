@@ -59,17 +59,35 @@ def write(root: Path) -> dict[str, pl.DataFrame]:
         rows = []
         for _ in range(400):
             hour = random.randrange(48)
-            rows.append({
-                "at": T0 + timedelta(hours=hour), "was": T0 + timedelta(hours=min(hour, 4 * random.randrange(12))),
-                "z": random.choice([None, float("nan"), -0.0, 0.0, *([2.0] if name == "bare" else [float("inf"), 1e300])]), "r": random.choice([None, 1, 2]),
-                "e": hour // 2 * 3 + random.randrange(3), "k": random.choice([1, 2, None]), "a": random.randrange(3), "s": random.choice(["x", "y", "é", None]),
-                "v": random.choice([None, float("nan"), -0.0, 0.25, 3.5]), "b": random.choice([True, False, None]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "at": T0 + timedelta(hours=hour),
+                    "was": T0 + timedelta(hours=min(hour, 4 * random.randrange(12))),
+                    "z": random.choice(
+                        [None, float("nan"), -0.0, 0.0, *([2.0] if name == "bare" else [float("inf"), 1e300])]
+                    ),
+                    "r": random.choice([None, 1, 2]),
+                    "e": hour // 2 * 3 + random.randrange(3),
+                    "k": random.choice([1, 2, None]),
+                    "a": random.randrange(3),
+                    "s": random.choice(["x", "y", "é", None]),
+                    "v": random.choice([None, float("nan"), -0.0, 0.25, 3.5]),
+                    "b": random.choice([True, False, None]),
+                }
+            )
         frame = pl.DataFrame(rows, schema_overrides={"at": pl.Datetime("us", "UTC"), "was": pl.Datetime("us", "UTC")})
         frames[name] = frame if name == "placed" else frame.drop("was")
     frames["dim"] = pl.DataFrame(
-        [{"z": random.choice([None, float("nan"), -0.0, 0.0, 2.0]), "k": random.choice([1, 2]), "a": random.randrange(3), "s": random.choice("xyw")} for _ in range(9)]
-    )  # fmt: skip
+        [
+            {
+                "z": random.choice([None, float("nan"), -0.0, 0.0, 2.0]),
+                "k": random.choice([1, 2]),
+                "a": random.randrange(3),
+                "s": random.choice("xyw"),
+            }
+            for _ in range(9)
+        ]
+    )
     frames["q"] = pl.DataFrame(
         {"at": [T0 + timedelta(hours=3 * i + 1) for i in range(17)] * 2, "id": range(34), "k": [1] * 17 + [2] * 17},
         schema_overrides={"at": pl.Datetime("us", "UTC")},
@@ -132,7 +150,10 @@ def settled(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
     kept: dict[Any, dict[str, Any]] = {}
 
     def position(row: dict[str, Any]) -> Any:
-        return (row[source.time] if source.time else 0, *((row[name] is not None, row[name]) for name in [*(source.order or ()), *source.schema]))  # fmt: skip
+        return (
+            row[source.time] if source.time else 0,
+            *((row[name] is not None, row[name]) for name in [*(source.order or ()), *source.schema]),
+        )
 
     for row in rows:
         key = tuple(row[name] for name in by)
@@ -143,7 +164,10 @@ def settled(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
 
 @functools.cache
 def expected(view: FeatureView, root: Path) -> pl.DataFrame:
-    frames = {name: pl.concat([pl.read_parquet(f) for f in sorted((root / "sources" / name).glob("*.parquet"))]) for name in (*view.sources, "q")}  # fmt: skip
+    frames = {
+        name: pl.concat([pl.read_parquet(f) for f in sorted((root / "sources" / name).glob("*.parquet"))])
+        for name in (*view.sources, "q")
+    }
     tables = {name: settled(source, frames[name]) for name, source in view.sources.items()}
     return pl.DataFrame(oracles.features(view, frames["q"].sort("at", "id"), tables), infer_schema_length=None)
 
@@ -256,7 +280,9 @@ def test_a_view_has_another_fingerprint_where_its_choice_has_changed() -> None:
             view(made, columns, **source) for columns in (("y", "z", "k", "v"), ("z", "y", "k", "v"), ("z", "k", "v"))
         ]
         assert len({each.fingerprint for each in (alike[0], *changed)}) == 4
-        assert {text for each in (*alike, *changed) for text in each.meanings.values()} == set(alike[0].meanings.values())  # fmt: skip
+        assert {text for each in (*alike, *changed) for text in each.meanings.values()} == set(
+            alike[0].meanings.values()
+        )
     for made, source in (
         ('Latest(ev, by="k", columns="v", max_age="1d")', {"time": "at", "order": "v"}),
         ('Trailing(ev, by="k", over="1d", stats={"v": "sum"})', {"time": "at"}),
@@ -283,7 +309,10 @@ def test_a_table_whose_rows_were_taken_in_another_order_is_not_continued(
 
     first, before, _ = run(HEAD, "first")
     assert run(HEAD, "again")[2]["rows_out"] == 0
-    turned = HEAD.replace('bare = Source("bare", time="at", columns=WIDE)', 'bare = Source("bare", time="at", columns=dict(reversed(WIDE.items())))')  # fmt: skip
+    turned = HEAD.replace(
+        'bare = Source("bare", time="at", columns=WIDE)',
+        'bare = Source("bare", time="at", columns=dict(reversed(WIDE.items())))',
+    )
     second, after, told = run(turned, "turned")
     assert first.fingerprint == second.fingerprint
     assert told["rows_out"] == len(after)

@@ -132,7 +132,10 @@ def test_write_table_makes_one_commit_of_all_batches(tmp_path: Path) -> None:
     for _ in range(2):  # the same run again changes nothing
         with Pipeline() as pipeline:
             committed = pipeline | beam.Create(batches) | WriteTable(CommitTarget(uri, SCHEMA, DAYS, "run-1", None))
-            assert_that(committed | beam.Map(lambda each: (each.version, each.rows, each.files, each.dates)), equal_to([(0, 5, 5, DAYS)]))  # fmt: skip
+            assert_that(
+                committed | beam.Map(lambda each: (each.version, each.rows, each.files, each.dates)),
+                equal_to([(0, 5, 5, DAYS)]),
+            )
     assert contents(uri) == [(0, DAYS[0]), (1, DAYS[1]), (2, DAYS[2]), (10, DAYS[0]), (11, DAYS[1])]
 
 
@@ -194,7 +197,11 @@ def test_read_table_gives_the_pinned_files_whatever_comes_later(tmp_path: Path) 
     for run, of in (("run-1", 0), ("run-2", 50)):
         pinned = tuple(data_files(open_table(uri))) if run == "run-2" else ()  # type: ignore[arg-type]
         with Pipeline() as pipeline:
-            _ = pipeline | beam.Create([batch(*DAYS, of=of)]) | WriteTable(CommitTarget(uri, SCHEMA, DAYS, run, 0 if of else None))  # fmt: skip
+            _ = (
+                pipeline
+                | beam.Create([batch(*DAYS, of=of)])
+                | WriteTable(CommitTarget(uri, SCHEMA, DAYS, run, 0 if of else None))
+            )
     with Pipeline() as pipeline:
         batches = pipeline | ReadTable(pinned, columns=("date", "n"))
         assert_that(batches | beam.FlatMap(pairs), equal_to([(day, i) for i, day in enumerate(DAYS)]))

@@ -22,7 +22,9 @@ LARGEST = 3.4028234663852886e38
 
 any_size = st.floats(-LARGEST, LARGEST, allow_nan=False)
 money = st.integers(-(10**9), 10**9).map(lambda cents: cents / 100)
-awkward = st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e-310, 1e-30, 0.1, 1.0, -1.0, 2.0**53, 2.0**-53, LARGEST, -LARGEST, 16777217.0])  # fmt: skip
+awkward = st.sampled_from(
+    [0.0, -0.0, 5e-324, -5e-324, 1e-310, 1e-30, 0.1, 1.0, -1.0, 2.0**53, 2.0**-53, LARGEST, -LARGEST, 16777217.0]
+)
 numbers = st.one_of(
     st.lists(st.none() | any_size, max_size=40),
     st.lists(st.none() | money, max_size=40),
@@ -137,11 +139,15 @@ def test_a_window_computed_alone_gives_the_same_bits(stat: str, case: tuple[list
 POOLS = {
     "money": lambda random, rows: random.integers(-(10**9), 10**9, rows) / 100,
     "small money": lambda random, rows: random.integers(-500, 500, rows) / 100,
-    "halves and specks": lambda random, rows: random.integers(-(2**20), 2**20, rows) / 2 + random.choice([0, 2.0**-62, -(2.0**-62), 2.0**-40], rows),
+    "halves and specks": lambda random, rows: (
+        random.integers(-(2**20), 2**20, rows) / 2 + random.choice([0, 2.0**-62, -(2.0**-62), 2.0**-40], rows)
+    ),
     "noise": lambda random, rows: random.normal(size=rows),
     "magnitudes": lambda random, rows: np.ldexp(random.random(rows) - 0.5, random.integers(-120, 120, rows)),
-    "around digits": lambda random, rows: random.choice([-1.0, 1.0], rows) * 2.0 ** random.choice([-65, -64, -33, -32, -31, -1, 0, 31, 32, 33], rows),
-}  # fmt: skip
+    "around digits": lambda random, rows: (
+        random.choice([-1.0, 1.0], rows) * 2.0 ** random.choice([-65, -64, -33, -32, -31, -1, 0, 31, 32, 33], rows)
+    ),
+}
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -45,10 +45,21 @@ def rows_of(view: FeatureView, count: int, first: int = 0) -> pa.RecordBatch:
     random, numbers = np.random.default_rng(first), np.arange(first, first + count)
     amount = random.normal(20, 10, count).astype(np.float32)
     columns: dict[str, Any] = {
-        "id": numbers, "at": numbers * 1_000_000, "shop": random.choice(["a", "b"], count), "amount": amount, "half": amount / 2,
-        "row_id": numbers * 7919, "date": np.zeros(count, np.int32), "__cut": ["asks/0:1"] * count, "__late": [False] * count,
-        "__answered": numbers, "__partition": np.zeros(count, np.int32), "__offset": numbers, "__place": np.zeros(count, np.int32), "__arrived": numbers,
-    }  # fmt: skip
+        "id": numbers,
+        "at": numbers * 1_000_000,
+        "shop": random.choice(["a", "b"], count),
+        "amount": amount,
+        "half": amount / 2,
+        "row_id": numbers * 7919,
+        "date": np.zeros(count, np.int32),
+        "__cut": ["asks/0:1"] * count,
+        "__late": [False] * count,
+        "__answered": numbers,
+        "__partition": np.zeros(count, np.int32),
+        "__offset": numbers,
+        "__place": np.zeros(count, np.int32),
+        "__arrived": numbers,
+    }
     schema = scorable(view)
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name]).cast(f.type) for f in schema], schema=schema)
 
@@ -67,9 +78,16 @@ def bundle_of(definition: str, seed: int, **changes: Any) -> Bundle:
     )
     view = model.view
     manifest = {
-        "model": model.name, "objective": "binary:logistic", "classes": 1, "fingerprint": view.fingerprint, "view": view.name,
-        "key": list(view.key), "time": view.time, "inputs": fitted.inputs, **changes,
-    }  # fmt: skip
+        "model": model.name,
+        "objective": "binary:logistic",
+        "classes": 1,
+        "fingerprint": view.fingerprint,
+        "view": view.name,
+        "key": list(view.key),
+        "time": view.time,
+        "inputs": fitted.inputs,
+        **changes,
+    }
     return Bundle(bytes(booster.save_raw("ubj")), fitted, manifest)
 
 

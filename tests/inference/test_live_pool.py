@@ -95,19 +95,50 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
     view, store, prefix = load_definition(house.definition).view, tmp_path / "both", "both-"
     live.broker.create(*(f"{prefix}{name}" for name in ("orders", "sales", f"{view.name}.features")), partitions=2)
     common = ["--definition", house.definition, "--bootstrap", live.broker.bootstrap, "--topic_prefix", prefix]
-    beam = ["--store", str(store), "--expansion_service", live.expansion.address, "--commit_every=500ms", *live.options("EXTERNAL")]  # fmt: skip
+    beam = [
+        "--store",
+        str(store),
+        "--expansion_service",
+        live.expansion.address,
+        "--commit_every=500ms",
+        *live.options("EXTERNAL"),
+    ]
     registry = registry_uri(str(house.store))
 
     def job(module: str, run_id: str, *flags: str) -> Child:
-        command = [sys.executable, "-m", f"beam_pipelines.{module}", "--streaming", "--source=kafka", "--run_id", run_id, *common, *beam, *flags]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            f"beam_pipelines.{module}",
+            "--streaming",
+            "--source=kafka",
+            "--run_id",
+            run_id,
+            *common,
+            *beam,
+            *flags,
+        ]
         return Child(command, tmp_path / f"{run_id}.log", cwd=ROOT)
 
     def answers() -> int:
         table = open_table(features_live_uri(str(store), view.name, view.fingerprint))
         return 0 if table is None else sum(file.rows for file in data_files(table))
 
-    producer = [sys.executable, "-m", "deploy.streaming.producer", *common, "--sources", str(built.store.parent / "source" / "sources"),
-                "--start", "2024-01-01", "--end", "2024-01-08", "--speed", str(7 * 86_400 / 12), "--share=3,1"]  # fmt: skip
+    producer = [
+        sys.executable,
+        "-m",
+        "deploy.streaming.producer",
+        *common,
+        "--sources",
+        str(built.store.parent / "source" / "sources"),
+        "--start",
+        "2024-01-01",
+        "--end",
+        "2024-01-08",
+        "--speed",
+        str(7 * 86_400 / 12),
+        "--share=3,1",
+    ]
     with (
         job("inference", "scores", "--registry", registry) as scores,
         job("features", "first", "--without_history") as first,

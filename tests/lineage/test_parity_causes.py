@@ -121,10 +121,17 @@ def test_a_job_that_never_had_the_rows_before_its_start(tmp_path: Path, frames: 
 def letters_about(view: FeatureView, store: Path, rows: pl.DataFrame, source: str, time: str) -> None:
     """Dead letters of a job that refuses rows older than its start."""
     told = rows.select(
-        pl.lit(source).alias("source"), pl.lit(0, pl.Int32).alias("partition"), pl.int_range(10**6, 10**6 + len(rows)).alias("offset"),
-        pl.lit(0, pl.Int32).alias("place"), pl.lit(time).alias("field"), pl.lit("before_start: older than the topic's beginning").alias("rule"),
-        pl.col(time).cast(pl.String).alias("value"), pl.lit(view.name).alias("view"), pl.col(time).alias("arrived"), pl.col(time).dt.date().alias("date"),
-    )  # fmt: skip
+        pl.lit(source).alias("source"),
+        pl.lit(0, pl.Int32).alias("partition"),
+        pl.int_range(10**6, 10**6 + len(rows)).alias("offset"),
+        pl.lit(0, pl.Int32).alias("place"),
+        pl.lit(time).alias("field"),
+        pl.lit("before_start: older than the topic's beginning").alias("rule"),
+        pl.col(time).cast(pl.String).alias("value"),
+        pl.lit(view.name).alias("view"),
+        pl.col(time).alias("arrived"),
+        pl.col(time).dt.date().alias("date"),
+    )
     writer = Writer(live_dead_letters_uri(str(store), view.name), LIVE_DEAD_LETTERS, "live/a test", "t")
     assert writer.append(told, 1, {}, NewDeadLetters("live/a test")) == len(rows)
 
@@ -311,7 +318,13 @@ def test_float32_values_are_printed_as_their_shortest_text(
     tmp_path: Path, frames: Frames, capsys: pytest.CaptureFixture[str]
 ) -> None:
     view, store = live(tmp_path, frames)
-    altered(store, view, lambda rows: rows.with_columns(size=pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(23.33, pl.Float32)).otherwise(pl.col("size"))))  # fmt: skip
+    altered(
+        store,
+        view,
+        lambda rows: rows.with_columns(
+            size=pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(23.33, pl.Float32)).otherwise(pl.col("size"))
+        ),
+    )
     code, figures = told(tmp_path, store)
     said = capsys.readouterr()
     assert code == 5

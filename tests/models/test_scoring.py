@@ -81,9 +81,15 @@ def bundle(objective: str, classes: int = 1) -> Bundle:
         matrix, labels, feature_names=fitted.names, feature_types=fitted.types, enable_categorical=True
     )
     manifest = {
-        "model": "delay", "objective": objective, "classes": classes, "fingerprint": "f" * 16, "view": "delay",
-        "key": ["id"], "time": "asked_at", "inputs": fitted.inputs,
-    }  # fmt: skip
+        "model": "delay",
+        "objective": objective,
+        "classes": classes,
+        "fingerprint": "f" * 16,
+        "view": "delay",
+        "key": ["id"],
+        "time": "asked_at",
+        "inputs": fitted.inputs,
+    }
     return Bundle(bytes(xgboost.train(params, data, 12).save_raw("ubj")), fitted, manifest)
 
 

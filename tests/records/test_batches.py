@@ -13,13 +13,26 @@ from hypothesis import strategies as st
 
 from transforms.records.record_batches import RecordBatchCoder, batch, frame, table
 
-SCHEMA = pa.schema([
-    ("i", pa.int64()), ("f", pa.float32()), ("s", pa.string()), ("b", pa.bool_()), ("t", pa.timestamp("us", "UTC")), ("d", pa.date32()),
-])  # fmt: skip
-row = st.fixed_dictionaries({
-    "i": st.none() | st.integers(-(2**63), 2**63 - 1), "f": st.none() | st.floats(width=32, allow_nan=False), "s": st.none() | st.text(max_size=5), "b": st.none() | st.booleans(),
-    "t": st.none() | st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)), "d": st.none() | st.dates(date(1970, 1, 1)),
-})  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("i", pa.int64()),
+        ("f", pa.float32()),
+        ("s", pa.string()),
+        ("b", pa.bool_()),
+        ("t", pa.timestamp("us", "UTC")),
+        ("d", pa.date32()),
+    ]
+)
+row = st.fixed_dictionaries(
+    {
+        "i": st.none() | st.integers(-(2**63), 2**63 - 1),
+        "f": st.none() | st.floats(width=32, allow_nan=False),
+        "s": st.none() | st.text(max_size=5),
+        "b": st.none() | st.booleans(),
+        "t": st.none() | st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),
+        "d": st.none() | st.dates(date(1970, 1, 1)),
+    }
+)
 coder = RecordBatchCoder()
 
 

@@ -34,8 +34,12 @@ print("found", gone() is None, "once", frozen == gc.get_freeze_count())
 
 def test_a_full_collection_leaves_imports_alone_and_finds_garbage() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     times, rest = done.stdout.splitlines()
     assert float(times.split()[1]) > 10
     assert rest == "found True once True"

@@ -62,8 +62,13 @@ def test_a_slice_is_hashed_as_its_own_values() -> None:
 
 @pytest.mark.parametrize(
     "column",
-    [pl.Series([], dtype=pl.String), pl.Series([], dtype=pl.Int64), pl.Series([], dtype=pl.Boolean), pl.Series([], dtype=pl.Float32)],
-)  # fmt: skip
+    [
+        pl.Series([], dtype=pl.String),
+        pl.Series([], dtype=pl.Int64),
+        pl.Series([], dtype=pl.Boolean),
+        pl.Series([], dtype=pl.Float32),
+    ],
+)
 def test_no_rows_have_no_ids(column: pl.Series) -> None:
     assert len(hash_column(column)) == 0
     assert len(row_ids("v", [column, column])) == 0
@@ -86,8 +91,15 @@ def test_the_two_zeros_are_one_and_so_are_all_nans() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[None, 0, 1, -1], [None, "", "0", "null"], [None, True, False], [None, date(1970, 1, 1), date(1970, 1, 2)], [None, datetime(1970, 1, 1, tzinfo=UTC)], [None, 0.0, 1.0]],
-)  # fmt: skip
+    [
+        [None, 0, 1, -1],
+        [None, "", "0", "null"],
+        [None, True, False],
+        [None, date(1970, 1, 1), date(1970, 1, 2)],
+        [None, datetime(1970, 1, 1, tzinfo=UTC)],
+        [None, 0.0, 1.0],
+    ],
+)
 def test_null_is_like_no_value(values: list[Any]) -> None:
     assert len(set(hash_column(pl.Series(values)).tolist())) == len(values)
 
@@ -126,7 +138,13 @@ def test_ids_never_change() -> None:
     rows = [pl.Series([1, None]), pl.Series(["JFK", "é"]), pl.Series([datetime(2013, 1, 1, tzinfo=UTC), None])]
     expected = [combine([hash_text("v")])]
     for a, b, c in ((1, "JFK", 1_356_998_400_000_000), (None, "é", None)):
-        parts = [slow_text("v"), *(0x6E756C6C6E756C6C if part is None else slow_text(part) if isinstance(part, str) else slow_mix(part) for part in (a, b, c))]  # fmt: skip
+        parts = [
+            slow_text("v"),
+            *(
+                0x6E756C6C6E756C6C if part is None else slow_text(part) if isinstance(part, str) else slow_mix(part)
+                for part in (a, b, c)
+            ),
+        ]
         state = 0
         for part in parts:
             state = slow_mix((state * 31 + part) % WORD)
@@ -141,7 +159,14 @@ PINNED = 1333383494967372881
 def test_ids_are_the_same_in_every_process() -> None:
     program = "import polars as pl; from transforms.records.row_hashing import row_ids; print(row_ids('v', [pl.Series(['a', 'b'])]).to_list())"
     found = {
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         for seed in ("0", "7")
-    }  # fmt: skip
+    }
     assert found == {f"{row_ids('v', [pl.Series(['a', 'b'])]).to_list()}\n"}

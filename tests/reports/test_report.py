@@ -83,13 +83,22 @@ def several(text: str, objective: str, metric: str, bound: float) -> str:
     )
 
 
-BINARY = shop.DEFINITION.replace('"auc": 0.6', '"auc": 0.99').replace(
-    "rounds=12", 'rounds=12, search=Search(4, {"eta": (0.05, 0.5), "max_depth": [2, 3, -4]}, seed=4)'
-).replace('max_gap={"auc": 0.5}', 'protected=("shop",), max_difference={"demographic_parity": 0.01, "equal_opportunity": 1.0}')  # fmt: skip
+BINARY = (
+    shop.DEFINITION.replace('"auc": 0.6', '"auc": 0.99')
+    .replace("rounds=12", 'rounds=12, search=Search(4, {"eta": (0.05, 0.5), "max_depth": [2, 3, -4]}, seed=4)')
+    .replace(
+        'max_gap={"auc": 0.5}',
+        'protected=("shop",), max_difference={"demographic_parity": 0.01, "equal_opportunity": 1.0}',
+    )
+)
 CLASSES = several(
-    shop.DEFINITION.replace('value=pl.col("amount") > 0', 'value=(pl.col("amount") > 3).cast(pl.Int32) + (pl.col("amount") > 7)'),
-    "multi:softprob", "accuracy", 0.05,
-)  # fmt: skip
+    shop.DEFINITION.replace(
+        'value=pl.col("amount") > 0', 'value=(pl.col("amount") > 3).cast(pl.Int32) + (pl.col("amount") > 7)'
+    ),
+    "multi:softprob",
+    "accuracy",
+    0.05,
+)
 AMOUNT = several(
     shop.DEFINITION.replace('value=pl.col("amount") > 0', 'value=pl.col("amount")'), "reg:squarederror", "rmse", 10
 )
@@ -309,7 +318,14 @@ def test_markup_escapes_and_keeps_exact_values() -> None:
     assert written.replace("&#34;", "&quot;") == '<b title="&quot;&amp;">&lt;i&gt;</b>'
     assert named("a_b<c>") == '<span class="name">a_<wbr>b&lt;c&gt;</span>'
     assert Page(str(number(0.1 + 0.2))).values == ["0.30000000000000004"]
-    assert [shown(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == ["336,776", "0.7523", "−12.35", "1.234e−5", "0", "–"]  # fmt: skip
+    assert [shown(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == [
+        "336,776",
+        "0.7523",
+        "−12.35",
+        "1.234e−5",
+        "0",
+        "–",
+    ]
     assert Page(str(given(0.05))).text == "0.05"
     assert Page(str(interval([-1.0, 2.0]))).text == "−1 to 2"
     assert escape(number(1)) == number(1)

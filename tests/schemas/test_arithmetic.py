@@ -142,11 +142,21 @@ def test_derived_conditions_and_labels_do_not_wrap(caplog: pytest.LogCaptureFixt
 def test_a_feature_is_bounded_by_the_column_it_comes_from() -> None:
     """Int64 features of narrow columns, and counts, cannot leave int64: what was computed of them keeps its meaning."""
     dim = Source("dim", columns={"k": pl.Int64, "year": pl.Int32})
-    view = FeatureView("v", q, "id", [
-        Lookup(dim, by="k", columns="year"), Trailing(ev, by="k", over=("1h", "1d"), stats={"*": "count"}),
-        Derived(age=pl.col("at").dt.year() - pl.col("dim_year"), queue=pl.col("ev_by_k_count_1d") - pl.col("ev_by_k_count_1h"), squared=pl.col("dim_year") * pl.col("dim_year")),
-        Derived(again=pl.col("squared") * pl.col("squared")),
-    ])  # fmt: skip
+    view = FeatureView(
+        "v",
+        q,
+        "id",
+        [
+            Lookup(dim, by="k", columns="year"),
+            Trailing(ev, by="k", over=("1h", "1d"), stats={"*": "count"}),
+            Derived(
+                age=pl.col("at").dt.year() - pl.col("dim_year"),
+                queue=pl.col("ev_by_k_count_1d") - pl.col("ev_by_k_count_1h"),
+                squared=pl.col("dim_year") * pl.col("dim_year"),
+            ),
+            Derived(again=pl.col("squared") * pl.col("squared")),
+        ],
+    )
     assert {name: each.changed for name, each in view.arithmetic.items()} == {
         "age": False,
         "queue": False,

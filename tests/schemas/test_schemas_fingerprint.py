@@ -47,7 +47,9 @@ def derived(**columns: pl.Expr) -> Derived:
 
 
 def fingerprint(*features: Any, **other: Any) -> str:
-    return FeatureView(**{"name": "v", "spine": spine(), "key": "visit", "features": list(features), **other}).fingerprint  # fmt: skip
+    return FeatureView(
+        **{"name": "v", "spine": spine(), "key": "visit", "features": list(features), **other}
+    ).fingerprint
 
 
 def where(expr: pl.Expr) -> Trailing:
@@ -55,43 +57,98 @@ def where(expr: pl.Expr) -> Trailing:
 
 
 CHANGES: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {
-    "a constant": (lambda: fingerprint(derived(a=pl.col("size") * 2)), lambda: fingerprint(derived(a=pl.col("size") * 3))),
-    "the kind of a constant": (lambda: fingerprint(derived(a=pl.col("size") * 2)), lambda: fingerprint(derived(a=pl.col("size") * 2.0))),
+    "a constant": (
+        lambda: fingerprint(derived(a=pl.col("size") * 2)),
+        lambda: fingerprint(derived(a=pl.col("size") * 3)),
+    ),
+    "the kind of a constant": (
+        lambda: fingerprint(derived(a=pl.col("size") * 2)),
+        lambda: fingerprint(derived(a=pl.col("size") * 2.0)),
+    ),
     "a name": (lambda: fingerprint(derived(a=pl.col("size") * 2)), lambda: fingerprint(derived(b=pl.col("size") * 2))),
     "the order of features": (lambda: fingerprint(derived(), lookup()), lambda: fingerprint(lookup(), derived())),
     "one feature more": (lambda: fingerprint(derived()), lambda: fingerprint(derived(), lookup())),
     "a window": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(over="2h"))),
     "a statistic": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(stats={"price": "max"}))),
-    "a quantile": (lambda: fingerprint(trailing(stats={"price": "q05"})), lambda: fingerprint(trailing(stats={"price": "q06"}))),
+    "a quantile": (
+        lambda: fingerprint(trailing(stats={"price": "q05"})),
+        lambda: fingerprint(trailing(stats={"price": "q06"})),
+    ),
     "a condition": (lambda: fingerprint(where(pl.col("price") > 5)), lambda: fingerprint(where(pl.col("price") >= 5))),
     "no condition": (lambda: fingerprint(trailing(name="some")), lambda: fingerprint(where(pl.col("price") > 5))),
-    "the column of a key": (lambda: fingerprint(trailing(by={"visit": "sale"})), lambda: fingerprint(trailing(Source("sales", time="sold_at", columns={**SALES, "other": pl.Int64}), by={"visit": "other"}))),
+    "the column of a key": (
+        lambda: fingerprint(trailing(by={"visit": "sale"})),
+        lambda: fingerprint(
+            trailing(Source("sales", time="sold_at", columns={**SALES, "other": pl.Int64}), by={"visit": "other"})
+        ),
+    ),
     "an age": (lambda: fingerprint(latest()), lambda: fingerprint(latest(max_age="7h"))),
     "a looked up column": (lambda: fingerprint(lookup()), lambda: fingerprint(lookup(columns="kind"))),
     "what repeats count once": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(unique="sale")))),
     "the time of a source": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(time="seen_at")))),
     "an event time": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(event_time="happened_at")))),
     "the order of ties": (lambda: fingerprint(latest()), lambda: fingerprint(latest(sales(order="sale")))),
-    "columns that break ties": (lambda: fingerprint(latest()), lambda: fingerprint(latest(sales(columns={**SALES, "more": pl.Int64})))),
-    "rows that are too old": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(not_before="2010-01-01")))),
-    "the type of a value": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(columns={**SALES, "price": pl.Float32})))),
-    "the name of a source": (lambda: fingerprint(trailing(name="x")), lambda: fingerprint(trailing(sales(name="deals"), name="x"))),
+    "columns that break ties": (
+        lambda: fingerprint(latest()),
+        lambda: fingerprint(latest(sales(columns={**SALES, "more": pl.Int64}))),
+    ),
+    "rows that are too old": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(not_before="2010-01-01"))),
+    ),
+    "the type of a value": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(columns={**SALES, "price": pl.Float32}))),
+    ),
+    "the name of a source": (
+        lambda: fingerprint(trailing(name="x")),
+        lambda: fingerprint(trailing(sales(name="deals"), name="x")),
+    ),
     "the key of a view": (lambda: fingerprint(derived()), lambda: fingerprint(derived(), key=("visit", "shop"))),
-    "the type of a spine column": (lambda: fingerprint(derived()), lambda: fingerprint(derived(), spine=spine(columns={"visit": pl.Int32, "due": TIME}))),
-    "what a derived feature uses": (lambda: fingerprint(lookup(name="a"), derived(a2=pl.col("a_area") * 2)), lambda: fingerprint(lookup(shops(columns={**SHOPS, "area": pl.Int64}), name="a"), derived(a2=pl.col("a_area") * 2))),
-}  # fmt: skip
+    "the type of a spine column": (
+        lambda: fingerprint(derived()),
+        lambda: fingerprint(derived(), spine=spine(columns={"visit": pl.Int32, "due": TIME})),
+    ),
+    "what a derived feature uses": (
+        lambda: fingerprint(lookup(name="a"), derived(a2=pl.col("a_area") * 2)),
+        lambda: fingerprint(
+            lookup(shops(columns={**SHOPS, "area": pl.Int64}), name="a"), derived(a2=pl.col("a_area") * 2)
+        ),
+    ),
+}
 
 STAYS: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {
     "built twice": (lambda: fingerprint(trailing(), derived()), lambda: fingerprint(trailing(), derived())),
-    "lateness": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(lateness="10m", ahead="2d", idle="1m")))),
-    "columns that nobody reads": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(columns={**SALES, "more": pl.Int64})))),
-    "the order of a source's columns": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(columns=dict(reversed(SALES.items())))))),
-    "an order where no tie matters": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(order="sale")))),
-    "one column or a tuple of one": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(by=("shop",), over=("1h",), stats={"price": ("mean",)}))),
+    "lateness": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(lateness="10m", ahead="2d", idle="1m"))),
+    ),
+    "columns that nobody reads": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(columns={**SALES, "more": pl.Int64}))),
+    ),
+    "the order of a source's columns": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(columns=dict(reversed(SALES.items()))))),
+    ),
+    "an order where no tie matters": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(order="sale"))),
+    ),
+    "one column or a tuple of one": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(by=("shop",), over=("1h",), stats={"price": ("mean",)})),
+    ),
     "a mapping of equal names": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(by={"shop": "shop"}))),
-    "a type or an instance of it": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(columns={name: dtype() for name, dtype in SALES.items()})))),
-    "how the oldest moment is written": (lambda: fingerprint(trailing()), lambda: fingerprint(trailing(sales(not_before="1990-01-01T00:00:00+00:00")))),
-}  # fmt: skip
+    "a type or an instance of it": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(columns={name: dtype() for name, dtype in SALES.items()}))),
+    ),
+    "how the oldest moment is written": (
+        lambda: fingerprint(trailing()),
+        lambda: fingerprint(trailing(sales(not_before="1990-01-01T00:00:00+00:00"))),
+    ),
+}
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -24,7 +24,11 @@ def as_delta(store: Path, frames: dict[str, pl.DataFrame], partition: dict[str, 
         extra = (
             frame.with_columns(pl.col(market.TIMES[name]).dt.date().alias("date")) if name in market.TIMES else frame
         )
-        extra.write_delta(store / "sources" / name, mode="overwrite", delta_write_options={"partition_by": partition[name]} if partition[name] else {})  # fmt: skip
+        extra.write_delta(
+            store / "sources" / name,
+            mode="overwrite",
+            delta_write_options={"partition_by": partition[name]} if partition[name] else {},
+        )
 
 
 @pytest.mark.parametrize(
@@ -40,8 +44,9 @@ def test_a_partitioned_delta_source_is_read_as_its_rows_in_files(
 ) -> None:
     frames = {
         # The protocol reads an empty string among partition values as null.
-        name: frame.with_columns(pl.col("shop").replace("", None)) for name, frame in market.spoiled(market.sources(30)).items()
-    }  # fmt: skip
+        name: frame.with_columns(pl.col("shop").replace("", None))
+        for name, frame in market.spoiled(market.sources(30)).items()
+    }
     run(market.write(tmp_path / "files", frames), "--max_dead_fraction", "1")
     (tmp_path / "tables").mkdir()
     as_delta(tmp_path / "tables", frames, partition)
@@ -98,7 +103,12 @@ def delete_rows(line: dict[str, Any]) -> None:
     allow_deletion_vectors(line)
     if "add" in line:
         vector = "^Bg9^0rr910000000000iXQKl0rr91000f55c8Xg0@@D72lkbi5=-{L"
-        line["add"]["deletionVector"] = {"storageType": "i", "pathOrInlineDv": vector, "sizeInBytes": 40, "cardinality": 6}  # fmt: skip
+        line["add"]["deletionVector"] = {
+            "storageType": "i",
+            "pathOrInlineDv": vector,
+            "sizeInBytes": 40,
+            "cardinality": 6,
+        }
 
 
 @pytest.mark.parametrize(

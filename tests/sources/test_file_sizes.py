@@ -28,7 +28,9 @@ print(json.dumps({"code": code, "cpu": after.ru_utime + after.ru_stime - before.
 
 def measured(*argv: str) -> dict[str, Any]:
     """Exit code, CPU seconds and greatest memory (MB) of `millrace ARGV` in a process of its own."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURED, *argv], cwd=ROOT, check=False, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURED, *argv], cwd=ROOT, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -89,8 +89,19 @@ def test_a_missing_column_is_refused_with_its_file_and_the_nearest_name(tmp_path
 
 @pytest.mark.parametrize(
     ("column", "dtype"),
-    [("id", pl.String), ("id", pl.Float64), ("id", pl.UInt64), ("k", pl.Int64), ("v", pl.Float64), ("v", pl.Int32), ("w", pl.Int64), ("w", pl.Boolean), ("at", pl.Date), ("at", pl.Int64)],
-)  # fmt: skip
+    [
+        ("id", pl.String),
+        ("id", pl.Float64),
+        ("id", pl.UInt64),
+        ("k", pl.Int64),
+        ("v", pl.Float64),
+        ("v", pl.Int32),
+        ("w", pl.Int64),
+        ("w", pl.Boolean),
+        ("at", pl.Date),
+        ("at", pl.Int64),
+    ],
+)
 def test_a_column_of_a_type_that_does_not_fit_is_refused(tmp_path: Path, column: str, dtype: pl.DataType) -> None:
     path = write(tmp_path, rows({"k": "1"}).with_columns(pl.col(column).cast(dtype)))
     message = refused(tmp_path)
@@ -222,7 +233,11 @@ def test_folders_of_any_name_are_read(tmp_path_factory: pytest.TempPathFactory, 
         ({"at": None}, "at", "a time is present"),
         ({"at": EPOCH}, "at", "a time is not before 1990-01-01 (not_before)"),
         ({"at": datetime(1989, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)}, "at", "not before 1990-01-01"),
-        ({"at": datetime(2021, 1, 2, 0, 0, 0, 1, tzinfo=UTC)}, "at", "a time is at most 1d ahead of the run's clock (ahead)"),
+        (
+            {"at": datetime(2021, 1, 2, 0, 0, 0, 1, tzinfo=UTC)},
+            "at",
+            "a time is at most 1d ahead of the run's clock (ahead)",
+        ),
         ({"at": datetime(9999, 12, 31, tzinfo=UTC)}, "at", "at most 1d ahead"),
         ({"k": None}, "k", "a key is present"),
         ({"v": float("inf")}, "v", "a number is finite"),
@@ -231,7 +246,7 @@ def test_folders_of_any_name_are_read(tmp_path_factory: pytest.TempPathFactory, 
         ({"w": 1e39}, "w", "a number fits float32"),
         ({"w": -1e300}, "w", "a number fits float32"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_breaks_a_rule_becomes_a_letter_with_the_rule(row: dict[str, Any], field: str, rule: str) -> None:
     good, dead_letters = check_rows(contract, rows({}, row, {}))
     assert len(good) == 2
@@ -284,7 +299,9 @@ def test_the_value_of_a_letter_is_what_was_found() -> None:
 
 def test_a_null_in_a_unique_column_is_a_letter() -> None:
     once = Source("sales", time="at", unique="id", columns=dict(source.columns))
-    assert reasons(rows({"id": None}), Contract(once, tuple(once.schema), now=NOW)) == [("id", "a key is present", "null")]  # fmt: skip
+    assert reasons(rows({"id": None}), Contract(once, tuple(once.schema), now=NOW)) == [
+        ("id", "a key is present", "null")
+    ]
 
 
 def test_an_event_known_before_it_happens_is_a_letter() -> None:
@@ -309,13 +326,26 @@ def test_a_dimension_without_rules_keeps_every_row() -> None:
 @pytest.mark.parametrize(
     ("declared", "found", "expected"),
     [
-        (pl.Int64, pa.int64(), True), (pl.Int64, pa.uint32(), True), (pl.Int64, pa.uint64(), False), (pl.Int32, pa.int64(), False),
-        (pl.Float64, pa.int32(), True), (pl.Float64, pa.int64(), False), (pl.Float32, pa.int16(), True), (pl.Float32, pa.float64(), False),
-        (pl.String, pa.large_string(), True), (pl.String, pa.binary(), False), (pl.String, pa.dictionary(pa.int32(), pa.string()), True),
-        (pl.Boolean, pa.bool_(), True), (pl.Boolean, pa.int8(), False), (pl.Date, pa.date32(), True), (pl.Date, pa.timestamp("us", "UTC"), False),
-        (pl.Datetime("us", "UTC"), pa.timestamp("ns", "UTC"), True), (pl.Datetime("us", "UTC"), pa.timestamp("us"), False), (pl.Int64, pa.null(), False),
+        (pl.Int64, pa.int64(), True),
+        (pl.Int64, pa.uint32(), True),
+        (pl.Int64, pa.uint64(), False),
+        (pl.Int32, pa.int64(), False),
+        (pl.Float64, pa.int32(), True),
+        (pl.Float64, pa.int64(), False),
+        (pl.Float32, pa.int16(), True),
+        (pl.Float32, pa.float64(), False),
+        (pl.String, pa.large_string(), True),
+        (pl.String, pa.binary(), False),
+        (pl.String, pa.dictionary(pa.int32(), pa.string()), True),
+        (pl.Boolean, pa.bool_(), True),
+        (pl.Boolean, pa.int8(), False),
+        (pl.Date, pa.date32(), True),
+        (pl.Date, pa.timestamp("us", "UTC"), False),
+        (pl.Datetime("us", "UTC"), pa.timestamp("ns", "UTC"), True),
+        (pl.Datetime("us", "UTC"), pa.timestamp("us"), False),
+        (pl.Int64, pa.null(), False),
     ],
-)  # fmt: skip
+)
 def test_a_type_holds_what_fits_into_it_without_loss(declared: Any, found: pa.DataType, expected: bool) -> None:
     dtype = declared() if isinstance(declared, type) else declared
     assert holds(dtype, found) is expected
@@ -395,8 +425,9 @@ def kept(root: Path, of: Contract = of_once) -> pl.DataFrame:
 
 @given(
     data=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4), st.sampled_from(["a", "b", None])), max_size=20),
-    files=st.integers(1, 3), group=st.integers(1, 5),
-)  # fmt: skip
+    files=st.integers(1, 3),
+    group=st.integers(1, 5),
+)
 def test_of_repeated_rows_the_first_known_stays_and_of_one_moment_the_smallest(
     tmp_path_factory: pytest.TempPathFactory, data: list[tuple[int, int, str | None]], files: int, group: int
 ) -> None:
@@ -476,7 +507,16 @@ def test_dates_are_read_as_dates(tmp_path: Path) -> None:
 
 def test_a_delta_table_is_a_source_as_of_its_newest_version(tmp_path: Path) -> None:
     folder = str(tmp_path / "my sources" / "sales")
-    schema = pa.schema([("at", pa.timestamp("us", "UTC")), ("id", pa.int64()), ("k", pa.string()), ("v", pa.float32()), ("w", pa.float64()), ("date", pa.date32())])  # fmt: skip
+    schema = pa.schema(
+        [
+            ("at", pa.timestamp("us", "UTC")),
+            ("id", pa.int64()),
+            ("k", pa.string()),
+            ("v", pa.float32()),
+            ("w", pa.float64()),
+            ("date", pa.date32()),
+        ]
+    )
     for i, frame in enumerate((rows({"id": 1}), rows({"id": 2}, {"id": 3}))):
         dated = batch(frame.with_columns(date=pl.lit(date(2020, 1, 1))), schema)
         target = CommitTarget(folder, schema, None, f"run-{i}", i - 1 if i else None)

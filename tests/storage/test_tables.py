@@ -37,9 +37,12 @@ DAYS = days_between(date(2020, 1, 1), date(2020, 1, 4))
 
 def rows(*days: date, of: int = 0) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(
-        [{"n": of + i, "s": f'é/"{i}', "at": datetime(2020, 1, 1, tzinfo=UTC), "date": day} for i, day in enumerate(days)],
+        [
+            {"n": of + i, "s": f'é/"{i}', "at": datetime(2020, 1, 1, tzinfo=UTC), "date": day}
+            for i, day in enumerate(days)
+        ],
         SCHEMA,
-    )  # fmt: skip
+    )
 
 
 def put(uri: str, batch: pa.RecordBatch, dates: tuple[date, ...] | None, run_id: str, **other: Any) -> Committed:
@@ -169,7 +172,10 @@ def test_a_row_outside_the_dates_of_a_run_is_refused(uri: str) -> None:
 def test_dates_that_changed_since_the_launch_are_refused(uri: str) -> None:
     put(uri, rows(*DAYS), DAYS, "run-1")
     put(uri, rows(DAYS[0], of=10), DAYS[:1], "run-2", base=0)
-    with pytest.raises(ConflictError, match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*written by run run-2.*run the same command again"):  # fmt: skip
+    with pytest.raises(
+        ConflictError,
+        match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*written by run run-2.*run the same command again",
+    ):
         put(uri, rows(*DAYS, of=20), DAYS, "run-3", base=0)
     assert read(uri)[0] == (DAYS[0], 10)
 
@@ -262,8 +268,14 @@ def test_a_store_of_any_name_is_written_and_read(tmp_path: Path, folder: str) ->
 
 @pytest.mark.parametrize("column", ["a b", "a.b", "é", "a,b", "a=b", 'a"b', "A", "a/b"])
 def test_a_column_of_any_name_is_written_and_read(uri: str, column: str) -> None:
-    schema = pa.schema([(column, pa.int64()), ("a", pa.int64()), ("date", pa.date32())]) if column != "A" else pa.schema([("A", pa.int64()), ("date", pa.date32())])  # fmt: skip
-    batch = pa.RecordBatch.from_pylist([{name: 5 for name in schema.names if name != "date"} | {"date": DAYS[0]}], schema)  # fmt: skip
+    schema = (
+        pa.schema([(column, pa.int64()), ("a", pa.int64()), ("date", pa.date32())])
+        if column != "A"
+        else pa.schema([("A", pa.int64()), ("date", pa.date32())])
+    )
+    batch = pa.RecordBatch.from_pylist(
+        [{name: 5 for name in schema.names if name != "date"} | {"date": DAYS[0]}], schema
+    )
     commit(CommitTarget(uri, schema, DAYS, "run-1"), write_files(batch, uri, "run-1"))
     (file,) = data_files(open_table(uri))
     assert read_file(file).to_pylist() == batch.to_pylist()

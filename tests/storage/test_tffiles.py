@@ -26,25 +26,29 @@ from transforms.storage.tfrecord_io import (
     write_tfrecord_file,
 )
 
-SCHEMA = pa.schema([
-    ("id", pa.int64()),
-    ("small", pa.int32()),
-    ("x", pa.float32()),
-    ("flag", pa.bool_()),
-    ("name", pa.string()),
-    ("at", pa.timestamp("us", "UTC")),
-    ("date", pa.date32()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("small", pa.int32()),
+        ("x", pa.float32()),
+        ("flag", pa.bool_()),
+        ("name", pa.string()),
+        ("at", pa.timestamp("us", "UTC")),
+        ("date", pa.date32()),
+    ]
+)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-VALUES = st.fixed_dictionaries({
-    "id": st.none() | st.integers(-(2**63), 2**63 - 1),
-    "small": st.none() | st.integers(-(2**31), 2**31 - 1),
-    "x": st.none() | st.floats(width=32, allow_nan=False),
-    "flag": st.none() | st.booleans(),
-    "name": st.none() | st.text(max_size=20),
-    "at": st.none() | st.integers(-(2**50), 2**52).map(lambda us: EPOCH + timedelta(microseconds=us)),
-    "date": st.none() | st.dates(date(1900, 1, 1), date(2200, 1, 1)),
-})  # fmt: skip
+VALUES = st.fixed_dictionaries(
+    {
+        "id": st.none() | st.integers(-(2**63), 2**63 - 1),
+        "small": st.none() | st.integers(-(2**31), 2**31 - 1),
+        "x": st.none() | st.floats(width=32, allow_nan=False),
+        "flag": st.none() | st.booleans(),
+        "name": st.none() | st.text(max_size=20),
+        "at": st.none() | st.integers(-(2**50), 2**52).map(lambda us: EPOCH + timedelta(microseconds=us)),
+        "date": st.none() | st.dates(date(1900, 1, 1), date(2200, 1, 1)),
+    }
+)
 
 
 def batch_of(rows: list[dict[str, object]]) -> pa.RecordBatch:

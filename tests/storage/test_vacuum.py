@@ -177,9 +177,16 @@ def test_replaced_files_expire_after_the_retention(tmp_path: Path) -> None:
 
 def register(store: Path, uri: str, version: int) -> None:
     manifest = {
-        "model": "buying", "objective": "binary:logistic", "classes": 1, "fingerprint": "0123456789abcdef", "view": "buying",
-        "key": ["visit"], "time": "asked", "inputs": {"age": "float"}, "feature_table": {"uri": f"file://{uri}/", "version": version},
-    }  # fmt: skip
+        "model": "buying",
+        "objective": "binary:logistic",
+        "classes": 1,
+        "fingerprint": "0123456789abcdef",
+        "view": "buying",
+        "key": ["visit"],
+        "time": "asked",
+        "inputs": {"age": "float"},
+        "feature_table": {"uri": f"file://{uri}/", "version": version},
+    }
     bundle = Bundle(b"booster", Fitted((Encoding("age", "float"),)), manifest)
     Registry(registry_uri(str(store))).register(bundle, f"training-{version}")
 
@@ -258,7 +265,9 @@ def test_examples_of_runs_that_left_no_model_go(tmp_path: Path) -> None:
     age(tmp_path, 3)
     run(tmp_path)
     assert {path.name for path in examples.glob("killed/*")} == {"notes.txt"}
-    assert all({path.name for path in (examples / each).iterdir()} == set(names) for each in ("trained", "ended", "working"))  # fmt: skip
+    assert all(
+        {path.name for path in (examples / each).iterdir()} == set(names) for each in ("trained", "ended", "working")
+    )
 
 
 def test_dry_run_lists_and_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

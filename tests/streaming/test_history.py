@@ -392,9 +392,13 @@ class Told:
 
 
 def test_rows_of_the_topic_from_before_the_start_of_both_kinds(tmp_path: Path) -> None:
-    lay(tmp_path / "in", {
-        "reads": rows_of(reads, [(-60, 1), (-5, 2), (500, 9)]), "once": rows_of(once, [(-60, 10), (-5, 20), (500, 99)]),
-    })  # fmt: skip
+    lay(
+        tmp_path / "in",
+        {
+            "reads": rows_of(reads, [(-60, 1), (-5, 2), (500, 9)]),
+            "once": rows_of(once, [(-60, 10), (-5, 20), (500, 99)]),
+        },
+    )
     tell = Told(two(), tmp_path)
     assert tell.beginnings.starts == {"reads": us(histories.at(0)), "once": us(histories.at(0))}
     tell([(1, 1.0)], reads=[(-5, 2), (-4, 3), (2, 4)], once=[(-5, 20), (-4, 30), (2, 40)])

@@ -62,7 +62,9 @@ def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, b
 
 @pytest.mark.live
 @pytest.mark.timeout(280)
-def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_nothing_twice(live: Live, tmp_path: Path) -> None:  # fmt: skip
+def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_nothing_twice(
+    live: Live, tmp_path: Path
+) -> None:
     """The workers are the pool's: should Prism, thawed, not have heard of the end, they go on beside the restarted job."""
     stage, told, kills = Stage(live, tmp_path), slots(history()), Kills(live, tmp_path)
     half = len(told) // 2
@@ -116,7 +118,10 @@ def test_partitions_added_to_a_topic_are_read_too(live: Live, tmp_path: Path) ->
         stage.tell(told[:half])
         await_(lambda: commits(stage) >= 3, 100, job)
         stage.grow("sales", 3)
-        moved = [Slot([(name, 2 if name == "sales" else position, rows) for name, position, rows in slot.parts], slot.end) for slot in told[half:]]  # fmt: skip
+        moved = [
+            Slot([(name, 2 if name == "sales" else position, rows) for name, position, rows in slot.parts], slot.end)
+            for slot in told[half:]
+        ]
         stage.tell(moved, beats=False)
         stage.beat(told[-1].end)
         stage.flush()

@@ -38,14 +38,16 @@ from transforms.streaming.shards import Shard
 
 # No window bounds what is held back: an event is compacted as soon as no question can come before it.
 only = FeatureView(
-    "only", spine_rows, key="id",
+    "only",
+    spine_rows,
+    key="id",
     features=[
         Trailing(events, by="k", over="all", stats={"v": SUMMARY, "*": "count"}),
         Latest(sales, by="k", columns=("v", "n"), max_age="forever"),
         Trailing(sales, by="k", over="all", stats={"v": ("sum", "max")}),
         Trailing(placed, by="k", over="10s", stats={"v": "sum"}),
     ],
-)  # fmt: skip
+)
 
 
 class Restored(Job):
@@ -78,8 +80,12 @@ def test_every_answer_is_batch_over_all_history_that_it_could_see(seed: int) -> 
     commits = {random.randrange(len(chunks)) for _ in range(random.randrange(4))}
     kills = {random.randrange(len(chunks)): random.choice([None, 1, 2, 3, 4, 5]) for _ in range(random.randrange(4))}
     make = functools.partial(
-        Restored, random.choice([mixed, only]), shards=random.choice([1, 2, 3]), often=random.choice([0, 0.3]), seed=seed
-    )  # fmt: skip
+        Restored,
+        random.choice([mixed, only]),
+        shards=random.choice([1, 2, 3]),
+        often=random.choice([0, 0.3]),
+        seed=seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         job = run(Path(folder), chunks, commits, kills, random.choice([0, 30_000_000, 600_000_000]), make)
         audit(folder, chunks, job)
@@ -117,22 +123,26 @@ def test_disorder_changes_answers_but_not_parity(tmp_path: Path) -> None:
 
 reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
 ever = FeatureView(
-    "ever", spine_rows, key="id",
+    "ever",
+    spine_rows,
+    key="id",
     features=[
         Trailing(reads, by="k", over="all", stats={"v": ("sum", "min", "first", "last"), "*": "count"}),
         Latest(reads, by="k", columns="v", max_age="forever"),
     ],
-)  # fmt: skip
+)
 
 
 once_reads = Source("reads", time="at", unique="n", columns={"k": pl.String, "v": pl.Float64, "n": pl.Int64})
 once = FeatureView(
-    "once", spine_rows, key="id",
+    "once",
+    spine_rows,
+    key="id",
     features=[
         Trailing(once_reads, by="k", over=("10m", "all"), stats={"v": "sum"}),
         Latest(once_reads, by="k", columns="v", max_age="forever"),
     ],
-)  # fmt: skip
+)
 
 
 class Told:
@@ -167,9 +177,13 @@ class Told:
 
 def answer(total: float, least: float, first: float, last: float, rows: int) -> dict[str, Any]:
     return {
-        "reads_by_k_v_sum_all": total, "reads_by_k_v_min_all": least, "reads_by_k_v_first_all": first,
-        "reads_by_k_v_last_all": last, "reads_by_k_count_all": rows, "reads_v": last,
-    }  # fmt: skip
+        "reads_by_k_v_sum_all": total,
+        "reads_by_k_v_min_all": least,
+        "reads_by_k_v_first_all": first,
+        "reads_by_k_v_last_all": last,
+        "reads_by_k_count_all": rows,
+        "reads_v": last,
+    }
 
 
 def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_answer(tmp_path: Path) -> None:
@@ -181,9 +195,13 @@ def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_answer(t
     tell([(3000, "b", 0.0)], [(5, 3000.0)])
     tell([(3100, "b", 0.0)], [(6, 3050.0)])
     assert tell.answers() == {
-        1: answer(3, 1, 1, 2, 2), 2: answer(3, 1, 1, 2, 2), 3: answer(3, 1, 1, 2, 2),
-        4: answer(7.5, 0.5, 0.5, 4, 4), 5: answer(15.5, 0.5, 0.5, 8, 5), 6: answer(15.5, 0.5, 0.5, 8, 5),
-    }  # fmt: skip
+        1: answer(3, 1, 1, 2, 2),
+        2: answer(3, 1, 1, 2, 2),
+        3: answer(3, 1, 1, 2, 2),
+        4: answer(7.5, 0.5, 0.5, 4, 4),
+        5: answer(15.5, 0.5, 0.5, 8, 5),
+        6: answer(15.5, 0.5, 0.5, 8, 5),
+    }
     assert tell.job.journal.counts["reads"] == {"messages": 5, "rows": 8, "late": 1}  # none is beyond
     found = check(ever, str(tmp_path))
     assert (found.differing, found.changed_later) == (0, 3)

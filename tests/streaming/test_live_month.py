@@ -42,12 +42,48 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     data.write(str(tmp_path / "store"))
     sources = list(sources_of(view))
     live.broker.create(*(prefix + name for name in sources), partitions=4)
-    common = ["--definition", DEFINITION, "--sources", str(tmp_path / "store" / "sources"), "--bootstrap", live.broker.bootstrap,
-              "--topic_prefix", prefix]  # fmt: skip
-    job = [sys.executable, "-m", "beam_pipelines.features", *common, "--streaming", "--source=kafka", "--store", str(store), "--run_id=month",
-           "--expansion_service", live.expansion.address, "--commit_every=2s", "--start", START, *live.options()]  # fmt: skip
-    producer = [sys.executable, "-m", "deploy.streaming.producer", *common, "--start", START, "--end", END,
-                "--speed", str(31 * 86_400 / SECONDS), "--share=6,3,1,0", "--status", str(tmp_path / "told.json")]  # fmt: skip
+    common = [
+        "--definition",
+        DEFINITION,
+        "--sources",
+        str(tmp_path / "store" / "sources"),
+        "--bootstrap",
+        live.broker.bootstrap,
+        "--topic_prefix",
+        prefix,
+    ]
+    job = [
+        sys.executable,
+        "-m",
+        "beam_pipelines.features",
+        *common,
+        "--streaming",
+        "--source=kafka",
+        "--store",
+        str(store),
+        "--run_id=month",
+        "--expansion_service",
+        live.expansion.address,
+        "--commit_every=2s",
+        "--start",
+        START,
+        *live.options(),
+    ]
+    producer = [
+        sys.executable,
+        "-m",
+        "deploy.streaming.producer",
+        *common,
+        "--start",
+        START,
+        "--end",
+        END,
+        "--speed",
+        str(31 * 86_400 / SECONDS),
+        "--share=6,3,1,0",
+        "--status",
+        str(tmp_path / "told.json"),
+    ]
 
     def told() -> float:
         """How much of the month has been sent."""
@@ -75,7 +111,11 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     assert "questions unaccounted for  0" in second.output()
     ends = high_marks(live.broker.bootstrap, [prefix + name for name in sources])
     status = json.loads((store / "runs" / "month" / "status.json").read_text())
-    assert {(prefix + name, number): offset for name, each in status["next"].items() for number, offset in of_topic(each).items()} == ends  # fmt: skip
+    assert {
+        (prefix + name, number): offset
+        for name, each in status["next"].items()
+        for number, offset in of_topic(each).items()
+    } == ends
     sent = json.loads((tmp_path / "told.json").read_text())["sent"]
     for name in sources:
         kept = rows_of(f"{sources_root(str(store))}/{name}", ["__partition", "__offset", "__place"])

@@ -26,9 +26,17 @@ FEWER = market.DEFINITION.replace('"price": ("mean", "std", "q95", "max", "last"
 def argv(folder: Path, store: Path, text: str = market.DEFINITION, name: str = "first") -> list[str]:
     definition = market.define(folder / name, text)
     return [
-        "--streaming", "--definition", str(definition), "--store", str(store), "--sources", str(folder / "sources"),
-        "--run_id", name, "--chunk=12h",
-    ]  # fmt: skip
+        "--streaming",
+        "--definition",
+        str(definition),
+        "--store",
+        str(store),
+        "--sources",
+        str(folder / "sources"),
+        "--run_id",
+        name,
+        "--chunk=12h",
+    ]
 
 
 @pytest.fixture(scope="module")

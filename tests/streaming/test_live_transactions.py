@@ -31,9 +31,10 @@ class Transactions(Stage):
 
     def connect(self) -> None:
         settings = {
-            "bootstrap.servers": self.live.broker.bootstrap, "log_level": 0,
+            "bootstrap.servers": self.live.broker.bootstrap,
+            "log_level": 0,
             "transactional.id": f"{self.prefix}{random.randrange(10**9)}",
-        }  # fmt: skip
+        }
         self.producer = Producer(settings)
         self.producer.init_transactions(30)
         self.touched: set[tuple[str, int]] = set()

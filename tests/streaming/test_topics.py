@@ -36,9 +36,20 @@ from transforms.streaming.micro_batches import micro_batch_envelope, micro_batch
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
 ARRIVED = int(NOW.timestamp() * 1e6)
 sales = Source(
-    "sales", time="sold", unique="id", ahead="1h",
-    columns={"id": pl.Int64, "shop": pl.String, "price": pl.Float64, "few": pl.Int8, "fast": pl.Boolean, "day": pl.Date, "rate": pl.Float32},
-)  # fmt: skip
+    "sales",
+    time="sold",
+    unique="id",
+    ahead="1h",
+    columns={
+        "id": pl.Int64,
+        "shop": pl.String,
+        "price": pl.Float64,
+        "few": pl.Int8,
+        "fast": pl.Boolean,
+        "day": pl.Date,
+        "rate": pl.Float32,
+    },
+)
 contract = Contract(sales, tuple(sales.schema))
 ROW: dict[str, Any] = {
     "sold": NOW,
@@ -63,10 +74,15 @@ def message(value: bytes, offset: int = 0, partition: int = 0, key: bytes | None
 def avro(rows: pl.DataFrame) -> bytes:
     fastavro = pytest.importorskip("fastavro")
     fields = [
-        {"name": "sold", "type": {"type": "long", "logicalType": "timestamp-micros"}}, {"name": "id", "type": "int"},
-        {"name": "shop", "type": ["null", "string"]}, {"name": "price", "type": "double"}, {"name": "few", "type": "int"},
-        {"name": "fast", "type": "boolean"}, {"name": "day", "type": {"type": "int", "logicalType": "date"}}, {"name": "rate", "type": "float"},
-    ]  # fmt: skip
+        {"name": "sold", "type": {"type": "long", "logicalType": "timestamp-micros"}},
+        {"name": "id", "type": "int"},
+        {"name": "shop", "type": ["null", "string"]},
+        {"name": "price", "type": "double"},
+        {"name": "few", "type": "int"},
+        {"name": "fast", "type": "boolean"},
+        {"name": "day", "type": {"type": "int", "logicalType": "date"}},
+        {"name": "rate", "type": "float"},
+    ]
     sink = io.BytesIO()
     fastavro.writer(sink, {"type": "record", "name": "sale", "fields": fields}, rows.to_dicts())
     return sink.getvalue()
@@ -117,10 +133,22 @@ def test_avro_containers_are_read() -> None:
         (b"\x00\x01garbage", "Arrow IPC stream, json or an avro"),
         (b"", "Arrow IPC stream, json or an avro"),
         (b'{"id": 1', "delimiter"),
-        (b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "'id' is Int64"),
-        (b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "'id' is Int64"),
-        (b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}', "ISO 8601 with its zone"),
-        (b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 300, "fast": true, "day": "2024-05-01", "rate": 1}', "a number beyond it"),
+        (
+            b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            "'id' is Int64",
+        ),
+        (
+            b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            "'id' is Int64",
+        ),
+        (
+            b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            "ISO 8601 with its zone",
+        ),
+        (
+            b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 300, "fast": true, "day": "2024-05-01", "rate": 1}',
+            "a number beyond it",
+        ),
         (b'{"sold": "2024-05-01T12:00:00Z"}', "declared column 'id'"),
         (b"[1, 2]", "object or a list"),
         (b"Obj\x01nonsense", "Avro container"),
@@ -128,7 +156,7 @@ def test_avro_containers_are_read() -> None:
         (to_arrow(frame({}).drop("price")), "declared column 'price'"),
         (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' is Float64"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
     good = [message(line, offset) for offset, line in enumerate(to_json(frame({}, {"id": 2})))]
     found = decode(contract, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
@@ -190,9 +218,13 @@ def test_messages_are_put_in_order_of_offsets_by_partition() -> None:
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=12))
 def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[int, int]]) -> None:
     kinds: list[tuple[bytes | None, bytes]] = [
-        (None, to_arrow(frame({}, {"price": None}))), (None, to_arrow(frame({"id": None}, {"id": 7}))), (None, to_json(frame({"id": 8}))[0]),
-        (None, b"oops"), heartbeat(123), (HEARTBEAT, b"soon"),
-    ]  # fmt: skip
+        (None, to_arrow(frame({}, {"price": None}))),
+        (None, to_arrow(frame({"id": None}, {"id": 7}))),
+        (None, to_json(frame({"id": 8}))[0]),
+        (None, b"oops"),
+        heartbeat(123),
+        (HEARTBEAT, b"soon"),
+    ]
     some = [message(kinds[kind][1], offset, where, kinds[kind][0]) for offset, (where, kind) in enumerate(sent)]
     partitions = [group for _, group in sorted(by_partition(some).items())]
     together = decode_topic(contract, partitions)

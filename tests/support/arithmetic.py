@@ -42,9 +42,12 @@ def rows(draw: st.DrawFn) -> Row:
     row: Row = {name: draw(st.none() | integers(bits)) for name, (_, bits) in WIDTHS.items()}
     finite = st.floats(-1e6, 1e6, width=32)
     return {
-        **row, "b": draw(st.none() | st.booleans()), "f": draw(st.none() | finite), "d": draw(st.none() | st.floats(-1e6, 1e6)),
+        **row,
+        "b": draw(st.none() | st.booleans()),
+        "f": draw(st.none() | finite),
+        "d": draw(st.none() | st.floats(-1e6, 1e6)),
         "s": draw(st.none() | st.text(max_size=5)),
-    }  # fmt: skip
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,32 +151,66 @@ def float_column(name: str) -> Expr:
     return Expr(pl.col(name), lambda row: None if row[name] is None else float(row[name]))
 
 
-SQUARED = numbers(numbers(Expr(pl.col("i16"), lambda row: row["i16"]), Expr(pl.col("i16"), lambda row: row["i16"]), lambda a, b: a * b),
-                  Expr(pl.lit(7), lambda _: 7), lambda a, b: a / b)  # fmt: skip
+SQUARED = numbers(
+    numbers(
+        Expr(pl.col("i16"), lambda row: row["i16"]), Expr(pl.col("i16"), lambda row: row["i16"]), lambda a, b: a * b
+    ),
+    Expr(pl.lit(7), lambda _: 7),
+    lambda a, b: a / b,
+)
 
 
 FLOATS = st.recursive(
     st.sampled_from([float_column("f"), float_column("f"), float_column("d"), float_column("i8"), SQUARED]),
     lambda some: st.one_of(
         st.builds(numbers, some, some, st.sampled_from([lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a * b])),
-        st.builds(numbers, some, st.sampled_from([0.1, 3, 0.5, 7.25]).map(lambda n: Expr(pl.lit(n), lambda _: n)),
-                  st.sampled_from([lambda a, b: a * b, lambda a, b: a / b])),
+        st.builds(
+            numbers,
+            some,
+            st.sampled_from([0.1, 3, 0.5, 7.25]).map(lambda n: Expr(pl.lit(n), lambda _: n)),
+            st.sampled_from([lambda a, b: a * b, lambda a, b: a / b]),
+        ),
     ),
     max_leaves=4,
-)  # fmt: skip
+)
 
 
 KEPT: dict[str, pl.Expr] = {
-    "a product of floats": pl.col("f") * 2, "a quotient": pl.col("f") / pl.col("f"), "a quotient without nan": (pl.col("f") / pl.col("f")).fill_nan(None),
-    "minutes of a day": pl.col("t").dt.hour().cast(pl.Int32) * 60 + pl.col("t").dt.minute(), "float64": (pl.col("d") - 3) / pl.col("d") * 2,
-    "a sum of int64": pl.col("i64") + pl.col("i64") - 60, "a quotient of narrow integers": pl.col("i8") / pl.col("i16"), "a comparison": pl.col("f") > 0.1,
-    "a remainder of a hash": pl.col("s").hash(1) % 100, "no arithmetic": pl.col("i8"), "a text": pl.col("s") + "x", "times": pl.col("t") - pl.col("t") > timedelta(hours=1),
-    "a logarithm of float64": pl.col("d").log(), "bits": pl.col("i8") & 3, "booleans": pl.col("b") + pl.col("b"),
-}  # fmt: skip
+    "a product of floats": pl.col("f") * 2,
+    "a quotient": pl.col("f") / pl.col("f"),
+    "a quotient without nan": (pl.col("f") / pl.col("f")).fill_nan(None),
+    "minutes of a day": pl.col("t").dt.hour().cast(pl.Int32) * 60 + pl.col("t").dt.minute(),
+    "float64": (pl.col("d") - 3) / pl.col("d") * 2,
+    "a sum of int64": pl.col("i64") + pl.col("i64") - 60,
+    "a quotient of narrow integers": pl.col("i8") / pl.col("i16"),
+    "a comparison": pl.col("f") > 0.1,
+    "a remainder of a hash": pl.col("s").hash(1) % 100,
+    "no arithmetic": pl.col("i8"),
+    "a text": pl.col("s") + "x",
+    "times": pl.col("t") - pl.col("t") > timedelta(hours=1),
+    "a logarithm of float64": pl.col("d").log(),
+    "bits": pl.col("i8") & 3,
+    "booleans": pl.col("b") + pl.col("b"),
+}
 CHANGED: dict[str, pl.Expr] = {
-    "a product": pl.col("i32") * pl.col("i32"), "a difference of lengths": pl.col("s").str.len_bytes() - 10, "a hash": pl.col("s").hash(1),
-    "a sum": pl.col("i8") + 1, "a power": pl.col("i32") ** 2, "a sign": -pl.col("i8"), "an absolute value": pl.col("i16").abs(), "a product of int64": pl.col("i64") * 10,
-    "a condition": pl.col("i8") * 2 > 100, "a quotient by a constant": pl.col("f") / 3, "a quotient cut to an integer": (pl.col("d") / 0.1).floor(), "two steps in float32": (pl.col("f") - pl.col("f")) / pl.col("f"), "a constant that float32 rounds": pl.col("f") * 0.1,
-    "a floor by a constant": pl.col("d") // 0.1, "a remainder by a constant": pl.col("d") % 0.1, "a logarithm of float32": pl.col("f").log(), "a list": pl.concat_list("i32", "i32").list.sum(), "columns added": pl.sum_horizontal("i8", "i8"), "a day of a month": pl.col("t").dt.day() * pl.col("i8"),
-}  # fmt: skip
+    "a product": pl.col("i32") * pl.col("i32"),
+    "a difference of lengths": pl.col("s").str.len_bytes() - 10,
+    "a hash": pl.col("s").hash(1),
+    "a sum": pl.col("i8") + 1,
+    "a power": pl.col("i32") ** 2,
+    "a sign": -pl.col("i8"),
+    "an absolute value": pl.col("i16").abs(),
+    "a product of int64": pl.col("i64") * 10,
+    "a condition": pl.col("i8") * 2 > 100,
+    "a quotient by a constant": pl.col("f") / 3,
+    "a quotient cut to an integer": (pl.col("d") / 0.1).floor(),
+    "two steps in float32": (pl.col("f") - pl.col("f")) / pl.col("f"),
+    "a constant that float32 rounds": pl.col("f") * 0.1,
+    "a floor by a constant": pl.col("d") // 0.1,
+    "a remainder by a constant": pl.col("d") % 0.1,
+    "a logarithm of float32": pl.col("f").log(),
+    "a list": pl.concat_list("i32", "i32").list.sum(),
+    "columns added": pl.sum_horizontal("i8", "i8"),
+    "a day of a month": pl.col("t").dt.day() * pl.col("i8"),
+}
 WIDE = {**COLUMNS, "t": pl.Datetime("us", "UTC")}

@@ -22,7 +22,11 @@ def at(seconds: float = 0, microseconds: int = 0) -> datetime:
 
 # Whole seconds meet the windows' edges; a microsecond beside them just misses.
 moments = st.builds(at, st.integers(0, 70), st.sampled_from([0, 0, 0, 1, -1, 500_000]))
-numbers = st.none() | st.sampled_from([0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 1.18e-38]) | st.integers(-(10**8), 10**9).map(lambda cents: cents / 100)  # fmt: skip
+numbers = (
+    st.none()
+    | st.sampled_from([0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 1.18e-38])
+    | st.integers(-(10**8), 10**9).map(lambda cents: cents / 100)
+)
 words = st.sampled_from(["a", "b", 'é/"', "", "a=b c", None])
 codes = st.sampled_from([1, 2, -5, 10**15, None])
 
@@ -80,17 +84,55 @@ def frames(source: Source, max_size: int = 25, **columns: st.SearchStrategy[Any]
 
 
 many_spine_rows = st.lists(
-    st.fixed_dictionaries({"t": moments, "k": words, "g": codes, "x": st.none() | st.floats(-9, 9, width=32), "on": st.just(date(2020, 1, 1)), "b": st.sampled_from([True, False, None])}),
-    min_size=1, max_size=12,
-).map(lambda rows: pl.DataFrame([{**row, "id": i} for i, row in enumerate(rows)], schema=spine_rows.schema, orient="row"))  # fmt: skip
-many_events = frames(events, at=moments, k=words, g=st.sampled_from([1, 2, -5, None]), v=numbers, n=st.sampled_from([None, 0, 1, 2**40]), s=st.sampled_from(["x", "y", "", "A", None]), b=st.sampled_from([True, False, None]))  # fmt: skip
-many_placed = st.lists(st.tuples(moments, st.sampled_from([0, 0, 1, 1.5, 30]), words, numbers, st.sampled_from(["x", "y", None])), max_size=20).map(
-    lambda rows: pl.DataFrame([{"at": happened + timedelta(seconds=later), "happened": happened, "k": k, "v": v, "s": s} for happened, later, k, v, s in rows], schema=placed.schema, orient="row")
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "t": moments,
+            "k": words,
+            "g": codes,
+            "x": st.none() | st.floats(-9, 9, width=32),
+            "on": st.just(date(2020, 1, 1)),
+            "b": st.sampled_from([True, False, None]),
+        }
+    ),
+    min_size=1,
+    max_size=12,
+).map(
+    lambda rows: pl.DataFrame([{**row, "id": i} for i, row in enumerate(rows)], schema=spine_rows.schema, orient="row")
+)
+many_events = frames(
+    events,
+    at=moments,
+    k=words,
+    g=st.sampled_from([1, 2, -5, None]),
+    v=numbers,
+    n=st.sampled_from([None, 0, 1, 2**40]),
+    s=st.sampled_from(["x", "y", "", "A", None]),
+    b=st.sampled_from([True, False, None]),
+)
+many_placed = st.lists(
+    st.tuples(moments, st.sampled_from([0, 0, 1, 1.5, 30]), words, numbers, st.sampled_from(["x", "y", None])),
+    max_size=20,
+).map(
+    lambda rows: pl.DataFrame(
+        [
+            {"at": happened + timedelta(seconds=later), "happened": happened, "k": k, "v": v, "s": s}
+            for happened, later, k, v, s in rows
+        ],
+        schema=placed.schema,
+        orient="row",
+    )
+)
 many_ordered = frames(ordered, 12, at=moments, key=words, n=st.integers(0, 2), v=numbers)
 some_shops = st.lists(words, unique=True, max_size=5).map(
-    lambda keys: pl.DataFrame([{"k": key, "size": None if i == 1 else i, "name": ("x", "y", None, "A", "")[i], "rate": i / 10} for i, key in enumerate(keys)], schema=shops.schema, orient="row")
-)  # fmt: skip
+    lambda keys: pl.DataFrame(
+        [
+            {"k": key, "size": None if i == 1 else i, "name": ("x", "y", None, "A", "")[i], "rate": i / 10}
+            for i, key in enumerate(keys)
+        ],
+        schema=shops.schema,
+        orient="row",
+    )
+)
 histories = st.fixed_dictionaries(
     {"events": many_events, "placed": many_placed, "ordered": many_ordered, "shops": some_shops}
 )

@@ -65,9 +65,15 @@ def train(definition: str, store: Path, seed: int = 0) -> Bundle:
     )
     view = model.view
     manifest = {
-        "model": model.name, "objective": "binary:logistic", "classes": 1, "fingerprint": view.fingerprint, "view": view.name,
-        "key": list(view.key), "time": view.time, "inputs": fitted.inputs,
-    }  # fmt: skip
+        "model": model.name,
+        "objective": "binary:logistic",
+        "classes": 1,
+        "fingerprint": view.fingerprint,
+        "view": view.name,
+        "key": list(view.key),
+        "time": view.time,
+        "inputs": fitted.inputs,
+    }
     return Bundle(bytes(booster.save_raw("ubj")), fitted, manifest)
 
 

@@ -11,7 +11,9 @@ from tests.support.live_turns import SOURCES, view
 from tests.support.turns import Job
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
-SHOPS = pl.DataFrame({"k": ["a", "b"], "size": [1, 2], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema_overrides={"size": pl.Int32})  # fmt: skip
+SHOPS = pl.DataFrame(
+    {"k": ["a", "b"], "size": [1, 2], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema_overrides={"size": pl.Int32}
+)
 
 
 def asked(folder: Path, number: int, run_id: str) -> Job:
@@ -25,6 +27,8 @@ def asked(folder: Path, number: int, run_id: str) -> Job:
     )
     until = int((at.timestamp() + 60) * 1e6)
     messages = [Message("questions", 0, 10 * number, 2**51, None, to_arrow(spine_row))]
-    messages += [Message(name, position, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for position in (0, 1)]  # fmt: skip
+    messages += [
+        Message(name, position, 10 * number + 1, 2**51, *heartbeat(until)) for name in SOURCES for position in (0, 1)
+    ]
     job.take(messages)
     return job

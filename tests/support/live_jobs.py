@@ -150,10 +150,27 @@ class Stage:
     def flags(self, run_id: str, beam: Sequence[str]) -> list[str]:
         """Of a live job."""
         return [
-            "--streaming", "--source=kafka", "--definition", str(self.definition), "--store", str(self.store),
-            "--sources", str(self.folder / "sources"), "--bootstrap", self.live.broker.bootstrap, "--expansion_service", self.live.expansion.address,
-            "--topic_prefix", self.prefix, "--run_id", run_id, "--commit_every=500ms", "--keep=2d", *self.beginning, *beam,
-        ]  # fmt: skip
+            "--streaming",
+            "--source=kafka",
+            "--definition",
+            str(self.definition),
+            "--store",
+            str(self.store),
+            "--sources",
+            str(self.folder / "sources"),
+            "--bootstrap",
+            self.live.broker.bootstrap,
+            "--expansion_service",
+            self.live.expansion.address,
+            "--topic_prefix",
+            self.prefix,
+            "--run_id",
+            run_id,
+            "--commit_every=500ms",
+            "--keep=2d",
+            *self.beginning,
+            *beam,
+        ]
 
     def job(self, run_id: str, environment: str = "LOOPBACK", options: Sequence[str] | None = None) -> Child:
         """A live job as a process of its own."""

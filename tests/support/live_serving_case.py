@@ -14,10 +14,22 @@ from transforms.streaming.kafka import Broker, Sender
 
 def flags(house: House, live: Live, prefix: str, run_id: str, environment: str = "LOOPBACK") -> list[str]:
     return [
-        "--streaming", "--source=kafka", "--definition", house.definition, "--store", str(house.store), "--run_id", run_id,
-        "--bootstrap", live.broker.bootstrap, "--expansion_service", live.expansion.address, "--topic_prefix", prefix,
+        "--streaming",
+        "--source=kafka",
+        "--definition",
+        house.definition,
+        "--store",
+        str(house.store),
+        "--run_id",
+        run_id,
+        "--bootstrap",
+        live.broker.bootstrap,
+        "--expansion_service",
+        live.expansion.address,
+        "--topic_prefix",
+        prefix,
         *live.options(environment),
-    ]  # fmt: skip
+    ]
 
 
 def topics(house: House, live: Live, partitions: int = 4) -> tuple[str, Sender, str]:

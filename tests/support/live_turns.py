@@ -38,11 +38,24 @@ placed = Source("placed", time="at", event_time="happened", columns={"k": pl.Str
 spine_rows = Source("questions", time="t", lateness="1s", columns=dict(histories.spine_rows.columns))
 shops = histories.shops
 view = FeatureView(
-    "everything", spine_rows, key="id",
+    "everything",
+    spine_rows,
+    key="id",
     features=[
         Derived(double=pl.col("x") * 2, near=pl.col("g") // 2),
-        Trailing(events, by="k", over=("1s", "10s", "1m"), stats={"v": ("count", "sum", "mean", "std", "min", "max", "median", "q95", "first", "last", "n_unique"), "s": ("last", "n_unique"), "*": "count"}),
-        Trailing(events, by=("k", "g"), over="30s", where=pl.col("v") > 0, name="positive", stats={"v": ("sum", "var")}),
+        Trailing(
+            events,
+            by="k",
+            over=("1s", "10s", "1m"),
+            stats={
+                "v": ("count", "sum", "mean", "std", "min", "max", "median", "q95", "first", "last", "n_unique"),
+                "s": ("last", "n_unique"),
+                "*": "count",
+            },
+        ),
+        Trailing(
+            events, by=("k", "g"), over="30s", where=pl.col("v") > 0, name="positive", stats={"v": ("sum", "var")}
+        ),
         Trailing(events, by="b", over="5s", stats={"v": ("mean", "last")}),
         Trailing(sales, by="k", over=("10s", "1m"), stats={"v": ("sum", "mean", "first"), "n": "max", "*": "count"}),
         Latest(sales, by="k", columns=("v", "n"), max_age="20s"),
@@ -52,12 +65,19 @@ view = FeatureView(
         Lookup(shops, by="k", columns=("size", "rate")),
         Derived(rated=pl.col("x") * pl.col("shops_rate"), more=pl.col("events_by_k_v_sum_10s") + pl.col("double")),
     ],
-)  # fmt: skip
+)
 SOURCES = {source.name: source for source in (spine_rows, events, sales, placed)}
 VALUES: dict[str, list[Any]] = {
-    "id": [1, 2, 3, 4, 5, 6], "k": ["a", "b", 'é/"', "", "a=b c", None], "g": [1, 2, -5, None], "on": [None], "b": [True, False, None],
-    "x": [0.0, 0.5, 3.25, None], "v": [0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 12.34, -99.99, None], "n": [1, 2, -5, 10**15], "s": ["x", "y", "", None],
-}  # fmt: skip
+    "id": [1, 2, 3, 4, 5, 6],
+    "k": ["a", "b", 'é/"', "", "a=b c", None],
+    "g": [1, 2, -5, None],
+    "on": [None],
+    "b": [True, False, None],
+    "x": [0.0, 0.5, 3.25, None],
+    "v": [0.0, 0.1, 1.0, 1e-5, 1e10, 4194304.25, 12.34, -99.99, None],
+    "n": [1, 2, -5, 10**15],
+    "s": ["x", "y", "", None],
+}
 
 
 def frame(random: Random, source: Source, size: int, step: int = 1) -> pl.DataFrame:

@@ -120,14 +120,30 @@ def leftovers(store: Path) -> list[str]:
             strays += [str(path) for path in root.rglob("*") if path.is_file()]
             continue
         newest = DeltaTable(str(root)).version()
-        named = {path.removeprefix("file://") for version in range(newest + 1) for path in DeltaTable(str(root), version=version).file_uris()}  # fmt: skip
+        named = {
+            path.removeprefix("file://")
+            for version in range(newest + 1)
+            for path in DeltaTable(str(root), version=version).file_uris()
+        }
         strays += [str(path) for path in root.rglob("date=*/*") if str(path) not in named]
-        commits = [json.loads(line)["commitInfo"] for path in log.glob("*.json") for line in path.read_text().splitlines() if line.startswith('{"commitInfo"')]  # fmt: skip
+        commits = [
+            json.loads(line)["commitInfo"]
+            for path in log.glob("*.json")
+            for line in path.read_text().splitlines()
+            if line.startswith('{"commitInfo"')
+        ]
         manifests = {each.get("manifest") for each in commits}
         strays += [str(path) for path in root.glob("_manifests/*") if path.name not in manifests]
-        summaries = {file for path in root.glob("_manifests/*") for files, _ in json.loads(path.read_text())["snapshots"].values() for file in files}  # fmt: skip
+        summaries = {
+            file
+            for path in root.glob("_manifests/*")
+            for files, _ in json.loads(path.read_text())["snapshots"].values()
+            for file in files
+        }
         strays += [str(path) for path in root.glob("_summaries/*") if path.name not in summaries]
-        strays += [str(path) for path in root.glob("_statistics/*") if path.stem not in {each["run_id"] for each in commits}]  # fmt: skip
+        strays += [
+            str(path) for path in root.glob("_statistics/*") if path.stem not in {each["run_id"] for each in commits}
+        ]
         strays += [str(path) for path in log.glob("*") if not (path.name[:20].isdigit() and path.suffix == ".json")]
     for folder in store.glob("features/*/*"):
         strays += [str(path) for path in folder.rglob("*") if path.is_file() and not (folder / "_delta_log").exists()]

@@ -57,7 +57,10 @@ def sources(rows: int = 120, seed: int = 3) -> dict[str, pl.DataFrame]:
     moment = pl.Datetime("us", "UTC")
 
     def times(n: int) -> list[datetime]:
-        return [at(float(t)) for t in np.sort(np.round(random.random(n) * (DAYS * 24 - 1)) / 24 + 1e-6 * random.integers(0, 2, n))]  # fmt: skip
+        return [
+            at(float(t))
+            for t in np.sort(np.round(random.random(n) * (DAYS * 24 - 1)) / 24 + 1e-6 * random.integers(0, 2, n))
+        ]
 
     def shop(n: int) -> list[str | None]:
         return [(None, 'a/"', "é", "", "c=d e")[i] for i in random.integers(0, 5, n)]
@@ -68,21 +71,41 @@ def sources(rows: int = 120, seed: int = 3) -> dict[str, pl.DataFrame]:
     seen = times(rows)
     later = [timedelta(hours=int(h)) for h in random.integers(0, 30, rows)]
     stock = {
-        "counted": [moment + more for moment, more in zip(seen, later, strict=True)], "seen": seen, "shop": shop(rows),
-        "pieces": maybe(random.integers(0, 50, rows).tolist()), "note": maybe(list("abcde" * rows)[:rows]),
-    }  # fmt: skip
+        "counted": [moment + more for moment, more in zip(seen, later, strict=True)],
+        "seen": seen,
+        "shop": shop(rows),
+        "pieces": maybe(random.integers(0, 50, rows).tolist()),
+        "note": maybe(list("abcde" * rows)[:rows]),
+    }
     return {
         "visits": pl.DataFrame(
-            {"asked": times(rows), "visit": np.arange(rows), "shop": shop(rows), "city": maybe(random.integers(1, 3, rows).tolist()), "size": maybe(random.normal(1, 1, rows).tolist())},
+            {
+                "asked": times(rows),
+                "visit": np.arange(rows),
+                "shop": shop(rows),
+                "city": maybe(random.integers(1, 3, rows).tolist()),
+                "size": maybe(random.normal(1, 1, rows).tolist()),
+            },
             schema={"asked": moment, "visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32},
         ),
         "sales": pl.DataFrame(
-            {"sold": times(3 * rows), "sale": np.arange(3 * rows), "shop": shop(3 * rows), "city": maybe(random.integers(1, 3, 3 * rows).tolist()), "price": maybe((random.integers(1, 10**9, 3 * rows) / 100).tolist())},
+            {
+                "sold": times(3 * rows),
+                "sale": np.arange(3 * rows),
+                "shop": shop(3 * rows),
+                "city": maybe(random.integers(1, 3, 3 * rows).tolist()),
+                "price": maybe((random.integers(1, 10**9, 3 * rows) / 100).tolist()),
+            },
             schema={"sold": moment, "sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64},
         ),
-        "stock": pl.DataFrame(stock, schema={"counted": moment, "seen": moment, "shop": pl.String, "pieces": pl.Int64, "note": pl.String}).sort("counted"),
-        "shops": pl.DataFrame({"shop": ['a/"', "é", "nobody"], "area": [10, 0, 5], "rent": [0.1, None, 2.5]}, schema_overrides={"area": pl.Int32}),
-    }  # fmt: skip
+        "stock": pl.DataFrame(
+            stock, schema={"counted": moment, "seen": moment, "shop": pl.String, "pieces": pl.Int64, "note": pl.String}
+        ).sort("counted"),
+        "shops": pl.DataFrame(
+            {"shop": ['a/"', "é", "nobody"], "area": [10, 0, 5], "rent": [0.1, None, 2.5]},
+            schema_overrides={"area": pl.Int32},
+        ),
+    }
 
 
 def spoiled(frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
@@ -113,8 +136,13 @@ REPEATED = {"visits": 3, "sales": 10, "stock": 0, "shops": 1}
 
 
 def write(
-    store: Path, frames: dict[str, pl.DataFrame], files: int = 1, group: int = 40, shuffle: int | None = None, statistics: bool = True
-) -> Path:  # fmt: skip
+    store: Path,
+    frames: dict[str, pl.DataFrame],
+    files: int = 1,
+    group: int = 40,
+    shuffle: int | None = None,
+    statistics: bool = True,
+) -> Path:
     """Sources under `<store>/sources`, each row group sorted by time unless `shuffle` seeds another order."""
     for name, frame in frames.items():
         folder = store / "sources" / name
@@ -127,5 +155,7 @@ def write(
             frame = frame.sort(TIMES[name], maintain_order=True)
         for i in range(files):
             part = frame[len(frame) * i // files : len(frame) * (i + 1) // files]
-            pq.write_table(part.to_arrow(), folder / f"part-{i}.parquet", row_group_size=group, write_statistics=statistics)  # fmt: skip
+            pq.write_table(
+                part.to_arrow(), folder / f"part-{i}.parquet", row_group_size=group, write_statistics=statistics
+            )
     return store

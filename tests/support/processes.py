@@ -69,7 +69,9 @@ class Zygote:
     def __enter__(self) -> Zygote:
         command = [sys.executable, "-W", "ignore", __file__, *self.modules]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,8 +89,15 @@ class Zygote:
         return json.loads(self.process.stdout.readline())
 
     def start(
-        self, *argv: str, watch: Path, step: int | None = None, delay: float = 0.0, kind: signal.Signals = signal.SIGKILL, user: int | None = None, limit: int | None = None
-    ) -> Process:  # fmt: skip
+        self,
+        *argv: str,
+        watch: Path,
+        step: int | None = None,
+        delay: float = 0.0,
+        kind: signal.Signals = signal.SIGKILL,
+        user: int | None = None,
+        limit: int | None = None,
+    ) -> Process:
         """Run `millrace ARGV…`.
 
         Args:
@@ -100,7 +109,17 @@ class Zygote:
         """
         self.count += 1
         log = self.logs / f"process-{self.count}"
-        pid = self.ask(do="start", argv=argv, watch=str(watch), step=step, delay=delay, kind=int(kind), log=str(log), user=user, limit=limit)  # fmt: skip
+        pid = self.ask(
+            do="start",
+            argv=argv,
+            watch=str(watch),
+            step=step,
+            delay=delay,
+            kind=int(kind),
+            log=str(log),
+            user=user,
+            limit=limit,
+        )
         return Process(self, pid, log)
 
     def run(self, *argv: str, watch: Path, **how: Any) -> Ended:

@@ -18,7 +18,14 @@ def trained(seed: int = 0, classes: int = 1) -> Bundle:
     booster = xgboost.train(params, xgboost.DMatrix(matrix, labels, feature_names=["x", "n"]), 3)
     fitted = Fitted((Encoding("x", "float"), Encoding("n", "int64")))
     manifest = {
-        "model": "delay", "objective": "binary:logistic", "classes": classes, "fingerprint": "f" * 16, "view": "delay",
-        "key": ["id"], "time": "asked_at", "inputs": fitted.inputs, "feature_table": {"uri": "somewhere", "version": 3},
-    }  # fmt: skip
+        "model": "delay",
+        "objective": "binary:logistic",
+        "classes": classes,
+        "fingerprint": "f" * 16,
+        "view": "delay",
+        "key": ["id"],
+        "time": "asked_at",
+        "inputs": fitted.inputs,
+        "feature_table": {"uri": "somewhere", "version": 3},
+    }
     return Bundle(bytes(booster.save_raw("ubj")), fitted, manifest)

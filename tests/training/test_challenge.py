@@ -25,9 +25,16 @@ from transforms.storage.paths import features_uri
 from transforms.training.champion_rows import OwnTable, own_rows
 
 # The same problem from less: neither the shop nor the visitor's age.
-POOR = shop.DEFINITION.replace('Derived(age=pl.col("age"), hour=pl.col("asked").dt.hour())', 'Derived(hour=pl.col("asked").dt.hour())').replace(
-    'encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")}, ', ""
-).replace('Gates(at_least={"auc": 0.6}, slices=("shop", ("shop", "hour")), max_gap={"auc": 0.5}, min_slice_rows=20)', "Gates()")  # fmt: skip
+POOR = (
+    shop.DEFINITION.replace(
+        'Derived(age=pl.col("age"), hour=pl.col("asked").dt.hour())', 'Derived(hour=pl.col("asked").dt.hour())'
+    )
+    .replace('encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")}, ', "")
+    .replace(
+        'Gates(at_least={"auc": 0.6}, slices=("shop", ("shop", "hour")), max_gap={"auc": 0.5}, min_slice_rows=20)',
+        "Gates()",
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +205,23 @@ def test_rows_are_joined_by_key_and_time_and_those_missing_are_counted(store: Pa
     table = open_table(features_uri(str(store), "buying", view.fingerprint))
     assert table is not None
     own = OwnTable(tuple(data_files(table)), ("visit",), "asked", ("age", "shop", "visit"))
-    rows = pl.read_delta(table.table_uri).filter(pl.col("date").dt.day() < 4).select(
-        "visit", "asked", "date", row_id=pl.col("row_id") + 1, **{LABEL: pl.lit(1.0, pl.Float32)}
-    )  # fmt: skip
+    rows = (
+        pl.read_delta(table.table_uri)
+        .filter(pl.col("date").dt.day() < 4)
+        .select("visit", "asked", "date", row_id=pl.col("row_id") + 1, **{LABEL: pl.lit(1.0, pl.Float32)})
+    )
     strangers = rows.head(3).with_columns(visit=pl.lit(-1, pl.Int64))
     asked = pl.concat([rows, strangers]).sample(fraction=1.0, shuffle=True, seed=1)
     found, missing = own_rows(of(asked), own)
     assert missing == 3
     assert found is not None
     result = pl.from_arrow(found)
-    expected = asked.filter(pl.col("visit") >= 0).join(pl.read_delta(table.table_uri).select("visit", "asked", "age", "shop"), on=["visit", "asked"], how="left", maintain_order="left")  # fmt: skip
+    expected = asked.filter(pl.col("visit") >= 0).join(
+        pl.read_delta(table.table_uri).select("visit", "asked", "age", "shop"),
+        on=["visit", "asked"],
+        how="left",
+        maintain_order="left",
+    )
     assert result.select(expected.columns).equals(expected)  # type: ignore[union-attr]
     assert own_rows(of(asked).slice(0, 0), own) == (None, 0)
 

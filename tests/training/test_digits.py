@@ -38,10 +38,12 @@ clusters = st.tuples(
 ).map(lambda found: [found[0] + each for each in found[1]])
 whole = st.one_of(
     clusters,
-    st.tuples(clusters, st.lists(st.sampled_from([-1, 0, 99999999, LOW, HIGH]), max_size=3)).map(lambda found: found[0] + found[1]),
+    st.tuples(clusters, st.lists(st.sampled_from([-1, 0, 99999999, LOW, HIGH]), max_size=3)).map(
+        lambda found: found[0] + found[1]
+    ),
     st.lists(st.integers(LOW, HIGH), min_size=1, max_size=30),
     st.lists(st.integers(-(2**25), 2**25), min_size=1, max_size=30),
-)  # fmt: skip
+)
 doubles = st.one_of(
     st.tuples(
         st.floats(-1e15, 1e15), st.floats(1e-6, 1e3), st.lists(st.integers(-50, 50), min_size=1, max_size=40)
@@ -92,7 +94,12 @@ def near(found: np.ndarray[Any, Any], expected: list[float]) -> None:
     np.testing.assert_allclose(found[:, 0], np.array(expected, np.float32), rtol=1.3e-7, atol=1e-12)
 
 
-@given(whole, st.lists(st.integers(0, 50), max_size=3), st.randoms(), st.sampled_from([None, encoders.Impute(), encoders.Impute("mean"), encoders.Impute(7)]))  # fmt: skip
+@given(
+    whole,
+    st.lists(st.integers(0, 50), max_size=3),
+    st.randoms(),
+    st.sampled_from([None, encoders.Impute(), encoders.Impute("mean"), encoders.Impute(7)]),
+)
 def test_integers_are_the_sum_of_their_columns(values: list[int], cuts: list[int], chance: Any, encoder: Any) -> None:
     column = pa.array([*values, None], pa.int64())
     fitted = fit(encoder, column, cuts, chance)
@@ -142,7 +149,12 @@ def test_scaled_integers_are_those_of_exact_arithmetic(values: list[int], cuts: 
     if max(map(abs, values)) > 2**24:
         assert buckets.tolist() == expected
     by_value = dict(zip(values, buckets.tolist()))
-    assert all((by_value[a] < by_value[b]) == any(a < bound <= b for bound in bounds) for a in by_value for b in by_value if a < b)  # fmt: skip
+    assert all(
+        (by_value[a] < by_value[b]) == any(a < bound <= b for bound in bounds)
+        for a in by_value
+        for b in by_value
+        if a < b
+    )
 
 
 @given(doubles, st.lists(st.integers(0, 50), max_size=3), st.randoms())
@@ -195,14 +207,25 @@ def test_integers_are_summed_without_overflow(values: list[int]) -> None:
         assert found.deviation == moments(values)[1]
 
 
-@given(st.fractions(min_value=0) | st.tuples(st.integers(0, 2**300), st.integers(-900, 900)).map(lambda each: Fraction(each[0]) * Fraction(2) ** each[1]))  # fmt: skip
+@given(
+    st.fractions(min_value=0)
+    | st.tuples(st.integers(0, 2**300), st.integers(-900, 900)).map(
+        lambda each: Fraction(each[0]) * Fraction(2) ** each[1]
+    )
+)
 def test_a_root_is_the_nearest_double(value: Fraction) -> None:
     found = Fraction(root(value))
     below, above = (Fraction(math.nextafter(float(found), to)) for to in (0.0, math.inf))
     assert ((found + below) / 2) ** 2 <= value <= ((found + above) / 2) ** 2 or value == 0 == found
 
 
-@given(st.one_of(whole.map(lambda values: pa.array([*values, None], pa.int64())), doubles.map(lambda values: pa.array([None, *values], pa.float64()))), st.integers(0, 50))  # fmt: skip
+@given(
+    st.one_of(
+        whole.map(lambda values: pa.array([*values, None], pa.int64())),
+        doubles.map(lambda values: pa.array([None, *values], pa.float64())),
+    ),
+    st.integers(0, 50),
+)
 def test_statistics_of_training_data_are_those_of_exact_arithmetic(column: pa.Array, cut: int) -> None:
     values = [each for each in column.to_pylist() if each is not None]
     mean, deviation = moments(values)
@@ -214,12 +237,20 @@ def test_statistics_of_training_data_are_those_of_exact_arithmetic(column: pa.Ar
         assert (found.least, found.greatest) == (float(min(values)), float(max(values)))
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 3)), min_size=2, max_size=30), st.floats(-1e7, 1e7, width=32), st.integers(0, 30))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 3)), min_size=2, max_size=30),
+    st.floats(-1e7, 1e7, width=32),
+    st.integers(0, 30),
+)
 def test_the_share_of_the_labels_variance_is_exact(rows: list[tuple[str, int]], far: float, cut: int) -> None:
     labels = np.array([np.float32(far) + np.float32(value) for _, value in rows], np.float32)
     words = pa.array([word for word, _ in rows])
     each = Encoding("x", "string", encoders.Ordinal())
-    parts = [Suspect.of(each, words.slice(low, high - low), pl.Series("y", labels[low:high])) for low, high in ((0, cut), (cut, len(rows))) if labels[low:high].size]  # fmt: skip
+    parts = [
+        Suspect.of(each, words.slice(low, high - low), pl.Series("y", labels[low:high]))
+        for low, high in ((0, cut), (cut, len(rows)))
+        if labels[low:high].size
+    ]
     found = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     known: dict[str, list[Fraction]] = {}
     for (word, _), label in zip(rows, labels.tolist()):
@@ -234,12 +265,32 @@ def test_the_share_of_the_labels_variance_is_exact(rows: list[tuple[str, int]], 
 
 def test_models_of_earlier_versions_score_as_before() -> None:
     """Their encoders have no base: an int64 becomes the nearest float32, also of two neighbours."""
-    text = json.dumps({"format": 1, "inputs": [
-        {"input": "x", "type": "int64", "encoder": None, "state": {}},
-        {"input": "y", "type": "int64", "encoder": {"kind": "Standardize"}, "state": {"offset": 20240128.5, "scale": 0.5}},
-        {"input": "z", "type": "int64", "encoder": {"kind": "Impute", "value": "median"}, "state": {"value": 3.0}},
-        {"input": "b", "type": "int64", "encoder": {"kind": "Bucketize", "buckets": 3}, "state": {"boundaries": [1.5, 20240128.5]}},
-    ]})  # fmt: skip
+    text = json.dumps(
+        {
+            "format": 1,
+            "inputs": [
+                {"input": "x", "type": "int64", "encoder": None, "state": {}},
+                {
+                    "input": "y",
+                    "type": "int64",
+                    "encoder": {"kind": "Standardize"},
+                    "state": {"offset": 20240128.5, "scale": 0.5},
+                },
+                {
+                    "input": "z",
+                    "type": "int64",
+                    "encoder": {"kind": "Impute", "value": "median"},
+                    "state": {"value": 3.0},
+                },
+                {
+                    "input": "b",
+                    "type": "int64",
+                    "encoder": {"kind": "Bucketize", "buckets": 3},
+                    "state": {"boundaries": [1.5, 20240128.5]},
+                },
+            ],
+        }
+    )
     fitted = Fitted.from_json(text)
     assert fitted.names == ["x", "y", "z", "b"]
     column = pa.array([20240128, 20240129, None], pa.int64())
@@ -299,11 +350,18 @@ def trained(root: Path, run_id: str, definition: str, rows: dict[str, list[Any]]
 
 def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_loses_them(tmp_path: Path) -> None:
     rows = {
-        "day": [20240128 + each for each in PARITY], "far": [10**16 * (i % 3) + each for i, each in enumerate(PARITY)],
-        "stamp": [1.7e9 + each for each in PARITY], "y": PARITY,
-    }  # fmt: skip
+        "day": [20240128 + each for each in PARITY],
+        "far": [10**16 * (i % 3) + each for i, each in enumerate(PARITY)],
+        "stamp": [1.7e9 + each for each in PARITY],
+        "y": PARITY,
+    }
     for name, (feature, encoder) in TELLING.items():
-        text = DEFINITION.format(view=f"vw_{name}", features=f'{feature}, far=pl.col("far")', encode=f'{encoder}"far": encoders.MinMax()', more="")  # fmt: skip
+        text = DEFINITION.format(
+            view=f"vw_{name}",
+            features=f'{feature}, far=pl.col("far")',
+            encode=f'{encoder}"far": encoders.MinMax()',
+            more="",
+        )
         told = trained(tmp_path, name, text, rows)
         assert told["metrics"]["auc"] == 1.0, name
         (warning,) = (each for each in told["data"]["warnings"] if "2^24" in each)
@@ -323,7 +381,9 @@ def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_lo
 def test_labels_that_float32_rounds_are_told(tmp_path: Path) -> None:
     labels = [20240128 + i % 7 for i in range(700)]
     rows = {"day": [i % 7 for i in range(700)], "far": [0] * 700, "stamp": [0.0] * 700, "y": labels}
-    text = DEFINITION.format(view="vw", features='day=pl.col("day")', encode="", more='objective="reg:squarederror", metric="rmse"')  # fmt: skip
+    text = DEFINITION.format(
+        view="vw", features='day=pl.col("day")', encode="", more='objective="reg:squarederror", metric="rmse"'
+    )
     told = trained(tmp_path, "label", text, rows)
     (warning,) = (each for each in told["data"]["warnings"] if each.startswith("The label is a whole number"))
     count = int(warning.split(" rounds, in ")[1].split()[0])

@@ -21,20 +21,30 @@ from transforms.storage.tfrecord_io import read_examples
 from transforms.training import examples
 from transforms.training.examples import Account, ExamplePlan
 
-SCHEMA = pa.schema([
-    ("a float with a long name é", pa.float32()), ("d", pa.float64()), ("i", pa.int64()), ("s", pa.string()), ("b", pa.bool_()),
-    ("day", pa.date32()), ("at", pa.timestamp("us", "UTC")), ("small", pa.int8()),
-])  # fmt: skip
-row = st.fixed_dictionaries({
-    SCHEMA.names[0]: st.one_of(st.none(), st.floats(width=32, allow_nan=False)),
-    "d": st.one_of(st.none(), st.floats(width=32, allow_nan=False)),
-    "i": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
-    "s": st.one_of(st.none(), st.text(max_size=5), st.just("x" * 300)),
-    "b": st.sampled_from([None, True, False]),
-    "day": st.sampled_from([None, date(1969, 12, 31), date(2024, 2, 29)]),
-    "at": st.sampled_from([None, datetime(2024, 2, 29, 12, 30, 1, 5, tzinfo=UTC)]),
-    "small": st.one_of(st.none(), st.integers(-128, 127)),
-})  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("a float with a long name é", pa.float32()),
+        ("d", pa.float64()),
+        ("i", pa.int64()),
+        ("s", pa.string()),
+        ("b", pa.bool_()),
+        ("day", pa.date32()),
+        ("at", pa.timestamp("us", "UTC")),
+        ("small", pa.int8()),
+    ]
+)
+row = st.fixed_dictionaries(
+    {
+        SCHEMA.names[0]: st.one_of(st.none(), st.floats(width=32, allow_nan=False)),
+        "d": st.one_of(st.none(), st.floats(width=32, allow_nan=False)),
+        "i": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
+        "s": st.one_of(st.none(), st.text(max_size=5), st.just("x" * 300)),
+        "b": st.sampled_from([None, True, False]),
+        "day": st.sampled_from([None, date(1969, 12, 31), date(2024, 2, 29)]),
+        "at": st.sampled_from([None, datetime(2024, 2, 29, 12, 30, 1, 5, tzinfo=UTC)]),
+        "small": st.one_of(st.none(), st.integers(-128, 127)),
+    }
+)
 
 
 def batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:

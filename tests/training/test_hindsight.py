@@ -21,13 +21,23 @@ SPINE = Source("spine", time="t", columns={"k": pl.Int64, "word": pl.String, "x"
 VIEW = FeatureView("v", SPINE, key="k", features=[Derived(x=pl.col("x"))])
 EVENTS = Source("e", time="at", columns={"k": pl.Int64, "z": pl.Float32})
 MODEL = Model(
-    VIEW, Label(EVENTS, on="k", value=pl.col("z"), within="1d"), TimeSplit("1d", "1d"), objective="reg:squarederror", metric="rmse",
+    VIEW,
+    Label(EVENTS, on="k", value=pl.col("z"), within="1d"),
+    TimeSplit("1d", "1d"),
+    objective="reg:squarederror",
+    metric="rmse",
     encode={"word": encoders.Target(2.0)},
-)  # fmt: skip
+)
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SCHEMA = pa.schema(
-    [("t", pa.timestamp("us", "UTC")), ("x", pa.float32()), ("word", pa.string()), (LABEL, pa.float32()), (LABEL_TIME, pa.timestamp("us", "UTC"))]
-)  # fmt: skip
+    [
+        ("t", pa.timestamp("us", "UTC")),
+        ("x", pa.float32()),
+        ("word", pa.string()),
+        (LABEL, pa.float32()),
+        (LABEL_TIME, pa.timestamp("us", "UTC")),
+    ]
+)
 row = st.tuples(
     st.integers(0, 8), st.sampled_from([None, "a", "b", "c"]), st.sampled_from([0.0, 1.0, 2.5]), st.integers(0, 4)
 )
@@ -45,9 +55,15 @@ def oracle(rows: list[dict[str, Any]], asked: dict[str, Any]) -> float:
 @given(st.lists(row, min_size=1, max_size=25), st.integers(0, 25), st.randoms())
 def test_a_training_row_sees_only_labels_known_before_it(rows: list[Any], cut: int, random: Any) -> None:
     content = [
-        {"t": START + timedelta(hours=t), "x": 0.0, "word": word, LABEL: label, LABEL_TIME: START + timedelta(hours=t + wait)}
+        {
+            "t": START + timedelta(hours=t),
+            "x": 0.0,
+            "word": word,
+            LABEL: label,
+            LABEL_TIME: START + timedelta(hours=t + wait),
+        }
         for t, word, label, wait in rows
-    ]  # fmt: skip
+    ]
     random.shuffle(content)
     whole = pa.RecordBatch.from_pylist(content, SCHEMA)
     parts = [part for part in (whole.slice(cut), whole.slice(0, cut)) if part.num_rows]

@@ -114,9 +114,18 @@ def test_no_label_enters_before_its_horizon_has_passed() -> None:
     times = [START + timedelta(days=d / 2) for d in range(42)]
     asked = pl.DataFrame({"key": list(range(len(times))), "asked": times}, {"key": pl.Int64, "asked": TIME})
     # Every label but that of row 2 comes a second after its question: quick ones wait like slow ones.
-    known = pl.DataFrame(
-        {"key": asked["key"].cast(pl.Int32), "known": asked["asked"].dt.offset_by("1s"), "value": [1.0] * len(times)}
-    ).with_columns(side=pl.lit(""), rank=pl.lit(0, pl.Int64)).select(list(EVENTS)).filter(pl.col("key") != 2)  # fmt: skip
+    known = (
+        pl.DataFrame(
+            {
+                "key": asked["key"].cast(pl.Int32),
+                "known": asked["asked"].dt.offset_by("1s"),
+                "value": [1.0] * len(times),
+            }
+        )
+        .with_columns(side=pl.lit(""), rank=pl.lit(0, pl.Int64))
+        .select(list(EVENTS))
+        .filter(pl.col("key") != 2)
+    )
     parts, counts = labels.examples(labels.attach(asked, known, label, "asked"), label, split, "asked")
     for name, (start, end) in split.bounds.items():
         inside = [t for t in times if (start is None or t >= start) and t < end]
@@ -152,7 +161,7 @@ def test_an_absent_label_may_have_a_value() -> None:
         ("multi:softprob", None, {"train": {0.5: 1, 3.0: 4}}, "numbered from 0"),
         ("multi:softprob", None, {"test": {0.0: 1, 2013.0: 4}}, "at most 1000 of them. Got class 2013"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_learnt_is_refused(objective: str, counts: Any, seen: Any, words: str) -> None:
     if counts is None:
         counts = {name: labels.Counts(5, 0, 0, 0, 5) for name in SPLITS}

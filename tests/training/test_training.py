@@ -131,7 +131,9 @@ def test_trials_are_decided_by_the_seed_and_stay_in_bounds() -> None:
     assert trials(model()) == [Trial(0, {"max_depth": 3})]
 
 
-@pytest.mark.parametrize("change", [{"params": {"objective": "x"}}, {"search": Search(2, {"seed": (1, 3)})}, {"params": {"device": "cuda"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"params": {"objective": "x"}}, {"search": Search(2, {"seed": (1, 3)})}, {"params": {"device": "cuda"}}]
+)
 def test_what_a_model_may_not_say_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DefinitionError):
         trials(model(**change))

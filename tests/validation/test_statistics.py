@@ -30,22 +30,24 @@ def example(rows: int = ROWS) -> pa.RecordBatch:
     rng = np.random.default_rng(7)
     missing = rng.random(rows) < 0.15
     strings = rng.choice(["AA", "Ünïted", "", "B6", "DL"], rows, p=[0.4, 0.3, 0.1, 0.1, 0.1])
-    return pa.RecordBatch.from_pydict({
-        "smooth": pa.array(rng.normal(10, 40, rows).astype(np.float32), mask=missing),
-        "skewed": pa.array(rng.exponential(3, rows) ** 3, pa.float32()),
-        "outlier": pa.array(np.append(rng.exponential(10, rows - 1), 1e6), pa.float32()),
-        "zeros": pa.array(np.where(rng.random(rows) < 0.7, 0, rng.integers(-3, 10, rows)), pa.float32()),
-        "constant": pa.array(np.full(rows, 0.1), pa.float32()),
-        "double": pa.array(rng.lognormal(0, 20, rows)),
-        "missing": pa.nulls(rows, pa.float32()),
-        "hour": pa.array(rng.integers(0, 24, rows)),
-        "large": pa.array(rng.integers(-(2**52), 2**52, rows)),
-        "narrow": pa.array(rng.integers(-5, 5, rows), pa.int32()),
-        "flag": pa.array(rng.random(rows) < 0.3),
-        "carrier": pa.array(strings, mask=missing),
-        "tail": pa.array([f"N{i}" for i in rng.integers(0, 800, rows)]),  # past 1 000 TFDV sketches
-        "nothing": pa.nulls(rows, pa.string()),
-    })  # fmt: skip
+    return pa.RecordBatch.from_pydict(
+        {
+            "smooth": pa.array(rng.normal(10, 40, rows).astype(np.float32), mask=missing),
+            "skewed": pa.array(rng.exponential(3, rows) ** 3, pa.float32()),
+            "outlier": pa.array(np.append(rng.exponential(10, rows - 1), 1e6), pa.float32()),
+            "zeros": pa.array(np.where(rng.random(rows) < 0.7, 0, rng.integers(-3, 10, rows)), pa.float32()),
+            "constant": pa.array(np.full(rows, 0.1), pa.float32()),
+            "double": pa.array(rng.lognormal(0, 20, rows)),
+            "missing": pa.nulls(rows, pa.float32()),
+            "hour": pa.array(rng.integers(0, 24, rows)),
+            "large": pa.array(rng.integers(-(2**52), 2**52, rows)),
+            "narrow": pa.array(rng.integers(-5, 5, rows), pa.int32()),
+            "flag": pa.array(rng.random(rows) < 0.3),
+            "carrier": pa.array(strings, mask=missing),
+            "tail": pa.array([f"N{i}" for i in rng.integers(0, 800, rows)]),  # past 1 000 TFDV sketches
+            "nothing": pa.nulls(rows, pa.string()),
+        }
+    )
 
 
 BATCH = example()

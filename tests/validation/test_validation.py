@@ -42,9 +42,16 @@ from transforms.validation.tfdv_schema import (
     validate,
 )
 
-SCHEMA = pa.schema([
-    ("delay", pa.float32()), ("full", pa.float32()), ("hour", pa.int64()), ("late", pa.bool_()), ("carrier", pa.string()), ("date", pa.date32()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("delay", pa.float32()),
+        ("full", pa.float32()),
+        ("hour", pa.int64()),
+        ("late", pa.bool_()),
+        ("carrier", pa.string()),
+        ("date", pa.date32()),
+    ]
+)
 COLUMNS = described(SCHEMA, SCHEMA.names)
 DAY = date(2013, 3, 1)
 
@@ -83,14 +90,20 @@ def test_rows_like_those_before_keep_the_schema() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"carrier": pa.array(["AA", "B6", "UA", "XX"] * 250)}, "carrier: Unexpected string values: Examples contain values missing from the schema: XX (~25%)"),
-        ({"full": pa.array([None, *[0.5] * 999], pa.float32())}, "full: Column dropped: The feature was present in fewer examples than expected: minimum fraction = 1.000000, actual = 0.999000"),
+        (
+            {"carrier": pa.array(["AA", "B6", "UA", "XX"] * 250)},
+            "carrier: Unexpected string values: Examples contain values missing from the schema: XX (~25%)",
+        ),
+        (
+            {"full": pa.array([None, *[0.5] * 999], pa.float32())},
+            "full: Column dropped: The feature was present in fewer examples than expected: minimum fraction = 1.000000, actual = 0.999000",
+        ),
         ({"delay": pa.nulls(1000, pa.float32())}, "delay: Column dropped: The feature was not present in any examples"),
         ({"hour": None}, "hour: Column dropped: Column is completely missing"),
         ({"hour": pa.array(np.zeros(1000))}, "hour: Unexpected data type: Expected data of type: INT but got FLOAT"),
         ({"wind": pa.array(np.zeros(1000))}, "wind: New column: New column (column in data but not in schema)"),
     ],
-)  # fmt: skip
+)
 def test_what_breaks_the_schema_is_named(changed: dict[str, object], said: str) -> None:
     assert said in texts(rows(seed=1, **changed))
 
@@ -251,9 +264,14 @@ def test_anomalies_stop_a_run_and_nothing_is_visible(shop: Shop) -> None:
     message = str(caught.value)
     assert caught.value.exit_code == 7
     for part in (
-        "[2013-03-01, 2013-03-02)", str(shop.schema), "carrier: Unexpected string values", "XX (~25%)", "Nothing was committed",
-        "--allow_anomalies", "millrace schema update --definition d --store s --run_id first",
-    ):  # fmt: skip
+        "[2013-03-01, 2013-03-02)",
+        str(shop.schema),
+        "carrier: Unexpected string values",
+        "XX (~25%)",
+        "Nothing was committed",
+        "--allow_anomalies",
+        "millrace schema update --definition d --store s --run_id first",
+    ):
         assert part in message
     assert newest_version(shop.table) is None
     assert read_account(shop.table, "first")["anomalies"][0]["feature"] == "carrier"
@@ -354,8 +372,9 @@ def test_too_many_dead_rows_stop_a_run(shop: Shop) -> None:
 @pytest.mark.parametrize(("dead", "passes"), [(100, True), (101, False)])
 def test_the_fraction_itself_is_allowed(shop: Shop, dead: int, passes: bool) -> None:
     check: Callable[[], None] = lambda: check_dead(  # noqa: E731
-        shop.check("first", DAY, max_dead_fraction=0.1), {"schedule": SourceTally("schedule", 1000, 1000 - dead, dead=dead), "none": SourceTally("none")}  # type: ignore[arg-type]
-    )  # fmt: skip
+        shop.check("first", DAY, max_dead_fraction=0.1),
+        {"schedule": SourceTally("schedule", 1000, 1000 - dead, dead=dead), "none": SourceTally("none")},  # type: ignore[arg-type]
+    )
     if passes:
         check()
     else:

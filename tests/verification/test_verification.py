@@ -60,7 +60,13 @@ ask = Source("ask", time="t", columns={"id": pl.Int64, "k": pl.String, "x": pl.I
 happen = Source(
     "happen", time="at", event_time="was", unique="e", columns={"e": pl.Int64, "k": pl.String, "v": pl.Float64}
 )
-sort = Source("sort", time="at", unique=("e", "k"), order="n", columns={"e": pl.Int64, "k": pl.String, "n": pl.Int64, "s": pl.String})  # fmt: skip
+sort = Source(
+    "sort",
+    time="at",
+    unique=("e", "k"),
+    order="n",
+    columns={"e": pl.Int64, "k": pl.String, "n": pl.Int64, "s": pl.String},
+)
 things = Source("things", columns={"k": pl.String, "a": pl.Int32, "b": pl.String})
 repeating = FeatureView(
     "repeating",
@@ -85,13 +91,35 @@ def rows_of(source: Source, **columns: st.SearchStrategy[Any]) -> st.SearchStrat
 
 some_keys = st.sampled_from(["a", "b", "a!", None])
 seconds = st.integers(0, 60).map(at)
-repeated_rows = st.fixed_dictionaries({
-    "ask": rows_of(ask, t=seconds, id=st.integers(0, 3) | st.none(), k=some_keys, x=st.integers(0, 3)),
-    "happen": st.lists(st.tuples(seconds, st.integers(0, 30), st.integers(0, 6) | st.none(), some_keys, st.sampled_from([0.1, 2.5, 1e10, float("inf"), float("nan"), None])), min_size=1, max_size=16).map(
-        lambda rows: pl.DataFrame([{"at": moment, "was": moment - timedelta(seconds=back), "e": e, "k": k, "v": v} for moment, back, e, k, v in rows], schema=happen.schema, orient="row")),
-    "sort": rows_of(sort, at=seconds, e=st.integers(0, 6), k=some_keys, n=st.integers(0, 2), s=st.sampled_from(["x", "y", None])),
-    "things": rows_of(things, k=some_keys, a=st.integers(0, 3), b=st.sampled_from(["x", "y"])),
-})  # fmt: skip
+repeated_rows = st.fixed_dictionaries(
+    {
+        "ask": rows_of(ask, t=seconds, id=st.integers(0, 3) | st.none(), k=some_keys, x=st.integers(0, 3)),
+        "happen": st.lists(
+            st.tuples(
+                seconds,
+                st.integers(0, 30),
+                st.integers(0, 6) | st.none(),
+                some_keys,
+                st.sampled_from([0.1, 2.5, 1e10, float("inf"), float("nan"), None]),
+            ),
+            min_size=1,
+            max_size=16,
+        ).map(
+            lambda rows: pl.DataFrame(
+                [
+                    {"at": moment, "was": moment - timedelta(seconds=back), "e": e, "k": k, "v": v}
+                    for moment, back, e, k, v in rows
+                ],
+                schema=happen.schema,
+                orient="row",
+            )
+        ),
+        "sort": rows_of(
+            sort, at=seconds, e=st.integers(0, 6), k=some_keys, n=st.integers(0, 2), s=st.sampled_from(["x", "y", None])
+        ),
+        "things": rows_of(things, k=some_keys, a=st.integers(0, 3), b=st.sampled_from(["x", "y"])),
+    }
+)
 
 
 def first_of(rows: list[dict[str, Any]], by: tuple[str, ...], order: list[str]) -> list[dict[str, Any]]:
@@ -161,11 +189,25 @@ def test_rows_of_files_with_repeats_and_bad_rows_are_the_oracles(
 def test_a_window_holds_more_rows_than_memory_and_is_verified_in_parts(tmp_path: Path) -> None:
     n = 40
     frames = {
-        "ask": pl.DataFrame({"t": [at(i) for i in range(n)], "id": range(n), "k": ["a"] * n, "x": [1] * n}, schema=ask.schema),
-        "happen": pl.DataFrame({"at": [at(i) for i in range(n)], "was": [at(i) for i in range(n)], "e": range(n), "k": ["a"] * n, "v": [0.1 * i for i in range(n)]}, schema=happen.schema),
-        "sort": pl.DataFrame({"at": [at(i) for i in range(n)], "e": range(n), "k": ["a"] * n, "n": range(n), "s": ["x"] * n}, schema=sort.schema),
+        "ask": pl.DataFrame(
+            {"t": [at(i) for i in range(n)], "id": range(n), "k": ["a"] * n, "x": [1] * n}, schema=ask.schema
+        ),
+        "happen": pl.DataFrame(
+            {
+                "at": [at(i) for i in range(n)],
+                "was": [at(i) for i in range(n)],
+                "e": range(n),
+                "k": ["a"] * n,
+                "v": [0.1 * i for i in range(n)],
+            },
+            schema=happen.schema,
+        ),
+        "sort": pl.DataFrame(
+            {"at": [at(i) for i in range(n)], "e": range(n), "k": ["a"] * n, "n": range(n), "s": ["x"] * n},
+            schema=sort.schema,
+        ),
         "things": pl.DataFrame({"k": ["a"], "a": [1], "b": ["x"]}, schema=things.schema),
-    }  # fmt: skip
+    }
     files = published(repeating, compute(repeating, frames["ask"], frames), tmp_path / "table")
     check = verification(repeating, written(tmp_path / "sources", frames))
     with pytest.MonkeyPatch.context() as patch:
@@ -260,17 +302,44 @@ def test_floats_of_expressions_are_those_of_python(tree: arithmetic.Expr, some: 
 
 square = pl.col("i32") * pl.col("i32")
 EXPRESSIONS = [
-    *arithmetic.KEPT.values(), *arithmetic.CHANGED.values(),
-    pl.col("d") // 0.1, pl.col("d") % 0.1, pl.col("f") // 3, pl.col("i32") // 7, pl.col("i32") % -7, pl.col("i32") // pl.col("i8"),
-    pl.col("f").round(2), (pl.col("f") * 3).round(2), pl.col("f").clip(-1, 0.1), pl.col("f").fill_null(0.1), pl.col("f").sqrt(),
-    pl.col("d") ** 2, pl.col("f") ** 3, pl.col("f") ** 0.5, (pl.col("d") / 1e6).exp(), pl.coalesce("f", "d"), pl.col("i8").is_in([1, 2]),
-    pl.col("i32") ** 9, (-pl.col("i64")) ** 3, pl.sum_horizontal("i32", "i32", "i64"), pl.mean_horizontal("i32", "d"), pl.max_horizontal("f", "d"),
-    pl.concat_list("i32", "i32").list.sum(), pl.concat_list(square, square, square).list.sum(), pl.concat_list(square, pl.lit(1)).list.max(),
-    pl.struct(x=square, Year=pl.col("i32")).struct.field("x"), pl.struct(Year=pl.col("i32")).struct.field("Year") * 4,
-    pl.col("i32").cast(pl.Int8, wrap_numerical=True) - 200, (pl.col("i32") * 2).cast(pl.String), pl.col("t").dt.offset_by("1d") - pl.col("t"),
-    (pl.col("t") - pl.datetime(2020, 1, 1, time_zone="UTC")).dt.total_days(), pl.col("s").str.len_chars().cast(pl.Int8) * 100,
-    pl.when(pl.col("b")).then(pl.col("i8") * 100).otherwise(pl.col("f")), pl.concat_str("s", square), pl.col("i8").abs() - pl.col("b"),
-]  # fmt: skip
+    *arithmetic.KEPT.values(),
+    *arithmetic.CHANGED.values(),
+    pl.col("d") // 0.1,
+    pl.col("d") % 0.1,
+    pl.col("f") // 3,
+    pl.col("i32") // 7,
+    pl.col("i32") % -7,
+    pl.col("i32") // pl.col("i8"),
+    pl.col("f").round(2),
+    (pl.col("f") * 3).round(2),
+    pl.col("f").clip(-1, 0.1),
+    pl.col("f").fill_null(0.1),
+    pl.col("f").sqrt(),
+    pl.col("d") ** 2,
+    pl.col("f") ** 3,
+    pl.col("f") ** 0.5,
+    (pl.col("d") / 1e6).exp(),
+    pl.coalesce("f", "d"),
+    pl.col("i8").is_in([1, 2]),
+    pl.col("i32") ** 9,
+    (-pl.col("i64")) ** 3,
+    pl.sum_horizontal("i32", "i32", "i64"),
+    pl.mean_horizontal("i32", "d"),
+    pl.max_horizontal("f", "d"),
+    pl.concat_list("i32", "i32").list.sum(),
+    pl.concat_list(square, square, square).list.sum(),
+    pl.concat_list(square, pl.lit(1)).list.max(),
+    pl.struct(x=square, Year=pl.col("i32")).struct.field("x"),
+    pl.struct(Year=pl.col("i32")).struct.field("Year") * 4,
+    pl.col("i32").cast(pl.Int8, wrap_numerical=True) - 200,
+    (pl.col("i32") * 2).cast(pl.String),
+    pl.col("t").dt.offset_by("1d") - pl.col("t"),
+    (pl.col("t") - pl.datetime(2020, 1, 1, time_zone="UTC")).dt.total_days(),
+    pl.col("s").str.len_chars().cast(pl.Int8) * 100,
+    pl.when(pl.col("b")).then(pl.col("i8") * 100).otherwise(pl.col("f")),
+    pl.concat_str("s", square),
+    pl.col("i8").abs() - pl.col("b"),
+]
 
 
 @settings(max_examples=25, deadline=None)
@@ -308,12 +377,18 @@ def a_table(folder: Path, days: list[int], rows: int = 30) -> tuple[FeatureView,
     """The repeating view's table over some days, of empty sources: every tenth row has values."""
     spine = pl.DataFrame(
         [{"t": T0 + timedelta(days=d, minutes=i), "id": i, "k": "a", "x": i} for d in days for i in range(rows)],
-        schema=ask.schema, orient="row",
-    )  # fmt: skip
+        schema=ask.schema,
+        orient="row",
+    )
     sorts = pl.DataFrame(
         {"at": [T0 - timedelta(days=1)], "e": [1], "k": ["a"], "n": [5], "s": ["x"]}, schema=sort.schema
     )
-    tables = {"ask": spine, "happen": pl.DataFrame(schema=happen.schema), "sort": sorts, "things": pl.DataFrame(schema=things.schema)}  # fmt: skip
+    tables = {
+        "ask": spine,
+        "happen": pl.DataFrame(schema=happen.schema),
+        "sort": sorts,
+        "things": pl.DataFrame(schema=things.schema),
+    }
     spine = spine.with_columns(k=pl.when(pl.col("id") % 10 == 0).then(pl.lit("a")))
     return repeating, published(repeating, compute(repeating, spine, tables), folder)
 
@@ -338,8 +413,16 @@ def test_a_sample_is_decided_by_the_run_and_spread(tmp_path: Path) -> None:
 def test_each_lifetime_group_has_a_row_with_history(tmp_path: Path) -> None:
     view, files = a_table(tmp_path, [0, 1])
     assert lifetime_groups(view) == [
-        ["sort_by_k_n_sum_all", "sort_by_k_n_last_all", "sort_by_k_n_std_all", "sort_by_k_s_first_all", "sort_by_k_count_all", "sort_s", "sort_n"]
-    ]  # fmt: skip
+        [
+            "sort_by_k_n_sum_all",
+            "sort_by_k_n_last_all",
+            "sort_by_k_n_std_all",
+            "sort_by_k_s_first_all",
+            "sort_by_k_count_all",
+            "sort_s",
+            "sort_n",
+        ]
+    ]
     sample = choose(view, *choose_files(files, 1, "one"), 1, "one")
     assert (len(sample.rows), sample.least) == (1, 1)
     assert sample.rows["sort_by_k_count_all"][0] == 1
@@ -373,14 +456,23 @@ def run(store: Path, *flags: str, text: str = market.DEFINITION) -> dict[str, An
 def test_a_run_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     market.write(tmp_path, market.spoiled(market.sources()), files=2)
     figures = run(tmp_path, "--verify", "all")
-    assert figures["verification"] | {"seconds": 0} == {"rows": 120, "of": 120, "values": 120 * len(market.load(tmp_path).columns), "differing": 0, "seconds": 0, "examples": []}  # fmt: skip
+    assert figures["verification"] | {"seconds": 0} == {
+        "rows": 120,
+        "of": 120,
+        "values": 120 * len(market.load(tmp_path).columns),
+        "differing": 0,
+        "seconds": 0,
+        "examples": [],
+    }
     assert "verified" in capsys.readouterr().out
     assert figures["verified"].startswith("120 rows (of 120), 0 differing, ")
     assert run(tmp_path, "--full")["verification"]["rows"] >= 1, "by default some are"
     assert "verification" not in run(tmp_path, "--full", "--verify", "0")
     assert run(tmp_path, "--full", "--verify", "7")["verification"]["rows"] == 7
     day = market.at(2).date()
-    part = run(tmp_path, "--start", str(day), "--end", str(day + timedelta(days=1)), "--verify", "all", "--plan", "shuffle")  # fmt: skip
+    part = run(
+        tmp_path, "--start", str(day), "--end", str(day + timedelta(days=1)), "--verify", "all", "--plan", "shuffle"
+    )
     assert part["verification"]["rows"] == part["rows_out"] > 0
 
 
@@ -411,7 +503,9 @@ def test_a_wrong_statistic_is_caught_and_nothing_is_committed(
     def wrong(column: Any, stat: str, lo: Any, hi: Any) -> Any:
         values, valid = real(column, stat, lo, hi)
         # One bit of float32, of means alone.
-        return (np.nextafter(values.astype(np.float32), np.float32(np.inf)), valid) if stat == "mean" else (values, valid)  # fmt: skip
+        return (
+            (np.nextafter(values.astype(np.float32), np.float32(np.inf)), valid) if stat == "mean" else (values, valid)
+        )
 
     monkeypatch.setattr(kernels, "statistic", wrong)
     told = refused(tmp_path)
@@ -429,7 +523,10 @@ def test_history_lost_from_a_snapshot_is_caught(tmp_path: Path) -> None:
     """Kind of fault 1: a run builds on a wrong summary of what came before it."""
     text = market.DEFINITION.replace('over="1d", where=', 'over="all", where=')
     frames = market.sources()
-    early = {name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) if name in market.TIMES else frame for name, frame in frames.items()}  # fmt: skip
+    early = {
+        name: frame.filter(pl.col(market.TIMES[name]) < market.at(3)) if name in market.TIMES else frame
+        for name, frame in frames.items()
+    }
     market.write(tmp_path, early)
     run(tmp_path, "--verify", "all", text=text)
     summaries = list(Path(table_of(tmp_path)).glob("_summaries/*.parquet"))
@@ -530,7 +627,9 @@ def test_a_table_that_exists_is_verified_and_one_bit_is_found(
     assert told["rows"] == 5
     assert told["of"] == answers(tmp_path).filter(pl.col("date") >= day).height
     altered(tmp_path, "sales_by_shop_price_mean_2d")
-    with pytest.raises(MismatchError, match=r"1 of .* values .*'sales_by_shop_price_mean_2d' of visit=\d+, asked=.* is .*, recomputed"):  # fmt: skip
+    with pytest.raises(
+        MismatchError, match=r"1 of .* values .*'sales_by_shop_price_mean_2d' of visit=\d+, asked=.* is .*, recomputed"
+    ):
         verified(tmp_path, "--rows", "all")
 
 
@@ -541,7 +640,20 @@ def test_live_answers_are_verified_by_what_they_could_see(tmp_path: Path, capsys
     files, store = tmp_path / "files", tmp_path / "store"
     market.write(files, market.spoiled(market.sources()))
     definition = str(market.define(store))
-    disorder = ("--disorder", "9h", "--keep", "12h", "--chunk", "2h", "--partitions", "1", "--shards", "3", "--seed", "5")  # fmt: skip
+    disorder = (
+        "--disorder",
+        "9h",
+        "--keep",
+        "12h",
+        "--chunk",
+        "2h",
+        "--partitions",
+        "1",
+        "--shards",
+        "3",
+        "--seed",
+        "5",
+    )
     argv = ["--streaming", "--definition", definition, "--store", str(store), "--sources", str(files / "sources")]
     assert features_streaming.main([*argv, "--run_id", "live", *disorder]) == 0
     assert verified(store, "--live", "--rows", "all") == 0

@@ -110,7 +110,11 @@ def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) ->
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(keys) else np.zeros(0, int)
-    sums = np.add.reduceat(drawn[order], first, axis=0, dtype=np.int32) if len(keys) else np.zeros((0, drawn.shape[1]), np.int32)  # fmt: skip
+    sums = (
+        np.add.reduceat(drawn[order], first, axis=0, dtype=np.int32)
+        if len(keys)
+        else np.zeros((0, drawn.shape[1]), np.int32)
+    )
     return ReplicateBins(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
 
 

@@ -176,9 +176,14 @@ def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
     parts.sort(key=lambda each: ([column for column, _ in each.by], -each.rows, each.name))
     bins = whole.tally.bins
     return Report(
-        whole.tally.rows, metrics(objective, whole.tally, threshold), tuple(parts), auc_error(bins) if bins else 0.0,
-        _intervals(drawn), _details(objective, whole, drawn, threshold), drawn,
-    )  # fmt: skip
+        whole.tally.rows,
+        metrics(objective, whole.tally, threshold),
+        tuple(parts),
+        auc_error(bins) if bins else 0.0,
+        _intervals(drawn),
+        _details(objective, whole, drawn, threshold),
+        drawn,
+    )
 
 
 def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, float | None]:
@@ -284,8 +289,15 @@ def as_json(report: Report) -> dict[str, Any]:
         "intervals": dict(report.intervals),
         "auc_error": report.auc_error,
         "slices": [
-            {"by": dict(each.by), "rows": each.rows, "metrics": dict(each.metrics), "intervals": dict(each.intervals), "gaps": dict(each.gaps), "rates": dict(each.rates)}
+            {
+                "by": dict(each.by),
+                "rows": each.rows,
+                "metrics": dict(each.metrics),
+                "intervals": dict(each.intervals),
+                "gaps": dict(each.gaps),
+                "rates": dict(each.rates),
+            }
             for each in report.slices
         ],
         **report.details,
-    }  # fmt: skip
+    }

@@ -117,11 +117,18 @@ def fairness(gates: Gates, report: Report) -> list[dict[str, Any]]:
     for column in gates.protected:
         groups = [each for each in report.slices if [name for name, _ in each.by] == [column]]
         judged = [each for each in groups if each.rows >= gates.min_slice_rows]
-        result.append({
-            "column": column,
-            "groups": [{"value": each.by[0][1], "rows": each.rows, "judged": each in judged, **each.rates} for each in groups],
-            "differences": {name: _greatest([_spread(rate, judged) for rate in rates]) for name, rates in RATES.items()},
-        })  # fmt: skip
+        result.append(
+            {
+                "column": column,
+                "groups": [
+                    {"value": each.by[0][1], "rows": each.rows, "judged": each in judged, **each.rates}
+                    for each in groups
+                ],
+                "differences": {
+                    name: _greatest([_spread(rate, judged) for rate in rates]) for name, rates in RATES.items()
+                },
+            }
+        )
     return result
 
 

@@ -136,9 +136,16 @@ def per_class(tally: MetricTally) -> list[dict[str, Any]]:
         # A class that the model does not know is ranked by chance.
         ranked = auc(tally.classes[k]) if k < len(tally.classes) else 0.5
         precision = hits[k] / chosen[k] if chosen[k] else 0.0 if true[k] else None
-        result.append({
-            "class": k, "rows": true[k], "chosen": chosen[k], "precision": precision, "recall": hits[k] / true[k] if true[k] else None, "auc": ranked,
-        })  # fmt: skip
+        result.append(
+            {
+                "class": k,
+                "rows": true[k],
+                "chosen": chosen[k],
+                "precision": precision,
+                "recall": hits[k] / true[k] if true[k] else None,
+                "auc": ranked,
+            }
+        )
     return result
 
 

@@ -127,9 +127,13 @@ def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threa
     names, several = list(scorer.bundle.encoders.inputs), len(means) > 1
     order = sorted(range(len(names)), key=lambda i: (-means[:, i].sum(), names[i]))
     shown = [
-        {"input": names[i], "mean_abs": float(means[:, i].sum()), **({"by_class": means[:, i].tolist()} if several else {})}
+        {
+            "input": names[i],
+            "mean_abs": float(means[:, i].sum()),
+            **({"by_class": means[:, i].tolist()} if several else {}),
+        }
         for i in order
-    ]  # fmt: skip
+    ]
     points = []
     for i in order[:SHOWN]:
         chosen = int(means[:, i].argmax())
@@ -143,8 +147,15 @@ def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threa
     scores = score(scorer, sample).tolist() if single else []
     labels = sample.column(sample.schema.get_field_index(LABEL)).to_pylist() if single else []
     return Explanation(
-        len(rows), UNITS.get(objective, "units of the label"), tuple(base.tolist()), tuple(shown), tuple(points), tuple(scores), tuple(labels), example
-    )  # fmt: skip
+        len(rows),
+        UNITS.get(objective, "units of the label"),
+        tuple(base.tolist()),
+        tuple(shown),
+        tuple(points),
+        tuple(scores),
+        tuple(labels),
+        example,
+    )
 
 
 def affordable(scorer: Scorer, rows: int) -> int:
@@ -163,8 +174,11 @@ def contributions(scorer: Scorer, rows: pa.RecordBatch) -> npt.NDArray[np.float3
 
     encoders = scorer.bundle.encoders
     matrix = xgboost.DMatrix(
-        encoders.apply(rows), feature_names=encoders.names, feature_types=encoders.types, enable_categorical="c" in encoders.types
-    )  # fmt: skip
+        encoders.apply(rows),
+        feature_names=encoders.names,
+        feature_types=encoders.types,
+        enable_categorical="c" in encoders.types,
+    )
     found: npt.NDArray[np.float32] = scorer.booster.predict(matrix, pred_contribs=True)
     return found.reshape(rows.num_rows, scorer.bundle.classes, len(encoders.names) + 1)
 

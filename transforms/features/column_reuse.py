@@ -78,11 +78,15 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
         columns: all that are read; rows are judged by those that are not in `ordering`.
     """
     return {
-        "name": source.name, "time": source.time, "event_time": source.event_time,
-        "unique": source.unique and list(source.unique), "order": source.order and list(source.order),
-        "not_before": str(instant(source.not_before)), "columns": [[name, str(source.schema[name])] for name in columns],
+        "name": source.name,
+        "time": source.time,
+        "event_time": source.event_time,
+        "unique": source.unique and list(source.unique),
+        "order": source.order and list(source.order),
+        "not_before": str(instant(source.not_before)),
+        "columns": [[name, str(source.schema[name])] for name in columns],
         **({"ordering": list(ordering)} if ordering else {}),
-    }  # fmt: skip
+    }
 
 
 def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:

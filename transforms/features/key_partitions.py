@@ -64,7 +64,9 @@ class KeyedEvents:
             name: BlockInput(_nothing(plan, name), concat_dead_letters([]), SourceTally(label(plan, name)))
             for name in block.events
         }
-        self.suspects = {name: DiskPartitions(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events}  # fmt: skip
+        self.suspects = {
+            name: DiskPartitions(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events
+        }
 
     def add(self, name: str, read: Read) -> None:
         """Adds events read from a source. Those that may be repeats are kept until all have been added."""
@@ -197,10 +199,13 @@ class GroupEvents:
         if rows > 4 * self.block.part_rows:
             log.warning(
                 "%s by %s: %s rows of one key, or a few, are held at once; %s",
-                self.name, ", ".join(self.known), f"{rows:,}",
-                "a median, quantile or n_unique over a window longer than a block needs them" if task.length is None
+                self.name,
+                ", ".join(self.known),
+                f"{rows:,}",
+                "a median, quantile or n_unique over a window longer than a block needs them"
+                if task.length is None
                 else "a smaller --block_rows holds less",
-            )  # fmt: skip
+            )
 
 
 def _lengths(feature: Events) -> list[int | None]:

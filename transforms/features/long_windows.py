@@ -123,7 +123,9 @@ def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame
     """Selects from `events`, which are all in the same windows, those that can be the first or last of a window, each once."""
     source, keys = features[0].source, [column for _, column in features[0].keys]
     wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
-    wanted |= {(each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics}  # fmt: skip
+    wanted |= {
+        (each.column, each.stat) for feature in features if isinstance(feature, Trailing) for each in feature.statistics
+    }
     rows = events.sort([position(source), *source.ties(events.columns)])
     row = pl.int_range(len(rows), dtype=pl.Int64)
     picked = {

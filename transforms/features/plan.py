@@ -212,8 +212,17 @@ def plan_blocks(
     blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
     routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
     return FeaturePlan(
-        tuple(ranges), dates, reach, tuple(blocks), dimensions, repeats, inventory.contracts, inventory.spine, shuffled, routed
-    )  # fmt: skip
+        tuple(ranges),
+        dates,
+        reach,
+        tuple(blocks),
+        dimensions,
+        repeats,
+        inventory.contracts,
+        inventory.spine,
+        shuffled,
+        routed,
+    )
 
 
 def with_shards(

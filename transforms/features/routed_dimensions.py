@@ -61,10 +61,13 @@ def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spin
 def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BLOCK_ROWS) -> BlockInput:
     """Like `block_inputs.read_dimension` but without the rows: only dead letters and tallies, a partition of keys at a time."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
-    keys = list(dict.fromkeys(
-        tuple(column for _, column in feature.keys)
-        for feature in view.features if isinstance(feature, Lookup) and feature.source.name == name
-    ))  # fmt: skip
+    keys = list(
+        dict.fromkeys(
+            tuple(column for _, column in feature.keys)
+            for feature in view.features
+            if isinstance(feature, Lookup) and feature.source.name == name
+        )
+    )
     total, rows, dead_letters, refused = 0, 0, [], []
     with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
         parts = -(-sum(each.rows for each in slices) // part_rows)

@@ -244,8 +244,11 @@ class Champion:
         else:
             log.warning(
                 "%s serves instead of version %s since %s (loaded, checked and warmed in %.2f s)",
-                which, before.version, _moment(held.since), took,
-            )  # fmt: skip
+                which,
+                before.version,
+                _moment(held.since),
+                took,
+            )
 
     def _refuse(self, version: str, error: Exception) -> None:
         serving = "what served at launch" if self._held is None else f"version {self._held.version}"
@@ -258,8 +261,11 @@ class Champion:
             self._news["refused"] += 1
         log.error(
             "version %s of %r is refused, %s serves on: %s  It is tried again when the alias moves or its files change.",
-            version, self.serving.model, serving, error if known else f"{rule}. Got: {value}.",
-        )  # fmt: skip
+            version,
+            self.serving.model,
+            serving,
+            error if known else f"{rule}. Got: {value}.",
+        )
 
     def _say(self, error: Exception) -> None:
         """Report an error of the registry once, until the error changes."""
@@ -291,7 +297,9 @@ def _state(folder: str) -> tuple[Any, ...]:
     try:
         if "://" in folder:
             (found,) = FileSystems.match([FileSystems.join(folder, "*")])
-            return tuple(sorted((each.path, each.size_in_bytes, each.last_updated_in_seconds) for each in found.metadata_list))  # fmt: skip
+            return tuple(
+                sorted((each.path, each.size_in_bytes, each.last_updated_in_seconds) for each in found.metadata_list)
+            )
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
         return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
@@ -356,8 +364,11 @@ def score_live(
     else:
         columns = [pa.array([], field.type) for field in schema]
     serving_now = {
-        "worker": champion.worker, "version": held.version, "since": held.since, "refused": champion.refused,
-    }  # fmt: skip
+        "worker": champion.worker,
+        "version": held.version,
+        "since": held.since,
+        "refused": champion.refused,
+    }
     metadata = {BATCH_RECORD: batch_record(rows), SERVING: json.dumps(serving_now).encode()}
     return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
 

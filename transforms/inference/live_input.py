@@ -103,7 +103,11 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
     origin = (message.partition, message.offset, None, message.timestamp)
     for field, value in zip(ORIGIN, origin, strict=True):
-        column = pa.array(range(len(table)), field.type) if value is None else pa.repeat(pa.scalar(value, pa.int64()), len(table)).cast(field.type)  # fmt: skip
+        column = (
+            pa.array(range(len(table)), field.type)
+            if value is None
+            else pa.repeat(pa.scalar(value, pa.int64()), len(table)).cast(field.type)
+        )
         table = table.append_column(field, column)
     return table.select(scorable(view).names)
 

@@ -180,9 +180,12 @@ class PendingPredictions:
     def head(self) -> dict[str, Any]:
         """The record of a commit."""
         return {
-            "turn": self.turn, "next": {self.source: {str(number): offset for number, offset in self.next.items()}},
-            "ended": {str(number): offset for number, offset in self.ended.items()}, "rows": self.rows, "by_version": self.by_version,
-        }  # fmt: skip
+            "turn": self.turn,
+            "next": {self.source: {str(number): offset for number, offset in self.next.items()}},
+            "ended": {str(number): offset for number, offset in self.ended.items()},
+            "rows": self.rows,
+            "by_version": self.by_version,
+        }
 
     def take(self, envelope: bytes) -> None:
         serving = head_of(envelope).get("serving")
@@ -191,7 +194,9 @@ class PendingPredictions:
         if not serving:
             return
         key = f"{serving['worker']} {serving['since']}"
-        tenure = self.tenures.setdefault(key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}})  # fmt: skip
+        tenure = self.tenures.setdefault(
+            key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}}
+        )
         for micro_batch in some:
             if len(micro_batch.rows):
                 known = tenure["offsets"].get(str(micro_batch.partition), micro_batch.first)
@@ -247,7 +252,9 @@ class PendingPredictions:
         )
         fresh = self._ids(table, once)
         record = self._record(rows, once, fresh) if outlet.table else self._record(rows, once, once)
-        Writer(outlet.uri, schema, app, outlet.run_id).append(once if outlet.table else once.clear(), self.turn, record, self._ids, always=True)  # fmt: skip
+        Writer(outlet.uri, schema, app, outlet.run_id).append(
+            once if outlet.table else once.clear(), self.turn, record, self._ids, always=True
+        )
         return {**record, **self._status(rows, now)}
 
     def _record(self, rows: pl.DataFrame, once: pl.DataFrame, fresh: pl.DataFrame) -> dict[str, Any]:
@@ -261,20 +268,29 @@ class PendingPredictions:
     def _status(self, rows: pl.DataFrame, now: int) -> dict[str, Any]:
         tenures = sorted(self.tenures.values(), key=lambda each: (each["worker"], each["since"]))
         swaps = [
-            {"at": after["since"], "from": before["version"], "to": after["version"], "offsets": after["offsets"], "worker": after["worker"]}
+            {
+                "at": after["since"],
+                "from": before["version"],
+                "to": after["version"],
+                "offsets": after["offsets"],
+                "worker": after["worker"],
+            }
             for before, after in itertools.pairwise(tenures)
             if before["worker"] == after["worker"]
-        ]  # fmt: skip
+        ]
         workers = {each["worker"]: {"version": each["version"], "since": each["since"]} for each in tenures}
         lag = (rows["__scored"].to_physical() - rows["__arrived"].to_physical()).to_numpy() / 1e6
         marks = (
             dict(zip(("median", "p99", "max"), np.quantile(lag, (0.5, 0.99, 1)).round(4).tolist())) if len(lag) else {}
         )
         return {
-            "last": self.last, "at": now,
-            "swaps": sorted(swaps, key=lambda each: int(each["at"])), "refused": list(self.refused.values()), "workers": workers,
+            "last": self.last,
+            "at": now,
+            "swaps": sorted(swaps, key=lambda each: int(each["at"])),
+            "refused": list(self.refused.values()),
+            "workers": workers,
             "lag_s": {"rows": len(lag), **marks},
-        }  # fmt: skip
+        }
 
     def _dead_letters(self, dead_letters: pl.DataFrame) -> int:
         outlet = self.outlet
@@ -350,8 +366,12 @@ class TimedCommitPredictions(CommitPredictions):
     """`CommitPredictions` with a timer that commits the rest when no more input arrives."""
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[KeyedBytes]:  # fmt: skip
+        self,
+        element: KeyedBytes,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[KeyedBytes]:
         yield from self.taken(element, head, bag)
         self.arm(head, wake)
 
@@ -366,8 +386,12 @@ class TimedCommitPredictions(CommitPredictions):
 
     @on_timer(WAKE)
     def woken(
-        self, key: Any = beam.DoFn.KeyParam, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
-    ) -> Iterator[KeyedBytes]:  # fmt: skip
+        self,
+        key: Any = beam.DoFn.KeyParam,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        wake: Any = beam.DoFn.TimerParam(WAKE),
+    ) -> Iterator[KeyedBytes]:
         state = read_head(head)
         ledger = self.ledger(key, state, bag)
         if ledger.inbox:

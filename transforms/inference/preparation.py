@@ -97,8 +97,12 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
     written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
     base = None if request.output_tfrecord else check_target(uri, written)
     metadata = {
-        "pipeline": "inference", "model": name, "model_version": model.version, "fingerprint": bundle.fingerprint, "features": features,
-    }  # fmt: skip
+        "pipeline": "inference",
+        "model": name,
+        "model_version": model.version,
+        "fingerprint": bundle.fingerprint,
+        "features": features,
+    }
     target = CommitTarget(uri, written, dates, request.run_id, base, None, metadata)
     return InferencePlan(model, bundle, schema, files, paths, features, target)
 

@@ -44,9 +44,14 @@ from transforms.streaming.shards import RID
 
 # In the order in which they are applied where none of several is needed by itself.
 LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
-    "late row", "history", "before_start", "corrected or erased row", "repeat beyond memory", "row rejected by one side only",
+    "late row",
+    "history",
+    "before_start",
+    "corrected or erased row",
+    "repeat beyond memory",
+    "row rejected by one side only",
     "dimension version",
-)  # fmt: skip
+)
 # What explains nothing, though a value may come from it.
 LOST, TWICE = "row that live never had", "repeat that live should have known"
 CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST, TWICE)
@@ -253,18 +258,32 @@ class Sides:
         )
         good, bad = self.batch.rows(name)
         theirs = good.select(*columns, "__kept").with_columns(pl.lit(True).alias("__batch"))
-        both = _numbered(ours, columns, ["__counted", "__shown"], [True, False]).join(
-            _numbered(theirs, columns, ["__kept"], [True]), on=[*columns, _N], how="full", coalesce=True, nulls_equal=True
-        ).with_columns(
-            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False), pl.col("__shown", "__gone").fill_null(NEVER)
-        ).with_row_index("__row")  # fmt: skip
+        both = (
+            _numbered(ours, columns, ["__counted", "__shown"], [True, False])
+            .join(
+                _numbered(theirs, columns, ["__kept"], [True]),
+                on=[*columns, _N],
+                how="full",
+                coalesce=True,
+                nulls_equal=True,
+            )
+            .with_columns(
+                pl.col("__live", "__batch", "__counted", "__kept").fill_null(False),
+                pl.col("__shown", "__gone").fill_null(NEVER),
+            )
+            .with_row_index("__row")
+        )
         cause = self._causes(name, both, bad, repeats, started)
         mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
         moments = both[str(view.events[name].time)].to_physical().to_numpy()
         return Aligned(
-            both.select(view.columns_held(name)), moments, np.where(mine, both["__shown"].to_numpy(), NEVER),
-            np.where(mine, both["__gone"].to_numpy(), 0), both["__kept"].to_numpy(), cause,
-        )  # fmt: skip
+            both.select(view.columns_held(name)),
+            moments,
+            np.where(mine, both["__shown"].to_numpy(), NEVER),
+            np.where(mine, both["__gone"].to_numpy(), 0),
+            both["__kept"].to_numpy(),
+            cause,
+        )
 
     def _causes(
         self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
@@ -346,9 +365,12 @@ class Sides:
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
         # Live had come this far when it took the row in, and remembers what is not older than twice the longest window.
         known = rows.filter("__live").select("__shown", "__moment")
-        asked = pl.DataFrame({
-            "__shown": shown_at(self.view.spine.name, self.asked, self.cuts), "__moment": self.asked[self.view.time].to_physical(),
-        })  # fmt: skip
+        asked = pl.DataFrame(
+            {
+                "__shown": shown_at(self.view.spine.name, self.asked, self.cuts),
+                "__moment": self.asked[self.view.time].to_physical(),
+            }
+        )
         until = pl.concat([known, asked]).sort("__shown").with_columns(pl.col("__moment").cum_max())
         at = np.searchsorted(until["__shown"].to_numpy(), undecided["__shown"].to_numpy(), "right") - 1
         far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)

@@ -174,9 +174,9 @@ class _Variants:
             .select(content)
         )
         mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
-        theirs = pl.DataFrame({
-            name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content
-        })  # fmt: skip
+        theirs = pl.DataFrame(
+            {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
+        )
         # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other came.
         positions = pl.int_range(pl.len()).alias("__at")
         other = theirs.with_columns(positions).join(
@@ -239,8 +239,12 @@ class _Variants:
         return pl.DataFrame({name: self.batch[name].zip_with(flags, self.live[name]) for name in self.live.columns})
 
     def _part(
-        self, part: tuple[Ints, int, int | None, int], asked: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame], active: Sequence[str]
-    ) -> pl.DataFrame:  # fmt: skip
+        self,
+        part: tuple[Ints, int, int | None, int],
+        asked: pl.DataFrame,
+        dimensions: Mapping[str, pl.DataFrame],
+        active: Sequence[str],
+    ) -> pl.DataFrame:
         rows, cut, first, high = part
         view = self.sides.view
         low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}

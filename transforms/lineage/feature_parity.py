@@ -186,8 +186,13 @@ def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _check_some(
-    view: FeatureView, store: str, answers: pl.DataFrame, cuts: Sequence[str], dimensions: Mapping[str, pl.DataFrame], result: Parity
-) -> None:  # fmt: skip
+    view: FeatureView,
+    store: str,
+    answers: pl.DataFrame,
+    cuts: Sequence[str],
+    dimensions: Mapping[str, pl.DataFrame],
+    result: Parity,
+) -> None:
     rank = {text: position for position, text in enumerate(cuts)}
     days = answers["date"]
     first, last = days.min(), days.max()

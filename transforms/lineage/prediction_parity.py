@@ -92,9 +92,15 @@ def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFr
     published = published.select(again.columns).sort("row_id")
     # As bits: two NaN are the same, 0.0 and −0.0 are not.
     floats = [pl.col(name).reinterpret(signed=True) for name, dtype in again.schema.items() if dtype.is_float()]
-    same = again.with_columns(floats).select(
-        pl.all_horizontal(pl.col(name).eq_missing(column) for name, column in _columns(published.with_columns(floats)))
-    ).to_series()  # fmt: skip
+    same = (
+        again.with_columns(floats)
+        .select(
+            pl.all_horizontal(
+                pl.col(name).eq_missing(column) for name, column in _columns(published.with_columns(floats))
+            )
+        )
+        .to_series()
+    )
     found.compared[scorer.version] = found.compared.get(scorer.version, 0) + len(published)
     found.differing += int((~same).sum())
     for live, batched in zip(

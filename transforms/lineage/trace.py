@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 from apache_beam.io.filesystems import FileSystems
@@ -63,9 +63,17 @@ def _table(store: str, name: str) -> TableSummary:
     print_of = parts[2] if len(parts) == 3 else str(last.get("fingerprint", ""))
     at = datetime.fromtimestamp(last["timestamp"] / 1000, UTC) if "timestamp" in last else None
     return TableSummary(
-        name, int(table.version()), dates.min(), dates.max(), int(actions["num_records"].sum()), int(actions["size_bytes"].sum()),  # type: ignore[arg-type]
-        len(actions), print_of, str(last.get("run_id", "")), at,
-    )  # fmt: skip
+        name,
+        int(table.version()),
+        cast(date | None, dates.min()),
+        cast(date | None, dates.max()),
+        int(actions["num_records"].sum()),
+        int(actions["size_bytes"].sum()),
+        len(actions),
+        print_of,
+        str(last.get("run_id", "")),
+        at,
+    )
 
 
 def _folders(store: str) -> list[TableSummary]:
@@ -77,9 +85,20 @@ def _folders(store: str) -> list[TableSummary]:
         if parts[-1].endswith(".parquet") and not any(part.startswith((".", "_")) for part in parts):
             held.setdefault(parts[0].removesuffix(".parquet"), []).append((file.bytes, file.changed))
     return [
-        TableSummary(f"sources/{name}", None, None, None, None, sum(size for size, _ in files), len(files), "", "", max(at for _, at in files))
+        TableSummary(
+            f"sources/{name}",
+            None,
+            None,
+            None,
+            None,
+            sum(size for size, _ in files),
+            len(files),
+            "",
+            "",
+            max(at for _, at in files),
+        )
         for name, files in held.items()
-    ]  # fmt: skip
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

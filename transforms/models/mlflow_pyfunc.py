@@ -55,9 +55,12 @@ def rows_of(scorer: Scorer, rows: Any) -> pa.RecordBatch:
 
 
 _TYPES = {
-    "float": pa.float32(), "double": pa.float64(), "large_string": pa.large_string(), "date32[day]": pa.date32(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "large_string": pa.large_string(),
+    "date32[day]": pa.date32(),
     "timestamp[us, tz=UTC]": pa.timestamp("us", "UTC"),
-}  # fmt: skip
+}
 
 
 def load_pyfunc(path: str) -> PyfuncModel:

@@ -235,7 +235,11 @@ class Registry:
             else:
                 stack.append(entry["version"])
         if len(stack) < 2:
-            raise StoreError(f"Model {name!r} had a champion before this one", ", ".join(stack) or "none at all", "Name one: millrace promote VERSION --why …")  # fmt: skip
+            raise StoreError(
+                f"Model {name!r} had a champion before this one",
+                ", ".join(stack) or "none at all",
+                "Name one: millrace promote VERSION --why …",
+            )
         self.promote(name, stack[-2], f"{ROLLBACK}{why}", who)
         return stack[-1], stack[-2]
 
@@ -247,12 +251,16 @@ class Registry:
             champion = self._aliases(client, name).get(CHAMPION)
             return [
                 {
-                    "version": version, "champion": version == champion, "at": each.creation_timestamp, "run": each.tags.get(RUN, ""),
-                    "gates": each.tags.get("millrace.gates", ""), "metrics": dict(client.get_run(each.run_id).data.metrics),
+                    "version": version,
+                    "champion": version == champion,
+                    "at": each.creation_timestamp,
+                    "run": each.tags.get(RUN, ""),
+                    "gates": each.tags.get("millrace.gates", ""),
+                    "metrics": dict(client.get_run(each.run_id).data.metrics),
                 }
                 for version, each in self._versions(client, name).items()
                 if DIGEST in each.tags
-            ]  # fmt: skip
+            ]
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """Every promotion, oldest first: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
@@ -345,18 +353,29 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str
         for name, content in ((_EXAMPLE, example), (_REQUEST, {"dataframe_split": example})):
             Path(folder, name).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
         model.saved_input_example_info = {
-            "artifact_path": _EXAMPLE, "type": "dataframe", "pandas_orient": "split", "serving_input_path": _REQUEST,
-        }  # fmt: skip
+            "artifact_path": _EXAMPLE,
+            "type": "dataframe",
+            "pandas_orient": "split",
+            "serving_input_path": _REQUEST,
+        }
     model.save(os.path.join(folder, "MLmodel"))
     return digest
 
 
 _MLFLOW_TYPES = {
     # Any input may be null, and MLflow's own whole numbers may not.
-    "int8": "double", "int16": "double", "int32": "double", "int64": "double", "float": "float", "double": "double",
-    "bool": "boolean", "string": "string", "large_string": "string", "date32[day]": "datetime",
+    "int8": "double",
+    "int16": "double",
+    "int32": "double",
+    "int64": "double",
+    "float": "float",
+    "double": "double",
+    "bool": "boolean",
+    "string": "string",
+    "large_string": "string",
+    "date32[day]": "datetime",
     "timestamp[us, tz=UTC]": "datetime",
-}  # fmt: skip
+}
 
 
 def _mlflow() -> Any:

@@ -86,7 +86,11 @@ def _round(low: float, high: float, ticks: int) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    marks = [base * 10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for base in (1, 2, 5)]  # fmt: skip
+    marks = [
+        base * 10.0**power
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for base in (1, 2, 5)
+    ]
     inside = [each for each in marks if low <= each <= high]
     return inside if len(inside) <= 6 else [each for each in inside if math.log10(each) % 1 < 1e-9][:8]
 

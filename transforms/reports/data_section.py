@@ -127,9 +127,17 @@ class Data:
 def data(content: Content, manifest: Content) -> Data:
     counts = content["splits"]
     return Data(
-        tuple(content["data"]["warnings"]), timeline(manifest), splits(content, manifest), _binary(manifest), content["feature_rows"],
-        content["outside"], sum(each["waiting"] for each in counts.values()), tables(manifest), sources(manifest), drift(content),
-    )  # fmt: skip
+        tuple(content["data"]["warnings"]),
+        timeline(manifest),
+        splits(content, manifest),
+        _binary(manifest),
+        content["feature_rows"],
+        content["outside"],
+        sum(each["waiting"] for each in counts.values()),
+        tables(manifest),
+        sources(manifest),
+        drift(content),
+    )
 
 
 def _binary(manifest: Content) -> bool:

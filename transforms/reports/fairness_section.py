@@ -90,5 +90,7 @@ def protected(found: Content, bounds: Mapping[str, float]) -> Protected:
         Rates(category(each["value"]), Strip(x, marks(each)), each["rows"], tuple(map(each.get, SHOWN)), each["judged"])
         for each in found["groups"]
     )
-    measures = tuple(Measure(name, value, bounds.get(name), tuple(RATES[name])) for name, value in found["differences"].items())  # fmt: skip
+    measures = tuple(
+        Measure(name, value, bounds.get(name), tuple(RATES[name])) for name, value in found["differences"].items()
+    )
     return Protected(found["column"], x, groups, measures)

@@ -54,13 +54,23 @@ class Header:
 def header(content: Content, manifest: Content) -> Header:
     now, found, metric = (manifest.get("read") or {}).get("now"), content["gates"], manifest["metric"]
     return Header(
-        model=content["model"], version=content.get("model_version"), moment=datetime.fromtimestamp(now / 1e6, UTC) if now else None,
-        objective=manifest["objective"], view=manifest["view"], outcome=outcome(content),
-        metric=metric, value=content["metrics"].get(metric), span=content["intervals"].get(metric),
-        examples={name: each["entered"] for name, each in content["splits"].items()}, rounds=content["rounds"],
-        holding=sum(each["holds"] for each in found), judged=len(found), idle=sum(not each["judged"] for each in found),
-        code_version=manifest.get("code_version", ""), run_id=manifest.get("run_id", ""),
-    )  # fmt: skip
+        model=content["model"],
+        version=content.get("model_version"),
+        moment=datetime.fromtimestamp(now / 1e6, UTC) if now else None,
+        objective=manifest["objective"],
+        view=manifest["view"],
+        outcome=outcome(content),
+        metric=metric,
+        value=content["metrics"].get(metric),
+        span=content["intervals"].get(metric),
+        examples={name: each["entered"] for name, each in content["splits"].items()},
+        rounds=content["rounds"],
+        holding=sum(each["holds"] for each in found),
+        judged=len(found),
+        idle=sum(not each["judged"] for each in found),
+        code_version=manifest.get("code_version", ""),
+        run_id=manifest.get("run_id", ""),
+    )
 
 
 def outcome(content: Content) -> Outcome:

@@ -110,10 +110,13 @@ def explained(known: Content, points: Sequence[Content]) -> Explained:
 
     first, more = known["inputs"][: len(points)], known["inputs"][len(points) :]
     return Explained(
-        known["unit"], known["rows"], x, tuple(map(moving, first)),
+        known["unit"],
+        known["rows"],
+        x,
+        tuple(map(moving, first)),
         tuple(Moving(each["input"], None, bar(each), each["mean_abs"]) for each in more),
         tuple(picture(each, known["unit"]) for each in points[:PICTURES]),
-    )  # fmt: skip
+    )
 
 
 def _fifths(values: Sequence[Any]) -> npt.NDArray[np.int64]:

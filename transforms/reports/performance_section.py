@@ -203,7 +203,10 @@ def curves(content: Content) -> Curves | None:
         said = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
         paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [said])
     by_recall = Plot(f"Precision by recall, average precision {shown(precision)}", x, y, paths, "1")
-    keys = (Key("first", "this model"), *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []))  # fmt: skip
+    keys = (
+        Key("first", "this model"),
+        *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
+    )
     return Curves(roc, auc, by_recall, precision, keys, share, at["threshold"] if at else None)
 
 
@@ -259,21 +262,28 @@ def thresholds(content: Content) -> tuple[Threshold, ...]:
     used = (content.get("rules") or {}).get("threshold")
     return tuple(
         Threshold(
-            each["threshold"], each["precision"], each["recall"], each["intervals"],
-            each["false_positive_rate"], each["selection_rate"], each["threshold"] == used,
+            each["threshold"],
+            each["precision"],
+            each["recall"],
+            each["intervals"],
+            each["false_positive_rate"],
+            each["selection_rate"],
+            each["threshold"] == used,
         )
         for each in content.get("thresholds") or []
-    )  # fmt: skip
+    )
 
 
 def classes(content: Content) -> tuple[Class, ...]:
     return tuple(
         Class(
-            each["class"], each["rows"], each["chosen"],
+            each["class"],
+            each["rows"],
+            each["chosen"],
             tuple((each[name], each["intervals"].get(name)) for name in ("precision", "recall", "auc")),
         )
         for each in content.get("classes") or []
-    )  # fmt: skip
+    )
 
 
 def confusion(content: Content) -> tuple[tuple[Confused, ...], ...]:

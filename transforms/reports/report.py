@@ -26,9 +26,17 @@ from transforms.reports.slices_section import Slices, slices
 Content = Mapping[str, Any]
 FILE = "report.html"
 _FILTERS = (
-    formatting.number, formatting.given, formatting.parameter, formatting.percent, formatting.interval, formatting.estimate,
-    formatting.day, formatting.named, formatting.category, formatting.metric_name,
-)  # fmt: skip
+    formatting.number,
+    formatting.given,
+    formatting.parameter,
+    formatting.percent,
+    formatting.interval,
+    formatting.estimate,
+    formatting.day,
+    formatting.named,
+    formatting.category,
+    formatting.metric_name,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +69,16 @@ def render(content: Content, manifest: Content, points: Content | None = None) -
         points: the `Explanation` with single rows, as JSON values; None leaves its pictures out.
     """
     report = Report(
-        header(content, manifest), gates(content), data(content, manifest), search(content, manifest),
-        performance(content, manifest, points or {}), slices(content, manifest), fairness(content),
-        inputs(content, points or {}), provenance(content, manifest),
-    )  # fmt: skip
+        header(content, manifest),
+        gates(content),
+        data(content, manifest),
+        search(content, manifest),
+        performance(content, manifest, points or {}),
+        slices(content, manifest),
+        fairness(content),
+        inputs(content, points or {}),
+        provenance(content, manifest),
+    )
     return templates().get_template("report.html.j2").render(report=report)
 
 
@@ -72,8 +86,13 @@ def render(content: Content, manifest: Content, points: Content | None = None) -
 def templates() -> jinja2.Environment:
     """The templates, which escape whatever is not HTML already, and refuse names that are not there."""
     found = jinja2.Environment(
-        loader=jinja2.PackageLoader("transforms.reports"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, auto_reload=False,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("transforms.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        auto_reload=False,
+    )
     found.filters |= {each.__name__: each for each in _FILTERS}
     return found

@@ -103,7 +103,17 @@ def _sign(metric: str) -> int:
 
 def _trial(each: Content, names: Sequence[str], best: Content) -> Trial:
     params = tuple(each["params"].get(name) for name in names)
-    return Trial(each["trial"], each["value"], each["rounds"], params, each["rung"], tuple(each["folds"]), each["seconds"], each["error"], each is best)  # fmt: skip
+    return Trial(
+        each["trial"],
+        each["value"],
+        each["rounds"],
+        params,
+        each["rung"],
+        tuple(each["folds"]),
+        each["seconds"],
+        each["error"],
+        each is best,
+    )
 
 
 def table(trials: Sequence[Content], best: Content, names: tuple[str, ...], metric: str) -> Trials:

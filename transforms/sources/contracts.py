@@ -121,9 +121,12 @@ class Contract:
         if len(inside) < len(self.read):
             types = {name: self.source.schema[name] for name in given}
             values = pl.DataFrame({name: [value] for name, value in given.items()}).cast(types)  # type: ignore[arg-type]
-            frame = pl.DataFrame({
-                name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows) for name in self.read
-            })  # fmt: skip
+            frame = pl.DataFrame(
+                {
+                    name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows)
+                    for name in self.read
+                }
+            )
         return frame.cast({name: self.source.schema[name] for name in self.read})
 
     def check(self, schema: pa.Schema, file: str) -> None:

@@ -236,9 +236,11 @@ def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners,
         pl.lit(contract.source.name).alias("source"),
         pl.Series("file", [slices[i].path for i in index], pl.String),
         pl.Series("row", position - starts[index] + np.array([each.first for each in slices])[index], pl.Int64),
-        "field", "rule", "value",
+        "field",
+        "rule",
+        "value",
         pl.coalesce("time", own, pl.lit(ALWAYS)).alias("time"),
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -265,9 +267,9 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     again = pl.concat([_again(narrow, slices, part, parts) for part in range(parts)])
     if not len(again):
         return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
-    occurrences = pl.concat([
-        check_rows(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)
-    ])  # fmt: skip
+    occurrences = pl.concat(
+        [check_rows(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)]
+    )
     first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
     kept = without_repeats(source, occurrences, first)
     return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
@@ -329,8 +331,15 @@ def locate(
         )
         value = pl.concat_str([pl.col(name).cast(pl.String).fill_null("null") for name in key], separator=", ")
         time = pl.col(contract.source.time).to_physical() if contract.source.time is not None else pl.lit(0, pl.Int64)
-        parts.append(found.select(
-            pl.lit(contract.source.name).alias("source"), pl.lit(each.path).alias("file"), pl.col("__row").alias("row"),
-            pl.lit(", ".join(key)).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"), time.alias("time"),
-        ))  # fmt: skip
+        parts.append(
+            found.select(
+                pl.lit(contract.source.name).alias("source"),
+                pl.lit(each.path).alias("file"),
+                pl.col("__row").alias("row"),
+                pl.lit(", ".join(key)).alias("field"),
+                pl.lit(rule).alias("rule"),
+                value.alias("value"),
+                time.alias("time"),
+            )
+        )
     return concat_dead_letters(parts)

@@ -63,9 +63,11 @@ def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str
     lost = [tally for tally in tallies.values() if not tally.conserved]
     answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
     if lost or answered != tallies.get(spine, SourceTally(spine)).used:
-        raise DataError("Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
-                        f"{answered} answers to {tallies.get(spine, SourceTally(spine)).used} questions; {lost or 'accounts balance'}",
-                        "Nothing was committed; a source may have changed while it was read: run the same command again")  # fmt: skip
+        raise DataError(
+            "Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
+            f"{answered} answers to {tallies.get(spine, SourceTally(spine)).used} questions; {lost or 'accounts balance'}",
+            "Nothing was committed; a source may have changed while it was read: run the same command again",
+        )
     return files
 
 

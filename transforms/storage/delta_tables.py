@@ -35,9 +35,17 @@ from transforms.storage.delta_log import commits_since, conflict, remaining, ver
 from transforms.storage.delta_log import root_of as address_of
 
 _TYPES = {
-    pa.int8(): "byte", pa.int16(): "short", pa.int32(): "integer", pa.int64(): "long", pa.float32(): "float", pa.float64(): "double",
-    pa.string(): "string", pa.bool_(): "boolean", pa.date32(): "date", pa.timestamp("us", "UTC"): "timestamp",
-}  # fmt: skip
+    pa.int8(): "byte",
+    pa.int16(): "short",
+    pa.int32(): "integer",
+    pa.int64(): "long",
+    pa.float32(): "float",
+    pa.float64(): "double",
+    pa.string(): "string",
+    pa.bool_(): "boolean",
+    pa.date32(): "date",
+    pa.timestamp("us", "UTC"): "timestamp",
+}
 READ_ROWS = 250_000
 # By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
 TABLE_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}

@@ -121,8 +121,12 @@ class Handover:
         return True
 
     def _take_in(
-        self, known: Beginnings, told: Mapping[str, Mapping[str, Any]], given: Mapping[str, _Files], fresh: Sequence[str]
-    ) -> Beginnings:  # fmt: skip
+        self,
+        known: Beginnings,
+        told: Mapping[str, Mapping[str, Any]],
+        given: Mapping[str, _Files],
+        fresh: Sequence[str],
+    ) -> Beginnings:
         starts = {name: min(files.end, FOREVER if self.start is None else self.start) for name, files in given.items()}
         horizon = known.horizon
         if not known.sources:
@@ -159,8 +163,14 @@ class Handover:
         return horizon - self.view.reach(name) * (2 if repeats_by(self.view, name) else 1)
 
     def _accept(
-        self, found: Beginnings, name: str, beginning: Beginning, files: _Files, span: tuple[int, int], told: Mapping[str, Any]
-    ) -> Beginnings:  # fmt: skip
+        self,
+        found: Beginnings,
+        name: str,
+        beginning: Beginning,
+        files: _Files,
+        span: tuple[int, int],
+        told: Mapping[str, Any],
+    ) -> Beginnings:
         """Accept the rows of the times `span` in one commit, with what it says of the source's beginning."""
         view, uri = self.view, source_uri(sources_root(self.store), name)
         writer = Writer(uri, accepted(view, name), application_of(name), self.run_id)
@@ -183,18 +193,25 @@ class Handover:
         found = found.with_source(name, beginning)
         if dead_letters:
             self._write_letters(pl.concat(dead_letters))
-        said = {**(told or {"turn": 0, "last": False, "pending": 0, "oldest_pending": None, "horizon": found.horizon}),
-                **{what: {name: {}, **told.get(what, {})} for what in ("next", "counts")},
-                "clock": {name: {"settled": ALWAYS, "partitions": {}}, **told.get("clock", {})},
-                "started": found.starts, "beginnings": found.to_json()}  # fmt: skip
+        said = {
+            **(told or {"turn": 0, "last": False, "pending": 0, "oldest_pending": None, "horizon": found.horizon}),
+            **{what: {name: {}, **told.get(what, {})} for what in ("next", "counts")},
+            "clock": {name: {"settled": ALWAYS, "partitions": {}}, **told.get("clock", {})},
+            "started": found.starts,
+            "beginnings": found.to_json(),
+        }
         if beginning.next:
             said["next"] = {**said["next"], name: {**said["next"][name], str(HISTORY): beginning.next}}
         if not writer.commit(table, written, int(said["turn"]), said):
             raise StoreError("A live job starts while no other one writes its tables", uri, "Stop the other job first")
         log.info(
             "history of %s: %d rows known in [%s, %s) accepted from %s",
-            name, offset - first, _shown(span[0]), _shown(span[1]), files.version,
-        )  # fmt: skip
+            name,
+            offset - first,
+            _shown(span[0]),
+            _shown(span[1]),
+            files.version,
+        )
         return found
 
     def _beside(self, name: str, rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
@@ -314,10 +331,14 @@ class _Files:
         positions = {path: number for number, path in enumerate(sorted({each.path for each in self.slices}))}
         file = pl.col("file").str.split("/").list.last()
         return dead_letters.select(
-            "source", pl.lit(HISTORY, pl.Int32).alias("partition"), pl.col("row").alias("offset"),
-            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"), "field",
-            pl.format("{} ({}, {})", "rule", file, pl.lit(self.version)).alias("rule"), "value",
-        ).sort("place", "offset")  # fmt: skip
+            "source",
+            pl.lit(HISTORY, pl.Int32).alias("partition"),
+            pl.col("row").alias("offset"),
+            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"),
+            "field",
+            pl.format("{} ({}, {})", "rule", file, pl.lit(self.version)).alias("rule"),
+            "value",
+        ).sort("place", "offset")
 
 
 def recorded(view: FeatureView, store: str, told: Mapping[str, Mapping[str, Any]]) -> Beginnings:
@@ -393,10 +414,12 @@ def _placed(rows: pl.DataFrame, offset: int, schema: pa.Schema) -> pl.DataFrame:
     """Rows as a live table holds them, under the offsets of partition −1 from `offset` on."""
     time = next(iter(rows.columns))
     return rows.with_columns(
-        pl.lit(HISTORY, pl.Int32).alias("__partition"), pl.int_range(offset, offset + pl.len(), dtype=pl.Int64).alias("__offset"),
-        pl.lit(0, pl.Int32).alias("__place"), pl.lit(_now(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("__arrived"),
+        pl.lit(HISTORY, pl.Int32).alias("__partition"),
+        pl.int_range(offset, offset + pl.len(), dtype=pl.Int64).alias("__offset"),
+        pl.lit(0, pl.Int32).alias("__place"),
+        pl.lit(_now(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("__arrived"),
         pl.col(time).dt.date().alias("date"),
-    ).select(schema.names)  # fmt: skip
+    ).select(schema.names)
 
 
 def _version_text(root: str, source: Source, version: int | None, slices: Sequence[Slice]) -> str:

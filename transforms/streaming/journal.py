@@ -95,10 +95,16 @@ class Journal:
 
     def head(self) -> dict[str, Any]:
         return {
-            "turn": self.turn_number, "began": self.began, "sent": self.sent, "clock": self.completeness.to_json(), "horizon": self.horizon, "counts": self.counts,
+            "turn": self.turn_number,
+            "began": self.began,
+            "sent": self.sent,
+            "clock": self.completeness.to_json(),
+            "horizon": self.horizon,
+            "counts": self.counts,
             "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
-            "beginnings": self.beginnings.to_json(), "first": {name: {str(k): v for k, v in each.items()} for name, each in self.first.items()},
-        }  # fmt: skip
+            "beginnings": self.beginnings.to_json(),
+            "first": {name: {str(k): v for k, v in each.items()} for name, each in self.first.items()},
+        }
 
     def load(self, head: Mapping[str, Any]) -> None:
         self.turn_number, self.began, self.horizon = head["turn"], head["began"], head["horizon"]
@@ -354,9 +360,12 @@ class Journal:
         order = ["row_id", *view.spine.schema, *ORIGIN_COLUMNS]
         kept = rest.sort(order).unique("row_id", keep="first", maintain_order=True)
         lost = rest.join(kept, on=["row_id", *ORIGIN_COLUMNS], how="anti")
-        same = pl.concat([
-            lost.join(kept, on=["row_id", "__digest"], how="semi"), again.join(answered, on=["row_id", "__digest"], how="semi"),
-        ])  # fmt: skip
+        same = pl.concat(
+            [
+                lost.join(kept, on=["row_id", "__digest"], how="semi"),
+                again.join(answered, on=["row_id", "__digest"], how="semi"),
+            ]
+        )
         self._count(view.spine.name, "repeated", len(same))
         conflicts = pl.concat([lost, again]).join(same, on=["row_id", *ORIGIN_COLUMNS], how="anti")
         self.stores[KNOWN_SPINE_ROWS].drop("row_id", kept["row_id"].to_numpy())
@@ -419,8 +428,10 @@ class Journal:
     def cut(self) -> str:
         """Next offset per partition, `source/partition:offset` in order, as text."""
         return ",".join(
-            f"{name}/{partition}:{self.next[name][partition]}" for name in sorted(self.next) for partition in sorted(self.next[name])
-        )  # fmt: skip
+            f"{name}/{partition}:{self.next[name][partition]}"
+            for name in sorted(self.next)
+            for partition in sorted(self.next[name])
+        )
 
     def _envelopes(
         self,
@@ -443,9 +454,12 @@ class Journal:
                     frames["questions"] = ready.select(spine_rows_in).filter(pl.Series(mine))
                     parts += 1
             context = ready.select(
-                *self.view.spine.schema, "row_id", "__late", *ORIGIN,
+                *self.view.spine.schema,
+                "row_id",
+                "__late",
+                *ORIGIN,
                 (pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)).alias("__cold"),
-            )  # fmt: skip
+            )
             spine_rows = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
         shards = {}
         for number, frames in enumerate(to_shards):
@@ -456,11 +470,28 @@ class Journal:
                     {"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames
                 )
                 self.sent[number] += 1
-        entry = pack({
-            "turn": self.turn_number, "began": self.began, "last": self.last, "questions": len(ready), "letters": len(dead_letters), "next": self.head()["next"], "clock": self.completeness.to_json(),
-            "pending": len(self.stores[PENDING]), "oldest_pending": self.oldest_pending(), "horizon": self.horizon, "counts": self.counts,
-            "state": size_of(self.stores), "started": self.beginnings.starts, "beginnings": self.beginnings.to_json(),
-        }, {**{f"rows:{name}": rows for name, rows in accepted.items()}, **({"letters": dead_letters} if len(dead_letters) else {})})  # fmt: skip
+        entry = pack(
+            {
+                "turn": self.turn_number,
+                "began": self.began,
+                "last": self.last,
+                "questions": len(ready),
+                "letters": len(dead_letters),
+                "next": self.head()["next"],
+                "clock": self.completeness.to_json(),
+                "pending": len(self.stores[PENDING]),
+                "oldest_pending": self.oldest_pending(),
+                "horizon": self.horizon,
+                "counts": self.counts,
+                "state": size_of(self.stores),
+                "started": self.beginnings.starts,
+                "beginnings": self.beginnings.to_json(),
+            },
+            {
+                **{f"rows:{name}": rows for name, rows in accepted.items()},
+                **({"letters": dead_letters} if len(dead_letters) else {}),
+            },
+        )
         return Turn(self.turn_number, shards, spine_rows, entry)
 
     def _count(self, source: str, what: str, number: int) -> None:

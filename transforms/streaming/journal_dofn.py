@@ -55,10 +55,19 @@ class JournalDoFn(beam.DoFn):
         self.assembly.setup()
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC),
-        c0: Any = StateParam(SLOT_SPECS[0]), c1: Any = StateParam(SLOT_SPECS[1]), c2: Any = StateParam(SLOT_SPECS[2]), c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]), c5: Any = StateParam(SLOT_SPECS[5]), c6: Any = StateParam(SLOT_SPECS[6]), c7: Any = StateParam(SLOT_SPECS[7]),
-    ) -> Iterator[pvalue.TaggedOutput]:  # fmt: skip
+        self,
+        element: KeyedBytes,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        c0: Any = StateParam(SLOT_SPECS[0]),
+        c1: Any = StateParam(SLOT_SPECS[1]),
+        c2: Any = StateParam(SLOT_SPECS[2]),
+        c3: Any = StateParam(SLOT_SPECS[3]),
+        c4: Any = StateParam(SLOT_SPECS[4]),
+        c5: Any = StateParam(SLOT_SPECS[5]),
+        c6: Any = StateParam(SLOT_SPECS[6]),
+        c7: Any = StateParam(SLOT_SPECS[7]),
+    ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
         slots = (c0, c1, c2, c3, c4, c5, c6, c7)
         state = read_head(head)
@@ -146,10 +155,20 @@ class TimedJournalDoFn(JournalDoFn):
     """
 
     def process(  # type: ignore[override]
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
-        c0: Any = StateParam(SLOT_SPECS[0]), c1: Any = StateParam(SLOT_SPECS[1]), c2: Any = StateParam(SLOT_SPECS[2]), c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]), c5: Any = StateParam(SLOT_SPECS[5]), c6: Any = StateParam(SLOT_SPECS[6]), c7: Any = StateParam(SLOT_SPECS[7]),
-    ) -> Iterator[pvalue.TaggedOutput]:  # fmt: skip
+        self,
+        element: KeyedBytes,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        wake: Any = beam.DoFn.TimerParam(WAKE),
+        c0: Any = StateParam(SLOT_SPECS[0]),
+        c1: Any = StateParam(SLOT_SPECS[1]),
+        c2: Any = StateParam(SLOT_SPECS[2]),
+        c3: Any = StateParam(SLOT_SPECS[3]),
+        c4: Any = StateParam(SLOT_SPECS[4]),
+        c5: Any = StateParam(SLOT_SPECS[5]),
+        c6: Any = StateParam(SLOT_SPECS[6]),
+        c7: Any = StateParam(SLOT_SPECS[7]),
+    ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
         state, now = read_head(head), now_us()
         due = state.get("turned", 0) + self.live.pace
@@ -162,10 +181,20 @@ class TimedJournalDoFn(JournalDoFn):
 
     @on_timer(WAKE)
     def woken(
-        self, key: Any = beam.DoFn.KeyParam, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC), wake: Any = beam.DoFn.TimerParam(WAKE),
-        c0: Any = StateParam(SLOT_SPECS[0]), c1: Any = StateParam(SLOT_SPECS[1]), c2: Any = StateParam(SLOT_SPECS[2]), c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]), c5: Any = StateParam(SLOT_SPECS[5]), c6: Any = StateParam(SLOT_SPECS[6]), c7: Any = StateParam(SLOT_SPECS[7]),
-    ) -> Iterator[pvalue.TaggedOutput]:  # fmt: skip
+        self,
+        key: Any = beam.DoFn.KeyParam,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        wake: Any = beam.DoFn.TimerParam(WAKE),
+        c0: Any = StateParam(SLOT_SPECS[0]),
+        c1: Any = StateParam(SLOT_SPECS[1]),
+        c2: Any = StateParam(SLOT_SPECS[2]),
+        c3: Any = StateParam(SLOT_SPECS[3]),
+        c4: Any = StateParam(SLOT_SPECS[4]),
+        c5: Any = StateParam(SLOT_SPECS[5]),
+        c6: Any = StateParam(SLOT_SPECS[6]),
+        c7: Any = StateParam(SLOT_SPECS[7]),
+    ) -> Iterator[pvalue.TaggedOutput]:
         state = read_head(head)
         state["wake"] = 0
         yield from self.taken(key, state, now_us(), head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))

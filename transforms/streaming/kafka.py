@@ -67,9 +67,12 @@ class ReadTopics(beam.PTransform):
             "enable.auto.commit": "false",
         }
         read = begin | "Read" >> ReadFromKafka(
-            config, list(self.topics), with_metadata=True, timestamp_policy=ReadFromKafka.processing_time_policy,
+            config,
+            list(self.topics),
+            with_metadata=True,
+            timestamp_policy=ReadFromKafka.processing_time_policy,
             expansion_service=self.broker.expansion,
-        )  # fmt: skip
+        )
         return read | "Message" >> beam.Map(_message).with_output_types(Message)
 
 
@@ -181,9 +184,10 @@ class Sender:
 
     def _refuse(self, value: str) -> None:
         raise StoreError(
-            "The broker takes what is written to a topic", f"{self.broker.bootstrap}, {value}",
+            "The broker takes what is written to a topic",
+            f"{self.broker.bootstrap}, {value}",
             "Look at its disk, its quotas and the topic's max.message.bytes; nothing is lost, the job goes on from its last commit",
-        )  # fmt: skip
+        )
 
 
 def send_end(broker: Broker, topic: str) -> None:

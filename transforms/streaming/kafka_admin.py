@@ -48,8 +48,11 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
     from confluent_kafka import KafkaError, TopicPartition
 
     properties = {
-        **broker.properties, "auto.offset.reset": "earliest", "enable.partition.eof": "true", "queued.min.messages": "1",
-    }  # fmt: skip
+        **broker.properties,
+        "auto.offset.reset": "earliest",
+        "enable.partition.eof": "true",
+        "queued.min.messages": "1",
+    }
     name = repr((broker.bootstrap, sorted(properties.items())))
     with _lock:
         client = _clients.pop(name, None) or _consumer(

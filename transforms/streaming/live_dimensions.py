@@ -96,16 +96,25 @@ class Dimensions:
         positions = {path: number for number, path in enumerate(sorted(set(files)))}
         file = pl.col("file").str.split("/").list.last()
         collected = dead_letters.select(
-            "source", pl.lit(-1, pl.Int32).alias("partition"), pl.col("row").alias("offset"),
-            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"), "field",
-            pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"), "value",
+            "source",
+            pl.lit(-1, pl.Int32).alias("partition"),
+            pl.col("row").alias("offset"),
+            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"),
+            "field",
+            pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"),
+            "value",
             pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived"),
-        ).sort("place", "offset")  # fmt: skip
+        ).sort("place", "offset")
         self._dead_letters.append(collected)
         log.warning(
             "dimension %s, version %s: rows set aside: %d; the first is row %d of %s: %s",
-            name, version, len(collected), dead_letters["row"][0], dead_letters["file"][0], dead_letters["rule"][0],
-        )  # fmt: skip
+            name,
+            version,
+            len(collected),
+            dead_letters["row"][0],
+            dead_letters["file"][0],
+            dead_letters["rule"][0],
+        )
 
     def _as_before(self, name: str) -> bool:
         """Take the version that served last, in this job or an earlier one; whether there is one with the columns read."""

@@ -114,8 +114,12 @@ class Writer:
         )
 
     def commit(
-        self, table: DeltaTable | None, files: Sequence[tuple[DataFile, dict[str, str]]], turn: int, record: Mapping[str, Any]
-    ) -> bool:  # fmt: skip
+        self,
+        table: DeltaTable | None,
+        files: Sequence[tuple[DataFile, dict[str, str]]],
+        turn: int,
+        record: Mapping[str, Any],
+    ) -> bool:
         """Commit files that were written; False: somebody else has committed since `table` was opened.
 
         Raises:
@@ -131,9 +135,14 @@ class Writer:
         try:
             if table is None:
                 create_table_with_add_actions(
-                    self.uri, schema, actions, mode="error", partition_by=["date"], configuration=TABLE_CONFIGURATION,
+                    self.uri,
+                    schema,
+                    actions,
+                    mode="error",
+                    partition_by=["date"],
+                    configuration=TABLE_CONFIGURATION,
                     commit_properties=properties,
-                )  # fmt: skip
+                )
                 return True
             known = {field.name for field in table.schema().fields}
             if later := [field for field in schema.fields if field.name not in known]:

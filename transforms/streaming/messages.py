@@ -26,9 +26,15 @@ HEARTBEAT = b"__heartbeat"
 # Where a row came from: columns beside the source's own.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 MESSAGE_DEAD_LETTERS = {
-    "source": pl.String, "partition": pl.Int32, "offset": pl.Int64, "place": pl.Int32,
-    "field": pl.String, "rule": pl.String, "value": pl.String, "arrived": pl.Int64,
-}  # fmt: skip
+    "source": pl.String,
+    "partition": pl.Int32,
+    "offset": pl.Int64,
+    "place": pl.Int32,
+    "field": pl.String,
+    "rule": pl.String,
+    "value": pl.String,
+    "arrived": pl.Int64,
+}
 _ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, since it would stop it again: whatever reading it raises.
@@ -291,9 +297,15 @@ def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFra
 def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
     at = whole[broken["place"]].select("__partition", "__offset", "__place", "__arrived")
     return broken.select(
-        pl.lit(contract.source.name).alias("source"), at["__partition"].alias("partition"), at["__offset"].alias("offset"),
-        at["__place"].alias("place"), "field", "rule", "value", at["__arrived"].alias("arrived"),
-    )  # fmt: skip
+        pl.lit(contract.source.name).alias("source"),
+        at["__partition"].alias("partition"),
+        at["__offset"].alias("offset"),
+        at["__place"].alias("place"),
+        "field",
+        "rule",
+        "value",
+        at["__arrived"].alias("arrived"),
+    )
 
 
 def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
@@ -305,11 +317,15 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
         return rows, []
     bad = rows.filter(late)
     dead_letter = bad.select(
-        pl.lit(source.name).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
-        pl.col("__place").alias("place"), pl.lit(time).alias("field"),
+        pl.lit(source.name).alias("source"),
+        pl.col("__partition").alias("partition"),
+        pl.col("__offset").alias("offset"),
+        pl.col("__place").alias("place"),
+        pl.lit(time).alias("field"),
         pl.lit(f"a time is at most {source.ahead} ahead of its arrival (ahead)").alias("rule"),
-        pl.col(time).cast(pl.String).alias("value"), pl.col("__arrived").alias("arrived"),
-    )  # fmt: skip
+        pl.col(time).cast(pl.String).alias("value"),
+        pl.col("__arrived").alias("arrived"),
+    )
     return rows.filter(~late), [dead_letter]
 
 

@@ -87,11 +87,21 @@ def envelopes_of(waiting: Sequence[MicroBatch]) -> list[bytes]:
     """Each micro-batch as a packet of its own again."""
     return [
         micro_batch_envelope(
-            [(each.source, each.partition, each.first, each.next, each.messages, Decoded(each.rows, each.dead_letters, each.heartbeat))],
-            0, received=each.received,
+            [
+                (
+                    each.source,
+                    each.partition,
+                    each.first,
+                    each.next,
+                    each.messages,
+                    Decoded(each.rows, each.dead_letters, each.heartbeat),
+                )
+            ],
+            0,
+            received=each.received,
         )
         for each in waiting
-    ]  # fmt: skip
+    ]
 
 
 def no_topic(source: str, partition: int, offset: int) -> int:
@@ -100,9 +110,12 @@ def no_topic(source: str, partition: int, offset: int) -> int:
 
 
 def in_order(
-    inbox: Sequence[MicroBatch], due: Mapping[str, Mapping[int, int]], now: int, count: Callable[[str, str, int], None],
+    inbox: Sequence[MicroBatch],
+    due: Mapping[str, Mapping[int, int]],
+    now: int,
+    count: Callable[[str, str, int], None],
     next_available: NextAvailable = no_topic,
-) -> tuple[list[MicroBatch], list[MicroBatch]]:  # fmt: skip
+) -> tuple[list[MicroBatch], list[MicroBatch]]:
     """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)
 
     The one before may be on its way still, on a worker that is slow or was frozen.  Or there is none, since Kafka
@@ -168,10 +181,15 @@ def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
 def dead_letter(source: str, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
     """Letters for rows of a source that keep its contract and are set aside all the same."""
     return rows.select(
-        pl.lit(source).alias("source"), pl.col("__partition").alias("partition"), pl.col("__offset").alias("offset"),
-        pl.col("__place").alias("place"), pl.lit(field).alias("field"), pl.lit(rule).alias("rule"), value.alias("value"),
+        pl.lit(source).alias("source"),
+        pl.col("__partition").alias("partition"),
+        pl.col("__offset").alias("offset"),
+        pl.col("__place").alias("place"),
+        pl.lit(field).alias("field"),
+        pl.lit(rule).alias("rule"),
+        value.alias("value"),
         pl.col("__arrived").alias("arrived"),
-    )  # fmt: skip
+    )
 
 
 def cut_of(text: str) -> dict[tuple[str, int], int]:

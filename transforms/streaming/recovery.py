@@ -123,9 +123,11 @@ def _restore_pending(journal: Journal, store: str, start: RecoveryPoint, now: in
     if not len(spine_rows):
         return
     spine_rows = spine_rows.with_columns(
-        row_ids(view.name, [spine_rows[name] for name in (*view.key, view.time)]), digest(spine_rows, list(view.spine.schema)),
-        (pl.col(view.time).to_physical() < watermark).alias("__late"), pl.col("__arrived").to_physical(),
-    )  # fmt: skip
+        row_ids(view.name, [spine_rows[name] for name in (*view.key, view.time)]),
+        digest(spine_rows, list(view.spine.schema)),
+        (pl.col(view.time).to_physical() < watermark).alias("__late"),
+        pl.col("__arrived").to_physical(),
+    )
     refused = _dead_letters(store, view)
     spine_rows = (
         spine_rows.join(refused, on=ORIGIN_COLUMNS, how="anti")

@@ -99,8 +99,14 @@ def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Rep
 
 
 def _messages(
-    topic: str, partition: int, frame: pl.DataFrame, arrived: Ints, rows: Ints, offsets: dict[tuple[str, int], int], replay: Replay
-) -> Iterator[Message]:  # fmt: skip
+    topic: str,
+    partition: int,
+    frame: pl.DataFrame,
+    arrived: Ints,
+    rows: Ints,
+    offsets: dict[tuple[str, int], int],
+    replay: Replay,
+) -> Iterator[Message]:
     step = 1 if replay.format == "json" else replay.rows
     values = to_json(frame[rows]) if replay.format == "json" and len(rows) else []
     for start in range(0, len(rows), step):

@@ -49,10 +49,19 @@ class ShardDoFn(beam.DoFn):
         self.mirror = Mirror()
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC),
-        c0: Any = StateParam(SLOT_SPECS[0]), c1: Any = StateParam(SLOT_SPECS[1]), c2: Any = StateParam(SLOT_SPECS[2]), c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]), c5: Any = StateParam(SLOT_SPECS[5]), c6: Any = StateParam(SLOT_SPECS[6]), c7: Any = StateParam(SLOT_SPECS[7]),
-    ) -> Iterator[KeyedBytes]:  # fmt: skip
+        self,
+        element: KeyedBytes,
+        head: Any = StateParam(HEAD_SPEC),
+        bag: Any = StateParam(BAG_SPEC),
+        c0: Any = StateParam(SLOT_SPECS[0]),
+        c1: Any = StateParam(SLOT_SPECS[1]),
+        c2: Any = StateParam(SLOT_SPECS[2]),
+        c3: Any = StateParam(SLOT_SPECS[3]),
+        c4: Any = StateParam(SLOT_SPECS[4]),
+        c5: Any = StateParam(SLOT_SPECS[5]),
+        c6: Any = StateParam(SLOT_SPECS[6]),
+        c7: Any = StateParam(SLOT_SPECS[7]),
+    ) -> Iterator[KeyedBytes]:
         key, envelope = element
         slots = (c0, c1, c2, c3, c4, c5, c6, c7)
         state = read_head(head)
@@ -138,10 +147,12 @@ class AssembleDoFn(beam.DoFn):
         moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         rows = features.with_columns(
             row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
-            pl.col(self.view.time).dt.date().alias("date"), pl.lit(head["cut"]).alias("__cut"),
+            pl.col(self.view.time).dt.date().alias("date"),
+            pl.lit(head["cut"]).alias("__cut"),
             *(spine_rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
-            moment.alias("__answered"), pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
-        )  # fmt: skip
+            moment.alias("__answered"),
+            pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
+        )
         shard_states = [head_of(each)["state"] for each in parts]
         state = {name: sum(each[name] for each in shard_states) for name in ("rows", "bytes")}
         dead_letters = self.dimensions.news()

@@ -65,8 +65,12 @@ class Group:
         return [
             name
             for feature in self.features
-            for name in ([each.name for each in feature.statistics] if isinstance(feature, Trailing) else feature.renamed.values())
-        ]  # fmt: skip
+            for name in (
+                [each.name for each in feature.statistics]
+                if isinstance(feature, Trailing)
+                else feature.renamed.values()
+            )
+        ]
 
 
 def groups_of(view: FeatureView) -> tuple[Group, ...]:
@@ -87,8 +91,9 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
         if late:
             raise DefinitionError(
                 f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
-                f"{late[0]!r}, by which {source!r} is read", "Put the column into the spine, or compute this view in batch",
-            )  # fmt: skip
+                f"{late[0]!r}, by which {source!r} is read",
+                "Put the column into the spine, or compute this view in batch",
+            )
     return tuple(
         Group(source, keys, tuple(features), max(_lengths(features)), kind)
         for (source, keys, kind, _), features in found.items()
@@ -174,11 +179,14 @@ class Shard:
         self.groups = groups_of(view)
         self.held_back = {name: held_back(view, name) for name in view.events}
         self.buckets = {
-            name: TimeBuckets(str(source.time), max(self.held_back[name] // (SLOTS - 2), MINUTE)) for name, source in view.events.items()
-        }  # fmt: skip
+            name: TimeBuckets(str(source.time), max(self.held_back[name] // (SLOTS - 2), MINUTE))
+            for name, source in view.events.items()
+        }
         self.compacted = {
-            i: LifetimeStore(view, group.features, group.kind, i) for i, group in enumerate(self.groups) if group.kind != "none"
-        }  # fmt: skip
+            i: LifetimeStore(view, group.features, group.kind, i)
+            for i, group in enumerate(self.groups)
+            if group.kind != "none"
+        }
 
     @property
     def stores(self) -> dict[str, Store]:
@@ -244,8 +252,12 @@ def _nothing(view: FeatureView, source: str) -> pl.DataFrame:
 
 
 def assemble(
-    view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame, answers: Sequence[bytes], dimensions: Mapping[str, pl.DataFrame]
-) -> pl.DataFrame:  # fmt: skip
+    view: FeatureView,
+    groups: Sequence[Group],
+    spine_rows: pl.DataFrame,
+    answers: Sequence[bytes],
+    dimensions: Mapping[str, pl.DataFrame],
+) -> pl.DataFrame:
     """All features of a turn's questions from the shards' parts: context and features, as `kernels.compute` gives."""
     parts: dict[str, list[pl.DataFrame]] = {}
     for answer in answers:

@@ -63,12 +63,13 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None
 
 def _note(view: FeatureView) -> dict[str, Any]:
     return {
-        "view": view.name, "fingerprint": view.fingerprint,
+        "view": view.name,
+        "fingerprint": view.fingerprint,
         "sources": {
             name: {"columns": sorted(contract.columns), "repeats_by": sorted(repeats_by(view, name))}
             for name, contract in contracts_of(view).items()
         },
-    }  # fmt: skip
+    }
 
 
 def _read(store: str) -> dict[str, Any] | None:
@@ -168,8 +169,10 @@ def _check_rows(view: FeatureView, store: str) -> None:
 
 def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
     raise StoreError(
-        "A store holds the live jobs of one view", f"view {view.name!r} on {store}, which is view {other!r}'s ({where})", _FIX
-    )  # fmt: skip
+        "A store holds the live jobs of one view",
+        f"view {view.name!r} on {store}, which is view {other!r}'s ({where})",
+        _FIX,
+    )
 
 
 def _refuse_rows(view: FeatureView, store: str, source: str, value: str) -> None:

@@ -141,8 +141,12 @@ class Level:
 
     def __add__(self, other: Level) -> Level:
         return Level(
-            min(self.least, other.least), max(self.most, other.most), self.rows + other.rows, self.sum + other.sum, self.squares + other.squares
-        )  # fmt: skip
+            min(self.least, other.least),
+            max(self.most, other.most),
+            self.rows + other.rows,
+            self.sum + other.sum,
+            self.squares + other.squares,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +227,15 @@ class Leaks(beam.CombineFn):
 
     def _open(self, state: dict[str, Suspect]) -> list[Encoding]:
         """Inputs not cleared yet."""
-        return [each for each in self.encodings if not (each.input in state and state[each.input].levels is None and state[each.input].equal < state[each.input].rows)]  # fmt: skip
+        return [
+            each
+            for each in self.encodings
+            if not (
+                each.input in state
+                and state[each.input].levels is None
+                and state[each.input].equal < state[each.input].rows
+            )
+        ]
 
     def merge_accumulators(self, states: Iterable[dict[str, Suspect]]) -> dict[str, Suspect]:
         total: dict[str, Suspect] = {}

@@ -310,9 +310,10 @@ def checked(account: Account, plan: ExamplePlan) -> Account:
             or account.outside < 0
         ):
             raise DataError(
-                "Rows are conserved: every feature row is outside, waiting, dropped or an example", f"{name}: {count}, {written} written",
+                "Rows are conserved: every feature row is outside, waiting, dropped or an example",
+                f"{name}: {count}, {written} written",
                 "The feature table may have changed while it was read: run the same command again",
-            )  # fmt: skip
+            )
     keep = {each.path for each in account.shards} | {
         each.path.replace(".parquet", ".tfrecord.gz") for each in account.shards
     }

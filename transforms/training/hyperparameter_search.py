@@ -94,9 +94,16 @@ def trials(model: Model) -> list[Trial]:
     drawn = shares(search.trials, len(search.space), search.seed)
     rounds = budgets(model)[0] if search.method == "halving" else 0
     return [
-        Trial(i, {**model.params, **{name: _placed(values, share) for (name, values), share in zip(search.space.items(), row)}}, rounds=rounds)
+        Trial(
+            i,
+            {
+                **model.params,
+                **{name: _placed(values, share) for (name, values), share in zip(search.space.items(), row)},
+            },
+            rounds=rounds,
+        )
         for i, row in enumerate(drawn)
-    ]  # fmt: skip
+    ]
 
 
 def budgets(model: Model) -> list[int]:

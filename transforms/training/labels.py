@@ -171,15 +171,18 @@ def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Map
             )
     if (most := max((max(each) for each in labels.values() if each), default=0.0)) >= CLASSES:
         raise DataError(
-            f"Classes are numbered from 0, at most {CLASSES} of them", f"class {most:g}", "Number them without gaps in the label's value expression"
-        )  # fmt: skip
+            f"Classes are numbered from 0, at most {CLASSES} of them",
+            f"class {most:g}",
+            "Number them without gaps in the label's value expression",
+        )
     for name in ("train", "validate"):
         if len(labels[name]) < 2:
             (only,) = labels[name]
             raise DataError(
-                f"The {name} split has examples of two classes", f"{counts[name].entered} of class {only:g} only",
+                f"The {name} split has examples of two classes",
+                f"{counts[name].entered} of class {only:g} only",
                 "Check the label's value expression, or move the split's dates",
-            )  # fmt: skip
+            )
 
 
 def horizon_of(label: Label) -> pl.Expr:

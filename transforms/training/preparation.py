@@ -89,8 +89,10 @@ def open_features(request: TrainingRequest) -> DeltaTable:
     others = sorted({each.path.split("/")[-3] for each in logs})
     if others:
         raise MismatchError(
-            f"Training reads features of the definition's own fingerprint, {view.fingerprint}", f"{', '.join(others)} in {root}", f"Run: {command}"
-        )  # fmt: skip
+            f"Training reads features of the definition's own fingerprint, {view.fingerprint}",
+            f"{', '.join(others)} in {root}",
+            f"Run: {command}",
+        )
     raise DataError(f"View {view.name!r} has a feature table", f"none under {root}", f"Run: {command}")
 
 
@@ -106,7 +108,11 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
     warn_of_outdated(model.view, table)
     files = data_files(table, request.start, request.cutoff)
     if not files:
-        raise DataError("The feature table has rows before the cutoff", f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}", "Choose other dates, or compute features")  # fmt: skip
+        raise DataError(
+            "The feature table has rows before the cutoff",
+            f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
+            "Choose other dates, or compute features",
+        )
     cutoff = instant(request.cutoff or max(file.date for file in files) + timedelta(days=1))
     split = model.split.resolve(cutoff)
     source = model.label.source

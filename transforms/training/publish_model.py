@@ -58,8 +58,14 @@ class Publication:
 
 
 def publish(
-    report: Report, trained: Trained, account: Account, findings: Findings, rival: Rival, explanation: Explanation, where: Publication
-) -> dict[str, Any]:  # fmt: skip
+    report: Report,
+    trained: Trained,
+    account: Account,
+    findings: Findings,
+    rival: Rival,
+    explanation: Explanation,
+    where: Publication,
+) -> dict[str, Any]:
     """Register the model with its report; returns what `training.json` says.
 
     Safe to repeat: a run has one version, and a version is promoted at most once by its own run.
@@ -69,15 +75,24 @@ def publish(
     """
     judged = verdicts(where.gates, report, where.metric, rival) + findings.verdicts(where.gates.max_drift)
     content = {
-        "model": where.name, "feature_rows": account.rows, "outside": account.outside, **as_json(report),
-        "gates": [dataclasses.asdict(each) for each in judged], "fairness": fairness(where.gates, report),
-        "rival": _rival(rival, report), "rules": dataclasses.asdict(where.gates),
-        "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, "labels": account.labels,
-        "rounds": trained.best.rounds, "validate": {where.metric: trained.best.value}, "bundle": trained.folder,
-        "trials": [_trial(each) for each in trained.results], "data": dataclasses.asdict(findings),
+        "model": where.name,
+        "feature_rows": account.rows,
+        "outside": account.outside,
+        **as_json(report),
+        "gates": [dataclasses.asdict(each) for each in judged],
+        "fairness": fairness(where.gates, report),
+        "rival": _rival(rival, report),
+        "rules": dataclasses.asdict(where.gates),
+        "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
+        "labels": account.labels,
+        "rounds": trained.best.rounds,
+        "validate": {where.metric: trained.best.value},
+        "bundle": trained.folder,
+        "trials": [_trial(each) for each in trained.results],
+        "data": dataclasses.asdict(findings),
         "explanation": {name: getattr(explanation, name) for name in ("rows", "unit", "base", "inputs", "reason")},
         "report": FileSystems.join(where.folder, FILE),
-    }  # fmt: skip
+    }
     points = dataclasses.asdict(explanation)
     pending = {
         "run_id": where.run_id,
@@ -86,7 +101,15 @@ def publish(
         "example": points.pop("example"),
     }
     manifest = load(trained.folder, trained.digest).manifest
-    _leave(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: render(content, manifest, points)})  # fmt: skip
+    _leave(
+        where.folder,
+        {
+            POINTS: _text(points),
+            PENDING: _text(pending),
+            REPORT: _text(content),
+            FILE: render(content, manifest, points),
+        },
+    )
     try:
         content = register_model(content, pending, where.registry, where.folder)
     except StoreError as error:
@@ -203,9 +226,15 @@ def _result(trial: Mapping[str, Any]) -> Result:
     """What `_trial` made an entry of."""
     value = math.nan if trial["value"] is None else float(trial["value"])
     return Result(
-        Trial(trial["trial"], trial["params"], trial["rung"]), value, trial["rounds"], tuple(trial["history"]), "", trial["seconds"], trial["error"],
+        Trial(trial["trial"], trial["params"], trial["rung"]),
+        value,
+        trial["rounds"],
+        tuple(trial["history"]),
+        "",
+        trial["seconds"],
+        trial["error"],
         tuple(trial["folds"]),
-    )  # fmt: skip
+    )
 
 
 def _params(manifest: Mapping[str, Any]) -> dict[str, object]:

@@ -49,9 +49,14 @@ class TargetEncoding:
                     self.whole, left_on="asked", right_on="known", allow_exact_matches=False
                 )
                 rows = rows.join_asof(
-                    self.each[encoding.input], left_on="asked", right_on="known", by="category", allow_exact_matches=False,
-                    suffix="_own", check_sortedness=False,
-                )  # fmt: skip
+                    self.each[encoding.input],
+                    left_on="asked",
+                    right_on="known",
+                    by="category",
+                    allow_exact_matches=False,
+                    suffix="_own",
+                    check_sortedness=False,
+                )
                 smoothing, prior = encoding.encoder.smoothing, pl.col("sum") / pl.col("count")
                 own = pl.col("sum_own").fill_null(0.0), pl.col("count_own").fill_null(0)
                 mean = (own[0] + smoothing * prior) / (own[1] + smoothing)

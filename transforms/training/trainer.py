@@ -34,9 +34,14 @@ log = logging.getLogger("millrace.training")
 # Our metrics as XGBoost computes them after each round.  The root of the Brier score orders models as the score does;
 # its average precision interpolates between scores (Davis and Goadrich 2006).
 _EVALUATED = {
-    "auc": "auc", "average_precision": "aucpr", "log_loss": "logloss", "brier": "rmse", "rmse": "rmse", "mae": "mae",
+    "auc": "auc",
+    "average_precision": "aucpr",
+    "log_loss": "logloss",
+    "brier": "rmse",
+    "rmse": "rmse",
+    "mae": "mae",
     "accuracy": "merror",
-}  # fmt: skip
+}
 
 
 def evaluated(model: Model) -> str:
@@ -61,14 +66,27 @@ def train(
     import xgboost
 
     params = {
-        "tree_method": "hist", "nthread": threads, "verbosity": 0, **trial.params, "objective": model.objective, "device": device,
-        "eval_metric": evaluated(model), "seed": model.seed, **({"num_class": classes} if classes > 1 else {}),
-    }  # fmt: skip
+        "tree_method": "hist",
+        "nthread": threads,
+        "verbosity": 0,
+        **trial.params,
+        "objective": model.objective,
+        "device": device,
+        "eval_metric": evaluated(model),
+        "seed": model.seed,
+        **({"num_class": classes} if classes > 1 else {}),
+    }
     history: dict[str, dict[str, list[float]]] = {}
     booster = xgboost.train(
-        params, data.learn, trial.rounds or model.rounds, evals=[(data.judge, "validate")], evals_result=history, verbose_eval=False,
-        early_stopping_rounds=model.early_stopping or None, callbacks=[_progress(model, trial)],
-    )  # fmt: skip
+        params,
+        data.learn,
+        trial.rounds or model.rounds,
+        evals=[(data.judge, "validate")],
+        evals_result=history,
+        verbose_eval=False,
+        early_stopping_rounds=model.early_stopping or None,
+        callbacks=[_progress(model, trial)],
+    )
     values = [_ours(model.metric, value) for value in history["validate"][evaluated(model)]]
     rounds = booster.best_iteration + 1 if model.early_stopping else booster.num_boosted_rounds()
     if rounds < booster.num_boosted_rounds():
@@ -221,11 +239,23 @@ def save_best(
     with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
         booster = handle.read()
     manifest = {
-        "model": model.name, "objective": model.objective, "classes": classes_of(model, account), "metric": model.metric,
-        "problem": model.problem, "view": model.view.name, "fingerprint": model.view.fingerprint, "key": list(model.view.key), "time": model.view.time,
-        "inputs": fitted.inputs, "columns": fitted.names, "rounds": best.rounds, "params": dict(best.trial.params), "seed": model.seed,
-        "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()}, **provenance,
-    }  # fmt: skip
+        "model": model.name,
+        "objective": model.objective,
+        "classes": classes_of(model, account),
+        "metric": model.metric,
+        "problem": model.problem,
+        "view": model.view.name,
+        "fingerprint": model.view.fingerprint,
+        "key": list(model.view.key),
+        "time": model.view.time,
+        "inputs": fitted.inputs,
+        "columns": fitted.names,
+        "rounds": best.rounds,
+        "params": dict(best.trial.params),
+        "seed": model.seed,
+        "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
+        **provenance,
+    }
     extra = {} if statistics is None else bundle_files(statistics, model)
     digest = save(Bundle(booster, fitted, manifest, extra), folder)
     return Trained(folder, digest, best, last_of_each(results))

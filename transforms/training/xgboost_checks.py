@@ -12,10 +12,34 @@ from transforms.training.hyperparameter_search import Trial
 
 # The more common names of XGBoost's parameters, to guess from.
 _KNOWN = (
-    "alpha", "base_score", "booster", "colsample_bylevel", "colsample_bynode", "colsample_bytree", "eta", "gamma", "grow_policy",
-    "interaction_constraints", "lambda", "learning_rate", "max_bin", "max_cat_threshold", "max_cat_to_onehot", "max_delta_step", "max_depth", "max_leaves",
-    "min_child_weight", "monotone_constraints", "num_parallel_tree", "reg_alpha", "reg_lambda", "sampling_method", "scale_pos_weight", "subsample", "tree_method",
-)  # fmt: skip
+    "alpha",
+    "base_score",
+    "booster",
+    "colsample_bylevel",
+    "colsample_bynode",
+    "colsample_bytree",
+    "eta",
+    "gamma",
+    "grow_policy",
+    "interaction_constraints",
+    "lambda",
+    "learning_rate",
+    "max_bin",
+    "max_cat_threshold",
+    "max_cat_to_onehot",
+    "max_delta_step",
+    "max_depth",
+    "max_leaves",
+    "min_child_weight",
+    "monotone_constraints",
+    "num_parallel_tree",
+    "reg_alpha",
+    "reg_lambda",
+    "sampling_method",
+    "scale_pos_weight",
+    "subsample",
+    "tree_method",
+)
 
 
 def require_known(objective: str, trials: Sequence[Trial]) -> None:
@@ -34,8 +58,10 @@ def require_known(objective: str, trials: Sequence[Trial]) -> None:
         name = min(unused)
         fix = "Rounds are Model(rounds=…)" if name in ("n_estimators", "num_boost_round") else nearest(name, _KNOWN)
         raise DefinitionError(
-            "A parameter of params or of the search is one that XGBoost goes by", repr(name), fix if "Did" in fix or "Rounds" in fix else "Correct its name, or leave it out"
-        )  # fmt: skip
+            "A parameter of params or of the search is one that XGBoost goes by",
+            repr(name),
+            fix if "Did" in fix or "Rounds" in fix else "Correct its name, or leave it out",
+        )
 
 
 def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
@@ -87,9 +113,10 @@ def require_device(device: str) -> None:
     )
     if reason:
         raise DataError(
-            "Trials run on the device that --device names", f"{device}, where XGBoost says: {reason.rstrip('.')}",
+            "Trials run on the device that --device names",
+            f"{device}, where XGBoost says: {reason.rstrip('.')}",
             "Train with --device=cpu, or on workers with such a GPU, its driver, and an XGBoost built for CUDA",
-        )  # fmt: skip
+        )
 
 
 def first_line(error: object) -> str:

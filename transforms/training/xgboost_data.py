@@ -74,9 +74,10 @@ def matrices(
     for part in (learning, judging) if fold is not None else ():
         if next(batches(model, part, [LABEL]), None) is None:
             raise DataError(
-                "Every fold has examples to learn from and to be judged by", f"none before {part.end:%Y-%m-%d %H:%M}",
+                "Every fold has examples to learn from and to be judged by",
+                f"none before {part.end:%Y-%m-%d %H:%M}",
                 "Take fewer or shorter folds, or compute more features",
-            )  # fmt: skip
+            )
     external = is_external(fitted, account)
     folder = tempfile.mkdtemp(prefix="millrace-bins-") if external else None
     known = target_encoding(model, fitted, batches(model, learning, _ledger(model, fitted)))

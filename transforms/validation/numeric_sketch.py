@@ -84,10 +84,18 @@ class NumericSketch:
             counts[at] += part.counts
             lows[at] += part.lows
         return NumericSketch(
-            self.rows + other.rows, self.missing + other.missing, self.strange + other.strange, self.zeros + other.zeros,
-            min(self.least, other.least), max(self.greatest, other.greatest),
-            self.total + other.total, self.squares + other.squares, cells, counts, lows,
-        )  # fmt: skip
+            self.rows + other.rows,
+            self.missing + other.missing,
+            self.strange + other.strange,
+            self.zeros + other.zeros,
+            min(self.least, other.least),
+            max(self.greatest, other.greatest),
+            self.total + other.total,
+            self.squares + other.squares,
+            cells,
+            counts,
+            lows,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NumericSketch) and all(

@@ -75,9 +75,16 @@ class PublishCheck:
 
 
 def make_check(
-    rules: PublishRules, table: str, base: int | None, run_id: str, first: date, last: date, dead_letters: str, command: str,
+    rules: PublishRules,
+    table: str,
+    base: int | None,
+    run_id: str,
+    first: date,
+    last: date,
+    dead_letters: str,
+    command: str,
     ranges: tuple[tuple[date, date], ...] = (),
-) -> PublishCheck:  # fmt: skip
+) -> PublishCheck:
     """Read the schema and the previous statistics.
 
     The statistics of a run are those of all its rows, whatever the gaps between its days; drift is measured from the
@@ -227,9 +234,11 @@ def check_statistics(
     if found:
         log.warning("allowed in %s: %s", check.interval, _listed(found))
     metadata = {
-        "statistics": f"{FOLDER}/{check.run_id}.pb", "statistics_first": check.first.isoformat(),
-        "statistics_last": check.last.isoformat(), "statistics_previous": check.before,
-    }  # fmt: skip
+        "statistics": f"{FOLDER}/{check.run_id}.pb",
+        "statistics_first": check.first.isoformat(),
+        "statistics_last": check.last.isoformat(),
+        "statistics_previous": check.before,
+    }
     if check.rules.allow_anomalies:
         metadata |= {"allow_anomalies": "true", "anomalies": json.dumps(anomalies[:_SHOWN], ensure_ascii=False)}
     return metadata
@@ -244,7 +253,7 @@ def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
                 f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
                 f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {tally.dead / tally.read:.3g}, in {check.interval}",
                 f"Nothing was committed; {check.dead_letters} holds the rows and the rules they broke.  Mend the source, or run again with --max_dead_fraction {tally.dead / tally.read + 0.0005:.3f}",
-            )  # fmt: skip
+            )
 
 
 def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyError:
@@ -252,10 +261,11 @@ def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyErr
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
     where = f" --schema {check.rules.schema}" if check.rules.required else ""
     return AnomalyError(
-        f"The features of {check.interval} keep {check.rules.schema}", f"{count}: {_listed(found)}",
+        f"The features of {check.interval} keep {check.rules.schema}",
+        f"{count}: {_listed(found)}",
         "Nothing was committed.  If the data is right, let the schema follow it: "
         f"millrace schema update {check.command}{where} --run_id {check.run_id}; to publish as it is, run again with --allow_anomalies",
-    )  # fmt: skip
+    )
 
 
 def _listed(found: tuple[Anomaly, ...]) -> str:

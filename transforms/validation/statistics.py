@@ -64,9 +64,11 @@ class StringSketch:
     def __add__(self, other: StringSketch) -> StringSketch:
         levels = pl.concat([self.levels, other.levels]).group_by("value").agg(pl.col("count").sum())
         return StringSketch(
-            self.rows + other.rows, self.missing + other.missing, self.bytes + other.bytes,
+            self.rows + other.rows,
+            self.missing + other.missing,
+            self.bytes + other.bytes,
             *_least(levels, self.partial or other.partial),
-        )  # fmt: skip
+        )
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -99,9 +99,13 @@ class Verified:
     def figures(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "rows": self.rows, "of": self.of, "values": self.values, "differing": self.differing,
-            "seconds": round(self.seconds, 3), "examples": [dataclasses.asdict(each) for each in self.examples],
-        }  # fmt: skip
+            "rows": self.rows,
+            "of": self.of,
+            "values": self.values,
+            "differing": self.differing,
+            "seconds": round(self.seconds, 3),
+            "examples": [dataclasses.asdict(each) for each in self.examples],
+        }
 
     def require_equal(self, what: str, fix: str) -> None:
         """Refuse a difference.

@@ -15,9 +15,20 @@ import polars as pl
 
 # Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with these names.
 _WHOLE = {
-    "Plus", "Minus", "Multiply", "FloorDivide", "Divide", "RustDivide", "TruncDivide", "Modulus",
-    "Negate", "Abs", "Pow", "SumHorizontal", "ListExpr",
-}  # fmt: skip
+    "Plus",
+    "Minus",
+    "Multiply",
+    "FloorDivide",
+    "Divide",
+    "RustDivide",
+    "TruncDivide",
+    "Modulus",
+    "Negate",
+    "Abs",
+    "Pow",
+    "SumHorizontal",
+    "ListExpr",
+}
 _OTHER = {"TrueDivide", "MeanHorizontal", "Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc"}
 _MINUS = json.loads((0 - pl.col("__0")).meta.serialize(format="json"))
 # A power that float64 finds beyond this is beyond Int64, whatever 128 bits make of it.

@@ -105,9 +105,13 @@ def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables:
 
 
 def _windowed(
-    view: FeatureView, feature: Trailing | Latest, values: pl.DataFrame, moments: npt.NDArray[np.int64],
-    seen: pl.DataFrame, published: pl.DataFrame,
-) -> list[pl.Series]:  # fmt: skip
+    view: FeatureView,
+    feature: Trailing | Latest,
+    values: pl.DataFrame,
+    moments: npt.NDArray[np.int64],
+    seen: pl.DataFrame,
+    published: pl.DataFrame,
+) -> list[pl.Series]:
     """Columns of one feature from the events in order of place (see `plain_sources.events`)."""
     source, keys = feature.source, list(values.columns)
     if feature.where is not None:
@@ -147,9 +151,12 @@ def _windowed(
             made.append(_variances(each.name, each.stat, parts, published[each.name]))
             continue
         dtype = (
-            seen[each.column].dtype if each.stat in ORDERED
-            else pl.Int64() if each.stat in ("count", "n_unique") else pl.Float64()
-        )  # fmt: skip
+            seen[each.column].dtype
+            if each.stat in ORDERED
+            else pl.Int64()
+            if each.stat in ("count", "n_unique")
+            else pl.Float64()
+        )
         results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
         made.append(stored(results, view.columns[each.name]).alias(each.name))
     return made

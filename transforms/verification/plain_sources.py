@@ -150,7 +150,11 @@ def spine_rows(view: FeatureView, tables: Tables, asked: pl.DataFrame) -> pl.Dat
     wanted = Wanted(tuple(names), asked.select(names), _moments(asked[view.time]) + 1, 1)
     kept = _kept(contract, tables.rows(view.spine.name, columns, [wanted]), [wanted])
     kept = kept.sort(columns).unique(names, keep="first", maintain_order=True)
-    return asked.select(names).join(kept.with_columns(pl.lit(True).alias("__found")), on=names, how="left", maintain_order="left").select(*columns, "__found")  # fmt: skip
+    return (
+        asked.select(names)
+        .join(kept.with_columns(pl.lit(True).alias("__found")), on=names, how="left", maintain_order="left")
+        .select(*columns, "__found")
+    )
 
 
 def dimension_rows(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:

@@ -40,8 +40,10 @@ def lifetime_groups(view: FeatureView) -> list[list[str]]:
         names = (
             [each.name for each in feature.statistics if each.length is None]
             if isinstance(feature, Trailing)
-            else list(feature.renamed.values()) if feature.length is None else []
-        )  # fmt: skip
+            else list(feature.renamed.values())
+            if feature.length is None
+            else []
+        )
         if names:
             groups.setdefault((feature.source.name, feature.keys, where), []).extend(names)
     return list(groups.values())
@@ -105,7 +107,10 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
 def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequence[str], run_id: str) -> pl.DataFrame:
     """One row whose features over all history have values, of the first such of a range: what they saw came before it."""
     start = starts[int(hash_text(run_id)) % len(starts)]
-    filled = [pl.col(name).cast(pl.Int64) > 0 if view.columns[name].is_integer() else pl.col(name).is_not_null() for name in names]  # fmt: skip
+    filled = [
+        pl.col(name).cast(pl.Int64) > 0 if view.columns[name].is_integer() else pl.col(name).is_not_null()
+        for name in names
+    ]
     rows = start.filter(pl.any_horizontal(filled).fill_null(False))[:20]
     rows = rows if len(rows) else start[:20]
     return rows[[int(np.argmin(_draw(rows, run_id)))]]

@@ -152,7 +152,10 @@ def long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_blocks_that_reach_too_far_are_cut_by_key_and_why_is_told(long: list[str], capsys: Out) -> None:
     assert "key shards" not in plan(long, capsys)
     told = plan(long, capsys, "--block_rows", "200")
-    assert re.search(r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|key shards \d+ per block: ", told)  # fmt: skip
+    assert re.search(
+        r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|key shards \d+ per block: ",
+        told,
+    )
     assert "one shard of one key is in memory at a time" in told
     assert "of what all windows of a block share one row per key is kept: 40d of sales" in told
     assert re.search(r"medians, .* hold all events of a key at once, however many: 40d of sales", told)
@@ -166,7 +169,9 @@ def test_key_shards_asked_for_or_refused_are_shown_and_change_no_answer(
     told = plan(long, capsys, "--key_shards", "auto")
     assert told == plan(long, capsys)
     found = []
-    for number, flags in enumerate((("--key_shards", "1"), ("--key_shards", "5"), ("--block_rows", "200", "--broadcast_mb", "0"))):  # fmt: skip
+    for number, flags in enumerate(
+        (("--key_shards", "1"), ("--key_shards", "5"), ("--block_rows", "200", "--broadcast_mb", "0"))
+    ):
         store = str(tmp_path / f"store-{number}")
         arguments = [*long[:2], "--store", store, "--sources", str(tmp_path / "sources")]
         assert features.main([*arguments, *flags, "--no-statistics"]) == 0
@@ -184,7 +189,9 @@ def test_key_shards_are_a_number_or_auto(case: list[str], value: str) -> None:
 
 def test_a_dimension_is_broadcast_up_to_a_size_and_routed_above_it(long: list[str], capsys: Out) -> None:
     assert "shops: broadcast (2 rows)" in plan(long, capsys)
-    assert "shops: routed: blocks read past it and keep what they look up (2 rows)" in plan(long, capsys, "--broadcast_mb", "0.00001")  # fmt: skip
+    assert "shops: routed: blocks read past it and keep what they look up (2 rows)" in plan(
+        long, capsys, "--broadcast_mb", "0.00001"
+    )
 
 
 def test_the_plan_of_a_run_is_logged_as_it_is_printed(long: list[str], capsys: Out) -> None:

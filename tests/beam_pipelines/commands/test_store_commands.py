@@ -167,7 +167,19 @@ def test_a_prediction_leads_to_model_run_features_and_sources(store: Path, capsy
     assert "definition.py, SHA-256" in out
     assert out.index("labels") < out.index(f"{store}/sources/sales/part.parquet (stamp")
     assert "visits: 1,500 rows, 1 file" in out
-    assert trace(["--store", str(store), "--prediction", str(row["prediction_id"]), "--definition", str(store / "definition.py")]) == 0  # fmt: skip
+    assert (
+        trace(
+            [
+                "--store",
+                str(store),
+                "--prediction",
+                str(row["prediction_id"]),
+                "--definition",
+                str(store / "definition.py"),
+            ]
+        )
+        == 0
+    )
     assert f"row_id {row['row_id']}" in capsys.readouterr().out
 
 

@@ -47,8 +47,12 @@ for pipeline in (batch_pipeline([]), beam.Pipeline()):
     print("asked", len(asked))
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     lines = done.stdout.split("\n")
     assert lines[:3] == ["1", "2", "asked 0"]
     assert lines[5] == "asked 1"

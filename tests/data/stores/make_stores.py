@@ -167,7 +167,8 @@ def shop_sources(visits: int, days: int, seed: int) -> dict[str, pl.DataFrame]:
         "sales": pl.DataFrame(
             {
                 "sold": [asked[i] + timedelta(hours=2, microseconds=int(i) + 1) for i in bought],
-                "visit": bought, "shop": [shop[i] for i in bought],
+                "visit": bought,
+                "shop": [shop[i] for i in bought],
                 "amount": (random.integers(1, 1000, len(bought)) / 100).tolist(),
             },
             schema={"sold": MOMENT, "visit": pl.Int64, "shop": pl.String, "amount": pl.Float64},
@@ -181,8 +182,10 @@ def shop_sources(visits: int, days: int, seed: int) -> dict[str, pl.DataFrame]:
             },
             schema={"counted": MOMENT, "shop": pl.String, "pieces": pl.Int64, "note": pl.String},
         ),
-        "shops": pl.DataFrame({"shop": ["north", "south", "east"], "city": ["Oslo", None, "Rome"], "rent": [0.1, 2.5, 7.25]}),
-    }  # fmt: skip
+        "shops": pl.DataFrame(
+            {"shop": ["north", "south", "east"], "city": ["Oslo", None, "Rome"], "rent": [0.1, 2.5, 7.25]}
+        ),
+    }
     sales, every = frames["sales"], frames["visits"]
     again = sales[5:60:4].with_columns(pl.col("sold").dt.offset_by("9h"), amount=pl.lit(99.0))
     endless = sales[7:9].with_columns(amount=pl.lit(float("inf")), visit=pl.col("visit") + 1_000_000)
@@ -218,9 +221,12 @@ def shop() -> None:
     made.millrace("inference", "--run_id", "score")
     features = made.rows("features", "buying", "*")
     made.expected |= {
-        "rows": len(features), "letters": len(made.rows("dead_letters", "features")),
-        "predictions": len(made.rows("predictions", "buying")), "model": "buying", "version": "1",
-    }  # fmt: skip
+        "rows": len(features),
+        "letters": len(made.rows("dead_letters", "features")),
+        "predictions": len(made.rows("predictions", "buying")),
+        "model": "buying",
+        "version": "1",
+    }
     made.pack()
 
 
@@ -243,7 +249,11 @@ LIFETIME_DAYS = 40
 
 def lifetime_sources(days: Sequence[int]) -> dict[str, pl.DataFrame]:
     """One event a key and day, at six; six questions on each of the days, at noon."""
-    events = [(at(day + 0.25 + key / 1000), key, float(day * 10 + key) / 4) for day in range(LIFETIME_DAYS) for key in (1, 2, 3)]  # fmt: skip
+    events = [
+        (at(day + 0.25 + key / 1000), key, float(day * 10 + key) / 4)
+        for day in range(LIFETIME_DAYS)
+        for key in (1, 2, 3)
+    ]
     asked = [(at(day + 0.5 + number / 1000), day * 10 + number, number % 3 + 1) for day in days for number in range(6)]
     return {
         "ev": pl.DataFrame(events, schema={"at": MOMENT, "k": pl.Int64, "v": pl.Float64}, orient="row"),
@@ -263,12 +273,15 @@ def lifetime_truth(asked: pl.DataFrame, events: pl.DataFrame) -> dict[str, dict[
         seen = events.filter(pl.col("k") == spine_row["k"], pl.col("at") < spine_row["at"]).sort("at")["v"].to_list()
         some = bool(seen)
         found[str(spine_row["id"])] = {
-            "ev_by_k_count_all": len(seen), "ev_by_k_v_sum_all": sum(seen) if some else None,
+            "ev_by_k_count_all": len(seen),
+            "ev_by_k_v_sum_all": sum(seen) if some else None,
             "ev_by_k_v_mean_all": float(np.float32(sum(seen) / len(seen))) if some else None,
-            "ev_by_k_v_min_all": min(seen, default=None), "ev_by_k_v_max_all": max(seen, default=None),
-            "ev_by_k_v_first_all": seen[0] if some else None, "ev_by_k_v_last_all": seen[-1] if some else None,
+            "ev_by_k_v_min_all": min(seen, default=None),
+            "ev_by_k_v_max_all": max(seen, default=None),
+            "ev_by_k_v_first_all": seen[0] if some else None,
+            "ev_by_k_v_last_all": seen[-1] if some else None,
             "ev_v": seen[-1] if some else None,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -289,7 +302,9 @@ def lifetime(name: str, days: Sequence[int], late: bool) -> None:
     made.millrace("inference", "--run_id", "score")
     right = lifetime_truth(frames["q"], events)
     rows = made.rows("features", "vw", "*").sort("id")
-    stored = {str(row["id"]): {column: row[column] for column in right[str(row["id"])]} for row in rows.iter_rows(named=True)}  # fmt: skip
+    stored = {
+        str(row["id"]): {column: row[column] for column in right[str(row["id"])]} for row in rows.iter_rows(named=True)
+    }
     made.expected |= {
         "right": right,
         "stored": stored,
@@ -323,11 +338,32 @@ def narrow() -> None:
     for file, text in (("narrow.py", NARROW), ("wide.py", WIDE)):
         made.define(text, file)
     names = ["abc", "b", "c", "d", "e", "f", "g", "h"]
-    qty, cents, level = [100_000, 3, -5, None, 2**31 - 1, 50_000, 7, 1], [99_999, 10, 7, 2, 2, 50_000, None, 1], [100, 1, -100, None, 127, 64, 55, 56]  # fmt: skip
-    made.put("q", pl.DataFrame(
-        {"at": [at(i) for i in range(8)], "id": range(8), "qty": qty, "cents": cents, "level": level, "name": names},
-        schema={"at": MOMENT, "id": pl.Int64, "qty": pl.Int32, "cents": pl.Int32, "level": pl.Int8, "name": pl.String},
-    ))  # fmt: skip
+    qty, cents, level = (
+        [100_000, 3, -5, None, 2**31 - 1, 50_000, 7, 1],
+        [99_999, 10, 7, 2, 2, 50_000, None, 1],
+        [100, 1, -100, None, 127, 64, 55, 56],
+    )
+    made.put(
+        "q",
+        pl.DataFrame(
+            {
+                "at": [at(i) for i in range(8)],
+                "id": range(8),
+                "qty": qty,
+                "cents": cents,
+                "level": level,
+                "name": names,
+            },
+            schema={
+                "at": MOMENT,
+                "id": pl.Int64,
+                "qty": pl.Int32,
+                "cents": pl.Int32,
+                "level": pl.Int8,
+                "name": pl.String,
+            },
+        ),
+    )
     for name in ("narrow", "wide"):
         for run, end in (("first", ("--end", str(at(5).date()))), ("second", ())):
             made.millrace("features", "--run_id", f"{name}-{run}", *end, definition=f"{name}.py")
@@ -338,12 +374,15 @@ def narrow() -> None:
     made.expected["right"] = {
         "narrow": [
             {
-                "id": i, "total": None if q is None or c is None else q * c, "slack": len(n) - 10,
-                "raised": None if v is None else 2 * v, "bytes": None if v is None or v < 0 else v + 200,
+                "id": i,
+                "total": None if q is None or c is None else q * c,
+                "slack": len(n) - 10,
+                "raised": None if v is None else 2 * v,
+                "bytes": None if v is None or v < 0 else v + 200,
             }
             for i, (q, c, v, n) in enumerate(zip(qty, cents, level, names, strict=True))
         ]
-    }  # fmt: skip
+    }
     made.pack()
 
 
@@ -364,8 +403,11 @@ TIED_VIEWS = {
     "repeats_alone": (REPEATS, ""),
     "repeats_with_more": (REPEATS, ', Trailing(ev, by="k", over="1d", stats={"a": "sum"}, name="z")'),
     "ties_alone": (TIES, ""),
-    "ties_with_more": (TIES, ', Trailing(ev, by="k", over="1d", stats={"a": "sum"}, name="z"), Lookup(dim, by="k", columns="a", name="o")'),
-}  # fmt: skip
+    "ties_with_more": (
+        TIES,
+        ', Trailing(ev, by="k", over="1d", stats={"a": "sum"}, name="z"), Lookup(dim, by="k", columns="a", name="o")',
+    ),
+}
 
 
 def ties() -> None:
@@ -373,10 +415,22 @@ def ties() -> None:
     for name, (text, extra) in TIED_VIEWS.items():
         made.define(text.replace("NAME", name).replace("EXTRA", extra), f"{name}.py")
     early = [at(day + 0.25) for day in (0, 0, 0, 1, 1)]
-    made.put("ev", pl.DataFrame({"at": early, "eid": [7, 7, 7, 8, 9], "k": [1] * 5, "a": [1, 2, 3, 4, 5], "v": [9.0, 5.0, 7.0, 1.0, 2.0]}).with_columns(pl.col("at").cast(MOMENT)))  # fmt: skip
-    made.put("tied", pl.DataFrame({"at": early[:2] + early[3:], "rank": [1] * 4, "k": [1] * 4, "a": [1, 2, 3, 4], "s": ["y", "x", "z", "w"]}).with_columns(pl.col("at").cast(MOMENT)))  # fmt: skip
+    made.put(
+        "ev",
+        pl.DataFrame(
+            {"at": early, "eid": [7, 7, 7, 8, 9], "k": [1] * 5, "a": [1, 2, 3, 4, 5], "v": [9.0, 5.0, 7.0, 1.0, 2.0]}
+        ).with_columns(pl.col("at").cast(MOMENT)),
+    )
+    made.put(
+        "tied",
+        pl.DataFrame(
+            {"at": early[:2] + early[3:], "rank": [1] * 4, "k": [1] * 4, "a": [1, 2, 3, 4], "s": ["y", "x", "z", "w"]}
+        ).with_columns(pl.col("at").cast(MOMENT)),
+    )
     made.put("dim", pl.DataFrame({"k": [1, 1], "a": [1, 2], "s": ["y", "x"]}))
-    made.put("q", pl.DataFrame({"at": [at(0.5), at(1.5)], "id": [1, 2], "k": [1, 1]}).with_columns(pl.col("at").cast(MOMENT)))  # fmt: skip
+    made.put(
+        "q", pl.DataFrame({"at": [at(0.5), at(1.5)], "id": [1, 2], "k": [1, 1]}).with_columns(pl.col("at").cast(MOMENT))
+    )
     for name in TIED_VIEWS:
         for run, end in (("first", ("--end", str(at(1).date()))), ("second", ())):
             made.millrace("features", "--run_id", f"{name}-{run}", *end, definition=f"{name}.py")
@@ -386,7 +440,12 @@ def ties() -> None:
     repeats = [{"id": 1, "ev_by_k_v_sum_1d": 9.0}, {"id": 2, "ev_by_k_v_sum_1d": 3.0}]
     # At one moment the greatest by `order`, then by all columns is the last; of a dimension's rows the smallest is used.
     tied = [{"id": 1, "tied_s": "x", "dim_s": "y"}, {"id": 2, "tied_s": "w", "dim_s": "y"}]
-    made.expected["right"] = {"repeats_alone": repeats, "repeats_with_more": repeats, "ties_alone": tied, "ties_with_more": tied}  # fmt: skip
+    made.expected["right"] = {
+        "repeats_alone": repeats,
+        "repeats_with_more": repeats,
+        "ties_alone": tied,
+        "ties_with_more": tied,
+    }
     made.pack()
 
 
@@ -411,9 +470,16 @@ def stopped_after(count: int | None, chunks: list[list[Message]]) -> Iterator[No
 def messages_frame(messages: Sequence[Message]) -> pl.DataFrame:
     return pl.DataFrame(
         [each[:6] for each in messages],
-        schema={"topic": pl.String, "partition": pl.Int64, "offset": pl.Int64, "timestamp": pl.Int64, "key": pl.Binary, "value": pl.Binary},
+        schema={
+            "topic": pl.String,
+            "partition": pl.Int64,
+            "offset": pl.Int64,
+            "timestamp": pl.Int64,
+            "key": pl.Binary,
+            "value": pl.Binary,
+        },
         orient="row",
-    )  # fmt: skip
+    )
 
 
 def live() -> None:
@@ -442,7 +508,9 @@ def live() -> None:
     shutil.copytree(files, batch / "sources")
     registry = f"sqlite:///{made.store}/registry/mlflow.db"
     made.millrace("features", "--run_id", "batch", store=batch)
-    made.millrace("training", "--run_id", "learn", "--no-keep_examples", "--threads", "1", "--registry", registry, store=batch)  # fmt: skip
+    made.millrace(
+        "training", "--run_id", "learn", "--no-keep_examples", "--threads", "1", "--registry", registry, store=batch
+    )
     made.millrace("inference", "--streaming", "--run_id", "scored", "--commit_every", "0s")
     view = load_definition(str(made.folder / "definition.py")).view
     table = open_table(f"{other}/features_live/buying/{view.fingerprint}")
@@ -452,10 +520,13 @@ def live() -> None:
     whole.write_parquet(made.folder / "answers_whole.parquet", use_pyarrow=True)
     began = made.rows("features_live", "buying", "*")
     made.expected |= {
-        "chunks": len(chunks), "answers_whole": len(whole), "answers_stored": len(began), "late_answers": int(whole["__late"].sum()),
+        "chunks": len(chunks),
+        "answers_whole": len(whole),
+        "answers_stored": len(began),
+        "late_answers": int(whole["__late"].sum()),
         "letters_stored": len(made.rows("dead_letters", "live_buying")),
         "predictions_stored": len(made.rows("predictions_live", "buying")),
-    }  # fmt: skip
+    }
     made.pack()
 
 
