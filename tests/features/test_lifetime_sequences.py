@@ -35,7 +35,7 @@ from schemas.loading import Definition
 from tests.support import oracles
 from tests.support.without_beam import outputs_of, perform
 from transforms.features.history_snapshots import lifetime_groups, read_summary
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
 from transforms.features.staleness import examine, usable_snapshots
@@ -350,7 +350,7 @@ class Sequences(RuleBasedStateMachine):
             some = [as_date(day) for day in days if known[day] == town]
             asked = tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
             asked = asked if days else asked.filter(inside_of(asked, inside))
-            kernel = compute(view, asked, tables)
+            kernel = compute(view, asked, KernelTables(tables))
             columns = [*view.context, *view.columns]
             mine = got.filter(pl.col("date").is_in(some)).select(columns)
             assert_frame_equal(mine, kernel.select(columns), check_exact=True)

@@ -17,9 +17,10 @@ from schemas import FeatureView
 from schemas.errors import DataError, StoreError
 from schemas.tables import DEAD_LETTERS
 from tests.support import market
+from transforms.features.block_features import features_batch
 from transforms.features.block_inputs import read_dimension
 from transforms.features.plan import FeaturePlan, interval, plan_blocks
-from transforms.features.trailing_features import TrailingFeatures, compute_block, features_batch
+from transforms.features.trailing_features import TrailingFeatures, compute_block
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of

@@ -17,19 +17,18 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from schemas.durations import DAY, instant
+from schemas.durations import instant
 from schemas.errors import ContractError, StoreError
 from schemas.expressions import columns_of
-from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing, is_lifetime
+from schemas.feature_groups import column_names
+from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.kernel import Gather, Reading, compute, gathered
 from transforms.features.staleness import (
     VERSION,
     Current,
@@ -152,13 +151,7 @@ def _same(view: FeatureView, manifest: Manifest) -> list[str]:
 
 def reading(view: FeatureView) -> list[str]:
     """Features that read other rows than their own."""
-    return [name for feature in view.features if not isinstance(feature, Derived) for name in _outputs(feature)]
-
-
-def _outputs(feature: Reading) -> list[str]:
-    return (
-        [each.name for each in feature.statistics] if isinstance(feature, Trailing) else list(feature.renamed.values())
-    )
+    return [name for feature in view.features if not isinstance(feature, Derived) for name in column_names(feature)]
 
 
 def _copies(
@@ -201,7 +194,7 @@ def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
             own: dict[str, set[tuple[str, bool]]] = {name: set() for name in above}
         else:
             keys, source = {left for left, _ in feature.keys}, feature.source.name
-            above = dict.fromkeys(_outputs(feature), keys)
+            above = dict.fromkeys(column_names(feature), keys)
             own = {name: {(source, True)} for name in above}
             if isinstance(feature, Trailing):
                 own = {each.name: {(source, each.stat in ORDERED)} for each in feature.statistics}
@@ -219,11 +212,11 @@ def of_all_history(view: FeatureView) -> set[str]:
         if isinstance(feature, Derived):
             found |= {name for name, expr in feature.columns.items() if found.intersection(columns_of(expr))}
         elif found.intersection(left for left, _ in feature.keys):
-            found |= {*_outputs(feature)}
+            found |= {*column_names(feature)}
         elif isinstance(feature, Trailing):
             found |= {each.name for each in feature.statistics if each.length is None}
         elif is_lifetime(feature):
-            found |= {*_outputs(feature)}
+            found |= {*column_names(feature)}
     return found
 
 
@@ -322,40 +315,16 @@ def _bounded(statistics: Any, rows: int) -> bool:
     return bool(abs(statistics.min) < _LARGEST and abs(statistics.max) < _LARGEST)
 
 
-def compute_with(
-    view: FeatureView,
-    spine: pl.DataFrame,
-    tables: Mapping[str, Any],
-    copies: Copies | None = None,
-    gather: Gather = gathered,
-) -> pl.DataFrame:
-    """As `kernels.compute`, columns of `copies` taken from there.
-
-    A question that the older table does not answer, or a file of it that is gone, has its columns computed.
-    """
-    if copies is None or not len(spine):
-        return compute(view, spine, tables, gather)
-    days = spine[view.time].to_physical().to_numpy() // DAY
-    parts, positions = [], []
-    for names, chosen in copies.classes(np.unique(days).tolist()).items():
-        position = np.flatnonzero(np.isin(days, chosen))
-        some = spine[position]
-        old = _aligned(view, copies, some, names, chosen) if names else None
-        parts.append(compute(view, some, tables, gather if old is None else functools.partial(_gather, old, gather)))
-        positions.append(position)
-    return pl.concat(parts)[np.argsort(np.concatenate(positions), kind="stable")]
-
-
-def _aligned(
+def copied_columns(
     view: FeatureView, copies: Copies, spine: pl.DataFrame, names: Sequence[str], days: Sequence[int]
-) -> pl.DataFrame | None:
-    """The older table's columns in the spine's order of rows; None if they do not answer every question once."""
+) -> dict[str, pl.Series]:
+    """Reads columns of the older table in the order of the spine rows; empty unless it has exactly these rows, each once."""
     wanted = ["row_id", *names]
     try:
         parts = [pl.from_arrow(read_file(file, wanted)) for day in days for file in copies.files[day]]
     except StoreError as error:
         log.warning("computed instead of copied: %s", error)
-        return None
+        return {}
     old: pl.DataFrame = pl.concat(parts)  # type: ignore[type-var, assignment]
     ids = row_ids(view.name, [spine[name] for name in (*view.key, view.time)])
     order = pl.DataFrame({"row_id": ids}).join(
@@ -368,37 +337,6 @@ def _aligned(
             copies.version,
             as_date(days[0]),
         )
-        return None
-    return old.select(names)[order.to_numpy()]
-
-
-def _gather(
-    old: pl.DataFrame,
-    gather: Gather,
-    view: FeatureView,
-    features: Sequence[Reading],
-    frame: pl.DataFrame,
-    tables: Mapping[str, Any],
-) -> list[pl.Series]:
-    """Columns of `features`: those of `old`, and the others computed."""
-    copied = [name for feature in features for name in _outputs(feature) if name in old.columns]
-    return [*gather(view, list(rest(features, copied)), frame, tables), *(old[name] for name in copied)]
-
-
-def rest(features: Iterable[Reading], without: Iterable[str]) -> Iterator[Reading]:
-    """Features that give the same columns less those in `without`."""
-    gone = set(without)
-    for feature in features:
-        if not gone.intersection(_outputs(feature)):
-            yield feature
-        elif isinstance(feature, Latest | Lookup):
-            left = tuple(column for column, name in feature.renamed.items() if name not in gone)
-            if left:
-                yield dataclasses.replace(feature, columns=left)
-        else:
-            by_window: dict[str, dict[str, tuple[str, ...]]] = {}
-            for each in feature.statistics:
-                if each.name not in gone:
-                    stats = by_window.setdefault(each.window, {})
-                    stats[each.column] = (*stats.get(each.column, ()), each.stat)
-            yield from (dataclasses.replace(feature, over=window, stats=stats) for window, stats in by_window.items())
+        return {}
+    found = old.select(names)[order.to_numpy()]
+    return {name: found[name] for name in names}

@@ -24,11 +24,11 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.durations import DAY
 from schemas.errors import StoreError
-from schemas.expressions import canonical
-from schemas.features import Derived, Latest, Lookup, Trailing, is_lifetime
+from schemas.feature_groups import EventFeature, HistoryKey, group_key
+from schemas.features import is_lifetime
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.block_inputs import BlockInput, deduplicate_events
-from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
+from transforms.features.lifetime_summaries import Summary, merge, summarise
 from transforms.features.plan import Block, FeaturePlan
 from transforms.records.times import ALWAYS
 from transforms.sources.dead_letters import dead_letters_batch
@@ -37,7 +37,6 @@ from transforms.sources.reader import CHUNK_ROWS, read_slices
 from transforms.storage.delta_tables import write_aside
 
 FOLDER = "_summaries"
-Groups = dict[str, tuple[Trailing | Latest, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +79,13 @@ Part = tuple[int, int, tuple[str, ...]]
 SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
-def lifetime_groups(view: FeatureView) -> Groups:
-    """Features with windows over all history by source, key and condition, under the name of their summary."""
-    groups: dict[str, list[Trailing | Latest]] = {}
+def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
+    """The features of each history over which some window has no beginning. Their order is that of a snapshot's files."""
+    groups: dict[HistoryKey, list[EventFeature]] = {}
     for feature in view.features:
-        if isinstance(feature, Derived | Lookup):
-            continue
-        where = None if feature.where is None else canonical(feature.where)
-        groups.setdefault(summary_name(feature.source.name, feature.keys, where), []).append(feature)
-    return {name: tuple(group) for name, group in groups.items() if any(map(is_lifetime, group))}
+        if isinstance(feature, EventFeature):
+            groups.setdefault(group_key(feature).history, []).append(feature)
+    return {key: tuple(group) for key, group in groups.items() if any(map(is_lifetime, group))}
 
 
 def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
@@ -272,19 +269,19 @@ def read_summary(uri: str, name: str) -> pl.DataFrame:
 
 def stream_summaries(
     view: FeatureView, uri: str, block: Block, files: SnapshotFiles
-) -> Iterator[tuple[str, pl.DataFrame]]:
-    """As `load_summaries`, a few rows at a time, each with the name of its summary."""
-    for name, file in zip(lifetime_groups(view), files[block.start], strict=True):
+) -> Iterator[tuple[HistoryKey, pl.DataFrame]]:
+    """Like `load_summaries`, but yields a few rows at a time, each with the key of its summary."""
+    for key, file in zip(lifetime_groups(view), files[block.start], strict=True):
         with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
-            yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
+            yield key, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
             for batch in read.iter_batches(CHUNK_ROWS):
-                yield name, pl.from_arrow(batch)  # type: ignore[misc]
+                yield key, pl.from_arrow(batch)  # type: ignore[misc]
 
 
-def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[str, Summary]:
-    """The summaries of everything before the block, by the names a kernel looks for."""
+def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[HistoryKey, Summary]:
+    """The summaries of everything before the block."""
     return {
-        name: Summary(read_summary(uri, file), block.start)
-        for name, file in zip(lifetime_groups(view), files[block.start], strict=True)
+        key: Summary(read_summary(uri, file), block.start)
+        for key, file in zip(lifetime_groups(view), files[block.start], strict=True)
     }

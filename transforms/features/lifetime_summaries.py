@@ -33,11 +33,6 @@ class Summary:
     length: int | None = None
 
 
-def summary_name(source: str, keys: Sequence[tuple[str, str]], where: str | None) -> str:
-    """The name of the summary of a group's events among a kernel's tables."""
-    return f"{source} by {','.join(column for _, column in keys)} where {where}: summary"
-
-
 def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
     """Summary of `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
 

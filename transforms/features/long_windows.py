@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
+from schemas.feature_groups import window_lengths, without_columns
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.sources import Source
-from transforms.features.column_reuse import rest
 from transforms.features.lifetime_summaries import Summary, merge, summarise
 
 # A window is split if it is longer than this many times the span of the spine rows.
@@ -93,16 +93,10 @@ def split_windows(features: Sequence[Trailing | Latest], span: tuple[int, int], 
             chosen.setdefault((length, summed and length is not None), []).append(each.name)
         for kind, names in chosen.items():
             others = [each.name for each in feature.statistics if each.name not in names]
-            by.setdefault(kind, []).extend(rest([feature], others))  # type: ignore[arg-type]
+            by.setdefault(kind, []).extend(without_columns([feature], others))  # type: ignore[arg-type]
     parts = []
     for (length, summed), some in by.items():
-        lengths = [
-            each
-            for feature in some
-            for each in (
-                [one.length for one in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
-            )
-        ]
+        lengths = [length for feature in some for length in window_lengths(feature)]
         since = min(start if each is None else first - each for each in lengths)
         interior = (0, 0) if length is None else (last - length, first)
         parts.append(WindowPart(tuple(some), since, length, interior, summed))

@@ -113,7 +113,7 @@ def _owned(dead_letters: pl.DataFrame, plan: FeaturePlan, name: str) -> pl.DataF
     return dead_letters.filter(pl.Series(_own(dead_letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
 
 
-def gathered_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
+def received_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
     """The rows sent to a block, as a `Read`. It has no dead letters: they were emitted when the slices were read."""
     contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
     schema = {column: contract.source.schema[column] for column in contract.read}

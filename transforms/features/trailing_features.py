@@ -16,6 +16,7 @@ import pyarrow as pa
 from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
+from transforms.features.block_features import BlockTables, compute_features
 from transforms.features.block_inputs import (
     BlockInput,
     deduplicate_events,
@@ -25,16 +26,14 @@ from transforms.features.block_inputs import (
     read_spine,
     stream_events,
 )
-from transforms.features.column_reuse import Copies, compute_with
+from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import SnapshotFiles, load_summaries, stream_summaries
-from transforms.features.kernel import KERNEL_POOL, Gather, gathered
+from transforms.features.kernel import KernelTables, kernel_pool
 from transforms.features.key_partitions import KeyedEvents
 from transforms.features.plan import Block, FeaturePlan
-from transforms.features.routed_dimensions import account, routing
-from transforms.features.shuffle import SPINE, Route, gathered_read, received, routes
+from transforms.features.routed_dimensions import account
+from transforms.features.shuffle import SPINE, Route, received, received_read, routes
 from transforms.records.prefetch import PrefetchDoFn
-from transforms.records.record_batches import batch
-from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import dead_letters_batch
 
 log = logging.getLogger("millrace.features")
@@ -102,51 +101,54 @@ class ComputeBlock(PrefetchDoFn):
         self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
 
     def process(
-        self, block: Block, carried: SnapshotFiles | None = None
+        self, block: Block, snapshots: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         if block.shards:
-            yield from self.ahead(lambda: block, lambda _: self.keyed(block, carried))
+            yield from self.ahead(lambda: block, lambda _: self.compute_from_disk(block, snapshots))
         else:
             read = functools.partial(read_block, self.view, self.plan, block)
-            yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+            yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
-    def keyed(self, block: Block, carried: SnapshotFiles | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events do not fit in memory: they are written to disk as they are read."""
+    def compute_from_disk(
+        self, block: Block, snapshots: SnapshotFiles | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """Yields the outputs of a block whose events do not fit in memory: they are written to disk as they are read."""
         with spill_events(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
                     events.add(name, read)
-            yield from self.keyed_answers(block, read_spine(self.view, self.plan, block), events, carried)
+            yield from self.outputs_from_disk(block, read_spine(self.view, self.plan, block), events, snapshots)
 
-    def answers(
-        self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], carried: SnapshotFiles | None
+    def outputs(
+        self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], snapshots: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events are in memory."""
-        summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
-        frames = {**{name: each.frame for name, each in events.items()}, **summaries}
-        yield from self._record(block, spine, frames, list(events.values()), gathered)
+        """Yields the outputs of a block whose events are in memory."""
+        summaries = {} if snapshots is None else load_summaries(self.view, self.uri, block, snapshots)
+        rows = {name: each.frame for name, each in (*self.dimensions.items(), *events.items())}
+        inputs = BlockTables(KernelTables(rows, summaries), self.plan)
+        yield from self._outputs(block, spine, inputs, list(events.values()))
 
-    def keyed_answers(
-        self, block: Block, spine: BlockInput, events: KeyedEvents, carried: SnapshotFiles | None
+    def outputs_from_disk(
+        self, block: Block, spine: BlockInput, events: KeyedEvents, snapshots: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events are on disk, partitioned by the hash of their keys."""
-        settled = events.settled()
-        for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
-            events.carry(name, rows)
-        yield from self._record(block, spine, {}, list(settled.values()), events.gather)
+        """Yields the outputs of a block whose events are on disk, partitioned by the hash of their keys."""
+        read = list(events.finish().values())
+        for key, rows in stream_summaries(self.view, self.uri, block, snapshots) if snapshots is not None else ():
+            events.add_summary(key, rows)
+        dimensions = {name: each.frame for name, each in self.dimensions.items()}
+        yield from self._outputs(block, spine, BlockTables(KernelTables(dimensions), self.plan, events), read)
 
-    def _record(
-        self, block: Block, spine: BlockInput, tables: Mapping[str, Any], inputs: list[BlockInput], gather: Gather
+    def _outputs(
+        self, block: Block, spine: BlockInput, inputs: BlockTables, events: list[BlockInput]
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        tables = {**{name: each.frame for name, each in self.dimensions.items()}, **tables}
-        features = compute_features(self.view, self.plan, spine, tables, self.copies, gather)
+        features = compute_features(self.view, spine.frame, inputs, self.copies)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
+        read = [spine, *events]
         if block.index == 0:
-            inputs = [*inputs, *self.dimensions.values()]
-            inputs += [account(self.view, self.plan, name) for name in self.plan.routed]
-        yield from side_outputs(self.view, [spine, *inputs])
+            read += [*self.dimensions.values(), *(account(self.view, self.plan, name) for name in self.plan.routed)]
+        yield from side_outputs(self.view, read)
 
 
 class ComputeGathered(ComputeBlock):
@@ -159,29 +161,29 @@ class ComputeGathered(ComputeBlock):
         self.by_index = {block.index: block for block in blocks}
 
     def process(  # type: ignore[override]
-        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: SnapshotFiles | None = None
+        self, element: tuple[int, Iterable[tuple[str, bytes]]], snapshots: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
         parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
             yield from self.rest()  # a source too large for memory is written to disk as it is read, one source at a time
-            yield from self._spilled(block, element[1], carried)
+            yield from self._spilled(block, element[1], snapshots)
             return
         for name, rows in element[1]:
             parts[name].append(rows)
-        read = functools.partial(self._settled, block, parts)
-        yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+        read = functools.partial(self._read_gathered, block, parts)
+        yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
-    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
+    def _read_gathered(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
         held = {name: [received(rows) for rows in each] for name, each in parts.items()}
         spine = self._spine(block, held.pop(SPINE))
-        reads = {name: gathered_read(self.plan, name, each) for name, each in held.items()}
+        reads = {name: received_read(self.plan, name, each) for name, each in held.items()}
         return spine, {
             name: deduplicate_events(self.view, self.plan, block, name, read) for name, read in reads.items()
         }
 
     def _spilled(
-        self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: SnapshotFiles | None
+        self, block: Block, rows_of: Iterable[tuple[str, bytes]], snapshots: SnapshotFiles | None
     ) -> Iterator[Any]:
         spine: list[pl.DataFrame] = []
         with spill_events(self.view, self.plan, block) as events:
@@ -189,11 +191,11 @@ class ComputeGathered(ComputeBlock):
                 if name == SPINE:
                     spine.append(received(rows))
                 else:
-                    events.add(name, gathered_read(self.plan, name, [received(rows)]))
-            yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
+                    events.add(name, received_read(self.plan, name, [received(rows)]))
+            yield from self.outputs_from_disk(block, self._spine(block, spine), events, snapshots)
 
     def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> BlockInput:
-        return deduplicate_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
+        return deduplicate_spine(self.view, self.plan, block, received_read(self.plan, SPINE, parts))
 
 
 @contextlib.contextmanager
@@ -205,21 +207,10 @@ def spill_events(view: FeatureView, plan: FeaturePlan, block: Block) -> Iterator
 
 def read_block(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, dict[str, BlockInput]]:
     """The block's spine rows and, per source, the events they can see. Sources are read in parallel."""
-    spine = KERNEL_POOL.submit(read_spine, view, plan, block)
-    events = {name: KERNEL_POOL.submit(read_events, view, plan, block, name) for name in block.events}
+    pool = kernel_pool()
+    spine = pool.submit(read_spine, view, plan, block)
+    events = {name: pool.submit(read_events, view, plan, block, name) for name in block.events}
     return spine.result(), {name: each.result() for name, each in events.items()}
-
-
-def compute_features(
-    view: FeatureView,
-    plan: FeaturePlan,
-    spine: BlockInput,
-    tables: Mapping[str, Any],
-    copies: Copies | None = None,
-    gather: Gather = gathered,
-) -> pa.RecordBatch:
-    """Computes the features of a block's spine rows; see `kernel.compute`."""
-    return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
 
 
 def side_outputs(view: FeatureView, inputs: Iterable[BlockInput]) -> Iterator[pvalue.TaggedOutput]:
@@ -237,11 +228,5 @@ def compute_block(
 ) -> tuple[pa.RecordBatch, list[BlockInput]]:
     """The block's features, and the inputs they were computed from, all in memory."""
     spine, events = read_block(view, plan, block)
-    tables = {name: each.frame for name, each in (*dimensions.items(), *events.items())}
-    return compute_features(view, plan, spine, tables), [spine, *events.values()]
-
-
-def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:
-    """Computed features with `row_id` and `date`, as a RecordBatch of `view.output_schema`."""
-    identity = row_ids(view.name, [features[name] for name in (*view.key, view.time)])
-    return batch(features.with_columns(identity, pl.col(view.time).dt.date().alias("date")), view.output_schema)
+    tables = KernelTables({name: each.frame for name, each in (*dimensions.items(), *events.items())})
+    return compute_features(view, spine.frame, BlockTables(tables, plan)), [spine, *events.values()]

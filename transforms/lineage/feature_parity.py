@@ -22,7 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import DataError
 from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources, reached_from
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
@@ -293,7 +293,7 @@ def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
 def _computed(
     view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]
 ) -> pl.DataFrame:
-    return compute(view, asked.select(list(view.spine.schema)), {**dimensions, **tables})
+    return compute(view, asked.select(list(view.spine.schema)), KernelTables({**dimensions, **tables}))
 
 
 def _differ(left: pl.Series, right: pl.Series) -> Bools:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids
-    from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, as_date, day_of, now_us
+    from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, as_date, day_number, day_of, now_us
     from transforms.records.value_text import shown
 
 import_when_used(__name__)
