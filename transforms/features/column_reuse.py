@@ -40,7 +40,7 @@ from transforms.features.staleness import (
     read_anew,
 )
 from transforms.records.row_hashing import row_ids
-from transforms.records.times import as_date
+from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests
 from transforms.sources.inventory import Inventory, Slice, open_parquet
@@ -164,7 +164,7 @@ def _copies(
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
     files: dict[int, list[DataFile]] = {}
     for file in older.files:
-        files.setdefault((file.date - as_date(0)).days, []).append(file)
+        files.setdefault(as_number(file.date), []).append(file)
     days = [day for day, digest in inputs.items() if digest == manifest.dates[day] and day in files]
     if not days:
         return Copies(older.uri, older.version, {}, {})

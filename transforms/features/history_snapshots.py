@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from apache_beam import pvalue
 from apache_beam.io.filesystems import FileSystems
 
-from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.feature_groups import EventFeature, HistoryKey, group_key
 from schemas.features import is_lifetime
@@ -30,7 +29,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.block_inputs import BlockInput, deduplicate_events
 from transforms.features.lifetime_summaries import Summary, merge, summarise
 from transforms.features.plan import Block, FeaturePlan
-from transforms.records.times import ALWAYS
+from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.dead_letters import dead_letters_batch
 from transforms.sources.inventory import Slice
 from transforms.sources.reader import CHUNK_ROWS, read_slices
@@ -240,7 +239,7 @@ def remove_parts(parts: Iterable[Part], carried: SnapshotFiles, uri: str) -> Non
 
 def left_for_later(carried: SnapshotFiles) -> dict[int, tuple[str, ...]]:
     """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
-    return {until: files for until, files in sorted(carried.items()) if until % DAY == 0}
+    return {until: files for until, files in sorted(carried.items()) if until == midnight(day_number(until))}
 
 
 def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:

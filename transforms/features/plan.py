@@ -16,7 +16,7 @@ import polars as pl
 from schemas.durations import DAY
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.records.times import ALWAYS, EPOCH, day_of
+from transforms.records.times import ALWAYS, day_number, day_of, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Inventory, Slice, take_inventory
 from transforms.sources.reader import repeats_of
@@ -120,8 +120,8 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
         DataError: there are no spine rows in it.
     """
     low, high = inventory.extent
-    first = low if start is None else _microseconds(start)
-    last = high if end is None else _microseconds(end)
+    first = low if start is None else midnight(start)
+    last = high if end is None else midnight(end)
     if first >= last or not _overlapping(inventory.slices[view.spine.name], first, last):
         where = f"[{day_of(first)}, {day_of(max(last, first))})"
         there = (
@@ -300,7 +300,7 @@ def _cuts(
 
     Rows are taken to spread evenly over their row group's span.
     """
-    days = np.arange(first // DAY, -(-last // DAY) + 1) * DAY
+    days = midnight(np.arange(day_number(first), days_in(last) + 1))
     rows = np.zeros(len(days) - 1)
     for each in (*spine, *(each for slices in events.values() for each in slices)):
         low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
@@ -318,7 +318,3 @@ def _cuts(
                 cuts.append(cut)
         held = day_rows / (pieces + 1) if pieces else held + day_rows
     return [*dict.fromkeys(cut for cut in cuts if cut < last), last]
-
-
-def _microseconds(day: date) -> int:
-    return (day - EPOCH.date()).days * DAY

@@ -12,7 +12,6 @@ from datetime import date
 
 from deltalake import DeltaTable
 
-from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
@@ -31,7 +30,7 @@ from transforms.features.staleness import (
     outdated,
     usable_snapshots,
 )
-from transforms.records.times import ALWAYS, as_date
+from transforms.records.times import ALWAYS, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table
 
@@ -146,7 +145,7 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
         key_shards=request.key_shards,
         broadcast_bytes=request.broadcast_bytes,
     )
-    computed = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
+    computed = days_within(ranges)
     older = [] if request.full else older_tables(request.store, view)
     copies = find_copies(view, inventory, current, older, computed)
     prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything)
@@ -207,7 +206,7 @@ def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> It
         days: numbers of days since 1970.
         ranges: `[start, end)` µs that the run computes.
     """
-    left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
+    left = [day for day in days if not any(first <= midnight(day) < last for first, last in ranges)]
     if len(days) > len(left):
         yield f"rows of {_days(len(days) - len(left))} {WRITTEN_BEFORE}"
     if left:

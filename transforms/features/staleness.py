@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.row_hashing import combine, hash_column, hash_text
-from transforms.records.times import as_date
+from transforms.records.times import as_date, day_number, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
 from transforms.sources.inventory import Inventory, Slice
@@ -187,7 +186,7 @@ def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) 
         if contract.source.unique is not None:
             repeats[name] = repeats_of(contract, slices)
             looked[REPEATS][name] = sum(each.rows for each in slices)
-        whole[name] = contract.latest // DAY - 1
+        whole[name] = day_number(contract.latest) - 1
         digests[name] = digests_now(name, contract, slices, files[name], known) if manifest.dates else {}
         if manifest.dates:
             unread = _unread(name, slices, files[name], known)[1]
@@ -204,7 +203,7 @@ def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, 
     """Per file its stamp and the days it may hold."""
     spans: dict[str, tuple[str, int, int]] = {}
     for each in slices:
-        low, high = max(each.low, contract.earliest) // DAY, min(each.high, contract.latest) // DAY
+        low, high = day_number(max(each.low, contract.earliest)), day_number(min(each.high, contract.latest))
         held = spans.get(each.path)
         spans[each.path] = (
             (each.stamp, low, high) if held is None else (each.stamp, min(held[1], low), max(held[2], high))
@@ -219,7 +218,7 @@ def digests_now(
     known = manifest.digests.get(name, {})
     days, unread = _unread(name, slices, now, manifest)
     parts = [
-        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
+        read_slices(contract, [each], own=(0, 0), span=(midnight(low), midnight(high + 1))).digests
         for each, low, high in unread
     ]
     return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
@@ -236,7 +235,9 @@ def _unread(
     unread += [(low, high) for path, (stamp, low, high) in before.items() if now.get(path, ("",))[0] != stamp]
     days = Days(unread)
     return days, [
-        (each, low, high) for each in slices for low, high in days.overlapping(each.low // DAY, each.high // DAY)
+        (each, low, high)
+        for each in slices
+        for low, high in days.overlapping(day_number(each.low), day_number(each.high))
     ]
 
 
@@ -323,7 +324,7 @@ def history_digest(
     sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
 ) -> int:
     """Digest of everything known of `sources` before `until` (µs, a midnight)."""
-    day = until // DAY
+    day = day_number(until)
     parts = [
         f"{name} {each} {value}"
         for name in sources
@@ -339,7 +340,7 @@ def reaches(view: FeatureView) -> dict[str, int]:
     lifetime = lifetime_sources(view)
     return {
         view.spine.name: 0,
-        **{name: WHOLE_HISTORY_DAYS if name in lifetime else -(-view.reach(name) // DAY) for name in view.events},
+        **{name: WHOLE_HISTORY_DAYS if name in lifetime else days_in(view.reach(name)) for name in view.events},
     }
 
 
@@ -354,10 +355,11 @@ class Stale:
         """Runs of neighbouring days as `[start, end)` µs."""
         result: list[tuple[int, int]] = []
         for day in sorted(self.reasons):
-            if result and result[-1][1] == day * DAY:
-                result[-1] = (result[-1][0], (day + 1) * DAY)
+            start, end = midnight(day), midnight(day + 1)
+            if result and result[-1][1] == start:
+                result[-1] = (result[-1][0], end)
             else:
-                result.append((day * DAY, (day + 1) * DAY))
+                result.append((start, end))
         return result
 
 
@@ -433,7 +435,7 @@ def advance(
         for whole in [current.whole.get(name, WHOLE_HISTORY_DAYS)]
     }
     dropped = {name: each.dropped for name, each in current.repeats.items()}
-    inside = {day for start, end in computed for day in range(start // DAY, -(-end // DAY))}
+    inside = set(days_within(computed))
     answered = inside & set(digests[view.spine.name])
     dates = {day: value for day, value in manifest.dates.items() if day not in inside}
     looked_up = {day: value for day, value in manifest.looked_up.items() if day not in inside}
@@ -467,7 +469,7 @@ def _digested(
 
     Another first run may have committed meanwhile: what it knows of other days holds unless their files have changed since.
     """
-    first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
+    first, last = day_number(computed[0][0]), days_in(computed[-1][1]) - 1
     digests, covered = {}, {}
     for name, back in reaches(view).items():
         mine, now, before = (first - back, last), current.files.get(name, {}), manifest.files.get(name, {})

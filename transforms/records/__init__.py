@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         deviation,
         exact_squares,
         exact_sum,
+        group_sums,
         integer_sums,
         ratio,
     )
@@ -29,7 +30,20 @@ if TYPE_CHECKING:
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids
-    from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, as_date, day_number, day_of, now_us
+    from transforms.records.times import (
+        ALWAYS,
+        EPOCH,
+        FOREVER,
+        MICROSECOND,
+        as_date,
+        as_number,
+        day_number,
+        day_of,
+        days_in,
+        days_within,
+        midnight,
+        now_us,
+    )
     from transforms.records.value_text import shown
 
 import_when_used(__name__)

@@ -33,10 +33,10 @@ def exact_sum(values: Floats) -> int:
     >>> ratio(exact_sum(np.array([1e100, 1.0, -1e100])))
     Fraction(1, 1)
     """
-    return exact_sums(values, np.zeros(len(values), np.int64), 1)[0]
+    return group_sums(values, np.zeros(len(values), np.int64), 1)[0]
 
 
-def exact_sums(values: Floats, groups: Counts, size: int) -> list[int]:
+def group_sums(values: Floats, groups: Counts, size: int) -> list[int]:
     """`exact_sum` of each group 0 … `size` − 1."""
     totals = [0] * size
     for start in range(0, len(values), _MOST):
@@ -231,7 +231,7 @@ class Bins:
         values = self.values
         at = list(at)
         found = [(float(values[low]), float(values[high]), share) for low, high, share in self._between(at)]
-        return [first + (second - first) * float(share) for first, second, share in found] or [0.0] * len(at)
+        return [_interpolated(*each) for each in found] or [0.0] * len(at)
 
     def integer_quantiles(self, at: Iterable[float]) -> list[Fraction]:
         """As `quantiles`, exactly, of what `of_integers` counted without dropping bits."""
@@ -250,6 +250,15 @@ class Bins:
             first, second = (int(np.searchsorted(running, rank, "right")) for rank in (low, min(low + 1, last)))
             result.append((first, second, position - low))
         return result
+
+
+def _interpolated(first: float, second: float, share: Fraction) -> float:
+    """first + (second − first) · share, rounded once: near 0, and between opposite extremes, rounding each step loses it."""
+    if first == second:
+        return first
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return first + (second - first) * float(share)
+    return float(Fraction(first) + (Fraction(second) - Fraction(first)) * share)
 
 
 def merged(parts: Iterable[Bins], limit: int, counters: int = 1) -> Bins:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,12 @@ def as_number(day: date) -> int:
     return (day - date(1970, 1, 1)).days
 
 
-def midnight(day: date | int) -> int:
-    """Returns the start of a date, or of a number of days since 1970, in µs since 1970."""
+@overload
+def midnight(day: date | int) -> int: ...
+@overload
+def midnight(day: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+def midnight(day: date | int | npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+    """Returns the start of a date, or of numbers of days since 1970, in µs since 1970."""
     return (as_number(day) if isinstance(day, date) else day) * DAY
 
 
