@@ -113,8 +113,39 @@ def parse(
     arguments = Arguments(f"millrace {command}", purpose)
     arguments.add_interval("questions")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
+    add_choice_of_dates(arguments)
+    add_division_of_work(arguments)
+    add_checks(arguments)
+    flags, rest = arguments.parse(argv)
+    definition = load_definition(flags.definition)
+    return Options(
+        definition=definition,
+        store=flags.store,
+        sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        run_id=flags.run_id,
+        start=flags.start,
+        end=flags.end,
+        full=flags.full,
+        refresh=flags.refresh,
+        block_rows=max(flags.block_rows, 1),
+        shuffled=PLANS[flags.plan],
+        key_shards=flags.key_shards,
+        broadcast_mb=flags.broadcast_mb,
+        rules=publish_rules(flags, definition),
+        verify=VerifyFlags(flags.verify, flags.verify_share),
+        now=time.time_ns() // 1000,
+        beam_args=tuple(rest),
+    )
+
+
+def add_choice_of_dates(arguments: Arguments) -> None:
+    """Adds the flags that decide which dates are computed."""
     arguments.add_argument("--full", action="store_true", help="compute every date again")
     arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
+
+
+def add_division_of_work(arguments: Arguments) -> None:
+    """Adds the flags that decide how the work is divided."""
     arguments.add_argument(
         "--block_rows",
         type=int,
@@ -139,6 +170,10 @@ def parse(
         default=BROADCAST_BYTES / 1e6,
         help=f"a larger dimension is not held by every worker but read past by each block (default {BROADCAST_BYTES / 1e6:g})",
     )
+
+
+def add_checks(arguments: Arguments) -> None:
+    """Adds the flags that decide what is checked before the commit, and `--streaming`."""
     arguments.add_argument(
         "--statistics",
         action=argparse.BooleanOptionalAction,
@@ -152,31 +187,14 @@ def parse(
     )
     add_verification(arguments)
     arguments.add_validation()
-    flags, rest = arguments.parse(argv)
-    definition = load_definition(flags.definition)
-    rules: PublishRules | None = PublishRules(
-        flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
-    )
+
+
+def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishRules | None:
+    """Returns the rules of the publish check; None if `--no-statistics` turned it off."""
     if not flags.statistics:
-        rules = None
-    return Options(
-        definition=definition,
-        store=flags.store,
-        sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id,
-        start=flags.start,
-        end=flags.end,
-        full=flags.full,
-        refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1),
-        shuffled=PLANS[flags.plan],
-        key_shards=flags.key_shards,
-        broadcast_mb=flags.broadcast_mb,
-        rules=rules,
-        verify=VerifyFlags(flags.verify, flags.verify_share),
-        now=time.time_ns() // 1000,
-        beam_args=tuple(rest),
-    )
+        return None
+    schema = flags.schema or definition.schema_path
+    return PublishRules(schema, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction)
 
 
 def shards(text: str) -> int | None:

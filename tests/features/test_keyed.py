@@ -181,9 +181,8 @@ def planned(view: FeatureView, store: Path, **choices: Any) -> tuple[plan.Featur
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"pays": reader.repeats_of(inventory.contracts["pays"], inventory.slices["pays"]).first}
     ranges = [plan.interval(view, inventory, None, None)]
-    return plan.plan_blocks(
-        view, inventory, ranges, repeats, True, summarised=lifetime_sources(view), **choices
-    ), inventory
+    options = plan.PlanOptions(everything=True, summarised=lifetime_sources(view), **choices)
+    return plan.plan_blocks(view, inventory, ranges, repeats, options), inventory
 
 
 def computed(

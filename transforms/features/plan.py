@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
+from datetime import date
 
 import numpy as np
 import polars as pl
@@ -16,11 +16,10 @@ import polars as pl
 from schemas.durations import DAY
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.records.times import ALWAYS, day_number, day_of, days_in, midnight
+from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Inventory, Slice, take_inventory
 from transforms.sources.reader import repeats_of
-from transforms.storage.delta_tables import days_between
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 800_000
@@ -108,8 +107,7 @@ def plan_features(
         inventory,
         [interval(view, inventory, start, end)],
         repeats,
-        everything=start is None and end is None,
-        block_rows=block_rows,
+        PlanOptions(everything=start is None and end is None, block_rows=block_rows),
     )
 
 
@@ -137,91 +135,127 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
     return first, last
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """How the work of a run is divided.
+
+    Args:
+        everything: the ranges contain all rows, so rows without a plausible time also belong to this run.
+        digest: blocks digest what they read, for all of each day that the windows of the ranges reach.
+        summarised: sources whose past is summarised and digested separately (see `history_snapshots`).
+        block_rows: rows (spine and events) of one block.
+        shuffled: whether rows are sent to their blocks; None chooses, by how many rows would be read in vain otherwise.
+        key_shards: partitions by key hash of each block; None partitions only blocks that would read too many rows at once.
+        broadcast_bytes: a larger dimension is routed.
+    """
+
+    everything: bool = False
+    digest: bool = False
+    summarised: tuple[str, ...] = ()
+    block_rows: int = BLOCK_ROWS
+    shuffled: bool | None = None
+    key_shards: int | None = None
+    broadcast_bytes: float = BROADCAST_BYTES
+
+
 def plan_blocks(
     view: FeatureView,
     inventory: Inventory,
     ranges: Sequence[tuple[int, int]],
     repeats: Mapping[str, pl.DataFrame],
-    everything: bool = False,
-    digest: bool = False,
-    block_rows: int = BLOCK_ROWS,
-    shuffled: bool | None = None,
-    summarised: tuple[str, ...] = (),
-    key_shards: int | None = None,
-    broadcast_bytes: float = BROADCAST_BYTES,
+    options: PlanOptions = PlanOptions(),
 ) -> FeaturePlan:
-    """Blocks over `ranges` of µs.
+    """Divides the `[start, end)` ranges of µs into blocks.
 
     Args:
-        everything: the ranges are all there is, so rows without a plausible time belong to this run too.
-        digest: have blocks digest what they read, all of each day that the ranges' windows reach.
-        summarised: sources whose past is summarised and digested apart (see `carrying`).
-        shuffled: None chooses, by how often a row would be read in vain without a shuffle.
-        key_shards: None cuts blocks by key hash that read too much at once; 1 none, more every block.
-        broadcast_bytes: a larger dimension is routed.
+        repeats: per source, the rows that are kept of its repeats.
     """
+    blocks = _time_blocks(view, inventory, ranges, options)
+    shuffled = in_vain(view, blocks) > MOST_READS if options.shuffled is None else options.shuffled
+    dimensions = {name: inventory.slices[name] for name in view.dimensions}
+    return FeaturePlan(
+        ranges=tuple(ranges),
+        dates=None if options.everything else tuple(as_date(day) for day in days_within(ranges)),
+        reached=_reached_span(inventory.slices[view.spine.name], ranges),
+        blocks=tuple(with_shards(view, block, options.block_rows, shuffled, options.key_shards) for block in blocks),
+        dimensions=dimensions,
+        repeats=repeats,
+        contracts=inventory.contracts,
+        spine=inventory.spine,
+        shuffled=shuffled,
+        routed=tuple(
+            name
+            for name, slices in dimensions.items()
+            if size(inventory.contracts[name], slices) > options.broadcast_bytes
+        ),
+    )
+
+
+def _time_blocks(
+    view: FeatureView, inventory: Inventory, ranges: Sequence[tuple[int, int]], options: PlanOptions
+) -> list[Block]:
+    """Returns the blocks of all ranges, without key shards."""
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
-    timeless = {name: inventory.timeless(name) if everything else () for name in (view.spine.name, *events)}
     blocks: list[Block] = []
     for first, last in ranges:
-        cuts = _cuts(_overlapping(spine, first, last), events, first, last, block_rows)
-        for begin, stop in itertools.pairwise(cuts):
-            own = (ALWAYS if everything and begin == first else begin, 2**62 if everything and stop == last else stop)
-            # A day is digested whole or not at all, so the first block reads from the midnight before its reach.
-            spans = (
-                {
-                    name: (
-                        (begin - view.reach(name)) // DAY * DAY if begin == first and name not in summarised else begin,
-                        stop,
-                    )
-                    for name in events
-                }
-                if digest
-                else {}
+        cuts = _cuts(_overlapping(spine, first, last), events, first, last, options.block_rows)
+        for start, end in itertools.pairwise(cuts):
+            spans = _digested_spans(view, start, end, start == first, options) if options.digest else {}
+            lows = {name: start - view.reach(name) for name in events}
+            lows = {name: min(spans[name][0], low) if name in spans else low for name, low in lows.items()}
+            block = Block(
+                index=len(blocks),
+                start=start,
+                end=end,
+                own=(
+                    ALWAYS if options.everything and start == first else start,
+                    FOREVER if options.everything and end == last else end,
+                ),
+                spine=_overlapping(spine, start, end),
+                events={name: _overlapping(events[name], low, end) for name, low in lows.items()},
+                spans=spans,
+                summarised=options.summarised,
             )
-            lows = {name: spans.get(name, (begin - view.reach(name), stop))[0] for name in events}
-            spans |= {view.spine.name: (spans.get(view.spine.name, (begin, stop))[0], stop)} if digest else {}
-            reached = {
-                name: _overlapping(events[name], min(low, begin - view.reach(name)), stop) for name, low in lows.items()
-            }
-            asked = _overlapping(spine, begin, stop)
-            if not blocks:
-                asked = _joined(asked, timeless[view.spine.name])
-                reached = {
-                    name: slices if name in summarised else _joined(slices, timeless[name])
-                    for name, slices in reached.items()
-                }
-            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans, summarised))
-    dimensions = {name: inventory.slices[name] for name in view.dimensions}
-    dates = (
-        None
-        if everything
-        else tuple(
-            day for first, last in ranges for day in days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
+            blocks.append(block)
+    if blocks and options.everything:
+        blocks[0] = _with_timeless_rows(view, inventory, blocks[0])
+    return blocks
+
+
+def _digested_spans(
+    view: FeatureView, start: int, end: int, first: bool, options: PlanOptions
+) -> dict[str, tuple[int, int]]:
+    """Returns per source the span that a block digests.
+
+    A day is digested whole or not at all, so the first block of a range reads from the midnight before its reach.
+    """
+    spans = {
+        name: (
+            midnight(day_number(start - view.reach(name))) if first and name not in options.summarised else start,
+            end,
         )
-    )
+        for name in view.events
+    }
+    return spans | {view.spine.name: (spans.get(view.spine.name, (start, end))[0], end)}
+
+
+def _with_timeless_rows(view: FeatureView, inventory: Inventory, block: Block) -> Block:
+    """Adds to the first block the slices whose rows have no plausible time, unless their source is summarised."""
+    events = {
+        name: slices if name in block.summarised else _joined(slices, inventory.timeless(name))
+        for name, slices in block.events.items()
+    }
+    return dataclasses.replace(block, spine=_joined(block.spine, inventory.timeless(view.spine.name)), events=events)
+
+
+def _reached_span(spine: Sequence[Slice], ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the span of the spine rows in `ranges`."""
     inside = [each for first, last in ranges for each in _overlapping(spine, first, last)]
     first, last = ranges[0][0], ranges[-1][1]
-    reach = (
+    return (
         max(first, min((each.low for each in inside), default=first)),
         min(last, max((each.high for each in inside), default=first) + 1),
-    )
-    if shuffled is None:
-        shuffled = in_vain(view, blocks) > MOST_READS
-    blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
-    routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
-    return FeaturePlan(
-        tuple(ranges),
-        dates,
-        reach,
-        tuple(blocks),
-        dimensions,
-        repeats,
-        inventory.contracts,
-        inventory.spine,
-        shuffled,
-        routed,
     )
 
 

@@ -17,7 +17,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.history_snapshots import Chain, Segment, chains, segments, usable_snapshot
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, interval, plan_blocks
+from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
 from transforms.features.staleness import (
     EMPTY,
     WRITTEN_BEFORE,
@@ -132,19 +132,17 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     stale = _with_notes(stale, days, ranges, inventory, everything)
     if not ranges:
         return PreparedRun(None, stale, current, base)
-    plan = plan_blocks(
-        view,
-        inventory,
-        ranges,
-        {name: each.first for name, each in current.repeats.items()},
-        everything,
+    options = PlanOptions(
+        everything=everything,
         digest=not current.digested,
+        summarised=lifetime_sources(view),
         block_rows=request.block_rows,
         shuffled=request.shuffled,
-        summarised=lifetime_sources(view),
         key_shards=request.key_shards,
         broadcast_bytes=request.broadcast_bytes,
     )
+    repeats = {name: each.first for name, each in current.repeats.items()}
+    plan = plan_blocks(view, inventory, ranges, repeats, options)
     computed = days_within(ranges)
     older = [] if request.full else older_tables(request.store, view)
     copies = find_copies(view, inventory, current, older, computed)
