@@ -1,4 +1,4 @@
-"""features: sources → features exactly as of each question's time → one commit to the feature table."""
+"""features: computes features exactly as of each spine row's time, and commits them to the feature table."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-    """What one run of the features pipeline does.  `now` is µs since 1970, the clock by which stamps are judged."""
+    """The options of one run. `now` is in µs since 1970: rows with later times are rejected."""
 
     definition: Definition
     store: str
@@ -77,7 +77,7 @@ class Options:
 
     @property
     def request(self) -> FeaturesRequest:
-        """What the library needs to know of the options to prepare the run."""
+        """The request that prepares the run."""
         return FeaturesRequest(
             view=self.definition.view,
             store=self.store,
@@ -105,10 +105,10 @@ def parse(
     command: str = "features",
     purpose: str = "Compute a view's features and commit them to its table.",
 ) -> Options:
-    """Options from flags; `plan` has the same.
+    """Parses the flags of `features`, which are also those of `plan`.
 
     Raises:
-        DefinitionError: a flag or the definition is refused.
+        DefinitionError: a flag or the definition is invalid.
     """
     arguments = Arguments(f"millrace {command}", purpose)
     arguments.add_interval("questions")
@@ -156,7 +156,8 @@ def add_division_of_work(arguments: Arguments) -> None:
         "--plan",
         choices=PLANS,
         default="auto",
-        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks (default: whichever reads less)",
+        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks "
+        "(default: whichever reads less)",
     )
     arguments.add_argument(
         "--key_shards",
@@ -168,7 +169,8 @@ def add_division_of_work(arguments: Arguments) -> None:
         "--broadcast_mb",
         type=float,
         default=BROADCAST_BYTES / 1e6,
-        help=f"a larger dimension is not held by every worker but read past by each block (default {BROADCAST_BYTES / 1e6:g})",
+        help="a larger dimension is not held by every worker but read past by each block "
+        f"(default {BROADCAST_BYTES / 1e6:g})",
     )
 
 
@@ -178,7 +180,8 @@ def add_checks(arguments: Arguments) -> None:
         "--statistics",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep statistics with the commit, check them against the schema, and dead rows against their most (default: yes)",
+        help="keep statistics with the commit, check them against the schema, and dead rows against their most "
+        "(default: yes)",
     )
     arguments.add_argument(
         "--streaming",
@@ -207,13 +210,13 @@ def shards(text: str) -> int | None:
 
 
 def prepare(options: Options) -> PreparedRun:
-    """Decide what the run computes; see `transforms.features.preparation`."""
+    """Decides what the run computes; see `transforms.features.preparation`."""
     return prepare_features(options.request)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """The commits of one run: features and dead letters, and what goes into them as metadata."""
+    """The commits of one run's features and dead letters, and their metadata."""
 
     features: CommitTarget
     dead_letters: CommitTarget
@@ -233,8 +236,8 @@ class Targets:
         features = CommitTarget(
             options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata
         )
-        # A run that was stopped over its dead letters has committed them; their rows may have been corrected before it is
-        # resumed.  So every launch commits its dead letters under an id of its own.
+        # A run that its dead letters stopped has committed them, and their rows may have been corrected before the run
+        # is resumed. So every launch commits its dead letters under its own id.
         launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
         dead_letters = CommitTarget(
             uri, DEAD_LETTERS, plan.dates, launch, newest_version(uri), {"view": view.name}, metadata
@@ -245,7 +248,7 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computed:
-    """The features of a run in the graph: their rows, dead letters and tallies, and the history that was committed with them."""
+    """The PCollections of a run's feature rows, dead letters and tallies, and the lifetime snapshots as side inputs."""
 
     features: beam.PCollection
     dead_letters: beam.PCollection
@@ -254,7 +257,7 @@ class Computed:
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
-    """The graph: blocks → features, dead letters and tallies → files → one commit each."""
+    """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
     view, targets = options.definition.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
@@ -278,7 +281,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
 
 
 def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
-    """The graph from blocks to feature rows, with the history that windows without a beginning need."""
+    """Adds the steps from blocks to feature rows, with the lifetime snapshots that their windows need."""
     view, plan = options.definition.view, work.required_plan
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     if not work.chains:
@@ -296,12 +299,12 @@ def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Com
 
 
 def first_of(written: Any, _: Any) -> Any:
-    """`written`, once the side input is there."""
+    """Returns `written` once the side input is ready."""
     return written
 
 
 def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
-    """What is checked before the features are committed: their statistics against the schema, and the share of dead letters."""
+    """The check before the commit: statistics against the schema, and the share of dead letters."""
     assert options.rules is not None
     plan = work.required_plan
     return make_check(
@@ -318,7 +321,7 @@ def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
 
 
 def verification(options: Options, work: PreparedRun) -> Verification | None:
-    """What verifies rows of the run before they are committed; None where `--verify 0` turned it off."""
+    """The verification of the run's rows before they are committed; None if `--verify 0` turned it off."""
     assert work.inventory is not None
     amount = options.verify.amount(options.now, work.everything)
     if amount is None:
@@ -331,7 +334,7 @@ def verification(options: Options, work: PreparedRun) -> Verification | None:
 def write_account(
     committed: Committed, tallies: dict[str, SourceTally], buried: Committed, verified: Verified | None, path: str
 ) -> None:
-    """Leave the run's figures where the launcher, on whatever machine, finds them."""
+    """Writes the run's figures where the launcher, on whatever machine, finds them."""
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(
         path,
@@ -350,7 +353,7 @@ def write_account(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the features are committed.  With --streaming see `beam_pipelines.features_streaming`."""
+    """Runs the pipeline and returns 0 when the features are committed. For `--streaming` see `features_streaming`."""
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
     options = parse(argv)
@@ -378,7 +381,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> None:
-    """Name the models that were trained on days which an older version may have got wrong."""
+    """Names the models that were trained on days that an older version may have computed incorrectly."""
     models = models_trained_on(options.store, options.table, work.base)
     for model in models:
         log.warning("trained on such days, so train it again: %s", model)

@@ -1,4 +1,4 @@
-"""plan: what `millrace features` would do with the same flags, and why.  Nothing is run and nothing is written."""
+"""plan: shows what `millrace features` would do with the same flags, and why. It runs and writes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_LINES = 40
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; 0 whether or not there is anything to do."""
+    """Prints the plan. Returns 0 whether or not there is anything to compute."""
     options = features.parse(
         argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing."
     )
@@ -160,7 +160,7 @@ def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
 
 
 def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
-    """Which days take which columns from the older table, and which are computed."""
+    """Prints which columns are copied from the older table on which days, and which are computed."""
     print(wrapped(f"from {copies.uri}, version {copies.version}", hanging=2))
     every = reading(view)
     rows = []
@@ -206,7 +206,7 @@ def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
             parts = node.full_label.split("/")
             if parts[0] and len(parts) <= 2:
                 inside = found.setdefault(parts[0], [])
-                # What a step of Beam's own is made of is no news.
+                # The inside of Beam's own steps is not shown.
                 if len(parts) == 2 and not type(node.parent.transform).__module__.startswith("apache_beam"):
                     inside.append(parts[1])
 

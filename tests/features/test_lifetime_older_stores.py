@@ -1,4 +1,4 @@
-"""A store whose windows over all history an older version got wrong is noticed and computed again, and nothing else is."""
+"""A store whose lifetime windows an older version computed incorrectly is noticed and recomputed, and no other."""
 
 from __future__ import annotations
 

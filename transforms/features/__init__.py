@@ -1,9 +1,10 @@
 """The kernel, which computes features, and the batch engine around it.
 
-A spine row is read with the other rows of its time block (`Block`).  The block's events are those that a window of one of
-its spine rows can reach.  The kernel (`compute`) sorts the events, finds each window by binary search, and computes all
-features of the block at once.  `TrailingFeatures` is the PTransform that does this for every block of a `FeaturePlan`.
-Before it, `examine` and `find_stale` decide which days to compute, and `plan_blocks` cuts them into blocks.
+A spine row is read with the other rows of its time block (`Block`). The block's events are those that a window of one
+of its spine rows can reach. The kernel (`compute`) sorts the events, finds each window by binary search, and computes
+all features of the block at once. `TrailingFeatures` is the PTransform that does this for every block of a
+`FeaturePlan`. Before it, `examine` and `find_stale` decide which days to compute, and `plan_blocks` divides them into
+blocks.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Computes the features of one block from spine rows, rows in memory, events on disk and columns copied from an older table."""
+"""Computes a block's features from rows in memory, events on disk and columns of an older table."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class BlockTables:
 def compute_features(
     view: FeatureView, spine: pl.DataFrame, inputs: BlockTables, copies: Copies | None = None
 ) -> pa.RecordBatch:
-    """Computes the features of a block's spine rows, as `kernel.compute` does, and takes the columns of `copies` from there.
+    """Computes the features of a block's spine rows, as `kernel.compute` does, except the columns of `copies`.
 
-    If a file of the older table is gone, or the older table has other rows, its columns are computed.
+    The columns of `copies` are read from the older table. They are computed if a file of that table is gone, or if it
+    has other rows.
     """
     if copies is None or not len(spine):
         return features_batch(view, compute_stages(view, spine, inputs))

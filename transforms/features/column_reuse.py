@@ -1,13 +1,13 @@
-"""A changed view: which columns of an older table of it are, provably, what would be computed now, and how they are used.
+"""Finds the columns of an older table that a run over a changed view can copy instead of computing them.
 
-A column is copied for a day only if all of this holds, by digests and never by clocks; else it is computed:
+A column is copied for a day only if all of the following holds. Digests prove it, never timestamps.
 
-- the feature's meaning is the same (`FeatureView.meanings`: expressions, windows, types, kernel), and the spine's;
-- the day was computed from the very rows that the older table's manifest digests (its inputs' digest says so);
-- of each source the feature needs, itself or through the features it uses, every day within reach still has those rows, and
-  the same rows keep the contract now as then; of each dimension the whole content is the same.
+- The feature has the same meaning (`FeatureView.meanings`: expressions, windows, types, kernel), and so does the spine.
+- The day was computed from the rows that the older table's manifest has digests of.
+- Of each source that the feature needs, directly or through other features, every day within reach still has those
+  rows, and the contract accepts the same rows as before. The content of each dimension is unchanged.
 
-`Derived` columns are always computed: their rows alone decide them, and nothing is read for them.
+`Derived` columns are always computed, because they need only their own row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LARGEST = 3.4e38
 
 
 def describe(view: FeatureView) -> dict[str, Any]:
-    """What a manifest says of the view, for later views to compare themselves with."""
+    """Describes the view so that later views can be compared with it. The result is stored in manifests."""
     described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
         "meanings": view.meanings,
@@ -71,10 +71,10 @@ def describe(view: FeatureView) -> dict[str, Any]:
 
 
 def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
-    """Whatever decides which rows of a source count.
+    """Describes what decides which rows of a source count.
 
     Args:
-        columns: all that are read; rows are judged by those that are not in `ordering`.
+        columns: all columns that are read. The contract checks those that are not in `ordering`.
     """
     return {
         "name": source.name,
@@ -89,7 +89,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 
 
 def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
-    """`describe` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
+    """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
     mine = describe(view)
     return mine if not before.dates or before.about == mine else {}
 
@@ -106,12 +106,12 @@ class OlderTable:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Columns to take from an older table.
+    """Columns to copy from an older table.
 
     Args:
-        uri, version: of that table.
-        columns: per day the columns to take; days left out have none.
-        files: per day the files that hold them.
+        uri, version: identify the table.
+        columns: per day the columns to copy. Days that are missing have none.
+        files: per day the files that contain them.
     """
 
     uri: str
@@ -120,7 +120,7 @@ class Copies:
     files: Mapping[int, tuple[DataFile, ...]]
 
     def classes(self, days: Iterable[int]) -> dict[tuple[str, ...], list[int]]:
-        """`days` by the columns that are copied for them."""
+        """Groups `days` by the columns that are copied for them."""
         result: dict[tuple[str, ...], list[int]] = {}
         for day in sorted(days):
             result.setdefault(self.columns.get(day, ()), []).append(day)
@@ -130,10 +130,12 @@ class Copies:
 def find_copies(
     view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[OlderTable], days: Sequence[int]
 ) -> Copies | None:
-    """The most that one of the `tables` can give for `days`; None if nothing.  Of equals the first is taken.
+    """Returns the copies from the one of `tables` that gives the most columns for `days`; None if none gives any.
+
+    Of tables that give the same number, the first is used.
 
     Raises:
-        ContractError: a source that changed cannot be read.
+        ContractError: a changed source cannot be read.
     """
     mine = describe(view)
     known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == mine["spine"]]
@@ -144,13 +146,13 @@ def find_copies(
 
 
 def _same(view: FeatureView, manifest: Manifest) -> list[str]:
-    """Features worth copying that mean the same there."""
+    """Names of the features that have the same meaning in the older table and are worth copying."""
     before = manifest.about["meanings"]
     return [name for name in reading(view) if before.get(name) == view.meanings[name]]
 
 
 def reading(view: FeatureView) -> list[str]:
-    """Features that read other rows than their own."""
+    """Names of the features that read rows other than their own."""
     return [name for feature in view.features if not isinstance(feature, Derived) for name in column_names(feature)]
 
 
@@ -186,7 +188,10 @@ def _copies(
 
 
 def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
-    """Per feature the sources that decide it, through the features it uses too, each with whether the order of its rows does."""
+    """Returns per feature the sources that decide it, directly or through the features it uses.
+
+    Each source comes with whether the order of its rows matters.
+    """
     result: dict[str, frozenset[tuple[str, bool]]] = {}
     for feature in view.features:
         if isinstance(feature, Derived):
@@ -206,7 +211,7 @@ def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
 
 
 def of_all_history(view: FeatureView) -> set[str]:
-    """Features whose windows have no beginning, and those that use such features."""
+    """Names of the features with lifetime windows, and of those that use such features."""
     found: set[str] = set()
     for feature in view.features:
         if isinstance(feature, Derived):
@@ -220,15 +225,17 @@ def of_all_history(view: FeatureView) -> set[str]:
     return found
 
 
-# (Day, days back) → whether all that a window of that day sees of a source is what it was.
+# (Day, days back) → whether the rows of a source that a window of that day sees are unchanged.
 Proof = Callable[[int, int], bool]
 
 
 def _proof(
     view: FeatureView, inventory: Inventory, current: Current, manifest: Manifest, span: tuple[int, int], source: str
 ) -> tuple[Proof, bool]:
-    """(Proof for the source and the days of `span`, whether it was read with the same columns, and so with rows of one moment
-    in the same order)."""
+    """Returns the proof for a source over the days of `span`, and whether the same columns were read.
+
+    If the same columns were read, rows of one moment have the same order.
+    """
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
@@ -277,10 +284,10 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 def _alike(
     contract: Contract, before: Mapping[str, Any], slices: Sequence[Slice], repeats: Repeats | None
 ) -> Contract | None:
-    """The contract of an older view that read or judged by other columns, if the very same rows keep both; None where that is
-    not sure.
+    """Returns the contract of an older view that read or checked other columns.
 
-    Columns decide about rows in two ways: numbers must be finite, and of repeats at one moment the smallest row stays.
+    Returns None if that contract may have accepted other rows. Columns decide about rows in two ways: numbers must be
+    finite, and of repeats at one moment the smallest row is kept.
     """
     declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
@@ -294,7 +301,7 @@ def _alike(
 
 
 def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:
-    """Whether footers say that these columns hold no infinity, and nothing beyond float32."""
+    """Whether the footers prove that these columns contain no infinity and nothing beyond float32."""
     groups: dict[str, list[int]] = {}
     for each in slices if columns else ():
         groups.setdefault(each.path, []).append(each.group)
@@ -318,7 +325,10 @@ def _bounded(statistics: Any, rows: int) -> bool:
 def copied_columns(
     view: FeatureView, copies: Copies, spine: pl.DataFrame, names: Sequence[str], days: Sequence[int]
 ) -> dict[str, pl.Series]:
-    """Reads columns of the older table in the order of the spine rows; empty unless it has exactly these rows, each once."""
+    """Reads columns of the older table in the order of the spine rows.
+
+    Returns nothing unless the older table has exactly these rows, each once.
+    """
     wanted = ["row_id", *names]
     try:
         parts = [pl.from_arrow(read_file(file, wanted)) for day in days for file in copies.files[day]]

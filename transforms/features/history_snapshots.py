@@ -1,10 +1,11 @@
-"""Summaries of all that came before a block, made by the run itself or taken from the snapshot that an earlier run left.
+"""Summaries of all events before a block, for windows over all history.
 
-Every span of time between a snapshot and the last block is summarised on its own, in parallel; one small step then merges
-them in order of time, so that each block finds the summary of everything before it.  No run reads what a snapshot covers.
+A run starts from the snapshot that an earlier run committed, and never reads the events before it. The time between the
+snapshot and the last block is divided into segments, which are summarised in parallel. Then one small step merges the
+summaries in order of time and writes, for each block, the summary of everything before it.
 
-The spans of a run tile the time from each snapshot that it starts from (`Chain`): several ranges of days, with days between
-them that are not computed, share one chain, and no event enters a summary twice.
+The segments of a run cover the time after each snapshot without gaps (`Chain`). Ranges of days with other days between
+them share one chain, so that no event enters a summary twice.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ FOLDER = "_summaries"
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A span of time `[start, end)` µs to summarise; `accounts` if its events are accounted for nowhere else."""
+    """A span of time `[start, end)` in µs to summarise.
+
+    Args:
+        accounts: whether its events are accounted for nowhere else.
+        digests: whether its events are digested by day.
+    """
 
     index: int
     start: int
@@ -60,8 +66,12 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Time `[start, end)` µs that is summarised without a gap, on top of `base`: what it leaves at each of the times `wanted`
-    is the summary of everything before.  Without `base` it begins with all history."""
+    """The time `[start, end)` in µs, summarised without gaps.
+
+    Args:
+        base: the snapshot it starts from; None: it starts with the first event there is.
+        wanted: the times (µs) at which it writes the summary of everything before.
+    """
 
     base: Snapshot | None
     end: int
@@ -79,7 +89,7 @@ SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
 def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
-    """The features of each history over which some window has no beginning. Their order is that of a snapshot's files."""
+    """The features of each history that some lifetime window sees, in the order of a snapshot's files."""
     groups: dict[HistoryKey, list[EventFeature]] = {}
     for feature in view.features:
         if isinstance(feature, EventFeature):
@@ -88,10 +98,13 @@ def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, .
 
 
 def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
-    """How the summaries before every block come about; `found` is, by the start of each range, the newest snapshot before it.
+    """Plans how the summaries before every block are made.
 
-    Chains do not overlap: a range goes on from the range before it, through the time between the two, unless its snapshot
-    reaches further.
+    Chains do not overlap. A range continues the chain of the range before it, through the time between them, unless its
+    snapshot is later than that.
+
+    Args:
+        found: per start of a range, the newest usable snapshot before it.
     """
     made: list[Chain] = []
     for first, last in plan.ranges:
@@ -111,7 +124,7 @@ def segments(
     slices: Mapping[str, Sequence[Slice]],
     timeless: Mapping[str, Sequence[Slice]],
 ) -> tuple[Segment, ...]:
-    """What there is to summarise: each chain, cut where blocks and ranges begin and end."""
+    """Divides each chain into segments, at the starts and ends of blocks and ranges."""
     sources = lifetime_sources(view)
     result: list[Segment] = []
     for chain in over:
@@ -153,7 +166,7 @@ class HistorySnapshots(beam.PTransform):
         outputs.dead_letters.element_type = pa.RecordBatch
         parts = outputs.parts | "Gather" >> beam.combiners.ToList()
         carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
-        # After the merge for good, which a runner may repeat.
+        # A runner may repeat the merge, so the parts are removed only after its output is final.
         _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
         return carried, outputs.dead_letters, outputs.tallies
 
@@ -195,16 +208,16 @@ def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: s
 def merge_in_order(
     parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
 ) -> dict[int, tuple[str, ...]]:
-    """The summaries of everything before each time that a chain is wanted at.
+    """Writes the summary of everything before each time that a chain wants, and returns the file names.
 
     Raises:
-        StoreError: the parts leave a gap or overlap, so that some event would be missed or counted twice.
+        StoreError: the segments leave a gap or overlap, so that an event would be missed or counted twice.
     """
     groups = list(lifetime_groups(view).values())
     waiting = sorted(parts, reverse=True)
     result: dict[int, tuple[str, ...]] = {}
     for chain in over:
-        held: list[pl.DataFrame] = (
+        merged: list[pl.DataFrame] = (
             [read_summary(uri, name) for name in chain.base.files]
             if chain.base is not None
             else [summarise(group, pl.DataFrame(schema=group[0].source.schema)) for group in groups]
@@ -222,28 +235,31 @@ def merge_in_order(
                 until = end
                 for i, (name, group) in enumerate(zip(names, groups, strict=True)):
                     part, keys = read_summary(uri, name), [column for _, column in group[0].keys]
-                    held[i] = merge(held[i], part, keys) if len(held[i]) else part
+                    merged[i] = merge(merged[i], part, keys) if len(merged[i]) else part
             result[moment] = (
                 chain.base.files
                 if chain.base is not None and moment == chain.start
-                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(held))
+                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(merged))
             )
     return result
 
 
 def remove_parts(parts: Iterable[Part], carried: SnapshotFiles, uri: str) -> None:
-    """Delete the summaries of segments once what was `carried` from them is there."""
+    """Deletes the summaries of segments after the merged ones have been written."""
     paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])
 
 
 def left_for_later(carried: SnapshotFiles) -> dict[int, tuple[str, ...]]:
-    """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
+    """Returns the summaries that later runs may start from.
+
+    They reach until a midnight, because history is digested by day.
+    """
     return {until: files for until, files in sorted(carried.items()) if until == midnight(day_number(until))}
 
 
 def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
-    """The first of the candidates whose files are all there."""
+    """Returns the first candidate whose files all exist."""
     for until, files in candidates:
         if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
             return Snapshot(until, tuple(files))
@@ -251,8 +267,11 @@ def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -
 
 
 def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
-    """The name of the file, which ends with a digest of its content: what some manifest names is never overwritten with other
-    content, even by a later launch under the same run id."""
+    """Writes a summary and returns the name of its file.
+
+    The name ends with a digest of the content, so that a later launch under the same run id never overwrites a file
+    that a manifest names with other content.
+    """
     sink = io.BytesIO()
     summary.write_parquet(sink, compression="lz4")
     content = sink.getvalue()

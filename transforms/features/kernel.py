@@ -40,9 +40,9 @@ class KernelTables:
     """What the kernel reads in addition to the spine rows.
 
     Args:
-        rows: per source the rows within the view's reach of the spine rows, in any order. More rows do no harm. Repeats by
-            `unique` have been removed, and a dimension has one row per key. For windows over all history a source has
-            all its rows, or those that its summary lacks.
+        rows: per source the rows within the view's reach of the spine rows, in any order. More rows do no harm. Repeats
+            by `unique` have been removed, and a dimension has one row per key. For windows over all history a source
+            has all its rows, or those that its summary lacks.
         summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
         columns: feature columns that were computed elsewhere, in the order of the spine rows.
     """
@@ -156,7 +156,10 @@ def feature_columns(
 
 
 def _parts(feature: SourceFeature) -> list[list[Statistic]]:
-    """The statistics of a Trailing feature, grouped by column and kind, which share work. One empty part for other features."""
+    """The statistics of a Trailing feature by column and kind, which share work.
+
+    Other features have one empty part.
+    """
     if not isinstance(feature, Trailing):
         return [[]]
     parts: dict[tuple[str, str], list[Statistic]] = {}
@@ -279,7 +282,7 @@ def _kept(dtype: pl.DataType) -> pl.DataType:
 
 
 class History:
-    """A source's events grouped by key and sorted by position in time, and where each spine row's windows lie in them."""
+    """A source's events sorted by key and time, and where each spine row's windows lie in them."""
 
     def __init__(
         self,
@@ -330,7 +333,10 @@ class History:
         return rows
 
     def windows(self, length: int | None, ordered: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `window_bounds.spine_order`."""
+        """Yields (rows of `events`, lo, hi): each window is `rows[lo:hi]`.
+
+        Windows are in the order of `window_bounds.spine_order`.
+        """
         rows = self.ordered_rows if ordered else self.rows
         lo, hi = self.sorting.bounds(length, self.until)
         if self.known is None:

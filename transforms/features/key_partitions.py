@@ -1,9 +1,9 @@
-"""Blocks whose windows reach more events than fit in memory: events are partitioned by the hash of each group's key.
+"""Blocks whose windows reach more events than fit in memory: events are partitioned by the hash of their key.
 
-Events are streamed once and written to disk by group (source, key and condition) and by the hash of the key. Then one
-partition of one group is read at a time, and the kernel computes the features of the spine rows with its keys. All events of
-a key are in one partition, so the result does not change. A key with most of the rows cannot be split by its hash; the
-summaries of `long_windows` bound that case.
+Events are read once and written to disk by group (source, keys and condition) and by the hash of the key. Then one
+partition of one group is read at a time, and the kernel computes the features of the spine rows with its keys. All
+events of a key are in one partition, so the values are the same. A key with most of the rows cannot be divided by its
+hash: for such keys, the summaries of `long_windows` limit the number of events in memory.
 """
 
 from __future__ import annotations

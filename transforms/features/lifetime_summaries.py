@@ -1,7 +1,7 @@
-"""Windows over all history: the events before a block are reduced to a summary, one compact row per key.
+"""Windows over all history: the events before a block are reduced to a summary with one row per key.
 
-A summary holds counts, exact sums (the digits of `window_statistics.ExactSum`), extremes and the first and last values, so that a
-summary and the block's own events give the very bits that all events together would.
+A summary has counts, exact sums (the digits of `window_statistics.ExactSum`), extremes, and first and last values. A
+summary and the block's own events together give the same bits as all events.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
-    """One row per key (see `summarise`) of the events known before `until` µs: for windows without a beginning or, of events
-    that all windows hold, for those of one `length` (µs)."""
+    """A summary (see `summarise`) of events before `until` µs, one row per key.
+
+    Args:
+        length: length in µs of the windows that all contain these events; None: lifetime windows.
+    """
 
     frame: pl.DataFrame
     until: int
@@ -133,7 +136,10 @@ class PriorSummary:
         return {int(name[len(prefix) :]): self.numbers(name).astype(np.int64) for name in units}
 
     def number(self, each: Statistic, own: Any, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
-        """A statistic other than first and last, of the summary and the window `[lo, hi)` of the column `own` together."""
+        """Computes a statistic of the summary and the windows `[lo, hi)` of the column `own` together.
+
+        `first` and `last` are not computed here.
+        """
         if each.column == "*":
             return self.numbers("#").astype(np.int64) + (hi - lo), np.ones(len(lo), np.bool_)
         lo, hi = own.bounds(lo, hi)

@@ -79,7 +79,7 @@ def older_tables(store: str, view: FeatureView) -> list[OlderTable]:
 
 @dataclasses.dataclass(frozen=True)
 class WriteManifest:
-    """Metadata for a commit of `ranges` (µs). Derives the manifest from the snapshot the commit builds on, and writes it."""
+    """The metadata of a commit of `ranges` (µs): derives the manifest from the version it builds on, and writes it."""
 
     view: FeatureView
     uri: str
@@ -91,7 +91,11 @@ class WriteManifest:
     def __call__(
         self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], carried: SnapshotFiles | None = None
     ) -> dict[str, str]:
-        """Writes the manifest and returns its name as metadata. `carried` are the lifetime summaries that the run wrote."""
+        """Writes the manifest and returns its name as metadata.
+
+        Args:
+            carried: the files of the lifetime summaries that the run wrote.
+        """
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
         left = left_for_later(carried or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)

@@ -1,6 +1,6 @@
-"""How a view's work is cut: time blocks, each of which sees its spine rows and every event their windows can reach.
+"""Divides a run into time blocks. Each block has spine rows, and every event that their windows can reach.
 
-A plan decides where rows are computed, never what comes out.
+A plan decides where rows are computed. It never changes a value.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ BROADCAST_BYTES = 64_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Spine rows of `[start, end)` µs, and the slices that hold them and the events they can see.
+    """The spine rows of `[start, end)` µs, and the slices that contain them and the events they can see.
 
-    `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
-    `spans` is, per source, the span of time to digest by day; `summarised` sources come with a summary of their past.
-    `shards` is, per source of events, into how many parts they are cut by key hash, of about `part_rows` rows each; empty for a
-    block that is computed at once.
+    Args:
+        own: the span whose events and dead letters this block accounts for. Own spans of blocks do not overlap.
+        spans: per source, the span of time to digest by day.
+        summarised: sources that have a summary of the events before the block.
+        shards: per source of events, the number of partitions by key hash; empty if the block is computed at once.
+        part_rows: about how many rows a partition has.
     """
 
     index: int
@@ -54,17 +56,21 @@ class Block:
     part_rows: int = BLOCK_ROWS
 
     def owns(self, source: str) -> tuple[int, int]:
-        """The span of events of `source` that this block accounts for; what came before is the summaries' affair."""
+        """The span of events of `source` that this block accounts for. Summaries account for earlier events."""
         return (self.start, self.own[1]) if source in self.summarised else self.own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeaturePlan:
-    """Blocks that tile the ranges of a run.
+    """Blocks that cover the ranges of a run.
 
-    `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
-    of time that any window can see.  If `shuffled`, each slice is read once and its rows are sent to their blocks; else each
-    block reads the slices it needs.  `routed` dimensions are too large to be held: their rows are read when they are looked up.
+    Args:
+        ranges: `[start, end)` in µs, in order.
+        dates: the dates that the run replaces; None: all dates.
+        reached: the span of time that any window can see.
+        shuffled: whether each slice is read once and its rows are sent to their blocks. Otherwise each block reads the
+            slices it needs.
+        routed: dimensions too large for memory. Their rows are read when they are looked up.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -90,11 +96,11 @@ class FeaturePlan:
 def plan_features(
     view: FeatureView, root: str, start: date | None, end: date | None, now: int, block_rows: int = BLOCK_ROWS
 ) -> FeaturePlan:
-    """Cut the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
+    """Divides the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
 
     Raises:
-        DataError: no spine rows in the interval, or a source without files.
-        ContractError: files that cannot be read as declared.
+        DataError: there are no spine rows in the interval, or a source has no files.
+        ContractError: files cannot be read as declared.
     """
     inventory = take_inventory(view, root, now)
     repeats = {
@@ -145,7 +151,8 @@ class PlanOptions:
         summarised: sources whose past is summarised and digested separately (see `history_snapshots`).
         block_rows: rows (spine and events) of one block.
         shuffled: whether rows are sent to their blocks; None chooses, by how many rows would be read in vain otherwise.
-        key_shards: partitions by key hash of each block; None partitions only blocks that would read too many rows at once.
+        key_shards: partitions by key hash of each block; None: only blocks that would read too many rows have
+            partitions.
         broadcast_bytes: a larger dimension is routed.
     """
 
@@ -272,7 +279,7 @@ def with_shards(
 
 
 def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
-    """About how many events of `source` the block's windows can see; without one, how many questions the block has."""
+    """The approximate number of events of `source` that the block can see; without a source, of its spine rows."""
     if source is None:
         return rows_within(block.spine, block.start, block.end, unknown)
     return rows_within(block.events[source], block.start - view.reach(source), block.end, unknown)
@@ -302,14 +309,14 @@ def _rows(block: Block) -> int:
 
 
 def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
-    """How many rows are read for each that a block needs: 1 and a little for sources sorted by time, however long the windows."""
+    """The number of rows read per row that a block needs: little more than 1 for sources sorted by time."""
     read = sum(map(_rows, blocks))
     needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
     return read / max(needed, 1)
 
 
 def amplification(blocks: Sequence[Block]) -> float:
-    """How often a row is read on average when each block reads its own slices: 1 and a little for sources sorted by time."""
+    """How often a row is read on average if each block reads its own slices: little more than 1 if sorted by time."""
     read = [
         (name, each)
         for block in blocks

@@ -1,7 +1,7 @@
-"""What a features run computes, decided before its graph is built.
+"""Decides what a features run computes, before its graph is built.
 
-The decision goes one way: inventory of the sources → digests of what they hold → stale dates → plan of blocks → columns that can
-be copied from older tables → history snapshots to start from.  Each step reads what the steps before it returned.
+The decision has six steps: inventory of the sources → digests of their rows → stale dates → plan of blocks → columns to
+copy from older tables → history snapshots to start from. Each step uses what the steps before it returned.
 """
 
 from __future__ import annotations
@@ -198,19 +198,19 @@ def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:
 
 
 def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """Notes on days whose values an older version may have got wrong: which of them the run recomputes, and which it leaves.
+    """Yields notes on days that an older version may have computed incorrectly: those recomputed, and the others.
 
     Args:
         days: numbers of days since 1970.
-        ranges: `[start, end)` µs that the run computes.
+        ranges: `[start, end)` in µs that the run computes.
     """
     left = [day for day in days if not any(first <= midnight(day) < last for first, last in ranges)]
     if len(days) > len(left):
         yield f"rows of {_days(len(days) - len(left))} {WRITTEN_BEFORE}"
     if left:
         yield (
-            f"rows of {_days(len(left), 'more ')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
-            "and may be wrong in the same way: a run without --start and --end recomputes them"
+            f"rows of {_days(len(left), 'more ')}, from {as_date(left[0])} to {as_date(left[-1])}, "
+            "were written before that and may be wrong in the same way: a run without --start and --end recomputes them"
         )
 
 

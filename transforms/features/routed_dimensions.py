@@ -1,4 +1,4 @@
-"""Dimensions too large for every worker's memory: each block scans the dimension and keeps only the rows it looks up."""
+"""Dimensions too large for a worker's memory: each block scans them and keeps only the rows it looks up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def rows_looked_up(plan: FeaturePlan, feature: Lookup, spine: pl.DataFrame) -> p
 
 
 def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BLOCK_ROWS) -> BlockInput:
-    """Like `block_inputs.read_dimension` but without the rows: only dead letters and tallies, a partition of keys at a time."""
+    """Reads a dimension for its dead letters and tally only, one partition of keys at a time.
+
+    Like `block_inputs.read_dimension`, but returns no rows.
+    """
     contract, slices = plan.contracts[name], plan.dimensions[name]
     keys = list(
         dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Which dates of a feature table are missing or stale, and why: decided from digests of the sources, never from clocks."""
+"""Finds the dates of a feature table that are missing or stale, from digests of the sources, never from timestamps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ _MASK = 2**64 - 1
 # Days back of a window over all history.
 WHOLE_HISTORY_DAYS = 1_000_000
 MOST_SNAPSHOTS = 100
-# Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too early, and days
-# that were computed from them; and digests of rows that were gone when they were last read.
+# Manifests of version 1 have no version. They may name lifetime summaries that contain events twice or too early, days
+# that were computed from such summaries, and digests of rows that no longer existed when they were last read.
 VERSION = 2
 # The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
 OUTDATED = -1
-WRITTEN_BEFORE = f"written before manifests of version {VERSION}, when windows over all history could count events twice or too early: recomputed"
+WRITTEN_BEFORE = (
+    f"written before manifests of version {VERSION}, "
+    "when windows over all history could count events twice or too early: recomputed"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +110,11 @@ EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 
 
 def continued(view: FeatureView, manifest: Manifest) -> Manifest:
-    """What of a manifest, whose version may be older, a run may build upon: of the days of a view with windows over all history
-    that is their names, so that they are computed again.  Nothing of one that took rows in another order (`reordered`)."""
+    """Returns the part of a manifest, of any version, that a run may build upon.
+
+    Of an older version and a view with lifetime windows, these are the names of the days, so that they are computed
+    again. Of a manifest whose sources chose rows by another order (`reordered`), nothing.
+    """
     if reordered(view, manifest):
         return EMPTY
     if manifest.version >= VERSION or not lifetime_sources(view):
@@ -117,8 +123,10 @@ def continued(view: FeatureView, manifest: Manifest) -> Manifest:
 
 
 def reordered(view: FeatureView, manifest: Manifest) -> list[str]:
-    """Sources whose columns were declared in another order when the table was written, so that other rows were taken of those
-    that tie."""
+    """Sources whose columns were declared in another order when the table was written.
+
+    Of rows that tie, such a source may then have chosen others.
+    """
     if not manifest.about:
         return []
     then = {view.spine.name: manifest.about["spine"], **manifest.about["sources"]}
@@ -152,10 +160,13 @@ DIGESTED, REPEATS = "digested", "repeats"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Current:
-    """The sources as they are now: digests by day if they are known, `digested` (of all days, unless the table is new).
+    """The sources as they are now.
 
-    `whole` is per source the last day no moment of which is too far ahead of the run's clock: of a later one some rows may
-    have been set aside that the next run takes, so it does not count as covered.
+    Args:
+        digests: by day, if `digested`; then they cover all days.
+        whole: per source the last day that is entirely before the run's clock. Of a later day some rows may have been
+            rejected that the next run accepts, so it does not count as covered.
+        looked: rows that were read for digests (`DIGESTED`) and to find repeats (`REPEATS`), per source.
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -168,7 +179,7 @@ class Current:
 
 
 def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
-    """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others.
+    """Digests by day the files that are new, changed or gone since `manifest`, and no others.
 
     Args:
         everything: digest all files, whatever the manifest knows of them.
@@ -227,7 +238,7 @@ def digests_now(
 def _unread(
     name: str, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
 ) -> tuple[Days, list[tuple[Slice, int, int]]]:
-    """(Days of a source whose digests `manifest` does not know, what to read for them: slices with first and last day)."""
+    """Returns the days whose digests `manifest` lacks, and the slices to read for them with first and last day."""
     before, covered = manifest.files.get(name, {}), Days(manifest.covered.get(name, ()))
     unread: list[tuple[int, int]] = []
     for path, (stamp, low, high) in now.items():
@@ -280,7 +291,7 @@ def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
 def input_digests(
     view: FeatureView, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
 ) -> dict[int, int]:
-    """Per day of the spine the digest of everything its features may see: its questions, and its events' days within reach."""
+    """Returns per day of the spine the digest of its spine rows and of all events within reach of them."""
     return digests_within(reaches(view), digests, dropped, days)
 
 
@@ -364,7 +375,7 @@ class Stale:
 
 
 def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh: bool = False) -> Stale:
-    """Days whose questions were never answered, or whose inputs are not those they were answered from."""
+    """Finds the days that were never computed, or whose inputs have changed since."""
     dropped = {name: each.dropped for name, each in current.repeats.items()}
     asked = set(current.digests[view.spine.name])
     now = input_digests(view, current.digests, dropped, asked | set(manifest.dates))
@@ -465,9 +476,10 @@ def _digested(
     read: Mapping[str, Digests],
     computed: Sequence[tuple[int, int]],
 ) -> tuple[dict[str, Digests], dict[str, list[tuple[int, int]]]]:
-    """(Digests, covered spans) after a first run, which digested what it read and no more.
+    """Returns the digests and covered spans after a first run, which digested only what it read.
 
-    Another first run may have committed meanwhile: what it knows of other days holds unless their files have changed since.
+    Another first run may have committed in the meantime. Its digests of other days are valid unless their files have
+    changed since.
     """
     first, last = day_number(computed[0][0]), days_in(computed[-1][1]) - 1
     digests, covered = {}, {}

@@ -41,12 +41,17 @@ log = logging.getLogger("millrace.features")
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class TrailingFeatures(beam.PTransform):
-    """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
-    dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`tallies.SourceTally`).
+    """PCollection[Block] → PCollections of features, dead letters and tallies.
 
-    A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
-    slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
-    the summaries before each block that `history_snapshots` left under `uri`.  Columns of `copies` are not computed.
+    Features are RecordBatches of `view.output_schema`, sorted by time and key. Dead letters are RecordBatches of
+    `DEAD_LETTERS`. Tallies are `tallies.SourceTally`.
+
+    A block is computed at once. It reads the slices it needs, and nothing is shuffled. In a shuffled plan each slice is
+    read once, and its rows are sent to the blocks that need them.
+
+    Args:
+        carried: per block, the files of the lifetime summaries that `history_snapshots` wrote under `uri`.
+        copies: columns that are copied instead of computed.
     """
 
     view: FeatureView
@@ -112,7 +117,7 @@ class ComputeBlock(PrefetchDoFn):
     def compute_from_disk(
         self, block: Block, snapshots: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """Yields the outputs of a block whose events do not fit in memory: they are written to disk as they are read."""
+        """Writes the block's events to disk as they are read, and yields the block's outputs."""
         with spill_events(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
@@ -166,7 +171,8 @@ class ComputeGathered(ComputeBlock):
         block = self.by_index[element[0]]
         parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
-            yield from self.rest()  # a source too large for memory is written to disk as it is read, one source at a time
+            # A block too large for memory is written to disk as it is read, so no other block may be in memory.
+            yield from self.rest()
             yield from self._spilled(block, element[1], snapshots)
             return
         for name, rows in element[1]:

@@ -86,7 +86,10 @@ def by_code(codes: Ints) -> Ints:
 
 
 def positions(keys: Ints, wanted: Ints) -> Ints:
-    """The first place in sorted `keys` that is not less than each of the sorted `wanted`: many in one pass over both."""
+    """Returns the first place in sorted `keys` that is not less than each of the sorted `wanted`.
+
+    Many are found in one pass over both.
+    """
     if len(wanted) < MANY:
         return np.searchsorted(keys, wanted, "left")
     left = pl.DataFrame({"key": pl.Series(wanted).set_sorted()})
@@ -96,7 +99,10 @@ def positions(keys: Ints, wanted: Ints) -> Ints:
 
 
 def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
-    """Equal keys as equal small integers on both sides; −1 for a null key, and for a spine row whose key is not in `table`."""
+    """Encodes equal keys as equal small integers on both sides.
+
+    A null key is −1, and so is the key of a spine row that is not in `table`.
+    """
     left, right = np.zeros(len(spine), np.int64), np.zeros(len(table), np.int64)
     for spine_column, table_column in keys:
         a, b = _column_codes(spine[spine_column], table[table_column])

@@ -1,14 +1,14 @@
 """Statistics of contiguous windows of a sorted column, vectorised, each a function of the window's multiset alone.
 
-A value must not depend on the history, the block or the arrival order that led to it, to the last bit.  So nothing here
+A value must not depend on the history, the block or the arrival order that led to it, to the last bit. So nothing here
 slides or accumulates in floating point:
 
-- sums are differences of integer prefix sums over fixed-point digits (a superaccumulator, Kulisch; Neal 2015), exact and
-  associative, and are rounded once;
+- sums are differences of integer prefix sums over fixed-point digits (a superaccumulator, Kulisch; Neal 2015). They are
+  exact and associative, and are rounded once;
 - min and max come from a sparse table (Bender & Farach-Colton 2000);
 - quantiles and distinct counts from a wavelet matrix (Claude, Navarro & Ordóñez 2015).
 
-Shapes: `values` has n elements, `lo` and `hi` (int64) one per window, a window being `values[lo:hi]`.
+Shapes: `values` has n elements, `lo` and `hi` (int64) have one per window, and a window is `values[lo:hi]`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOWEST, _HIGHEST = -1088, 992
 
 
 class Once:
-    """Values made when first asked for: by one thread, while others that want the same one wait."""
+    """Values computed on first use by one thread, while other threads that want the same value wait."""
 
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
@@ -49,8 +49,11 @@ class Once:
 
 
 class lazy:
-    """A value made when first asked for.  Unlike `functools.cached_property` (before 3.12) each has a lock of its own, so that
-    threads that work on different columns do not wait for each other."""
+    """An attribute computed on first use.
+
+    Unlike `functools.cached_property` (before 3.12), each has its own lock, so that threads that work on different
+    columns do not wait for each other.
+    """
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.name = make, make.__name__
@@ -137,7 +140,10 @@ def _exact(digits: Digits, i: np.int64) -> Fraction:
 
 
 def _paired(parts: list[Floats], rows: int) -> tuple[Floats, Floats]:
-    """Σ parts (least first) as high + low; low is rounded to odd, so that rounding high + low is rounding the sum (Boldo & Melquiond 2008)."""
+    """Returns Σ parts (least first) as high + low.
+
+    Low is rounded to odd, so that rounding high + low rounds the sum correctly (Boldo & Melquiond 2008).
+    """
     if not parts:
         return np.zeros(rows), np.zeros(rows)
     high, low = parts[-1], None

@@ -1,9 +1,9 @@
 """What Beam elements are made of, and the tools that every package needs to work on them.
 
-A row never travels alone: it is part of a `pa.RecordBatch`.  `to_ipc` and `from_ipc` turn a batch into bytes and back,
-`frame` and `batch` turn it into a Polars frame and back.  `row_ids` gives each row a 64-bit id that is the same on every
-machine.  Sums over rows are exact integers (`exact_sums`), so the order in which Beam merges them does not matter.
-A group of rows that is too large for memory goes to local disk in partitions by the hash of its key.
+A row never travels alone: it is part of a `pa.RecordBatch`. `to_ipc` and `from_ipc` turn a batch into bytes and back,
+`frame` and `batch` turn it into a Polars frame and back. `row_ids` gives each row a 64-bit id that is the same on every
+machine. Sums over rows are exact integers (`exact_sums`), so the order in which Beam merges them does not matter. Rows
+that are too large for memory are written to local disk in partitions by the hash of their key.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Rows written to local disk, partitioned by the hash of a key, so that they can be read back one partition at a time."""
+"""Rows on local disk, partitioned by the hash of a key, so that one partition can be read at a time."""
 
 from __future__ import annotations
 
