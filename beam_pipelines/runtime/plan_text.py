@@ -11,7 +11,7 @@ from transforms.features.history_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
 from transforms.features.preparation import PreparedRun
-from transforms.features.staleness import DIGESTED, REPEATS
+from transforms.features.source_digests import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
 from transforms.sources.inventory import Slice
 
@@ -33,7 +33,7 @@ def plan_lines(
 
     Args:
         chains, segments: the history that lifetime windows see.
-        looked: rows that were read to find stale dates (`staleness.Current`).
+        looked: rows that were read to find stale dates (`source_digests.Current`).
     """
     how = (
         "each slice is read once and its rows are sent to their blocks"

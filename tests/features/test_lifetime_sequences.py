@@ -39,7 +39,8 @@ from transforms.features.history_snapshots import lifetime_groups, read_summary
 from transforms.features.kernel import KernelTables, compute
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import examine, usable_snapshots
+from transforms.features.source_digests import examine
+from transforms.features.staleness import usable_snapshots
 from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import open_table

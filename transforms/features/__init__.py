@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transforms.features.kernel import KernelTables, compute, computing, feature_columns, kernel_pool, with_derived
     from transforms.features.lifetime_summaries import Summary, merge, summarise
     from transforms.features.long_windows import LONG, firsts_and_lasts
+    from transforms.features.manifest import VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
     from transforms.features.plan import (
         BLOCK_ROWS,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         reached,
     )
     from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
-    from transforms.features.staleness import DIGESTED, REPEATS, VERSION, Manifest
+    from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
     from transforms.features.window_statistics import ExactSum
 

@@ -29,16 +29,8 @@ from schemas.feature_groups import column_names
 from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.staleness import (
-    VERSION,
-    Current,
-    Manifest,
-    digests_now,
-    digests_within,
-    dimensions_digest,
-    reaches,
-    read_anew,
-)
+from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.features.source_digests import Current, digests_now, digests_within, dimensions_digest, reaches
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract

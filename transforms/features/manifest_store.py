@@ -14,7 +14,9 @@ from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.features.column_reuse import OlderTable, description_after
 from transforms.features.history_snapshots import SnapshotFiles, left_for_later
-from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
+from transforms.features.manifest import EMPTY, Manifest, continued, outdated
+from transforms.features.source_digests import Current
+from transforms.features.staleness import advance
 from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside

@@ -16,20 +16,11 @@ from schemas.errors import StoreError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.history_snapshots import Chain, Segment, chains, segments, usable_snapshot
+from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
 from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
-from transforms.features.staleness import (
-    EMPTY,
-    WRITTEN_BEFORE,
-    Current,
-    Manifest,
-    Stale,
-    continued,
-    examine,
-    find_stale,
-    outdated,
-    usable_snapshots,
-)
+from transforms.features.source_digests import Current, examine
+from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table

@@ -13,8 +13,8 @@ from deltalake import DeltaTable
 
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.views import FeatureView, lifetime_sources, reached_from
+from transforms.features.manifest import VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import VERSION, Manifest
 from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
