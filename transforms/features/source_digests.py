@@ -1,4 +1,4 @@
-"""Digests of the sources by day: of each file that has changed since a manifest, and of what a day's features can see."""
+"""Digests of the sources by day: of files that have changed since a manifest, and of what a day's features see."""
 
 from __future__ import annotations
 
