@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import date
-from typing import Any
+from typing import TypeVar
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -47,6 +47,7 @@ from transforms.validation.publish_check import AlsoChecked, PublishCheck, Publi
 from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
+Written = TypeVar("Written")
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
@@ -298,7 +299,7 @@ def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Com
     return Computed(features, dead_letters, tallies, (history,))
 
 
-def first_of(written: Any, _: Any) -> Any:
+def first_of(written: Written, _: object) -> Written:
     """Returns `written` once the side input is ready."""
     return written
 
@@ -388,7 +389,7 @@ def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> No
     run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
 
 
-def nothing_to_do(work: PreparedRun) -> dict[str, Any]:
+def nothing_to_do(work: PreparedRun) -> dict[str, object]:
     """Figures of a run that has nothing to compute."""
     counts = {"rows_in": 0, "rows_out": 0, "set_aside": 0, "dates": 0}
     return {**counts, "commit_version": work.base, "nothing_to_do": "no date is missing or stale"}

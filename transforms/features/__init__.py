@@ -33,6 +33,5 @@ if TYPE_CHECKING:
     from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
     from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
-    from transforms.features.window_statistics import ExactSum
 
 import_when_used(__name__)

@@ -88,11 +88,11 @@ def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
     start, end = block.owns(name)
-    mine = (moment >= start) & (moment < end)
+    owned = (moment >= start) & (moment < end)
     first, last = plan.reached
-    reached = mine & (moment >= first - view.reach(name)) & (moment < last)
-    good = int(read.frame.select(mine.sum()).item())
-    counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
+    reached = owned & (moment >= first - view.reach(name)) & (moment < last)
+    good = int(read.frame.select(owned.sum()).item())
+    counts = kept.select(owned.sum().alias("owned"), reached.sum().alias("reached")).row(0)
     dead = len(read.dead_letters)
     tally = SourceTally(
         label(plan, name), good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests

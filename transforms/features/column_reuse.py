@@ -82,8 +82,8 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 
 def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
     """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
-    mine = describe(view)
-    return mine if not before.dates or before.about == mine else {}
+    described = describe(view)
+    return described if not before.dates or before.about == described else {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,8 +129,8 @@ def find_copies(
     Raises:
         ContractError: a changed source cannot be read.
     """
-    mine = describe(view)
-    known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == mine["spine"]]
+    described = describe(view)
+    known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == described["spine"]]
     known.sort(key=lambda each: -len(_same(view, each.manifest)))
     found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
     best = max(found, key=lambda each: sum(map(len, each.columns.values())), default=None)
@@ -247,7 +247,11 @@ def _proof(
         return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
     # What no window of these days can see need not be read.
     first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
-    files = {path: held for path, held in current.files[source].items() if held[1] <= last and held[2] >= first}
+    files = {
+        path: span_of_file
+        for path, span_of_file in current.files[source].items()
+        if span_of_file[1] <= last and span_of_file[2] >= first
+    }
     try:
         known = read_anew(manifest) if manifest.version < VERSION else manifest
         rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)

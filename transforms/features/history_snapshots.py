@@ -165,14 +165,14 @@ class HistorySnapshots(beam.PTransform):
         )
         outputs.dead_letters.element_type = pa.RecordBatch
         parts = outputs.parts | "Gather" >> beam.combiners.ToList()
-        carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
+        snapshots = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
         # A runner may repeat the merge, so the parts are removed only after its output is final.
-        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
-        return carried, outputs.dead_letters, outputs.tallies
+        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(snapshots), self.uri)
+        return snapshots, outputs.dead_letters, outputs.tallies
 
 
 class Summarise(beam.DoFn):
-    """Segment → `Part`; tagged: letters and tallies where it accounts for its events."""
+    """Segment → `Part`; tagged: dead letters and tallies, if it accounts for its events."""
 
     def __init__(self, view: FeatureView, plan: FeaturePlan, uri: str, run_id: str) -> None:
         self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
@@ -193,16 +193,16 @@ class Summarise(beam.DoFn):
 
 
 def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: str) -> BlockInput:
-    """Events known in the segment, without repeats; letters and account only if it accounts for them."""
+    """Events known in the segment, without repeats; with dead letters and a tally only if it accounts for them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
     read = read_slices(contract, segment.events[name], segment.start, segment.end, own=own, span=span)
     block = Block(0, segment.start, segment.end, (segment.start, segment.end), (), {})
-    settled = deduplicate_events(view, plan, block, name, read)
-    counted = dataclasses.replace(settled.tally, used=settled.tally.used + settled.tally.outside, outside=0)
+    events = deduplicate_events(view, plan, block, name, read)
+    counted = dataclasses.replace(events.tally, used=events.tally.used + events.tally.outside, outside=0)
     nothing = dataclasses.replace(counted, read=0, used=0, repeated=0, dead=0)
-    return dataclasses.replace(settled, tally=counted if segment.accounts else nothing)
+    return dataclasses.replace(events, tally=counted if segment.accounts else nothing)
 
 
 def merge_in_order(
@@ -244,18 +244,18 @@ def merge_in_order(
     return result
 
 
-def remove_parts(parts: Iterable[Part], carried: SnapshotFiles, uri: str) -> None:
+def remove_parts(parts: Iterable[Part], snapshots: SnapshotFiles, uri: str) -> None:
     """Deletes the summaries of segments after the merged ones have been written."""
     paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])
 
 
-def left_for_later(carried: SnapshotFiles) -> dict[int, tuple[str, ...]]:
+def left_for_later(snapshots: SnapshotFiles) -> dict[int, tuple[str, ...]]:
     """Returns the summaries that later runs may start from.
 
     They reach until a midnight, because history is digested by day.
     """
-    return {until: files for until, files in sorted(carried.items()) if until == midnight(day_number(until))}
+    return {until: files for until, files in sorted(snapshots.items()) if until == midnight(day_number(until))}
 
 
 def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:

@@ -21,7 +21,8 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.window_bounds import EventOrder, codes
-from transforms.features.window_statistics import Bools, Column, Ints, Once, lazy, statistic
+from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.window_sums import Bools, Ints
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
@@ -214,9 +215,9 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
     """Columns of the last row in `[t − max_age, t)`."""
     last, found = history.spread(history.windows(feature.length, ordered=True), _last)
     own = _taken(history.events, feature.renamed, last, found)
-    if feature.length is not None or history.carried is None:
+    if feature.length is not None or history.prior is None:
         return own
-    before = history.restored(history.carried.value(LATEST)).struct.unnest()
+    before = history.restored(history.prior.value(LATEST)).struct.unnest()
     return [
         pl.select(
             pl.when(pl.Series(found))
@@ -236,11 +237,11 @@ def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
 
 
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
-    carried = history.carried if wanted.length == history.summed else None
+    prior = history.prior if wanted.length == history.summed else None
 
     def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
-        if carried is not None and wanted.stat not in ORDERED:
-            return carried.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
+        if prior is not None and wanted.stat not in ORDERED:
+            return prior.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
         if wanted.column == "*":
             return hi - lo, np.ones(len(lo), np.bool_)
         values, valid = statistic(history.column(wanted.column, rows), wanted.stat, lo, hi)
@@ -249,9 +250,9 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
     values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
     if wanted.stat in ORDERED:
         (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
-        if carried is None:
+        if prior is None:
             return own
-        before = stored(pl.lit(history.restored(carried.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        before = stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
         return pl.select(
             pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
         ).to_series()
@@ -304,14 +305,14 @@ class History:
         self.events = events
         self.known = None if source.event_time is None else known
         self._columns = Once()
-        self.until, self.carried, self.summed = None, None, None if summary is None else summary.length
+        self.until, self.prior, self.summed = None, None, None if summary is None else summary.length
         if summary is not None:
-            mine, theirs = codes(spine, summary.frame, keys)
-            row = np.full(int(theirs.max(initial=0)) + 2, -1, np.int64)
-            row[theirs] = np.arange(len(theirs))
-            self.until, self.carried = (
+            spine_codes, summary_codes = codes(spine, summary.frame, keys)
+            row = np.full(int(summary_codes.max(initial=0)) + 2, -1, np.int64)
+            row[summary_codes] = np.arange(len(summary_codes))
+            self.until, self.prior = (
                 summary.until,
-                PriorSummary(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
+                PriorSummary(summary.frame, np.where(spine_codes < 0, -1, row[spine_codes])[self.sorting.spine_order]),
             )
 
     @lazy

@@ -77,16 +77,16 @@ class KeyedEvents:
         return self.inputs
 
     def _keep(self, name: str, read: Read) -> None:
-        settled, before = deduplicate_events(self.view, self.plan, self.block, name, read), self.inputs[name]
+        added, before = deduplicate_events(self.view, self.plan, self.block, name, read), self.inputs[name]
         for key, group in self.groups.items():
             if key.source == name:
-                group.add(settled.frame)
+                group.add(added.frame)
         dead_letters = (
-            concat_dead_letters([before.dead_letters, settled.dead_letters])
-            if len(settled.dead_letters)
+            concat_dead_letters([before.dead_letters, added.dead_letters])
+            if len(added.dead_letters)
             else before.dead_letters
         )
-        self.inputs[name] = BlockInput(before.frame, dead_letters, before.tally + settled.tally)
+        self.inputs[name] = BlockInput(before.frame, dead_letters, before.tally + added.tally)
 
     def add_summary(self, key: HistoryKey, rows: pl.DataFrame) -> None:
         """Adds rows of the summary of the events before the block."""
@@ -183,13 +183,13 @@ class GroupEvents:
     def _warn_if_large(self, task: WindowPart, rows: int) -> None:
         if rows > 4 * self.block.part_rows:
             log.warning(
-                "%s by %s: %s rows of one key, or a few, are held at once; %s",
+                "%s by %s: %s rows of one key, or a few, are in memory at once; %s",
                 self.name,
                 ", ".join(self.source_columns),
                 f"{rows:,}",
                 "a median, quantile or n_unique over a window longer than a block needs them"
                 if task.length is None
-                else "a smaller --block_rows holds less",
+                else "a smaller --block_rows needs less memory",
             )
 
 

@@ -1,6 +1,6 @@
 """Windows over all history: the events before a block are reduced to a summary with one row per key.
 
-A summary has counts, exact sums (the digits of `window_statistics.ExactSum`), extremes, and first and last values. A
+A summary has counts, exact sums (the digits of `window_sums.ExactSum`), extremes, and first and last values. A
 summary and the block's own events together give the same bits as all events.
 """
 
@@ -16,7 +16,8 @@ import polars as pl
 
 from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
-from transforms.features.window_statistics import Bools, Digits, Floats, Ints, decompose, squared, total, variance
+from transforms.features.window_statistics import Column
+from transforms.records.window_sums import Bools, Digits, Floats, Ints, decompose, squared, total, variance
 
 # The column of a summary that holds the last row; no key has that name.
 LATEST = " latest"
@@ -135,13 +136,14 @@ class PriorSummary:
         ]
         return {int(name[len(prefix) :]): self.numbers(name).astype(np.int64) for name in units}
 
-    def number(self, each: Statistic, own: Any, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+    def number(self, each: Statistic, own: Column | None, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
         """Computes a statistic of the summary and the windows `[lo, hi)` of the column `own` together.
 
         `first` and `last` are not computed here.
         """
         if each.column == "*":
             return self.numbers("#").astype(np.int64) + (hi - lo), np.ones(len(lo), np.bool_)
+        assert own is not None
         lo, hi = own.bounds(lo, hi)
         before = self.numbers(f"{each.column} n").astype(np.int64)
         n = before + (hi - lo)
@@ -164,7 +166,7 @@ class PriorSummary:
         result[at] = variance(n[at], _only(sums, at), _only(squares, at), extreme)
         return (result if each.stat == "var" else np.sqrt(result)), valid
 
-    def _extreme(self, column: str, own: Any, lo: Ints, hi: Ints, largest: bool) -> Floats:
+    def _extreme(self, column: str, own: Column, lo: Ints, hi: Ints, largest: bool) -> Floats:
         nothing = -np.inf if largest else np.inf
         result = self.numbers(f"{column} {'max' if largest else 'min'}", nothing).astype(np.float64)
         some = np.flatnonzero(hi > lo)

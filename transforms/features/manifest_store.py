@@ -91,15 +91,15 @@ class WriteManifest:
     everything: bool
 
     def __call__(
-        self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], carried: SnapshotFiles | None = None
+        self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], snapshots: SnapshotFiles | None = None
     ) -> dict[str, str]:
         """Writes the manifest and returns its name as metadata.
 
         Args:
-            carried: the files of the lifetime summaries that the run wrote.
+            snapshots: the files of the lifetime summaries that the run wrote.
         """
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
-        left = left_for_later(carried or {})
+        left = left_for_later(snapshots or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
         after = dataclasses.replace(after, about=description_after(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"

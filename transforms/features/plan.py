@@ -271,8 +271,8 @@ def with_shards(
 ) -> Block:
     """`block`, cut by key hash where it would hold too many rows at once: as many as it reads, or as are sent to it."""
     needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
-    held = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
-    if key_shards == 1 or (key_shards is None and held <= MOST_BLOCKS * block_rows):
+    in_memory = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    if key_shards == 1 or (key_shards is None and in_memory <= MOST_BLOCKS * block_rows):
         return block
     shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
     return dataclasses.replace(block, shards=shards, part_rows=block_rows)
@@ -347,15 +347,15 @@ def _cuts(
         low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
         share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)
         rows += share * each.rows
-    cuts, held = [first], 0.0
+    cuts, block_size = [first], 0.0
     for i, day_rows in enumerate(rows):
-        if held and held + day_rows > block_rows:
+        if block_size and block_size + day_rows > block_rows:
             cuts.append(int(days[i]))
-            held = 0.0
+            block_size = 0.0
         pieces = int(day_rows // block_rows)
         for piece in range(1, pieces + 1) if pieces else ():
             cut = int(days[i]) + DAY * piece // (pieces + 1)
             if first < cut < last:
                 cuts.append(cut)
-        held = day_rows / (pieces + 1) if pieces else held + day_rows
+        block_size = day_rows / (pieces + 1) if pieces else block_size + day_rows
     return [*dict.fromkeys(cut for cut in cuts if cut < last), last]

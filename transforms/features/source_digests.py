@@ -78,9 +78,9 @@ def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, 
     spans: dict[str, tuple[str, int, int]] = {}
     for each in slices:
         low, high = day_number(max(each.low, contract.earliest)), day_number(min(each.high, contract.latest))
-        held = spans.get(each.path)
+        span = spans.get(each.path)
         spans[each.path] = (
-            (each.stamp, low, high) if held is None else (each.stamp, min(held[1], low), max(held[2], high))
+            (each.stamp, low, high) if span is None else (each.stamp, min(span[1], low), max(span[2], high))
         )
     return spans
 

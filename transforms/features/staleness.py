@@ -44,11 +44,11 @@ class Stale:
 def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh: bool = False) -> Stale:
     """Finds the days that were never computed, or whose inputs have changed since."""
     dropped = {name: each.dropped for name, each in current.repeats.items()}
-    asked = set(current.digests[view.spine.name])
-    now = input_digests(view, current.digests, dropped, asked | set(manifest.dates))
+    present = set(current.digests[view.spine.name])
+    now = input_digests(view, current.digests, dropped, present | set(manifest.dates))
     lookup = dimensions_digest(current.dimensions)
     reasons = {}
-    for day in sorted(asked | set(manifest.dates)):
+    for day in sorted(present | set(manifest.dates)):
         if day not in manifest.dates:
             reasons[day] = "never computed"
         elif manifest.dates[day] == OUTDATED:
@@ -109,10 +109,10 @@ def advance(
     }
     dropped = {name: each.dropped for name, each in current.repeats.items()}
     inside = set(days_within(computed))
-    answered = inside & set(digests[view.spine.name])
+    computed_days = inside & set(digests[view.spine.name])
     dates = {day: value for day, value in manifest.dates.items() if day not in inside}
     looked_up = {day: value for day, value in manifest.looked_up.items() if day not in inside}
-    now = input_digests(view, digests, dropped, answered)
+    now = input_digests(view, digests, dropped, computed_days)
     lookup = dimensions_digest(current.dimensions)
     sources = lifetime_sources(view)
     made = {
@@ -126,7 +126,7 @@ def advance(
         dropped,
         {**dates, **now},
         current.dimensions,
-        {**looked_up, **dict.fromkeys(answered, lookup)},
+        {**looked_up, **dict.fromkeys(computed_days, lookup)},
         snapshots,
     )
 

@@ -8,7 +8,6 @@ import functools
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import apache_beam as beam
 import polars as pl
@@ -50,19 +49,19 @@ class TrailingFeatures(beam.PTransform):
     read once, and its rows are sent to the blocks that need them.
 
     Args:
-        carried: per block, the files of the lifetime summaries that `history_snapshots` wrote under `uri`.
+        snapshots: per block, the files of the lifetime summaries that `history_snapshots` wrote under `uri`.
         copies: columns that are copied instead of computed.
     """
 
     view: FeatureView
     plan: FeaturePlan
-    carried: pvalue.AsSingleton | None = None
+    snapshots: pvalue.AsSingleton | None = None
     uri: str = ""
     copies: Copies | None = None
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
-        side = () if self.carried is None else (self.carried,)
+        side = () if self.snapshots is None else (self.snapshots,)
         if not self.plan.shuffled:
             compute_block = ComputeBlock(self.view, rules, count, self.uri, self.copies)
             return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
@@ -102,8 +101,8 @@ class ComputeBlock(PrefetchDoFn):
 
     def setup(self) -> None:
         super().setup()
-        held = [name for name in self.plan.dimensions if name not in self.plan.routed]
-        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
+        broadcast = [name for name in self.plan.dimensions if name not in self.plan.routed]
+        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in broadcast}
 
     def process(
         self, block: Block, snapshots: SnapshotFiles | None = None
@@ -181,16 +180,16 @@ class ComputeGathered(ComputeBlock):
         yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
     def _read_gathered(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
-        held = {name: [received(rows) for rows in each] for name, each in parts.items()}
-        spine = self._spine(block, held.pop(SPINE))
-        reads = {name: received_read(self.plan, name, each) for name, each in held.items()}
+        loaded = {name: [received(rows) for rows in each] for name, each in parts.items()}
+        spine = self._spine(block, loaded.pop(SPINE))
+        reads = {name: received_read(self.plan, name, each) for name, each in loaded.items()}
         return spine, {
             name: deduplicate_events(self.view, self.plan, block, name, read) for name, read in reads.items()
         }
 
     def _spilled(
         self, block: Block, rows_of: Iterable[tuple[str, bytes]], snapshots: SnapshotFiles | None
-    ) -> Iterator[Any]:
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         spine: list[pl.DataFrame] = []
         with spill_events(self.view, self.plan, block) as events:
             for name, rows in rows_of:

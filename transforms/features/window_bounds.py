@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from transforms.features.window_statistics import Ints, Once
+from transforms.features.window_statistics import Once
+from transforms.records.window_sums import Ints
 
 # Places looked up one by one up to here: below, a pass over all keys costs more.
 MANY = 20_000
@@ -52,11 +53,11 @@ class EventOrder:
         found = positions(self.sorted_keys, wanted)
         return np.where(self.sorted_codes < 0, 0, found)
 
-    def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
-        """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
+    def bounds(self, length: int | None, start: int | None = None) -> tuple[Ints, Ints]:
+        """`[t − length, t)` per spine row, in `spine_order`; without a length `[start, t)`, or all before t."""
 
         def search() -> Ints:
-            far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
+            far = np.full(len(self.sorted_moments), -(2**62) if start is None else start, np.int64)
             return self._search(far if length is None else self.sorted_moments - length)
 
         return self._starts.get(length, search), self.ends
