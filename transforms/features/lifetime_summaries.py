@@ -17,7 +17,8 @@ import polars as pl
 from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.features.window_statistics import Column
-from transforms.records.window_sums import Bools, Digits, Floats, Ints, decompose, squared, total, variance
+from transforms.records.exact_sums import Floats
+from transforms.records.window_sums import Bools, Digits, Ints, decompose, squared, total, variance
 
 # The column of a summary that holds the last row; no key has that name.
 LATEST = " latest"

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records.window_sums import Bools, ExactSum, Floats, Ints, squared, variance
+from transforms.records.exact_sums import Floats
+from transforms.records.window_sums import Bools, ExactSum, Ints, squared, variance
 
 
 class Once:

@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from transforms.records.exact_sums import Floats
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 # Exponent of two to one digit per window.
