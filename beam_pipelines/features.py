@@ -1,4 +1,4 @@
-"""features: sources → features exactly as of each question's time → one commit to the feature table."""
+"""features: computes features exactly as of each spine row's time, and commits them to the feature table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import date
-from typing import Any
+from typing import TypeVar
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -47,12 +47,13 @@ from transforms.validation.publish_check import AlsoChecked, PublishCheck, Publi
 from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
+Written = TypeVar("Written")
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-    """What one run of the features pipeline does.  `now` is µs since 1970, the clock by which stamps are judged."""
+    """The options of one run. `now` is in µs since 1970: rows with later times are rejected."""
 
     definition: Definition
     store: str
@@ -77,7 +78,7 @@ class Options:
 
     @property
     def request(self) -> FeaturesRequest:
-        """What the library needs to know of the options to prepare the run."""
+        """The request that prepares the run."""
         return FeaturesRequest(
             view=self.definition.view,
             store=self.store,
@@ -105,60 +106,19 @@ def parse(
     command: str = "features",
     purpose: str = "Compute a view's features and commit them to its table.",
 ) -> Options:
-    """Options from flags; `plan` has the same.
+    """Parses the flags of `features`, which are also those of `plan`.
 
     Raises:
-        DefinitionError: a flag or the definition is refused.
+        DefinitionError: a flag or the definition is invalid.
     """
     arguments = Arguments(f"millrace {command}", purpose)
     arguments.add_interval("questions")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    arguments.add_argument("--full", action="store_true", help="compute every date again")
-    arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
-    arguments.add_argument(
-        "--block_rows",
-        type=int,
-        default=BLOCK_ROWS,
-        help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
-    )
-    arguments.add_argument(
-        "--plan",
-        choices=PLANS,
-        default="auto",
-        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks (default: whichever reads less)",
-    )
-    arguments.add_argument(
-        "--key_shards",
-        type=shards,
-        default=None,
-        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
-    )
-    arguments.add_argument(
-        "--broadcast_mb",
-        type=float,
-        default=BROADCAST_BYTES / 1e6,
-        help=f"a larger dimension is not held by every worker but read past by each block (default {BROADCAST_BYTES / 1e6:g})",
-    )
-    arguments.add_argument(
-        "--statistics",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep statistics with the commit, check them against the schema, and dead rows against their most (default: yes)",
-    )
-    arguments.add_argument(
-        "--streaming",
-        action="store_true",
-        help="compute the same features live, from topics or a replay; has flags of its own",
-    )
-    add_verification(arguments)
-    arguments.add_validation()
+    add_choice_of_dates(arguments)
+    add_division_of_work(arguments)
+    add_checks(arguments)
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    rules: PublishRules | None = PublishRules(
-        flags.schema or definition.schema_path, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction
-    )
-    if not flags.statistics:
-        rules = None
     return Options(
         definition=definition,
         store=flags.store,
@@ -172,11 +132,73 @@ def parse(
         shuffled=PLANS[flags.plan],
         key_shards=flags.key_shards,
         broadcast_mb=flags.broadcast_mb,
-        rules=rules,
+        rules=publish_rules(flags, definition),
         verify=VerifyFlags(flags.verify, flags.verify_share),
         now=time.time_ns() // 1000,
         beam_args=tuple(rest),
     )
+
+
+def add_choice_of_dates(arguments: Arguments) -> None:
+    """Adds the flags that decide which dates are computed."""
+    arguments.add_argument("--full", action="store_true", help="compute every date again")
+    arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
+
+
+def add_division_of_work(arguments: Arguments) -> None:
+    """Adds the flags that decide how the work is divided."""
+    arguments.add_argument(
+        "--block_rows",
+        type=int,
+        default=BLOCK_ROWS,
+        help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
+    )
+    arguments.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="auto",
+        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks "
+        "(default: whichever reads less)",
+    )
+    arguments.add_argument(
+        "--key_shards",
+        type=shards,
+        default=None,
+        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
+    )
+    arguments.add_argument(
+        "--broadcast_mb",
+        type=float,
+        default=BROADCAST_BYTES / 1e6,
+        help="a larger dimension is not held by every worker but read past by each block "
+        f"(default {BROADCAST_BYTES / 1e6:g})",
+    )
+
+
+def add_checks(arguments: Arguments) -> None:
+    """Adds the flags that decide what is checked before the commit, and `--streaming`."""
+    arguments.add_argument(
+        "--statistics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep statistics with the commit, check them against the schema, and dead rows against their most "
+        "(default: yes)",
+    )
+    arguments.add_argument(
+        "--streaming",
+        action="store_true",
+        help="compute the same features live, from topics or a replay; has flags of its own",
+    )
+    add_verification(arguments)
+    arguments.add_validation()
+
+
+def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishRules | None:
+    """Returns the rules of the publish check; None if `--no-statistics` turned it off."""
+    if not flags.statistics:
+        return None
+    schema = flags.schema or definition.schema_path
+    return PublishRules(schema, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction)
 
 
 def shards(text: str) -> int | None:
@@ -189,13 +211,13 @@ def shards(text: str) -> int | None:
 
 
 def prepare(options: Options) -> PreparedRun:
-    """Decide what the run computes; see `transforms.features.preparation`."""
+    """Decides what the run computes; see `transforms.features.preparation`."""
     return prepare_features(options.request)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """The commits of one run: features and dead letters, and what goes into them as metadata."""
+    """The commits of one run's features and dead letters, and their metadata."""
 
     features: CommitTarget
     dead_letters: CommitTarget
@@ -215,8 +237,8 @@ class Targets:
         features = CommitTarget(
             options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata
         )
-        # A run that was stopped over its dead letters has committed them; their rows may have been corrected before it is
-        # resumed.  So every launch commits its dead letters under an id of its own.
+        # A run that its dead letters stopped has committed them, and their rows may have been corrected before the run
+        # is resumed. So every launch commits its dead letters under its own id.
         launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
         dead_letters = CommitTarget(
             uri, DEAD_LETTERS, plan.dates, launch, newest_version(uri), {"view": view.name}, metadata
@@ -227,7 +249,7 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computed:
-    """The features of a run in the graph: their rows, dead letters and tallies, and the history that was committed with them."""
+    """The PCollections of a run's feature rows, dead letters and tallies, and the lifetime snapshots as side inputs."""
 
     features: beam.PCollection
     dead_letters: beam.PCollection
@@ -236,7 +258,7 @@ class Computed:
 
 
 def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
-    """The graph: blocks → features, dead letters and tallies → files → one commit each."""
+    """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
     view, targets = options.definition.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
@@ -260,7 +282,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
 
 
 def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
-    """The graph from blocks to feature rows, with the history that windows without a beginning need."""
+    """Adds the steps from blocks to feature rows, with the lifetime snapshots that their windows need."""
     view, plan = options.definition.view, work.required_plan
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     if not work.chains:
@@ -277,13 +299,13 @@ def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Com
     return Computed(features, dead_letters, tallies, (history,))
 
 
-def first_of(written: Any, _: Any) -> Any:
-    """`written`, once the side input is there."""
+def first_of(written: Written, _: object) -> Written:
+    """Returns `written` once the side input is ready."""
     return written
 
 
 def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
-    """What is checked before the features are committed: their statistics against the schema, and the share of dead letters."""
+    """The check before the commit: statistics against the schema, and the share of dead letters."""
     assert options.rules is not None
     plan = work.required_plan
     return make_check(
@@ -300,7 +322,7 @@ def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
 
 
 def verification(options: Options, work: PreparedRun) -> Verification | None:
-    """What verifies rows of the run before they are committed; None where `--verify 0` turned it off."""
+    """The verification of the run's rows before they are committed; None if `--verify 0` turned it off."""
     assert work.inventory is not None
     amount = options.verify.amount(options.now, work.everything)
     if amount is None:
@@ -313,7 +335,7 @@ def verification(options: Options, work: PreparedRun) -> Verification | None:
 def write_account(
     committed: Committed, tallies: dict[str, SourceTally], buried: Committed, verified: Verified | None, path: str
 ) -> None:
-    """Leave the run's figures where the launcher, on whatever machine, finds them."""
+    """Writes the run's figures where the launcher, on whatever machine, finds them."""
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(
         path,
@@ -332,7 +354,7 @@ def write_account(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the features are committed.  With --streaming see `beam_pipelines.features_streaming`."""
+    """Runs the pipeline and returns 0 when the features are committed. For `--streaming` see `features_streaming`."""
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
     options = parse(argv)
@@ -360,14 +382,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> None:
-    """Name the models that were trained on days which an older version may have got wrong."""
+    """Names the models that were trained on days that an older version may have computed incorrectly."""
     models = models_trained_on(options.store, options.table, work.base)
     for model in models:
         log.warning("trained on such days, so train it again: %s", model)
     run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
 
 
-def nothing_to_do(work: PreparedRun) -> dict[str, Any]:
+def nothing_to_do(work: PreparedRun) -> dict[str, object]:
     """Figures of a run that has nothing to compute."""
     counts = {"rows_in": 0, "rows_out": 0, "set_aside": 0, "dates": 0}
     return {**counts, "commit_version": work.base, "nothing_to_do": "no date is missing or stale"}

@@ -42,7 +42,7 @@ def polars(sources: str, out: str) -> dict[str, Any]:
 def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
     """The same kernel called in one plain process, block by block; no Beam, no contracts, no commits."""
 
-    from transforms.features.kernel import compute
+    from transforms.features.kernel import KernelTables, compute
     from transforms.features.plan import plan_features
 
     plan = plan_features(view, sources, None, None, 2**61, block_rows)
@@ -51,7 +51,7 @@ def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
     for block in plan.blocks:
         spine = _read(block.spine, "asked_at", block.start, block.end)
         events = _read(block.events["departures"], "departed_at", block.start - view.reach("departures"), block.end)
-        features = compute(view, spine.sort("asked_at", "flight_id"), {"departures": events})
+        features = compute(view, spine.sort("asked_at", "flight_id"), KernelTables({"departures": events}))
         features.write_parquet(f"{out}/{block.index:05d}.parquet", compression="lz4")
         rows += len(features)
     return {"rows": rows}

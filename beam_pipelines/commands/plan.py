@@ -1,4 +1,4 @@
-"""plan: what `millrace features` would do with the same flags, and why.  Nothing is run and nothing is written."""
+"""plan: shows what `millrace features` would do with the same flags, and why. It runs and writes nothing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, reading
 from transforms.features.plan import FeaturePlan
 from transforms.features.preparation import PreparedRun
-from transforms.records.times import day_of
+from transforms.records.times import as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 
 MOST_LINES = 40
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; 0 whether or not there is anything to do."""
+    """Prints the plan. Returns 0 whether or not there is anything to compute."""
     options = features.parse(
         argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing."
     )
@@ -133,20 +133,20 @@ def reasons(options: Options, work: PreparedRun) -> list[tuple[int, int, str]]:
         why = "asked for (--full)"
     else:
         why = "never computed: the table is new"
-    return [(first // DAY, -(-last // DAY) - 1, why) for first, last in work.plan.ranges]
+    return [(day_number(first), days_in(last) - 1, why) for first, last in work.plan.ranges]
 
 
 def _print_dates(options: Options, work: PreparedRun, plan: FeaturePlan) -> None:
     lines = reasons(options, work)
     rows = []
     for first, last, why in lines[:MOST_LINES]:
-        count = spine_rows(plan, first * DAY, (last + 1) * DAY)
-        rows.append((f"{day_of(first * DAY)}–{day_of(last * DAY)}", f"{last - first + 1:,}", f"{count:,}", why))
+        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        rows.append((f"{as_date(first)}–{as_date(last)}", f"{last - first + 1:,}", f"{count:,}", why))
     print(columns(("dates", "days", "about rows", "why"), rows, ("days", "about rows")))
     if len(lines) > MOST_LINES:
         print(f"  and {many(len(lines) - MOST_LINES, 'more range')}")
     total = sum(spine_rows(plan, first, last) for first, last in plan.ranges)
-    days = sum(-(-last // DAY) - first // DAY for first, last in plan.ranges)
+    days = len(days_within(plan.ranges))
     print(f"  together {many(days, 'day')}, about {many(total, 'row')}")
 
 
@@ -160,14 +160,14 @@ def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
 
 
 def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
-    """Which days take which columns from the older table, and which are computed."""
+    """Prints which columns are copied from the older table on which days, and which are computed."""
     print(wrapped(f"from {copies.uri}, version {copies.version}", hanging=2))
     every = reading(view)
     rows = []
-    days = [day for first, last in plan.ranges for day in range(first // DAY, -(-last // DAY))]
+    days = days_within(plan.ranges)
     for first, last, names in _spans(copies, days):
-        count = spine_rows(plan, first * DAY, (last + 1) * DAY)
-        span = f"{day_of(first * DAY)}–{day_of(last * DAY)}"
+        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        span = f"{as_date(first)}–{as_date(last)}"
         rows.append((span, f"{last - first + 1:,}", f"{count:,}", str(len(names)), str(len(every) - len(names))))
     numbers = ("days", "about rows", "copied", "computed")
     print(columns(("dates", *numbers), rows[:MOST_LINES], numbers))
@@ -206,7 +206,7 @@ def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
             parts = node.full_label.split("/")
             if parts[0] and len(parts) <= 2:
                 inside = found.setdefault(parts[0], [])
-                # What a step of Beam's own is made of is no news.
+                # The inside of Beam's own steps is not shown.
                 if len(parts) == 2 and not type(node.parent.transform).__module__.startswith("apache_beam"):
                     inside.append(parts[1])
 

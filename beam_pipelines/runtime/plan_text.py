@@ -1,4 +1,4 @@
-"""A plan in sentences: how the work is cut, what is held at once, and why."""
+"""Describes a plan in sentences: how the work is divided, what is in memory at once, and why."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transforms.features.history_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
 from transforms.features.preparation import PreparedRun
-from transforms.features.staleness import DIGESTED, REPEATS
+from transforms.features.source_digests import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
 from transforms.sources.inventory import Slice
 
 
 def prepared_lines(view: FeatureView, work: PreparedRun) -> Iterator[str]:
-    """The plan of a prepared run in sentences; none where there is nothing to compute."""
+    """Describes the plan of a prepared run; yields nothing if there is nothing to compute."""
     if work.plan is not None:
         yield from plan_lines(view, work.plan, work.chains, work.segments, work.current.looked)
 
@@ -29,11 +29,11 @@ def plan_lines(
     segments: Sequence[Segment] = (),
     looked: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Iterator[str]:
-    """One line each for the blocks, their size, how they are cut by key, what is summarised before them, and each dimension.
+    """Describes the blocks, their sizes and key shards, the history before them, and each dimension.
 
     Args:
-        chains, segments: of the history that windows without a beginning see.
-        looked: rows that were read to see what is stale (`staleness.Current`).
+        chains, segments: the history that lifetime windows see.
+        looked: rows that were read to find stale dates (`source_digests.Current`).
     """
     how = (
         "each slice is read once and its rows are sent to their blocks"
@@ -53,29 +53,29 @@ def plan_lines(
 
 
 def _history(chains: Sequence[Chain], segments: Sequence[Segment]) -> Iterator[str]:
-    """What is read beside the blocks for windows without a beginning: of each source, from when, and how many rows."""
+    """Describes what lifetime windows read in addition to the blocks: each source, from when, and how many rows."""
     starts = [chain.start for chain in chains]
-    since = [
+    beginnings = [
         *(["its first row (there is no snapshot to start from)"] if ALWAYS in starts else []),
         *(f"the snapshot of {day_of(start)}" for start in starts if start != ALWAYS),
     ]
     for name in dict.fromkeys(name for each in segments for name in each.events):
         rows = sum(piece.rows for each in segments for piece in each.events.get(name, ()))
         yield (
-            f'windows over all history ("all", "forever"): {name} is summarised from {", ".join(since)} on; '
+            f'windows over all history ("all", "forever"): {name} is summarised from {", ".join(beginnings)} on; '
             f"slices of {many(rows, 'row')} are read for it, beside those of the blocks"
         )
 
 
 def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """What is read before a run, to see what there is to do."""
+    """Describes what is read before a run to find out what it has to do."""
     digested, repeats = looked.get(DIGESTED, {}), looked.get(REPEATS, {})
     if any(digested.values()):
-        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
-        yield f"read before the run, to see what has changed: {told}"
+        counts = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
+        yield f"read before the run, to see what has changed: {counts}"
     if any(repeats.values()):
-        told = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in repeats.items() if rows)
-        yield f"read before the run, unique columns alone, to find repeats: {told}"
+        counts = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in repeats.items() if rows)
+        yield f"read before the run, unique columns alone, to find repeats: {counts}"
 
 
 def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
@@ -94,7 +94,10 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
         why = f"its slices hold {many(_rows(block), 'row')}, more than {limit:,}"
     else:
         why = "asked for (--key_shards)"
-    yield f"key shards {shards} per block{some}: {why}; rows wait on local disk, and one shard of one key is in memory at a time"
+    yield (
+        f"key shards {shards} per block{some}: {why}; "
+        "rows wait on local disk, and one shard of one key is in memory at a time"
+    )
     span = min(each.end - each.start for each in cut)
     long = {
         (name, window, stat in COMPACT and (stat in ORDERED or view.events[name].event_time is None))

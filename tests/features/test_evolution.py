@@ -19,10 +19,11 @@ from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan_main
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.errors import StoreError
+from schemas.feature_groups import without_columns
 from schemas.features import Feature
 from schemas.loading import Definition
 from tests.support import shop
-from transforms.features.column_reuse import needed, rest
+from transforms.features.column_reuse import needed
 from transforms.features.manifest_store import WriteManifest, read_manifest
 from transforms.features.preparation import PreparedRun
 from transforms.features.trailing_features import ComputeBlock
@@ -214,7 +215,7 @@ def copied(work: PreparedRun) -> dict[int, set[str]]:
     return {day - first: set(names) for day, names in work.copies.columns.items()}
 
 
-# -- changes of the data between the older table and the newer ----------------------------------------------------------
+# -- changes of the data between the older table and the newer --------------------------------------------------------
 
 
 def edit(frames: Frames, source: str, time: str, day: int, **values: Any) -> Frames:
@@ -434,7 +435,7 @@ def test_the_rest_of_features_has_exactly_the_other_columns() -> None:
     reading = [each for each in view.features if not isinstance(each, Derived)]
     every = [name for name in view.columns if name != "doubled"]
     for gone in (every[:1], every[::2], every, []):
-        left = [name for each in rest(reading, gone) for name in each.outputs(view.spine.schema)]
+        left = [name for each in without_columns(reading, gone) for name in each.outputs(view.spine.schema)]
         assert sorted(left) == sorted(set(every) - set(gone))
 
 

@@ -16,7 +16,7 @@ from tests.support import oracles
 from tests.support.histories import T0, at, events, histories, many_spine_rows, placed, shuffled, spine_rows, view
 from tests.support.kernels_case import same
 from transforms.features import kernel
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.features.window_bounds import EventOrder, codes
 
 
@@ -40,7 +40,7 @@ def one(*features: Any, spine: Source = spine_rows, key: str = "id") -> FeatureV
 def answers(feature: Any, spine: pl.DataFrame, **tables: pl.DataFrame) -> list[Any]:
     """The only column of a feature."""
     made = one(feature)
-    return compute(made, spine, tables)[made.feature_names[0]].to_list()
+    return compute(made, spine, KernelTables(tables))[made.feature_names[0]].to_list()
 
 
 counted = Trailing(events, by="k", over="10s", stats={"*": "count"})
@@ -49,7 +49,7 @@ latest = Latest(events, by="k", columns=("v", "n"), max_age="10s")
 
 @given(spine=many_spine_rows, tables=histories)
 def test_features_are_those_of_the_oracle(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
-    got = compute(view, spine, tables)
+    got = compute(view, spine, KernelTables(tables))
     expected = pl.DataFrame(oracles.features(view, spine, tables), schema=got.schema, orient="row")
     same(got, expected)
 
@@ -59,15 +59,15 @@ def test_the_order_of_arrival_changes_no_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame], seed: int
 ) -> None:
     mixed = {name: shuffled(table, seed + i) for i, (name, table) in enumerate(tables.items())}
-    got = compute(view, shuffled(spine, seed), mixed)
-    same(got.sort("id"), compute(view, spine, tables).sort("id"))
+    got = compute(view, shuffled(spine, seed), KernelTables(mixed))
+    same(got.sort("id"), compute(view, spine, KernelTables(tables)).sort("id"))
 
 
 @given(spine=many_spine_rows, tables=histories)
 def test_a_question_asked_alone_gets_the_same_answer(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
-    whole = compute(view, spine, tables)
+    whole = compute(view, spine, KernelTables(tables))
     for i in range(min(len(spine), 3)):
-        same(compute(view, spine[i : i + 1], tables), whole[i : i + 1])
+        same(compute(view, spine[i : i + 1], KernelTables(tables)), whole[i : i + 1])
 
 
 @given(spine=many_spine_rows, tables=histories)
@@ -79,7 +79,7 @@ def test_events_that_no_window_reaches_change_no_bit(spine: pl.DataFrame, tables
         else table
         for name, table in tables.items()
     }
-    same(compute(view, spine, near), compute(view, spine, tables))
+    same(compute(view, spine, KernelTables(near)), compute(view, spine, KernelTables(tables)))
 
 
 @given(spine=many_spine_rows, tables=histories)
@@ -87,10 +87,10 @@ def test_events_that_no_window_reaches_change_no_bit(spine: pl.DataFrame, tables
 def test_few_rows_at_once_on_the_way_of_event_time_change_no_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
 ) -> None:
-    whole = compute(view, spine, tables)
+    whole = compute(view, spine, KernelTables(tables))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "EXPANDED_ROWS", 3)
-        same(compute(view, spine, tables), whole)
+        same(compute(view, spine, KernelTables(tables)), whole)
 
 
 def test_fact_at_the_question_moment_is_not_seen() -> None:
@@ -150,14 +150,14 @@ def test_parts_of_a_key_do_not_run_together() -> None:
     asked = pl.DataFrame(
         [{"t": at(2), "id": i, "k": k, "b2": b} for i, (k, b) in enumerate(pairs)], schema=spine.schema, orient="row"
     )
-    assert compute(made, asked, {"pairs": table})[made.feature_names[0]].to_list() == [1] * len(pairs)
+    assert compute(made, asked, KernelTables({"pairs": table}))[made.feature_names[0]].to_list() == [1] * len(pairs)
 
 
 def test_a_tie_picks_one_whole_row_and_never_a_mixture() -> None:
     table = pl.concat([happenings((at(1), 1.0), n=9), happenings((at(1), 2.0), n=None), happenings((at(1), None), n=5)])
     made = one(latest)
     for seed in range(6):
-        row = compute(made, ask(at(2)), {"events": shuffled(table, seed)}).row(0, named=True)
+        row = compute(made, ask(at(2)), KernelTables({"events": shuffled(table, seed)})).row(0, named=True)
         assert (row["events_v"], row["events_n"]) == (2.0, None)  # the last by all columns; its null stays null
 
 
@@ -170,7 +170,7 @@ def test_order_decides_ties_before_the_other_columns() -> None:
 def test_no_events_at_all_count_zero_and_say_nothing_else() -> None:
     spine = ask(at(1), at(2))
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
-    got = compute(view, spine, tables).row(1, named=True)
+    got = compute(view, spine, KernelTables(tables)).row(1, named=True)
     for name, value in got.items():
         if name in view.columns and name not in ("double", "over_zero", "weekday", "known", "pair"):
             assert value == (0 if "_count_" in name or "_n_unique_" in name else None), name
@@ -178,14 +178,14 @@ def test_no_events_at_all_count_zero_and_say_nothing_else() -> None:
 
 def test_no_questions_give_an_empty_frame_of_the_same_columns() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
-    got = compute(view, pl.DataFrame(schema=spine_rows.schema), tables)
-    assert got.schema == compute(view, ask(at(1)), tables).schema
+    got = compute(view, pl.DataFrame(schema=spine_rows.schema), KernelTables(tables))
+    assert got.schema == compute(view, ask(at(1)), KernelTables(tables)).schema
     assert len(got) == 0
 
 
 def test_columns_come_in_the_types_that_the_view_declares() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
-    got = compute(view, ask(at(1)), tables)
+    got = compute(view, ask(at(1)), KernelTables(tables))
     assert dict(got.schema) == {**{name: spine_rows.schema[name] for name in view.context}, **view.columns}
 
 
@@ -207,7 +207,7 @@ def test_a_feature_may_be_the_key_of_one_below_it() -> None:
     )
     rows = pl.DataFrame([{"k": "a", "owner": "x"}], schema=dimension.schema, orient="row")
     tables = {"d": rows, "events": happenings((at(1), 1.5), (at(2), 2.5), n=7)}
-    assert compute(made, ask(at(3)), tables).select(made.feature_names).row(0) == ("x", 2, 7, 4.0)
+    assert compute(made, ask(at(3)), KernelTables(tables)).select(made.feature_names).row(0) == ("x", 2, 7, 4.0)
 
 
 @pytest.mark.parametrize("spread", [1, 10**6, 2**39, 2**45, 2**62])
@@ -236,7 +236,7 @@ def test_dates_and_booleans_are_keys() -> None:
 def found_positions(
     positions: list[int], groups: list[int], moments: list[int], asked: list[int], lengths: list[int], far: bool
 ) -> list[list[tuple[int, int]]]:
-    """Windows per length in the order of questions; `far` adds an event so remote that one integer cannot hold key and time."""
+    """Windows per length, in the order of spine rows; with `far`, key and time do not fit into one integer."""
     if far:
         positions, groups = [*positions, 2**58], [*groups, 2**20]
     sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, asked)))

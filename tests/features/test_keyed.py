@@ -1,4 +1,4 @@
-"""However a block is cut by key, by hash, in middles and edges, by a shuffle, it gives the bits of the block as a whole."""
+"""However a block is divided by key, by hash, into long windows, by a shuffle, it gives the bits of the whole block."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ EVER = FeatureView(
 
 
 def history(seed: int, rows: int, heavy: float) -> dict[str, pl.DataFrame]:
-    """Rows of 20 days: ties in time, nulls, repeats of a payment under other keys and at its very moment, rows that break contracts."""
+    """Rows of 20 days: ties in time, nulls, repeats of a payment under other keys and at one moment, invalid rows."""
     random = np.random.default_rng(seed)
 
     def times(n: int) -> pl.Series:
@@ -181,9 +181,8 @@ def planned(view: FeatureView, store: Path, **choices: Any) -> tuple[plan.Featur
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"pays": reader.repeats_of(inventory.contracts["pays"], inventory.slices["pays"]).first}
     ranges = [plan.interval(view, inventory, None, None)]
-    return plan.plan_blocks(
-        view, inventory, ranges, repeats, True, summarised=lifetime_sources(view), **choices
-    ), inventory
+    options = plan.PlanOptions(everything=True, summarised=lifetime_sources(view), **choices)
+    return plan.plan_blocks(view, inventory, ranges, repeats, options), inventory
 
 
 def computed(

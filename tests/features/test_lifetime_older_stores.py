@@ -1,4 +1,4 @@
-"""A store whose windows over all history an older version got wrong is noticed and computed again, and nothing else is."""
+"""A store whose lifetime windows an older version computed incorrectly is noticed and recomputed, and no other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan
 from beam_pipelines.commands.trace import trace
+from transforms.features.manifest import OUTDATED, VERSION
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
-from transforms.features.staleness import OUTDATED, VERSION
 from transforms.storage.delta_tables import open_table
 
 HERE = Path(__file__).parents[1] / "data" / "stores" / "lifetime"

@@ -1,9 +1,10 @@
 """Whatever happens to a store, in whatever order, windows over all history are those of a store made anew.
 
-Hypothesis makes up what happens: rows that come late, are deleted or rewritten, days without rows between days with some, runs of
-some days or of all, by other plans, under a changed view and back, killed before their commit and launched again.  After each run
-the table is compared with one of a fresh store, with the kernel over all rows at once, and with a scan of every row in plain
-Python; and every snapshot that the next run may start from with the summary of all rows before it.
+Hypothesis makes up what happens: rows that come late, are deleted or rewritten, days without rows between other days,
+runs of some days or of all, by other plans, under a changed view and back, killed before their commit and launched
+again. After each run the table is compared with one of a fresh store, with the kernel over all rows at once, and with a
+scan of every row in plain Python. Every snapshot that the next run may start from is compared with the summary of all
+rows before it.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from schemas.loading import Definition
 from tests.support import oracles
 from tests.support.without_beam import outputs_of, perform
 from transforms.features.history_snapshots import lifetime_groups, read_summary
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import examine, usable_snapshots
+from transforms.features.source_digests import examine
+from transforms.features.staleness import usable_snapshots
 from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import open_table
@@ -56,7 +58,16 @@ asks = Source("asks", time="at", columns={"id": pl.Int64, "k": pl.Int64, "x": pl
 pays = Source("pays", time="at", unique="no", columns={"no": pl.Int64, "k": pl.Int64, "v": pl.Float64, "s": pl.String})
 shops = Source("shops", columns={"k": pl.Int64, "town": pl.Int64})
 EVER = [
-    Trailing(pays, by="k", over=("all", "2d"), stats={"*": "count", "v": ("count", "sum", "mean", "std", "min", "max", "first", "last"), "s": ("first", "last")}),
+    Trailing(
+        pays,
+        by="k",
+        over=("all", "2d"),
+        stats={
+            "*": "count",
+            "v": ("count", "sum", "mean", "std", "min", "max", "first", "last"),
+            "s": ("first", "last"),
+        },
+    ),
     Trailing(pays, by="k", over="all", where=pl.col("v") > 5, stats={"*": "count", "v": "sum"}, name="large"),
     Latest(pays, by="k", columns=("v", "s"), max_age="forever"),
     Trailing(asks, by="k", over="all", stats={"*": "count", "x": "sum"}),
@@ -64,7 +75,10 @@ EVER = [
     Trailing(pays, by={"shops_town": "k"}, over="all", stats={"v": "sum"}, name="in_town"),
     Derived(mean=pl.col("pays_by_k_v_sum_all") / pl.col("pays_by_k_count_all")),
 ]
-MORE = [Trailing(pays, by="k", over="3d", stats={"v": "max"}, name="recent"), Trailing(pays, by="k", over="all", stats={"s": "count"}, name="named")]
+MORE = [
+    Trailing(pays, by="k", over="3d", stats={"v": "max"}, name="recent"),
+    Trailing(pays, by="k", over="all", stats={"s": "count"}, name="named"),
+]
 """
 MODULE: dict[str, Any] = {}
 exec(DEFINITION, MODULE)  # as the pipelines load it
@@ -342,7 +356,7 @@ class Sequences(RuleBasedStateMachine):
             self.check_snapshots(view, options)
 
     def check_against(self, view: FeatureView, got: pl.DataFrame, inside: pl.Expr) -> None:
-        """The kernel over all rows at once, and the scan of every row, each with the dimension that the day was computed with."""
+        """The kernel over all rows at once, and a scan of every row, each with the dimension that the day used."""
         known = self.known[VIEWS.index(view)]
         days = got.select(pl.col("date").cast(pl.Int32).unique())["date"].to_list()
         for town in {known[day] for day in days} or {len(self.town) - 1}:
@@ -350,7 +364,7 @@ class Sequences(RuleBasedStateMachine):
             some = [as_date(day) for day in days if known[day] == town]
             asked = tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
             asked = asked if days else asked.filter(inside_of(asked, inside))
-            kernel = compute(view, asked, tables)
+            kernel = compute(view, asked, KernelTables(tables))
             columns = [*view.context, *view.columns]
             mine = got.filter(pl.col("date").is_in(some)).select(columns)
             assert_frame_equal(mine, kernel.select(columns), check_exact=True)

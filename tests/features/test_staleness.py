@@ -13,7 +13,7 @@ from beam_pipelines import features
 from beam_pipelines.features import Options
 from schemas import Source
 from tests.support import shop
-from transforms.features.staleness import _dimension_digest
+from transforms.features.source_digests import _dimension_digest
 from transforms.records.row_hashing import combine, hash_column
 from transforms.records.times import as_date
 from transforms.sources.contracts import Contract

@@ -17,9 +17,10 @@ from schemas import FeatureView
 from schemas.errors import DataError, StoreError
 from schemas.tables import DEAD_LETTERS
 from tests.support import market
+from transforms.features.block_features import features_batch
 from transforms.features.block_inputs import read_dimension
-from transforms.features.plan import FeaturePlan, interval, plan_blocks
-from transforms.features.trailing_features import TrailingFeatures, compute_block, features_batch
+from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
+from transforms.features.trailing_features import TrailingFeatures, compute_block
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
@@ -58,7 +59,8 @@ def plan_of(view: FeatureView, store: Path, shuffled: bool, block_rows: int = 15
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"sales": repeats_of(inventory.contracts["sales"], inventory.slices["sales"]).first}
     ranges = [interval(view, inventory, None, None)]
-    return plan_blocks(view, inventory, ranges, repeats, everything=True, block_rows=block_rows, shuffled=shuffled)
+    options = PlanOptions(everything=True, block_rows=block_rows, shuffled=shuffled)
+    return plan_blocks(view, inventory, ranges, repeats, options)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from schemas.features import STATISTICS
 from tests.support import oracles
-from transforms.features.window_statistics import Column, ExactSum, SparseTable, WaveletMatrix, statistic
+from transforms.features.window_statistics import Column, SparseTable, WaveletMatrix, statistic
+from transforms.records.window_sums import ExactSum
 
 NUMERIC = (*STATISTICS, "q01", "q05", "q50", "q95", "q99")
 EXACT = [stat for stat in NUMERIC if stat not in ("var", "std")]

@@ -27,7 +27,7 @@ from tests.support.arithmetic import (
     rows,
     table,
 )
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.training.labels import attach
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -126,7 +126,7 @@ def test_derived_conditions_and_labels_do_not_wrap(caplog: pytest.LogCaptureFixt
         Derived(more=pl.col("total") * 2, hidden=pl.col("last_qty") * pl.col("total")),
     ]
     view = FeatureView("v", q, "id", features)
-    made = compute(view, asked(), {"ev": happened()})
+    made = compute(view, asked(), KernelTables({"ev": happened()}))
     assert made["total"].to_list() == [9_999_900_000, 6]
     assert made["large"].to_list() == [None, 25]
     assert "Derived 'large': 1 of 2 values are null: int64 cannot hold them" in caplog.text

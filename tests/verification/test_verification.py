@@ -26,10 +26,10 @@ from tests.support import arithmetic, market, oracles
 from tests.support.features_runs import answers, table_of
 from tests.support.histories import T0, at, histories, many_spine_rows, view
 from tests.support.kernels_case import same
-from transforms.features import column_reuse
+from transforms.features import block_features
 from transforms.features import kernel as kernels
-from transforms.features.kernel import compute
-from transforms.features.trailing_features import features_batch
+from transforms.features.block_features import features_batch
+from transforms.features.kernel import KernelTables, compute
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import DataFile, data_files, newest_version, open_table, write_files
@@ -49,7 +49,7 @@ def in_memory(view: FeatureView, tables: Mapping[str, pl.DataFrame]) -> Frames:
 def test_the_plain_path_and_the_kernel_and_the_oracle_agree_to_the_bit(
     spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
 ) -> None:
-    kernel = compute(view, spine, tables)
+    kernel = compute(view, spine, KernelTables(tables))
     plain = recompute(view, spine, in_memory(view, tables), kernel)
     same(plain, kernel)
     same(plain, pl.DataFrame(oracles.features(view, spine, tables), schema=plain.schema, orient="row"))
@@ -208,7 +208,7 @@ def test_a_window_holds_more_rows_than_memory_and_is_verified_in_parts(tmp_path:
         ),
         "things": pl.DataFrame({"k": ["a"], "a": [1], "b": ["x"]}, schema=things.schema),
     }
-    files = published(repeating, compute(repeating, frames["ask"], frames), tmp_path / "table")
+    files = published(repeating, compute(repeating, frames["ask"], KernelTables(frames)), tmp_path / "table")
     check = verification(repeating, written(tmp_path / "sources", frames))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transforms.verification.check.Files", lambda *args: Files(*args, most=10))
@@ -228,7 +228,7 @@ def test_a_column_that_no_feature_needs_may_be_missing_from_a_file(tmp_path: Pat
         Trailing(stock, by="shop", over="1d", stats={"pieces": ("sum", "count")})])"""
     )
     view = load_definition(str(market.define(tmp_path, text))).view
-    rows = compute(view, frames["visits"], {"stock": frames["stock"]})
+    rows = compute(view, frames["visits"], KernelTables({"stock": frames["stock"]}))
     found = verification(view, folder).of_files(published(view, rows, tmp_path / "table"))
     assert (found.rows, found.differing) == (30, 0)
 
@@ -236,7 +236,7 @@ def test_a_column_that_no_feature_needs_may_be_missing_from_a_file(tmp_path: Pat
 def test_a_published_row_that_its_source_does_not_hold_is_found(tmp_path: Path) -> None:
     frames = market.sources(30)
     view = market.load(market.write(tmp_path, frames))
-    rows = compute(view, frames["visits"], frames).with_columns(visit=pl.col("visit") + 7)
+    rows = compute(view, frames["visits"], KernelTables(frames)).with_columns(visit=pl.col("visit") + 7)
     found = verification(view, tmp_path / "sources").of_files(published(view, rows, tmp_path / "table"))
     assert found.differing == 30
     assert found.examples[0].feature == "the spine row"
@@ -246,7 +246,7 @@ def test_a_source_that_changes_meanwhile_is_told_as_that(tmp_path: Path) -> None
     frames = market.sources(30)
     view = market.load(market.write(tmp_path, frames))
     check = verification(view, tmp_path / "sources")
-    files = published(view, compute(view, frames["visits"], frames), tmp_path / "table")
+    files = published(view, compute(view, frames["visits"], KernelTables(frames)), tmp_path / "table")
     market.write(tmp_path, {"sales": frames["sales"].with_columns(price=pl.col("price") * 2)})
     with pytest.raises(ContractError, match="was replaced"):
         check.of_files(files)
@@ -390,7 +390,7 @@ def a_table(folder: Path, days: list[int], rows: int = 30) -> tuple[FeatureView,
         "things": pl.DataFrame(schema=things.schema),
     }
     spine = spine.with_columns(k=pl.when(pl.col("id") % 10 == 0).then(pl.lit("a")))
-    return repeating, published(repeating, compute(repeating, spine, tables), folder)
+    return repeating, published(repeating, compute(repeating, spine, KernelTables(tables)), folder)
 
 
 def test_a_sample_is_decided_by_the_run_and_spread(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_each_lifetime_group_has_a_row_with_history(tmp_path: Path) -> None:
 def test_time_decides_how_many_rows_and_one_is_verified_always(tmp_path: Path) -> None:
     frames = market.sources(200)
     view = market.load(market.write(tmp_path, frames))
-    files = published(view, compute(view, frames["visits"], frames), tmp_path / "table")
+    files = published(view, compute(view, frames["visits"], KernelTables(frames)), tmp_path / "table")
     now = time.time_ns() // 1000
 
     def verified(amount: Amount) -> Verified:
@@ -554,14 +554,14 @@ def test_integers_that_wrap_are_caught(tmp_path: Path, monkeypatch: pytest.Monke
     text = market.DEFINITION.replace("hour=", 'total=pl.col("city") * 2_000_000_000, hour=')
     market.write(tmp_path, frames)
 
-    real = kernels.compute
+    real = block_features.compute_stages
     city = pl.col("city").cast(pl.Int64)
 
     def narrow(*args: Any, **named: Any) -> pl.DataFrame:
         made, spine = real(*args, **named), args[1]
         return made.with_columns(spine.select(total=(city * 2_000_000_000 + 2**31) % 2**32 - 2**31).to_series())
 
-    monkeypatch.setattr(column_reuse, "compute", narrow)
+    monkeypatch.setattr(block_features, "compute_stages", narrow)
     told = refused(tmp_path, text=text)
     assert "'total' of visit=" in told
 

@@ -1,9 +1,10 @@
 """The kernel, which computes features, and the batch engine around it.
 
-A spine row is read with the other rows of its time block (`Block`).  The block's events are those that a window of one of
-its spine rows can reach.  The kernel (`compute`) sorts the events, finds each window by binary search, and computes all
-features of the block at once.  `TrailingFeatures` is the PTransform that does this for every block of a `FeaturePlan`.
-Before it, `examine` and `find_stale` decide which days to compute, and `plan_blocks` cuts them into blocks.
+A spine row is read with the other rows of its time block (`Block`). The block's events are those that a window of one
+of its spine rows can reach. The kernel (`compute`) sorts the events, finds each window by binary search, and computes
+all features of the block at once. `TrailingFeatures` is the PTransform that does this for every block of a
+`FeaturePlan`. Before it, `examine` and `find_stale` decide which days to compute, and `plan_blocks` divides them into
+blocks.
 """
 
 from typing import TYPE_CHECKING
@@ -12,11 +13,12 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
-    from transforms.features.column_reuse import Copies, reading, rest
+    from transforms.features.column_reuse import Copies, reading
     from transforms.features.history_snapshots import Chain, HistorySnapshots, Segment
-    from transforms.features.kernel import KERNEL_POOL, Reading, compute, computing, gathered, with_derived
-    from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
+    from transforms.features.kernel import KernelTables, compute, computing, feature_columns, kernel_pool, with_derived
+    from transforms.features.lifetime_summaries import Summary, merge, summarise
     from transforms.features.long_windows import LONG, firsts_and_lasts
+    from transforms.features.manifest import VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
     from transforms.features.plan import (
         BLOCK_ROWS,
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
         reached,
     )
     from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
-    from transforms.features.staleness import DIGESTED, REPEATS, VERSION, Manifest
+    from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
-    from transforms.features.window_statistics import ExactSum
 
 import_when_used(__name__)

@@ -1,4 +1,4 @@
-"""A block's inputs: its spine rows, the events they can see and the dimensions they look up, with tallies of all rows."""
+"""A block's inputs: spine rows, the events they can see, and dimensions; with the tallies of all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE_ROW = "one key has one row (the smallest was kept)"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockInput:
-    """Rows to use, dead letters (with the schema of `read_slices`), and the tallies of both."""
+    """The rows to use, the dead letters (with the schema of `read_slices`), and the tally of both."""
 
     frame: pl.DataFrame
     dead_letters: pl.DataFrame
@@ -39,7 +39,7 @@ def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput
 
 
 def joined(reads: Iterable[Read]) -> Read:
-    """What pieces of a source hold together."""
+    """Concatenates the pieces of a source."""
     reads = list(reads)
     dead_letters = concat_dead_letters([each.dead_letters for each in reads])
     return Read(pl.concat([each.frame for each in reads]), dead_letters, add([each.digests for each in reads]))
@@ -58,7 +58,10 @@ def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: 
 
 
 def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> BlockInput:
-    """Events that the block's windows can reach, without repeats; dead letters and tallies of those that the block owns."""
+    """Reads the events that the block's windows can reach, without repeats.
+
+    Dead letters and tallies are those of the events that the block owns.
+    """
     return deduplicate_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
 
 
@@ -84,12 +87,12 @@ def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name:
     else:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
-    since, until = block.owns(name)
-    mine = (moment >= since) & (moment < until)
+    start, end = block.owns(name)
+    owned = (moment >= start) & (moment < end)
     first, last = plan.reached
-    reached = mine & (moment >= first - view.reach(name)) & (moment < last)
-    good = int(read.frame.select(mine.sum()).item())
-    counts = kept.select(mine.sum().alias("mine"), reached.sum().alias("reached")).row(0)
+    reached = owned & (moment >= first - view.reach(name)) & (moment < last)
+    good = int(read.frame.select(owned.sum()).item())
+    counts = kept.select(owned.sum().alias("owned"), reached.sum().alias("reached")).row(0)
     dead = len(read.dead_letters)
     tally = SourceTally(
         label(plan, name), good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests
@@ -119,7 +122,10 @@ def read_dimension(view: FeatureView, plan: FeaturePlan, name: str) -> BlockInpu
 
 
 def dimension_rows(contract: Contract, frame: pl.DataFrame) -> pl.DataFrame:
-    """A dimension's rows without the columns that only put them in order, each once; of one key's rows the first is looked up."""
+    """Returns a dimension's rows, each once and in order, without the columns that only order them.
+
+    Of several rows with one key the first is looked up.
+    """
     order = contract.source.ties(frame.columns)
     if not contract.ordering:
         return frame.unique().sort(order)
@@ -138,7 +144,7 @@ def losing(frame: pl.DataFrame, key: Sequence[str]) -> pl.DataFrame:
 def contradictions(
     view: FeatureView, contract: Contract, slices: Sequence[Slice], frame: pl.DataFrame
 ) -> tuple[list[pl.DataFrame], int]:
-    """(Letters for the rows of a dimension that lose to another one of their key, per `Lookup`; how many rows lose for one.)"""
+    """Returns the dead letters, per `Lookup`, of rows that lose to another row of their key, and how many they are."""
     dead_letters, refused = [], []
     for feature in view.features:
         if isinstance(feature, Lookup) and feature.source.name == contract.source.name:
@@ -162,9 +168,9 @@ def tally_dimension(
 
 
 def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(One row per value of `by`, sorted by it; the rows that contradict those.)
+    """Returns one row per value of `by`, sorted by it, and the rows that contradict them.
 
-    Identical rows count once; of differing ones the smallest by all columns stays.
+    Identical rows count once. Of different rows the smallest by all columns is kept.
     """
     frame = frame.sort(by, maintain_order=True)
     if len(frame) < 2:

@@ -1,13 +1,13 @@
-"""A changed view: which columns of an older table of it are, provably, what would be computed now, and how they are used.
+"""Finds the columns of an older table that a run over a changed view can copy instead of computing them.
 
-A column is copied for a day only if all of this holds, by digests and never by clocks; else it is computed:
+A column is copied for a day only if all of the following holds. Digests prove it, never timestamps.
 
-- the feature's meaning is the same (`FeatureView.meanings`: expressions, windows, types, kernel), and the spine's;
-- the day was computed from the very rows that the older table's manifest digests (its inputs' digest says so);
-- of each source the feature needs, itself or through the features it uses, every day within reach still has those rows, and
-  the same rows keep the contract now as then; of each dimension the whole content is the same.
+- The feature has the same meaning (`FeatureView.meanings`: expressions, windows, types, kernel), and so does the spine.
+- The day was computed from the rows that the older table's manifest has digests of.
+- Of each source that the feature needs, directly or through other features, every day within reach still has those
+  rows, and the contract accepts the same rows as before. The content of each dimension is unchanged.
 
-`Derived` columns are always computed: their rows alone decide them, and nothing is read for them.
+`Derived` columns are always computed, because they need only their own row.
 """
 
 from __future__ import annotations
@@ -17,31 +17,22 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from schemas.durations import DAY, instant
+from schemas.durations import instant
 from schemas.errors import ContractError, StoreError
 from schemas.expressions import columns_of
-from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing, is_lifetime
+from schemas.feature_groups import column_names
+from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.kernel import Gather, Reading, compute, gathered
-from transforms.features.staleness import (
-    VERSION,
-    Current,
-    Manifest,
-    digests_now,
-    digests_within,
-    dimensions_digest,
-    reaches,
-    read_anew,
-)
+from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.features.source_digests import Current, digests_now, digests_within, dimensions_digest, reaches
 from transforms.records.row_hashing import row_ids
-from transforms.records.times import as_date
+from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests
 from transforms.sources.inventory import Inventory, Slice, open_parquet
@@ -56,7 +47,7 @@ _LARGEST = 3.4e38
 
 
 def describe(view: FeatureView) -> dict[str, Any]:
-    """What a manifest says of the view, for later views to compare themselves with."""
+    """Describes the view so that later views can be compared with it. The result is stored in manifests."""
     described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
         "meanings": view.meanings,
@@ -72,10 +63,10 @@ def describe(view: FeatureView) -> dict[str, Any]:
 
 
 def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
-    """Whatever decides which rows of a source count.
+    """Describes what decides which rows of a source count.
 
     Args:
-        columns: all that are read; rows are judged by those that are not in `ordering`.
+        columns: all columns that are read. The contract checks those that are not in `ordering`.
     """
     return {
         "name": source.name,
@@ -90,9 +81,9 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 
 
 def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
-    """`describe` for a manifest that follows `before`; empty, so that nothing is copied, if the two say different things."""
-    mine = describe(view)
-    return mine if not before.dates or before.about == mine else {}
+    """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
+    described = describe(view)
+    return described if not before.dates or before.about == described else {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,12 +98,12 @@ class OlderTable:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Columns to take from an older table.
+    """Columns to copy from an older table.
 
     Args:
-        uri, version: of that table.
-        columns: per day the columns to take; days left out have none.
-        files: per day the files that hold them.
+        uri, version: identify the table.
+        columns: per day the columns to copy. Days that are missing have none.
+        files: per day the files that contain them.
     """
 
     uri: str
@@ -121,7 +112,7 @@ class Copies:
     files: Mapping[int, tuple[DataFile, ...]]
 
     def classes(self, days: Iterable[int]) -> dict[tuple[str, ...], list[int]]:
-        """`days` by the columns that are copied for them."""
+        """Groups `days` by the columns that are copied for them."""
         result: dict[tuple[str, ...], list[int]] = {}
         for day in sorted(days):
             result.setdefault(self.columns.get(day, ()), []).append(day)
@@ -131,13 +122,15 @@ class Copies:
 def find_copies(
     view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[OlderTable], days: Sequence[int]
 ) -> Copies | None:
-    """The most that one of the `tables` can give for `days`; None if nothing.  Of equals the first is taken.
+    """Returns the copies from the one of `tables` that gives the most columns for `days`; None if none gives any.
+
+    Of tables that give the same number, the first is used.
 
     Raises:
-        ContractError: a source that changed cannot be read.
+        ContractError: a changed source cannot be read.
     """
-    mine = describe(view)
-    known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == mine["spine"]]
+    described = describe(view)
+    known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == described["spine"]]
     known.sort(key=lambda each: -len(_same(view, each.manifest)))
     found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
     best = max(found, key=lambda each: sum(map(len, each.columns.values())), default=None)
@@ -145,20 +138,14 @@ def find_copies(
 
 
 def _same(view: FeatureView, manifest: Manifest) -> list[str]:
-    """Features worth copying that mean the same there."""
+    """Names of the features that have the same meaning in the older table and are worth copying."""
     before = manifest.about["meanings"]
     return [name for name in reading(view) if before.get(name) == view.meanings[name]]
 
 
 def reading(view: FeatureView) -> list[str]:
-    """Features that read other rows than their own."""
-    return [name for feature in view.features if not isinstance(feature, Derived) for name in _outputs(feature)]
-
-
-def _outputs(feature: Reading) -> list[str]:
-    return (
-        [each.name for each in feature.statistics] if isinstance(feature, Trailing) else list(feature.renamed.values())
-    )
+    """Names of the features that read rows other than their own."""
+    return [name for feature in view.features if not isinstance(feature, Derived) for name in column_names(feature)]
 
 
 def _copies(
@@ -171,7 +158,7 @@ def _copies(
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
     files: dict[int, list[DataFile]] = {}
     for file in older.files:
-        files.setdefault((file.date - as_date(0)).days, []).append(file)
+        files.setdefault(as_number(file.date), []).append(file)
     days = [day for day, digest in inputs.items() if digest == manifest.dates[day] and day in files]
     if not days:
         return Copies(older.uri, older.version, {}, {})
@@ -193,7 +180,10 @@ def _copies(
 
 
 def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
-    """Per feature the sources that decide it, through the features it uses too, each with whether the order of its rows does."""
+    """Returns per feature the sources that decide it, directly or through the features it uses.
+
+    Each source comes with whether the order of its rows matters.
+    """
     result: dict[str, frozenset[tuple[str, bool]]] = {}
     for feature in view.features:
         if isinstance(feature, Derived):
@@ -201,7 +191,7 @@ def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
             own: dict[str, set[tuple[str, bool]]] = {name: set() for name in above}
         else:
             keys, source = {left for left, _ in feature.keys}, feature.source.name
-            above = dict.fromkeys(_outputs(feature), keys)
+            above = dict.fromkeys(column_names(feature), keys)
             own = {name: {(source, True)} for name in above}
             if isinstance(feature, Trailing):
                 own = {each.name: {(source, each.stat in ORDERED)} for each in feature.statistics}
@@ -213,29 +203,31 @@ def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
 
 
 def of_all_history(view: FeatureView) -> set[str]:
-    """Features whose windows have no beginning, and those that use such features."""
+    """Names of the features with lifetime windows, and of those that use such features."""
     found: set[str] = set()
     for feature in view.features:
         if isinstance(feature, Derived):
             found |= {name for name, expr in feature.columns.items() if found.intersection(columns_of(expr))}
         elif found.intersection(left for left, _ in feature.keys):
-            found |= {*_outputs(feature)}
+            found |= {*column_names(feature)}
         elif isinstance(feature, Trailing):
             found |= {each.name for each in feature.statistics if each.length is None}
         elif is_lifetime(feature):
-            found |= {*_outputs(feature)}
+            found |= {*column_names(feature)}
     return found
 
 
-# (Day, days back) → whether all that a window of that day sees of a source is what it was.
+# (Day, days back) → whether the rows of a source that a window of that day sees are unchanged.
 Proof = Callable[[int, int], bool]
 
 
 def _proof(
     view: FeatureView, inventory: Inventory, current: Current, manifest: Manifest, span: tuple[int, int], source: str
 ) -> tuple[Proof, bool]:
-    """(Proof for the source and the days of `span`, whether it was read with the same columns, and so with rows of one moment
-    in the same order)."""
+    """Returns the proof for a source over the days of `span`, and whether the same columns were read.
+
+    If the same columns were read, rows of one moment have the same order.
+    """
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
@@ -255,7 +247,11 @@ def _proof(
         return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
     # What no window of these days can see need not be read.
     first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
-    files = {path: held for path, held in current.files[source].items() if held[1] <= last and held[2] >= first}
+    files = {
+        path: span_of_file
+        for path, span_of_file in current.files[source].items()
+        if span_of_file[1] <= last and span_of_file[2] >= first
+    }
     try:
         known = read_anew(manifest) if manifest.version < VERSION else manifest
         rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
@@ -284,10 +280,10 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 def _alike(
     contract: Contract, before: Mapping[str, Any], slices: Sequence[Slice], repeats: Repeats | None
 ) -> Contract | None:
-    """The contract of an older view that read or judged by other columns, if the very same rows keep both; None where that is
-    not sure.
+    """Returns the contract of an older view that read or checked other columns.
 
-    Columns decide about rows in two ways: numbers must be finite, and of repeats at one moment the smallest row stays.
+    Returns None if that contract may have accepted other rows. Columns decide about rows in two ways: numbers must be
+    finite, and of repeats at one moment the smallest row is kept.
     """
     declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
@@ -301,7 +297,7 @@ def _alike(
 
 
 def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:
-    """Whether footers say that these columns hold no infinity, and nothing beyond float32."""
+    """Whether the footers prove that these columns contain no infinity and nothing beyond float32."""
     groups: dict[str, list[int]] = {}
     for each in slices if columns else ():
         groups.setdefault(each.path, []).append(each.group)
@@ -322,40 +318,19 @@ def _bounded(statistics: Any, rows: int) -> bool:
     return bool(abs(statistics.min) < _LARGEST and abs(statistics.max) < _LARGEST)
 
 
-def compute_with(
-    view: FeatureView,
-    spine: pl.DataFrame,
-    tables: Mapping[str, Any],
-    copies: Copies | None = None,
-    gather: Gather = gathered,
-) -> pl.DataFrame:
-    """As `kernels.compute`, columns of `copies` taken from there.
-
-    A question that the older table does not answer, or a file of it that is gone, has its columns computed.
-    """
-    if copies is None or not len(spine):
-        return compute(view, spine, tables, gather)
-    days = spine[view.time].to_physical().to_numpy() // DAY
-    parts, positions = [], []
-    for names, chosen in copies.classes(np.unique(days).tolist()).items():
-        position = np.flatnonzero(np.isin(days, chosen))
-        some = spine[position]
-        old = _aligned(view, copies, some, names, chosen) if names else None
-        parts.append(compute(view, some, tables, gather if old is None else functools.partial(_gather, old, gather)))
-        positions.append(position)
-    return pl.concat(parts)[np.argsort(np.concatenate(positions), kind="stable")]
-
-
-def _aligned(
+def copied_columns(
     view: FeatureView, copies: Copies, spine: pl.DataFrame, names: Sequence[str], days: Sequence[int]
-) -> pl.DataFrame | None:
-    """The older table's columns in the spine's order of rows; None if they do not answer every question once."""
+) -> dict[str, pl.Series]:
+    """Reads columns of the older table in the order of the spine rows.
+
+    Returns nothing unless the older table has exactly these rows, each once.
+    """
     wanted = ["row_id", *names]
     try:
         parts = [pl.from_arrow(read_file(file, wanted)) for day in days for file in copies.files[day]]
     except StoreError as error:
         log.warning("computed instead of copied: %s", error)
-        return None
+        return {}
     old: pl.DataFrame = pl.concat(parts)  # type: ignore[type-var, assignment]
     ids = row_ids(view.name, [spine[name] for name in (*view.key, view.time)])
     order = pl.DataFrame({"row_id": ids}).join(
@@ -368,37 +343,6 @@ def _aligned(
             copies.version,
             as_date(days[0]),
         )
-        return None
-    return old.select(names)[order.to_numpy()]
-
-
-def _gather(
-    old: pl.DataFrame,
-    gather: Gather,
-    view: FeatureView,
-    features: Sequence[Reading],
-    frame: pl.DataFrame,
-    tables: Mapping[str, Any],
-) -> list[pl.Series]:
-    """Columns of `features`: those of `old`, and the others computed."""
-    copied = [name for feature in features for name in _outputs(feature) if name in old.columns]
-    return [*gather(view, list(rest(features, copied)), frame, tables), *(old[name] for name in copied)]
-
-
-def rest(features: Iterable[Reading], without: Iterable[str]) -> Iterator[Reading]:
-    """Features that give the same columns less those in `without`."""
-    gone = set(without)
-    for feature in features:
-        if not gone.intersection(_outputs(feature)):
-            yield feature
-        elif isinstance(feature, Latest | Lookup):
-            left = tuple(column for column, name in feature.renamed.items() if name not in gone)
-            if left:
-                yield dataclasses.replace(feature, columns=left)
-        else:
-            by_window: dict[str, dict[str, tuple[str, ...]]] = {}
-            for each in feature.statistics:
-                if each.name not in gone:
-                    stats = by_window.setdefault(each.window, {})
-                    stats[each.column] = (*stats.get(each.column, ()), each.stat)
-            yield from (dataclasses.replace(feature, over=window, stats=stats) for window, stats in by_window.items())
+        return {}
+    found = old.select(names)[order.to_numpy()]
+    return {name: found[name] for name in names}

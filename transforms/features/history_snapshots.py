@@ -1,10 +1,11 @@
-"""Summaries of all that came before a block, made by the run itself or taken from the snapshot that an earlier run left.
+"""Summaries of all events before a block, for windows over all history.
 
-Every span of time between a snapshot and the last block is summarised on its own, in parallel; one small step then merges
-them in order of time, so that each block finds the summary of everything before it.  No run reads what a snapshot covers.
+A run starts from the snapshot that an earlier run committed, and never reads the events before it. The time between the
+snapshot and the last block is divided into segments, which are summarised in parallel. Then one small step merges the
+summaries in order of time and writes, for each block, the summary of everything before it.
 
-The spans of a run tile the time from each snapshot that it starts from (`Chain`): several ranges of days, with days between
-them that are not computed, share one chain, and no event enters a summary twice.
+The segments of a run cover the time after each snapshot without gaps (`Chain`). Ranges of days with other days between
+them share one chain, so that no event enters a summary twice.
 """
 
 from __future__ import annotations
@@ -22,27 +23,30 @@ import pyarrow.parquet as pq
 from apache_beam import pvalue
 from apache_beam.io.filesystems import FileSystems
 
-from schemas.durations import DAY
 from schemas.errors import StoreError
-from schemas.expressions import canonical
-from schemas.features import Derived, Latest, Lookup, Trailing, is_lifetime
+from schemas.feature_groups import EventFeature, HistoryKey, group_key
+from schemas.features import is_lifetime
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.block_inputs import BlockInput, deduplicate_events
-from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
+from transforms.features.lifetime_summaries import Summary, merge, summarise
 from transforms.features.plan import Block, FeaturePlan
-from transforms.records.times import ALWAYS
+from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.dead_letters import dead_letters_batch
 from transforms.sources.inventory import Slice
 from transforms.sources.reader import CHUNK_ROWS, read_slices
 from transforms.storage.delta_tables import write_aside
 
 FOLDER = "_summaries"
-Groups = dict[str, tuple[Trailing | Latest, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A span of time `[start, end)` µs to summarise; `accounts` if its events are accounted for nowhere else."""
+    """A span of time `[start, end)` in µs to summarise.
+
+    Args:
+        accounts: whether its events are accounted for nowhere else.
+        digests: whether its events are digested by day.
+    """
 
     index: int
     start: int
@@ -62,8 +66,12 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Time `[start, end)` µs that is summarised without a gap, on top of `base`: what it leaves at each of the times `wanted`
-    is the summary of everything before.  Without `base` it begins with all history."""
+    """The time `[start, end)` in µs, summarised without gaps.
+
+    Args:
+        base: the snapshot it starts from; None: it starts with the first event there is.
+        wanted: the times (µs) at which it writes the summary of everything before.
+    """
 
     base: Snapshot | None
     end: int
@@ -80,22 +88,23 @@ Part = tuple[int, int, tuple[str, ...]]
 SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
-def lifetime_groups(view: FeatureView) -> Groups:
-    """Features with windows over all history by source, key and condition, under the name of their summary."""
-    groups: dict[str, list[Trailing | Latest]] = {}
+def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
+    """The features of each history that some lifetime window sees, in the order of a snapshot's files."""
+    groups: dict[HistoryKey, list[EventFeature]] = {}
     for feature in view.features:
-        if isinstance(feature, Derived | Lookup):
-            continue
-        where = None if feature.where is None else canonical(feature.where)
-        groups.setdefault(summary_name(feature.source.name, feature.keys, where), []).append(feature)
-    return {name: tuple(group) for name, group in groups.items() if any(map(is_lifetime, group))}
+        if isinstance(feature, EventFeature):
+            groups.setdefault(group_key(feature).history, []).append(feature)
+    return {key: tuple(group) for key, group in groups.items() if any(map(is_lifetime, group))}
 
 
 def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
-    """How the summaries before every block come about; `found` is, by the start of each range, the newest snapshot before it.
+    """Plans how the summaries before every block are made.
 
-    Chains do not overlap: a range goes on from the range before it, through the time between the two, unless its snapshot
-    reaches further.
+    Chains do not overlap. A range continues the chain of the range before it, through the time between them, unless its
+    snapshot is later than that.
+
+    Args:
+        found: per start of a range, the newest usable snapshot before it.
     """
     made: list[Chain] = []
     for first, last in plan.ranges:
@@ -115,7 +124,7 @@ def segments(
     slices: Mapping[str, Sequence[Slice]],
     timeless: Mapping[str, Sequence[Slice]],
 ) -> tuple[Segment, ...]:
-    """What there is to summarise: each chain, cut where blocks and ranges begin and end."""
+    """Divides each chain into segments, at the starts and ends of blocks and ranges."""
     sources = lifetime_sources(view)
     result: list[Segment] = []
     for chain in over:
@@ -156,14 +165,14 @@ class HistorySnapshots(beam.PTransform):
         )
         outputs.dead_letters.element_type = pa.RecordBatch
         parts = outputs.parts | "Gather" >> beam.combiners.ToList()
-        carried = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
-        # After the merge for good, which a runner may repeat.
-        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(carried), self.uri)
-        return carried, outputs.dead_letters, outputs.tallies
+        snapshots = parts | "Merge" >> beam.Map(merge_in_order, self.view, self.uri, self.run_id, self.chains)
+        # A runner may repeat the merge, so the parts are removed only after its output is final.
+        _ = parts | "Remove" >> beam.Map(remove_parts, beam.pvalue.AsSingleton(snapshots), self.uri)
+        return snapshots, outputs.dead_letters, outputs.tallies
 
 
 class Summarise(beam.DoFn):
-    """Segment → `Part`; tagged: letters and tallies where it accounts for its events."""
+    """Segment → `Part`; tagged: dead letters and tallies, if it accounts for its events."""
 
     def __init__(self, view: FeatureView, plan: FeaturePlan, uri: str, run_id: str) -> None:
         self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
@@ -184,31 +193,31 @@ class Summarise(beam.DoFn):
 
 
 def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: str) -> BlockInput:
-    """Events known in the segment, without repeats; letters and account only if it accounts for them."""
+    """Events known in the segment, without repeats; with dead letters and a tally only if it accounts for them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
     read = read_slices(contract, segment.events[name], segment.start, segment.end, own=own, span=span)
     block = Block(0, segment.start, segment.end, (segment.start, segment.end), (), {})
-    settled = deduplicate_events(view, plan, block, name, read)
-    counted = dataclasses.replace(settled.tally, used=settled.tally.used + settled.tally.outside, outside=0)
+    events = deduplicate_events(view, plan, block, name, read)
+    counted = dataclasses.replace(events.tally, used=events.tally.used + events.tally.outside, outside=0)
     nothing = dataclasses.replace(counted, read=0, used=0, repeated=0, dead=0)
-    return dataclasses.replace(settled, tally=counted if segment.accounts else nothing)
+    return dataclasses.replace(events, tally=counted if segment.accounts else nothing)
 
 
 def merge_in_order(
     parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
 ) -> dict[int, tuple[str, ...]]:
-    """The summaries of everything before each time that a chain is wanted at.
+    """Writes the summary of everything before each time that a chain wants, and returns the file names.
 
     Raises:
-        StoreError: the parts leave a gap or overlap, so that some event would be missed or counted twice.
+        StoreError: the segments leave a gap or overlap, so that an event would be missed or counted twice.
     """
     groups = list(lifetime_groups(view).values())
     waiting = sorted(parts, reverse=True)
     result: dict[int, tuple[str, ...]] = {}
     for chain in over:
-        held: list[pl.DataFrame] = (
+        merged: list[pl.DataFrame] = (
             [read_summary(uri, name) for name in chain.base.files]
             if chain.base is not None
             else [summarise(group, pl.DataFrame(schema=group[0].source.schema)) for group in groups]
@@ -226,28 +235,31 @@ def merge_in_order(
                 until = end
                 for i, (name, group) in enumerate(zip(names, groups, strict=True)):
                     part, keys = read_summary(uri, name), [column for _, column in group[0].keys]
-                    held[i] = merge(held[i], part, keys) if len(held[i]) else part
+                    merged[i] = merge(merged[i], part, keys) if len(merged[i]) else part
             result[moment] = (
                 chain.base.files
                 if chain.base is not None and moment == chain.start
-                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(held))
+                else tuple(write_summary(uri, f"{run_id}-{moment}-{i}", summary) for i, summary in enumerate(merged))
             )
     return result
 
 
-def remove_parts(parts: Iterable[Part], carried: SnapshotFiles, uri: str) -> None:
-    """Delete the summaries of segments once what was `carried` from them is there."""
+def remove_parts(parts: Iterable[Part], snapshots: SnapshotFiles, uri: str) -> None:
+    """Deletes the summaries of segments after the merged ones have been written."""
     paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])
 
 
-def left_for_later(carried: SnapshotFiles) -> dict[int, tuple[str, ...]]:
-    """What of a run's summaries later runs may start from: those until a midnight, since history is digested by day."""
-    return {until: files for until, files in sorted(carried.items()) if until % DAY == 0}
+def left_for_later(snapshots: SnapshotFiles) -> dict[int, tuple[str, ...]]:
+    """Returns the summaries that later runs may start from.
+
+    They reach until a midnight, because history is digested by day.
+    """
+    return {until: files for until, files in sorted(snapshots.items()) if until == midnight(day_number(until))}
 
 
 def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
-    """The first of the candidates whose files are all there."""
+    """Returns the first candidate whose files all exist."""
     for until, files in candidates:
         if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
             return Snapshot(until, tuple(files))
@@ -255,8 +267,11 @@ def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -
 
 
 def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
-    """The name of the file, which ends with a digest of its content: what some manifest names is never overwritten with other
-    content, even by a later launch under the same run id."""
+    """Writes a summary and returns the name of its file.
+
+    The name ends with a digest of the content, so that a later launch under the same run id never overwrites a file
+    that a manifest names with other content.
+    """
     sink = io.BytesIO()
     summary.write_parquet(sink, compression="lz4")
     content = sink.getvalue()
@@ -272,19 +287,19 @@ def read_summary(uri: str, name: str) -> pl.DataFrame:
 
 def stream_summaries(
     view: FeatureView, uri: str, block: Block, files: SnapshotFiles
-) -> Iterator[tuple[str, pl.DataFrame]]:
-    """As `load_summaries`, a few rows at a time, each with the name of its summary."""
-    for name, file in zip(lifetime_groups(view), files[block.start], strict=True):
+) -> Iterator[tuple[HistoryKey, pl.DataFrame]]:
+    """Like `load_summaries`, but yields a few rows at a time, each with the key of its summary."""
+    for key, file in zip(lifetime_groups(view), files[block.start], strict=True):
         with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
-            yield name, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
+            yield key, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
             for batch in read.iter_batches(CHUNK_ROWS):
-                yield name, pl.from_arrow(batch)  # type: ignore[misc]
+                yield key, pl.from_arrow(batch)  # type: ignore[misc]
 
 
-def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[str, Summary]:
-    """The summaries of everything before the block, by the names a kernel looks for."""
+def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[HistoryKey, Summary]:
+    """The summaries of everything before the block."""
     return {
-        name: Summary(read_summary(uri, file), block.start)
-        for name, file in zip(lifetime_groups(view), files[block.start], strict=True)
+        key: Summary(read_summary(uri, file), block.start)
+        for key, file in zip(lifetime_groups(view), files[block.start], strict=True)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,102 +15,152 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DataError
-from schemas.expressions import canonical
+from schemas.feature_groups import GroupKey, HistoryKey, SourceFeature, column_names, group_key, without_columns
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary, summary_name
+from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.window_bounds import EventOrder, codes
-from transforms.features.window_statistics import Bools, Column, Ints, Once, lazy, statistic
+from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.window_sums import Bools, Ints
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
-# numpy and Polars release the GIL while they work, so threads run in parallel.
-KERNEL_POOL = ThreadPoolExecutor(os.cpu_count() or 1, "kernel")
+_POOL = Once()
 log = logging.getLogger("millrace.features")
-Reading = Trailing | Latest | Lookup
-Gather = Callable[[FeatureView, Sequence[Reading], pl.DataFrame, Mapping[str, Any]], list[pl.Series]]
 
 
-def compute(
-    view: FeatureView, spine: pl.DataFrame, tables: Mapping[str, Any], gather: Gather | None = None
-) -> pl.DataFrame:
-    """Features of each spine row, exactly as of its time.
+def kernel_pool() -> ThreadPoolExecutor:
+    """The process's threads for numpy and Polars, which release the GIL while they work. Created on the first call."""
+    pool: ThreadPoolExecutor = _POOL.get("pool", lambda: ThreadPoolExecutor(os.cpu_count() or 1, "kernel"))
+    return pool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelTables:
+    """What the kernel reads in addition to the spine rows.
 
     Args:
-        spine: the spine source's columns, any order of rows.
-        tables: per source name, rows known within the view's reach of these spine rows (more is harmless, order is
-            irrelevant), repeats by `unique` already removed; dimensions with one row per key.
-            For windows over all history they hold all of it; or, under `lifetime_summaries.summary_name`, the `Summary` of what came
-            before the events that they hold, or of those that all windows of one length hold.
-        gather: stands in for `gathered` where its columns were computed elsewhere (live, each key's in its own shard).
+        rows: per source the rows within the view's reach of the spine rows, in any order. More rows do no harm. Repeats
+            by `unique` have been removed, and a dimension has one row per key. For windows over all history a source
+            has all its rows, or those that its summary lacks.
+        summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
+        columns: feature columns that were computed elsewhere, in the order of the spine rows.
+    """
+
+    rows: Mapping[str, pl.DataFrame]
+    summaries: Mapping[HistoryKey, Summary] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, pl.Series] = dataclasses.field(default_factory=dict)
+
+    def split(self, features: Sequence[SourceFeature]) -> tuple[list[pl.Series], list[SourceFeature]]:
+        """Returns the columns of `features` that were computed elsewhere, and features that give the other columns."""
+        if not self.columns:
+            return [], list(features)
+        known = [name for feature in features for name in column_names(feature) if name in self.columns]
+        return [self.columns[name] for name in known], list(without_columns(features, known))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Features that can be computed together, and the `Derived` feature that may use them.
+
+    Args:
+        reading: features whose keys are known when the stages before this one have been computed.
+        derived: computed after them; None if the stage has none.
+    """
+
+    reading: tuple[SourceFeature, ...]
+    derived: Derived | None = None
+
+    def derive(self, view: FeatureView, frame: pl.DataFrame) -> pl.DataFrame:
+        """Returns `frame` with the columns of `derived`."""
+        if self.derived is None:
+            return frame
+        with computing(f"Derived({', '.join(self.derived.columns)})"):
+            return with_derived(view, self.derived, frame)
+
+
+def stages(view: FeatureView) -> Iterator[Stage]:
+    """The view's features in the order in which they are computed."""
+    waiting: list[SourceFeature] = []
+    for feature in view.features:
+        if isinstance(feature, Derived):
+            yield Stage(tuple(waiting), feature)
+            waiting = []
+            continue
+        if any(column in view.columns for column, _ in feature.keys):  # the key may be one of the waiting columns
+            yield Stage(tuple(waiting))
+            waiting = []
+        waiting.append(feature)
+    yield Stage(tuple(waiting))
+
+
+def compute(view: FeatureView, spine: pl.DataFrame, tables: KernelTables) -> pl.DataFrame:
+    """Computes the features of each spine row exactly as of its time.
+
+    Args:
+        spine: the spine source's columns, with the rows in any order.
 
     Returns:
         The spine's context columns and the features, in the spine's order of rows.
     """
-    gather = gather or gathered
     frame = spine
-    waiting: list[Trailing | Latest | Lookup] = []
-    for feature in view.features:
-        if isinstance(feature, Derived) or any(column in view.columns for column, _ in feature.keys):
-            # It may read what is waiting.
-            frame = frame.with_columns(gather(view, waiting, frame, tables))
-            waiting = []
-        if isinstance(feature, Derived):
-            with computing(f"Derived({', '.join(feature.columns)})"):
-                frame = with_derived(view, feature, frame)
-        else:
-            waiting.append(feature)
-    frame = frame.with_columns(gather(view, waiting, frame, tables))
+    for stage in stages(view):
+        frame = stage.derive(view, frame.with_columns(feature_columns(view, stage.reading, frame, tables)))
+    return output_columns(view, frame)
+
+
+def output_columns(view: FeatureView, frame: pl.DataFrame) -> pl.DataFrame:
+    """Selects the context columns and the features, in their stored types."""
     return frame.select(*view.context, *(pl.col(name).cast(dtype) for name, dtype in view.columns.items()))
 
 
-def gathered(
-    view: FeatureView,
-    features: Sequence[Trailing | Latest | Lookup],
-    frame: pl.DataFrame,
-    tables: Mapping[str, Any],
+def feature_columns(
+    view: FeatureView, features: Sequence[SourceFeature], frame: pl.DataFrame, tables: KernelTables
 ) -> list[pl.Series]:
-    """Columns of features that read other tables: those of one source, key and condition share a history, and histories share the cores."""
-    groups: dict[tuple[str, object, str | None], list[Trailing | Latest | Lookup]] = {}
-    for feature in features:
-        where = None if feature.where is None else canonical(feature.where)
-        groups.setdefault((feature.source.name, feature.keys, where), []).append(feature)
+    """Computes the columns of features that read other tables, in the order of the rows of `frame`.
 
-    def history_of(group: list[Reading]) -> History | None:
-        first = group[0]
+    The features of one group share a history. Groups, and the statistics of one group, are computed in parallel.
+    """
+    columns, features = tables.split(features)
+    groups: dict[GroupKey, list[SourceFeature]] = {}
+    for feature in features:
+        groups.setdefault(group_key(feature), []).append(feature)
+
+    def history_of(key: GroupKey, first: SourceFeature) -> History | None:
         if isinstance(first, Lookup):
             return None
-        where = None if first.where is None else canonical(first.where)
-        with computing(f"where of {first.name!r}"):
-            events = (
-                tables[first.source.name] if first.where is None else tables[first.source.name].filter(first.condition)
-            )
-        name = summary_name(first.source.name, first.keys, where)
-        return History(first.source, first.keys, events, frame, view.time, tables.get(name))
+        events = tables.rows[key.source]
+        if first.condition is not None:
+            with computing(f"where of {first.name!r}"):
+                events = events.filter(first.condition)
+        return History(first.source, first.keys, events, frame, view.time, tables.summaries.get(key.history))
 
-    def work(task: tuple[Reading, History | None, list[Statistic]]) -> list[pl.Series]:
-        feature, history, wanted = task
+    def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
-            return looked_up(feature, frame, tables[feature.source.name])
+            return looked_up(feature, frame, tables.rows[feature.source.name])
         assert history is not None
-        return (
-            latest(feature, history) if isinstance(feature, Latest) else [_statistic(history, each) for each in wanted]
-        )
+        if isinstance(feature, Latest):
+            return latest(feature, history)
+        return [_statistic(history, each) for each in wanted]
 
-    # A history's statistics begin as soon as it is there, beside those that are still being sorted.
-    histories = [(group, KERNEL_POOL.submit(history_of, group)) for group in groups.values()]
+    pool = kernel_pool()
+    # The statistics of a group start as soon as its history is sorted, while other histories are still being sorted.
+    histories = [(group, pool.submit(history_of, key, group[0])) for key, group in groups.items()]
     tasks = [
-        KERNEL_POOL.submit(work, (feature, history.result(), part))
+        pool.submit(work, feature, history.result(), part)
         for group, history in histories
         for feature in group
         for part in _parts(feature)
     ]
-    return [series for task in tasks for series in task.result()]
+    return [*columns, *(series for task in tasks for series in task.result())]
 
 
-def _parts(feature: Reading) -> list[list[Statistic]]:
-    """The statistics of a Trailing, those together that share their work; one part without any for other features."""
+def _parts(feature: SourceFeature) -> list[list[Statistic]]:
+    """The statistics of a Trailing feature by column and kind, which share work.
+
+    Other features have one empty part.
+    """
     if not isinstance(feature, Trailing):
         return [[]]
     parts: dict[tuple[str, str], list[Statistic]] = {}
@@ -164,9 +215,9 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
     """Columns of the last row in `[t − max_age, t)`."""
     last, found = history.spread(history.windows(feature.length, ordered=True), _last)
     own = _taken(history.events, feature.renamed, last, found)
-    if feature.length is not None or history.carried is None:
+    if feature.length is not None or history.prior is None:
         return own
-    before = history.restored(history.carried.value(LATEST)).struct.unnest()
+    before = history.restored(history.prior.value(LATEST)).struct.unnest()
     return [
         pl.select(
             pl.when(pl.Series(found))
@@ -186,11 +237,11 @@ def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
 
 
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
-    carried = history.carried if wanted.length == history.summed else None
+    prior = history.prior if wanted.length == history.summed else None
 
     def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
-        if carried is not None and wanted.stat not in ORDERED:
-            return carried.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
+        if prior is not None and wanted.stat not in ORDERED:
+            return prior.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
         if wanted.column == "*":
             return hi - lo, np.ones(len(lo), np.bool_)
         values, valid = statistic(history.column(wanted.column, rows), wanted.stat, lo, hi)
@@ -199,9 +250,9 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
     values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
     if wanted.stat in ORDERED:
         (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
-        if carried is None:
+        if prior is None:
             return own
-        before = stored(pl.lit(history.restored(carried.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        before = stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
         return pl.select(
             pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
         ).to_series()
@@ -232,7 +283,7 @@ def _kept(dtype: pl.DataType) -> pl.DataType:
 
 
 class History:
-    """A source's events grouped by key and sorted by position in time, and where each spine row's windows lie in them."""
+    """A source's events sorted by key and time, and where each spine row's windows lie in them."""
 
     def __init__(
         self,
@@ -254,14 +305,14 @@ class History:
         self.events = events
         self.known = None if source.event_time is None else known
         self._columns = Once()
-        self.until, self.carried, self.summed = None, None, None if summary is None else summary.length
+        self.until, self.prior, self.summed = None, None, None if summary is None else summary.length
         if summary is not None:
-            mine, theirs = codes(spine, summary.frame, keys)
-            row = np.full(int(theirs.max(initial=0)) + 2, -1, np.int64)
-            row[theirs] = np.arange(len(theirs))
-            self.until, self.carried = (
+            spine_codes, summary_codes = codes(spine, summary.frame, keys)
+            row = np.full(int(summary_codes.max(initial=0)) + 2, -1, np.int64)
+            row[summary_codes] = np.arange(len(summary_codes))
+            self.until, self.prior = (
                 summary.until,
-                PriorSummary(summary.frame, np.where(mine < 0, -1, row[mine])[self.sorting.spine_order]),
+                PriorSummary(summary.frame, np.where(spine_codes < 0, -1, row[spine_codes])[self.sorting.spine_order]),
             )
 
     @lazy
@@ -283,7 +334,10 @@ class History:
         return rows
 
     def windows(self, length: int | None, ordered: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """(rows of `events`, lo, hi): each window is `rows[lo:hi]`.  Windows come in the order of `window_bounds.spine_order`."""
+        """Yields (rows of `events`, lo, hi): each window is `rows[lo:hi]`.
+
+        Windows are in the order of `window_bounds.spine_order`.
+        """
         rows = self.ordered_rows if ordered else self.rows
         lo, hi = self.sorting.bounds(length, self.until)
         if self.known is None:

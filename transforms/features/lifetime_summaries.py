@@ -1,7 +1,7 @@
-"""Windows over all history: the events before a block are reduced to a summary, one compact row per key.
+"""Windows over all history: the events before a block are reduced to a summary with one row per key.
 
-A summary holds counts, exact sums (the digits of `window_statistics.ExactSum`), extremes and the first and last values, so that a
-summary and the block's own events give the very bits that all events together would.
+A summary has counts, exact sums (the digits of `window_sums.ExactSum`), extremes, and first and last values. A
+summary and the block's own events together give the same bits as all events.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import polars as pl
 
 from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
-from transforms.features.window_statistics import Bools, Digits, Floats, Ints, decompose, squared, total, variance
+from transforms.features.window_statistics import Column
+from transforms.records.exact_sums import Floats
+from transforms.records.window_sums import Bools, Digits, Ints, decompose, squared, total, variance
 
 # The column of a summary that holds the last row; no key has that name.
 LATEST = " latest"
@@ -25,17 +27,15 @@ SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
-    """One row per key (see `summarise`) of the events known before `until` µs: for windows without a beginning or, of events
-    that all windows hold, for those of one `length` (µs)."""
+    """A summary (see `summarise`) of events before `until` µs, one row per key.
+
+    Args:
+        length: length in µs of the windows that all contain these events; None: lifetime windows.
+    """
 
     frame: pl.DataFrame
     until: int
     length: int | None = None
-
-
-def summary_name(source: str, keys: Sequence[tuple[str, str]], where: str | None) -> str:
-    """The name of the summary of a group's events among a kernel's tables."""
-    return f"{source} by {','.join(column for _, column in keys)} where {where}: summary"
 
 
 def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
@@ -137,10 +137,14 @@ class PriorSummary:
         ]
         return {int(name[len(prefix) :]): self.numbers(name).astype(np.int64) for name in units}
 
-    def number(self, each: Statistic, own: Any, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
-        """A statistic other than first and last, of the summary and the window `[lo, hi)` of the column `own` together."""
+    def number(self, each: Statistic, own: Column | None, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+        """Computes a statistic of the summary and the windows `[lo, hi)` of the column `own` together.
+
+        `first` and `last` are not computed here.
+        """
         if each.column == "*":
             return self.numbers("#").astype(np.int64) + (hi - lo), np.ones(len(lo), np.bool_)
+        assert own is not None
         lo, hi = own.bounds(lo, hi)
         before = self.numbers(f"{each.column} n").astype(np.int64)
         n = before + (hi - lo)
@@ -163,7 +167,7 @@ class PriorSummary:
         result[at] = variance(n[at], _only(sums, at), _only(squares, at), extreme)
         return (result if each.stat == "var" else np.sqrt(result)), valid
 
-    def _extreme(self, column: str, own: Any, lo: Ints, hi: Ints, largest: bool) -> Floats:
+    def _extreme(self, column: str, own: Column, lo: Ints, hi: Ints, largest: bool) -> Floats:
         nothing = -np.inf if largest else np.inf
         result = self.numbers(f"{column} {'max' if largest else 'min'}", nothing).astype(np.float64)
         some = np.flatnonzero(hi > lo)

@@ -1,12 +1,12 @@
-"""Windows longer than a block: the events that all windows of a block share are reduced to summaries.
+"""Windows longer than a block: the events that all windows of a block contain are reduced to summaries.
 
-For spine rows in `[a, b)`, every window `[t − W, t)` with W > b − a contains all events of `[b − W, a)`, the interior. Only
-the events of `[a − W, b − W)` and `[a, b)`, the edges, are in some windows and not in others. So a window of a year costs a
-block only twice the block's own length, no matter how many events a key has:
+For spine rows in `[a, b)`, every window `[t − W, t)` with W > b − a contains all events of `[b − W, a)`, the interior.
+Only the events of `[a − W, b − W)` and `[a, b)`, the edges, are in some windows and not in others. So a block with
+windows of a year keeps only the events of twice its own length in memory, no matter how many events a key has:
 
-- Counts, sums and extremes of the interior are one exact row per key (`lifetime_summaries.summarise`). Those of the edges are
-  added to it.
-- For `first`, `last` and `Latest` the interior contributes at most one row per key and column. Only these rows are kept.
+- Counts, sums and extremes of the interior are one exact row per key (`lifetime_summaries.summarise`). The values of
+  the edges are added to it.
+- For `first`, `last` and `Latest` the interior needs at most one row per key and column. Only these rows are kept.
 
 Medians, quantiles and distinct counts have no such summary: their windows keep all events.
 """
@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
+from schemas.feature_groups import window_lengths, without_columns
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.sources import Source
-from transforms.features.column_reuse import rest
 from transforms.features.lifetime_summaries import Summary, merge, summarise
 
 # A window is split if it is longer than this many times the span of the spine rows.
@@ -38,14 +38,14 @@ class WindowPart:
     """Features of one group that are computed from the same rows.
 
     Args:
-        since: events before this time are in no window, µs.
+        earliest: events before this time are in no window, µs.
         length: length in µs of the windows whose interior is reduced; None: all events are kept.
         interior: the interior `[interior[0], interior[1])`, µs.
         summed: whether the interior is reduced to a summary; otherwise to the rows that can be first or last.
     """
 
     features: tuple[Trailing | Latest, ...]
-    since: int
+    earliest: int
     length: int | None = None
     interior: tuple[int, int] = (0, 0)
     summed: bool = False
@@ -57,7 +57,7 @@ class WindowPart:
         inside = (row_position >= low) & (row_position < high) & (pl.col(str(source.time)).to_physical() < high)
         rows, kept, summary = [nothing], [nothing], None
         for chunk in chunks:
-            chunk = chunk.filter(row_position >= self.since)
+            chunk = chunk.filter(row_position >= self.earliest)
             if self.length is None:
                 rows.append(chunk)
                 continue
@@ -67,7 +67,7 @@ class WindowPart:
                 continue
             if self.summed:
                 keys = [column for _, column in self.features[0].keys]
-                summary = merge(summary, summarise([_ever(each) for each in self.features], interior), keys)
+                summary = merge(summary, summarise([_over_all_events(each) for each in self.features], interior), keys)
             else:
                 kept = [firsts_and_lasts(self.features, pl.concat([*kept, interior]))]
         return pl.concat([*rows, *kept]), None if summary is None else Summary(summary, self.interior[1], self.length)
@@ -93,19 +93,13 @@ def split_windows(features: Sequence[Trailing | Latest], span: tuple[int, int], 
             chosen.setdefault((length, summed and length is not None), []).append(each.name)
         for kind, names in chosen.items():
             others = [each.name for each in feature.statistics if each.name not in names]
-            by.setdefault(kind, []).extend(rest([feature], others))  # type: ignore[arg-type]
+            by.setdefault(kind, []).extend(without_columns([feature], others))  # type: ignore[arg-type]
     parts = []
     for (length, summed), some in by.items():
-        lengths = [
-            each
-            for feature in some
-            for each in (
-                [one.length for one in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
-            )
-        ]
-        since = min(start if each is None else first - each for each in lengths)
+        lengths = [length for feature in some for length in window_lengths(feature)]
+        earliest = min(start if each is None else first - each for each in lengths)
         interior = (0, 0) if length is None else (last - length, first)
-        parts.append(WindowPart(tuple(some), since, length, interior, summed))
+        parts.append(WindowPart(tuple(some), earliest, length, interior, summed))
     return parts
 
 
@@ -113,14 +107,17 @@ def _long(length: int | None, span: tuple[int, int]) -> int | None:
     return length if length is not None and length > LONG * (span[1] - span[0]) > 0 else None
 
 
-def _ever(feature: Trailing | Latest) -> Trailing | Latest:
+def _over_all_events(feature: Trailing | Latest) -> Trailing | Latest:
     """The same statistics over all events."""
     assert isinstance(feature, Trailing)
     return dataclasses.replace(feature, over="all")
 
 
 def firsts_and_lasts(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
-    """Selects from `events`, which are all in the same windows, those that can be the first or last of a window, each once."""
+    """Selects from `events` the rows that can be the first or last of a window, each once.
+
+    All of `events` are in the same windows.
+    """
     source, keys = features[0].source, [column for _, column in features[0].keys]
     wanted = {("", "last") for feature in features if isinstance(feature, Latest)}
     wanted |= {

@@ -14,7 +14,9 @@ from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.features.column_reuse import OlderTable, description_after
 from transforms.features.history_snapshots import SnapshotFiles, left_for_later
-from transforms.features.staleness import EMPTY, Current, Manifest, advance, continued, outdated
+from transforms.features.manifest import EMPTY, Manifest, continued, outdated
+from transforms.features.source_digests import Current
+from transforms.features.staleness import advance
 from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
@@ -79,7 +81,7 @@ def older_tables(store: str, view: FeatureView) -> list[OlderTable]:
 
 @dataclasses.dataclass(frozen=True)
 class WriteManifest:
-    """Metadata for a commit of `ranges` (µs). Derives the manifest from the snapshot the commit builds on, and writes it."""
+    """The metadata of a commit of `ranges` (µs): derives the manifest from the version it builds on, and writes it."""
 
     view: FeatureView
     uri: str
@@ -89,11 +91,15 @@ class WriteManifest:
     everything: bool
 
     def __call__(
-        self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], carried: SnapshotFiles | None = None
+        self, table: DeltaTable | None, tallies: Mapping[str, SourceTally], snapshots: SnapshotFiles | None = None
     ) -> dict[str, str]:
-        """Writes the manifest and returns its name as metadata. `carried` are the lifetime summaries that the run wrote."""
+        """Writes the manifest and returns its name as metadata.
+
+        Args:
+            snapshots: the files of the lifetime summaries that the run wrote.
+        """
         before = EMPTY if self.everything else continued(self.view, read_manifest(table))
-        left = left_for_later(carried or {})
+        left = left_for_later(snapshots or {})
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
         after = dataclasses.replace(after, about=description_after(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"

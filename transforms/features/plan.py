@@ -1,6 +1,6 @@
-"""How a view's work is cut: time blocks, each of which sees its spine rows and every event their windows can reach.
+"""Divides a run into time blocks. Each block has spine rows, and every event that their windows can reach.
 
-A plan decides where rows are computed, never what comes out.
+A plan decides where rows are computed. It never changes a value.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
+from datetime import date
 
 import numpy as np
 import polars as pl
@@ -16,11 +16,10 @@ import polars as pl
 from schemas.durations import DAY
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.records.times import ALWAYS, EPOCH, day_of
+from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Inventory, Slice, take_inventory
 from transforms.sources.reader import repeats_of
-from transforms.storage.delta_tables import days_between
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 800_000
@@ -35,12 +34,14 @@ BROADCAST_BYTES = 64_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Spine rows of `[start, end)` µs, and the slices that hold them and the events they can see.
+    """The spine rows of `[start, end)` µs, and the slices that contain them and the events they can see.
 
-    `own` is the span whose events and dead letters this block accounts for; blocks' own spans do not overlap.
-    `spans` is, per source, the span of time to digest by day; `summarised` sources come with a summary of their past.
-    `shards` is, per source of events, into how many parts they are cut by key hash, of about `part_rows` rows each; empty for a
-    block that is computed at once.
+    Args:
+        own: the span whose events and dead letters this block accounts for. Own spans of blocks do not overlap.
+        spans: per source, the span of time to digest by day.
+        summarised: sources that have a summary of the events before the block.
+        shards: per source of events, the number of partitions by key hash; empty if the block is computed at once.
+        part_rows: about how many rows a partition has.
     """
 
     index: int
@@ -55,17 +56,21 @@ class Block:
     part_rows: int = BLOCK_ROWS
 
     def owns(self, source: str) -> tuple[int, int]:
-        """The span of events of `source` that this block accounts for; what came before is the summaries' affair."""
+        """The span of events of `source` that this block accounts for. Summaries account for earlier events."""
         return (self.start, self.own[1]) if source in self.summarised else self.own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeaturePlan:
-    """Blocks that tile the ranges of a run.
+    """Blocks that cover the ranges of a run.
 
-    `ranges` are `[start, end)` µs, in order; `dates` those the run answers for (None: all there are); `reached` the span
-    of time that any window can see.  If `shuffled`, each slice is read once and its rows are sent to their blocks; else each
-    block reads the slices it needs.  `routed` dimensions are too large to be held: their rows are read when they are looked up.
+    Args:
+        ranges: `[start, end)` in µs, in order.
+        dates: the dates that the run replaces; None: all dates.
+        reached: the span of time that any window can see.
+        shuffled: whether each slice is read once and its rows are sent to their blocks. Otherwise each block reads the
+            slices it needs.
+        routed: dimensions too large for memory. Their rows are read when they are looked up.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -91,11 +96,11 @@ class FeaturePlan:
 def plan_features(
     view: FeatureView, root: str, start: date | None, end: date | None, now: int, block_rows: int = BLOCK_ROWS
 ) -> FeaturePlan:
-    """Cut the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
+    """Divides the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
 
     Raises:
-        DataError: no spine rows in the interval, or a source without files.
-        ContractError: files that cannot be read as declared.
+        DataError: there are no spine rows in the interval, or a source has no files.
+        ContractError: files cannot be read as declared.
     """
     inventory = take_inventory(view, root, now)
     repeats = {
@@ -108,8 +113,7 @@ def plan_features(
         inventory,
         [interval(view, inventory, start, end)],
         repeats,
-        everything=start is None and end is None,
-        block_rows=block_rows,
+        PlanOptions(everything=start is None and end is None, block_rows=block_rows),
     )
 
 
@@ -120,8 +124,8 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
         DataError: there are no spine rows in it.
     """
     low, high = inventory.extent
-    first = low if start is None else _microseconds(start)
-    last = high if end is None else _microseconds(end)
+    first = low if start is None else midnight(start)
+    last = high if end is None else midnight(end)
     if first >= last or not _overlapping(inventory.slices[view.spine.name], first, last):
         where = f"[{day_of(first)}, {day_of(max(last, first))})"
         there = (
@@ -137,91 +141,128 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
     return first, last
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """How the work of a run is divided.
+
+    Args:
+        everything: the ranges contain all rows, so rows without a plausible time also belong to this run.
+        digest: blocks digest what they read, for all of each day that the windows of the ranges reach.
+        summarised: sources whose past is summarised and digested separately (see `history_snapshots`).
+        block_rows: rows (spine and events) of one block.
+        shuffled: whether rows are sent to their blocks; None chooses, by how many rows would be read in vain otherwise.
+        key_shards: partitions by key hash of each block; None: only blocks that would read too many rows have
+            partitions.
+        broadcast_bytes: a larger dimension is routed.
+    """
+
+    everything: bool = False
+    digest: bool = False
+    summarised: tuple[str, ...] = ()
+    block_rows: int = BLOCK_ROWS
+    shuffled: bool | None = None
+    key_shards: int | None = None
+    broadcast_bytes: float = BROADCAST_BYTES
+
+
 def plan_blocks(
     view: FeatureView,
     inventory: Inventory,
     ranges: Sequence[tuple[int, int]],
     repeats: Mapping[str, pl.DataFrame],
-    everything: bool = False,
-    digest: bool = False,
-    block_rows: int = BLOCK_ROWS,
-    shuffled: bool | None = None,
-    summarised: tuple[str, ...] = (),
-    key_shards: int | None = None,
-    broadcast_bytes: float = BROADCAST_BYTES,
+    options: PlanOptions = PlanOptions(),
 ) -> FeaturePlan:
-    """Blocks over `ranges` of µs.
+    """Divides the `[start, end)` ranges of µs into blocks.
 
     Args:
-        everything: the ranges are all there is, so rows without a plausible time belong to this run too.
-        digest: have blocks digest what they read, all of each day that the ranges' windows reach.
-        summarised: sources whose past is summarised and digested apart (see `carrying`).
-        shuffled: None chooses, by how often a row would be read in vain without a shuffle.
-        key_shards: None cuts blocks by key hash that read too much at once; 1 none, more every block.
-        broadcast_bytes: a larger dimension is routed.
+        repeats: per source, the rows that are kept of its repeats.
     """
+    blocks = _time_blocks(view, inventory, ranges, options)
+    shuffled = in_vain(view, blocks) > MOST_READS if options.shuffled is None else options.shuffled
+    dimensions = {name: inventory.slices[name] for name in view.dimensions}
+    return FeaturePlan(
+        ranges=tuple(ranges),
+        dates=None if options.everything else tuple(as_date(day) for day in days_within(ranges)),
+        reached=_reached_span(inventory.slices[view.spine.name], ranges),
+        blocks=tuple(with_shards(view, block, options.block_rows, shuffled, options.key_shards) for block in blocks),
+        dimensions=dimensions,
+        repeats=repeats,
+        contracts=inventory.contracts,
+        spine=inventory.spine,
+        shuffled=shuffled,
+        routed=tuple(
+            name
+            for name, slices in dimensions.items()
+            if size(inventory.contracts[name], slices) > options.broadcast_bytes
+        ),
+    )
+
+
+def _time_blocks(
+    view: FeatureView, inventory: Inventory, ranges: Sequence[tuple[int, int]], options: PlanOptions
+) -> list[Block]:
+    """Returns the blocks of all ranges, without key shards."""
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
-    timeless = {name: inventory.timeless(name) if everything else () for name in (view.spine.name, *events)}
     blocks: list[Block] = []
     for first, last in ranges:
-        cuts = _cuts(_overlapping(spine, first, last), events, first, last, block_rows)
-        for begin, stop in itertools.pairwise(cuts):
-            own = (ALWAYS if everything and begin == first else begin, 2**62 if everything and stop == last else stop)
-            # A day is digested whole or not at all, so the first block reads from the midnight before its reach.
-            spans = (
-                {
-                    name: (
-                        (begin - view.reach(name)) // DAY * DAY if begin == first and name not in summarised else begin,
-                        stop,
-                    )
-                    for name in events
-                }
-                if digest
-                else {}
+        cuts = _cuts(_overlapping(spine, first, last), events, first, last, options.block_rows)
+        for start, end in itertools.pairwise(cuts):
+            spans = _digested_spans(view, start, end, start == first, options) if options.digest else {}
+            lows = {name: start - view.reach(name) for name in events}
+            lows = {name: min(spans[name][0], low) if name in spans else low for name, low in lows.items()}
+            block = Block(
+                index=len(blocks),
+                start=start,
+                end=end,
+                own=(
+                    ALWAYS if options.everything and start == first else start,
+                    FOREVER if options.everything and end == last else end,
+                ),
+                spine=_overlapping(spine, start, end),
+                events={name: _overlapping(events[name], low, end) for name, low in lows.items()},
+                spans=spans,
+                summarised=options.summarised,
             )
-            lows = {name: spans.get(name, (begin - view.reach(name), stop))[0] for name in events}
-            spans |= {view.spine.name: (spans.get(view.spine.name, (begin, stop))[0], stop)} if digest else {}
-            reached = {
-                name: _overlapping(events[name], min(low, begin - view.reach(name)), stop) for name, low in lows.items()
-            }
-            asked = _overlapping(spine, begin, stop)
-            if not blocks:
-                asked = _joined(asked, timeless[view.spine.name])
-                reached = {
-                    name: slices if name in summarised else _joined(slices, timeless[name])
-                    for name, slices in reached.items()
-                }
-            blocks.append(Block(len(blocks), begin, stop, own, asked, reached, spans, summarised))
-    dimensions = {name: inventory.slices[name] for name in view.dimensions}
-    dates = (
-        None
-        if everything
-        else tuple(
-            day for first, last in ranges for day in days_between(day_of(first), day_of(last - 1) + timedelta(days=1))
+            blocks.append(block)
+    if blocks and options.everything:
+        blocks[0] = _with_timeless_rows(view, inventory, blocks[0])
+    return blocks
+
+
+def _digested_spans(
+    view: FeatureView, start: int, end: int, first: bool, options: PlanOptions
+) -> dict[str, tuple[int, int]]:
+    """Returns per source the span that a block digests.
+
+    A day is digested whole or not at all, so the first block of a range reads from the midnight before its reach.
+    """
+    spans = {
+        name: (
+            midnight(day_number(start - view.reach(name))) if first and name not in options.summarised else start,
+            end,
         )
-    )
+        for name in view.events
+    }
+    return spans | {view.spine.name: (spans.get(view.spine.name, (start, end))[0], end)}
+
+
+def _with_timeless_rows(view: FeatureView, inventory: Inventory, block: Block) -> Block:
+    """Adds to the first block the slices whose rows have no plausible time, unless their source is summarised."""
+    events = {
+        name: slices if name in block.summarised else _joined(slices, inventory.timeless(name))
+        for name, slices in block.events.items()
+    }
+    return dataclasses.replace(block, spine=_joined(block.spine, inventory.timeless(view.spine.name)), events=events)
+
+
+def _reached_span(spine: Sequence[Slice], ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the span of the spine rows in `ranges`."""
     inside = [each for first, last in ranges for each in _overlapping(spine, first, last)]
     first, last = ranges[0][0], ranges[-1][1]
-    reach = (
+    return (
         max(first, min((each.low for each in inside), default=first)),
         min(last, max((each.high for each in inside), default=first) + 1),
-    )
-    if shuffled is None:
-        shuffled = in_vain(view, blocks) > MOST_READS
-    blocks = [with_shards(view, block, block_rows, shuffled, key_shards) for block in blocks]
-    routed = tuple(name for name in dimensions if size(inventory.contracts[name], dimensions[name]) > broadcast_bytes)
-    return FeaturePlan(
-        tuple(ranges),
-        dates,
-        reach,
-        tuple(blocks),
-        dimensions,
-        repeats,
-        inventory.contracts,
-        inventory.spine,
-        shuffled,
-        routed,
     )
 
 
@@ -230,15 +271,15 @@ def with_shards(
 ) -> Block:
     """`block`, cut by key hash where it would hold too many rows at once: as many as it reads, or as are sent to it."""
     needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
-    held = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
-    if key_shards == 1 or (key_shards is None and held <= MOST_BLOCKS * block_rows):
+    in_memory = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    if key_shards == 1 or (key_shards is None and in_memory <= MOST_BLOCKS * block_rows):
         return block
     shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
     return dataclasses.replace(block, shards=shards, part_rows=block_rows)
 
 
 def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
-    """About how many events of `source` the block's windows can see; without one, how many questions the block has."""
+    """The approximate number of events of `source` that the block can see; without a source, of its spine rows."""
     if source is None:
         return rows_within(block.spine, block.start, block.end, unknown)
     return rows_within(block.events[source], block.start - view.reach(source), block.end, unknown)
@@ -268,14 +309,14 @@ def _rows(block: Block) -> int:
 
 
 def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
-    """How many rows are read for each that a block needs: 1 and a little for sources sorted by time, however long the windows."""
+    """The number of rows read per row that a block needs: little more than 1 for sources sorted by time."""
     read = sum(map(_rows, blocks))
     needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
     return read / max(needed, 1)
 
 
 def amplification(blocks: Sequence[Block]) -> float:
-    """How often a row is read on average when each block reads its own slices: 1 and a little for sources sorted by time."""
+    """How often a row is read on average if each block reads its own slices: little more than 1 if sorted by time."""
     read = [
         (name, each)
         for block in blocks
@@ -300,25 +341,21 @@ def _cuts(
 
     Rows are taken to spread evenly over their row group's span.
     """
-    days = np.arange(first // DAY, -(-last // DAY) + 1) * DAY
+    days = midnight(np.arange(day_number(first), days_in(last) + 1))
     rows = np.zeros(len(days) - 1)
     for each in (*spine, *(each for slices in events.values() for each in slices)):
         low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
         share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)
         rows += share * each.rows
-    cuts, held = [first], 0.0
+    cuts, block_size = [first], 0.0
     for i, day_rows in enumerate(rows):
-        if held and held + day_rows > block_rows:
+        if block_size and block_size + day_rows > block_rows:
             cuts.append(int(days[i]))
-            held = 0.0
+            block_size = 0.0
         pieces = int(day_rows // block_rows)
         for piece in range(1, pieces + 1) if pieces else ():
             cut = int(days[i]) + DAY * piece // (pieces + 1)
             if first < cut < last:
                 cuts.append(cut)
-        held = day_rows / (pieces + 1) if pieces else held + day_rows
+        block_size = day_rows / (pieces + 1) if pieces else block_size + day_rows
     return [*dict.fromkeys(cut for cut in cuts if cut < last), last]
-
-
-def _microseconds(day: date) -> int:
-    return (day - EPOCH.date()).days * DAY

@@ -1,7 +1,8 @@
-"""What a features run computes, decided before its graph is built.
+"""Decides what a features run computes, before its graph is built.
 
-The decision goes one way: inventory of the sources → digests of what they hold → stale dates → plan of blocks → columns that can
-be copied from older tables → history snapshots to start from.  Each step reads what the steps before it returned.
+Each step uses what the steps before it returned: inventory of the sources → manifest of the table → digests of the
+sources → stale dates and snapshots to start from → columns to copy from older tables → plan of blocks → history before
+the blocks.
 """
 
 from __future__ import annotations
@@ -12,26 +13,16 @@ from datetime import date
 
 from deltalake import DeltaTable
 
-from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
-from transforms.features.history_snapshots import Chain, Segment, chains, segments, usable_snapshot
+from transforms.features.history_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
+from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, interval, plan_blocks
-from transforms.features.staleness import (
-    EMPTY,
-    WRITTEN_BEFORE,
-    Current,
-    Manifest,
-    Stale,
-    continued,
-    examine,
-    find_stale,
-    outdated,
-    usable_snapshots,
-)
-from transforms.records.times import ALWAYS, as_date
+from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
+from transforms.features.source_digests import Current, examine
+from transforms.features.staleness import Stale, find_stale, usable_snapshots
+from transforms.records.times import ALWAYS, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table
 
@@ -114,7 +105,7 @@ class PreparedRun:
 
 
 def prepare_features(request: FeaturesRequest) -> PreparedRun:
-    """Decide what to compute: the days that were requested, all days, or those that are missing or stale.
+    """Decides what to compute: the days that were requested, all days, or those that are missing or stale.
 
     Raises:
         DataError: there are no spine rows in the interval, or a source has no files.
@@ -123,43 +114,38 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     """
     view = request.view
     inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
+    base = None if table is None else int(table.version())
     # A run over some days keeps what is known of the others, even when it computes its own days from nothing.
-    whole = request.full and not request.bounded
-    manifest = EMPTY if whole else continued(view, read_manifest(table))
-    current, base = examine(inventory, manifest, request.full), None if table is None else int(table.version())
+    anew = request.full and not request.bounded
+    manifest = EMPTY if anew else continued(view, read_manifest(table))
     everything = not request.bounded and (request.full or not manifest.dates)
+    old_days = outdated(_readable_manifest(view, table) if anew else manifest)
+    current = examine(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
-    days = outdated(_readable_manifest(view, table) if everything else manifest)
-    stale = _with_notes(stale, days, ranges, inventory, everything)
+    stale = _with_notes(stale, old_days, ranges, inventory, everything)
     if not ranges:
         return PreparedRun(None, stale, current, base)
-    plan = plan_blocks(
-        view,
-        inventory,
-        ranges,
-        {name: each.first for name, each in current.repeats.items()},
-        everything,
-        digest=not current.digested,
-        block_rows=request.block_rows,
-        shuffled=request.shuffled,
-        summarised=lifetime_sources(view),
-        key_shards=request.key_shards,
-        broadcast_bytes=request.broadcast_bytes,
-    )
-    computed = [day for first, last in ranges for day in range(first // DAY, -(-last // DAY))]
+    snapshots = _snapshots(request, manifest, current, ranges) if lifetime_sources(view) else {}
     older = [] if request.full else older_tables(request.store, view)
-    copies = find_copies(view, inventory, current, older, computed)
+    copies = find_copies(view, inventory, current, older, days_within(ranges))
+    plan = _plan(request, inventory, current, ranges, everything)
     prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything)
     if not lifetime_sources(view):
         return prepared
-    history, summarised = _history(request, prepared, manifest, ranges)
-    return dataclasses.replace(prepared, segments=summarised, chains=history, outdated=tuple(days))
+    history = chains(plan, snapshots)
+    timeless = {name: inventory.timeless(name) for name in view.events if everything}
+    return dataclasses.replace(
+        prepared,
+        segments=segments(view, plan, history, inventory.slices, timeless),
+        chains=history,
+        outdated=tuple(old_days),
+    )
 
 
 def _stale_ranges(
     request: FeaturesRequest, inventory: Inventory, manifest: Manifest, current: Current, everything: bool
 ) -> tuple[Stale, Ranges]:
-    """(Why dates are stale, `[start, end)` µs of what is computed)."""
+    """Returns why dates are stale, and the `[start, end)` ranges of µs to compute."""
     if request.bounded or everything:
         return Stale({}), [interval(request.view, inventory, request.start, request.end)]
     stale = find_stale(request.view, manifest, current, request.refresh)
@@ -167,7 +153,7 @@ def _stale_ranges(
 
 
 def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: Inventory, everything: bool) -> Stale:
-    """`stale` with what the user should know of days that an older version wrote, and of the sources."""
+    """Returns `stale` with notes on days that an older version wrote, and on the sources."""
     if everything:
         notes = list(outdated_notes(days, [(ALWAYS, -ALWAYS)]))
     else:
@@ -175,25 +161,40 @@ def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: In
     return dataclasses.replace(stale, notes=(*stale.notes, *notes))
 
 
-def _history(
-    request: FeaturesRequest, prepared: PreparedRun, manifest: Manifest, ranges: Ranges
-) -> tuple[tuple[Chain, ...], tuple[Segment, ...]]:
-    """What is summarised for windows without a beginning, and the snapshots to start from."""
-    view, inventory, plan = request.view, prepared.inventory, prepared.required_plan
-    assert inventory is not None
-    snapshots = {
-        first: None
-        if request.full
-        else usable_snapshot(request.table, usable_snapshots(view, manifest, prepared.current, first))
+def _snapshots(
+    request: FeaturesRequest, manifest: Manifest, current: Current, ranges: Ranges
+) -> dict[int, Snapshot | None]:
+    """Returns per start of a range the newest usable snapshot before it.
+
+    There is none if everything is computed again.
+    """
+    if request.full:
+        return {first: None for first, _ in ranges}
+    return {
+        first: usable_snapshot(request.table, usable_snapshots(request.view, manifest, current, first))
         for first, _ in ranges
     }
-    found = chains(plan, snapshots)
-    timeless = {name: inventory.timeless(name) for name in view.events if prepared.everything}
-    return found, segments(view, plan, found, inventory.slices, timeless)
+
+
+def _plan(
+    request: FeaturesRequest, inventory: Inventory, current: Current, ranges: Ranges, everything: bool
+) -> FeaturePlan:
+    """Divides the ranges into blocks."""
+    options = PlanOptions(
+        everything=everything,
+        digest=not current.digested,
+        summarised=lifetime_sources(request.view),
+        block_rows=request.block_rows,
+        shuffled=request.shuffled,
+        key_shards=request.key_shards,
+        broadcast_bytes=request.broadcast_bytes,
+    )
+    repeats = {name: each.first for name, each in current.repeats.items()}
+    return plan_blocks(request.view, inventory, ranges, repeats, options)
 
 
 def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:
-    """The table's manifest; an empty one where it cannot be read, for a run over everything does not need it."""
+    """The table's manifest; an empty one if it cannot be read, because a run over everything does not need it."""
     try:
         return continued(view, read_manifest(table))
     except StoreError:
@@ -201,19 +202,19 @@ def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:
 
 
 def outdated_notes(days: Sequence[int], ranges: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """Notes on days whose values an older version may have got wrong: which of them the run recomputes, and which it leaves.
+    """Yields notes on days that an older version may have computed incorrectly: those recomputed, and the others.
 
     Args:
         days: numbers of days since 1970.
-        ranges: `[start, end)` µs that the run computes.
+        ranges: `[start, end)` in µs that the run computes.
     """
-    left = [day for day in days if not any(first <= day * DAY < last for first, last in ranges)]
+    left = [day for day in days if not any(first <= midnight(day) < last for first, last in ranges)]
     if len(days) > len(left):
         yield f"rows of {_days(len(days) - len(left))} {WRITTEN_BEFORE}"
     if left:
         yield (
-            f"rows of {_days(len(left), 'more ')}, from {as_date(left[0])} to {as_date(left[-1])}, were written before that "
-            "and may be wrong in the same way: a run without --start and --end recomputes them"
+            f"rows of {_days(len(left), 'more ')}, from {as_date(left[0])} to {as_date(left[-1])}, "
+            "were written before that and may be wrong in the same way: a run without --start and --end recomputes them"
         )
 
 

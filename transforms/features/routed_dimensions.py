@@ -1,54 +1,25 @@
-"""Dimensions too large for every worker's memory: each block scans the dimension and keeps only the rows it looks up."""
+"""Dimensions too large for a worker's memory: each block scans them and keeps only the rows it looks up."""
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
 from schemas.features import Lookup
 from schemas.views import FeatureView
 from transforms.features.block_inputs import ONE_ROW, BlockInput, dimension_rows, losing, tally_dimension
-from transforms.features.kernel import Gather, Reading, gathered
 from transforms.features.plan import BLOCK_ROWS, FeaturePlan
 from transforms.records.disk_partitions import DiskPartitions
-from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slice
 from transforms.sources.reader import CHUNK_ROWS, locate, stream_slices
 
 
-def routing(plan: FeaturePlan, gather: Gather = gathered) -> Gather:
-    """Wraps `gather` so that the routed dimensions of `plan` are read when they are looked up."""
-    return functools.partial(_gather, plan, gather) if plan.routed else gather
-
-
-def _gather(
-    plan: FeaturePlan,
-    gather: Gather,
-    view: FeatureView,
-    features: Sequence[Reading],
-    frame: pl.DataFrame,
-    tables: Mapping[str, Any],
-) -> list[pl.Series]:
-    columns, others = [], []
-    for feature in features:
-        if isinstance(feature, Lookup) and feature.source.name in plan.routed:
-            name = feature.source.name
-            rows = looked_at(plan.contracts[name], plan.dimensions[name], feature, frame)
-            columns += gathered(view, [feature], frame, {name: rows})
-        else:
-            others.append(feature)
-    return [*columns, *gather(view, others, frame, tables)]
-
-
-def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the dimension for the keys in `spine`, in the order of `dimension_rows`.
+def rows_looked_up(plan: FeaturePlan, feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
+    """Reads the rows of a routed dimension for the keys in `spine`, in the order of `dimension_rows`.
 
     The first row of a key is the row that a `Lookup` over the whole dimension would use.
     """
+    contract, slices = plan.contracts[feature.source.name], plan.dimensions[feature.source.name]
     types, keys = contract.source.schema, [right for _, right in feature.keys]
     wanted = spine.select(pl.col(left).cast(types[right], strict=False).alias(right) for left, right in feature.keys)
     wanted = wanted.drop_nulls().unique()
@@ -59,7 +30,10 @@ def looked_at(contract: Contract, slices: Sequence[Slice], feature: Lookup, spin
 
 
 def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BLOCK_ROWS) -> BlockInput:
-    """Like `block_inputs.read_dimension` but without the rows: only dead letters and tallies, a partition of keys at a time."""
+    """Reads a dimension for its dead letters and tally only, one partition of keys at a time.
+
+    Like `block_inputs.read_dimension`, but returns no rows.
+    """
     contract, slices = plan.contracts[name], plan.dimensions[name]
     keys = list(
         dict.fromkeys(

@@ -35,8 +35,8 @@ def routes(plan: FeaturePlan) -> Iterator[tuple[str, Slice]]:
 class Route(PrefetchDoFn):
     """Maps (source, slice) to (block, (source or SPINE, rows)) for each block that needs rows of the slice.
 
-    Tagged outputs are the slice's dead letters and the tallies that no block can compute. Rows are sent as bytes (see `sent`).
-    They are compressed here, in a separate thread, because a shuffle copies them several times.
+    Tagged outputs are the slice's dead letters, and the tallies that no block can compute. Rows are sent as bytes (see
+    `sent`). They are compressed here, in a separate thread, because a shuffle copies them several times.
     """
 
     readers = os.cpu_count() or 1
@@ -104,8 +104,8 @@ def _own(
     """A mask of the times (µs) that some block counts in its tallies."""
     inside = np.zeros(len(moments), np.bool_)
     for block in plan.blocks:
-        since, until = block.owns(name)
-        inside |= (moments >= since) & (moments < until)
+        start, end = block.owns(name)
+        inside |= (moments >= start) & (moments < end)
     return inside
 
 
@@ -113,7 +113,7 @@ def _owned(dead_letters: pl.DataFrame, plan: FeaturePlan, name: str) -> pl.DataF
     return dead_letters.filter(pl.Series(_own(dead_letters["time"].to_numpy(), plan, name), dtype=pl.Boolean))
 
 
-def gathered_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
+def received_read(plan: FeaturePlan, name: str, parts: Sequence[pl.DataFrame]) -> Read:
     """The rows sent to a block, as a `Read`. It has no dead letters: they were emitted when the slices were read."""
     contract: Contract = plan.spine if name == SPINE else plan.contracts[name]
     schema = {column: contract.source.schema[column] for column in contract.read}

@@ -1,346 +1,25 @@
-"""Which dates of a feature table are missing or stale, and why: decided from digests of the sources, never from clocks."""
+"""Finds the dates of a feature table that are missing or stale, from digests of the sources, never from timestamps."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
-from schemas.durations import DAY
-from schemas.errors import StoreError
-from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
-from transforms.records.row_hashing import combine, hash_column, hash_text
-from transforms.records.times import as_date
-from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import Digests, add
-from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import Repeats, read_slices, repeats_of, stream_slices
+from transforms.features.manifest import OUTDATED, WRITTEN_BEFORE, Manifest
+from transforms.features.source_digests import (
+    WHOLE_HISTORY_DAYS,
+    Current,
+    Days,
+    dimensions_digest,
+    history_digest,
+    input_digests,
+    reaches,
+)
+from transforms.records.times import as_date, day_number, days_in, days_within, midnight
+from transforms.sources.day_digests import Digests
 
-_MASK = 2**64 - 1
-# Days back of a window over all history.
-WHOLE_HISTORY_DAYS = 1_000_000
 MOST_SNAPSHOTS = 100
-# Manifests of version 1, which do not say so, may name summaries of all history that hold events twice or too early, and days
-# that were computed from them; and digests of rows that were gone when they were last read.
-VERSION = 2
-# The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
-OUTDATED = -1
-WRITTEN_BEFORE = f"written before manifests of version {VERSION}, when windows over all history could count events twice or too early: recomputed"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Manifest:
-    """What a feature table was computed from; kept with its commits.
-
-    Args:
-        files: per source, path to (stamp, first day, last day).
-        covered: per source, the spans of days that have been digested.
-        digests: per source, its rows by day, as last read.
-        dropped: per source with `unique`, its repeats by day.
-        dates: per computed day of the spine, the digest of all its inputs.
-        dimensions: digest per dimension as last used; `looked_up` has it per computed day.
-        snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
-        about: the view in terms that another view can be compared with (`evolution.about`).
-        version: of the rules by which it was made (`VERSION`).
-    """
-
-    files: Mapping[str, Mapping[str, tuple[str, int, int]]]
-    covered: Mapping[str, Sequence[tuple[int, int]]]
-    digests: Mapping[str, Digests]
-    dropped: Mapping[str, Digests]
-    dates: Mapping[int, int]
-    dimensions: Mapping[str, int]
-    looked_up: Mapping[int, int]
-    snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    version: int = VERSION
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """
-        Raises:
-            StoreError: not a manifest.
-        """
-        try:
-            raw = json.loads(text)
-            by_day = {
-                name: {
-                    source: {int(day): tuple(value) for day, value in days.items()}
-                    for source, days in raw[name].items()
-                }
-                for name in ("digests", "dropped")
-            }
-            files = {
-                source: {path: tuple(value) for path, value in paths.items()} for source, paths in raw["files"].items()
-            }
-            covered = {source: [(low, high) for low, high in spans] for source, spans in raw["covered"].items()}
-            return cls(
-                files,
-                covered,
-                by_day["digests"],
-                by_day["dropped"],
-                _ints(raw["dates"]),
-                raw["dimensions"],
-                _ints(raw["looked_up"]),
-                {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
-                raw.get("about", {}),
-                int(raw.get("version", 1)),
-            )
-        except (KeyError, ValueError, TypeError) as error:
-            raise StoreError(
-                "A feature table's manifest can be read", f"{type(error).__name__}: {error}", "Recompute with --full"
-            ) from None
-
-
-def _ints(values: Mapping[str, int]) -> dict[int, int]:
-    return {int(day): value for day, value in values.items()}
-
-
-EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
-
-
-def continued(view: FeatureView, manifest: Manifest) -> Manifest:
-    """What of a manifest, whose version may be older, a run may build upon: of the days of a view with windows over all history
-    that is their names, so that they are computed again.  Nothing of one that took rows in another order (`reordered`)."""
-    if reordered(view, manifest):
-        return EMPTY
-    if manifest.version >= VERSION or not lifetime_sources(view):
-        return manifest
-    return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
-
-
-def reordered(view: FeatureView, manifest: Manifest) -> list[str]:
-    """Sources whose columns were declared in another order when the table was written, so that other rows were taken of those
-    that tie."""
-    if not manifest.about:
-        return []
-    then = {view.spine.name: manifest.about["spine"], **manifest.about["sources"]}
-    now = {view.spine.name: list(view.spine.schema)}
-    for name, source in view.sources.items():
-        if any(
-            feature.chooses()
-            for feature in view.features
-            if not isinstance(feature, Derived) and feature.source is source
-        ):
-            now.setdefault(name, view.columns_held(name))
-    return [
-        name
-        for name, columns in now.items()
-        if name in then and not _in_step([each for each, _ in then[name]["columns"]], columns)
-    ]
-
-
-def _in_step(before: Sequence[str], now: Sequence[str]) -> bool:
-    return [name for name in before if name in set(now)] == [name for name in now if name in set(before)]
-
-
-def outdated(manifest: Manifest) -> list[int]:
-    """Days of a `continued` manifest whose rows are as an older version wrote them."""
-    return sorted(day for day, digest in manifest.dates.items() if digest == OUTDATED)
-
-
-# What `Current` was looked up in: rows digested, and rows whose unique columns were looked through for repeats.
-DIGESTED, REPEATS = "digested", "repeats"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Current:
-    """The sources as they are now: digests by day if they are known, `digested` (of all days, unless the table is new).
-
-    `whole` is per source the last day no moment of which is too far ahead of the run's clock: of a later one some rows may
-    have been set aside that the next run takes, so it does not count as covered.
-    """
-
-    files: Mapping[str, Mapping[str, tuple[str, int, int]]]
-    digests: Mapping[str, Digests]
-    repeats: Mapping[str, Repeats]
-    dimensions: Mapping[str, int]
-    whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    digested: bool = False
-    looked: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
-
-
-def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
-    """Digest by day whatever may have changed since `manifest`: files that are new, changed or gone, and no others.
-
-    Args:
-        everything: digest all files, whatever the manifest knows of them.
-    """
-    known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
-    files, digests, repeats, dimensions, whole = {}, {}, {}, {}, {}
-    looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
-    for name, slices in inventory.slices.items():
-        contract = inventory.contract(name)
-        files[name] = _spans(slices, contract)
-        if contract.source.time is None:
-            dimensions[name] = _dimension_digest(contract, slices)
-            looked[DIGESTED][name] = sum(each.rows for each in slices)
-            continue
-        if contract.source.unique is not None:
-            repeats[name] = repeats_of(contract, slices)
-            looked[REPEATS][name] = sum(each.rows for each in slices)
-        whole[name] = contract.latest // DAY - 1
-        digests[name] = digests_now(name, contract, slices, files[name], known) if manifest.dates else {}
-        if manifest.dates:
-            unread = _unread(name, slices, files[name], known)[1]
-            looked[DIGESTED][name] = sum(each.rows for each, _, _ in unread)
-    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates), looked)
-
-
-def read_anew(manifest: Manifest) -> Manifest:
-    """`manifest` as if no file had been digested."""
-    return dataclasses.replace(manifest, files={}, covered={}, digests={})
-
-
-def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
-    """Per file its stamp and the days it may hold."""
-    spans: dict[str, tuple[str, int, int]] = {}
-    for each in slices:
-        low, high = max(each.low, contract.earliest) // DAY, min(each.high, contract.latest) // DAY
-        held = spans.get(each.path)
-        spans[each.path] = (
-            (each.stamp, low, high) if held is None else (each.stamp, min(held[1], low), max(held[2], high))
-        )
-    return spans
-
-
-def digests_now(
-    name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
-) -> Digests:
-    """Digests of a source by day; what has not changed since `manifest` is taken from there."""
-    known = manifest.digests.get(name, {})
-    days, unread = _unread(name, slices, now, manifest)
-    parts = [
-        read_slices(contract, [each], own=(0, 0), span=(low * DAY, (high + 1) * DAY)).digests
-        for each, low, high in unread
-    ]
-    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
-
-
-def _unread(
-    name: str, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
-) -> tuple[Days, list[tuple[Slice, int, int]]]:
-    """(Days of a source whose digests `manifest` does not know, what to read for them: slices with first and last day)."""
-    before, covered = manifest.files.get(name, {}), Days(manifest.covered.get(name, ()))
-    unread: list[tuple[int, int]] = []
-    for path, (stamp, low, high) in now.items():
-        unread += [(low, high)] if before.get(path, ("",))[0] != stamp else covered.missing(low, high)
-    unread += [(low, high) for path, (stamp, low, high) in before.items() if now.get(path, ("",))[0] != stamp]
-    days = Days(unread)
-    return days, [
-        (each, low, high) for each in slices for low, high in days.overlapping(each.low // DAY, each.high // DAY)
-    ]
-
-
-class Days:
-    """A union of spans of days, both ends included."""
-
-    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
-        self.spans: list[list[int]] = []
-        for low, high in sorted(spans):
-            if self.spans and low <= self.spans[-1][1] + 1:
-                self.spans[-1][1] = max(self.spans[-1][1], high)
-            else:
-                self.spans.append([low, high])
-
-    def __contains__(self, day: int) -> bool:
-        return any(low <= day <= high for low, high in self.spans)
-
-    def missing(self, low: int, high: int) -> list[tuple[int, int]]:
-        """The parts of `[low, high]` outside the union."""
-        result = []
-        for a, b in self.overlapping(low, high):
-            if low < a:
-                result.append((low, a - 1))
-            low = b + 1
-        return [*result, (low, high)] if low <= high else result
-
-    def overlapping(self, low: int, high: int) -> list[tuple[int, int]]:
-        return [(a, b) for a, b in self.spans if a <= high and b >= low]
-
-
-def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
-    """Sum of the hashes of a dimension's good rows mod 2**64, read in pieces."""
-    total = 0
-    for read in stream_slices(contract, slices):
-        if len(read.frame):
-            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.read])))
-    return total & _MASK
-
-
-def input_digests(
-    view: FeatureView, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
-) -> dict[int, int]:
-    """Per day of the spine the digest of everything its features may see: its questions, and its events' days within reach."""
-    return digests_within(reaches(view), digests, dropped, days)
-
-
-def digests_within(
-    back: Mapping[str, int], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
-) -> dict[int, int]:
-    """Per day the digest of each source's days from so many days before."""
-    wanted = sorted(days)
-    if not wanted:
-        return {}
-    total = dict.fromkeys(wanted, 0)
-    for name, reach in back.items():
-        seen = sorted({*digests.get(name, {}), *dropped.get(name, {})})
-        raw, gone = digests.get(name, {}), dropped.get(name, {})
-        # One number per day of this source; a window's is their sum, so prefix sums give every window's.
-        columns = [
-            seen,
-            *zip(*(_signed(raw.get(day, (0, 0))) + _signed(gone.get(day, (0, 0))) for day in seen), strict=True),
-        ]
-        mixed = (
-            combine([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
-            if seen
-            else np.zeros(0, np.uint64)
-        )
-        prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-        position = np.array(seen, np.int64)
-        first = np.searchsorted(position, np.array(wanted) - reach, "left")
-        last = np.searchsorted(position, np.array(wanted), "right")
-        with np.errstate(over="ignore"):
-            sums = prefix[last] - prefix[first]
-        for day, value in zip(wanted, sums, strict=True):
-            total[day] = (total[day] * 31 + int(value)) & _MASK
-    return total
-
-
-def _signed(value: tuple[int, int]) -> tuple[int, int]:
-    return value[0], value[1] - 2**64 if value[1] >= 2**63 else value[1]
-
-
-def history_digest(
-    sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
-) -> int:
-    """Digest of everything known of `sources` before `until` (µs, a midnight)."""
-    day = until // DAY
-    parts = [
-        f"{name} {each} {value}"
-        for name in sources
-        for known in (digests.get(name, {}), dropped.get(name, {}))
-        for each, value in sorted(known.items())
-        if each < day
-    ]
-    return int.from_bytes(hashlib.blake2b("\n".join(parts).encode(), digest_size=8).digest(), "big")
-
-
-def reaches(view: FeatureView) -> dict[str, int]:
-    """Per source the number of days before its own that a day's features see; the spine at least its own."""
-    lifetime = lifetime_sources(view)
-    return {
-        view.spine.name: 0,
-        **{name: WHOLE_HISTORY_DAYS if name in lifetime else -(-view.reach(name) // DAY) for name in view.events},
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,21 +33,22 @@ class Stale:
         """Runs of neighbouring days as `[start, end)` µs."""
         result: list[tuple[int, int]] = []
         for day in sorted(self.reasons):
-            if result and result[-1][1] == day * DAY:
-                result[-1] = (result[-1][0], (day + 1) * DAY)
+            start, end = midnight(day), midnight(day + 1)
+            if result and result[-1][1] == start:
+                result[-1] = (result[-1][0], end)
             else:
-                result.append((day * DAY, (day + 1) * DAY))
+                result.append((start, end))
         return result
 
 
 def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh: bool = False) -> Stale:
-    """Days whose questions were never answered, or whose inputs are not those they were answered from."""
+    """Finds the days that were never computed, or whose inputs have changed since."""
     dropped = {name: each.dropped for name, each in current.repeats.items()}
-    asked = set(current.digests[view.spine.name])
-    now = input_digests(view, current.digests, dropped, asked | set(manifest.dates))
+    present = set(current.digests[view.spine.name])
+    now = input_digests(view, current.digests, dropped, present | set(manifest.dates))
     lookup = dimensions_digest(current.dimensions)
     reasons = {}
-    for day in sorted(asked | set(manifest.dates)):
+    for day in sorted(present | set(manifest.dates)):
         if day not in manifest.dates:
             reasons[day] = "never computed"
         elif manifest.dates[day] == OUTDATED:
@@ -383,11 +63,6 @@ def find_stale(view: FeatureView, manifest: Manifest, current: Current, refresh:
         if not refresh and manifest.dates and manifest.dimensions.get(name, digest) != digest
     )
     return Stale(reasons, notes)
-
-
-def dimensions_digest(dimensions: Mapping[str, int]) -> int:
-    """One number for the content of all dimensions."""
-    return int(combine([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])
 
 
 def _why(
@@ -433,11 +108,11 @@ def advance(
         for whole in [current.whole.get(name, WHOLE_HISTORY_DAYS)]
     }
     dropped = {name: each.dropped for name, each in current.repeats.items()}
-    inside = {day for start, end in computed for day in range(start // DAY, -(-end // DAY))}
-    answered = inside & set(digests[view.spine.name])
+    inside = set(days_within(computed))
+    computed_days = inside & set(digests[view.spine.name])
     dates = {day: value for day, value in manifest.dates.items() if day not in inside}
     looked_up = {day: value for day, value in manifest.looked_up.items() if day not in inside}
-    now = input_digests(view, digests, dropped, answered)
+    now = input_digests(view, digests, dropped, computed_days)
     lookup = dimensions_digest(current.dimensions)
     sources = lifetime_sources(view)
     made = {
@@ -451,7 +126,7 @@ def advance(
         dropped,
         {**dates, **now},
         current.dimensions,
-        {**looked_up, **dict.fromkeys(answered, lookup)},
+        {**looked_up, **dict.fromkeys(computed_days, lookup)},
         snapshots,
     )
 
@@ -463,11 +138,12 @@ def _digested(
     read: Mapping[str, Digests],
     computed: Sequence[tuple[int, int]],
 ) -> tuple[dict[str, Digests], dict[str, list[tuple[int, int]]]]:
-    """(Digests, covered spans) after a first run, which digested what it read and no more.
+    """Returns the digests and covered spans after a first run, which digested only what it read.
 
-    Another first run may have committed meanwhile: what it knows of other days holds unless their files have changed since.
+    Another first run may have committed in the meantime. Its digests of other days are valid unless their files have
+    changed since.
     """
-    first, last = computed[0][0] // DAY, -(-computed[-1][1] // DAY) - 1
+    first, last = day_number(computed[0][0]), days_in(computed[-1][1]) - 1
     digests, covered = {}, {}
     for name, back in reaches(view).items():
         mine, now, before = (first - back, last), current.files.get(name, {}), manifest.files.get(name, {})

@@ -8,7 +8,6 @@ import functools
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import apache_beam as beam
 import polars as pl
@@ -16,6 +15,7 @@ import pyarrow as pa
 from apache_beam import pvalue, typehints
 
 from schemas.views import FeatureView
+from transforms.features.block_features import BlockTables, compute_features
 from transforms.features.block_inputs import (
     BlockInput,
     deduplicate_events,
@@ -25,16 +25,14 @@ from transforms.features.block_inputs import (
     read_spine,
     stream_events,
 )
-from transforms.features.column_reuse import Copies, compute_with
+from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import SnapshotFiles, load_summaries, stream_summaries
-from transforms.features.kernel import KERNEL_POOL, Gather, gathered
+from transforms.features.kernel import KernelTables, kernel_pool
 from transforms.features.key_partitions import KeyedEvents
 from transforms.features.plan import Block, FeaturePlan
-from transforms.features.routed_dimensions import account, routing
-from transforms.features.shuffle import SPINE, Route, gathered_read, received, routes
+from transforms.features.routed_dimensions import account
+from transforms.features.shuffle import SPINE, Route, received, received_read, routes
 from transforms.records.prefetch import PrefetchDoFn
-from transforms.records.record_batches import batch
-from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import dead_letters_batch
 
 log = logging.getLogger("millrace.features")
@@ -42,23 +40,28 @@ log = logging.getLogger("millrace.features")
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class TrailingFeatures(beam.PTransform):
-    """PCollection[Block] → tuple of PCollections: features (RecordBatch of `view.output_schema`, sorted by time and key),
-    dead letters (RecordBatch of `DEAD_LETTERS`), and tallies (`tallies.SourceTally`).
+    """PCollection[Block] → PCollections of features, dead letters and tallies.
 
-    A block is computed in one go.  It reads the slices it needs and nothing is shuffled; or, in a shuffled plan, each
-    slice is read once and its rows are sent to the blocks that need them.  For windows over all history, `carried` names
-    the summaries before each block that `history_snapshots` left under `uri`.  Columns of `copies` are not computed.
+    Features are RecordBatches of `view.output_schema`, sorted by time and key. Dead letters are RecordBatches of
+    `DEAD_LETTERS`. Tallies are `tallies.SourceTally`.
+
+    A block is computed at once. It reads the slices it needs, and nothing is shuffled. In a shuffled plan each slice is
+    read once, and its rows are sent to the blocks that need them.
+
+    Args:
+        snapshots: per block, the files of the lifetime summaries that `history_snapshots` wrote under `uri`.
+        copies: columns that are copied instead of computed.
     """
 
     view: FeatureView
     plan: FeaturePlan
-    carried: pvalue.AsSingleton | None = None
+    snapshots: pvalue.AsSingleton | None = None
     uri: str = ""
     copies: Copies | None = None
 
     def expand(self, blocks: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
         rules, count = dataclasses.replace(self.plan, blocks=()), len(self.plan.blocks)
-        side = () if self.carried is None else (self.carried,)
+        side = () if self.snapshots is None else (self.snapshots,)
         if not self.plan.shuffled:
             compute_block = ComputeBlock(self.view, rules, count, self.uri, self.copies)
             return typed(blocks | "Compute" >> beam.ParDo(compute_block, *side).with_outputs(*TAGS, main=FEATURES))
@@ -98,55 +101,58 @@ class ComputeBlock(PrefetchDoFn):
 
     def setup(self) -> None:
         super().setup()
-        held = [name for name in self.plan.dimensions if name not in self.plan.routed]
-        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in held}
+        broadcast = [name for name in self.plan.dimensions if name not in self.plan.routed]
+        self.dimensions = {name: read_dimension(self.view, self.plan, name) for name in broadcast}
 
     def process(
-        self, block: Block, carried: SnapshotFiles | None = None
+        self, block: Block, snapshots: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         if block.shards:
-            yield from self.ahead(lambda: block, lambda _: self.keyed(block, carried))
+            yield from self.ahead(lambda: block, lambda _: self.compute_from_disk(block, snapshots))
         else:
             read = functools.partial(read_block, self.view, self.plan, block)
-            yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+            yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
-    def keyed(self, block: Block, carried: SnapshotFiles | None) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events do not fit in memory: they are written to disk as they are read."""
+    def compute_from_disk(
+        self, block: Block, snapshots: SnapshotFiles | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
+        """Writes the block's events to disk as they are read, and yields the block's outputs."""
         with spill_events(self.view, self.plan, block) as events:
             for name in block.events:
                 for read in stream_events(self.view, self.plan, block, name):
                     events.add(name, read)
-            yield from self.keyed_answers(block, read_spine(self.view, self.plan, block), events, carried)
+            yield from self.outputs_from_disk(block, read_spine(self.view, self.plan, block), events, snapshots)
 
-    def answers(
-        self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], carried: SnapshotFiles | None
+    def outputs(
+        self, block: Block, spine: BlockInput, events: Mapping[str, BlockInput], snapshots: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events are in memory."""
-        summaries = {} if carried is None else load_summaries(self.view, self.uri, block, carried)
-        frames = {**{name: each.frame for name, each in events.items()}, **summaries}
-        yield from self._record(block, spine, frames, list(events.values()), gathered)
+        """Yields the outputs of a block whose events are in memory."""
+        summaries = {} if snapshots is None else load_summaries(self.view, self.uri, block, snapshots)
+        rows = {name: each.frame for name, each in (*self.dimensions.items(), *events.items())}
+        inputs = BlockTables(KernelTables(rows, summaries), self.plan)
+        yield from self._outputs(block, spine, inputs, list(events.values()))
 
-    def keyed_answers(
-        self, block: Block, spine: BlockInput, events: KeyedEvents, carried: SnapshotFiles | None
+    def outputs_from_disk(
+        self, block: Block, spine: BlockInput, events: KeyedEvents, snapshots: SnapshotFiles | None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        """The outputs of a block whose events are on disk, partitioned by the hash of their keys."""
-        settled = events.settled()
-        for name, rows in stream_summaries(self.view, self.uri, block, carried) if carried is not None else ():
-            events.carry(name, rows)
-        yield from self._record(block, spine, {}, list(settled.values()), events.gather)
+        """Yields the outputs of a block whose events are on disk, partitioned by the hash of their keys."""
+        read = list(events.finish().values())
+        for key, rows in stream_summaries(self.view, self.uri, block, snapshots) if snapshots is not None else ():
+            events.add_summary(key, rows)
+        dimensions = {name: each.frame for name, each in self.dimensions.items()}
+        yield from self._outputs(block, spine, BlockTables(KernelTables(dimensions), self.plan, events), read)
 
-    def _record(
-        self, block: Block, spine: BlockInput, tables: Mapping[str, Any], inputs: list[BlockInput], gather: Gather
+    def _outputs(
+        self, block: Block, spine: BlockInput, inputs: BlockTables, events: list[BlockInput]
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
-        tables = {**{name: each.frame for name, each in self.dimensions.items()}, **tables}
-        features = compute_features(self.view, self.plan, spine, tables, self.copies, gather)
+        features = compute_features(self.view, spine.frame, inputs, self.copies)
         log.info("block %d of %d: %d rows", block.index + 1, self.blocks, features.num_rows)
         if features.num_rows:
             yield features
+        read = [spine, *events]
         if block.index == 0:
-            inputs = [*inputs, *self.dimensions.values()]
-            inputs += [account(self.view, self.plan, name) for name in self.plan.routed]
-        yield from side_outputs(self.view, [spine, *inputs])
+            read += [*self.dimensions.values(), *(account(self.view, self.plan, name) for name in self.plan.routed)]
+        yield from side_outputs(self.view, read)
 
 
 class ComputeGathered(ComputeBlock):
@@ -159,41 +165,42 @@ class ComputeGathered(ComputeBlock):
         self.by_index = {block.index: block for block in blocks}
 
     def process(  # type: ignore[override]
-        self, element: tuple[int, Iterable[tuple[str, bytes]]], carried: SnapshotFiles | None = None
+        self, element: tuple[int, Iterable[tuple[str, bytes]]], snapshots: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         block = self.by_index[element[0]]
         parts: dict[str, list[bytes]] = {name: [] for name in (SPINE, *block.events)}
         if block.shards:
-            yield from self.rest()  # a source too large for memory is written to disk as it is read, one source at a time
-            yield from self._spilled(block, element[1], carried)
+            # A block too large for memory is written to disk as it is read, so no other block may be in memory.
+            yield from self.rest()
+            yield from self._spilled(block, element[1], snapshots)
             return
         for name, rows in element[1]:
             parts[name].append(rows)
-        read = functools.partial(self._settled, block, parts)
-        yield from self.ahead(read, lambda inputs: self.answers(block, *inputs, carried))
+        read = functools.partial(self._read_gathered, block, parts)
+        yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
-    def _settled(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
-        held = {name: [received(rows) for rows in each] for name, each in parts.items()}
-        spine = self._spine(block, held.pop(SPINE))
-        reads = {name: gathered_read(self.plan, name, each) for name, each in held.items()}
+    def _read_gathered(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
+        loaded = {name: [received(rows) for rows in each] for name, each in parts.items()}
+        spine = self._spine(block, loaded.pop(SPINE))
+        reads = {name: received_read(self.plan, name, each) for name, each in loaded.items()}
         return spine, {
             name: deduplicate_events(self.view, self.plan, block, name, read) for name, read in reads.items()
         }
 
     def _spilled(
-        self, block: Block, rows_of: Iterable[tuple[str, bytes]], carried: SnapshotFiles | None
-    ) -> Iterator[Any]:
+        self, block: Block, rows_of: Iterable[tuple[str, bytes]], snapshots: SnapshotFiles | None
+    ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         spine: list[pl.DataFrame] = []
         with spill_events(self.view, self.plan, block) as events:
             for name, rows in rows_of:
                 if name == SPINE:
                     spine.append(received(rows))
                 else:
-                    events.add(name, gathered_read(self.plan, name, [received(rows)]))
-            yield from self.keyed_answers(block, self._spine(block, spine), events, carried)
+                    events.add(name, received_read(self.plan, name, [received(rows)]))
+            yield from self.outputs_from_disk(block, self._spine(block, spine), events, snapshots)
 
     def _spine(self, block: Block, parts: Sequence[pl.DataFrame]) -> BlockInput:
-        return deduplicate_spine(self.view, self.plan, block, gathered_read(self.plan, SPINE, parts))
+        return deduplicate_spine(self.view, self.plan, block, received_read(self.plan, SPINE, parts))
 
 
 @contextlib.contextmanager
@@ -205,21 +212,10 @@ def spill_events(view: FeatureView, plan: FeaturePlan, block: Block) -> Iterator
 
 def read_block(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, dict[str, BlockInput]]:
     """The block's spine rows and, per source, the events they can see. Sources are read in parallel."""
-    spine = KERNEL_POOL.submit(read_spine, view, plan, block)
-    events = {name: KERNEL_POOL.submit(read_events, view, plan, block, name) for name in block.events}
+    pool = kernel_pool()
+    spine = pool.submit(read_spine, view, plan, block)
+    events = {name: pool.submit(read_events, view, plan, block, name) for name in block.events}
     return spine.result(), {name: each.result() for name, each in events.items()}
-
-
-def compute_features(
-    view: FeatureView,
-    plan: FeaturePlan,
-    spine: BlockInput,
-    tables: Mapping[str, Any],
-    copies: Copies | None = None,
-    gather: Gather = gathered,
-) -> pa.RecordBatch:
-    """Computes the features of a block's spine rows; see `kernel.compute`."""
-    return features_batch(view, compute_with(view, spine.frame, tables, copies, routing(plan, gather)))
 
 
 def side_outputs(view: FeatureView, inputs: Iterable[BlockInput]) -> Iterator[pvalue.TaggedOutput]:
@@ -237,11 +233,5 @@ def compute_block(
 ) -> tuple[pa.RecordBatch, list[BlockInput]]:
     """The block's features, and the inputs they were computed from, all in memory."""
     spine, events = read_block(view, plan, block)
-    tables = {name: each.frame for name, each in (*dimensions.items(), *events.items())}
-    return compute_features(view, plan, spine, tables), [spine, *events.values()]
-
-
-def features_batch(view: FeatureView, features: pl.DataFrame) -> pa.RecordBatch:
-    """Computed features with `row_id` and `date`, as a RecordBatch of `view.output_schema`."""
-    identity = row_ids(view.name, [features[name] for name in (*view.key, view.time)])
-    return batch(features.with_columns(identity, pl.col(view.time).dt.date().alias("date")), view.output_schema)
+    tables = KernelTables({name: each.frame for name, each in (*dimensions.items(), *events.items())})
+    return compute_features(view, spine.frame, BlockTables(tables, plan)), [spine, *events.values()]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from transforms.features.window_statistics import Ints, Once
+from transforms.features.window_statistics import Once
+from transforms.records.window_sums import Ints
 
 # Places looked up one by one up to here: below, a pass over all keys costs more.
 MANY = 20_000
@@ -52,11 +53,11 @@ class EventOrder:
         found = positions(self.sorted_keys, wanted)
         return np.where(self.sorted_codes < 0, 0, found)
 
-    def bounds(self, length: int | None, since: int | None = None) -> tuple[Ints, Ints]:
-        """`[t − length, t)` per spine row, in `spine_order`; without a length `[since, t)`, or all before t."""
+    def bounds(self, length: int | None, start: int | None = None) -> tuple[Ints, Ints]:
+        """`[t − length, t)` per spine row, in `spine_order`; without a length `[start, t)`, or all before t."""
 
         def search() -> Ints:
-            far = np.full(len(self.sorted_moments), -(2**62) if since is None else since, np.int64)
+            far = np.full(len(self.sorted_moments), -(2**62) if start is None else start, np.int64)
             return self._search(far if length is None else self.sorted_moments - length)
 
         return self._starts.get(length, search), self.ends
@@ -86,7 +87,10 @@ def by_code(codes: Ints) -> Ints:
 
 
 def positions(keys: Ints, wanted: Ints) -> Ints:
-    """The first place in sorted `keys` that is not less than each of the sorted `wanted`: many in one pass over both."""
+    """Returns the first place in sorted `keys` that is not less than each of the sorted `wanted`.
+
+    Many are found in one pass over both.
+    """
     if len(wanted) < MANY:
         return np.searchsorted(keys, wanted, "left")
     left = pl.DataFrame({"key": pl.Series(wanted).set_sorted()})
@@ -96,7 +100,10 @@ def positions(keys: Ints, wanted: Ints) -> Ints:
 
 
 def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
-    """Equal keys as equal small integers on both sides; −1 for a null key, and for a spine row whose key is not in `table`."""
+    """Encodes equal keys as equal small integers on both sides.
+
+    A null key is −1, and so is the key of a spine row that is not in `table`.
+    """
     left, right = np.zeros(len(spine), np.int64), np.zeros(len(table), np.int64)
     for spine_column, table_column in keys:
         a, b = _column_codes(spine[spine_column], table[table_column])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date, timedelta
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.views import FeatureView, reached_from
 from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
 from transforms.lineage.feature_parity import NEVER, Bools, Ints, _by_dates, _computed, _differ, cuts_of, disturbed_by
+from transforms.records.times import day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
@@ -259,7 +260,7 @@ def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
 
 def _only_batch(result: Full, sides: Sides, answered: pl.Series, span: tuple[int, int]) -> None:
     view, batch = sides.view, sides.batch
-    days = [date(1970, 1, 1) + timedelta(microseconds=each) for each in span]
+    days = [day_of(each) for each in span]
     moment = pl.col(view.time).to_physical()
     rows = batch.values(days[0], days[1]).filter((moment >= span[0]) & (moment <= span[1])).select("row_id", view.time)
     rows = rows.filter(~pl.col("row_id").is_in(answered.implode())).select("row_id").unique()

@@ -22,8 +22,9 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import DataError
 from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources, reached_from
-from transforms.features.kernel import compute
+from transforms.features.kernel import KernelTables, compute
 from transforms.records.row_hashing import row_ids
+from transforms.records.times import days_in
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
@@ -237,9 +238,7 @@ def _check_some(
 def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> VisibleRows:
     """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
     source = view.events[name]
-    back = (
-        None if name in lifetime_sources(view) else first - timedelta(days=-(-view.reach(name) // 86_400_000_000) + 1)
-    )
+    back = None if name in lifetime_sources(view) else first - timedelta(days=days_in(view.reach(name)) + 1)
     extra = ["__counted", "__instead"] if repeats_by(view, name) else []
     rows = _read(view, store, name, [*view.columns_held(name), *ORIGIN_COLUMNS, *extra], back, last + timedelta(days=1))
     shown = shown_at(name, rows, cuts)
@@ -293,7 +292,7 @@ def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
 def _computed(
     view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]
 ) -> pl.DataFrame:
-    return compute(view, asked.select(list(view.spine.schema)), {**dimensions, **tables})
+    return compute(view, asked.select(list(view.spine.schema)), KernelTables({**dimensions, **tables}))
 
 
 def _differ(left: pl.Series, right: pl.Series) -> Bools:

@@ -11,11 +11,11 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from schemas.durations import DAY
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.views import FeatureView, lifetime_sources, reached_from
+from transforms.features.manifest import VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
-from transforms.features.staleness import VERSION, Manifest
+from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, table_root
@@ -225,7 +225,7 @@ def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[Visib
         if name in view.dimensions:
             result.append(VisibleSource(name, (), manifest.dimensions.get(name), _files(paths, None)))
             continue
-        first, last = reached_from(view, name, at) // DAY, at // DAY
+        first, last = day_number(reached_from(view, name, at)), day_number(at)
         digests = manifest.digests.get(name, {})
         days = tuple((day, *digests[day]) for day in sorted(digests) if first <= day <= last)
         result.append(VisibleSource(name, days, None, _files(paths, (first, last))))

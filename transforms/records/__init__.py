@@ -1,9 +1,9 @@
 """What Beam elements are made of, and the tools that every package needs to work on them.
 
-A row never travels alone: it is part of a `pa.RecordBatch`.  `to_ipc` and `from_ipc` turn a batch into bytes and back,
-`frame` and `batch` turn it into a Polars frame and back.  `row_ids` gives each row a 64-bit id that is the same on every
-machine.  Sums over rows are exact integers (`exact_sums`), so the order in which Beam merges them does not matter.
-A group of rows that is too large for memory goes to local disk in partitions by the hash of its key.
+A row never travels alone: it is part of a `pa.RecordBatch`. `to_ipc` and `from_ipc` turn a batch into bytes and back,
+`frame` and `batch` turn it into a Polars frame and back. `row_ids` gives each row a 64-bit id that is the same on every
+machine. Sums over rows are exact integers (`exact_sums`), so the order in which Beam merges them does not matter. Rows
+that are too large for memory are written to local disk in partitions by the hash of their key.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         deviation,
         exact_squares,
         exact_sum,
+        group_sums,
         integer_sums,
         ratio,
     )
@@ -29,7 +30,21 @@ if TYPE_CHECKING:
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids
-    from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND, as_date, day_of, now_us
+    from transforms.records.times import (
+        ALWAYS,
+        EPOCH,
+        FOREVER,
+        MICROSECOND,
+        as_date,
+        as_number,
+        day_number,
+        day_of,
+        days_in,
+        days_within,
+        midnight,
+        now_us,
+    )
     from transforms.records.value_text import shown
+    from transforms.records.window_sums import Bools, Digits, ExactSum, Ints, decompose, squared, total, variance
 
 import_when_used(__name__)

@@ -1,4 +1,4 @@
-"""Rows written to local disk, partitioned by the hash of a key, so that they can be read back one partition at a time."""
+"""Rows on local disk, partitioned by the hash of a key, so that one partition can be read at a time."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ class DiskPartitions:
 
     def read(self, part: int, chunk: int) -> Iterator[pl.DataFrame]:
         """Yields the rows of one partition in frames of about `chunk` rows."""
-        held: list[pl.DataFrame] = []
+        waiting: list[pl.DataFrame] = []
         for rows in self._held if self.parts == 1 else self._read(part):
-            held.append(rows)
-            if sum(map(len, held)) >= chunk:
-                yield pl.concat(held)
-                held = []
-        if held:
-            yield pl.concat(held)
+            waiting.append(rows)
+            if sum(map(len, waiting)) >= chunk:
+                yield pl.concat(waiting)
+                waiting = []
+        if waiting:
+            yield pl.concat(waiting)
 
     def _read(self, part: int) -> Iterator[pl.DataFrame]:
         with open(self._path, "rb") as file:

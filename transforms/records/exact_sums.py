@@ -1,7 +1,7 @@
-"""Sums and histograms in integers: whichever way parts are merged, the result is the same to the last bit.
+"""Sums and histograms in integers: the order in which parts are merged does not change the result by a bit.
 
-Beam may cut and merge data in any order, and float addition is not associative.  Fitted encoders and metrics that
-changed with it could not be reproduced, so both are accumulated here exactly.
+Beam may divide and merge data in any order, and float addition is not associative. So encoders and metrics accumulate
+exactly here, and can be reproduced.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def exact_sum(values: Floats) -> int:
     >>> ratio(exact_sum(np.array([1e100, 1.0, -1e100])))
     Fraction(1, 1)
     """
-    return exact_sums(values, np.zeros(len(values), np.int64), 1)[0]
+    return group_sums(values, np.zeros(len(values), np.int64), 1)[0]
 
 
-def exact_sums(values: Floats, groups: Counts, size: int) -> list[int]:
+def group_sums(values: Floats, groups: Counts, size: int) -> list[int]:
     """`exact_sum` of each group 0 … `size` − 1."""
     totals = [0] * size
     for start in range(0, len(values), _MOST):
@@ -93,7 +93,7 @@ def square_ratio(total: int) -> Fraction:
 
 
 def deviation(count: int, total: int, squares: int) -> float:
-    """Population standard deviation of `count` values of which `exact_sum` is `total` and `exact_squares` is `squares`."""
+    """Population standard deviation from a count, an `exact_sum` and an `exact_squares`."""
     return root(Fraction(count * squares - total * total, (count << UNIT) ** 2)) if count else 0.0
 
 
@@ -231,7 +231,7 @@ class Bins:
         values = self.values
         at = list(at)
         found = [(float(values[low]), float(values[high]), share) for low, high, share in self._between(at)]
-        return [first + (second - first) * float(share) for first, second, share in found] or [0.0] * len(at)
+        return [_interpolated(*each) for each in found] or [0.0] * len(at)
 
     def integer_quantiles(self, at: Iterable[float]) -> list[Fraction]:
         """As `quantiles`, exactly, of what `of_integers` counted without dropping bits."""
@@ -240,7 +240,10 @@ class Bins:
         return [first + (second - first) * share for first, second, share in found]
 
     def _between(self, at: Iterable[float]) -> list[tuple[int, int, Fraction]]:
-        """Per quantile the two bins that it lies between, and how far from the first to the second; nothing of no values."""
+        """Returns per quantile the two bins around it and its share of the way from the first to the second.
+
+        Returns nothing if there are no values.
+        """
         running = np.cumsum(self.counts[:, 0])
         if not len(running) or not running[-1]:
             return []
@@ -250,6 +253,18 @@ class Bins:
             first, second = (int(np.searchsorted(running, rank, "right")) for rank in (low, min(low + 1, last)))
             result.append((first, second, position - low))
         return result
+
+
+def _interpolated(first: float, second: float, share: Fraction) -> float:
+    """Returns first + (second − first) · share, rounded once.
+
+    Rounding each step loses values near 0, and overflows between opposite extremes.
+    """
+    if first == second:
+        return first
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return first + (second - first) * float(share)
+    return float(Fraction(first) + (Fraction(second) - Fraction(first)) * share)
 
 
 def merged(parts: Iterable[Bins], limit: int, counters: int = 1) -> Bins:

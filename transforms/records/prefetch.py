@@ -1,4 +1,4 @@
-"""A DoFn that reads and processes its next elements while the following steps consume the outputs of the previous one."""
+"""A DoFn that reads and processes its next elements while later steps consume earlier outputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Read = TypeVar("Read")
 class PrefetchDoFn(beam.DoFn):
     """Reads the elements of a bundle in `readers` threads and processes them, in order, in another thread.
 
-    Meanwhile the fused steps that follow consume earlier outputs, so that no core is idle while files are read or written.
-    Memory holds the outputs of the element being emitted, those of the next one, and the input of the `readers` elements
-    after it. Outputs are in the global window.
+    Meanwhile the fused steps that follow consume earlier outputs, so that no core is idle while files are read or
+    written. Memory holds the outputs of the element being emitted, those of the next one, and the input of the
+    `readers` elements after it. Outputs are in the global window.
     """
 
     readers = 1
@@ -34,7 +34,10 @@ class PrefetchDoFn(beam.DoFn):
         self.pending: deque[Future[list[Any]]] = deque()
 
     def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[Any]]) -> Iterator[Any]:
-        """Starts an element whose outputs are `work(read())`, and yields the outputs of an earlier element if enough are pending."""
+        """Starts an element whose outputs are `work(read())`.
+
+        Yields the outputs of an earlier element if enough are pending.
+        """
         found = self.reader.submit(read)
         self.pending.append(self.worker.submit(lambda: list(work(found.result()))))
         if len(self.pending) > self.readers + 1:

@@ -1,6 +1,6 @@
 """Stable 64-bit row ids: the same on every machine, in every process and with every version of the libraries.
 
-Strings are hashed with XXH3 (64 bits, seed 0; frozen since xxHash 0.8) over their UTF-8. All other values are hashed with
+Strings are hashed with XXH3 (64 bits, seed 0; frozen since xxHash 0.8) over their UTF-8. Other values are hashed with
 splitmix64 (Steele, Lea & Flood 2014), which also combines the columns of a row.
 """
 
@@ -65,7 +65,10 @@ def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
 
 
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
-    """The `row_id` (int64) of rows identified by `columns`. For a spine row the salt is its view, the columns its key and time."""
+    """The `row_id` (int64) of rows identified by `columns`.
+
+    For a spine row the salt is its view, and the columns are its key and time.
+    """
     return pl.Series("row_id", combine([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import polars as pl
 
-from schemas.durations import DAY
 from transforms.records.row_hashing import combine, hash_column
+from transforms.records.times import day_number
 from transforms.sources.contracts import Contract
 
 # Maps a day (days since 1970) to (number of rows, sum of the rows' hashes mod 2**64).
@@ -27,7 +27,7 @@ def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), hi
     if not len(frame):
         return {}
     hashes = combine([hash_column(frame[name]) for name in contract.read])
-    days = moments.to_numpy() // DAY
+    days = day_number(moments.to_numpy())
     if (days[1:] < days[:-1]).any():
         order = np.argsort(days, kind="stable")
         days, hashes = days[order], hashes[order]

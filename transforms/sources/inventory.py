@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
-from schemas.durations import DAY
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
+from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
 from transforms.sources.contracts import Contract, Partitions, fits
 from transforms.storage.delta_tables import WRITE_POOL, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
@@ -315,7 +314,7 @@ class Inventory:
         spine, earliest, latest = self.slices[self.spine.source.name], self.spine.earliest, self.spine.latest
         lows = [max(each.low, earliest) for each in spine if each.high >= earliest and each.low < latest]
         highs = [min(each.high, latest - 1) for each in spine if each.high >= earliest and each.low < latest]
-        return (min(lows) // DAY * DAY, (max(highs) // DAY + 1) * DAY) if lows else (0, 0)
+        return (midnight(day_number(min(lows))), midnight(day_number(max(highs)) + 1)) if lows else (0, 0)
 
 
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:

@@ -31,6 +31,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 
 from schemas.errors import ConflictError, StoreError
 from transforms.records.record_batches import batch
+from transforms.records.times import as_date
 from transforms.storage.delta_log import commits_since, conflict, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 
@@ -214,7 +215,7 @@ def write_files(
     bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
 
     def write(start: int, stop: int) -> tuple[DataFile, dict[str, str]]:
-        day = date(1970, 1, 1) + timedelta(days=int(days[start]))
+        day = as_date(int(days[start]))
         values = {**(extra or {}), "date": day.isoformat()}
         sink = pa.BufferOutputStream()
         pq.write_table(

@@ -18,14 +18,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from schemas.durations import DAY
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
 from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.block_inputs import distinct, joined
 from transforms.records.record_batches import batch
-from transforms.records.times import ALWAYS, FOREVER, day_of
+from transforms.records.times import ALWAYS, FOREVER, day_number, day_of, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice, files_of, survey, version_of
 from transforms.sources.reader import CHUNK_ROWS, Repeats, repeats_of, stream_slices, without_repeats
@@ -290,19 +289,20 @@ class _Files:
 
     def _spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:
         """`[low, high)` cut between days, so that each part has some `CHUNK_ROWS` rows, or is one day."""
-        floor = max(low, self.contract.earliest) // DAY
-        days = np.zeros(max(-(-high // DAY) - floor, 0) + 1)
+        floor = day_number(max(low, self.contract.earliest))
+        days = np.zeros(max(days_in(high) - floor, 0) + 1)
         for each in self.slices:  # taken to spread evenly over their row groups
-            if each.high >= floor * DAY and each.low < high:
-                first, last = max(each.low // DAY - floor, 0), min(each.high // DAY - floor + 1, len(days) - 1)
-                share = each.rows / (each.high // DAY - each.low // DAY + 1)
+            if each.high >= midnight(floor) and each.low < high:
+                first, last = day_number(each.low) - floor, day_number(each.high) - floor
+                first, last = max(first, 0), min(last + 1, len(days) - 1)
+                share = each.rows / (day_number(each.high) - day_number(each.low) + 1)
                 days[first] += share
                 days[last] -= share
         begin, rows = low, 0.0
         for number, more in enumerate(np.cumsum(days)[:-1].tolist()):
             if rows and rows + more > CHUNK_ROWS:
-                yield begin, (floor + number) * DAY
-                begin, rows = (floor + number) * DAY, 0.0
+                yield begin, midnight(floor + number)
+                begin, rows = midnight(floor + number), 0.0
             rows += more
         yield begin, high
 

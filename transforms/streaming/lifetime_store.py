@@ -9,16 +9,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 
-from schemas.expressions import canonical
+from schemas.feature_groups import group_key, without_columns
 from schemas.features import ORDERED, Latest, Trailing
 from schemas.views import FeatureView
-from transforms.features.column_reuse import rest
-from transforms.features.kernel import computing
-from transforms.features.lifetime_summaries import Summary, merge, summarise, summary_name
+from transforms.features.kernel import KernelTables, computing
+from transforms.features.lifetime_summaries import Summary, merge, summarise
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
@@ -39,7 +38,7 @@ def by_kind(feature: Trailing | Latest) -> Iterator[tuple[Kind, Trailing | Lates
     }
     for kind in dict.fromkeys(kinds.values()):
         others = [name for name, of in kinds.items() if of != kind]
-        yield from ((kind, part) for part in rest([feature], others))  # type: ignore[misc]
+        yield from ((kind, part) for part in without_columns([feature], others))  # type: ignore[misc]
 
 
 class LifetimeStore:
@@ -60,9 +59,7 @@ class LifetimeStore:
         self.features, self.kind, self.position = features, kind, slot
         self.keys = tuple(column for _, column in first.keys)
         self.columns = view.columns_held(first.source.name)
-        self.summary_name = summary_name(
-            first.source.name, first.keys, None if first.where is None else canonical(first.where)
-        )
+        self.history = group_key(first).history
         self.nothing = self.reduced(pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns}))
         self.parts: list[IndexedRows] = []
         self.changes: dict[int, list[Piece] | None] = {}
@@ -103,14 +100,14 @@ class LifetimeStore:
     def whole(self) -> pl.DataFrame:
         return self._joined(self.parts)
 
-    def tables(self, hashes: UInt64s, events: pl.DataFrame) -> dict[str, Any]:
+    def tables(self, hashes: UInt64s, events: pl.DataFrame) -> KernelTables:
         """A kernel's tables for keys that hash to `hashes`, from here and from their `events` in the panes."""
         wanted = pl.Series(hashes).unique().sort().to_numpy()
         found = [part.frame[rows] for part in self.parts if len(rows := part.find(self.keys, wanted))]
         kept = self._one(found)
         if self.kind == "summary":
-            return {self.source.name: events, self.summary_name: Summary(kept, ALWAYS)}
-        return {self.source.name: pl.concat([events, kept])}
+            return KernelTables({self.source.name: events}, {self.history: Summary(kept, ALWAYS)})
+        return KernelTables({self.source.name: pl.concat([events, kept])})
 
     def _append(self, reduced: pl.DataFrame) -> None:
         while self.parts and len(self.parts[-1].frame) <= 2 * len(reduced):

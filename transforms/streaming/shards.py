@@ -17,11 +17,12 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DefinitionError
-from schemas.expressions import canonical, columns_of
-from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.expressions import columns_of
+from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
+from schemas.features import Derived, Latest, Trailing
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import Reading, compute, gathered, with_derived
+from transforms.features.kernel import KernelTables, compute, feature_columns, with_derived
 from transforms.records.frame_packets import Frames, pack, unpack
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
@@ -62,15 +63,7 @@ class Group:
     @property
     def names(self) -> list[str]:
         """Names of its features' columns."""
-        return [
-            name
-            for feature in self.features
-            for name in (
-                [each.name for each in feature.statistics]
-                if isinstance(feature, Trailing)
-                else feature.renamed.values()
-            )
-        ]
+        return [name for feature in self.features for name in column_names(feature)]
 
 
 def groups_of(view: FeatureView) -> tuple[Group, ...]:
@@ -79,24 +72,26 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     Raises:
         DefinitionError: a key that is known only once other sources were read.
     """
-    found: dict[tuple[str, Any, Kind, str | None], list[Trailing | Latest]] = {}
+    found: dict[tuple[GroupKey, Kind], list[Trailing | Latest]] = {}
     for feature in view.features:
         if isinstance(feature, Trailing | Latest):
             for kind, part in by_kind(feature):
-                where = None if kind == "none" or part.where is None else canonical(part.where)
-                found.setdefault((feature.source.name, feature.keys, kind, where), []).append(part)
+                key = group_key(part)
+                # Features of bounded windows share the same stored events, whatever their conditions.
+                key = dataclasses.replace(key, where=None) if kind == "none" else key
+                found.setdefault((key, kind), []).append(part)
     early = {*view.spine.schema, *(name for name, _ in _early(view))}
-    for source, keys, _, _ in found:
-        late = [spine for spine, _ in keys if spine not in early]
+    for key, _ in found:
+        late = [spine for spine, _ in key.keys if spine not in early]
         if late:
             raise DefinitionError(
                 f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
-                f"{late[0]!r}, by which {source!r} is read",
+                f"{late[0]!r}, by which {key.source!r} is read",
                 "Put the column into the spine, or compute this view in batch",
             )
     return tuple(
-        Group(source, keys, tuple(features), max(_lengths(features)), kind)
-        for (source, keys, kind, _), features in found.items()
+        Group(key.source, key.keys, tuple(features), max(_lengths(features)), kind)
+        for (key, kind), features in found.items()
     )
 
 
@@ -109,13 +104,7 @@ def held_back(view: FeatureView, source: str) -> int:
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
-    return [
-        length or 0
-        for feature in features
-        for length in (
-            [each.length for each in feature.statistics] if isinstance(feature, Trailing) else [feature.length]
-        )
-    ]
+    return [length or 0 for feature in features for length in window_lengths(feature)]
 
 
 def _early(view: FeatureView) -> list[tuple[str, Derived]]:
@@ -241,8 +230,13 @@ class Shard:
             )
             columns = self.view.columns_held(group.source)
             events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
-            tables = {group.source: events} if group.kind == "none" else self.compacted[i].tables(wanted, events)
-            result[i] = some.select("__position").with_columns(gathered(self.view, group.features, some, tables))
+            tables = (
+                KernelTables({group.source: events})
+                if group.kind == "none"
+                else self.compacted[i].tables(wanted, events)
+            )
+            made = feature_columns(self.view, group.features, some, tables)
+            result[i] = some.select("__position").with_columns(made)
         return result
 
 
@@ -269,21 +263,7 @@ def assemble(
         if len(whole) != len(spine_rows):
             raise AssertionError(f"{len(whole)} answers to {len(spine_rows)} questions")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
-
-    def gather(
-        view: FeatureView, features: Sequence[Reading], frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame]
-    ) -> list[pl.Series]:
-        result = []
-        for feature in features:
-            if isinstance(feature, Lookup):
-                result += gathered(view, [feature], frame, tables)
-            elif isinstance(feature, Trailing):
-                result += [columns[each.name] for each in feature.statistics]
-            else:
-                result += [columns[name] for name in feature.renamed.values()]
-        return result
-
-    return compute(view, spine_rows, dimensions, gather)
+    return compute(view, spine_rows, KernelTables(dimensions, columns=columns))
 
 
 def versions_text(versions: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from schemas.errors import DataError, StoreError
 from schemas.expressions import columns_of
 from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.record_batches import batch, frame
-from transforms.records.times import EPOCH
+from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice, survey
 from transforms.sources.reader import read_slices, repeats_of, without_repeats
@@ -147,7 +147,7 @@ def plan_examples(
     within = microseconds(label.within)
     blocks = []
     for index, part in enumerate(parts):
-        low, high = _epoch(part[0].date), _epoch(part[-1].date) + DAY + within
+        low, high = midnight(part[0].date), midnight(part[-1].date) + DAY + within
         events = tuple(each for each in slices if each.low < high and each.high >= low)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
@@ -189,8 +189,8 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
     joined = [column for column, _ in model.label.keys if column not in known]
     rows = frame(read_group(block.files, [*known, *joined]))
-    low = _epoch(block.files[0].date)
-    high = _epoch(block.files[-1].date) + DAY + microseconds(model.label.within)
+    low = midnight(block.files[0].date)
+    high = midnight(block.files[-1].date) + DAY + microseconds(model.label.within)
     events = read_slices(plan.contract, block.events, low, high).frame
     events = without_repeats(model.label.source, events, plan.repeats)
     labelled = labels.attach(rows, events, model.label, model.view.time)
@@ -326,10 +326,6 @@ def checked(account: Account, plan: ExamplePlan) -> Account:
     if stale:
         FileSystems.delete(stale)
     return account
-
-
-def _epoch(day: date) -> int:
-    return (day - EPOCH.date()).days * DAY
 
 
 def _midnight(day: date) -> datetime:

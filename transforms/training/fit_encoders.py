@@ -25,7 +25,7 @@ from transforms.models.encoders import (
     numbers,
     texts,
 )
-from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_sum, exact_sums, ratio
+from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_sum, group_sums, ratio
 
 # Most distinct values of which quantiles are exact; beyond, values are cut to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
@@ -113,7 +113,7 @@ class Vocabulary:
         if labels is None:
             return cls(counts)
         return cls(
-            counts, dict(zip(names, exact_sums(labels[known], codes, len(names)))), len(labels), exact_sum(labels)
+            counts, dict(zip(names, group_sums(labels[known], codes, len(names)))), len(labels), exact_sum(labels)
         )
 
     def __add__(self, other: Vocabulary) -> Vocabulary:

@@ -19,7 +19,7 @@ from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError
 from schemas.loading import Definition
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
-from transforms.records.times import EPOCH
+from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri, source_uri
@@ -163,13 +163,9 @@ def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
     for name, files in manifest.files.items():
         stamps = "\n".join(sorted(f"{path} {each[0]}" for path, each in files.items()))
         dates = [day for day, (rows, _) in manifest.digests.get(name, {}).items() if rows]
-        known = {"first": str(_day(min(dates))), "last": str(_day(max(dates)))} if dates else {}
+        known = {"first": str(as_date(min(dates))), "last": str(as_date(max(dates)))} if dates else {}
         found[name] = {"files": len(files), "digest": hashlib.sha256(stamps.encode()).hexdigest()[:16], **known}
     return found | {name: {"digest": f"{digest:016x}"} for name, digest in manifest.dimensions.items()}
-
-
-def _day(number: int) -> date:
-    return EPOCH.date() + timedelta(days=number)
 
 
 def code_digest() -> str:

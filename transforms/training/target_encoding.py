@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from schemas import Model, encoders
 from schemas.splits import LABEL, LABEL_TIME
-from transforms.features.window_statistics import ExactSum
 from transforms.models.encoders import Fitted, Matrix, column_of, texts
+from transforms.records.window_sums import ExactSum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tensorflow_metadata.proto.v0 import statistics_pb2 as pb
 
 from schemas.views import FeatureView
-from transforms.features.kernel import KERNEL_POOL
+from transforms.features.kernel import kernel_pool
 from transforms.records.row_hashing import hash_column
 from transforms.validation.numeric_sketch import Floats, Ints, NumericSketch
 
@@ -132,7 +132,7 @@ def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
         column = rows.column(rows.schema.get_field_index(field.name))
         return NumericSketch.of(column) if _number(field.type) else StringSketch.of(column)
 
-    kept = dict(zip(columns.names, KERNEL_POOL.map(of_column, columns), strict=True))
+    kept = dict(zip(columns.names, kernel_pool().map(of_column, columns), strict=True))
     return Description(rows.num_rows, kept, _integers(columns))
 
 

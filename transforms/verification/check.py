@@ -15,7 +15,7 @@ from schemas.durations import DAY
 from schemas.errors import MismatchError
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
-from transforms.records.times import EPOCH
+from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice
 from transforms.storage.delta_tables import DataFile
@@ -176,7 +176,7 @@ class Verification:
     def _seconds(self, files: Sequence[DataFile] | None) -> float:
         """About how long it takes to read what the spine rows of `files` can see (None: all rows of the sources)."""
         total = 0.0
-        days = None if files is None else np.array([(file.date - EPOCH.date()).days for file in files]) * DAY
+        days = None if files is None else np.array([midnight(file.date) for file in files])
         for name, slices in self.slices.items():
             source, reach = self.contracts[name].source, self._reaches.get(name, 0)
             rows, low, high = (np.array([getattr(each, field) for each in slices]) for field in ("rows", "low", "high"))

@@ -9,7 +9,7 @@ from datetime import timedelta
 import numpy as np
 import polars as pl
 
-from schemas.expressions import canonical
+from schemas.feature_groups import GroupKey, group_key
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
 from transforms.records.record_batches import frame
@@ -32,11 +32,10 @@ class Sample:
 
 def lifetime_groups(view: FeatureView) -> list[list[str]]:
     """Names of the features over all history, those of one source, key and condition together."""
-    groups: dict[tuple[str, object, str | None], list[str]] = {}
+    groups: dict[GroupKey, list[str]] = {}
     for feature in view.features:
         if not isinstance(feature, Trailing | Latest):
             continue
-        where = None if feature.where is None else canonical(feature.where)
         names = (
             [each.name for each in feature.statistics if each.length is None]
             if isinstance(feature, Trailing)
@@ -45,7 +44,7 @@ def lifetime_groups(view: FeatureView) -> list[list[str]]:
             else []
         )
         if names:
-            groups.setdefault((feature.source.name, feature.keys, where), []).extend(names)
+            groups.setdefault(group_key(feature), []).extend(names)
     return list(groups.values())
 
 
