@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.inference.champion_model import ChampionHandler, Serving, check_model, close_all, open_checked
-    from transforms.inference.live_input import DecodeFeatureRows, replayed, rows_in, source_of
-    from transforms.inference.live_output import (
-        CommitPredictions,
-        Outlet,
-        TimedCommitPredictions,
-        begin_at,
-        to_envelope,
+    from transforms.inference.champion_model import ChampionHandler, close_all
+    from transforms.inference.live_input import DecodeFeatureRows, SendFeatureRows
+    from transforms.inference.live_output import CommitPredictions, Outlet, TimedCommitPredictions, to_envelope
+    from transforms.inference.live_preparation import (
+        LiveInferencePlan,
+        LiveInferenceRequest,
+        live_inference_figures,
+        prepare_live_inference,
     )
     from transforms.inference.preparation import InferencePlan, InferenceRequest, prepare_inference
 
