@@ -11,8 +11,7 @@ import apache_beam as beam
 import polars as pl
 from apache_beam import pvalue
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, pack, unpack
@@ -36,6 +35,7 @@ from transforms.streaming.mirrored_state import (
     write_head,
 )
 from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
+from transforms.streaming.wake_ups import unset_timer
 
 
 class ShardDoFn(beam.DoFn):
@@ -163,9 +163,7 @@ class AssembleDoFn(beam.DoFn):
         )
 
 
-# Nobody sets it.  Of a step that gives nothing to any other Prism 2.77 takes a full core for as long as it works: it asks again and
-# again whether the outputs have come, of which there are none.  A timer is something to wait for.
-NEVER = TimerSpec("never", TimeDomain.WATERMARK)
+NEVER = unset_timer()
 
 
 class CommitDoFn(beam.DoFn):
@@ -216,4 +214,4 @@ class CommitDoFn(beam.DoFn):
 
     @on_timer(NEVER)
     def on_never(self) -> None:
-        """No timer is set."""
+        """The timer is never set."""
