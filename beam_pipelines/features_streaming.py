@@ -1,4 +1,4 @@
-"""Live features, `millrace features --streaming`: the features of each spine row, exactly as of its time, as rows arrive.
+"""Live features, `millrace features --streaming`: the features of spine rows are computed as messages arrive.
 
 Messages come from Kafka topics, or from files that a replay sends as messages.  Feature rows go to a topic and tables.
 """

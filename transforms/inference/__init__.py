@@ -1,9 +1,10 @@
 """Live inference: feature rows from a topic or a live table are scored by the model that has the alias.
 
-`DecodeFeatureRows` decodes a message and checks its fingerprint and schema.  `ChampionHandler` scores the batch with the
-current champion; a new champion is loaded and checked in the background and takes over between two batches.  Predictions
-are sent to the topic, acknowledged by the broker, and then committed (`CommitPredictions`).  Batch inference needs none of
-this: `transforms.models.Score` does its work.
+`prepare_live_inference` finds the first model and the offsets to read from.  `DecodeFeatureRows` decodes a message and
+checks its fingerprint and schema.  `ChampionHandler` scores the batch with the current champion; a new champion is
+loaded and checked in the background and takes over between two batches.  Predictions are sent to the topic,
+acknowledged by the broker, and then committed (`CommitPredictions`).  Batch inference needs only `prepare_inference`:
+`transforms.models.Score` scores its rows.
 """
 
 from typing import TYPE_CHECKING

@@ -190,13 +190,15 @@ class Champion:
         try:
             version = self._registry.bearer(serving.model, serving.alias)
             if version is None:
-                value = f"nobody bears {serving.alias!r} of {serving.model!r} in {serving.registry}"
-                raise StoreError("The alias of a live job has a bearer", value, "Give it back with: millrace promote")
+                value = f"no version of {serving.model!r} has the alias {serving.alias!r} in {serving.registry}"
+                raise StoreError("A version has the alias of a live job", value, "Set it with: millrace promote")
         except Exception as error:  # on any error of the registry, the model in memory keeps serving
             self._report(error)
             return
         if self._trouble:
-            log.warning("the registry answers again: %s bears %r of %r", version, serving.alias, serving.model)
+            log.warning(
+                "the registry answers again: version %s has the alias %r of %r", version, serving.alias, serving.model
+            )
             self._trouble = ""
         if self._current is not None and version == self._current.version:
             self._skipped = None

@@ -17,8 +17,7 @@ import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.userstate import on_timer
 from deltalake import DeltaTable
 
 from schemas.live import LIVE_DEAD_LETTERS, live_predictions
@@ -54,6 +53,7 @@ from transforms.streaming.mirrored_state import (
     read_head,
     write_head,
 )
+from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 # The most (worker, model) pairs whose first rows the status reports.
 SWAPS_SHOWN = 50
@@ -72,12 +72,6 @@ class BagState(Protocol):
     def read(self) -> Iterable[bytes]: ...
     def add(self, value: bytes) -> None: ...
     def clear(self) -> None: ...
-
-
-class Timer(Protocol):
-    """A timer, as Beam passes it to a DoFn."""
-
-    def set(self, at: float) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +347,7 @@ class CommitPredictions(beam.DoFn):
         self.mirror.put(key, state["version"], pending)
 
 
-WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
+WAKE = wake_timer()
 
 
 class TimedCommitPredictions(CommitPredictions):
@@ -371,11 +365,8 @@ class TimedCommitPredictions(CommitPredictions):
 
     def set_timer(self, head: ValueState, wake: Timer) -> None:
         """Set the timer for one interval from now, unless it is set already."""
-        state, now = read_head(head), now_us()
-        at = now + self.outlet.commit_every
-        if not now - 5_000_000 < state.get("wake", 0) <= at:
-            state["wake"] = at
-            wake.set(at / 1e6)
+        state = read_head(head)
+        if set_wake_up(state, wake, now_us() + self.outlet.commit_every):
             write_head(head, state)
 
     @on_timer(WAKE)
@@ -390,7 +381,7 @@ class TimedCommitPredictions(CommitPredictions):
         pending = self.pending(key, state, bag)
         if pending.inbox:
             yield from self.commit(pending, bag)
-        state["wake"] = 0
+        clear_wake_up(state)
         self.save(key, state, pending, head)
         if pending.inbox:  # these micro-batches wait for a gap in the offsets to be filled
             self.set_timer(head, wake)

@@ -1,4 +1,4 @@
-"""What a live inference job decides before its graph is built: the first model, the output tables and topics, the offsets."""
+"""The decisions of a live inference job before its graph is built: first model, output tables and topics, offsets."""
 
 from __future__ import annotations
 

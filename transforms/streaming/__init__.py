@@ -77,5 +77,6 @@ if TYPE_CHECKING:
     )
     from transforms.streaming.replay import Replay, SendChunks
     from transforms.streaming.shards import RID, groups_of
+    from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 import_when_used(__name__)

@@ -1,4 +1,4 @@
-"""What a live features job decides before its graph is built: the history, the offsets to read from, the output topics."""
+"""The decisions of a live features job before its graph is built: history, first offsets and output topics."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class LiveFeaturesPlan:
         due = self._due(status["next"])
         try:
             left = unread(self.job.required_broker(), due)
-        except StoreError:  # the next call asks the broker again
+        except StoreError:  # the next call tries again
             return False
         return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
 

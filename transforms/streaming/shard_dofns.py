@@ -155,7 +155,7 @@ class AssembleDoFn(beam.DoFn):
         )
         shard_states = [head_of(each)["state"] for each in parts]
         state = {name: sum(each[name] for each in shard_states) for name in ("rows", "bytes")}
-        dead_letters = self.dimensions.news()
+        dead_letters = self.dimensions.take_dead_letters()
         dimension_frames = {"letters": dead_letters} if len(dead_letters) else {}
         return pack(
             {"kind": "features", "turn": head["turn"], "state": state, "letters": len(dead_letters)},
