@@ -303,7 +303,7 @@ class CommitPredictions(beam.DoFn):
         self.mirror = Mirror()
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC)
+        self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
     ) -> Iterator[KeyedBytes]:
         yield from self.add(element, head, bag)
 
@@ -356,9 +356,9 @@ class TimedCommitPredictions(CommitPredictions):
     def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
     ) -> Iterator[KeyedBytes]:
         yield from self.add(element, head, bag)
         self.set_timer(head, wake)
@@ -372,10 +372,10 @@ class TimedCommitPredictions(CommitPredictions):
     @on_timer(WAKE)
     def on_wake(
         self,
-        key: Any = beam.DoFn.KeyParam,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
+        key: bytes = beam.DoFn.KeyParam,
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
     ) -> Iterator[KeyedBytes]:
         state = read_head(head)
         pending = self.pending(key, state, bag)
