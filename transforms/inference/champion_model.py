@@ -75,7 +75,7 @@ class LoadedModel:
 
 
 def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
-    """Refuse a model that was trained on features other than those that the definition describes now.
+    """Checks that a model was trained on the features that the definition describes now.
 
     Args:
         bundle: the model.
@@ -89,7 +89,7 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
     mine = (bundle.manifest["view"], bundle.fingerprint)
     if mine != (view.name, view.fingerprint):
         value = (
-            f"version {version} of {bundle.name!r} trained on {mine[0]}/{mine[1]}, "
+            f"version {version} of {bundle.name!r} was trained on {mine[0]}/{mine[1]}, "
             f"the definition describes {view.name}/{view.fingerprint}"
         )
         fix = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
+import polars as pl
 import pyarrow as pa
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.utils.windowed_value import WindowedValue
@@ -204,7 +205,7 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
     Raises:
         StoreError: the broker cannot be reached, or refuses.
     """
-    from confluent_kafka import KafkaException
+    from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.admin import AdminClient
     from confluent_kafka.cimpl import NewTopic
 
@@ -215,7 +216,7 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
         try:
             made.result(TIMEOUT_SECONDS)
         except KafkaException as error:
-            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 fix = "Create it yourself, or grant the right to"
                 value = f"{topic}: {error.args[0].str()}"
                 raise StoreError("An output topic is there or can be created", value, fix) from None
@@ -240,7 +241,7 @@ def feature_row_messages(
         yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), value
 
 
-def dead_letter_messages(dead_letters: Any) -> Iterator[tuple[bytes, bytes]]:
+def dead_letter_messages(dead_letters: pl.DataFrame) -> Iterator[tuple[bytes, bytes]]:
     """Dead letters as messages, in JSON; the key is the position of the row."""
     positions = dead_letters.select("source", "partition", "offset", "place").rows()
     for position, value in zip(positions, to_json(dead_letters), strict=True):

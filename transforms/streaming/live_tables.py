@@ -24,7 +24,7 @@ from deltalake.transaction import CommitProperties, Transaction, create_table_wi
 from schemas.errors import StoreError
 from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
-from transforms.records.frame_packets import Frames, head_of, unpack
+from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
@@ -42,6 +42,19 @@ from transforms.storage.paths import features_live_uri, live_dead_letters_uri, s
 from transforms.streaming.replay import sources_of
 
 COMMIT_KEY = "millrace_live"
+# The entries of a turn's head that its commit records.
+RECORDED = (
+    "turn",
+    "last",
+    "next",
+    "clock",
+    "pending",
+    "oldest_pending",
+    "horizon",
+    "counts",
+    "started",
+    "beginnings",
+)
 # The most dates of feature rows whose ids stay in memory.
 DAYS_CACHED = 8
 
@@ -251,13 +264,22 @@ class UnknownIds(NewRows):
         return list(known.values())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TurnRows:
+    """Rows of some turns: dead letters, accepted rows by source, and feature rows."""
+
+    dead_letters: list[pl.DataFrame] = dataclasses.field(default_factory=list)
+    accepted: dict[str, list[pl.DataFrame]] = dataclasses.field(default_factory=dict)
+    features: list[pl.DataFrame] = dataclasses.field(default_factory=list)
+
+
 class PendingTurns:
     """Turns in order, with their feature rows, until they are committed."""
 
     def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True) -> None:
         self.view, self.store, self.run_id, self.table = view, store, run_id, table
         self.entries: dict[int, bytes] = {}
-        self.answers: dict[int, bytes] = {}
+        self.features: dict[int, bytes] = {}
         self.committed = 0
         self._ids = UnknownIds()
         self.rows = {"events": 0, "answered": 0, "letters": 0}
@@ -266,60 +288,53 @@ class PendingTurns:
     def take(self, envelope: bytes) -> None:
         head = head_of(envelope)
         if head["turn"] > self.committed:
-            (self.answers if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
+            (self.features if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
 
     def whole(self) -> list[int]:
         """The next turns whose feature rows are complete: they can be committed."""
         result = []
         number = max(self.committed + 1, max((head_of(each)["began"] for each in self.entries.values()), default=0))
-        while number in self.entries and (not head_of(self.entries[number])["questions"] or number in self.answers):
+        while number in self.entries and (not head_of(self.entries[number])["questions"] or number in self.features):
             result.append(number)
             number += 1
         return result
 
     def commit(self, turns: Sequence[int]) -> dict[str, Any]:
         """Commits `turns` and drops them.  Returns the record of the commit."""
-        rows: dict[str, list[pl.DataFrame]] = {}
+        head, rows = self._collect(turns)
+        record = {name: head[name] for name in RECORDED}
+        if rows.dead_letters:
+            self.rows["letters"] += self._dead_letters(pl.concat(rows.dead_letters), record)
+        for name in sources_of(self.view):
+            if name in rows.accepted:
+                self.rows["events"] += self._source(name, pl.concat(rows.accepted[name]), record)
+        if rows.features and self.table:
+            uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
+            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
+            self.rows["answered"] += writer.append(pl.concat(rows.features), record["turn"], record, self._ids)
+        for number in turns:
+            del self.entries[number]
+            self.features.pop(number, None)
+        self.committed = turns[-1]
+        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
+
+    def _collect(self, turns: Sequence[int]) -> tuple[dict[str, Any], _TurnRows]:
+        """The head of the last turn's entry, and the rows of all `turns`."""
+        rows = _TurnRows()
         for number in turns:
             head, frames = unpack(self.entries[number])
             for name, frame in frames.items():
-                rows.setdefault(name, []).append(frame)
-            if number in self.answers:
-                answer, frames = unpack(self.answers[number])
-                rows.setdefault("answers", []).append(frames["rows"])
+                if name == "letters":
+                    rows.dead_letters.append(frame)
+                else:
+                    rows.accepted.setdefault(name.removeprefix("rows:"), []).append(frame)
+            if number in self.features:
+                features_head, frames = unpack(self.features[number])
+                rows.features.append(frames["rows"])
                 if "letters" in frames:  # dead letters of dimensions
-                    rows.setdefault("letters", []).append(frames["letters"])
-                self.shards = answer["state"]
-        record = {
-            name: head[name]
-            for name in (
-                "turn",
-                "last",
-                "next",
-                "clock",
-                "pending",
-                "oldest_pending",
-                "horizon",
-                "counts",
-                "started",
-                "beginnings",
-            )
-        }
-        whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
-        if "letters" in whole:
-            self.rows["letters"] += self._dead_letters(whole["letters"], record)
-        for name in sources_of(self.view):
-            if f"rows:{name}" in whole:
-                self.rows["events"] += self._source(name, whole[f"rows:{name}"], record)
-        if "answers" in whole and self.table:
-            uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
-            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
-            self.rows["answered"] += writer.append(whole["answers"], record["turn"], record, self._ids)
-        for number in turns:
-            del self.entries[number]
-            self.answers.pop(number, None)
-        self.committed = turns[-1]
-        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
+                    rows.dead_letters.append(frames["letters"])
+                self.shards = features_head["state"]
+        return head, rows
 
     def _dead_letters(self, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
         arrived = _time("arrived")

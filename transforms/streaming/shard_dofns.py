@@ -205,7 +205,7 @@ class CommitDoFn(beam.DoFn):
             summary = ledger.commit(turns)
             self.since = now
             bag.clear()
-            for each in (*ledger.entries.values(), *ledger.answers.values()):
+            for each in (*ledger.entries.values(), *ledger.features.values()):
                 bag.add(each)
             yield SINGLE_KEY, json.dumps({**summary, "rows": ledger.rows}).encode()
         state.update(version=state["version"] + 1, committed=ledger.committed, rows=ledger.rows)
