@@ -1,14 +1,16 @@
-"""Flags that the two live pipelines share: where messages come from, the broker, where results go, and lengths of time."""
+"""The flags that the two live pipelines share: definition, store, source of messages, broker, sinks, intervals."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 from beam_pipelines.runtime.arguments import Arguments
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
+from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
 
 
@@ -23,22 +25,40 @@ class Length:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StreamingFlags:
-    """Values of the shared flags.
+class StreamingOptions:
+    """The values of the shared flags.
 
     Args:
-        replaying: messages come from a replay, not from Kafka.
-        broker: None where none is named.
-        prefix: before the name of every topic.
+        definition: the definition, loaded.
+        store: the folder of the tables.
+        run_id: the run.
+        replaying: whether messages come from a replay instead of Kafka.
+        broker: None if none is named.
+        prefix: the prefix of the names of all topics.
         sinks: "table", "topic" or both.
-        lengths: µs by the flag's name.
+        lengths: µs by the name of the flag.
+        beam_args: the flags for Beam.
     """
 
+    definition: Definition
+    store: str
+    run_id: str
     replaying: bool
     broker: Broker | None
     prefix: str
     sinks: tuple[str, ...]
     lengths: Mapping[str, int]
+    beam_args: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Folder of the run's report."""
+        return os.path.join(self.store, "runs", self.run_id)
+
+    @property
+    def status(self) -> str:
+        """File of the last commit's status."""
+        return os.path.join(self.folder, "status.json")
 
 
 class StreamingArguments(Arguments):
@@ -53,14 +73,14 @@ class StreamingArguments(Arguments):
     def __init__(self, prog: str, description: str, source: str, results: str, lengths: Sequence[Length]) -> None:
         super().__init__(prog, description)
         self.lengths = tuple(lengths)
-        self.add_argument("--streaming", action="store_true", help="live: this pipeline")
+        self.add_argument("--streaming", action="store_true", help="run the live pipeline")
         self.add_argument("--source", choices=("kafka", "replay"), default="replay", help=f"{source} (default: replay)")
         self.add_argument("--bootstrap", help="kafka: HOST:PORT of a broker")
         self.add_argument(
             "--expansion_service",
             help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)",
         )
-        self.add_argument("--topic_prefix", default="", help="before the name of every topic")
+        self.add_argument("--topic_prefix", default="", help="prefix of the names of all topics")
         self.add_argument(
             "--sink",
             choices=("table", "topic", "both"),
@@ -69,12 +89,14 @@ class StreamingArguments(Arguments):
         for each in self.lengths:
             self.add_argument(f"--{each.name}", default=each.default, help=f"{each.help} (default {each.default})")
 
-    def shared(self, flags: argparse.Namespace) -> StreamingFlags:
-        """Values of the shared flags.
+    def parse_streaming(self, argv: Sequence[str]) -> tuple[StreamingOptions, argparse.Namespace]:
+        """The values of the shared flags, and all flags.
 
         Raises:
-            DefinitionError: a value is not a length of time, or a broker is needed and not named.
+            DefinitionError: a flag or the definition is refused, or a broker is needed and not named.
         """
+        flags, rest = self.parse(argv)
+        definition = load_definition(flags.definition)
         lengths = {
             each.name: microseconds(getattr(flags, each.name), f"--{each.name}", zero=each.zero)
             for each in self.lengths
@@ -82,15 +104,20 @@ class StreamingArguments(Arguments):
         replaying = flags.source == "replay"
         if not replaying and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --source replay"
-            raise DefinitionError("Live from Kafka, a broker is named", "no --bootstrap", fix)
+            raise DefinitionError("--source kafka needs a broker", "no --bootstrap", fix)
         sink = flags.sink or ("table" if replaying else "both")
         if sink != "table" and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --sink table"
-            raise DefinitionError("A topic is written to a broker", "no --bootstrap", fix)
-        return StreamingFlags(
+            raise DefinitionError(f"--sink {sink} needs a broker", "no --bootstrap", fix)
+        options = StreamingOptions(
+            definition=definition,
+            store=flags.store,
+            run_id=flags.run_id,
             replaying=replaying,
             broker=Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None,
             prefix=flags.topic_prefix,
             sinks=("table", "topic") if sink == "both" else (sink,),
             lengths=lengths,
+            beam_args=tuple(rest),
         )
+        return options, flags

@@ -544,7 +544,7 @@ class Halfway(logging.Handler):
         self.swap: Callable[[], None] | None = swap
 
     def emit(self, record: logging.LogRecord) -> None:
-        from beam_pipelines.inference_streaming import REPLAY
+        from transforms.inference.live_input import REPLAY
 
         if self.swap is not None and record.msg == REPLAY and 2 * record.args[0] >= record.args[1]:  # type: ignore[index,operator]
             swap, self.swap = self.swap, None

@@ -20,6 +20,7 @@ from tests.support import shop
 from tests.support.live_fixtures import Live
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri, predictions_uri
+from transforms.streaming.preparation import LiveFeaturesPlan, output_topics
 from transforms.streaming.recovery import RecoveryPoint
 
 ROOT = Path(__file__).parents[2]
@@ -138,9 +139,10 @@ def test_dataflow_takes_the_live_graph_without_credentials(live: Live, store: Pa
         f"--bootstrap={live.broker.bootstrap}",
         f"--expansion_service={live.expansion.address}",
     ]
-    options = streaming.parse(flags(store, "dataflow-live", *kafka, *DATAFLOW, "--dry_run=True"))
+    options, job = streaming.parse(flags(store, "dataflow-live", *kafka, *DATAFLOW, "--dry_run=True"))
     pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *options.beam_args]))
-    streaming.build(pipeline, options, RecoveryPoint(0, {}, {}, {}, {}), "group")
+    start = RecoveryPoint(0, {}, {}, {}, {})
+    streaming.build(pipeline, options, LiveFeaturesPlan(job, start, "group", sends=output_topics(job)))
     proto = pipeline.run().job.proto_pipeline
     assert {environment.urn for environment in proto.components.environments.values()} == {"beam:env:docker:v1"}
     images = [environment.payload.decode(errors="replace") for environment in proto.components.environments.values()]

@@ -153,13 +153,13 @@ def test_under_load_every_row_is_scored_by_the_version_it_names(shop: Shop) -> N
     for version in "23123":
         shop.promote(version)
         deadline = time.monotonic() + 10
-        while champion.held.version != version and time.monotonic() < deadline:
+        while champion.current.version != version and time.monotonic() < deadline:
             time.sleep(0.005)
     stop.set()
     for thread in threads:
         thread.join()
     champion.close()
-    assert [each["to"] for each in champion.swaps] == list("23123")
+    assert [each.after for each in champion.swaps] == list("23123")
     scorers = {version: open_scorer(Pinned(str(shop.folder(version)), version)) for version in "123"}
     for worker, batches in enumerate(made):
         for number, batch in enumerate(batches):
@@ -171,7 +171,7 @@ def test_under_load_every_row_is_scored_by_the_version_it_names(shop: Shop) -> N
                 True
             ] * whole.num_columns
             at = batch.column("__scored").cast(pa.int64())[0].as_py()
-            serving = [each["to"] for each in champion.swaps if each["at"] <= at]
+            serving = [each.after for each in champion.swaps if each.at <= at]
             assert version == (serving[-1] if serving else "1")
 
 
@@ -198,16 +198,16 @@ def test_altered_files_are_refused_once_and_taken_when_they_are_restored(
     shop.promote("2")
     for _ in range(3):
         champion.look()
-    assert champion.held.version == "1"
+    assert champion.current.version == "1"
     (refused,) = champion.refused
-    assert refused["version"] == "2"
-    assert champion.news() == {"swaps": 0, "refused": 1}
+    assert refused.version == "2"
+    assert champion.take_counts() == {"swaps": 0, "refused": 1}
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert "version 2 of 'asks' is refused, version 1 serves on" in said
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(kept, folder)
     champion.look()
-    assert champion.held.version == "2"
+    assert champion.current.version == "2"
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_a_model_made_for_something_else_is_refused(
     shop.promote(version)
     champion.look()
     champion.look()
-    assert champion.held.version == "1"
+    assert champion.current.version == "1"
     (refused,) = champion.refused
-    assert refused["version"] == version
-    assert refused["rule"].startswith(rule)
+    assert refused.version == version
+    assert refused.rule.startswith(rule)
 
 
 def test_a_model_that_reads_an_unknown_feature_is_refused(shop: Shop, champion: Champion) -> None:
@@ -237,8 +237,8 @@ def test_a_model_that_reads_an_unknown_feature_is_refused(shop: Shop, champion: 
     bundle = dataclasses.replace(bundle, encoders=type(bundle.encoders).from_json(json.dumps(told)))
     shop.promote(shop.registry.register(bundle, "run-20"))
     champion.look()
-    assert champion.held.version == "1"
-    assert "third" in champion.refused[0]["value"] + champion.refused[0]["rule"]
+    assert champion.current.version == "1"
+    assert "third" in champion.refused[0].value + champion.refused[0].rule
 
 
 def test_a_refused_model_is_tried_again_when_the_alias_moves_back_and_forth(shop: Shop, champion: Champion) -> None:
@@ -246,8 +246,8 @@ def test_a_refused_model_is_tried_again_when_the_alias_moves_back_and_forth(shop
     for bearer in (version, "1", version, "2"):
         shop.promote(bearer)
         champion.look()
-    assert [each["version"] for each in champion.refused] == [version, version]
-    assert champion.held.version == "2"
+    assert [each.version for each in champion.refused] == [version, version]
+    assert champion.current.version == "2"
 
 
 def test_a_registry_that_goes_away_is_told_of_once_and_missed_by_nobody(
@@ -258,14 +258,14 @@ def test_a_registry_that_goes_away_is_told_of_once_and_missed_by_nobody(
     try:
         for _ in range(3):
             champion.look()
-        assert champion.held.version == "1"
+        assert champion.current.version == "1"
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "version 1 serves on while the registry is asked again" in caplog.text
     finally:
         os.rename(f"{path}.away", path)
     shop.promote("3")
     champion.look()
-    assert champion.held.version == "3"
+    assert champion.current.version == "3"
     assert "the registry answers again" in caplog.text
     assert not champion.refused
 
@@ -274,8 +274,8 @@ def test_a_worker_that_starts_while_the_champion_is_broken_begins_with_the_launc
     version = shop.register(40, fingerprint="0123456789abcdef")
     shop.promote(version)
     champion = Champion(shop.serving(), watch=False)
-    assert champion.held.version == "1"
-    assert champion.refused[0]["version"] == version
+    assert champion.current.version == "1"
+    assert champion.refused[0].version == version
     shop.promote("1")
 
 

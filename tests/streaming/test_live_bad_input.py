@@ -102,7 +102,7 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
         stage.tell(told[:third], partitions=speaking)
         assert job.wait(120) == 4, job.output()
         said = job.output()
-    assert "The broker takes what is written to a topic" in said
+    assert "The broker accepts the messages of a job" in said
     assert "max.message.bytes" in said
     assert "nothing is lost" in said
     assert "Traceback" not in said, said

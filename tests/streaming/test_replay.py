@@ -168,8 +168,8 @@ def test_the_same_seed_gives_the_same_messages_and_offsets_have_no_holes(case: t
     ("flags", "words"),
     [
         ([], "from another place than it writes to"),
-        (["--source", "kafka"], "a broker is named"),
-        (["--sources", "/elsewhere", "--sink", "topic"], "topic is written to a broker"),
+        (["--source", "kafka"], "--source kafka needs a broker"),
+        (["--sources", "/elsewhere", "--sink", "topic"], "--sink topic needs a broker"),
         (["--sources", "/elsewhere", "--pase", "1s"], "--pace"),
         (["--sources", "/elsewhere", "--keep", "soon"], "whole number and a unit"),
     ],

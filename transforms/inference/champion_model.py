@@ -8,7 +8,6 @@ serving.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import socket
@@ -26,15 +25,13 @@ from apache_beam.ml.inference.base import ModelHandler
 from schemas.errors import MillraceError, MismatchError, StoreError
 from schemas.live import SEEN, live_predictions, scorable
 from schemas.views import FeatureView
+from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel, Swap
 from transforms.models.bundle import Bundle
 from transforms.models.registry import CHAMPION, Registry
 from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
-from transforms.records.frame_packets import head_of, pack
 
 log = logging.getLogger("millrace.serving")
-# Keys of the metadata of a batch's schema: an envelope with the origin of its rows; the model that scored it, as JSON.
-BATCH_RECORD, SERVING = b"millrace.told", b"millrace.serving"
-# The most swaps and refusals that are kept for the status.
+# The most swaps and refusals that a worker reports.
 KEPT = 20
 
 
@@ -78,7 +75,7 @@ class LoadedModel:
 
 
 def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
-    """Refuse a model that was trained on features other than those that the definition describes now.
+    """Checks that a model was trained on the features that the definition describes now.
 
     Args:
         bundle: the model.
@@ -92,12 +89,13 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
     mine = (bundle.manifest["view"], bundle.fingerprint)
     if mine != (view.name, view.fingerprint):
         value = (
-            f"version {version} of {bundle.name!r} trained on {mine[0]}/{mine[1]}, "
+            f"version {version} of {bundle.name!r} was trained on {mine[0]}/{mine[1]}, "
             f"the definition describes {view.name}/{view.fingerprint}"
         )
         fix = (
             f"Train again with: {train}; or restore the definition it was trained with. "
-            "If it is the same, a newer Millrace computes some of its features differently (CHANGELOG.md says which): train again"
+            "If it is the same, a newer Millrace computes some of its features differently "
+            "(CHANGELOG.md says which): train again"
         )
         raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
     known = {field.name: str(field.type) for field in view.output_schema}
@@ -140,15 +138,15 @@ class Champion:
 
     def __init__(self, serving: Serving, watch: bool = True) -> None:
         self.serving, self.worker = serving, f"{socket.gethostname()}/{os.getpid()}"
-        self.swaps: list[dict[str, Any]] = []
-        self.refused: list[dict[str, Any]] = []
+        self.swaps: list[Swap] = []
+        self.refused: list[Refusal] = []
         self._registry, self._lock, self._stop = Registry(serving.registry), threading.Lock(), threading.Event()
         self._skipped: tuple[str, Any] | None = None
-        self._trouble, self._folder, self._began = "", "", ""
-        self._news = {"swaps": 0, "refused": 0}
-        self._held: LoadedModel | None = None
+        self._trouble, self._folder, self._recorded = "", "", ""
+        self._counts = {"swaps": 0, "refused": 0}
+        self._current: LoadedModel | None = None
         self.look()
-        if self._held is None:
+        if self._current is None:
             self._swap(open_checked(serving, serving.first))
         if watch:
             _open.add(self)
@@ -157,34 +155,31 @@ class Champion:
             ).start()
 
     @property
-    def held(self) -> LoadedModel:
-        assert self._held is not None
-        return self._held
+    def current(self) -> LoadedModel:
+        assert self._current is not None
+        return self._current
 
-    def take(self) -> tuple[LoadedModel, int]:
+    def acquire(self) -> tuple[LoadedModel, int]:
         """The model that serves, and the time now (µs), which is before the `since` of any model that replaces it."""
         with self._lock:
-            return self.held, time.time_ns() // 1000
+            return self.current, time.time_ns() // 1000
 
-    def news(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, int]:
         """Counts of swaps and refusals since the last call."""
         with self._lock:
-            result, self._news = self._news, {"swaps": 0, "refused": 0}
+            result, self._counts = self._counts, {"swaps": 0, "refused": 0}
             return result
 
-    def begin(self, held: LoadedModel, rows: pa.RecordBatch) -> None:
+    def record_first_rows(self, loaded: LoadedModel, rows: pa.RecordBatch) -> None:
         """Record the first rows that a model scores in this process."""
         with self._lock:
-            if self._began == held.version or held is not self._held or not rows.num_rows:
+            if self._recorded == loaded.version or loaded is not self._current or not rows.num_rows:
                 return
-            self._began = held.version
-        positions = [
-            f"{source}/{partition}@{first}"
-            for source, partition, first, *_ in head_of(batch_record(rows)).get("parts", ())
-        ]
+            self._recorded = loaded.version
+        positions = [f"{each.source}/{each.partition}@{each.first}" for each in BatchOrigin.of(rows).ranges]
         log.warning(
             "version %s of %r scores from %s on",
-            held.version,
+            loaded.version,
             self.serving.model,
             ", ".join(positions) or "the next row",
         )
@@ -195,15 +190,17 @@ class Champion:
         try:
             version = self._registry.bearer(serving.model, serving.alias)
             if version is None:
-                value = f"nobody bears {serving.alias!r} of {serving.model!r} in {serving.registry}"
-                raise StoreError("The alias of a live job has a bearer", value, "Give it back with: millrace promote")
+                value = f"no version of {serving.model!r} has the alias {serving.alias!r} in {serving.registry}"
+                raise StoreError("A version has the alias of a live job", value, "Set it with: millrace promote")
         except Exception as error:  # on any error of the registry, the model in memory keeps serving
-            self._say(error)
+            self._report(error)
             return
         if self._trouble:
-            log.warning("the registry answers again: %s bears %r of %r", version, serving.alias, serving.model)
+            log.warning(
+                "the registry answers again: version %s has the alias %r of %r", version, serving.alias, serving.model
+            )
             self._trouble = ""
-        if self._held is not None and version == self._held.version:
+        if self._current is not None and version == self._current.version:
             self._skipped = None
         elif self._skipped is None or self._skipped != (version, _state(self._folder)):
             self._try(version)
@@ -217,7 +214,7 @@ class Champion:
         try:
             _, folder, digest = self._registry.locate(serving.model, version)
         except Exception as error:
-            self._say(error)
+            self._report(error)
             return
         self._folder, state = folder, _state(folder)
         try:
@@ -230,15 +227,15 @@ class Champion:
         self._swap(scorer, time.perf_counter() - began)
 
     def _swap(self, scorer: Scorer, took: float = 0.0) -> None:
-        before = self._held
+        before = self._current
         with self._lock:
-            held = LoadedModel(scorer, time.time_ns() // 1000)
-            self._held = held
+            loaded = LoadedModel(scorer, time.time_ns() // 1000)
+            self._current = loaded
             if before is not None:
-                swap = {"at": held.since, "from": before.version, "to": held.version}
+                swap = Swap(loaded.since, before.version, loaded.version)
                 self.swaps = [*self.swaps, swap][-KEPT:]
-                self._news["swaps"] += 1
-        which = f"version {held.version} of {self.serving.model!r}"
+                self._counts["swaps"] += 1
+        which = f"version {loaded.version} of {self.serving.model!r}"
         if before is None:
             log.info("%s serves", which)
         else:
@@ -246,32 +243,33 @@ class Champion:
                 "%s serves instead of version %s since %s (loaded, checked and warmed in %.2f s)",
                 which,
                 before.version,
-                _moment(held.since),
+                _moment(loaded.since),
                 took,
             )
 
     def _refuse(self, version: str, error: Exception) -> None:
-        serving = "what served at launch" if self._held is None else f"version {self._held.version}"
+        serving = "what served at launch" if self._current is None else f"version {self._current.version}"
         known = isinstance(error, MillraceError)
         rule = error.rule if isinstance(error, MillraceError) else "A model can be loaded and scores a row"
         value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
-        entry = {"at": time.time_ns() // 1000, "version": version, "rule": rule, "value": str(value), "fix": fix}
+        entry = Refusal(time.time_ns() // 1000, version, rule, str(value), fix)
         with self._lock:
             self.refused = [*self.refused, entry][-KEPT:]
-            self._news["refused"] += 1
+            self._counts["refused"] += 1
         log.error(
-            "version %s of %r is refused, %s serves on: %s  It is tried again when the alias moves or its files change.",
+            "version %s of %r is refused, %s serves on: %s  "
+            "It is tried again when the alias moves or its files change.",
             version,
             self.serving.model,
             serving,
             error if known else f"{rule}. Got: {value}.",
         )
 
-    def _say(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         """Report an error of the registry once, until the error changes."""
         if str(error) != self._trouble:
             self._trouble = str(error)
-            serving = "the version of the launch" if self._held is None else f"version {self._held.version}"
+            serving = "the version of the launch" if self._current is None else f"version {self._current.version}"
             log.warning("%s serves on while the registry is asked again: %s", serving, error)
 
 
@@ -315,7 +313,7 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
     """RunInference over live feature rows: each batch is scored by the model that serves at that moment.
 
     The input is batches of `schemas.live.scorable(view)`, the output is `schemas.live.live_predictions(view, classes)`.
-    An envelope in the metadata of the schema (`BATCH_RECORD`) passes through, and the model of this worker is added.
+    The `BatchOrigin` in the metadata passes through, and the `ServingModel` of this worker is added.
     """
 
     def __init__(self, serving: Serving) -> None:
@@ -331,14 +329,14 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
         self, batch: Sequence[pa.RecordBatch], model: Champion, inference_args: dict[str, Any] | None = None
     ) -> Iterable[pa.RecordBatch]:
         rows: pa.RecordBatch = batch  # RunInference passes a batch unchanged
-        held, at = model.take()
-        for name, number in model.news().items():
+        loaded, at = model.acquire()
+        for name, number in model.take_counts().items():
             if number:
                 self._counters[name].inc(number)
-        if held.version.isdigit():
-            self._version.set(int(held.version))
-        model.begin(held, rows)
-        return [score_live(self.serving, model, held, at, rows)]
+        if loaded.version.isdigit():
+            self._version.set(int(loaded.version))
+        model.record_first_rows(loaded, rows)
+        return [score_live(self.serving, model, loaded, at, rows)]
 
     def should_skip_batching(self) -> bool:
         return True
@@ -351,28 +349,18 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
 
 
 def score_live(
-    serving: Serving, champion: Champion, held: LoadedModel, at: int, rows: pa.RecordBatch
+    serving: Serving, champion: Champion, loaded: LoadedModel, at: int, rows: pa.RecordBatch
 ) -> pa.RecordBatch:
     """Predictions of one model for a batch, with the scoring time `at` (µs)."""
     schema = live_predictions(serving.view, serving.classes)
     if rows.num_rows:
-        made = predict(held.scorer, rows, serving.arm, SEEN.names)
+        made = predict(loaded.scorer, rows, serving.arm, SEEN.names)
         columns = [
             *made.columns,
             pa.repeat(pa.scalar(at, pa.int64()), rows.num_rows).cast(schema.field("__scored").type),
         ]
     else:
         columns = [pa.array([], field.type) for field in schema]
-    serving_now = {
-        "worker": champion.worker,
-        "version": held.version,
-        "since": held.since,
-        "refused": champion.refused,
-    }
-    metadata = {BATCH_RECORD: batch_record(rows), SERVING: json.dumps(serving_now).encode()}
+    serving_model = ServingModel(champion.worker, loaded.version, loaded.since, tuple(champion.refused))
+    metadata = {**BatchOrigin.of(rows).to_metadata(), **serving_model.to_metadata()}
     return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
-
-
-def batch_record(rows: pa.RecordBatch) -> bytes:
-    """The envelope in the metadata of a batch."""
-    return bytes((rows.schema.metadata or {}).get(BATCH_RECORD, pack({})))

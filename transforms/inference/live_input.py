@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import apache_beam as beam
@@ -14,8 +16,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.live import ORIGIN, live_schema, scorable
 from schemas.views import FeatureView
-from transforms.inference.champion_model import BATCH_RECORD
-from transforms.records.frame_packets import pack
+from transforms.inference.live_records import BatchOrigin, MessageRange
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER, now_us
 from transforms.storage.delta_log import commit_at, file_actions, versions
@@ -24,6 +25,9 @@ from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_tables import read_answers
 from transforms.streaming.messages import HEARTBEAT, MESSAGE_DEAD_LETTERS, Message, by_partition, heartbeat, to_arrow
 
+log = logging.getLogger("millrace.serving")
+# The log message by which a replay reports its progress.
+REPLAY = "replay: at row %d of %d"
 # Messages per batch: this bounds the memory of a worker while a job catches up.
 BATCH_MESSAGES = 200
 # Rows per replayed message.
@@ -37,44 +41,49 @@ def source_of(view: FeatureView) -> str:
 
 
 def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = False) -> pa.RecordBatch:
-    """Messages of any partitions as one batch of `scorable(view)`; its metadata has the offsets and the dead letters.
+    """Messages of any partitions as one batch of `scorable(view)`, with its `BatchOrigin` in the metadata.
 
     Args:
         view: the view of the feature rows.
         messages: from the features topic.
         by_row: offsets count rows (a replayed table), not messages.
     """
-    source, tables, dead_letters, parts = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
+    source, tables, dead_letters, ranges = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
     for (_, partition), some in by_partition(messages).items():
-        beat, rows = None, 0
+        heartbeat, rows = None, 0
         for message in some:
             if message.key == HEARTBEAT:
-                until = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
-                if until is None:
+                heartbeat, rows = _heartbeat_time(message), 0
+                if heartbeat is None:
                     dead_letters.append(_dead_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
-                beat, rows = until, 0
                 continue
-            beat = None  # an end counts only if no message follows
+            heartbeat = None  # an end counts only if no message follows
             try:
-                answers = _feature_rows(view, message)
+                found = _feature_rows(view, message)
             except (ValueError, OSError, pa.ArrowException) as error:
-                dead_letters.append(
-                    _dead_letter(source, message, "", (str(error).splitlines() or [repr(error)])[0][:300])
-                )
+                reason = (str(error).splitlines() or [repr(error)])[0][:300]
+                dead_letters.append(_dead_letter(source, message, "", reason))
                 rows = 0
                 continue
-            rows = answers.num_rows
-            kept, broken = _whole(view, answers)
+            rows = found.num_rows
+            complete, incomplete = _with_complete_key(view, found)
             dead_letters += [
                 _dead_letter(source, message, field, "an answer names its question", position)
-                for position, field in broken
+                for position, field in incomplete
             ]
-            tables.append(kept)
+            tables.append(complete)
         after = some[-1].offset + (rows if by_row else 1)
-        parts.append([source, partition, some[0].offset, after, len(some) if not by_row or rows else 0, beat])
-    frames = {"letters": pl.DataFrame(dead_letters, schema=MESSAGE_DEAD_LETTERS, orient="row")} if dead_letters else {}
-    schema = scorable(view).with_metadata({BATCH_RECORD: pack({"parts": parts, "came": now_us()}, frames)})
+        count = len(some) if not by_row or rows else 0
+        ranges.append(MessageRange(source, partition, some[0].offset, after, count, heartbeat))
+    rejected = pl.DataFrame(dead_letters, schema=MESSAGE_DEAD_LETTERS, orient="row")
+    origin = BatchOrigin(tuple(ranges), now_us(), rejected)
+    schema = scorable(view).with_metadata(origin.to_metadata())
     return batch(pa.concat_tables(tables) if tables else schema.empty_table(), schema)
+
+
+def _heartbeat_time(message: Message) -> int | None:
+    """The time (µs) in the value of a heartbeat; None if it is not an integer."""
+    return int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
 
 
 def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
@@ -86,7 +95,8 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
     found_fingerprint = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
     if found_fingerprint != view.fingerprint:
         raise ValueError(
-            f"an answer is of fingerprint {view.fingerprint} (view {view.name}), its key says {found_fingerprint[:40]!r}"
+            f"an answer is of fingerprint {view.fingerprint} (view {view.name}), "
+            f"its key says {found_fingerprint[:40]!r}"
         )
     if message.value[:4] != _ARROW:
         raise ValueError("a message of answers is an Arrow IPC stream")
@@ -112,19 +122,19 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
     return table.select(scorable(view).names)
 
 
-def _whole(view: FeatureView, answers: pa.Table) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """(Rows with a complete spine key, (position, field) of the other rows.)"""
+def _with_complete_key(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """Returns the rows with a complete spine key, and (position, field) of each other row."""
     named = [*view.key, view.time, "row_id", "date"]
     broken: dict[int, str] = {}
     for name in named:
-        column = answers[name]
+        column = rows[name]
         if column.null_count:
             for position in column.is_null().to_numpy().nonzero()[0].tolist():
                 broken.setdefault(position, name)
     if not broken:
-        return answers, []
-    kept = pa.array([position not in broken for position in range(len(answers))])
-    return answers.filter(kept), sorted(broken.items())
+        return rows, []
+    kept = pa.array([position not in broken for position in range(len(rows))])
+    return rows.filter(kept), sorted(broken.items())
 
 
 def _dead_letter(source: str, message: Message, field: str, rule: str, position: int = -1) -> tuple[object, ...]:
@@ -179,6 +189,27 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
                         yield Message(topic, 0, offset + start, arrived, f"{view.fingerprint}:replay".encode(), part)
                 offset += files[path].rows
     yield Message(topic, 0, offset, arrived, *heartbeat(FOREVER))
+
+
+class SendFeatureRows(beam.DoFn):
+    """Impulse → the live feature table as messages.
+
+    Args:
+        view: the view of the table.
+        store: the folder of the tables.
+        begin: first offset by partition; see `replayed`.
+        pace: time between messages, µs.
+    """
+
+    def __init__(self, view: FeatureView, store: str, begin: Mapping[int, int], pace: int) -> None:
+        self.view, self.store, self.begin, self.pace = view, store, begin, pace
+
+    def process(self, _: bytes) -> Iterator[Message]:
+        total = rows_in(self.view, self.store)
+        for message in replayed(self.view, self.store, self.begin):
+            log.info(REPLAY, message.offset, total)
+            yield message
+            time.sleep(self.pace / 1e6)
 
 
 def rows_in(view: FeatureView, store: str) -> int:

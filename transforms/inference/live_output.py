@@ -8,27 +8,24 @@ dropped by id.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import apache_beam as beam
-import numpy as np
 import polars as pl
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.userstate import on_timer
 from deltalake import DeltaTable
 
 from schemas.live import LIVE_DEAD_LETTERS, live_predictions
 from schemas.views import FeatureView
-from transforms.inference.champion_model import SERVING, batch_record
 from transforms.inference.live_input import source_of
+from transforms.inference.live_records import BatchOrigin, CommitStatus, ScoringState, ServingModel, ServingPeriod
 from transforms.models.scoring import ARM
-from transforms.records.frame_packets import head_of, unpack
+from transforms.records.frame_packets import head_of
 from transforms.records.garbage_collection import freeze_imports
 from transforms.records.record_batches import frame
 from transforms.records.times import FOREVER, now_us
@@ -56,9 +53,25 @@ from transforms.streaming.mirrored_state import (
     read_head,
     write_head,
 )
+from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 # The most (worker, model) pairs whose first rows the status reports.
 SWAPS_SHOWN = 50
+
+
+class ValueState(Protocol):
+    """State that holds one value, as Beam passes it to a DoFn."""
+
+    def read(self) -> bytes | None: ...
+    def write(self, value: bytes) -> None: ...
+
+
+class BagState(Protocol):
+    """State that holds a bag of values, as Beam passes it to a DoFn."""
+
+    def read(self) -> Iterable[bytes]: ...
+    def add(self, value: bytes) -> None: ...
+    def clear(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,110 +123,111 @@ class Outlet:
             part = plain.slice(start, MESSAGE_ROWS)
             first = part.column(part.schema.get_field_index("prediction_id"))[0].as_py()
             yield topic, f"{self.model}:{self.arm}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), to_arrow(part)
-        dead_letters = unpack(batch_record(rows))[1].get("letters")
-        if dead_letters is not None:
-            for key, value in dead_letter_messages(dead_letters):
-                yield dead_letters_topic, key, value
+        for key, value in dead_letter_messages(BatchOrigin.of(rows).dead_letters):
+            yield dead_letters_topic, key, value
 
 
 def to_envelope(rows: pa.RecordBatch) -> KeyedBytes:
     """A batch of predictions as an envelope for `PendingPredictions`: one micro-batch per partition."""
-    record, frames = unpack(batch_record(rows))
-    serving = json.loads((rows.schema.metadata or {}).get(SERVING, b"{}"))
+    origin, serving = BatchOrigin.of(rows), ServingModel.of(rows)
     # Polars accepts only text as metadata.
-    whole, dead_letters, parts = (
-        frame(rows.replace_schema_metadata(None)),
-        frames.get("letters", pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)),
-        [],
-    )
-    for source, partition, first, after, count, beat in record["parts"]:
-        mine = whole if len(record["parts"]) == 1 else whole.filter(pl.col("__partition") == partition)
-        bad = dead_letters if len(record["parts"]) == 1 else dead_letters.filter(pl.col("partition") == partition)
-        parts.append((source, partition, first, after, count, Decoded(mine, bad, beat)))
-    return SINGLE_KEY, micro_batch_envelope(parts, 0, received=record["came"], more={"serving": serving})
+    predictions, dead_letters = frame(rows.replace_schema_metadata(None)), origin.dead_letters
+    single, parts = len(origin.ranges) == 1, []
+    for each in origin.ranges:
+        mine = predictions if single else predictions.filter(pl.col("__partition") == each.partition)
+        rejected = dead_letters if single else dead_letters.filter(pl.col("partition") == each.partition)
+        decoded = Decoded(mine, rejected, each.heartbeat)
+        parts.append((each.source, each.partition, each.first, each.next, each.messages, decoded))
+    more = {"serving": {} if serving is None else serving.to_json()}
+    return SINGLE_KEY, micro_batch_envelope(parts, 0, received=origin.received, more=more)
 
 
-class _Once(UnknownIds):
+def serving_model_of(envelope: bytes) -> ServingModel | None:
+    """The model that scored the rows of an envelope."""
+    value = head_of(envelope).get("serving")
+    return ServingModel.of_json(value) if value else None
+
+
+class _NewIds(UnknownIds):
     """`UnknownIds` that also keeps the rows it found to be new."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = pl.DataFrame()
+        self.new_rows = pl.DataFrame()
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
-        self.kept = super().__call__(table, frame)
-        return self.kept
+        self.new_rows = super().__call__(table, frame)
+        return self.new_rows
 
 
-def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> dict[str, Any]:
+def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> ScoringState:
     """The initial state: the record of the table's last commit, else `begin`, the first offset per partition."""
     record = last_commit_record(open_table(outlet.uri), application_of(outlet.model))
     source = source_of(outlet.view)
     done = record.get("next", {}).get(source, {})
-    return {
-        **record,
-        "next": {source: {str(number): int(done.get(str(number), first)) for number, first in begin.items()}},
-    }
+    next_offsets = {str(number): int(done.get(str(number), first)) for number, first in begin.items()}
+    return ScoringState.of_json(source, {**record, "next": {source: next_offsets}})
 
 
 class PendingPredictions:
     """Predictions in order of offsets until they are committed.  `state` and the inbox are the state to checkpoint."""
 
-    def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
-        self.outlet, self.source = outlet, source_of(outlet.view)
-        self.turn = int(start.get("turn", 0))
-        self.next = {int(number): int(offset) for number, offset in start["next"][self.source].items()}
-        self.ended = {int(number): int(offset) for number, offset in start.get("ended", {}).items()}
-        self.rows = {"read": 0, "predicted": 0, "repeated": 0, "letters": 0, **start.get("rows", {})}
-        self.by_version: dict[str, int] = dict(start.get("by_version", {}))
-        self.tenures: dict[str, dict[str, Any]] = dict(start.get("reigns", {}))
-        self.refused: dict[str, dict[str, Any]] = dict(start.get("refused", {}))
-        self.since = int(start.get("since", now_us()))  # the last commit
+    def __init__(self, outlet: Outlet, start: ScoringState) -> None:
+        self.outlet, self.source, self.turn = outlet, start.source, start.turn
+        self.next, self.ended = dict(start.next), dict(start.ended)
+        self.rows = {"read": 0, "predicted": 0, "repeated": 0, "letters": 0, **start.rows}
+        self.by_version = dict(start.by_version)
+        self.periods, self.refused = dict(start.periods), dict(start.refused)
+        self.committed_at = now_us() if start.committed_at is None else start.committed_at
         self.inbox: list[MicroBatch] = []
-        self._ids = _Once()
+        self._ids = _NewIds()
         self._next_available = no_topic if outlet.kafka is None else FirstAvailable(outlet.kafka, outlet.prefix)
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def state(self) -> ScoringState:
         """The state to checkpoint, apart from the inbox."""
-        return {**self.head(), "reigns": self.tenures, "refused": self.refused, "since": self.since}
-
-    def head(self) -> dict[str, Any]:
-        """The record of a commit."""
-        return {
-            "turn": self.turn,
-            "next": {self.source: {str(number): offset for number, offset in self.next.items()}},
-            "ended": {str(number): offset for number, offset in self.ended.items()},
-            "rows": self.rows,
-            "by_version": self.by_version,
-        }
-
-    def take(self, envelope: bytes) -> None:
-        serving = head_of(envelope).get("serving")
-        some = micro_batches_of(envelope)
-        self.inbox += some
-        if not serving:
-            return
-        key = f"{serving['worker']} {serving['since']}"
-        tenure = self.tenures.setdefault(
-            key, {"worker": serving["worker"], "version": serving["version"], "since": serving["since"], "offsets": {}}
+        return ScoringState(
+            source=self.source,
+            next=self.next,
+            turn=self.turn,
+            ended=self.ended,
+            rows=self.rows,
+            by_version=self.by_version,
+            periods=self.periods,
+            refused=self.refused,
+            committed_at=self.committed_at,
         )
-        for micro_batch in some:
-            if len(micro_batch.rows):
-                known = tenure["offsets"].get(str(micro_batch.partition), micro_batch.first)
-                tenure["offsets"][str(micro_batch.partition)] = min(known, micro_batch.first)
-        for each in serving["refused"]:
-            self.refused[f"{each['version']} {each['at']}"] = each
-        for held in (self.tenures, self.refused):
-            while len(held) > SWAPS_SHOWN:
-                del held[next(iter(held))]
 
     @property
     def last(self) -> bool:
         """Whether every partition has reported its end."""
-        return bool(self.next) and all(self.ended.get(number) == offset for number, offset in self.next.items())
+        return self.state.at_end
 
-    def commit(self, now: int) -> dict[str, Any] | None:
-        """Commit what is there in order and keep the rest.  Returns the status; None if there was nothing to commit."""
+    def take(self, envelope: bytes) -> list[MicroBatch]:
+        """Add the micro-batches of an envelope, and note which model scored them.  Returns the micro-batches."""
+        added = micro_batches_of(envelope)
+        self.inbox += added
+        serving = serving_model_of(envelope)
+        if serving is None:
+            return added
+        period = ServingPeriod(serving.worker, serving.version, serving.since)
+        period = self.periods.get(period.key, period)
+        for micro_batch in added:
+            if len(micro_batch.rows):
+                period = period.with_message(micro_batch.partition, micro_batch.first)
+        self.periods[period.key] = period
+        self.refused |= {each.key: each for each in serving.refused}
+        for shown in (self.periods, self.refused):
+            while len(shown) > SWAPS_SHOWN:
+                del shown[next(iter(shown))]
+        return added
+
+    def commit(self, now: int) -> CommitStatus | None:
+        """Commit what is there in order and keep the rest.
+
+        Returns:
+            The status; None if there was nothing to commit.
+        """
 
         def count(_: str, what: str, number: int) -> None:
             if what == SKIPPED:
@@ -225,90 +239,62 @@ class PendingPredictions:
         rows, dead_letters = [], [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
         for micro_batch in admitted:
             due = self.next.get(micro_batch.partition, micro_batch.first)
-            rows.append(
-                micro_batch.rows if due <= micro_batch.first else micro_batch.rows.filter(pl.col("__offset") >= due)
-            )
-            dead_letters.append(
-                micro_batch.dead_letters
-                if due <= micro_batch.first
-                else micro_batch.dead_letters.filter(pl.col("offset") >= due)
-            )
+            repeats = due > micro_batch.first
+            rows.append(micro_batch.rows.filter(pl.col("__offset") >= due) if repeats else micro_batch.rows)
+            rejected = micro_batch.dead_letters
+            dead_letters.append(rejected.filter(pl.col("offset") >= due) if repeats else rejected)
             self.next[micro_batch.partition] = max(micro_batch.next, due)
             if micro_batch.heartbeat is not None and micro_batch.heartbeat >= FOREVER:
                 self.ended[micro_batch.partition] = self.next[micro_batch.partition]
         return self._write(pl.concat(rows), pl.concat(dead_letters), now)
 
-    def _write(self, rows: pl.DataFrame, dead_letters: pl.DataFrame, now: int) -> dict[str, Any]:
+    def _write(self, rows: pl.DataFrame, dead_letters: pl.DataFrame, now: int) -> CommitStatus:
         outlet = self.outlet
         self.turn += 1
         self.rows["read"] += len(rows)
-        once = rows.unique("row_id", keep="first", maintain_order=True)
+        unique = rows.unique("row_id", keep="first", maintain_order=True)
         if len(dead_letters):
-            self.rows["letters"] += self._dead_letters(dead_letters)
-        table, schema, app = (
-            open_table(outlet.uri),
-            live_predictions(outlet.view, outlet.classes),
-            application_of(outlet.model),
+            self.rows["letters"] += self._write_dead_letters(dead_letters)
+        new_rows = self._ids(open_table(outlet.uri), unique)
+        record = self._record(len(rows), new_rows if outlet.table else unique)
+        schema, app = live_predictions(outlet.view, outlet.classes), application_of(outlet.model)
+        writer = Writer(outlet.uri, schema, app, outlet.run_id)
+        writer.append(unique if outlet.table else unique.clear(), self.turn, record, self._ids, always=True)
+        return CommitStatus(
+            record=record,
+            last=self.last,
+            at=now,
+            periods=tuple(sorted(self.periods.values(), key=lambda each: (each.worker, each.since))),
+            refused=tuple(self.refused.values()),
+            lag=(rows["__scored"].to_physical() - rows["__arrived"].to_physical()).to_numpy() / 1e6,
         )
-        fresh = self._ids(table, once)
-        record = self._record(rows, once, fresh) if outlet.table else self._record(rows, once, once)
-        Writer(outlet.uri, schema, app, outlet.run_id).append(
-            once if outlet.table else once.clear(), self.turn, record, self._ids, always=True
-        )
-        return {**record, **self._status(rows, now)}
 
-    def _record(self, rows: pl.DataFrame, once: pl.DataFrame, fresh: pl.DataFrame) -> dict[str, Any]:
-        self.rows["predicted"] += len(fresh)
-        self.rows["repeated"] += len(rows) - len(fresh)
-        for version, number in fresh["model_version"].value_counts().iter_rows():
+    def _record(self, read: int, new_rows: pl.DataFrame) -> dict[str, object]:
+        """Count the rows of a commit.  Returns the record of the commit."""
+        self.rows["predicted"] += len(new_rows)
+        self.rows["repeated"] += read - len(new_rows)
+        for version, number in new_rows["model_version"].value_counts().iter_rows():
             self.by_version[version] = self.by_version.get(version, 0) + number
-        newest = max(self.tenures.values(), key=lambda each: int(each["since"]), default={"version": None})
-        return {**self.head(), "model": self.outlet.model, "version": newest["version"]}
+        newest = max(self.periods.values(), key=lambda each: each.since, default=None)
+        version = None if newest is None else newest.version
+        return {**self.state.commit_record(), "model": self.outlet.model, "version": version}
 
-    def _status(self, rows: pl.DataFrame, now: int) -> dict[str, Any]:
-        tenures = sorted(self.tenures.values(), key=lambda each: (each["worker"], each["since"]))
-        swaps = [
-            {
-                "at": after["since"],
-                "from": before["version"],
-                "to": after["version"],
-                "offsets": after["offsets"],
-                "worker": after["worker"],
-            }
-            for before, after in itertools.pairwise(tenures)
-            if before["worker"] == after["worker"]
-        ]
-        workers = {each["worker"]: {"version": each["version"], "since": each["since"]} for each in tenures}
-        lag = (rows["__scored"].to_physical() - rows["__arrived"].to_physical()).to_numpy() / 1e6
-        marks = (
-            dict(zip(("median", "p99", "max"), np.quantile(lag, (0.5, 0.99, 1)).round(4).tolist())) if len(lag) else {}
-        )
-        return {
-            "last": self.last,
-            "at": now,
-            "swaps": sorted(swaps, key=lambda each: int(each["at"])),
-            "refused": list(self.refused.values()),
-            "workers": workers,
-            "lag_s": {"rows": len(lag), **marks},
-        }
-
-    def _dead_letters(self, dead_letters: pl.DataFrame) -> int:
+    def _write_dead_letters(self, dead_letters: pl.DataFrame) -> int:
+        """Returns how many of them the table did not hold."""
         outlet = self.outlet
         arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-        named = dead_letters.with_columns(
-            pl.lit(outlet.view.name).alias("view"), arrived, arrived.dt.date().alias("date")
-        )
-        writer = Writer(
-            outlet.dead_letters_uri, LIVE_DEAD_LETTERS, application_of(f"{outlet.model}/letters"), outlet.run_id
-        )
-        fresh = BeyondOffsets(writer.app, None, ("source", "partition", "offset"))
-        return writer.append(named, self.turn, self.head(), fresh)
+        view = pl.lit(outlet.view.name).alias("view")
+        dated = dead_letters.with_columns(view, arrived, arrived.dt.date().alias("date"))
+        app = application_of(f"{outlet.model}/letters")
+        writer = Writer(outlet.dead_letters_uri, LIVE_DEAD_LETTERS, app, outlet.run_id)
+        new_rows = BeyondOffsets(app, None, ("source", "partition", "offset"))
+        return writer.append(dated, self.turn, self.state.commit_record(), new_rows)
 
 
 class CommitPredictions(beam.DoFn):
     """Envelopes of predictions → one commit per interval; the output is the status as JSON.  There is one key."""
 
-    def __init__(self, outlet: Outlet, start: Mapping[str, Any]) -> None:
+    def __init__(self, outlet: Outlet, start: ScoringState) -> None:
         self.outlet, self.start = outlet, start
         self.committed = Metrics.counter("millrace.serving", "rows_committed")
 
@@ -317,49 +303,51 @@ class CommitPredictions(beam.DoFn):
         self.mirror = Mirror()
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC)
+        self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
     ) -> Iterator[KeyedBytes]:
-        yield from self.taken(element, head, bag)
+        yield from self.add(element, head, bag)
 
-    def taken(self, element: KeyedBytes, head: Any, bag: Any) -> Iterator[KeyedBytes]:
-        """Add an envelope; commit if the interval has passed."""
+    def add(self, element: KeyedBytes, head: ValueState, bag: BagState) -> Iterator[KeyedBytes]:
+        """Add an envelope; commit if the interval has passed or a partition has sent a heartbeat."""
         key, envelope = element
         state = read_head(head)
-        ledger = self.ledger(key, state, bag)
+        pending = self.pending(key, state, bag)
         bag.add(envelope)
-        ledger.take(envelope)
-        ends = any(part[5] is not None for part in head_of(envelope)["parts"])
-        if ends or now_us() - ledger.since >= self.outlet.commit_every:
-            yield from self.commit(ledger, bag)
-        self.save(key, state, ledger, head)
+        heartbeat = any(each.heartbeat is not None for each in pending.take(envelope))
+        if heartbeat or now_us() - pending.committed_at >= self.outlet.commit_every:
+            yield from self.commit(pending, bag)
+        self.save(key, state, pending, head)
 
-    def ledger(self, key: bytes, state: Mapping[str, Any], bag: Any) -> PendingPredictions:
+    def pending(self, key: bytes, state: Mapping[str, Any], bag: BagState) -> PendingPredictions:
+        """The predictions of a key: those in memory, or those of the checkpoint."""
+
         def build() -> PendingPredictions:
-            ledger = PendingPredictions(self.outlet, state.get("ledger", self.start))
+            start = ScoringState.of_json(self.start.source, state["ledger"]) if "ledger" in state else self.start
+            pending = PendingPredictions(self.outlet, start)
             for envelope in bag.read():
-                ledger.take(envelope)
-            return ledger
+                pending.take(envelope)
+            return pending
 
         return self.mirror.get(key, state["version"], build)
 
-    def commit(self, ledger: PendingPredictions, bag: Any) -> Iterator[KeyedBytes]:
-        before = ledger.rows["predicted"]
-        record = ledger.commit(now_us())
-        ledger.since = now_us()
-        if record is not None:
-            self.committed.inc(ledger.rows["predicted"] - before)
+    def commit(self, pending: PendingPredictions, bag: BagState) -> Iterator[KeyedBytes]:
+        before = pending.rows["predicted"]
+        status = pending.commit(now_us())
+        pending.committed_at = now_us()
+        if status is not None:
+            self.committed.inc(pending.rows["predicted"] - before)
             bag.clear()
-            for envelope in envelopes_of(ledger.inbox):
+            for envelope in envelopes_of(pending.inbox):
                 bag.add(envelope)
-            yield SINGLE_KEY, json.dumps(record).encode()
+            yield SINGLE_KEY, json.dumps(status.to_json()).encode()
 
-    def save(self, key: bytes, state: dict[str, Any], ledger: PendingPredictions, head: Any) -> None:
-        state.update(version=state["version"] + 1, ledger=ledger.state())
+    def save(self, key: bytes, state: dict[str, Any], pending: PendingPredictions, head: ValueState) -> None:
+        state.update(version=state["version"] + 1, ledger=pending.state.to_json())
         write_head(head, state)
-        self.mirror.put(key, state["version"], ledger)
+        self.mirror.put(key, state["version"], pending)
 
 
-WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
+WAKE = wake_timer()
 
 
 class TimedCommitPredictions(CommitPredictions):
@@ -368,35 +356,32 @@ class TimedCommitPredictions(CommitPredictions):
     def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
     ) -> Iterator[KeyedBytes]:
-        yield from self.taken(element, head, bag)
-        self.arm(head, wake)
+        yield from self.add(element, head, bag)
+        self.set_timer(head, wake)
 
-    def arm(self, head: Any, wake: Any) -> None:
+    def set_timer(self, head: ValueState, wake: Timer) -> None:
         """Set the timer for one interval from now, unless it is set already."""
-        state, now = read_head(head), now_us()
-        at = now + self.outlet.commit_every
-        if not now - 5_000_000 < state.get("wake", 0) <= at:
-            state["wake"] = at
-            wake.set(at / 1e6)
+        state = read_head(head)
+        if set_wake_up(state, wake, now_us() + self.outlet.commit_every):
             write_head(head, state)
 
     @on_timer(WAKE)
-    def woken(
+    def on_wake(
         self,
-        key: Any = beam.DoFn.KeyParam,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
+        key: bytes = beam.DoFn.KeyParam,
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
     ) -> Iterator[KeyedBytes]:
         state = read_head(head)
-        ledger = self.ledger(key, state, bag)
-        if ledger.inbox:
-            yield from self.commit(ledger, bag)
-        state["wake"] = 0
-        self.save(key, state, ledger, head)
-        if ledger.inbox:  # a gap in the offsets is still waited for
-            self.arm(head, wake)
+        pending = self.pending(key, state, bag)
+        if pending.inbox:
+            yield from self.commit(pending, bag)
+        clear_wake_up(state)
+        self.save(key, state, pending, head)
+        if pending.inbox:  # these micro-batches wait for a gap in the offsets to be filled
+            self.set_timer(head, wake)

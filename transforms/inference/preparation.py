@@ -1,4 +1,4 @@
-"""Which model scores which rows: decided, and fixed to versions, before the graph of an inference run is built."""
+"""The decisions of a batch inference run before its graph is built: the model and the rows, at fixed versions."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class InferenceRequest:
     """Which rows to score, and with what.
 
     Args:
-        definition: of the view and the model.
-        store: its address.
+        definition: the definition of the view and the model.
+        store: address of the store.
         registry: MLflow tracking URI.
-        run_id: of the run.
-        start: first day of feature rows; None: the first there is.
-        end: the day after the last; None: the day after the last there is.
-        model_version: None: the champion.
-        input_tfrecord: pattern of files to score instead of the feature table.
-        output_tfrecord: prefix of files to write instead of the predictions table.
+        run_id: the run.
+        start: first day of feature rows; None: the first day in the table.
+        end: the day after the last; None: the day after the last in the table.
+        model_version: the version to score with; None: the champion.
+        input_tfrecord: pattern of the TFRecord files to score; None: the feature table is scored.
+        output_tfrecord: prefix of the TFRecord files to write; None: the predictions table is written.
     """
 
     definition: Definition
@@ -56,13 +56,13 @@ class InferencePlan:
     """The model and the rows of a run, at fixed versions.
 
     Args:
-        model: its version, folder and digest.
+        model: version, folder and digest of the model.
         bundle: the model, loaded and checked.
-        columns: of the feature table, as the model's predictions need them.
-        files: of the feature table; none where TFRecords are read.
-        paths: TFRecord files; none where the table is read.
-        features: address and version of the feature table read, or the pattern of TFRecord files.
-        target: what the predictions replace.  Its dates are None where TFRecords decide them.
+        columns: columns of the feature table that the predictions need.
+        files: files of the feature table; empty if TFRecord files are read.
+        paths: TFRecord files; empty if the table is read.
+        features: address and version of the feature table, or the pattern of TFRecord files.
+        target: the dates of the predictions table to replace; its dates are None if TFRecord files decide them.
     """
 
     model: Pinned
@@ -75,10 +75,10 @@ class InferencePlan:
 
 
 def prepare_inference(request: InferenceRequest) -> InferencePlan:
-    """Find the model and the rows, and check that they were made for each other.
+    """Finds the model and the rows, and checks that the model was trained on such rows.
 
     Raises:
-        StoreError: no champion, no such version, no feature table, files altered.
+        StoreError: there is no champion, version or feature table, or files were altered.
         MismatchError: fingerprints or schemas differ.
         DataError: the interval has no rows.
     """
@@ -108,7 +108,7 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
 
 
 def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
-    """The requested version, or else the present champion, with the digest of its files."""
+    """The requested version, or else the current champion, with the digest of its files."""
     registry = Registry(request.registry)
     version = request.model_version or registry.champion(name)
     if version is None:
@@ -122,7 +122,7 @@ def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
 def feature_files(
     request: InferenceRequest, view: FeatureView, schema: pa.Schema
 ) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
-    """(Address and version of the feature table, its files in the interval, the interval's dates)."""
+    """Returns address and version of the feature table, its files in the interval, and the dates of the interval."""
     uri = features_uri(request.store, view.name, view.fingerprint)
     again = _command("features", request)
     if (table := open_table(uri)) is None:
@@ -151,7 +151,11 @@ def fingerprints(store: str, view: str) -> list[str]:
 
 
 def check_target(uri: str, schema: pa.Schema) -> int | None:
-    """Version of the predictions table, None where there is none; refused if its columns are others."""
+    """The version of the predictions table; None if there is no table.
+
+    Raises:
+        MismatchError: the table has other columns.
+    """
     if (table := open_table(uri)) is None:
         return None
     check_fields(uri, table, schema, "Give the model a new name, or move the old table away")
@@ -159,7 +163,10 @@ def check_target(uri: str, schema: pa.Schema) -> int | None:
 
 
 def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
-    """Refuse a Delta table without the columns of `schema`."""
+    """
+    Raises:
+        MismatchError: a Delta table does not have the columns of `schema`.
+    """
     found = {field.name: str(field.type.type) for field in table.schema().fields}
     wanted = {field.name: str(field.type.type) for field in delta_schema(schema).fields}
     wrong = [
@@ -172,7 +179,7 @@ def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
 
 
 def _command(pipeline: str, request: InferenceRequest) -> str:
-    """The command that would make what is missing."""
+    """The command that computes the missing features or trains the missing model."""
     words = ["millrace", pipeline, "--definition", request.definition.name, "--store", request.store]
     if pipeline == "features":
         words += ["--start", str(request.start)] if request.start else []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         integer_sums,
         ratio,
     )
-    from transforms.records.frame_packets import Frames, head_of, pack, unpack
+    from transforms.records.frame_packets import Frames, Head, head_of, pack, unpack
     from transforms.records.garbage_collection import freeze_imports
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc

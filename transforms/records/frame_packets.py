@@ -1,6 +1,6 @@
-"""Envelopes: a small JSON head and Polars frames as bytes, sent between live steps and kept in their state.
+"""Envelopes: a small JSON head and Polars frames as bytes, sent between live steps and stored in their state.
 
-Plain bytes need no custom coder on any runner, and one envelope keeps related frames together.
+Plain bytes need no coder of their own on any runner, and one envelope keeps related frames together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import polars as pl
 
 Frames = dict[str, pl.DataFrame]
+# A JSON object: the head of an envelope, or the state that a live step writes.
+Head = dict[str, Any]
 
 
 def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = None) -> bytes:
@@ -32,8 +34,8 @@ def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = No
     return b"\n".join([line, b"".join(bodies)])
 
 
-def unpack(envelope: bytes) -> tuple[dict[str, Any], Frames]:
-    """Decodes the head and frames that `pack` encoded."""
+def unpack(envelope: bytes) -> tuple[Head, Frames]:
+    """Decodes the head and the frames that `pack` encoded."""
     end = envelope.index(b"\n")
     line = json.loads(envelope[:end])
     frames, start = {}, end + 1
@@ -43,6 +45,6 @@ def unpack(envelope: bytes) -> tuple[dict[str, Any], Frames]:
     return line["head"], frames
 
 
-def head_of(envelope: bytes) -> dict[str, Any]:
+def head_of(envelope: bytes) -> Head:
     """Decodes only the head of an envelope."""
     return json.loads(envelope[: envelope.index(b"\n")])["head"]

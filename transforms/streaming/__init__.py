@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.streaming.beginnings import HISTORY, of_topic
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
@@ -22,22 +21,14 @@ if TYPE_CHECKING:
         ReadTopics,
         begin_offsets,
         dead_letter_messages,
-        dead_letters_topic,
         ensure,
         send_end,
         set_group_offsets,
         topic_of,
     )
-    from transforms.streaming.kafka_admin import (
-        OVERHEAD,
-        FirstAvailable,
-        check_reachable,
-        partitions_of,
-        size_limit,
-        unread,
-    )
+    from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
     from transforms.streaming.live_dimensions import kept
-    from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, Sends, to_journal
+    from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
     from transforms.streaming.live_tables import (
         BeyondOffsets,
         UnknownIds,
@@ -78,9 +69,14 @@ if TYPE_CHECKING:
         read_head,
         write_head,
     )
-    from transforms.streaming.recovery import RecoveryPoint, find_recovery_point
-    from transforms.streaming.replay import Replay, SendChunks, sources_of
+    from transforms.streaming.preparation import (
+        LiveFeaturesJob,
+        LiveFeaturesPlan,
+        live_features_figures,
+        prepare_live_features,
+    )
+    from transforms.streaming.replay import Replay, SendChunks
     from transforms.streaming.shards import RID, groups_of
-    from transforms.streaming.store_owner import claim
+    from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 import_when_used(__name__)

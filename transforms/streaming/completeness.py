@@ -1,8 +1,9 @@
-"""Up to when everything is known: completeness told by the data, not by a runner's watermark.
+"""The completeness watermark: up to which time every row of a source is known, by the data instead of the runner.
 
-A partition that has shown a row of time T promises that no row earlier than T − lateness will follow.  A source is
-complete to the least promise of its partitions; a question at t may be answered when every source it reads is complete
-to t.  Runners keep watermarks too, but with several Kafka partitions some of them let one partition speak for all.
+A partition that has sent a row of time T promises that no row earlier than T − lateness will follow.  A source is
+complete up to the least promise of its partitions.  The features of a spine row at t are computed once every source
+that they read is complete up to t.  Runners have watermarks too, but with several Kafka partitions some runners advance
+them by one partition alone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from transforms.records.times import ALWAYS, FOREVER
 
 @dataclasses.dataclass
 class Partition:
-    """What one partition has told.  `promise`: no row before it will follow; `heard`: when it last spoke (both µs).
+    """The state of one partition.
 
-    `ended`: it says that nothing follows at all.  Rows that do follow (of a second replay, after a restart) take that back.
+    Args:
+        promise: no row before this time (µs) will follow.
+        heard: time of its last message, µs.
+        ended: whether nothing follows at all.  Rows that follow all the same, as of a second replay, reset it.
     """
 
     promise: int
@@ -30,7 +34,7 @@ class Partition:
 
 @dataclasses.dataclass(frozen=True)
 class CompletenessRule:
-    """How late a source's rows may be, and how long a silent partition is waited for (None: for ever), in µs."""
+    """The lateness of a source's rows, and the time after which a silent partition is idle (None: never), in µs."""
 
     lateness: int
     idle: int | None = None
@@ -42,16 +46,16 @@ class CompletenessRule:
 
 
 class Completeness:
-    """Completeness per source.  Times are µs since 1970; `now` is whatever clock idleness is measured by.
+    """Completeness by source.  Times are µs since 1970; idleness is measured by the clock that supplies `now`.
 
-    >>> clock = Clock({"sales": Rule(lateness=10)})
-    >>> clock.expect("sales", 0, now=0)
-    >>> clock.expect("sales", 1, now=0)
-    >>> clock.observe("sales", 0, greatest=100, now=1)
-    >>> clock.complete("sales", now=1) == ALWAYS  # partition 1 has said nothing yet
+    >>> completeness = Completeness({"sales": CompletenessRule(lateness=10)})
+    >>> completeness.expect("sales", 0, now=0)
+    >>> completeness.expect("sales", 1, now=0)
+    >>> completeness.observe("sales", 0, greatest=100, now=1)
+    >>> completeness.complete("sales", now=1) == ALWAYS  # partition 1 has not sent anything yet
     True
-    >>> clock.observe("sales", 1, greatest=50, now=2)
-    >>> clock.complete("sales", now=2)
+    >>> completeness.observe("sales", 1, greatest=50, now=2)
+    >>> completeness.complete("sales", now=2)
     40
     """
 
@@ -61,36 +65,39 @@ class Completeness:
         self._watermarks = dict.fromkeys(rules, ALWAYS)
 
     def expect(self, source: str, partition: int, now: int) -> None:
-        """Wait for a partition from now on."""
+        """From now on, the source is complete only as far as this partition is."""
         self.partitions[source].setdefault(partition, Partition(ALWAYS, now))
 
     def observe(self, source: str, partition: int, greatest: int, now: int) -> None:
-        """The partition has shown a row of time `greatest`.  Earlier ones do not turn the clock back."""
+        """The partition has sent a row of time `greatest`.  A promise never goes back."""
         self.promise(source, partition, greatest - self.rules[source].lateness, now)
 
     def promise(self, source: str, partition: int, until: int, now: int) -> None:
-        """The partition says itself (by a heartbeat) that no row before `until` follows; FOREVER: none at all."""
+        """The partition has promised, by a heartbeat, that no row before `until` follows; FOREVER: no row at all."""
         known = self.partitions[source].setdefault(partition, Partition(ALWAYS, now))
         known.ended = until >= FOREVER
         known.promise = known.promise if known.ended else max(known.promise, until)
         known.heard = max(known.heard, now)
 
     def complete(self, source: str, now: int) -> int:
-        """Every row with time before this is known.  FOREVER when all partitions are idle or ended: nothing is waited for."""
+        """The time before which every row is known; FOREVER if all partitions are idle or have ended."""
         waiting = self._waited_for(source, now)
         if not self.partitions[source]:
             return ALWAYS
         return min(waiting) if waiting else FOREVER
 
     def watermark(self, source: str, now: int) -> int:
-        """As `complete`, but it never goes back, and idleness or the end of all does not move it: what is before is late."""
+        """The time before which a row is late.
+
+        It is like `complete`, but it never goes back, and it stays where it is when all partitions are idle or ended.
+        """
         waiting = self._waited_for(source, now)
         if waiting:
             self._watermarks[source] = max(self._watermarks[source], min(waiting))
         return self._watermarks[source]
 
     def known(self, source: str) -> int:
-        """What `watermark` gave last."""
+        """The last result of `watermark`."""
         return self._watermarks[source]
 
     def _waited_for(self, source: str, now: int) -> list[int]:
@@ -103,7 +110,7 @@ class Completeness:
 
     @property
     def ended(self) -> bool:
-        """Whether every partition of every source says that nothing follows."""
+        """Whether every partition of every source has ended."""
         return all(each and all(one.ended for one in each.values()) for each in self.partitions.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class Completeness:
         }
 
     def load(self, value: Mapping[str, Any]) -> None:
-        """Take over what `to_json` of a clock gave."""
+        """Restores the state that `to_json` returned."""
         for name, state in value.items():
             if name in self.partitions:
                 self._watermarks[name] = state["settled"]

@@ -7,8 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam import pvalue
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, pack, unpack
@@ -36,6 +35,7 @@ from transforms.streaming.mirrored_state import (
 from transforms.streaming.recovery import hand_over, restore_journal, start_of
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
+from transforms.streaming.wake_ups import clear_wake_up, set_wake_up, wake_timer
 
 
 class JournalDoFn(beam.DoFn):
@@ -144,7 +144,7 @@ class JournalDoFn(beam.DoFn):
         self.mirror.put(key, state["version"], journal_state)
 
 
-WAKE = TimerSpec("wake", TimeDomain.REAL_TIME)
+WAKE = wake_timer()
 
 
 class TimedJournalDoFn(JournalDoFn):
@@ -176,7 +176,7 @@ class TimedJournalDoFn(JournalDoFn):
         if "journal" in state and not now < due <= now + self.live.pace:
             yield from self.taken(key, state, now, head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
             return
-        self.arm(state, wake, max(now, due) if due <= now + self.live.pace else now + self.live.pace)
+        set_wake_up(state, wake, max(now, due) if due <= now + self.live.pace else now + self.live.pace)
         write_head(head, state)
 
     @on_timer(WAKE)
@@ -196,14 +196,8 @@ class TimedJournalDoFn(JournalDoFn):
         c7: Any = StateParam(SLOT_SPECS[7]),
     ) -> Iterator[pvalue.TaggedOutput]:
         state = read_head(head)
-        state["wake"] = 0
+        clear_wake_up(state)
         yield from self.taken(key, state, now_us(), head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
-
-    def arm(self, state: dict[str, Any], wake: Any, at: int) -> None:
-        """Set the timer to `at`, unless it is already set to an earlier time."""
-        if not now_us() - 5_000_000 < state.get("wake", 0) <= at:
-            state["wake"] = at
-            wake.set(at / 1e6)
 
     def taken(
         self, key: bytes, state: dict[str, Any], now: int, head: Any, bag: Any, wake: Any, slots: Sequence[Any]
@@ -218,7 +212,7 @@ class TimedJournalDoFn(JournalDoFn):
             ):
                 yield from self.sent(journal_state, turn)
         elif "journal" not in state:  # the state of the tables comes first
-            self.arm(state, wake, now + self.live.pace)
+            set_wake_up(state, wake, now + self.live.pace)
             write_head(head, state)
             return
         journal_state.inbox = [
@@ -232,7 +226,7 @@ class TimedJournalDoFn(JournalDoFn):
             yield pvalue.TaggedOutput("entries", (SINGLE_KEY, pack({"kind": "tick", "turn": 0})))
         left = envelopes_of(waiting)
         state["turned"] = now
-        self.arm(state, wake, now + (self.live.pace if left else 1_000_000))
+        set_wake_up(state, wake, now + (self.live.pace if left else 1_000_000))
         self.save(key, state, journal_state, head, bag, slots, left)
 
 

@@ -1,4 +1,4 @@
-"""Kafka topics: read and written through Beam's KafkaIO, looked at and positioned through Kafka's own client."""
+"""Kafka topics: they are read through Beam's KafkaIO, and written and administered through Kafka's own client."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
+import polars as pl
 import pyarrow as pa
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.utils.windowed_value import WindowedValue
@@ -16,15 +17,14 @@ from schemas.views import FeatureView
 from transforms.records.times import FOREVER
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
-# How long the broker may take to acknowledge a message, and elements that wait for it at most.
-DELIVERY_MS, HELD = 120_000, 64
-# By a hash of the key.
+# The most ms until the broker acknowledges a message, and the most elements that wait for acknowledgement.
+DELIVERY_MS, MAX_WAITING = 120_000, 64
+# The partition is chosen by a hash of the key.
 ANY = -1
-# Rows and bytes of one message of answers: the usual limit of clients and brokers is a megabyte.
+# The most rows and bytes of a message: the usual limit of clients and brokers is a megabyte.
 MESSAGE_ROWS, MESSAGE_BYTES = 1000, 950_000
 TIMEOUT_SECONDS = 10.0
-# Of every consumer: rows of a transaction that was aborted are none, and rows of one that is open are not there yet.
-# `Broker.properties` may say otherwise.
+# No consumer reads rows of aborted or open transactions, unless `Broker.properties` sets another isolation level.
 COMMITTED = {"isolation.level": "read_committed"}
 
 
@@ -49,9 +49,9 @@ class Broker:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class ReadTopics(beam.PTransform):
-    """PBegin → PCollection[Message], from where `group` stands (see `set_group_offsets`); each partition in order.
+    """PBegin → PCollection[Message], from the offsets of `group` (see `set_group_offsets`); each partition in order.
 
-    Nothing is committed to the broker: where to go on is kept with what was made of the messages.
+    Nothing is committed to the broker: offsets are committed to the tables, together with the rows.
     """
 
     broker: Broker
@@ -97,13 +97,13 @@ class WriteTopic(beam.PTransform):
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Produce(beam.PTransform):
-    """PCollection[T] → the same, each element handed on once the broker has acknowledged its messages, at least once.
+    """PCollection[T] → the same; an element is emitted once the broker has acknowledged its messages, at least once.
 
-    What is committed after this step is in the topic: WriteToKafka tells nobody when it is done.
+    So whatever is committed after this step is in the topic.  WriteToKafka does not report when it is done.
 
     Args:
-        broker: where to.
-        messages: an element's messages, (topic, key, value) each.
+        broker: the broker of the topics.
+        messages: returns the (topic, key, value) of each message of an element.
     """
 
     broker: Broker
@@ -123,25 +123,25 @@ class _Send(beam.DoFn):
         self.sender = Sender(self.broker)
 
     def start_bundle(self) -> None:
-        self.held: list[WindowedValue] = []
+        self.waiting: list[WindowedValue] = []
 
     def process(
         self, element: Any, at: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
     ) -> Iterator[WindowedValue]:
         for topic, key, value in self.messages(element):
             self.sender.send(topic, key, value)
-        self.held.append(WindowedValue(element, at, [window]))
-        if len(self.held) == HELD:
+        self.waiting.append(WindowedValue(element, at, [window]))
+        if len(self.waiting) == MAX_WAITING:
             yield from self.finish_bundle()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         self.sender.acknowledged()
-        held, self.held = self.held, []
-        yield from held
+        acknowledged, self.waiting = self.waiting, []
+        yield from acknowledged
 
 
 class Sender:
-    """Kafka's own producer: idempotent, every message acknowledged by all replicas."""
+    """Kafka's own producer: it is idempotent, and all replicas acknowledge every message."""
 
     def __init__(self, broker: Broker) -> None:
         from confluent_kafka import Producer
@@ -151,10 +151,10 @@ class Sender:
         self.producer = Producer({**broker.config, **config})
 
     def send(self, topic: str, key: bytes, value: bytes, partition: int = ANY) -> None:
-        """Hand a message over; wait while the client's queue is full.
+        """Sends a message; waits while the client's queue is full.
 
         Raises:
-            StoreError: the client refuses it, as too large.
+            StoreError: the client refuses the message, because it is too large.
         """
         from confluent_kafka import KafkaException
 
@@ -168,15 +168,15 @@ class Sender:
                 self._refuse(f"{topic}: {error.args[0].str()}")
 
     def acknowledged(self) -> None:
-        """Wait for every message sent so far.
+        """Waits until every message is acknowledged.
 
         Raises:
-            StoreError: the broker did not take one within two minutes, or refused it.
+            StoreError: the broker did not accept a message within two minutes, or refused it.
         """
         left = self.producer.flush(DELIVERY_MS / 1000 + 10)
         if left or self.failed:
             failed, self.failed = self.failed, []
-            self._refuse(failed[0] if failed else f"{left} messages without an answer")
+            self._refuse(failed[0] if failed else f"{left} messages without an acknowledgement")
 
     def _delivered(self, error: Any, message: Any) -> None:
         if error is not None:
@@ -184,14 +184,15 @@ class Sender:
 
     def _refuse(self, value: str) -> None:
         raise StoreError(
-            "The broker takes what is written to a topic",
+            "The broker accepts the messages of a job",
             f"{self.broker.bootstrap}, {value}",
-            "Look at its disk, its quotas and the topic's max.message.bytes; nothing is lost, the job goes on from its last commit",
+            "Check its disk, its quotas and the topic's max.message.bytes; no message is lost, "
+            "the job continues from its last commit",
         )
 
 
 def send_end(broker: Broker, topic: str) -> None:
-    """Say on every partition of a topic that nothing follows."""
+    """Sends the heartbeat that marks the end to every partition of a topic."""
     sender = Sender(broker)
     for number in begin_offsets(broker, [topic])[topic]:
         sender.send(topic, *heartbeat(FOREVER), partition=number)
@@ -199,12 +200,12 @@ def send_end(broker: Broker, topic: str) -> None:
 
 
 def ensure(broker: Broker, topics: Sequence[str]) -> None:
-    """Create those topics that are missing, as the broker does by default.
+    """Creates missing topics with the defaults of the broker.
 
     Raises:
         StoreError: the broker cannot be reached, or refuses.
     """
-    from confluent_kafka import KafkaException
+    from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.admin import AdminClient
     from confluent_kafka.cimpl import NewTopic
 
@@ -215,21 +216,21 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
         try:
             made.result(TIMEOUT_SECONDS)
         except KafkaException as error:
-            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 fix = "Create it yourself, or grant the right to"
                 value = f"{topic}: {error.args[0].str()}"
                 raise StoreError("An output topic is there or can be created", value, fix) from None
 
 
 def feature_row_messages(
-    answers: pa.RecordBatch, fingerprint: str, most: int = MESSAGE_BYTES
+    rows: pa.RecordBatch, fingerprint: str, most: int = MESSAGE_BYTES
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Answers as messages: the key names the fingerprint and the first row, the value is Arrow; rows are told apart by `row_id`.
+    """Feature rows as messages.  The key has the fingerprint and the first `row_id`, the value is an Arrow IPC stream.
 
-    A value of more than `most` bytes is halved, down to one row.
+    A message of more than `most` bytes is split in half, down to one row.
     """
-    for start in range(0, answers.num_rows, MESSAGE_ROWS):
-        part = answers.slice(start, MESSAGE_ROWS)
+    for start in range(0, rows.num_rows, MESSAGE_ROWS):
+        part = rows.slice(start, MESSAGE_ROWS)
         value = to_arrow(part)
         if len(value) > most and part.num_rows > 1:
             half = part.num_rows // 2
@@ -240,15 +241,15 @@ def feature_row_messages(
         yield f"{fingerprint}:{first & 0xFFFFFFFFFFFFFFFF:016x}".encode(), value
 
 
-def dead_letter_messages(dead_letters: Any) -> Iterator[tuple[bytes, bytes]]:
-    """Dead letters as messages, JSON each; the key is the place of the row."""
+def dead_letter_messages(dead_letters: pl.DataFrame) -> Iterator[tuple[bytes, bytes]]:
+    """Dead letters as messages, in JSON; the key is the position of the row."""
     positions = dead_letters.select("source", "partition", "offset", "place").rows()
     for position, value in zip(positions, to_json(dead_letters), strict=True):
         yield "/".join(map(str, position)).encode(), value
 
 
 def topic_of(view: FeatureView, prefix: str = "") -> str:
-    """Where a view's answers go."""
+    """The topic of a view's feature rows."""
     return f"{prefix}{view.name}.features"
 
 
@@ -257,7 +258,7 @@ def dead_letters_topic(view: FeatureView, prefix: str = "") -> str:
 
 
 def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
-    """First offset there is of every partition.
+    """The first offset of every partition that the broker still has.
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -266,9 +267,9 @@ def begin_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, 
 
 
 def end_offsets(broker: Broker, topics: Sequence[str]) -> dict[str, dict[int, int]]:
-    """The offset behind the last committed message of every partition: its last stable offset.
+    """The last stable offset of every partition, which is after its last committed message.
 
-    What stands before it need not be a message (see `offsets.unread`).
+    The offset before it need not be a message (see `kafka_admin.unread`).
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -301,7 +302,16 @@ def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dic
 
 
 def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[int, int]]) -> None:
-    """Let the consumer group `group` (a fresh one) begin at these offsets."""
+    """Sets the offsets of a new consumer group.
+
+    Args:
+        broker: the broker of the topics.
+        group: the group.
+        offsets: next offset by topic and partition.
+
+    Raises:
+        StoreError: the broker refuses, as when the group is in use.
+    """
     from confluent_kafka import KafkaException, TopicPartition
 
     client = _consumer(broker, group)
@@ -314,7 +324,7 @@ def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[
         client.commit(offsets=positions, asynchronous=False)
     except KafkaException as error:
         raise StoreError(
-            "A consumer group can be placed", f"{group}: {error}", "Use a group of its own for every launch"
+            "The offsets of a new consumer group can be set", f"{group}: {error}", "Use a new group for every launch"
         ) from None
     finally:
         client.close()

@@ -1,4 +1,4 @@
-"""What a broker says of a topic's offsets, asked while a live job runs."""
+"""Queries about topics and their offsets while a live job runs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from schemas.errors import StoreError
 from transforms.records.times import ALWAYS
 from transforms.streaming.kafka import TIMEOUT_SECONDS, Broker, _consumer, end_offsets
 
-# What Kafka's client takes unless told otherwise, and what a record needs beside its value.
+# The default size limit of Kafka's client, and the bytes of a record beside its value.
 CLIENT_LIMIT, OVERHEAD = 1_000_000, 1_000
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstAvailable:
-    """Which record of a partition comes first, at or after an offset: a `NextAvailable`.
+    """The first record of a partition at or after an offset: a `NextAvailable`.
 
     Args:
-        broker: where the topics are.
-        prefix: before the sources' names.
+        broker: the broker of the topics.
+        prefix: prefix of topic names.
     """
 
     broker: Broker
     prefix: str
 
     def __call__(self, source: str, partition: int, offset: int) -> int:
-        """Its offset; that behind the last stable one where there is none; ALWAYS, before any, while the broker does not say."""
+        """See `first_record`."""
         return first_record(self.broker, f"{self.prefix}{source}", partition, offset)
 
 
 _lock = threading.Lock()
-# A client per broker: one that is there already answers in milliseconds, and each transaction leaves a hole to ask about.
+# One client per broker: an open client answers in milliseconds, and every transaction leaves a gap in the offsets.
 _clients: dict[str, Any] = {}
 
 
 def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int:
-    """The offset of a partition's first committed record at or after `offset`; that behind the last stable one where there is none.
+    """The offset of a partition's first committed record at or after `offset`.
 
-    Ends of transactions, rows of those that were aborted, and what was compacted away have offsets and are no records.
-    ALWAYS while the broker does not say.
+    Markers of transactions, rows of aborted transactions and compacted rows have offsets, but are not records.
+
+    Returns:
+        The offset; the last stable offset if there is no such record; ALWAYS if the broker does not answer.
     """
     from confluent_kafka import KafkaError, TopicPartition
 
@@ -62,7 +64,7 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
         message = client.poll(TIMEOUT_SECONDS)
         error = None if message is None else message.error()
         if message is None or (error is not None and error.code() != KafkaError._PARTITION_EOF):
-            client.close()  # the next to ask gets another
+            client.close()  # the next call opens another one
             return ALWAYS
         client.unassign()  # so that it reads no further
         _clients[name] = client
@@ -70,8 +72,11 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
 
 
 def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
-    """Per topic and partition that there is now, how many offsets a consumer that stands at `due` (0 if not named) has before
-    it up to the last stable one; 0 where no record is among them, and nothing more will come of what is there.
+    """Number of unread offsets by topic and partition, up to the last stable offset; 0 if none of them is a record.
+
+    Args:
+        broker: the broker of the topics.
+        due: next offset by topic and partition; 0 for a partition that is not named.
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -88,7 +93,7 @@ def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, di
 
 
 def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:
-    """How many partitions each topic has now; empty while the broker does not say."""
+    """Number of partitions by topic; empty if the broker does not answer."""
     from confluent_kafka import KafkaException
 
     client = _consumer(broker, "millrace-look")
@@ -102,24 +107,24 @@ def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:
 
 
 def size_limit(broker: Broker, topics: Sequence[str]) -> int:
-    """Bytes that a message to any of the topics may have, its batch included, as the topics' max.message.bytes say."""
+    """The most bytes of a message to any of the topics, with its batch: the least of their max.message.bytes."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]
 
     admin = AdminClient({**broker.config, "log_level": 0})
-    asked = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
+    configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
     limits = [CLIENT_LIMIT]
-    for answer in asked.values():
-        with contextlib.suppress(KafkaException, KeyError):  # without the right to ask, the client's own limit
+    for answer in configurations.values():
+        with contextlib.suppress(KafkaException, KeyError):  # without the right to read it, the client's limit holds
             limits.append(int(answer.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
     return min(limits)
 
 
 def check_reachable(what: str, flag: str, addresses: str) -> None:
-    """Connect to one of some addresses HOST:PORT (with commas between), to say at once what is wrong with all.
+    """Checks that a server listens at one of some addresses HOST:PORT, separated by commas.
 
     Raises:
-        StoreError: nobody listens at any.
+        StoreError: none can be reached; the error names the reason of each.
     """
     reasons = []
     for address in addresses.split(","):

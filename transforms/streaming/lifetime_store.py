@@ -1,9 +1,9 @@
-"""What live state keeps of events that only windows without a beginning still hold: no more than a few rows per key.
+"""Compacted live state of old events that only lifetime windows still contain: at most a few rows per key.
 
-- Counts, sums and extremes: one row per key, the summary that batch keeps of a past (`lifetime.summarise`).  Its sums are
-  integers and its extremes commute, so a late event enters it as any other, and the order of entering changes no bit.
-- `first`, `last` and `Latest`: the events themselves that can be first or last (`middles.firsts_and_lasts`), with all that
-  ties are broken by; one that is kept for nothing is harmless.
+- Counts, sums and extremes need one row per key, the summary of the batch engine (`lifetime_summaries.summarise`).  Its
+  sums are integers and its extremes commute.  So a late event is added like any other, and the order changes no bit.
+- `first`, `last` and `Latest` need the events that can be first or last (`long_windows.firsts_and_lasts`), with the
+  columns that break ties.  An event that is stored without need does no harm.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
 from transforms.streaming.pane_store import SLOTS, IndexedRows, Piece
 
-# How events are kept that have left the panes: not at all (bounded windows), as a summary, or those first and last.
+# How events are stored after their eviction: not at all (bounded windows), as a summary, or the first and last of them.
 Kind = Literal["none", "summary", "rows"]
 
 
 def by_kind(feature: Trailing | Latest) -> Iterator[tuple[Kind, Trailing | Latest]]:
-    """The feature's columns by how the events of their windows are kept."""
+    """The feature's columns by how the events of their windows are stored."""
     if isinstance(feature, Latest):
         yield ("rows" if feature.length is None else "none"), feature
         return
@@ -42,15 +42,16 @@ def by_kind(feature: Trailing | Latest) -> Iterator[tuple[Kind, Trailing | Lates
 
 
 class LifetimeStore:
-    """Events of one group (features of one source, key and condition, of one kind) after they left the panes.
+    """Evicted events of one group: of the features of one source, key, condition and kind.
 
-    Parts of growing size, merged like the levels of a log-structured tree, so that taking a few rows in touches few others.
+    They are in parts of growing size, which are merged like the levels of a log-structured merge tree, so that an
+    addition rewrites few rows.
 
     Args:
-        view: whose columns of the source are there.
-        features: of the group.
+        view: the view; it decides the columns.
+        features: the features of the group.
         kind: "summary" or "rows".
-        cell: in which cell of the state it is written (see `panes.take_changes`), and its number among others there.
+        slot: number of the group; modulo `SLOTS`, the slot of its state (see `pane_store.take_changes`).
     """
 
     def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, slot: int) -> None:
@@ -72,14 +73,14 @@ class LifetimeStore:
         return sum(part.bytes for part in self.parts)
 
     def reduced(self, events: pl.DataFrame) -> pl.DataFrame:
-        """What is kept of some events."""
+        """The compacted form of some events."""
         events = events.select(self.columns).drop_nulls(self.keys)
         with computing(f"where of {self.name!r}"):
             events = events if self.where is None else events.filter(self.where)
         return summarise(self.features, events) if self.kind == "summary" else firsts_and_lasts(self.features, events)
 
     def add(self, reduced: pl.DataFrame) -> None:
-        """Take in what was kept of events that were not here before."""
+        """Adds the compacted form of new events."""
         if not len(reduced):
             return
         self._append(reduced)
@@ -87,12 +88,12 @@ class LifetimeStore:
             changes.append((self.position, reduced))
 
     def restore(self, _: int, reduced: pl.DataFrame) -> None:
-        """As `add`, of what a cell has."""
+        """Adds rows from a slot."""
         if len(reduced):
             self._append(reduced)
 
     def slot(self, slot: int) -> list[Piece]:
-        """All that cell `slot` holds, with the number it goes by: the largest part as it is, and the others as one."""
+        """The rows of a slot, with the group's number: the largest part unchanged, and the others as one."""
         if not self.parts or self.position % SLOTS != slot:
             return []
         return [(self.position, self._joined(some)) for some in (self.parts[:1], self.parts[1:]) if some]
@@ -101,7 +102,7 @@ class LifetimeStore:
         return self._joined(self.parts)
 
     def tables(self, hashes: UInt64s, events: pl.DataFrame) -> KernelTables:
-        """A kernel's tables for keys that hash to `hashes`, from here and from their `events` in the panes."""
+        """The kernel's tables for the keys with `hashes`: the compacted events, and the `events` not yet evicted."""
         wanted = pl.Series(hashes).unique().sort().to_numpy()
         found = [part.frame[rows] for part in self.parts if len(rows := part.find(self.keys, wanted))]
         kept = self._one(found)

@@ -1,8 +1,8 @@
-"""Dimensions of a live job: read again when their files have changed, each content kept under its version.
+"""Dimensions of a live job: they are read again when their files change, and every content is stored as a version.
 
-One that cannot be read, as it is half written or has lost a column, costs no answer: the version that served before
-serves on, in a worker that starts meanwhile too, and every look says so until it is mended.  Of one that can be read,
-rows that break its contract are set aside, and told once with the version.
+If a dimension cannot be read, because it is half written or lacks a column, the previous version keeps serving, also in
+a worker that starts meanwhile.  An error is logged at every check until the dimension is repaired.  If it can be read,
+rows that break its contract become dead letters, once per version.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from transforms.storage.delta_tables import write_aside
 from transforms.streaming.messages import MESSAGE_DEAD_LETTERS
 
 log = logging.getLogger("millrace.live")
-# Beside a dimension's contents: the version that serves.
+# File, beside a dimension's versions, that names the version in use.
 SERVING = "serving.json"
 
 
 class Dimensions:
-    """The view's dimensions as of now; looks for changes at most once per `every` µs."""
+    """The current dimensions of a view.  Files are checked for changes at most once per `every` µs."""
 
     def __init__(self, view: FeatureView, root: str, kept: str, every: int) -> None:
         self.view, self.root, self.kept, self.every = view, root, kept, every
-        self.looked = 0
+        self.checked = 0
         self.versions: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self.frames: dict[str, pl.DataFrame] = {}
@@ -47,15 +47,15 @@ class Dimensions:
         self.refused = Metrics.counter("millrace.live", "dimensions_refused")
 
     def refresh(self) -> None:
-        """Read again what has changed.
+        """Reads the dimensions whose files have changed.
 
         Raises:
-            MillraceError: a dimension cannot be read, and no version of it has served before.
+            MillraceError: a dimension cannot be read, and there is no previous version.
         """
         now = time.monotonic_ns() // 1000
-        if self.looked and now - self.looked < self.every:
+        if self.checked and now - self.checked < self.every:
             return
-        self.looked = now
+        self.checked = now
         for name, source in self.view.dimensions.items():
             try:
                 self._read(name, self._contract(name, source))
@@ -77,19 +77,22 @@ class Dimensions:
         frame = dimension_rows(contract, read.frame)
         dead_letters, _ = contradictions(self.view, contract, slices, frame)
         version = keep(self.kept, name, frame)
-        self._set_aside(
+        self._reject(
             name, version, [each.path for each in slices], concat_dead_letters([read.dead_letters, *dead_letters])
         )
         if name in self.versions and version != self.versions[name]:
             log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
 
-    def news(self) -> pl.DataFrame:
-        """Letters about the versions read since this was asked last.  `partition` is −1, `offset` a row of file number `position`."""
+    def take_dead_letters(self) -> pl.DataFrame:
+        """Dead letters of the versions that were read since the last call.
+
+        Their `partition` is −1, their `offset` is a row of file number `place`.
+        """
         collected, self._dead_letters = self._dead_letters, []
         return pl.concat([pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), *collected])
 
-    def _set_aside(self, name: str, version: str, files: list[str], dead_letters: pl.DataFrame) -> None:
+    def _reject(self, name: str, version: str, files: list[str], dead_letters: pl.DataFrame) -> None:
         if not len(dead_letters):
             return
         dead_letters = dead_letters.unique(["file", "row"], keep="first", maintain_order=True)
@@ -107,7 +110,7 @@ class Dimensions:
         ).sort("place", "offset")
         self._dead_letters.append(collected)
         log.warning(
-            "dimension %s, version %s: rows set aside: %d; the first is row %d of %s: %s",
+            "dimension %s, version %s: rows rejected: %d; the first is row %d of %s: %s",
             name,
             version,
             len(collected),
@@ -117,7 +120,11 @@ class Dimensions:
         )
 
     def _as_before(self, name: str) -> bool:
-        """Take the version that served last, in this job or an earlier one; whether there is one with the columns read."""
+        """Loads the version that this job or an earlier one used last.
+
+        Returns:
+            Whether there is such a version and it has the columns that the view reads.
+        """
         path = FileSystems.join(self.kept, name, SERVING)
         if not FileSystems.exists(path):
             return False
@@ -132,20 +139,20 @@ class Dimensions:
 
 
 def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
-    """Store a dimension's content under its digest, which is its version, and that it serves."""
+    """Stores a dimension's content as a version, named by its digest, and records that it is in use."""
     sink = io.BytesIO()
     frame.write_ipc(sink, compression="lz4")
     version = hashlib.blake2b(sink.getvalue(), digest_size=8).hexdigest()
     path = FileSystems.join(folder, name, f"{version}.arrow")
     if not FileSystems.exists(path):
         write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(sink.getvalue()))
-    collected = pa.py_buffer(json.dumps({"version": version}).encode())
-    write_aside(FileSystems.join(folder, name), SERVING, collected)
+    in_use = pa.py_buffer(json.dumps({"version": version}).encode())
+    write_aside(FileSystems.join(folder, name), SERVING, in_use)
     return version
 
 
 def kept(folder: str, name: str, version: str) -> pl.DataFrame:
-    """A dimension's content of that version."""
+    """The content of a version of a dimension."""
     with FileSystems.open(
         FileSystems.join(folder, name, f"{version}.arrow"), compression_type="uncompressed"
     ) as handle:

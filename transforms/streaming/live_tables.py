@@ -1,7 +1,8 @@
-"""Tables of a live job: what arrived, what was answered, what was set aside; one commit of each per interval.
+"""Tables of a live job: accepted rows, feature rows and dead letters, with one commit of each per interval.
 
-The order of commits is letters, sources, features.  Each carries the offsets up to which it is whole, so that after a
-kill at any moment the job reads on from there, and skips what is already in: nothing is lost, nothing is there twice.
+Dead letters are committed first, then sources, then feature rows.  Each commit records the offsets up to which its
+table is complete.  So after a kill at any moment the job continues from there and skips rows that are already in a
+table: no row is lost, and none is written twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from deltalake.transaction import CommitProperties, Transaction, create_table_wi
 from schemas.errors import StoreError
 from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema, repeats_by
 from schemas.views import FeatureView
-from transforms.records.frame_packets import Frames, head_of, unpack
+from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
@@ -41,12 +42,25 @@ from transforms.storage.paths import features_live_uri, live_dead_letters_uri, s
 from transforms.streaming.replay import sources_of
 
 COMMIT_KEY = "millrace_live"
-# Dates of answers whose ids stay in memory.
+# The entries of a turn's head that its commit records.
+RECORDED = (
+    "turn",
+    "last",
+    "next",
+    "clock",
+    "pending",
+    "oldest_pending",
+    "horizon",
+    "counts",
+    "started",
+    "beginnings",
+)
+# The most dates of feature rows whose ids stay in memory.
 DAYS_CACHED = 8
 
 
 def read_answers(view: FeatureView, file: DataFile) -> pl.DataFrame:
-    """A file of the live feature table; a column that came with a later Millrace is null in what an earlier one wrote."""
+    """A file of the live feature table; a column that its version of Millrace did not have is null."""
     schema = pl.DataFrame(pl.from_arrow(live_schema(view).empty_table())).schema
     rows = pl.DataFrame(pl.from_arrow(read_file(file)))
     return rows.with_columns(
@@ -55,35 +69,35 @@ def read_answers(view: FeatureView, file: DataFile) -> pl.DataFrame:
 
 
 def application_of(name: str) -> str:
-    """The application under which a live job commits to the table of a source, a view's answers or a model's predictions."""
+    """The application id of a live job's commits to the table of a source, a view or a model."""
     return f"live/{name}"
 
 
 def last_commit_record(table: DeltaTable | None, app: str) -> dict[str, Any]:
-    """What the newest commit of `app` said about itself: turn, offsets, clock…; empty if there is none.
+    """The record of the newest commit of `app`: turn, offsets, completeness and so on; empty if there is none.
 
-    However many commits of others, such as a vacuum's, came after it.
+    Any number of other commits, as of a vacuum, may follow it.
 
     Raises:
-        StoreError: its commit is no longer in the log.
+        StoreError: the commit is no longer in the log.
     """
     if table is None or table.transaction_version(app) is None:
         return {}
     for version in range(table.version(), -1, -1):
-        if (said := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
-            return dict(json.loads(said))
+        if (record := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
+            return dict(json.loads(record))
     return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Writer:
-    """Appends to one table, each row once however often it is tried.
+    """Appends rows to one table, each once, however often the append is retried.
 
     Args:
-        uri: the table.
-        schema: with `date`.
-        app: name of its transactions.
-        run_id: begins the names of its files.
+        uri: address of the table.
+        schema: its columns, with `date`.
+        app: application id of the commits.
+        run_id: prefix of file names.
     """
 
     uri: str
@@ -94,10 +108,20 @@ class Writer:
     def append(
         self, frame: pl.DataFrame, turn: int, record: Mapping[str, Any], fresh: NewRows, always: bool = False
     ) -> int:
-        """Commit the rows of `frame` that are not in the table; how many that were.  `always`: what is told, also without rows.
+        """Commits the rows of `frame` that are not in the table.
+
+        Args:
+            frame: rows with the columns of the schema.
+            turn: number of the commit.
+            record: what the commit records.
+            fresh: finds the rows that are not in the table.
+            always: whether to commit even without rows.
+
+        Returns:
+            Number of committed rows.
 
         Raises:
-            StoreError: the store refuses.
+            StoreError: the store cannot be written.
         """
         for _ in range(COMMIT_ATTEMPTS):
             table = open_table(self.uri)
@@ -120,10 +144,10 @@ class Writer:
         turn: int,
         record: Mapping[str, Any],
     ) -> bool:
-        """Commit files that were written; False: somebody else has committed since `table` was opened.
+        """Commits written files.  Returns False if another job has committed since `table` was opened.
 
         Raises:
-            StoreError: the store refuses.
+            StoreError: the store cannot be written.
         """
         before = table.transaction_version(self.app) if table is not None else None
         version = turn if before is None else max(turn, before + 1)
@@ -146,7 +170,7 @@ class Writer:
                 return True
             known = {field.name for field in table.schema().fields}
             if later := [field for field in schema.fields if field.name not in known]:
-                table.alter.add_columns(later)  # of a table that an earlier Millrace made; null in the rows it has
+                table.alter.add_columns(later)  # an earlier version of Millrace made the table; its rows get null
             table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
             return True
         except CommitFailedError:
@@ -157,12 +181,12 @@ class Writer:
             raise StoreError(
                 "The store can be written",
                 f"{self.uri}: {str(error).splitlines()[0][:300]}",
-                "Check access and free space; nothing is lost, the job goes on from its last commit",
+                "Check access and free space; no row is lost, the job continues from its last commit",
             ) from None
 
 
 class NewRows:
-    """Which rows a table does not hold yet."""
+    """Finds the rows that a table does not have yet."""
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
         raise NotImplementedError
@@ -170,7 +194,7 @@ class NewRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BeyondOffsets(NewRows):
-    """Rows whose offset lies at or after those that the table's last commit says it is whole to."""
+    """Rows whose offset is at or after the offsets of the table's last commit."""
 
     app: str
     source: str | None
@@ -186,7 +210,7 @@ class BeyondOffsets(NewRows):
             for number, until in partitions.items():
                 hit = (frame[partition].to_numpy() == int(number)) & (frame[offset].to_numpy() < until)
                 if self.source is None:
-                    if int(number) < 0:  # letters about rows of files, see `NewDeadLetters`
+                    if int(number) < 0:  # dead letters of rows of files, see `NewDeadLetters`
                         continue
                     hit &= (frame[source] == name).to_numpy()
                 keep &= ~hit
@@ -195,8 +219,10 @@ class BeyondOffsets(NewRows):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewDeadLetters(NewRows):
-    """Letters about rows beyond the offsets of the last commit; and about a dimension's, of partition −1, those that the
-    table does not hold: every worker that reads a version tells of it."""
+    """Dead letters beyond the offsets of the last commit, and those of dimensions that the table does not have.
+
+    The latter are of partition −1, and every worker that reads a version of a dimension reports them.
+    """
 
     app: str
 
@@ -238,75 +264,77 @@ class UnknownIds(NewRows):
         return list(known.values())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TurnRows:
+    """Rows of some turns: dead letters, accepted rows by source, and feature rows."""
+
+    dead_letters: list[pl.DataFrame] = dataclasses.field(default_factory=list)
+    accepted: dict[str, list[pl.DataFrame]] = dataclasses.field(default_factory=dict)
+    features: list[pl.DataFrame] = dataclasses.field(default_factory=list)
+
+
 class PendingTurns:
-    """Turns in order, with their answers, until they are committed."""
+    """Turns in order, with their feature rows, until they are committed."""
 
     def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True) -> None:
         self.view, self.store, self.run_id, self.table = view, store, run_id, table
         self.entries: dict[int, bytes] = {}
-        self.answers: dict[int, bytes] = {}
+        self.features: dict[int, bytes] = {}
         self.committed = 0
         self._ids = UnknownIds()
         self.rows = {"events": 0, "answered": 0, "letters": 0}
-        self.shards = {"rows": 0, "bytes": 0}  # that answered last hold
+        self.shards = {"rows": 0, "bytes": 0}  # the state of the shards at the last turn
 
     def take(self, envelope: bytes) -> None:
         head = head_of(envelope)
         if head["turn"] > self.committed:
-            (self.answers if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
+            (self.features if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
 
     def whole(self) -> list[int]:
-        """Turns that can be committed: the next ones, answered in full."""
+        """The next turns whose feature rows are complete: they can be committed."""
         result = []
         number = max(self.committed + 1, max((head_of(each)["began"] for each in self.entries.values()), default=0))
-        while number in self.entries and (not head_of(self.entries[number])["questions"] or number in self.answers):
+        while number in self.entries and (not head_of(self.entries[number])["questions"] or number in self.features):
             result.append(number)
             number += 1
         return result
 
     def commit(self, turns: Sequence[int]) -> dict[str, Any]:
-        """Commit `turns` and forget them; what the tables were told."""
-        rows: dict[str, list[pl.DataFrame]] = {}
+        """Commits `turns` and drops them.  Returns the record of the commit."""
+        head, rows = self._collect(turns)
+        record = {name: head[name] for name in RECORDED}
+        if rows.dead_letters:
+            self.rows["letters"] += self._dead_letters(pl.concat(rows.dead_letters), record)
+        for name in sources_of(self.view):
+            if name in rows.accepted:
+                self.rows["events"] += self._source(name, pl.concat(rows.accepted[name]), record)
+        if rows.features and self.table:
+            uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
+            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
+            self.rows["answered"] += writer.append(pl.concat(rows.features), record["turn"], record, self._ids)
+        for number in turns:
+            del self.entries[number]
+            self.features.pop(number, None)
+        self.committed = turns[-1]
+        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
+
+    def _collect(self, turns: Sequence[int]) -> tuple[dict[str, Any], _TurnRows]:
+        """The head of the last turn's entry, and the rows of all `turns`."""
+        rows = _TurnRows()
         for number in turns:
             head, frames = unpack(self.entries[number])
             for name, frame in frames.items():
-                rows.setdefault(name, []).append(frame)
-            if number in self.answers:
-                answer, frames = unpack(self.answers[number])
-                rows.setdefault("answers", []).append(frames["rows"])
-                if "letters" in frames:  # about dimensions
-                    rows.setdefault("letters", []).append(frames["letters"])
-                self.shards = answer["state"]
-        record = {
-            name: head[name]
-            for name in (
-                "turn",
-                "last",
-                "next",
-                "clock",
-                "pending",
-                "oldest_pending",
-                "horizon",
-                "counts",
-                "started",
-                "beginnings",
-            )
-        }
-        whole: Frames = {name: pl.concat(parts) for name, parts in rows.items()}
-        if "letters" in whole:
-            self.rows["letters"] += self._dead_letters(whole["letters"], record)
-        for name in sources_of(self.view):
-            if f"rows:{name}" in whole:
-                self.rows["events"] += self._source(name, whole[f"rows:{name}"], record)
-        if "answers" in whole and self.table:
-            uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
-            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
-            self.rows["answered"] += writer.append(whole["answers"], record["turn"], record, self._ids)
-        for number in turns:
-            del self.entries[number]
-            self.answers.pop(number, None)
-        self.committed = turns[-1]
-        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
+                if name == "letters":
+                    rows.dead_letters.append(frame)
+                else:
+                    rows.accepted.setdefault(name.removeprefix("rows:"), []).append(frame)
+            if number in self.features:
+                features_head, frames = unpack(self.features[number])
+                rows.features.append(frames["rows"])
+                if "letters" in frames:  # dead letters of dimensions
+                    rows.dead_letters.append(frames["letters"])
+                self.shards = features_head["state"]
+        return head, rows
 
     def _dead_letters(self, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
         arrived = _time("arrived")

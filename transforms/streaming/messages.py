@@ -1,4 +1,4 @@
-"""Values of messages and what they hold: Arrow IPC streams, JSON, Avro containers, told apart by their first bytes."""
+"""Messages and their rows: a value is an Arrow IPC stream, JSON or an Avro container, which its first bytes show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transforms.records.times import FOREVER
 from transforms.sources.contracts import Contract, check_rows
 
 HEARTBEAT = b"__heartbeat"
-# Where a row came from: columns beside the source's own.
+# Columns beside the source's own: the origin of a row.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 MESSAGE_DEAD_LETTERS = {
     "source": pl.String,
@@ -37,7 +37,7 @@ MESSAGE_DEAD_LETTERS = {
 }
 _ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
-# A message that cannot be read must never stop a job, since it would stop it again: whatever reading it raises.
+# A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
 _ANYTHING = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
 
@@ -55,12 +55,12 @@ class Message(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """What messages of one partition held.
+    """The rows of some messages of one partition.
 
     Args:
-        rows: the declared columns and `ORIGIN`, contract kept.
-        letters: rows and messages that break it, schema `MESSAGE_DEAD_LETTERS`.
-        heartbeat: greatest time up to which the partition says to have told everything, or None.
+        rows: the rows that keep the contract: the declared columns and `ORIGIN`.
+        dead_letters: rows and messages that break the contract, with the columns `MESSAGE_DEAD_LETTERS`.
+        heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
     """
 
     rows: pl.DataFrame
@@ -69,7 +69,7 @@ class Decoded:
 
 
 def to_arrow(batch: pa.RecordBatch | pl.DataFrame) -> bytes:
-    """A value that holds the batch's rows."""
+    """The rows of a batch as the value of a message: an Arrow IPC stream."""
     if isinstance(batch, pl.DataFrame):
         sink = io.BytesIO()
         batch.write_ipc_stream(sink, compression="lz4", compat_level=pl.CompatLevel.oldest())
@@ -87,7 +87,7 @@ def from_arrow(value: bytes) -> pa.RecordBatch:
 
 
 def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
-    """A value per row; times as ISO 8601 in UTC."""
+    """One value per row, in JSON; times are ISO 8601 in UTC."""
     frame = batch if isinstance(batch, pl.DataFrame) else pl.DataFrame(pl.from_arrow(batch))
     times = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime)]
     frame = frame.with_columns(pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ"))
@@ -95,18 +95,18 @@ def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
 
 
 def heartbeat(until: int) -> tuple[bytes, bytes]:
-    """Key and value of a message that says: this partition has told everything before `until` (µs since 1970)."""
+    """Key and value of a message: no row before `until` (µs since 1970) follows on its partition."""
     return HEARTBEAT, str(until).encode()
 
 
 def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
-    """Rows of one partition's messages that keep the contract, and letters for the rest."""
-    (held,) = decode_topic(contract, [messages])
-    return held
+    """The rows of one partition's messages that keep the contract, and dead letters of the rest."""
+    (decoded,) = decode_topic(contract, [messages])
+    return decoded
 
 
 def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) -> list[Decoded]:
-    """As `decode`, for partitions of one topic in one go, in ascending order."""
+    """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
     frames, dead_letters = _frames(contract, rows)
     whole = pl.concat(frames) if frames else _empty(contract.source)
@@ -126,14 +126,15 @@ def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) ->
 
 
 def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
-    """(The greatest time that a partition's heartbeats tell, letters for those that tell none.)"""
+    """Returns the greatest time of a partition's heartbeats, and dead letters of heartbeats without a valid time."""
     until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
     for beat in (each for each in messages if each.key == HEARTBEAT):
         stamp = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
         if stamp is None or (stamp > beat.timestamp + ahead_by and stamp != FOREVER):
-            rule = f"a heartbeat is an integer, µs since 1970, at most {contract.source.ahead} ahead of its arrival (ahead)"
+            ahead = contract.source.ahead
+            rule = f"a heartbeat is an integer, µs since 1970, at most {ahead} ahead of its arrival (ahead)"
             dead_letters.append(_unreadable(contract, beat, rule))
-        elif stamp != FOREVER or beat is messages[-1]:  # an end is one only while nothing follows
+        elif stamp != FOREVER or beat is messages[-1]:  # an end counts only if no message follows
             until.append(stamp)
     return max(until, default=None), dead_letters
 
@@ -143,12 +144,12 @@ def _empty(source: Source) -> pl.DataFrame:
 
 
 def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
-    """Frames of the readable messages, and letters of the others."""
+    """Frames of the readable messages, and dead letters of the others."""
     frames, dead_letters = [], []
     for together, group in itertools.groupby(messages, _together):
         some = list(group)
         if together is not None and len(some) > 1:
-            with contextlib.suppress(*_ANYTHING):  # in one go; where that fails, one by one
+            with contextlib.suppress(*_ANYTHING):  # all at once; if that fails, one by one
                 frames.append(together(contract, some))
                 continue
         for message in some:
@@ -170,7 +171,7 @@ def _one(contract: Contract, message: Message) -> pl.DataFrame:
 
 
 def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.DataFrame] | None:
-    """What reads messages of this kind, several at once."""
+    """The function that reads several messages of this format at once; None if they are read one by one."""
     if message.value[:1] in (b"{", b"["):
         return _from_json
     return _from_arrow if message.value[:4] == _ARROW else None
@@ -187,7 +188,7 @@ def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame
     parts = []
     for _, some in itertools.groupby(tables, lambda table: table.schema):
         whole = pa.concat_tables(some)
-        whole.validate(full=True)  # offsets beyond a buffer would end the process, at every try
+        whole.validate(full=True)  # offsets outside a buffer would crash the process at every retry
         frame = pl.DataFrame(
             pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
         )
@@ -214,7 +215,7 @@ def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
 def _from_rows(
     contract: Contract, rows: list[Any], messages: Sequence[Message], counts: Sequence[int] | None = None
 ) -> pl.DataFrame:
-    """Rows of messages as a frame.  Every row names every column that is read, so that a renamed one does not pass for null."""
+    """Rows of messages as a frame.  Every row must have every column that is read: a renamed column is not null."""
     source, read = contract.source, set(contract.columns)
     for row in rows:
         if not isinstance(row, dict):
@@ -228,7 +229,7 @@ def _from_rows(
 
 
 def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) -> pl.Series:
-    """Python values as a column of exactly `dtype`; times may be ISO texts."""
+    """Python values as a column of exactly `dtype`; times may be ISO 8601 text."""
     allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
     found = set(map(type, values)) - {type(None)}
     if found == {datetime} and isinstance(dtype, pl.Datetime) and all(each is None or each.tzinfo for each in values):
@@ -272,7 +273,7 @@ def _avro_rows(value: bytes) -> list[Any]:
         raise ContractError("Avro messages need fastavro", "it is not installed", "pip install fastavro") from None
     try:
         return list(fastavro.reader(io.BytesIO(value)))
-    except Exception as error:  # whatever it makes of bytes that are no Avro
+    except Exception as error:  # fastavro may raise any error on bytes that are not Avro
         raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
 
 
@@ -309,7 +310,11 @@ def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> p
 
 
 def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-    """Rows without those stamped further ahead of their arrival than `ahead`: such a stamp must not touch the clock."""
+    """Rejects rows whose time is more than `ahead` after their arrival, since they would move the watermark.
+
+    Returns:
+        The other rows, and dead letters.
+    """
     source = contract.source
     time = str(source.time)
     late = rows[time].to_physical() > rows["__arrived"] + microseconds(source.ahead, zero=True)
@@ -330,7 +335,7 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
 
 
 def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:
-    """Messages per topic and partition, each in order of offsets."""
+    """Messages by topic and partition, in order of offsets."""
     groups: dict[tuple[str, int], list[Message]] = {}
     for message in messages:
         groups.setdefault((message.topic, message.partition), []).append(message)

@@ -1,7 +1,8 @@
-"""Rows of one source in time panes: appended cheaply, found by key, dropped pane by pane.
+"""Rows of one source in time buckets: they are appended cheaply, found by key, and evicted by bucket.
 
-Within a pane rows lie in a few parts of growing size (merged like the levels of a log-structured tree), each with an
-index per key that is built when first asked for, so that neither appending nor looking up touches all rows.
+The rows of a bucket are in a few parts of growing size, which are merged like the levels of a log-structured merge
+tree.  Each part has an index per key, which is built when it is first needed.  So neither an addition nor a lookup
+reads all rows.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import polars as pl
 from transforms.records.row_hashing import UInt64s, combine, hash_column
 
 Ints = npt.NDArray[np.int64]
-# Rows and the pane they are of.
+# A bucket and rows of it.
 Piece = tuple[int, pl.DataFrame]
-# Cells that hold a state's panes; more panes than cells share them.
+# Number of slots of checkpointed state; buckets share them.
 SLOTS = 8
-# Panes that rows added at once may go to; rows that span more are kept in wider ones, else catching up would cut them to shreds.
+# The most buckets that rows added at once are split into.  Rows of more buckets are put into wider ones: otherwise a
+# job that catches up would split them into very small parts.
 SPREAD = 8
 
 
 def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
-    """One hash per row of the key `columns`; integers of any width agree."""
+    """One hash per row of the key `columns`; integers of different widths have equal hashes."""
     if not len(frame):
         return np.empty(0, np.uint64)
     return combine([hash_column(frame[name]) for name in columns])
 
 
 class IndexedRows:
-    """Some rows of a pane, none before `low`, with an index per key."""
+    """Some rows of a bucket, none before `low` µs, with an index per key."""
 
     def __init__(self, frame: pl.DataFrame, low: int) -> None:
         self.frame, self.low = frame, low
@@ -45,11 +47,11 @@ class IndexedRows:
 
     @property
     def bytes(self) -> int:
-        """Of its rows and its indexes."""
+        """Size of its rows and indexes."""
         return self._frame_bytes + sum(hashes.nbytes + rows.nbytes for hashes, rows in self._index.values())
 
     def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
-        """(sorted hashes, their rows)."""
+        """Returns the sorted hashes and the rows that they belong to."""
         if key not in self._index:
             hashes = key_hashes(self.frame, key)
             order = np.argsort(hashes, kind="stable")
@@ -57,7 +59,7 @@ class IndexedRows:
         return self._index[key]
 
     def find(self, key: tuple[str, ...], wanted: UInt64s) -> Ints:
-        """Rows whose key hashes to one of `wanted` (distinct), in their order."""
+        """Positions, ascending, of the rows whose key has one of the hashes `wanted`, which are distinct."""
         hashes, order = self.index(key)
         lo, hi = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
         lengths = hi - lo
@@ -73,11 +75,11 @@ class TimeBuckets:
     """A source's rows, for as long as some window can reach them.
 
     Args:
-        time: column of the row's time, by which panes are cut.
-        width: length of a pane in µs.
+        time: column of the row's time.
+        width: length of a bucket, µs.
 
-    Pane n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` lists what happened to each cell since it
-    was last taken: (pane, rows) to append, or None for "write it anew".
+    Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` has the changes of each slot since
+    they were last read: (bucket, rows) to append, or None if the slot must be rewritten.
     """
 
     def __init__(self, time: str, width: int) -> None:
@@ -93,7 +95,7 @@ class TimeBuckets:
         return sum(part.bytes for parts in self.buckets.values() for part in parts)
 
     def add(self, frame: pl.DataFrame) -> None:
-        """Take rows in, any order of times."""
+        """Adds rows, in any order of times."""
         if not len(frame):
             return
         moments = _moments(frame, self.time)
@@ -102,7 +104,7 @@ class TimeBuckets:
         if low == high:
             self._add(low, frame, int(moments.min()))
             return
-        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of so many panes
+        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of several buckets
         order = np.argsort(numbers, kind="stable")
         numbers, moments, frame = numbers[order], moments[order], frame[order]
         starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
@@ -112,7 +114,7 @@ class TimeBuckets:
             self._add(int(numbers[start]), frame[int(start) : int(end)], int(first))
 
     def restore(self, bucket: int, frame: pl.DataFrame) -> None:
-        """Take in rows of a pane as its cell has them."""
+        """Adds rows of a bucket from its slot."""
         self._append(bucket, frame, int(_moments(frame, self.time).min()))
 
     def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
@@ -131,13 +133,16 @@ class TimeBuckets:
         self.changes[number % SLOTS] = None
 
     def _parts(self, low: int, high: int) -> Iterator[IndexedRows]:
-        """Parts that may have times in `[low, high)`."""
+        """Parts that may have rows with times in `[low, high)`."""
         for number in sorted(self.buckets):
             if (number + 1) * self.width > low:
                 yield from (part for part in self.buckets[number] if part.low < high)
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
-        """Rows of panes that reach into `[low, high)` whose `key` hashes to one of `wanted`; a few others may be among them."""
+        """Rows of buckets that overlap `[low, high)` whose `key` has one of the hashes `wanted`.
+
+        A few rows outside the interval may be among them.
+        """
         wanted = np.unique(wanted)
         found = []
         for part in self._parts(low, high):
@@ -150,12 +155,12 @@ class TimeBuckets:
         return [part.frame for number in sorted(self.buckets) for part in self.buckets[number]]
 
     def slot(self, slot: int) -> list[Piece]:
-        """All rows that cell `slot` holds, with their panes."""
+        """All rows of a slot, by bucket."""
         numbers = sorted(number for number in self.buckets if number % SLOTS == slot)
         return [(number, pl.concat([part.frame for part in self.buckets[number]])) for number in numbers]
 
     def evict(self, horizon: int) -> list[pl.DataFrame]:
-        """Drop panes that end at or before `horizon`; the rows that went."""
+        """Drops the buckets that end at or before `horizon`.  Returns their rows."""
         dropped = []
         for number in sorted(number for number in self.buckets if (number + 1) * self.width <= horizon):
             dropped += [part.frame for part in self.buckets.pop(number)]
@@ -163,7 +168,7 @@ class TimeBuckets:
         return dropped
 
     def drop(self, column: str, values: UInt64s | Ints) -> pl.DataFrame | None:
-        """Take out the rows whose `column` (an integer) is one of `values`; the rows taken."""
+        """Removes the rows whose `column` (an integer) is one of `values`.  Returns them, or None."""
         gone = []
         for number, parts in self.buckets.items():
             for i, part in enumerate(parts):
@@ -177,7 +182,7 @@ class TimeBuckets:
         return pl.concat(gone) if gone else None
 
     def take_before(self, bound: int) -> list[pl.DataFrame]:
-        """Take out the rows with time at or before `bound`."""
+        """Removes the rows with times at or before `bound`.  Returns them."""
         taken = []
         for number in sorted(self.buckets):
             rest = []
@@ -199,7 +204,7 @@ class TimeBuckets:
 
 
 class Store(Protocol):
-    """Something kept in cells of state: what is in a cell, and what happened to each since the changes were last taken."""
+    """An object in slots of checkpointed state: its content by slot, and the changes since they were last read."""
 
     changes: dict[int, list[Piece] | None]
 
@@ -215,7 +220,7 @@ def _moments(frame: pl.DataFrame, time: str) -> Ints:
 
 
 def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
-    """What to do to each cell: (store, pane, rows) to append, or None to write it anew from `slot_contents`."""
+    """Returns and clears the changes by slot: (store, bucket, rows) to append; None: rewrite it (`slot_contents`)."""
     changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
     for name, store in stores.items():
         for slot, pieces in store.changes.items():
@@ -230,10 +235,10 @@ def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, 
 
 
 def slot_contents(stores: Mapping[str, Store], slot: int) -> list[tuple[str, int, pl.DataFrame]]:
-    """Everything a cell holds."""
+    """All rows of a slot, as (store, bucket, rows)."""
     return [(name, *piece) for name, store in stores.items() for piece in store.slot(slot)]
 
 
 def size_of(stores: Mapping[str, Store]) -> dict[str, int]:
-    """What the stores hold: rows, and bytes in memory."""
+    """Number of rows of the stores, and their bytes in memory."""
     return {"rows": sum(map(len, stores.values())), "bytes": sum(store.bytes for store in stores.values())}

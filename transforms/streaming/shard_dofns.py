@@ -11,8 +11,7 @@ import apache_beam as beam
 import polars as pl
 from apache_beam import pvalue
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import TimerSpec, on_timer
+from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, pack, unpack
@@ -36,6 +35,7 @@ from transforms.streaming.mirrored_state import (
     write_head,
 )
 from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
+from transforms.streaming.wake_ups import unset_timer
 
 
 class ShardDoFn(beam.DoFn):
@@ -155,7 +155,7 @@ class AssembleDoFn(beam.DoFn):
         )
         shard_states = [head_of(each)["state"] for each in parts]
         state = {name: sum(each[name] for each in shard_states) for name in ("rows", "bytes")}
-        dead_letters = self.dimensions.news()
+        dead_letters = self.dimensions.take_dead_letters()
         dimension_frames = {"letters": dead_letters} if len(dead_letters) else {}
         return pack(
             {"kind": "features", "turn": head["turn"], "state": state, "letters": len(dead_letters)},
@@ -163,9 +163,7 @@ class AssembleDoFn(beam.DoFn):
         )
 
 
-# Nobody sets it.  Of a step that gives nothing to any other Prism 2.77 takes a full core for as long as it works: it asks again and
-# again whether the outputs have come, of which there are none.  A timer is something to wait for.
-NEVER = TimerSpec("never", TimeDomain.WATERMARK)
+NEVER = unset_timer()
 
 
 class CommitDoFn(beam.DoFn):
@@ -207,7 +205,7 @@ class CommitDoFn(beam.DoFn):
             summary = ledger.commit(turns)
             self.since = now
             bag.clear()
-            for each in (*ledger.entries.values(), *ledger.answers.values()):
+            for each in (*ledger.entries.values(), *ledger.features.values()):
                 bag.add(each)
             yield SINGLE_KEY, json.dumps({**summary, "rows": ledger.rows}).encode()
         state.update(version=state["version"] + 1, committed=ledger.committed, rows=ledger.rows)
@@ -216,4 +214,4 @@ class CommitDoFn(beam.DoFn):
 
     @on_timer(NEVER)
     def on_never(self) -> None:
-        """No timer is set."""
+        """The timer is never set."""

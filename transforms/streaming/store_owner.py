@@ -1,10 +1,11 @@
-"""One live view per store, and one stream.
+"""The owner of a live store: one view, and one stream of messages.
 
-Accepted rows, offsets and each row's fate are kept by source, and rows are judged by the columns that one view reads.  A
-second view's job on the same store would go on from the first one's offsets, with rows judged for another purpose.  The
-view that owns a store is written down there when its first job starts; in stores without such a note their tables tell.
+A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
+The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
+for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the tables
+show it.
 
-Offsets mean nothing in another stream: those of a replay are numbered by its flags, those of Kafka by its topics.
+Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, last_commit_record
 
 OWNER = "live_view.json"
-_FIX = "Give this job another --store (offsets, accepted rows and answers of its own)"
+_FIX = "Give this job another --store (with its own offsets, accepted rows and feature rows)"
 
 
 def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None) -> None:
-    """Note that the store's live jobs are this view's, and what they read (`stream`: all that its offsets depend on).
+    """Writes the owner of a store, or checks that it is this view and stream.
+
+    Args:
+        view: the view.
+        store: the folder of the tables.
+        stream: everything that the offsets depend on; None: it is not checked.
 
     Raises:
-        StoreError: they are another view's, were of a definition of it that read other columns, or have read another stream;
-            nothing was written.
+        StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
+            another stream.  Nothing was written.
     """
     mine = _note(view)
     if stream is not None:
@@ -81,9 +87,9 @@ def _read(store: str) -> dict[str, Any] | None:
             return dict(json.loads(handle.read()))
         except ValueError:
             raise StoreError(
-                "A store tells whose live jobs write to it",
+                "The owner of a live store is written down as JSON",
                 f"{path} is not JSON",
-                "Remove that file: the tables tell as well",
+                "Remove that file: the tables show the owner too",
             ) from None
 
 
@@ -94,8 +100,8 @@ def _check_note(view: FeatureView, store: str, mine: Mapping[str, Any], known: M
         before = known["sources"].get(name, each)
         if before == each:
             continue
-        other = sorted(set(each["columns"]) ^ set(before["columns"])) or ["the columns by which repeats count once"]
-        _refuse_rows(view, store, name, f"{', '.join(other)} read by one of the two only")
+        other = sorted(set(each["columns"]) ^ set(before["columns"])) or ["the columns that identify repeated rows"]
+        _refuse_rows(view, store, name, f"only one of the two reads {', '.join(other)}")
 
 
 def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -105,23 +111,23 @@ def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known:
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
     raise StoreError(
-        "A live store goes on with the stream that it has read: offsets of another one mean other rows",
+        "A live store continues with the stream that it has read: the offsets of another stream mean other rows",
         f"{shown[1]}, where {store} was written with {shown[0]}",
-        "Repeat the flags of before, or give this job another --store (what comes before its --start is history)",
+        "Use the same flags as before, or give this job another --store (rows before its --start are history)",
     )
 
 
 def _has_read(view: FeatureView, store: str) -> bool:
-    """Whether offsets of a topic are in the store."""
-    told = (
+    """Whether the store has offsets of a topic."""
+    records = (
         last_commit_record(open_table(source_uri(sources_root(store), name)), application_of(name))
         for name in contracts_of(view)
     )
-    return any(of_topic(offsets) for each in told for offsets in each.get("next", {}).values())
+    return any(of_topic(offsets) for each in records for offsets in each.get("next", {}).values())
 
 
 def _check_tables(view: FeatureView, store: str) -> None:
-    """As `_check_note`, of a store without a note."""
+    """Like `_check_note`, for a store without the file."""
     if "://" not in store and not os.path.isdir(store):
         return
     names = tables_below(store)
@@ -140,13 +146,13 @@ def _check_tables(view: FeatureView, store: str) -> None:
 
 
 def _check_rows(view: FeatureView, store: str) -> None:
-    """See that the rows which a job of another definition of the view has taken in are those that this one would have."""
+    """Checks that another definition of the view accepted the same rows as this one would accept."""
     contracts = contracts_of(view)
     table = open_table(live_dead_letters_uri(store, view.name))
     for file in [] if table is None else data_files(table):
-        told = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "place", "field"])))
-        told = told.filter(pl.col("partition") >= 0, pl.col("place") >= 0)
-        for name, field in told.select("source", "field").unique().sort("source", "field").iter_rows():
+        rejected = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "place", "field"])))
+        rejected = rejected.filter(pl.col("partition") >= 0, pl.col("place") >= 0)
+        for name, field in rejected.select("source", "field").unique().sort("source", "field").iter_rows():
             known = [*contracts[name].columns, str(contracts[name].source.event_time)] if name in contracts else []
             if known and field and not set(field.split(", ")) & set(known):
                 _refuse_rows(
@@ -158,7 +164,7 @@ def _check_rows(view: FeatureView, store: str) -> None:
             continue
         columns = {field.name for field in table.schema().fields}
         if ("__counted" in columns) != bool(repeats_by(view, name)):
-            _refuse_rows(view, store, name, "repeats count once for one of the two only")
+            _refuse_rows(view, store, name, "only one of the two drops repeated rows")
         for file in data_files(table):
             rows = pl.DataFrame(pl.from_arrow(read_file(file, list(contract.columns))))
             _, bad = check_rows(contract, rows.select(contract.columns))
@@ -177,8 +183,8 @@ def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
 
 def _refuse_rows(view: FeatureView, store: str, source: str, value: str) -> None:
     raise StoreError(
-        f"A definition goes on with a store's live rows if it judges them as the one that took them in: view {view.name!r}, "
-        f"source {source!r}",
+        "A definition continues with the live rows of a store only if it accepts the same rows as the definition that "
+        f"wrote them: view {view.name!r}, source {source!r}",
         f"{value}, in {store}",
         _FIX,
     )

@@ -1,0 +1,262 @@
+"""The decisions of a live features job before its graph is built: history, first offsets and output topics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from schemas.errors import MismatchError, StoreError
+from schemas.views import FeatureView
+from transforms.records.times import FOREVER, day_of
+from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.paths import features_live_uri, source_uri, sources_root
+from transforms.streaming.beginnings import HISTORY, of_topic
+from transforms.streaming.history import Handover
+from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure, topic_of
+from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
+from transforms.streaming.live_features import Sends
+from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.mirrored_state import LiveSettings
+from transforms.streaming.recovery import RecoveryPoint, find_recovery_point
+from transforms.streaming.replay import Replay, sources_of
+from transforms.streaming.store_owner import claim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveFeaturesJob:
+    """What a live features job shall do.
+
+    Args:
+        view: the view whose features are computed.
+        settings: the settings of the live engine.
+        replay: how files are replayed; None: messages come from Kafka.
+        broker: None if none is named.
+        sinks: "table", "topic" or both.
+        handover: the history from before the job's start.
+    """
+
+    view: FeatureView
+    settings: LiveSettings
+    replay: Replay | None
+    broker: Broker | None
+    sinks: tuple[str, ...]
+    handover: Handover
+
+    @property
+    def topics(self) -> dict[str, str]:
+        """The topic of each source."""
+        return {name: f"{self.settings.prefix}{name}" for name in sources_of(self.view)}
+
+    @property
+    def stream(self) -> dict[str, object]:
+        """Everything that the offsets of its messages depend on, by the names of flags."""
+        if self.replay is None:
+            return {"--source": "kafka", "--topic_prefix": self.settings.prefix}
+        values = dataclasses.asdict(self.replay)
+        del values["root"]  # a store and its sources may be moved
+        days = {name: None if abs(values[name]) >= FOREVER else str(day_of(values[name])) for name in ("start", "end")}
+        return {"--source": "replay", **{f"--{name}": each for name, each in {**values, **days}.items()}}
+
+    @property
+    def table(self) -> str:
+        """Address of the live feature table."""
+        return features_live_uri(self.settings.store, self.view.name, self.view.fingerprint)
+
+    def required_broker(self) -> Broker:
+        """The broker of a job that reads or writes topics."""
+        assert self.broker is not None
+        return self.broker
+
+    def check_and_claim(self) -> None:
+        """Check that the job can start, and note in the store that it belongs to this view and stream.
+
+        Raises:
+            DefinitionError: a source has no history, and the job does not start without.
+            StoreError: the store belongs to another view or stream.
+        """
+        self.handover.check()
+        claim(self.view, self.settings.store, self.stream)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveFeaturesPlan:
+    """What one launch of the job does.
+
+    Args:
+        job: the job.
+        start: the state of the tables, from which the job continues.
+        group: the consumer group of the launch; empty for a replay.
+        first_available: per topic, first offset by partition that the broker still has; empty for a replay.
+        sends: the output topics; None if rows are only written to tables.
+    """
+
+    job: LiveFeaturesJob
+    start: RecoveryPoint
+    group: str = ""
+    first_available: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
+    sends: Sends | None = None
+
+    @property
+    def settings(self) -> LiveSettings:
+        """The settings of the engine.  A replay starts from them; a job on Kafka gets its start as a message."""
+        if self.job.replay is None:
+            return self.job.settings
+        return dataclasses.replace(self.job.settings, begin=self.start.to_json())
+
+    @property
+    def due(self) -> dict[str, dict[int, int]]:
+        """Per topic, next offset by partition."""
+        return self._due(self.start.next)
+
+    def finished_at(self, status: Mapping[str, Any]) -> bool:
+        """Whether every message is read and committed, and none follows the ends of the partitions.
+
+        Args:
+            status: of the last commit; empty before the first.
+        """
+        if not status or not status["last"] or int(status["turn"]) <= self.start.turn:
+            return False
+        due = self._due(status["next"])
+        try:
+            left = unread(self.job.required_broker(), due)
+        except StoreError:  # the next call tries again
+            return False
+        return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
+
+    def _due(self, offsets: Mapping[str, Mapping[str, int]]) -> dict[str, dict[int, int]]:
+        return {topic: of_topic(offsets[name]) for name, topic in self.job.topics.items()}
+
+
+def prepare_live_features(job: LiveFeaturesJob) -> LiveFeaturesPlan:
+    """Load the history that the store lacks, find where to continue, and create missing output topics.
+
+    Raises:
+        DefinitionError: a source has no history, and the job does not start without.
+        StoreError: the broker cannot be reached, or a topic is missing.
+    """
+    store, view = job.settings.store, job.view
+    if job.replay is not None:
+        nothing: dict[str, dict[int, int]] = {name: {} for name in job.topics}
+        start = find_recovery_point(view, store, nothing, job.handover.beginnings())
+        return LiveFeaturesPlan(job, start, sends=output_topics(job))
+    available = begin_offsets(job.required_broker(), list(job.topics.values()))
+    first = {name: available[topic] for name, topic in job.topics.items()}
+    start = find_recovery_point(view, store, first, job.handover.beginnings())
+    group = f"millrace-{view.name}-{job.settings.run_id}-{uuid.uuid4().hex[:8]}"
+    return LiveFeaturesPlan(job, start, group, available, output_topics(job))
+
+
+def output_topics(job: LiveFeaturesJob) -> Sends | None:
+    """The topics of feature rows and dead letters, created if they are missing; None if the job writes only tables.
+
+    Raises:
+        StoreError: the broker cannot be reached, or refuses.
+    """
+    if "topic" not in job.sinks:
+        return None
+    broker, prefix = job.required_broker(), job.settings.prefix
+    topics = topic_of(job.view, prefix), dead_letters_topic(job.view, prefix)
+    ensure(broker, topics)
+    limits = [size_limit(broker, [topic]) for topic in topics]
+    properties = {**broker.properties, "message.max.bytes": str(max(limits))}
+    sender = dataclasses.replace(broker, properties=properties)
+    return Sends(job.view, sender, prefix, max(limits[0] - OVERHEAD, 1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveFeaturesFigures:
+    """The figures of a job: of its last commit, its tables and its topics.
+
+    Args:
+        job: the job.
+        record: of the last commit; empty if there was none.
+        counts: counts of rows by source and by what became of them.
+        rows_out: rows of the live feature table.
+        commit_version: version of that table; None if there is none.
+    """
+
+    job: LiveFeaturesJob
+    record: Mapping[str, Any]
+    counts: Mapping[str, Mapping[str, int]]
+    rows_out: int
+    commit_version: int | None
+
+    @property
+    def unaccounted(self) -> int:
+        """Accepted spine rows that have no feature row, are not rejected and do not wait."""
+        counts = self.counts[self.job.view.spine.name]
+        rejected = sum(counts.get(reason, 0) for reason in ("repeated", "conflicting", "too_late"))
+        return counts["rows"] - self.rows_out - rejected - (self.record.get("pending") or 0)
+
+    def to_json(self) -> dict[str, object]:
+        """For `run.json`."""
+        figures: dict[str, object] = {
+            "sources_root": self.job.settings.dimensions,
+            "rows_in": sum(each["rows"] for each in self.counts.values()),
+            "rows_out": self.rows_out,
+            "pending": self.record.get("pending"),
+            "turns": self.record.get("turn"),
+            "sources": self.counts,
+            "counts": self.counts,
+            "table": self.job.table,
+            "fingerprint": self.job.view.fingerprint,
+            "commit_version": self.commit_version,
+        }
+        if self.job.settings.table:
+            figures["questions_unaccounted_for"] = self.unaccounted
+        return figures
+
+    def check(self, ended: bool) -> None:
+        """
+        Args:
+            ended: whether the job has read its sources to their end.
+
+        Raises:
+            MismatchError: it has, and spine rows are unaccounted for.
+        """
+        if ended and self.job.settings.table and self.unaccounted:
+            raise MismatchError(
+                "Every spine row that a live job accepts has a feature row, is rejected or waits",
+                f"{self.unaccounted} of {self.job.table} are none of these",
+                "Please report it, with run.json",
+            )
+
+
+def live_features_figures(job: LiveFeaturesJob, status: Mapping[str, Any]) -> LiveFeaturesFigures:
+    """The figures of a job.
+
+    Args:
+        job: the job.
+        status: of the last commit; empty if there was none in this run: then the tables have the record.
+    """
+    answers = open_table(job.table)
+    tables = {name: open_table(source_uri(sources_root(job.settings.store), name)) for name in job.topics}
+    records = {name: last_commit_record(table, application_of(name)) for name, table in tables.items()}
+    record = status
+    if not record:
+        committed = [last_commit_record(answers, application_of(job.view.name)), *records.values()]
+        record = max(committed, key=lambda each: each.get("turn", 0))
+    counts: dict[str, dict[str, int]] = {}
+    for name, table in tables.items():
+        history = int(records[name].get("next", {}).get(name, {}).get(str(HISTORY), 0))
+        rows = 0 if table is None else sum(file.rows for file in data_files(table))
+        counts[name] = {**record.get("counts", {}).get(name, {}), "rows": rows - history, "history": history}
+    if job.replay is None:
+        for name, messages in unread_messages(job, record).items():
+            counts[name]["unread"] = messages
+    rows_out = 0 if answers is None else sum(file.rows for file in data_files(answers))
+    return LiveFeaturesFigures(job, record, counts, rows_out, None if answers is None else answers.version())
+
+
+def unread_messages(job: LiveFeaturesJob, record: Mapping[str, Any]) -> dict[str, int]:
+    """Messages after those of a commit, by source; empty if the broker cannot be reached."""
+    broker, result = job.required_broker(), dict[str, int]()
+    due = {topic: of_topic(record.get("next", {}).get(name, {})) for name, topic in job.topics.items()}
+    with contextlib.suppress(StoreError):
+        check_reachable("The broker", "--bootstrap", broker.bootstrap)
+        left = unread(broker, due)
+        result = {name: sum(left[topic].values()) for name, topic in job.topics.items() if topic in left}
+    return result
