@@ -16,7 +16,7 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import TestOptions
 
-from beam_pipelines.runtime.errors import Translated, _traceback_of_mistake, recovered
+from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
@@ -153,7 +153,7 @@ def progress() -> None:
             "apache_beam.runners.portability.fn_api_runner.fn_runner",
             "root",  # which says what a portable runner says
         ):
-            logging.getLogger(name).addFilter(lambda record: not _traceback_of_mistake(record))
+            logging.getLogger(name).addFilter(lambda record: not is_traceback_of_millrace_error(record))
 
 
 class _Progress(logging.StreamHandler):  # type: ignore[type-arg]

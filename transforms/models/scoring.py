@@ -20,7 +20,9 @@ from schemas.tables import predictions, scores
 from transforms.models.bundle import Bundle, digest_of, load
 from transforms.records.row_hashing import prediction_ids
 
-# Beam gives up `resource` where torch is missing, and then warns whenever it loads a model.
+# Beam imports the standard module `resource` in one `try` with its ModelManager, which needs torch.  Without torch it
+# therefore has no `resource`, and warns that it cannot measure memory whenever it loads a model.  No Beam issue is known
+# for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once the two imports are apart.
 base.resource = base.resource or resource
 
 Scores = npt.NDArray[np.float32]
