@@ -25,7 +25,7 @@ from beam_pipelines.runtime.run_report import Run, execute, read_json
 from schemas import Model
 from schemas.errors import GateError, MillraceError, StoreError
 from schemas.loading import Definition, load_definition
-from transforms.evaluation.evaluate import Evaluate, carried
+from transforms.evaluation.evaluate import Evaluate, Report, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
@@ -46,8 +46,8 @@ from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
 from transforms.training.hyperparameter_search import trials
 from transforms.training.preparation import TrainingRequest, prepare_training
-from transforms.training.publish_model import REPORT, Publication, publish, rival_of
-from transforms.training.trainer import Study, Train, save_best
+from transforms.training.publish_model import REPORT, Publication, RunOutcome, failed_gates, publish, rival_of
+from transforms.training.trainer import BundleRequest, Study, Train, save_best
 from transforms.training.unseen_categories import unseen
 from transforms.training.xgboost_data import until
 from transforms.validation.statistics import Statistics
@@ -205,7 +205,12 @@ def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenan
     rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
-    _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
+    _ = tested.report | "Publish" >> beam.Map(publish_outcome, publication(options), *sides)
+
+
+def publish_outcome(report: Report, where: Publication, *sides: Any) -> None:
+    """Publish the report with the side inputs of the graph, which are the other fields of `RunOutcome`, in order."""
+    publish(RunOutcome(report, *sides), where)
 
 
 def train_and_test(
@@ -237,7 +242,7 @@ def train_and_test(
     trained = (
         tried
         | "Gather" >> beam.combiners.ToList()
-        | "Save" >> beam.Map(save_best, model, options.bundle, provenance, *sides)
+        | "Save" >> beam.Map(save_best, BundleRequest(model, options.bundle, provenance), *sides)
     )
     tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
     rows = tests | "Read" >> beam.FlatMap(read_shard)

@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from transforms.training.float32_checks import lost_digits
     from transforms.training.hyperparameter_search import trials
     from transforms.training.preparation import TrainingRequest, code_digest, constraints_digest, prepare_training
-    from transforms.training.publish_model import PENDING, REPORT, Publication, publish, register_model, rival_of
-    from transforms.training.trainer import Study, Train, Trained, save_best
+    from transforms.training.publish_model import (
+        PENDING,
+        REPORT,
+        Publication,
+        RunOutcome,
+        failed_gates,
+        publish,
+        register_model,
+        rival_of,
+    )
+    from transforms.training.trainer import BundleRequest, Study, Train, Trained, save_best
     from transforms.training.trial_log import metrics_of
     from transforms.training.unseen_categories import unseen
     from transforms.training.xgboost_data import until
