@@ -1,8 +1,8 @@
 """What Beam's workers print when they lose their runner, which the launcher reports once and in its own words.
 
-With the environment LOOPBACK the workers are threads of the launcher.  Beam offers no way to handle their errors, so this
-module replaces two names in Beam's worker modules; `tests/beam_pipelines/runtime/test_beam_workers.py` fails when Beam no
-longer needs it.
+With the environment LOOPBACK the workers are threads of the launcher.  Beam offers no way to handle their errors, so
+this module replaces two names in Beam's worker modules; `tests/beam_pipelines/runtime/test_beam_workers.py` fails when
+Beam no longer needs it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def quiet_lost_connections() -> None:
     vars(worker_threading).update(vars(threading), Thread=WorkerThread)
     for module in (sdk_worker, data_plane, worker_pool_main):
         module.threading = worker_threading
-    # `SdkHarness._execute` prints a traceback that it also logs, and filters reach only what is logged.  Beam declined to
-    # remove the repetition (apache/beam pull request 5020).
+    # `SdkHarness._execute` prints a traceback that it also logs, and filters reach only what is logged.  Beam declined
+    # to remove the repetition (apache/beam pull request 5020).
     sdk_worker.print = lambda *_, **__: None
     for name in LOGGERS:
         logging.getLogger(f"apache_beam.runners.worker.{name}").addFilter(_is_no_lost_connection)

@@ -1,7 +1,7 @@
 """Errors on the command line: one message, an exit code, and the command that resumes the run.
 
-A portable runner passes on a worker's error as the text of its traceback alone, so `recovered` and the log filter have to
-parse that text.
+A portable runner passes on a worker's error as the text of its traceback alone, so `recovered` and the log filter
+have to parse that text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Translated(Exception):
 
 
 def recovered(error: BaseException) -> BaseException:
-    """The MillraceError that a runner's `error` reports, with the name of the step; or `error` itself if there is none."""
+    """The MillraceError that a runner's `error` reports, with the name of the step; else `error` itself."""
     text = str(error)
     step = STEP.search(text)
     where = f"It happened in step {step[1]!r}" if step else ""
@@ -47,7 +47,7 @@ def is_traceback_of_millrace_error(record: logging.LogRecord) -> bool:
 
 
 def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Wrap `main`: a MillraceError is printed as one message with the command that resumes the run, and sets the exit code."""
+    """Wrap `main`: a MillraceError becomes one printed message, with the command that resumes the run, and an exit code."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:

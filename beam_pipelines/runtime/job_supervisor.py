@@ -222,8 +222,8 @@ class _Job:
             raise failed[0]
         if thread.is_alive():
             log.warning(
-                "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, "
-                "its table still holds every row once; see the runner's log",
+                "the runner has not answered for %.0f s that it stops the job: leaving it.  "
+                "Should the job run on there, its table still holds every row once; see the runner's log",
                 CANCELLED_WITHIN,
             )
 

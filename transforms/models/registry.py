@@ -94,8 +94,8 @@ class Registry:
             record: what else MLflow shows of the run.
         """
         record = record or RunRecord()
-        with self._client(write=True) as client:
-            run = self._run(client, bundle.name, run_id, {**record.tags, FINGERPRINT: bundle.fingerprint})
+        with self.client(write=True) as client:
+            run = self.run(client, bundle.name, run_id, {**record.tags, FINGERPRINT: bundle.fingerprint})
             of_this_run = f"name='{bundle.name}' and run_id='{run.info.run_id}'"
             if done := client.search_model_versions(of_this_run):
                 return str(done[0].version)
@@ -119,8 +119,8 @@ class Registry:
 
     def attach(self, name: str, run_id: str, file: str, text: str) -> None:
         """Store `text` as the artifact `file` of a training run, in place of an earlier one."""
-        with self._client(write=True) as client:
-            client.log_text(self._run(client, name, run_id, {}).info.run_id, text, file)
+        with self.client(write=True) as client:
+            client.log_text(self.run(client, name, run_id, {}).info.run_id, text, file)
 
     def champion(self, name: str) -> str | None:
         """The version that has the alias `champion`, or None."""
@@ -128,18 +128,18 @@ class Registry:
 
     def bearer(self, name: str, alias: str) -> str | None:
         """The version that has `alias`, or None."""
-        with self._client() as client:
+        with self.client() as client:
             return None if client is None else self._aliases(client, name).get(alias)
 
     def numbers(self, name: str) -> list[str]:
         """Versions that Millrace registered under `name`, oldest first."""
-        with self._client() as client:
+        with self.client() as client:
             found = {} if client is None else self._versions(client, name)
         return [version for version, each in found.items() if DIGEST in each.tags]
 
     def run_of(self, name: str, version: str) -> str:
         """The id of the run that registered a version, or "" if it is not recorded."""
-        with self._client() as client:
+        with self.client() as client:
             found = {} if client is None else self._versions(client, name)
         return str(found[version].tags.get(RUN, "")) if version in found else ""
 
@@ -164,7 +164,7 @@ class Registry:
         Raises:
             StoreError: no such model or version, no champion.
         """
-        with self._client() as client:
+        with self.client() as client:
             versions = {} if client is None else self._versions(client, name)
             if client is None or not versions:
                 value = f"no model {name!r} in {self.uri}"
@@ -192,7 +192,7 @@ class Registry:
 
     def models(self) -> list[tuple[str, str]]:
         """(Name, version) of every model that Millrace registered, by name and version."""
-        with self._client() as client:
+        with self.client() as client:
             names, page = [], "" if client is not None else None
             while page is not None:
                 found = client.search_registered_models(max_results=1000, page_token=page or None)
@@ -211,7 +211,7 @@ class Registry:
         Raises:
             StoreError: no such model or version.
         """
-        with self._client() as client:
+        with self.client() as client:
             versions = {} if client is None else self._versions(client, name)
             if client is None or str(version) not in versions:
                 raise StoreError(
@@ -256,7 +256,7 @@ class Registry:
 
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Every version, oldest first: `version`, `champion`, `at` (ms since 1970), `run`, `gates`, `metrics`."""
-        with self._client() as client:
+        with self.client() as client:
             if client is None:
                 return []
             champion = self._aliases(client, name).get(CHAMPION)
@@ -275,14 +275,14 @@ class Registry:
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """Every promotion, oldest first: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
-        with self._client() as client:
+        with self.client() as client:
             tags = {} if client is None else client.get_registered_model(name).tags
         marks = sorted(tag for tag in tags if tag.startswith(f"{CHAMPION}."))
         return [{"at": tag.removeprefix(f"{CHAMPION}."), **json.loads(tags[tag])} for tag in marks]
 
     @contextlib.contextmanager
-    def _client(self, write: bool = False) -> Iterator[Any]:
-        """MLflow's client, whose errors become StoreErrors; None if the SQLite file does not exist and nothing is written."""
+    def client(self, write: bool = False) -> Iterator[Any]:
+        """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
         path = _sqlite_path(self.uri)
         if path is not None:
             if not path.exists() and not write:
@@ -301,7 +301,7 @@ class Registry:
                 "The model registry answers", value, "Start it or correct --registry, then run the same command again"
             ) from None
 
-    def _run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
+    def run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
         experiment = client.get_experiment_by_name(name)
         if experiment is None:

@@ -81,7 +81,7 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     registry = Registry(registry_uri(str(store)))
     assert registry.champion("buying") == "1"
     assert run(store, "register", "away") == 0
-    with registry._client() as client:
+    with registry.client() as client:
         (parent,) = [each.run_id for each in client.search_model_versions("name='buying'")]
         experiment = client.get_run(parent).info.experiment_id
         nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
