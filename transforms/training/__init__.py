@@ -1,8 +1,9 @@
 """From a feature table to a registered model.
 
-A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `Fit` fits the encoders
-on the training split.  `Train` runs the trials of the search and keeps the best model.  `examine` checks the data, `Compare`
-scores the champion on the same test rows, and `publish` registers the model and moves the alias if all gates hold.
+A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `Fit` fits the
+encoders on the training split.  `Train` runs the trials of the search and keeps the best model.  `examine` checks the
+data, `Compare` scores the champion on the same test rows, and `publish` registers the model and moves the alias if all
+gates hold.
 """
 
 from typing import TYPE_CHECKING

@@ -280,8 +280,8 @@ def _row_groups(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator
 class MakeExamples(beam.PTransform):
     """PCollection[ExampleBlock] → (PCollection[Account], one per block; PCollection[RecordBatch] of training examples).
 
-    All examples are written to files.  Those of the training split are also returned, so that encoders are fitted in the
-    same pass.
+    All examples are written to files.  Those of the training split are also returned, so that encoders are fitted in
+    the same pass.
     """
 
     plan: ExamplePlan

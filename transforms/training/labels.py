@@ -47,9 +47,10 @@ class Counts:
 def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:
     """Add `__label` (float64), `__label_time` and `__came`, whether a label was received, to `rows`.
 
-    The label of a spine row at time *t* is `label.value` of the first of `events` with its key and `t ≤ time < t + within`;
-    of several at one time it is the first by the source's `order`, or by all columns.  If there is none, or if that value
-    is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time` is `t + within`.
+    The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
+    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If there
+    is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time` is
+    `t + within`.
 
     Args:
         rows: rows with the label's spine columns and `time`; their order is kept.
@@ -216,7 +217,7 @@ def _key(frame: pl.DataFrame, column: str) -> pl.Expr:
 
 
 def _first_of_each_moment(events: pl.DataFrame, keys: Sequence[str], source: Source) -> pl.DataFrame:
-    """The first event of each key and time, by the order that breaks the source's ties; events without a key are dropped."""
+    """The first event of each key and time, by the order that breaks ties; events without a key are dropped."""
     events = events.drop_nulls(keys)
     moment = [*keys, str(source.time)]
     again = events.select(pl.struct(moment).is_duplicated()).to_series()

@@ -187,8 +187,8 @@ def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
     """What the newest commit of a feature table read of each source.
 
     Returns:
-        By name of a source: the number of files, their digest, the first and the last date; of a dimension the digest of
-        its content.
+        By name of a source: the number of files, their digest, the first and the last date; of a dimension the digest
+        of its content.
     """
     try:
         manifest = read_manifest(table)

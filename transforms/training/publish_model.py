@@ -86,7 +86,7 @@ def publish(outcome: RunOutcome, where: Publication) -> Json:
     It can be repeated: a run has one version, and its own run promotes a version at most once.
 
     Raises:
-        StoreError: the registry cannot be reached; the bundle stays on disk, and `millrace register` registers it later.
+        StoreError: the registry cannot be reached.  The bundle stays on disk, and `millrace register` registers it.
     """
     trained = outcome.trained
     content = _content(outcome, where)

@@ -31,7 +31,8 @@ from transforms.training.xgboost_data import Matrices, is_external, matrices
 
 log = logging.getLogger("millrace.training")
 
-# XGBoost's names of our metrics, which it computes after each round.  The root of the Brier score orders models as the score does;
+# XGBoost's names of our metrics, which it computes after each round.  The root of the Brier score orders models as the
+# score does;
 # its average precision interpolates between scores (Davis and Goadrich 2006).
 _EVALUATED = {
     "auc": "auc",
@@ -138,8 +139,8 @@ class Study:
         model: the model to train.
         split: bounds of the splits; trials run on each fold.
         folder: folder that boosters are written to.
-        cores: cores that the trials of one worker share.  The number is fixed at launch, since the last bits of sums depend
-            on the number of threads.
+        cores: cores that the trials of one worker share.  The number is fixed at launch, since the last bits of sums
+            depend on the number of threads.
         device: XGBoost's device.
     """
 
