@@ -29,8 +29,8 @@ BEATS = "beats the champion's"
 class Verdict:
     """The verdict of one gate.
 
-    `judged` is False if there was nothing to compare.  Such a gate holds, except the gate against a champion: only a model
-    that was compared with the champion replaces it.
+    `judged` is False if there was nothing to compare.  Such a gate holds, except the gate against a champion: only a
+    model that was compared with the champion replaces it.
     """
 
     gate: str

@@ -124,8 +124,8 @@ def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray
 def per_class(tally: MetricTally) -> list[dict[str, Any]]:
     """Metrics of each class against all others: `class`, `rows`, `chosen`, `precision`, `recall` and `auc`.
 
-    `chosen` is how often the class had the highest score.  A class that occurs and was never chosen has precision 0; one
-    that does not occur has no recall.
+    `chosen` is how often the class had the highest score.  A class that occurs and was never chosen has precision 0;
+    one that does not occur has no recall.
     """
     true, chosen, hits = Counter[int](), Counter[int](), Counter[int]()
     for (is_, taken), rows in tally.pairs:

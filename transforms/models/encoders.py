@@ -28,7 +28,8 @@ log = logging.getLogger("millrace.training")
 
 Matrix = npt.NDArray[np.float32]
 _LARGEST = float(np.finfo(np.float32).max)
-# The first format is written if no input is split or shifted, so that earlier versions can read it; see `Encoding.state`.
+# The first format is written if no input is split or shifted, so that earlier versions can read it; see
+# `Encoding.state`.
 _FORMAT, _WHOLE_FORMAT = 1, 2
 # float32 has every whole number up to this one; beyond it, neighbours become equal.
 EXACT = 1 << 24

@@ -27,8 +27,8 @@ log = logging.getLogger("millrace.training")
 
 # Files of a bundle beside the model.
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
-# An input leaks the label if it has at most `FEW` values with on average at least `LEAST_ROWS` rows, and each value goes
-# with one label only.
+# An input leaks the label if it has at most `FEW` values with on average at least `LEAST_ROWS` rows, and each value
+# goes with one label only.
 FEW, LEAST_ROWS = 20, 5
 # It also does if more than this share of the label's variance lies between its values.
 MOST = 0.8

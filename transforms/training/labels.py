@@ -49,8 +49,8 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
 
     The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
     `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If there
-    is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time` is
-    `t + within`.
+    is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time`
+    is `t + within`.
 
     Args:
         rows: rows with the label's spine columns and `time`; their order is kept.

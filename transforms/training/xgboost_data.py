@@ -23,7 +23,8 @@ from transforms.training.examples import Account, ExampleShard, read_shard
 from transforms.training.labels import mature
 from transforms.training.target_encoding import TargetEncoding, target_encoding
 
-# Most bytes of encoded rows that are cached between XGBoost's passes over the examples; beyond, each pass encodes again.
+# Most bytes of encoded rows that are cached between XGBoost's passes over the examples; beyond, each pass encodes
+# again.
 KEPT = 256 << 20
 # Encoded values of a split above which its bins go to disk, and of a page on disk.  Measured in docs/training.md.
 EXTERNAL = 250_000_000
