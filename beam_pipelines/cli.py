@@ -1,6 +1,6 @@
 """`millrace`: the three pipelines, and the commands that inspect or change a store.
 
-Nothing heavy is imported here: `millrace --help` imports neither Beam nor Polars, and a command imports only what it needs.
+This module imports neither Beam nor Polars, so that `millrace --help` is quick; a command imports only what it needs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Command to (module, or module:function, and what it does).  Imported when called: some import TensorFlow or MLflow.
+# Command → (module or module:function, purpose).  The module is imported when the command is called: some import
+# TensorFlow or MLflow.
 COMMANDS = {
     "features": ("beam_pipelines.features", "compute a view's features and commit them to its table"),
     "training": ("beam_pipelines.training", "train a model on a feature table, evaluate it, register it"),
@@ -43,11 +44,14 @@ COMMANDS = {
     ),
     "new": ("beam_pipelines.commands.new", "write a definition that runs as it is"),
 }
-USAGE = "usage: millrace COMMAND [flags]\n\n{commands}\n\nEvery command has --help.  Flags it does not know go to Beam (--runner=…)."
+USAGE = (
+    "usage: millrace COMMAND [flags]\n\n{commands}\n\n"
+    "Every command has --help.  Flags it does not know go to Beam (--runner=…)."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))

@@ -210,7 +210,10 @@ def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the predictions are published.  With --streaming, live: see `beam_pipelines.inference_streaming`."""
+    """Run the pipeline; returns 0 if the predictions are published.
+
+    With --streaming it runs `beam_pipelines.inference_streaming` instead.
+    """
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.inference_streaming").main(argv))
     options = parse(argv)

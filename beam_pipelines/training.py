@@ -1,4 +1,4 @@
-"""training: features and labels → examples → the best model on validation → its test → gates → the registry."""
+"""training: features and labels → examples → trials → evaluation of the best model → gates → registry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from beam_pipelines.runtime.run_report import Run, execute, read_json
 from schemas import Model
 from schemas.errors import GateError, MillraceError, StoreError
 from schemas.loading import Definition, load_definition
-from transforms.evaluation.evaluate import Evaluate, carried
+from transforms.evaluation.evaluate import Evaluate, Report, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
@@ -46,8 +46,8 @@ from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
 from transforms.training.hyperparameter_search import trials
 from transforms.training.preparation import TrainingRequest, prepare_training
-from transforms.training.publish_model import REPORT, Publication, publish, rival_of
-from transforms.training.trainer import Study, Train, save_best
+from transforms.training.publish_model import REPORT, Publication, RunOutcome, failed_gates, publish, rival_of
+from transforms.training.trainer import BundleRequest, Study, Train, save_best
 from transforms.training.unseen_categories import unseen
 from transforms.training.xgboost_data import until
 from transforms.validation.statistics import Statistics
@@ -57,23 +57,23 @@ log = logging.getLogger("millrace.training")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-    """What one run of the training pipeline does.
+    """Options of one run of the training pipeline.
 
     Args:
-        definition: of the model.
-        store: where tables, examples and runs are.
-        sources: where the label's source is.
-        run_id: registers one version.
-        features_version: of the feature table; None takes the newest.
-        start: first day of the feature table used; None takes all.
-        cutoff: the day before which everything is known; None takes the day after the feature table's last.
+        definition: the model's definition.
+        store: folder of tables, examples and runs.
+        sources: folder of the label's source.
+        run_id: id of the run, which registers one version.
+        features_version: version of the feature table; None means the newest.
+        start: first day of features to use; None means the first of the table.
+        cutoff: the day before which everything is known; None means the day after the feature table's last.
         registry: MLflow tracking URI.
-        cores: that the trials of one worker share.
-        device: of XGBoost: cpu, or cuda.
-        keep_examples: whether TFRecord and Parquet examples stay.
-        now: µs since 1970, the clock by which stamps are judged.
-        beam_args: for Beam.
-        label_version: of the label's source, if that is a Delta table; None takes the newest.
+        cores: cores that the trials of one worker share.
+        device: XGBoost's device, cpu or cuda.
+        keep_examples: whether TFRecord and Parquet examples stay after the run.
+        now: µs since 1970; rows stamped later are not known yet.
+        beam_args: flags for Beam.
+        label_version: version of the label's source, if that is a Delta table; None means the newest.
     """
 
     definition: Definition
@@ -97,7 +97,7 @@ class Options:
 
     @property
     def request(self) -> TrainingRequest:
-        """What the library needs to know of the options to prepare the run."""
+        """The options that prepare the run."""
         return TrainingRequest(
             definition=self.definition,
             store=self.store,
@@ -116,7 +116,7 @@ class Options:
 
     @property
     def folder(self) -> str:
-        """Folder of the run's report, its trials and its bundle."""
+        """Folder of the run's report, trials and bundle."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
     @property
@@ -128,13 +128,8 @@ class Options:
         return FileSystems.join(self.store, FOLDER, self.model.name, self.run_id)
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Options from flags.
-
-    Raises:
-        DefinitionError: a flag or the definition is refused.
-    """
-    arguments = Arguments("millrace training", "Train a model on a feature table, judge it, register it.")
+def _arguments() -> Arguments:
+    arguments = Arguments("millrace training", "Train a model on a feature table, evaluate it, register it.")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
@@ -150,14 +145,25 @@ def parse(argv: Sequence[str]) -> Options:
         default=0,
         help="cores that the trials of one worker share (default: as many as here)",
     )
-    arguments.add_argument("--device", type=device, default="cpu", help="of XGBoost: cpu (default), cuda or cuda:N")
+    arguments.add_argument(
+        "--device", type=device, default="cpu", help="XGBoost's device: cpu (default), cuda or cuda:N"
+    )
     arguments.add_argument(
         "--keep_examples",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="keep TFRecord and Parquet examples (default: yes)",
     )
-    flags, rest = arguments.parse(argv)
+    return arguments
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Parse flags into options.
+
+    Raises:
+        DefinitionError: a flag or the definition is not valid.
+    """
+    flags, rest = _arguments().parse(argv)
     return Options(
         definition=load_definition(flags.definition),
         store=flags.store,
@@ -176,13 +182,14 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def cores(text: str) -> int:
+    """Check that the text is a number of cores."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of cores; 0 takes all")
     return int(text)
 
 
 def device(text: str) -> str:
-    """A device as XGBoost names it."""
+    """Check that XGBoost has a device of this name."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
     return text
@@ -190,7 +197,7 @@ def device(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """A trained and tested model in the graph: PCollections of one element each."""
+    """A trained and evaluated model in the graph: PCollections of one element each."""
 
     report: beam.PCollection
     trained: beam.PCollection
@@ -200,12 +207,17 @@ class Tested:
 
 
 def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenance: dict[str, Any]) -> None:
-    """The graph; every step but the last leaves files and hands on their names."""
+    """Build the graph.  Steps before the last write files and return their names; the last makes the model visible."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
     rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
-    _ = tested.report | "Publish" >> beam.Map(publish, *sides, publication(options))
+    _ = tested.report | "Publish" >> beam.Map(publish_outcome, publication(options), *sides)
+
+
+def publish_outcome(report: Report, where: Publication, *sides: Any) -> None:
+    """Publish the report with the side inputs of the graph, which are the other fields of `RunOutcome`, in order."""
+    publish(RunOutcome(report, *sides), where)
 
 
 def train_and_test(
@@ -215,10 +227,10 @@ def train_and_test(
     provenance: dict[str, Any],
     champion: tuple[str, bytes] | None = None,
 ) -> Tested:
-    """The graph up to what there is to publish.
+    """Build the graph up to the evaluated model.
 
     Args:
-        champion: its version and the statistics of its training data, to compare with.
+        champion: the champion's version and the statistics of its training data, to compare with.
     """
     model = options.model
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
@@ -237,7 +249,7 @@ def train_and_test(
     trained = (
         tried
         | "Gather" >> beam.combiners.ToList()
-        | "Save" >> beam.Map(save_best, model, options.bundle, provenance, *sides)
+        | "Save" >> beam.Map(save_best, BundleRequest(model, options.bundle, provenance), *sides)
     )
     tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
     rows = tests | "Read" >> beam.FlatMap(read_shard)
@@ -252,7 +264,7 @@ def train_and_test(
 
 
 def champion_of(options: Options) -> tuple[str, bytes] | None:
-    """The champion's version and the statistics of its training data; None where there is none, or no way to know."""
+    """The champion's version and the statistics of its training data; None without a champion that can be read."""
     registry, name = Registry(options.registry), options.model.name
     try:
         version = rival_of(registry, name, options.run_id)
@@ -278,12 +290,12 @@ def publication(options: Options) -> Publication:
 
 
 def resolve(options: Options) -> tuple[ExamplePlan, dict[str, Any]]:
-    """What the run reads, at fixed versions, and where all of it comes from; see `transforms.training.preparation`."""
+    """Fix the versions that the run reads; see `transforms.training.preparation.prepare_training`."""
     return prepare_training(options.request)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; 0 when the model is registered and every gate holds."""
+    """Run the pipeline; returns 0 if the model is registered and every gate holds."""
     options = parse(argv)
     with Run("training", options.run_id, options.folder) as run:
         check_problem(options)
@@ -295,18 +307,18 @@ def main(argv: Sequence[str]) -> int:
         run.update(figures(report))
         if not options.keep_examples:
             FileSystems.delete([options.examples])
-    failed = [each for each in report["gates"] if not each["holds"]]
-    if failed:
+    if failed := failed_gates(report):
         raise GateError(
             f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
-            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
+            f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. "
+            f"Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
         )
     return 0
 
 
 def check_problem(options: Options) -> None:
-    """Refuse at once what registering would refuse at the end; a registry that is away does not keep a model from being trained.
+    """Refuse before training what registering would refuse after it.  An unreachable registry is only warned of.
 
     Raises:
         MismatchError: the model's name stands for another problem.
@@ -318,7 +330,7 @@ def check_problem(options: Options) -> None:
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
-    """What `run.json` and the closing table say."""
+    """The figures of `run.json` and of the closing table."""
     splits = report["splits"].values()
     shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}
     return {

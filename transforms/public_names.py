@@ -1,7 +1,7 @@
 """Names that a package lists in its `__init__` and imports when they are first used.
 
 A package shows what it offers as ordinary imports under `if TYPE_CHECKING:`, which type checkers and editors follow.
-Python does not run them: importing one module of a package must not import Beam, MLflow and XGBoost with all the others.
+Python does not run them, so that importing one module of a package does not import Beam, MLflow and XGBoost as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Registered models name this module as the one that loads them; the code is in `transforms/models/mlflow_pyfunc.py`."""
+"""The loader module that registered models name; the code is in `transforms/models/mlflow_pyfunc.py`."""
 
 from transforms.models.mlflow_pyfunc import load_pyfunc as _load_pyfunc
 

@@ -1,4 +1,4 @@
-"""What one asks of the registry: `models`, `promote`, `rollback`, `register`."""
+"""Commands of the model registry: `models`, `promote`, `rollback`, `register`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beam_pipelines.runtime.run_report import read_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
-from transforms.training.publish_model import PENDING, REPORT, register_model
+from transforms.training.publish_model import PENDING, REPORT, failed_gates, register_model
 
 
 def _arguments(command: str, text: str, why: bool = False) -> Arguments:
@@ -22,13 +22,13 @@ def _arguments(command: str, text: str, why: bool = False) -> Arguments:
     if command != "register":
         arguments.add_argument("--model", help="its registered name (default: the only one there is)")
     if why:
-        arguments.add_argument("--why", required=True, help="the reason, kept with the move")
+        arguments.add_argument("--why", required=True, help="the reason, which is recorded with the move")
         arguments.add_argument("--who", help="who decided (default: the user of this machine)")
     return arguments
 
 
 def _named(flags: Any) -> tuple[Registry, str]:
-    """The registry, and the model meant."""
+    """The registry, and the name of the model that the flags mean."""
     registry = Registry(registry_uri(flags.store, flags.registry))
     names = sorted({name for name, _ in registry.models()})
     if flags.model is None and len(names) == 1:
@@ -41,7 +41,7 @@ def _named(flags: Any) -> tuple[Registry, str]:
 
 
 def models(argv: Sequence[str]) -> int:
-    """List registered models: versions, test metrics, the alias, and what their gates said."""
+    """List registered models: versions, test metrics, the alias, and the verdicts of their gates."""
     flags = _arguments("models", models.__doc__ or "").parse_all(argv)
     registry = Registry(registry_uri(flags.store, flags.registry))
     names = sorted(
@@ -70,15 +70,16 @@ def models(argv: Sequence[str]) -> int:
         for entry in registry.history(name)[-5:]:
             before = f" after version {entry['before']}" if entry["before"] else ""
             print(
-                f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: {entry['why']} ({entry['who']})"
+                f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: "
+                f"{entry['why']} ({entry['who']})"
             )
     return 0
 
 
 def promote(argv: Sequence[str]) -> int:
-    """Give a version the alias champion, whatever its gates said; who, when and why are kept."""
+    """Give a version the alias champion, whether or not its gates hold; who, when and why are recorded."""
     arguments = _arguments("promote", promote.__doc__ or "", why=True)
-    arguments.add_argument("version", help="of the model")
+    arguments.add_argument("version", help="a registered version's number")
     flags = arguments.parse_all(argv)
     registry, name = _named(flags)
     before = registry.promote(name, flags.version, flags.why, flags.who)
@@ -90,7 +91,7 @@ def promote(argv: Sequence[str]) -> int:
 
 
 def rollback(argv: Sequence[str]) -> int:
-    """Give the alias back to the champion before; who, when and why are kept."""
+    """Give the alias back to the previous champion; who, when and why are recorded."""
     flags = _arguments("rollback", rollback.__doc__ or "", why=True).parse_all(argv)
     registry, name = _named(flags)
     before, after = registry.rollback(name, flags.why, flags.who)
@@ -116,8 +117,7 @@ def register(argv: Sequence[str]) -> int:
     champion = f"version {done['champion']}" if done["champion"] else "none"
     kept = f" ({done['kept']})" if done["kept"] else ""
     print(f"{done['model']}: version {done['model_version']} is registered; the champion is {champion}{kept}")
-    failed = [each for each in done["gates"] if not each["holds"]]
-    if failed:
+    if failed := failed_gates(done):
         raise GateError(
             f"Version {done['model_version']} of {done['model']} passes its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),

@@ -1,12 +1,13 @@
-"""retrain: a registered version once more, from the table versions, definition and seeds it records; the same metrics come out."""
+"""retrain: train a registered version again from what it records, and compare the models."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,39 @@ from transforms.training.trial_log import metrics_of
 AGAIN = "retrain.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A version trained again, beside the registered one.
+
+    Args:
+        metrics: test metrics of the new training.
+        apart: by metric, the registered and the new value where they differ.
+        same_model: whether booster and encoders are the same.
+    """
+
+    metrics: Mapping[str, float]
+    apart: Mapping[str, tuple[float | None, float]]
+    same_model: bool
+
+    def require_same(self, what: str, causes: Sequence[str]) -> None:
+        """Refuse any difference.
+
+        Raises:
+            MismatchError: the model or a metric differs.
+        """
+        if not self.apart and self.same_model:
+            return
+        values = ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in self.apart.items())
+        raise MismatchError(
+            f"{what} comes out the same from what it records",
+            values or "the booster's bytes differ",
+            "; ".join(causes) or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
+        )
+
+
 def main(argv: Sequence[str]) -> int:
     """Train a registered version again and compare; 0 when model and metrics are the same to the last bit."""
-    arguments = Arguments("millrace retrain", main.__doc__ or "", definition=None)
-    arguments.add_argument("version", help="a registered version's number")
-    arguments.add_argument("--model", help="its registered name (default: that of the store's only model)")
-    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    # The version is a word of its own, which `parse` would take for a stray one.
-    flags, rest = arguments.parse(argv)
+    flags, rest = _arguments().parse(argv)
     registry = Registry(registry_uri(flags.store, flags.registry))
     name = flags.model or only_model(registry)
     version, folder = registry.resolve(name, flags.version)
@@ -52,36 +78,45 @@ def main(argv: Sequence[str]) -> int:
         recorded(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options,
         Run("retrain", flags.run_id, options.folder) as run,
     ):
-        plan, provenance = resolve(options)
-        differences = changed(bundle, provenance)
-        for each in differences:
-            print(f"retrain: {each}", file=sys.stderr, flush=True)
-        pipeline = batch_pipeline(options.beam_args)
-        tested = train_and_test(pipeline, options, plan, provenance)
-        _ = tested.report | "Leave" >> beam.Map(
-            leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder
-        )
-        execute(pipeline)
-        found = read_json(FileSystems.join(options.folder, AGAIN))
-        before = metrics_of(registry, name, version)
-        again = load(options.bundle)
-        same_model = again.booster == bundle.booster and again.encoders == bundle.encoders
-        now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
-        apart = {metric: (before.get(metric), value) for metric, value in now.items() if before.get(metric) != value}
-        run.update({"model": name, "version": version, **now, "same_metrics": not apart, "same_model": same_model})
+        differences = train_again(bundle, options)
+        found = compared(bundle, options, metrics_of(registry, name, version))
+        same = {"same_metrics": not found.apart, "same_model": found.same_model}
+        run.update({"model": name, "version": version, **found.metrics, **same})
         FileSystems.delete([options.examples])
-    if apart or not same_model:
-        said = (
-            ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in apart.items())
-            or "the booster's bytes differ"
-        )
-        raise MismatchError(
-            f"Version {version} of {name} comes out the same from what it records",
-            said,
-            "; ".join(differences)
-            or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
-        )
+    found.require_same(f"Version {version} of {name}", differences)
     return 0
+
+
+def _arguments() -> Arguments:
+    arguments = Arguments("millrace retrain", main.__doc__ or "", definition=None)
+    arguments.add_argument("version", help="a registered version's number")
+    arguments.add_argument("--model", help="its registered name (default: that of the store's only model)")
+    arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
+    return arguments
+
+
+def train_again(bundle: Bundle, options: Options) -> list[str]:
+    """Run the training pipeline up to its test, and return what differs from the conditions of the first training."""
+    plan, provenance = resolve(options)
+    differences = changed(bundle, provenance)
+    for each in differences:
+        print(f"retrain: {each}", file=sys.stderr, flush=True)
+    pipeline = batch_pipeline(options.beam_args)
+    tested = train_and_test(pipeline, options, plan, provenance)
+    _ = tested.report | "Leave" >> beam.Map(
+        leave, AsSingleton(tested.trained), AsSingleton(tested.account), options.folder
+    )
+    execute(pipeline)
+    return differences
+
+
+def compared(bundle: Bundle, options: Options, before: Mapping[str, float]) -> Comparison:
+    """Compare the model that `train_again` left with the registered `bundle` and its metrics `before`."""
+    found = read_json(FileSystems.join(options.folder, AGAIN))
+    again = load(options.bundle)
+    now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
+    apart = {metric: (before.get(metric), value) for metric, value in now.items() if before.get(metric) != value}
+    return Comparison(now, apart, again.booster == bundle.booster and again.encoders == bundle.encoders)
 
 
 def only_model(registry: Registry) -> str:
@@ -90,7 +125,7 @@ def only_model(registry: Registry) -> str:
     Raises:
         DataError: there is none, or there are several.
     """
-    with registry._client() as client:
+    with registry.client() as client:
         names = [] if client is None else sorted(each.name for each in client.search_registered_models())
     if len(names) != 1:
         raise DataError("A model is named where there are several", ", ".join(names) or "none", "Write --model NAME")
@@ -99,10 +134,12 @@ def only_model(registry: Registry) -> str:
 
 @contextlib.contextmanager
 def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: tuple[str, ...]) -> Iterator[Options]:
-    """The options of the run that trained the bundle, under another run id, as long as its definition is on disk.
+    """The options of the run that trained the bundle, with another run id.
+
+    The recorded definition is a file for as long as the context is open.
 
     Raises:
-        StoreError: the version was registered before models recorded what this needs.
+        StoreError: the version was registered before Millrace recorded what this needs.
     """
     manifest = bundle.manifest
     missing = [key for key in ("read", "definition", "cores", "feature_table") if key not in manifest]
@@ -143,10 +180,10 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
 
 
 def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
-    """What is not as it was when the version was trained, in words.
+    """Sentences that name what differs from the conditions of the first training.
 
     Raises:
-        MismatchError: files of the label's source, which has no versions, are others now.
+        MismatchError: the label's source, which has no versions, has other files now.
     """
     before = bundle.manifest
     if provenance["label_table"]["version"] is None and provenance["label_files"] != before["label_files"]:
@@ -169,7 +206,7 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
 
 
 def leave(report: Report, trained: Trained, account: Account, folder: str) -> None:
-    """Write what came out where the launching process finds it."""
+    """Write the report where the launching process reads it."""
     content = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
     write_aside(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
 

@@ -1,4 +1,4 @@
-"""Flags of the commands: ours are checked here, the rest go to Beam."""
+"""Flags of the commands: Millrace's are checked here, and the others go to Beam."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NoReturn
 
 from schemas.errors import DefinitionError, nearest
 
-# When more than half of the rows are rejected, the source is broken, not its rows.
+# If more than half of the rows are rejected, the source itself is at fault.
 MAX_DEAD_FRACTION = 0.5
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argparse parser that hands unknown flags on to Beam, unless one is a near miss of ours.
+    """An argparse parser that passes unknown flags on to Beam, unless one is a near miss of ours.
 
     >>> arguments = Arguments("millrace features", "Compute features.")
     >>> namespace, beam_args = arguments.parse(["--definition", "d", "--store", "s", "--runner=PrismRunner"])
@@ -25,8 +25,10 @@ class Arguments(argparse.ArgumentParser):
     ['--runner=PrismRunner']
 
     Args:
-        definition: whether --definition must be given; None: there is no such flag.
-        beam: whether it launches a pipeline, and so has a --run_id and flags for Beam.
+        prog: the command, such as `millrace features`.
+        description: what the command does.
+        definition: whether --definition is required; None means that there is no such flag.
+        beam: whether the command launches a pipeline, and so has --run_id and accepts flags for Beam.
     """
 
     def __init__(self, prog: str, description: str, definition: bool | None = True, beam: bool = True) -> None:
@@ -49,7 +51,7 @@ class Arguments(argparse.ArgumentParser):
             )
 
     def add_interval(self, of: str) -> None:
-        """--start and --end."""
+        """Add --start and --end."""
         self.add_argument(
             "--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first there is)"
         )
@@ -58,11 +60,11 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def add_schema(self) -> None:
-        """--schema."""
+        """Add --schema."""
         self.add_argument("--schema", help="the use case's schema.pbtxt (default: beside the definition)")
 
     def add_validation(self) -> None:
-        """--schema, --allow_anomalies and --max_dead_fraction: what may be published."""
+        """Add --schema, --allow_anomalies and --max_dead_fraction, which decide what may be published."""
         self.add_schema()
         self.add_argument(
             "--allow_anomalies", action="store_true", help="publish what breaks the schema; recorded in the commit"
@@ -75,10 +77,11 @@ class Arguments(argparse.ArgumentParser):
         )
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Our flags, and those for Beam.
+        """Parse Millrace's flags; returns them and the flags for Beam.
 
         Raises:
-            DefinitionError: a flag within two letters of one of ours, a stray word, an empty interval.
+            DefinitionError: an unknown flag is within two letters of one of ours, a word belongs to no flag, or the
+                interval is empty.
         """
         namespace, rest = self.parse_known_args(list(argv))
         ours = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -105,7 +108,7 @@ class Arguments(argparse.ArgumentParser):
         return namespace, rest
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Our flags, for a command that passes none on to Beam."""
+        """Parse the flags of a command that passes none on to Beam."""
         namespace, rest = self.parse(argv)
         if rest:
             ours = [option for action in self._actions for option in action.option_strings]
@@ -117,7 +120,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def _edits(a: str, b: str) -> int:
-    """How many letters must be replaced, inserted or removed to turn one word into the other, as difflib aligns them.
+    """The number of letters to replace, insert or remove to turn one word into the other, as difflib aligns them.
 
     >>> _edits("--store", "--stroe"), _edits("--start", "--stat")
     (2, 1)
@@ -136,7 +139,7 @@ def _known_to_beam(flag: str) -> bool:
 
 
 def day(text: str) -> date:
-    """A UTC day."""
+    """Parse a UTC day."""
     try:
         return date.fromisoformat(text)
     except ValueError:
@@ -146,12 +149,14 @@ def day(text: str) -> date:
 
 
 def identifier(text: str) -> str:
+    """Check that the text can be part of file names."""
     if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
     return text
 
 
 def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,8 @@
-"""A user's mistake becomes one message, its exit code, and the command that goes on from there."""
+"""Errors on the command line: one message, an exit code, and the command that resumes the run.
+
+A portable runner passes on a worker's error as the text of its traceback alone, so `recovered` and the log filter
+have to parse that text.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
 
 
 class Translated(Exception):
-    """A dry run (Beam's `--dry_run`) came to where the job would be submitted.  Not an error: the command line says so and ends well."""
+    """Beam's `--dry_run` has reached the point of submission.  This is not an error: the command exits with 0."""
 
 
 def recovered(error: BaseException) -> BaseException:
-    """The MillraceError inside what a runner made of it, naming the step; or the error itself."""
+    """The MillraceError that a runner's `error` reports, with the name of the step; else `error` itself."""
     text = str(error)
     step = STEP.search(text)
     where = f"It happened in step {step[1]!r}" if step else ""
@@ -35,15 +39,15 @@ def recovered(error: BaseException) -> BaseException:
     return getattr(errors, kind, MillraceError)(STEP.sub("", message), None, where)
 
 
-def _traceback_of_mistake(record: logging.LogRecord) -> bool:
-    """Whether Beam is about to print where in our code a user's mistake was noticed."""
+def is_traceback_of_millrace_error(record: logging.LogRecord) -> bool:
+    """Whether Beam logs the traceback of a MillraceError."""
     return bool(record.exc_info and isinstance(record.exc_info[1], MillraceError)) or (
         "schemas.errors." in record.getMessage()
     )
 
 
 def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """`main` with a user's mistake printed as one message, its exit code returned, and the command that goes on from there."""
+    """Wrap `main`: a MillraceError becomes one printed message, with the command that resumes the run, and an exit code."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
@@ -70,7 +74,7 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
 
 
 def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
-    """Lines that name the run in which `error` came up, its table and dates, and the command that resumes it."""
+    """Lines that name the run that `error` ended, its table and dates, and the command that resumes it."""
     run = getattr(error, "run", None)
     if run is None:
         return ""
@@ -82,4 +86,5 @@ def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
         if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
     ]
     where = f": {run.where}" if run.where else ""
-    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {shlex.join(['millrace', command, *kept, '--run_id', run_id])}"
+    resume = shlex.join(["millrace", command, *kept, "--run_id", run_id])
+    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {resume}"

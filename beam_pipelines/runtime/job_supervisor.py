@@ -1,10 +1,9 @@
-"""Live jobs: run until they end, are told everything, topics grow, or somebody says stop."""
+"""Supervision of a live job: it runs until it ends, has committed all input, its topics grow, or a signal stops it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import signal
@@ -16,9 +15,9 @@ from typing import Any
 import apache_beam as beam
 import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
-from apache_beam.runners.runner import PipelineState
-from apache_beam.runners.worker import sdk_worker
+from apache_beam.runners.runner import PipelineResult, PipelineState
 
+from beam_pipelines.runtime.beam_workers import quiet_lost_connections
 from beam_pipelines.runtime.errors import recovered
 from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
@@ -28,21 +27,17 @@ from transforms.streaming.micro_batches import SKIPPED
 
 log = logging.getLogger("millrace.live")
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
-# What of Beam's speaks in workers of a launcher whose runner has gone.
-WORKER = tuple(
-    logging.getLogger(f"apache_beam.runners.worker.{name}") for name in ("data_plane", "sdk_worker", "log_handler")
-)
-# Seconds between looks at the topics' partitions, that a runner may take to answer, and that a cancelled job may take to end.
+# Seconds between two looks at the topics, for the runner to answer a cancellation, and for a cancelled job to end.
 LOOK, CANCELLED_WITHIN, ENDS_WITHIN = 5.0, 10.0, 30.0
-# Seconds, beside three commits' time, without a commit while messages wait: then it is said.
+# Seconds without a commit, beyond three commit intervals, after which a backlog is reported.
 STILL = 60.0
 
 
 def check_connections(broker: Broker, options: PipelineOptions) -> None:
-    """See that all a live job stands on is there, before it is started.
+    """Check that the broker, the expansion service and the runner of a live job accept connections.
 
     Raises:
-        StoreError: nobody listens at the address of broker, expansion service or runner.
+        StoreError: no process listens at one of their addresses.
     """
     check_reachable("The broker", "--bootstrap", broker.bootstrap)
     if broker.expansion is not None:
@@ -54,8 +49,8 @@ def check_connections(broker: Broker, options: PipelineOptions) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM is heard as Ctrl-C, and Beam's threads that lose a runner leave it to the launcher to say so."""
-    _quiet_logs()
+    """Handle SIGTERM as Ctrl-C, and leave it to the launcher to report a lost runner."""
+    quiet_lost_connections()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -63,37 +58,17 @@ def stopped_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@functools.cache
-def _quiet_logs() -> None:
-    """Keep Beam's threads quiet when they lose their runner: the launcher reports that once, in its own words.
-
-    It stays so until the process ends, for some of the threads outlive the job.
-    """
-    hook = threading.excepthook
-
-    def quietly(died: threading.ExceptHookArgs) -> None:
-        if not isinstance(died.exc_value, grpc.RpcError):
-            hook(died)
-
-    threading.excepthook = quietly
-    # `SdkHarness._execute` prints a traceback and logs it too; the filter below reaches only what is logged.  Beam declined
-    # to remove such a repetition (apache/beam pull request 5020).  A test fails once Beam no longer prints it.
-    sdk_worker.print = lambda *_, **__: None
-    for each in WORKER:
-        each.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], grpc.RpcError)))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What a launched job reads.
+    """The input of a launched job.
 
     Args:
-        broker: where the topics are.
-        begin: next offset per topic and partition.
-        prefix: before the topics' names.
-        status: file in which the job's commits say how far they are.
-        commit_every: least time between them, µs.
-        skipped: offsets that were not there to be read, in all launches before.
+        broker: the Kafka cluster that has the topics.
+        begin: the next offset to read, by topic and partition.
+        prefix: the prefix of the topics' names.
+        status: path of the job's `status.json`, which each commit replaces.
+        commit_every: least time between two commits, µs.
+        skipped: offsets that earlier launches could not read.
     """
 
     broker: Broker
@@ -103,33 +78,33 @@ class Reading:
     commit_every: int
     skipped: int = 0
 
-    def there(self) -> bool:
-        """Whether the broker can be asked: its client waits ten seconds for one that is away, and Ctrl-C with it."""
+    def broker_is_reachable(self) -> bool:
+        """Whether the broker accepts connections.  Its client would block for ten seconds, and Ctrl-C with it."""
         try:
             check_reachable("The broker", "--bootstrap", self.broker.bootstrap)
         except StoreError:
             return False
         return True
 
-    def grown(self) -> bool:
-        """Whether a topic has more partitions than it had, which no reader would notice."""
+    def has_new_partitions(self) -> bool:
+        """Whether a topic has more partitions than at launch: a running job does not read those."""
         now = partitions_of(self.broker, list(self.begin))
-        more = [topic for topic, count in now.items() if count > len(self.begin[topic])]
-        for topic in more:
+        grown = [topic for topic, count in now.items() if count > len(self.begin[topic])]
+        for topic in grown:
             log.warning(
                 "%s has %d partitions now, %d before: starting again, with all of them",
                 topic,
                 now[topic],
                 len(self.begin[topic]),
             )
-        return bool(more)
+        return bool(grown)
 
-    def unread(self) -> int:
-        """Messages behind the last commit; 0 while the broker does not say."""
-        status = read_status(self.status).get("next", {})
+    def backlog(self) -> int:
+        """Number of messages after the last commit; 0 while the broker does not answer."""
+        committed = read_status(self.status).get("next", {})
         due = {
             topic: {
-                number: status.get(topic.removeprefix(self.prefix), {}).get(str(number), offset)
+                number: committed.get(topic.removeprefix(self.prefix), {}).get(str(number), offset)
                 for number, offset in partitions.items()
             }
             for topic, partitions in self.begin.items()
@@ -142,7 +117,12 @@ class Reading:
 
 
 def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mapping[int, int]]) -> None:
-    """Say which messages (next offset `due` per topic and partition) were deleted before they were read."""
+    """Warn of messages that the broker deleted before they were read.
+
+    Args:
+        begin: the first offset that the broker has, by topic and partition.
+        due: the next offset to read, by topic and partition.
+    """
     for topic, partitions in begin.items():
         for number, first in partitions.items():
             if due[topic][number] < first:
@@ -157,21 +137,21 @@ def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mappi
 
 
 def skipped_in(status: Mapping[str, Any]) -> int:
-    """Offsets that were not there to be read, as a job's commit counts them."""
+    """Number of offsets that the job could not read, as its last commit counts them."""
     return sum(int(each.get(SKIPPED, 0)) for each in (*status.get("counts", {}).values(), status.get("rows", {})))
 
 
 def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, reading: Reading) -> bool:
-    """Run the job and cancel it once `done()`, on a signal, or as a topic has got more partitions, which no reader would notice.
+    """Run the job, and cancel it when `done()`, on a signal, or when a topic has new partitions.
 
     Args:
-        pipeline: unbounded.
-        done: whether all was told and is committed; asked five times a second.
-        text: logged when it runs.
-        reading: what it reads.
+        pipeline: an unbounded pipeline.
+        done: whether all input is committed; called five times a second.
+        text: a message to log when the job has started.
+        reading: the job's input.
 
     Returns:
-        Whether it is to be started again, from its last commit, with all partitions.
+        Whether the job must be started again, from its last commit and with all partitions.
 
     Raises:
         MillraceError: the job failed.
@@ -185,18 +165,18 @@ def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, read
         while job.state not in ENDED and time.monotonic() < deadline:
             time.sleep(0.1)
     except grpc.RpcError as error:
-        raise _gone(error) from None
+        raise _runner_error(error) from None
     return True
 
 
 class _Job:
-    """A launched job, asked by threads of their own: a runner that is frozen, or behind a broken network, answers nobody.
+    """A launched job.  Threads of its own call the runner, since a frozen or unreachable runner blocks its caller.
 
     Args:
-        result: what Beam gave for it.
+        result: what `Pipeline.run` returned.
     """
 
-    def __init__(self, result: Any) -> None:
+    def __init__(self, result: PipelineResult) -> None:
         self.result = result
         self._state: str | None = None
         self._error: grpc.RpcError | None = None
@@ -204,10 +184,10 @@ class _Job:
 
     @property
     def state(self) -> str | None:
-        """As the runner told it last.
+        """The last state that the runner reported.
 
         Raises:
-            grpc.RpcError: the runner is gone.
+            grpc.RpcError: the connection to the runner is lost.
         """
         if self._error is not None:
             raise self._error
@@ -222,107 +202,135 @@ class _Job:
             self._error = error
 
     def cancel(self) -> None:
-        """Have it cancelled; a runner that does not answer within `CANCELLED_WITHIN` seconds is left to itself.
+        """Cancel the job.  A runner that does not answer within `CANCELLED_WITHIN` seconds is not waited for.
 
         Raises:
-            grpc.RpcError: the runner is gone.
+            grpc.RpcError: the connection to the runner is lost.
         """
         failed: list[Exception] = []
 
-        def ask() -> None:
+        def request() -> None:
             try:
                 self.result.cancel()
             except Exception as error:
                 failed.append(error)
 
-        thread = threading.Thread(target=ask, name="cancel", daemon=True)
+        thread = threading.Thread(target=request, name="cancel", daemon=True)
         thread.start()
         thread.join(CANCELLED_WITHIN)
         if failed:
             raise failed[0]
         if thread.is_alive():
             log.warning(
-                "the runner has not answered for %.0f s that it stops the job: leaving it.  Should the job run on there, its "
-                "table still holds every row once; see the runner's log",
+                "the runner has not answered for %.0f s that it stops the job: leaving it.  "
+                "Should the job run on there, its table still holds every row once; see the runner's log",
                 CANCELLED_WITHIN,
             )
 
 
+class _InputMonitor:
+    """Compares a job's commits with its topics every `LOOK` seconds, and warns of what is wrong.
+
+    Args:
+        reading: the job's input.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading, self.skipped = reading, reading.skipped
+        self.turn: object = None  # of the last commit that was seen
+        self.looked = self.committed = time.monotonic()
+
+    def has_new_partitions(self) -> bool:
+        """Look at the topics if it is time to; whether one has partitions that the job does not read."""
+        now = time.monotonic()
+        if now - self.looked <= LOOK:
+            return False
+        self.looked = now
+        if not self.reading.broker_is_reachable():
+            self.committed = now  # there may be nothing to commit
+            return False
+        grown = self.reading.has_new_partitions()
+        status = read_status(self.reading.status)
+        self._warn_of_missing_commits(status, now)
+        self._warn_of_skipped_offsets(status)
+        return grown
+
+    def _warn_of_missing_commits(self, status: Mapping[str, Any], now: float) -> None:
+        if status.get("turn") != self.turn or not (backlog := self.reading.backlog()):
+            self.turn, self.committed = status.get("turn"), now
+        elif now - self.committed > STILL + 3e-6 * self.reading.commit_every:
+            log.warning(
+                "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
+                "and start it again; it goes on from its last commit",
+                now - self.committed,
+                backlog,
+            )
+            self.committed = now
+
+    def _warn_of_skipped_offsets(self, status: Mapping[str, Any]) -> None:
+        if (skipped := skipped_in(status)) > self.skipped:
+            log.warning(
+                "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; "
+                "counted as %s",
+                skipped - self.skipped,
+                SKIPPED,
+            )
+            self.skipped = skipped
+
+
 def _watch(job: _Job, done: Callable[[], bool], reading: Reading) -> bool:
-    """Wait until the job ends, it is `done`, a signal comes, or topics have grown; whether they have."""
-    again, looked = False, time.monotonic()
-    turn, since, skipped = None, looked, reading.skipped
+    """Wait until the job ends, or cancel it when it is `done`, on a signal, or when topics have new partitions.
+
+    Returns:
+        Whether topics have new partitions.
+    """
+    monitor, again = _InputMonitor(reading), False
     try:
         while not again:
             if job.state in ENDED:
                 if job.state not in (PipelineState.DONE, PipelineState.CANCELLED):
-                    _failed(job.result)
+                    _raise_failure(job.result)
                 return False
             time.sleep(0.2)
             if done():
                 break
-            now = time.monotonic()
-            if now - looked <= LOOK:
-                continue
-            looked = now
-            if not reading.there():
-                since = now
-                continue
-            again = reading.grown()
-            status = read_status(reading.status)
-            if status.get("turn") != turn or not (unread := reading.unread()):
-                turn, since = status.get("turn"), now
-            elif now - since > STILL + 3e-6 * reading.commit_every:
-                log.warning(
-                    "no commit for %.0f s, and %d messages wait: has the runner lost its workers?  Stop this job (Ctrl-C) "
-                    "and start it again; it goes on from its last commit",
-                    now - since,
-                    unread,
-                )
-                since = now
-            if (gone := skipped_in(status)) > skipped:
-                log.warning(
-                    "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; counted as %s",
-                    gone - skipped,
-                    SKIPPED,
-                )
-                skipped = gone
+            again = monitor.has_new_partitions()
         job.cancel()
     except KeyboardInterrupt:
         log.info("stopping: what is not committed will be read again")
-        with contextlib.suppress(grpc.RpcError):  # it was gone before
+        with contextlib.suppress(grpc.RpcError):  # the runner may be gone already
             job.cancel()
     except grpc.RpcError as error:
-        raise _gone(error) from None  # as it was killed
+        raise _runner_error(error) from None
     return again
 
 
-def _failed(result: Any) -> None:
-    """Raise what a failed job failed of."""
+def _raise_failure(result: PipelineResult) -> None:
+    """Raise the error of a failed job."""
     try:
         result.wait_until_finish()
     except Exception as error:
         known = recovered(error)
         if known is not error:
             raise known from None
-        raise _gone(error) from None
+        raise _runner_error(error) from None
 
 
-def _gone(error: Exception) -> StoreError:
-    """The error of a job that its runner ended, or that ended with its runner, for a reason that is none of ours."""
-    said = str(error.details() if isinstance(error, grpc.Call) else error)
-    reason = next((line.strip() for line in said.splitlines() if line.strip()), "no word")
+def _runner_error(error: Exception) -> StoreError:
+    """The error of a job that its runner ended, or whose runner is gone."""
+    text = str(error.details() if isinstance(error, grpc.Call) else error)
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), "no word")
     fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
     return StoreError("The runner keeps the job running", reason[:500], fix)
 
 
 def write_status(commit: tuple[bytes, bytes], path: str) -> None:
-    """What a commit told, as the run's status."""
+    """Write the second element of a commit, a JSON object, as the run's status."""
     write_json(path, json.loads(commit[1]))
 
 
 def read_status(path: str) -> dict[str, Any]:
-    """The run's status; empty before its first commit."""
+    """Read the run's status; it is empty before the first commit."""
     try:
         with open(path) as handle:
             return dict(json.load(handle))

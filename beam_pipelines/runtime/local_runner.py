@@ -1,4 +1,4 @@
-"""A batch pipeline, and what runs it unless a runner is named."""
+"""Batch pipelines, and the runner of those that name none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle
 def batch_pipeline(beam_args: Sequence[str]) -> beam.Pipeline:
     """An empty pipeline with Beam's options.
 
-    DirectRunner, the default, means its engine in this process.  Left to choose, Beam first tries to fetch Prism from GitHub, and
-    the same command would run on one engine where the network lets it, on the other where not.
+    DirectRunner, the default, is replaced by the FnApiRunner in this process.  Beam's own choice would first try to
+    download Prism from GitHub, so that the engine of one command would depend on the network.
     """
     options = PipelineOptions(list(beam_args))
     if options.view_as(StandardOptions).runner not in (None, "DirectRunner"):

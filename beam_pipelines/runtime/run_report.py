@@ -1,4 +1,4 @@
-"""What a run says: progress while it works, a closing table, `run.json`; and errors without a traceback."""
+"""The report of a run: progress on the terminal, a closing table, and `run.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import TestOptions
 
-from beam_pipelines.runtime.errors import Translated, _traceback_of_mistake, recovered
+from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
@@ -25,7 +25,7 @@ log = logging.getLogger("millrace")
 
 
 class Run:
-    """Figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
+    """The figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
 
     >>> with Run("features", run_id, folder) as run:
     ...     run["rows out"] = 336776
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, pipeline: str, run_id: str, folder: str, quiet: bool = False) -> None:
         self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
         self.figures: dict[str, Any] = {"pipeline": pipeline, "run_id": run_id}
-        self.where = ""  # what it works on, for messages
+        self.where = ""  # its table and dates, for messages
         progress()
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -54,11 +54,11 @@ class Run:
         return self
 
     def _alone(self) -> None:
-        """Refuse a run id that another pipeline has used: each would write over what the other tells of itself."""
+        """Refuse a run id that another pipeline has used, since both would write the same files."""
         for name in (MARKER, "run.json"):
             try:
                 other = read_json(FileSystems.join(self.folder, name))["pipeline"]
-            except Exception:  # not there, by whatever name Beam's file systems call it, or no account of a run
+            except Exception:  # each of Beam's file systems has its own error for a missing file
                 continue
             if other != self.pipeline:
                 raise errors.DefinitionError(
@@ -69,9 +69,9 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            error.run = self  # type: ignore[attr-defined]  # for `guard`, which says how to go on
+            error.run = self  # type: ignore[attr-defined]  # `guard` prints how to resume it
         if error is None or isinstance(error, MillraceError):
-            remove_marker(self.folder)  # after anything else the job may still be at work elsewhere
+            remove_marker(self.folder)  # after another error the job may still run elsewhere
         if error is not None:
             return
         seconds = time.perf_counter() - self.start
@@ -85,7 +85,7 @@ class Run:
 
 
 def table(title: str, figures: dict[str, Any]) -> str:
-    """The figures as lines of a name and a value; nested ones are left to `run.json`."""
+    """The figures as lines of a name and a value; nested figures are only in `run.json`."""
     flat = {
         name.replace("_", " "): _text(value)
         for name, value in figures.items()
@@ -114,7 +114,7 @@ def _text(value: Any) -> str:
 
 
 def write_json(path: str, value: Any) -> None:
-    """`value` as a JSON file, whole or not at all."""
+    """Write `value` as a JSON file, atomically on a local disk."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     if "://" in path:
         with FileSystems.create(path, mime_type="application/json") as handle:
@@ -136,13 +136,13 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """What `write_json` wrote."""
+    """Read a JSON file."""
     with FileSystems.open(path) as handle:
         return json.loads(handle.read())
 
 
 def progress() -> None:
-    """Show the library's log lines: over each other on a terminal, one by one elsewhere."""
+    """Print the library's log records: each over the last on a terminal, line by line elsewhere."""
     if not log.handlers:
         log.addHandler(_Progress())
         log.setLevel(logging.INFO)
@@ -151,9 +151,9 @@ def progress() -> None:
             "apache_beam.runners.common",
             "apache_beam.runners.worker.sdk_worker",
             "apache_beam.runners.portability.fn_api_runner.fn_runner",
-            "root",  # which says what a portable runner says
+            "root",  # logs the messages of a portable runner
         ):
-            logging.getLogger(name).addFilter(lambda record: not _traceback_of_mistake(record))
+            logging.getLogger(name).addFilter(lambda record: not is_traceback_of_millrace_error(record))
 
 
 class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
@@ -174,11 +174,11 @@ class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def execute(pipeline: beam.Pipeline) -> Any:
-    """Run to the end.
+    """Run the pipeline to its end.
 
     Raises:
-        MillraceError: the one that a step raised, wherever it ran.
-        Translated: `--dry_run` was asked for.
+        MillraceError: a step raised it, on whatever worker.
+        Translated: the flags contain `--dry_run`.
     """
     result = None
     try:

@@ -1,4 +1,4 @@
-"""Text for terminals: columns where they fit, a paragraph per row where they do not."""
+"""Text for terminals: a table if it fits, else a paragraph per row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def terminal_width() -> int:
-    """Of the terminal; without one there is room."""
+    """Columns of the terminal; 160 without one."""
     return shutil.get_terminal_size((160, 24)).columns
 
 
@@ -19,11 +19,14 @@ def columns(
     width: int | None = None,
     indent: int = 2,
 ) -> str:
-    """`rows` under `head`, each column as wide as it must be.
+    """Format `rows` under `head`, each column as wide as its longest text.
 
     Args:
-        right: names of columns of numbers, set to the right.
-        width: of the terminal; where the rows do not fit, the first column has a line and the others follow below it.
+        head: names of the columns.
+        rows: the texts of each row; columns without any text are left out.
+        right: names of the columns that are right-aligned.
+        width: width of the terminal; None means `terminal_width()`.  If the rows do not fit, each becomes a paragraph.
+        indent: number of spaces before each line.
     """
     width = terminal_width() if width is None else width
     empty = [i for i in range(1, len(head)) if not any(row[i] for row in rows)]
@@ -49,12 +52,12 @@ def columns(
     return "\n".join(blocks)
 
 
-# Columns whose cells need no name beside them.
+# Columns whose values need no name beside them in a paragraph.
 _PLAIN = ("bytes", "type", "how", "why", "use")
 
 
 def _record(name: str, slot: str) -> str:
-    """`3,000 rows`, `version 2`, `1.2 MB` (of bytes)."""
+    """A value with its column's name: `3,000 rows`, `version 2`, `1.2 MB`."""
     if name in _PLAIN:
         return slot
     if name.endswith("s") and slot[0].isdigit() and "–" not in slot:
@@ -63,7 +66,7 @@ def _record(name: str, slot: str) -> str:
 
 
 def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int = 0) -> str:
-    """`text` in lines of the terminal's width; words longer than a line stay whole, so that they can be copied."""
+    """Wrap `text` to the terminal's width; words longer than a line are not broken, so that they can be copied."""
     width = terminal_width() if width is None else width
     return textwrap.fill(
         text,
@@ -76,7 +79,8 @@ def wrapped(text: str, indent: int = 2, width: int | None = None, hanging: int =
 
 
 def many(count: int, what: str) -> str:
-    """
+    """A count with its noun.
+
     >>> many(1, "file"), many(2000, "file")
     ('1 file', '2,000 files')
     """

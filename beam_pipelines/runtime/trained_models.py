@@ -1,4 +1,4 @@
-"""Models of a store's registry, and of runs that could not register theirs."""
+"""The models of a store: those in its registry, and those of runs that could not register them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from transforms.storage.vacuum import pins_of
 
 
 def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, Mapping[str, object]]:
-    """Manifests of every model whose training data must stay: those registered, and those trained in this store.
+    """Manifests of every model whose training data must be kept: those registered, and those trained in this store.
 
     Args:
-        whole: raise where one of them cannot be read, so that nobody knows what may go; else say so and leave it out.
+        store: address of the store.
+        registry: MLflow tracking URI; None means the store's own.
+        whole: raise if a manifest cannot be read, since its data must not be deleted; else warn and leave it out.
 
     Raises:
-        StoreError: the registry or a model in it cannot be read.
+        StoreError: the registry or a model in it cannot be read, and `whole` is set.
     """
     found: dict[str, Mapping[str, object]] = {}
 
@@ -40,7 +42,7 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
         for name, version in models.models():
             with reading(f"model {name} {version}"):
                 found[f"{name} {version}"] = read_json(os.path.join(models.resolve(name, version)[1], MANIFEST))
-    runs = Path(store, "runs")  # a registry elsewhere, or one that was away when the model was trained
+    runs = Path(store, "runs")  # their registry may be another one, or was unreachable
     for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
         with reading(f"the model of run {path.parts[-3]}"):
             try:
@@ -55,9 +57,9 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
 
 
 def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
-    """Models, by name and version or by their run, that were trained on the table up to this version."""
+    """Names and versions, or runs, of the models that were trained on the table up to this version."""
     every = trained(store, None, whole=False)
-    # A registered model is found again in the folder of the run that trained it.
+    # The folder of its run has the manifest of a registered model, too.
     registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
     return [
         f"{name} (table version {pin.version})"

@@ -105,7 +105,7 @@ def registered(store: Path) -> dict[str, str]:
 def mlflow_runs(store: Path) -> dict[str, list[str]]:
     """Status of each of MLflow's runs by our run, trials below it as "RUN trial N"."""
     found: dict[str, list[str]] = {}
-    with Registry(registry_uri(str(store)))._client() as client:
+    with Registry(registry_uri(str(store))).client() as client:
         for run in client.search_runs([client.get_experiment_by_name("buying").experiment_id], max_results=1000):
             name = run.data.tags.get(RUN) or run.info.run_name
             found.setdefault(name, []).append(run.info.status)

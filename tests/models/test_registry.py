@@ -16,7 +16,7 @@ import pytest
 from schemas.errors import StoreError
 from tests.support.trained_models import trained
 from transforms.models.bundle import Bundle, digest_of, load, save
-from transforms.models.registry import Registry, registry_uri
+from transforms.models.registry import Registry, RunRecord, registry_uri
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 
@@ -114,7 +114,7 @@ def test_the_first_registration_makes_everything(registry: Registry, tmp_path: P
     bundle = trained()
     params = {f"p{i}": i for i in range(150)}  # MLflow takes 100 at a time
     metrics = {"auc": 0.75, "nothing": float("nan")}
-    version = registry.register(bundle, "run-7", params, metrics, tmp_path / "report", {"who": "test"})
+    version = registry.register(bundle, "run-7", RunRecord(params, metrics, tmp_path / "report", {"who": "test"}))
     assert version == "1"
     assert registry.champion("delay") is None
 
@@ -137,7 +137,7 @@ def test_the_first_registration_makes_everything(registry: Registry, tmp_path: P
 def test_the_same_run_registers_once(shared: tuple[Registry, Path]) -> None:
     registry, _ = shared
     assert registry.register(trained(), "run-1") == "1"
-    assert registry.register(trained(seed=9), "run-1", {"other": 1}) == "1"  # the first stays
+    assert registry.register(trained(seed=9), "run-1", RunRecord({"other": 1})) == "1"  # the first stays
 
 
 def test_a_registration_cut_short_is_completed(registry: Registry) -> None:
@@ -148,7 +148,7 @@ def test_a_registration_cut_short_is_completed(registry: Registry) -> None:
     experiment = client.create_experiment("delay", registry.uri.removeprefix("sqlite:///") + ".artifacts")
     run = client.create_run(experiment, tags={"millrace.run_id": "run-1"})
     client.log_param(run.info.run_id, "seconds", "1.25")
-    assert registry.register(trained(), "run-1", {"seconds": 1.5, "depth": 2}) == "1"
+    assert registry.register(trained(), "run-1", RunRecord({"seconds": 1.5, "depth": 2})) == "1"
     assert [each.info.run_id for each in client.search_runs([experiment])] == [run.info.run_id]
     assert client.get_run(run.info.run_id).data.params == {"seconds": "1.25", "depth": "2"}
     assert load(registry.resolve("delay", 1)[1]).booster == trained().booster
@@ -298,7 +298,7 @@ def test_a_server_that_proxies_files_does_as_sqlite_does(tmp_path: Path) -> None
                 break
             time.sleep(0.5)
         assert registry.champion("delay") is None
-        assert registry.register(trained(0), "a", {"p": 1}, {"auc": 0.5}) == "1"
+        assert registry.register(trained(0), "a", RunRecord({"p": 1}, {"auc": 0.5})) == "1"
         assert registry.register(trained(0), "a") == "1"
         assert registry.register(trained(1), "b") == "2"
         registry.promote("delay", "2", "better")

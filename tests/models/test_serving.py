@@ -20,7 +20,7 @@ import pytest
 from schemas.errors import MismatchError, StoreError
 from tests.support.trained_models import trained
 from transforms.models.mlflow_pyfunc import load_pyfunc
-from transforms.models.registry import Registry, registry_uri
+from transforms.models.registry import Registry, RunRecord, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
 from transforms.storage.paths import BOOSTER
 
@@ -33,7 +33,7 @@ EXAMPLE = {"columns": ["x", "n"], "data": [[0.25, 1], [None, None], [-1.5, 2]]}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     registry = Registry(registry_uri(str(tmp_path_factory.mktemp("store"))))
-    registry.register(trained(), "run-1", example=EXAMPLE)
+    registry.register(trained(), "run-1", RunRecord(example=EXAMPLE))
     return registry.resolve("delay", "1")[1]
 
 

@@ -24,7 +24,7 @@ from transforms.training import trainer, xgboost_data
 from transforms.training.examples import Account
 from transforms.training.fit_encoders import fit
 from transforms.training.hyperparameter_search import Result, Trial, choose, trials
-from transforms.training.trainer import save_best, side_by_side
+from transforms.training.trainer import BundleRequest, save_best, side_by_side
 from transforms.training.xgboost_checks import require_known
 
 
@@ -167,11 +167,11 @@ def test_a_failed_trial_is_reported_and_the_best_of_the_others_is_saved(tmp_path
     tried = side_by_side(study(chosen, tmp_path / "run"), account, [fitted], several)
     assert [bool(each.error) for each in tried] == [True, False, False]
     assert tried[0].error == "value -3 for Parameter max_depth should be greater equal to 0"
-    trained = save_best(tried[::-1], chosen, str(tmp_path / "bundle"), {"run_id": "r"}, account, fitted)
+    trained = save_best(tried[::-1], BundleRequest(chosen, str(tmp_path / "bundle"), {"run_id": "r"}), account, fitted)
     assert trained.best == max(tried[1:], key=lambda each: each.value)
     assert [each.trial.index for each in trained.results] == [0, 1, 2]
     with pytest.raises(DataError, match=r"1 failed, the first with: .*max_depth"):
-        save_best(tried[:1], chosen, str(tmp_path / "none"), {}, account, fitted)
+        save_best(tried[:1], BundleRequest(chosen, str(tmp_path / "none"), {}), account, fitted)
 
 
 def test_the_best_is_the_least_error_or_the_greatest_score_and_of_equals_the_first() -> None:

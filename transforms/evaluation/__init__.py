@@ -1,8 +1,8 @@
 """The test of a model: metrics with confidence intervals, slices, gates, and SHAP contributions.
 
-Each scored test row adds integers to a tally: to the histograms of the metrics, to those of its slices, and to those of
-the bootstrap replicates.  `Evaluate` merges the tallies into a `Report`.  `verdicts` compares the report with the gates of
-the definition.  `Explain` computes the contributions of a bounded sample of rows.
+Each scored test row adds integers to a tally: to the histograms of the metrics, to those of its slices, and to those
+of the bootstrap replicates.  `Evaluate` merges the tallies into a `Report`.  `verdicts` compares the report with the
+gates of the definition.  `Explain` computes the contributions of a bounded sample of rows.
 """
 
 from typing import TYPE_CHECKING

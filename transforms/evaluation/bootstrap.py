@@ -1,9 +1,10 @@
-"""Confidence intervals by the Poisson bootstrap (Chamandy et al. 2012): each row enters each replicate Poisson(1) times.
+"""Confidence intervals by the Poisson bootstrap (Chamandy et al. 2012).
 
-How often is a hash of the row's id and the replicate, so neither bundles nor the order of merging matter, and two models
-scored on the same rows have the same replicates: their differences are paired.  What is accumulated are integer counts
-per cell of a fine histogram and replicate.  A metric of a replicate is read off the cells' middles; its offset to the
-exact metric, at most half of a cell's width, is taken out of the interval.
+Each row enters each replicate Poisson(1) times.  The number is a hash of the row's id and the replicate, so the result
+does not depend on bundles or on the order of merging, and two models that score the same rows have the same replicates,
+which makes their differences paired.  The accumulator has integer counts per bin of a fine histogram and replicate.  A
+replicate's metric is computed from the midpoints of the bins; its offset to the exact metric, at most half of a bin's
+width, is subtracted from the interval.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from transforms.records.exact_sums import Floats
 from transforms.records.row_hashing import mix
 
 REPLICATES = 200
-# Rows below which no interval is given: so few resample nearly to themselves.
+# Fewest rows that get an interval: replicates of fewer hardly differ from the rows themselves.
 LEAST_ROWS = 30
 LEVEL = 0.95
-# Cells per unit of log odds, and the log odds beyond which all are one cell.
+# Bins per unit of log odds, and the log odds beyond which all scores are in one bin.
 _CELLS, _BOUND = 128, 16
-# Bits dropped of a float32 error: 8 of its mantissa stay, so a cell is 0.4 % wide.
+# Low bits of a float32 error that are ignored: 8 bits of the mantissa stay, so a bin is 0.4 % wide.
 _DROPPED = 15
-# Classes up to which each one's AUC has an interval, and cells per unit of log odds there.
+# Most classes whose AUCs have intervals, and their bins per unit of log odds.
 CLASSES = 20
 _COARSE = 16
-# Rows of several classes are in one cell of each kind; keys of different kinds differ from this bit on.
+# A row of a multi-class model is in one bin of each kind; the bits from this one on number the kind.
 _KIND = 1 << 40
-# Rows hashed at a time: they stay in the caches.
+# Rows hashed at a time, so that they stay in the CPU's caches.
 _CACHED = 1024
-# The most by which reading a metric off cells may move it (relative to it, where it is above 1) for there to be an interval.
+# Greatest offset between the binned and the exact metric for which there is an interval; relative above 1.
 HIDDEN = 0.02
 _EPSILON = float(np.finfo(np.float32).eps)
 
@@ -44,7 +45,7 @@ Counts = npt.NDArray[np.int32]
 
 
 def _inverse() -> npt.NDArray[np.uint8]:
-    """Poisson(1) by the upper 16 bits of a uniform number; probabilities are right to 2^−16."""
+    """Table from 16 uniform bits to a Poisson(1) number; probabilities are exact to 2^−16."""
     below = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(20)])
     return np.searchsorted(below, (np.arange(1 << 16) + 0.5) / (1 << 16), side="right").astype(np.uint8)
 
@@ -53,7 +54,7 @@ _POISSON = _inverse()
 
 
 def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
-    """How often each row enters each replicate: [rows, replicates].
+    """How often each row enters each replicate, uint8 [rows, replicates].
 
     >>> weights(np.array([7, 8]), 4).tolist() == [weights(np.array([row]), 4)[0].tolist() for row in (7, 8)]
     True
@@ -71,12 +72,12 @@ def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReplicateBins:
-    """Counts per cell and replicate.
+    """Counts per bin and replicate.
 
     Args:
-        keys: cells that occurred, rising, int64 [cells].
-        counts: int32 [cells, replicates].
-        plain: rows per cell, each counted once, int64 [cells].
+        keys: keys of the bins that have rows, ascending, int64 [bins].
+        counts: rows per bin and replicate, int32 [bins, replicates].
+        plain: rows per bin, each counted once, int64 [bins].
     """
 
     keys: npt.NDArray[np.int64]
@@ -101,7 +102,12 @@ class ReplicateBins:
 
 
 def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
-    """The cells of rows with `keys` [rows], or [kinds, rows], that enter replicates as often as `drawn` [rows, replicates] says."""
+    """Count rows by bin and replicate.
+
+    Args:
+        keys: bin of each row, [rows], or [kinds, rows].
+        drawn: how often each row enters each replicate, [rows, replicates].
+    """
     if keys.ndim == 2:
         kinds = [replicate_bins(each, drawn) for each in keys]
         return ReplicateBins(
@@ -119,9 +125,12 @@ def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) ->
 
 
 def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Cell of each row, [rows] or [kinds, rows].  Twice the score's cell and the label (binary) or the leading bits of the
-    error (regression); of several classes twice the true one's cell and whether it was chosen, the true and the chosen
-    one, and twice each one's coarse cell and whether it is the true one."""
+    """Key of each row's bin: [rows], or [kinds, rows] of a multi-class model.
+
+    A binary model's key is twice the score's bin plus the label.  A regression's key is the leading bits of the error.  A
+    multi-class model has three kinds: twice the bin of the true class's score plus whether that class was predicted; the
+    pair of true and predicted class; and, by class, twice the coarse bin of its score plus whether it is the true class.
+    """
     if objective == "binary:logistic":
         return _odds(scores) * 2 + (label > 0)
     if objective == "multi:softprob":
@@ -143,12 +152,12 @@ def _odds(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 
 
 def _share(cells: npt.NDArray[np.int64]) -> Floats:
-    """The middle of each cell, as a probability."""
+    """The midpoint of each bin, as a probability."""
     return 1 / (1 + np.exp(_BOUND - (cells + 0.5) / _CELLS))
 
 
 def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> dict[str, Floats]:
-    """Each metric in every replicate, NaN where undefined there; the last value is that of the rows themselves."""
+    """Each metric in every replicate, NaN where undefined; the last value is that of the rows themselves."""
     counts = np.column_stack([cells.counts, cells.plain]).astype(np.int64)
     rows = counts.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -161,20 +170,20 @@ def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> 
 
 
 def _errors(cells: ReplicateBins) -> Floats:
-    """The middle of each cell of absolute errors."""
+    """The midpoint of each bin of absolute errors."""
     interior = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
     return np.where(cells.keys == 0, 0.0, interior.astype(np.float64))
 
 
 def error_quantiles(cells: ReplicateBins, shares: Sequence[float]) -> list[tuple[float, float]]:
-    """(share, absolute error that so many rows do not exceed), to half a cell: 0.2 %."""
+    """(share, the absolute error that this share of rows does not exceed), exact to half a bin, which is 0.2 %."""
     below = np.cumsum(cells.plain)
     positions = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
     return [(share, float(_errors(cells)[position])) for share, position in zip(shares, positions, strict=True)]
 
 
 def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
-    """Also `… of class k`.  Means are over the classes that occur in a replicate."""
+    """Metrics of a multi-class model, and `… of class k`; means are over the classes that occur in a replicate."""
     kind, inner = keys // _KIND, keys % _KIND
     plain, pairs = counts[kind == 0], counts[kind == 1]
     rows, losses = plain.sum(axis=0), -np.log(_share(inner[kind == 0] >> 1))
@@ -189,7 +198,9 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
         if mine.any():
             of_class["auc"] = _area(inner[mine], counts[mine])
         elif (kind > 1).any():
-            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # unknown to the model: ranked by chance
+            of_class["auc"] = np.where(
+                occurs > 0, 0.5, np.nan
+            )  # the model does not know the class, and ranks it by chance
         for name, values in of_class.items():
             found[name].append(values)
             result[f"{name} of class {k}"] = values
@@ -201,9 +212,9 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
 
 
 def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
-    """AUC of each replicate: the share of pairs ranked rightly, ties counted half."""
+    """AUC of each replicate: the share of pairs that are ranked correctly, ties counted half."""
     label = (keys & 1)[:, None]
-    # Cells of one score are neighbours: negatives first.
+    # Bins of one score are neighbours, that of the negatives first.
     first = np.flatnonzero(np.concatenate([[True], (keys[1:] >> 1) != (keys[:-1] >> 1)]))
     up, down = np.add.reduceat(counts * label, first, axis=0), np.add.reduceat(counts * (1 - label), first, axis=0)
     won: Floats = (up * (2 * (np.cumsum(down, axis=0) - down) + down)).sum(axis=0)
@@ -217,7 +228,7 @@ def _binary(
     positive, negative = counts * label, counts * (1 - label)
     hits, misses = positive.sum(axis=0), negative.sum(axis=0)
     losses = -np.log(np.where(label[:, 0] == 1, share, 1 - share))
-    # Cells of one score are neighbours: negatives first.
+    # Bins of one score are neighbours, that of the negatives first.
     first = np.flatnonzero(np.concatenate([[True], (keys[1:] >> 1) != (keys[:-1] >> 1)]))
     up, down = np.add.reduceat(positive, first, axis=0), np.add.reduceat(negative, first, axis=0)
     below = np.cumsum(down, axis=0) - down
@@ -246,19 +257,19 @@ def _binary(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replicates:
-    """Each metric in every replicate, the offset to the exact metric taken out."""
+    """Each metric in every replicate, less the offset to the exact metric."""
 
     values: dict[str, Floats]
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """Of one metric."""
+        """The interval of one metric; None if it is undefined."""
         return interval(self.values[name]) if name in self.values else None
 
 
 def replicates(
     objective: str, cells: ReplicateBins, exact: dict[str, float | None], threshold: float = 0.5
 ) -> Replicates | None:
-    """The replicates of `exact` metrics, NaN where cells hide what a metric is made of; None of too few rows."""
+    """The replicates of `exact` metrics, NaN where bins are too coarse for a metric; None if there are too few rows."""
     if cells.rows < LEAST_ROWS:
         return None
     values = {}
@@ -266,14 +277,14 @@ def replicates(
         if (value := exact.get(name)) is None:
             continue
         offset = value - drawn[-1]
-        # Cells that hide what a metric is made of, as of probabilities beyond the last cell, say nothing of its spread.
+        # Bins that are too coarse for a metric, as for probabilities beyond the last bin, do not show its spread.
         hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
         values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
     return Replicates(values)
 
 
 def interval(values: Floats) -> tuple[float, float] | None:
-    """The middle 95 % of replicates; None where the metric is undefined in more than half of them."""
+    """The central 95 % of replicates; None if the metric is undefined in more than half of them."""
     defined = values[np.isfinite(values)]
     if 2 * len(defined) < len(values) or not len(defined):
         return None

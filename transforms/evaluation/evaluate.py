@@ -1,4 +1,4 @@
-"""Judges a scored test split: metrics with intervals, overall and by slice.  What gates say of them: `transforms/evaluation/gates.py`."""
+"""Evaluation of a scored test split: metrics with confidence intervals, overall and by slice."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from transforms.models.scoring import carried_name
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
 
-# (column, value as text or None) of each column of a slice; () is the whole.
+# (column, value as text or None) of each column of a slice; () stands for the whole split.
 Key = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
-# Classes up to which the whole confusion matrix is told, and quantiles of the absolute error.
+# Most classes whose confusion matrix is reported, and the reported quantiles of the absolute error.
 MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupTally:
-    """What is accumulated of the whole or a slice: exact tallies, and counts per bootstrap replicate where rows have ids."""
+    """Accumulator of the whole split or of a slice: exact tallies, and bootstrap counts if rows have ids."""
 
     tally: MetricTally
     cells: ReplicateBins | None = None
@@ -60,13 +60,13 @@ class Report:
     """Metrics of a test split.
 
     Args:
-        rows: examples.
-        metrics: overall; None where undefined.
-        slices: by value of each declared slice, the largest first.
-        auc_error: the most by which binning may have moved the overall AUC.
-        intervals: 95 % of each metric; empty without row ids.
-        details: of binary models precision and recall by threshold, calibration, and the points of curves; of several
-            classes each one's metrics and how often it was taken for another; of regression quantiles of the error.
+        rows: number of examples.
+        metrics: overall metrics, None where undefined.
+        slices: metrics by value of each declared slice, the largest first.
+        auc_error: greatest error of the overall AUC that is due to binning.
+        intervals: 95 % interval of each metric; empty without row ids.
+        details: JSON values by objective.  A binary model has rates by threshold, calibration, and the points of curves;
+            a multi-class model has each class's metrics and the confusion matrix; a regression has quantiles of the error.
         replicates: metrics per bootstrap replicate, for paired differences.
     """
 
@@ -84,12 +84,12 @@ class Slice:
     """Metrics of the examples with one value of a slice's columns.
 
     Args:
-        by: columns and values.
-        rows: examples.
-        metrics: theirs.
-        intervals: 95 % of each; empty of fewer than 30 rows.
-        gaps: 95 % of how much worse than the whole, on the same replicates.
-        rates: of binary models: shares selected, of positives and of negatives, at the threshold.
+        by: columns and their values.
+        rows: number of examples.
+        metrics: metrics of the slice, None where undefined.
+        intervals: 95 % interval of each metric; empty below 30 rows.
+        gaps: 95 % interval of how much worse a metric is than that of the whole, on the same replicates.
+        rates: confusion rates at the threshold; only of binary models.
     """
 
     by: Key
@@ -105,7 +105,7 @@ class Slice:
 
 
 def carried(gates: Gates) -> tuple[str, ...]:
-    """Columns of the examples that `tally` needs beside the scores."""
+    """Columns of the examples that `tally` needs besides the scores."""
     return tuple(dict.fromkeys([*(name for group in gates.slices for name in _group(group)), LABEL]))
 
 
@@ -169,7 +169,7 @@ class Tallying(beam.CombineFn):
 
 
 def report(objective: str, state: Tallies, threshold: float = 0.5) -> Report:
-    """The metrics of everything tallied."""
+    """Compute the metrics of merged tallies."""
     whole = state.get((), GroupTally(MetricTally()))
     drawn = _drawn(objective, whole, threshold)
     parts = [_slice(objective, key, part, drawn, threshold) for key, part in state.items() if key]
@@ -268,8 +268,8 @@ class Evaluate(beam.PTransform):
     """PCollection[RecordBatch] of scored examples → one `Report`.
 
     Args:
-        model: whose objective, slices and threshold.
-        slices: whether slices are judged, too.
+        model: the model whose objective, slices and threshold apply.
+        slices: whether slices are evaluated, too.
     """
 
     model: Model
@@ -282,7 +282,7 @@ class Evaluate(beam.PTransform):
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """A report as JSON values."""
+    """The report as JSON values, as `training.json` has them."""
     return {
         "rows": report.rows,
         "metrics": dict(report.metrics),

@@ -1,4 +1,4 @@
-"""What a model's gates say of its test: floors, slices, groups that must be treated alike, and the champion."""
+"""Verdicts of a model's gates: least metrics, slices, differences between protected groups, and the champion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.splits import Split
 from transforms.evaluation.bootstrap import LEAST_ROWS, interval
 from transforms.evaluation.evaluate import Report, Slice
 
-# Rates whose greatest difference between groups each measure is.
+# A fairness measure is the greatest difference of these rates between groups.
 RATES = {
     "demographic_parity": ("selection_rate",),
     "equal_opportunity": ("recall",),
@@ -21,16 +21,16 @@ RATES = {
 }
 
 
-# In the name of the gate that compares with the champion.
+# Part of the name of the gate that compares with the champion.
 BEATS = "beats the champion's"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one gate said.
+    """The verdict of one gate.
 
-    `judged` is False where there was nothing to judge by.  Such a gate holds, except against a champion: that one is
-    replaced only by a model that was compared with it.
+    `judged` is False if there was nothing to compare.  Such a gate holds, except the gate against a champion: only a
+    model that was compared with the champion replaces it.
     """
 
     gate: str
@@ -44,10 +44,10 @@ class Rival:
     """The champion at launch.
 
     Args:
-        version: None where there is none.
-        report: of the same test rows; None where it could not score them.
-        reason: why not.
-        ahead: what the comparison has to be read with: why it may know these rows already, which features it read.
+        version: its version; None if there is no champion.
+        report: its report on the same test rows; None if it could not score them.
+        reason: why it could not.
+        ahead: caveats of the comparison: why it may have learnt from these rows, which features it read.
     """
 
     version: str | None = None
@@ -57,7 +57,7 @@ class Rival:
 
 
 def may_know(manifest: Mapping[str, Any], split: Split) -> str:
-    """Why the model of `manifest` may have learnt from the test rows of `split`, or been chosen by them; "" if it cannot."""
+    """Why the model of `manifest` may have learnt from the test rows of `split`; "" if it cannot have."""
     before = manifest.get("split", {})
     mine = split.as_json().get("groups")
     if "groups" in before or mine is not None:
@@ -70,11 +70,13 @@ def may_know(manifest: Mapping[str, Any], split: Split) -> str:
 
 
 def verdicts(gates: Gates, report: Report, metric: str = "", rival: Rival | None = None) -> list[Verdict]:
-    """What each gate says of `report`: floors first, then slices, groups, and the champion.
+    """The verdict of each gate on `report`: first least metrics, then slices, groups, and the champion.
 
     Args:
-        metric: by which champion and challenger are compared.
-        rival: the champion; None leaves it out.
+        gates: the declared gates.
+        report: the model's report.
+        metric: the metric by which champion and challenger are compared.
+        rival: the champion; None leaves out its gate.
     """
     result = [_floor(name, bound, report) for name, bound in gates.at_least.items()]
     for name, bound in gates.max_gap.items():
@@ -112,7 +114,10 @@ def _gap(metric: str, bound: float, report: Report, part: Slice, least: int) -> 
 
 
 def fairness(gates: Gates, report: Report) -> list[dict[str, Any]]:
-    """Per protected column: rates by group, and each measure's difference over groups of enough rows (None of fewer than two)."""
+    """For each protected column, rates by group, and each measure's greatest difference.
+
+    A difference is over the groups that have enough rows, and None if fewer than two have.
+    """
     result = []
     for column in gates.protected:
         groups = [each for each in report.slices if [name for name, _ in each.by] == [column]]
@@ -182,7 +187,7 @@ def _not_judged(gate: str, rival: Rival, reason: str) -> Verdict:
 
 
 def paired(report: Report, other: Report) -> dict[str, tuple[float, tuple[float, float] | None]]:
-    """By how much each metric is above `other`'s of the same rows, with 95 % of the paired replicates."""
+    """Each metric's difference to `other`'s on the same rows, with a 95 % interval from the paired replicates."""
     result = {}
     for name, value in report.metrics.items():
         theirs = other.metrics.get(name)

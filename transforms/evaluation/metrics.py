@@ -1,7 +1,7 @@
-"""Metrics accumulated in integers: mergeable in any order, equal to the last bit whichever way data was cut.
+"""Metrics from integer accumulators, which merge in any order and are bit-identical however data is divided.
 
 Ranking metrics come from counts per distinct score.  Beyond `SCORE_BINS` distinct scores these are binned, and the
-error is stated: it is at most half of the pairs that share a bin without sharing a score.
+error is reported: it is at most half of the pairs that share a bin but not a score.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _EPSILON = float(np.finfo(np.float32).eps)
 
 @dataclasses.dataclass(frozen=True)
 class MetricTally:
-    """What is accumulated over scored examples.
+    """Accumulator over scored examples.
 
     Args:
-        rows: how many.
-        sums: exact sums, by name.
-        bins: counts of examples and of positives per score; of binary models only.
-        classes: the same of each class's probability, of multi-class models only.
-        pairs: how often a true class was taken for another: `(true, chosen), rows`, rising; of multi-class models only.
+        rows: number of examples.
+        sums: (name, exact sum).
+        bins: counts of examples and of positives per score; binary models only.
+        classes: the same by class, per score of that class; multi-class models only.
+        pairs: `((true class, predicted class), rows)`, ascending; multi-class models only.
     """
 
     rows: int = 0
@@ -46,7 +46,7 @@ class MetricTally:
 
     @classmethod
     def of(cls, objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> MetricTally:
-        """Of labels [rows] and scores [rows], or [rows, classes] of a multi-class model."""
+        """The tally of labels [rows] and scores [rows], or [rows, classes] of a multi-class model."""
         if objective == "binary:logistic":
             share = _clipped(scores)
             sums = {
@@ -87,7 +87,7 @@ class MetricTally:
 
 
 def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[str, float | None]:
-    """The objective's metrics, as scikit-learn defines them; None where undefined (no rows, one class)."""
+    """The objective's metrics as scikit-learn defines them; None where undefined (no rows, one class)."""
     names = JUDGED[objective]
     if not tally.rows:
         return dict.fromkeys(names)
@@ -114,7 +114,7 @@ def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[
 
 
 def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Each row's probability of its true class; 0 of a class that the model does not know."""
+    """Each row's probability of its true class, which is 0 for a class that the model does not know."""
     true = label.astype(np.int64)
     known = true < scores.shape[1]
     found: npt.NDArray[np.float32] = scores[np.arange(len(true)), np.where(known, true, 0)]
@@ -122,9 +122,10 @@ def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray
 
 
 def per_class(tally: MetricTally) -> list[dict[str, Any]]:
-    """Each class against all others: `class`, `rows`, `chosen` (how often it scored most), `precision`, `recall`, `auc`.
+    """Metrics of each class against all others: `class`, `rows`, `chosen`, `precision`, `recall` and `auc`.
 
-    A class that occurs and was never chosen has precision 0; one that does not occur has no recall.
+    `chosen` is how often the class had the highest score.  A class that occurs and was never chosen has precision 0;
+    one that does not occur has no recall.
     """
     true, chosen, hits = Counter[int](), Counter[int](), Counter[int]()
     for (is_, taken), rows in tally.pairs:

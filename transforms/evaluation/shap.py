@@ -1,4 +1,4 @@
-"""What a model goes by: XGBoost's own contributions (TreeSHAP, Lundberg et al. 2020) on a bounded sample of test rows."""
+"""SHAP contributions of a model's inputs (TreeSHAP, Lundberg et al. 2020) on a bounded sample of test rows."""
 
 from __future__ import annotations
 
@@ -18,49 +18,51 @@ from transforms.models.encoders import column_of, numbers, texts
 from transforms.models.scoring import Pinned, Scorer, open_scorer, score
 from transforms.records.row_hashing import mix
 
-# Most rows sampled, and the work for which as many of them are explained as it allows: a row costs leaves × depth².
+# A JSON object of `explanation.json`.
+Json = dict[str, Any]
+# Most rows sampled, and the work that bounds how many are explained: a row costs leaves × depth².
 SAMPLE_ROWS = 2000
 WORK = 400_000_000
-# Fewer are not worth a picture, whatever they cost.
+# At least so many rows are explained, whatever they cost: fewer make no useful chart.
 LEAST = 200
-# Inputs whose single rows are kept.
+# Inputs whose contributions are stored row by row.
 SHOWN = 12
-# How many rows of a sample an input needs as an example of a request.
+# Rows of the example of a request.
 EXAMPLE = 5
-# What contributions add up to, before the link that makes a score of it.
+# Unit of the margin that contributions add up to; other objectives use the label's unit.
 UNITS = {"binary:logistic": "log odds", "multi:softprob": "log odds", "count:poisson": "log of the rate"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How inputs move a model's margin away from its base.
+    """Contributions of inputs to a model's margin, beyond its base.
 
     Args:
-        rows: explained, those of the least hashes of their row ids.
-        unit: of the contributions.
-        base: the margin before any input, per class of a multi-class model.
+        rows: number of explained rows, which are those whose row ids have the least hashes.
+        unit: unit of the contributions.
+        base: the margin before any contribution, by class.
         inputs: by falling mean absolute contribution (summed over the columns that its encoder makes of an input and,
             of a multi-class model, over classes): `input`, `mean_abs` and, of a multi-class model, `by_class`.
         points: the first inputs' `input`, `values`, `contributions` and `class` (None of one score), row by row.
-        scores, labels: of all sampled rows, whether explained or not; of a model with one score.
-        example: raw rows as a request has them: `columns`, `data`.
-        reason: why there is none.
+        scores, labels: scores and labels of all sampled rows; empty for a multi-class model.
+        example: raw rows as a request has them (`columns`, `data`).
+        reason: why no rows are explained.
     """
 
     rows: int
     unit: str = ""
     base: tuple[float, ...] = ()
-    inputs: tuple[dict[str, Any], ...] = ()
-    points: tuple[dict[str, Any], ...] = ()
+    inputs: tuple[Json, ...] = ()
+    points: tuple[Json, ...] = ()
     scores: tuple[float, ...] = ()
     labels: tuple[float, ...] = ()
-    example: dict[str, Any] = dataclasses.field(default_factory=dict)
+    example: Json = dataclasses.field(default_factory=dict)
     reason: str = ""
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
 class Sample(beam.CombineFn):
-    """RecordBatches with `row_id` → the `rows` rows of the least hashes, in their order: the same however they were cut."""
+    """RecordBatches with `row_id` → the `rows` rows with the least hashes, in order of hash."""
 
     rows: int = SAMPLE_ROWS
 
@@ -78,7 +80,7 @@ class Sample(beam.CombineFn):
             return None
         whole = pa.Table.from_batches(found).combine_chunks()
         batch = whole.to_batches()[0] if len(whole) else found[0].slice(0, 0)
-        # `take` leaves no view of a larger buffer behind.
+        # `take` copies, so that the larger buffer is freed.
         return batch.take(pa.array(np.argsort(_hashes(batch), kind="stable")[: self.rows]))
 
     def extract_output(self, state: pa.RecordBatch | None) -> pa.RecordBatch | None:
@@ -95,9 +97,9 @@ class Explain(beam.PTransform):
     """PCollection[RecordBatch] of test examples → one `Explanation`.
 
     Args:
-        model: whose objective says what contributions add up to.
+        model: the declared model, whose objective decides the unit.
         bundle: the trained model.
-        threads: of XGBoost; 0 takes every core.
+        threads: XGBoost's threads; 0 means every core.
     """
 
     model: Model
@@ -110,7 +112,7 @@ class Explain(beam.PTransform):
 
 
 def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threads: int = 0) -> Explanation:
-    """The explanation of as many rows of `sample` as `WORK` allows."""
+    """Explain as many rows of `sample` as `WORK` allows."""
     import xgboost
 
     if sample is None or not sample.num_rows:
@@ -122,44 +124,45 @@ def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threa
         found = contributions(scorer, rows)
     except xgboost.core.XGBoostError as error:
         return Explanation(0, example=example, reason=(str(error).splitlines() or ["XGBoost refused"])[-1].strip())
-    inputs, base = by_input(scorer, found), found[:, :, -1].astype(np.float64).mean(axis=0)
-    means = np.abs(inputs).mean(axis=0)  # [classes, inputs]
-    names, several = list(scorer.bundle.encoders.inputs), len(means) > 1
+    moved, base = by_input(scorer, found), found[:, :, -1].astype(np.float64).mean(axis=0)
+    means = np.abs(moved).mean(axis=0)  # [classes, inputs]
+    names = list(scorer.bundle.encoders.inputs)
     order = sorted(range(len(names)), key=lambda i: (-means[:, i].sum(), names[i]))
-    shown = [
-        {
-            "input": names[i],
-            "mean_abs": float(means[:, i].sum()),
-            **({"by_class": means[:, i].tolist()} if several else {}),
-        }
-        for i in order
-    ]
-    points = []
-    for i in order[:SHOWN]:
-        chosen = int(means[:, i].argmax())
-        encoding = scorer.bundle.encoders.encodings[i]
-        moved = [float(f"{value:.5g}") for value in inputs[:, chosen, i].tolist()]
-        values = _raw(column_of(rows, encoding), encoding.encoder is not None)
-        points.append(
-            {"input": names[i], "values": values, "contributions": moved, "class": chosen if several else None}
-        )
     single = scorer.bundle.classes == 1
-    scores = score(scorer, sample).tolist() if single else []
-    labels = sample.column(sample.schema.get_field_index(LABEL)).to_pylist() if single else []
     return Explanation(
-        len(rows),
-        UNITS.get(objective, "units of the label"),
-        tuple(base.tolist()),
-        tuple(shown),
-        tuple(points),
-        tuple(scores),
-        tuple(labels),
-        example,
+        rows=len(rows),
+        unit=UNITS.get(objective, "units of the label"),
+        base=tuple(base.tolist()),
+        inputs=tuple(_importance(names[i], means[:, i]) for i in order),
+        points=tuple(_points(scorer, rows, i, moved[:, :, i], means[:, i]) for i in order[:SHOWN]),
+        scores=tuple(score(scorer, sample).tolist()) if single else (),
+        labels=tuple(sample.column(sample.schema.get_field_index(LABEL)).to_pylist()) if single else (),
+        example=example,
     )
 
 
+def _importance(name: str, means: npt.NDArray[np.float64]) -> Json:
+    """An entry of `Explanation.inputs`; `means` are the input's mean absolute contributions [classes]."""
+    by_class = {"by_class": means.tolist()} if len(means) > 1 else {}
+    return {"input": name, "mean_abs": float(means.sum()), **by_class}
+
+
+def _points(
+    scorer: Scorer, rows: pa.RecordBatch, i: int, moved: npt.NDArray[np.float64], means: npt.NDArray[np.float64]
+) -> Json:
+    """An entry of `Explanation.points` for input number `i`, whose contributions are `moved` [rows, classes]."""
+    chosen = int(means.argmax())
+    encoding = scorer.bundle.encoders.encodings[i]
+    return {
+        "input": encoding.input,
+        "values": _raw(column_of(rows, encoding), encoding.encoder is not None),
+        "contributions": [float(f"{value:.5g}") for value in moved[:, chosen].tolist()],
+        "class": chosen if len(means) > 1 else None,
+    }
+
+
 def affordable(scorer: Scorer, rows: int) -> int:
-    """How many of `rows` are explained: decided by the booster alone, so that a repeated run explains the same."""
+    """How many of `rows` are explained.  Only the booster decides, so that a repeated run explains the same rows."""
     trees = scorer.booster.get_dump() if len(scorer.bundle.booster) < 1 << 28 else []
     leaves = sum(text.count("leaf=") for text in trees)
     depth = max((len(tabs) for text in trees for tabs in re.findall(r"^\t*", text, re.MULTILINE)), default=0)
@@ -169,7 +172,7 @@ def affordable(scorer: Scorer, rows: int) -> int:
 
 
 def contributions(scorer: Scorer, rows: pa.RecordBatch) -> npt.NDArray[np.float32]:
-    """[rows, classes, columns + 1]; the last is the base, and the sum over the last axis is the margin."""
+    """Contributions [rows, classes, columns + 1]; the last column is the base, and their sum is the margin."""
     import xgboost
 
     encoders = scorer.bundle.encoders
@@ -184,14 +187,14 @@ def contributions(scorer: Scorer, rows: pa.RecordBatch) -> npt.NDArray[np.float3
 
 
 def by_input(scorer: Scorer, found: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Contributions [rows, classes, inputs] in doubles: the columns that an encoder makes of one input are added up."""
+    """Contributions [rows, classes, inputs] in doubles, summed over the columns that an encoder makes of one input."""
     widths = [len(each.names) for each in scorer.bundle.encoders.encodings]
     first = np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(int)
     return np.add.reduceat(found[:, :, :-1].astype(np.float64), first, axis=2)
 
 
 def _raw(column: pa.Array, encoded: bool) -> list[Any]:
-    """A column's values for a picture: numbers, or texts where its type is no number."""
+    """A column's values for a chart: numbers, or texts if its type is not numeric."""
     kind = column.type
     if pa.types.is_integer(kind):
         whole: list[Any] = column.to_pylist()
@@ -202,8 +205,8 @@ def _raw(column: pa.Array, encoded: bool) -> list[Any]:
     return shown
 
 
-def _example(scorer: Scorer, rows: pa.RecordBatch) -> dict[str, Any]:
-    """Inputs of `rows` as MLflow's `dataframe_split` has them."""
+def _example(scorer: Scorer, rows: pa.RecordBatch) -> Json:
+    """Inputs of `rows` in MLflow's format `dataframe_split`."""
     columns = [column_of(rows, each) for each in scorer.bundle.encoders.encodings]
     return {"columns": list(scorer.bundle.encoders.inputs), "data": _records(columns)}
 
@@ -214,7 +217,7 @@ def _records(columns: Sequence[pa.Array]) -> list[list[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: moments as text, what is not finite as missing."""
+    """A JSON value: dates and times as text, null for a number that is not finite."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else value.isoformat()

@@ -1,7 +1,7 @@
-"""A trained model as a folder of plain files that cannot be altered unnoticed.
+"""A trained model as a folder of plain files whose digests detect any change.
 
-No code and no pickle: a booster in XGBoost's UBJSON, encoders and a manifest in JSON.  The manifest carries the SHA-256
-of the other files, the registry carries the manifest's own, and nothing is parsed before its digest was found right.
+It has no code and no pickle: the booster is XGBoost's UBJSON, encoders and manifest are JSON.  The manifest has the
+SHA-256 of the other files, and the registry has that of the manifest.  Nothing is parsed before its digest is checked.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _RESTORE = "Restore the file from a backup, or train and register the model agai
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """A trained model and everything scoring needs to know about it.
+    """A trained model, and everything that scoring needs.
 
     Args:
-        booster: XGBoost's UBJSON; every round in it counts (cut it to the best round before).
+        booster: XGBoost's UBJSON, cut to the best round: scoring uses every round in it.
         encoders: fitted on the training split.
         manifest: JSON values.  `model` (its registered name), `objective`, `classes` (how many scores a row gets:
             1, or the classes of a multi-class model), `fingerprint`, `view`, `key` (list of columns), `time` (column),
-            `inputs` (input column → Arrow type as text), and what tells where the model came from: tables and their
-            versions, split dates, code version, environment.
-        extra: further files by name, such as statistics of the training data; under digests like the rest.
+            `inputs` (input column → Arrow type as text), and the model's provenance: tables and their versions, split
+            dates, code version, environment.
+        extra: further files by name, such as statistics of the training data; the manifest has their digests, too.
     """
 
     booster: bytes
@@ -61,10 +61,10 @@ class Bundle:
 def save(bundle: Bundle, folder: str | Path) -> str:
     """Write the bundle into `folder` (local, or any filesystem Beam knows) and return its digest.
 
-    The manifest comes last: a folder whose writing was cut short has none, or one that fits nothing else in it.
+    The manifest is written last: after an interrupted write it is missing, or its digests do not match the files.
 
     Raises:
-        StoreError: a manifest without a required entry, or a folder that cannot be written.
+        StoreError: the manifest lacks a required entry, or the folder cannot be written.
     """
     missing = [name for name in _REQUIRED if name not in bundle.manifest]
     if missing:
@@ -86,14 +86,14 @@ def save(bundle: Bundle, folder: str | Path) -> str:
 
 
 def load(folder: str | Path, digest: str | None = None) -> Bundle:
-    """The bundle in `folder`, every byte of it checked before anything is parsed.
+    """Load the bundle in `folder`; all digests are checked before anything is parsed.
 
     Args:
-        folder: as `save` wrote it.
-        digest: what the manifest's SHA-256 has to be; None trusts the manifest.
+        folder: a folder that `save` wrote.
+        digest: the manifest's expected SHA-256; None accepts the manifest as it is.
 
     Raises:
-        StoreError: a file is missing or was altered; both digests are in the message.
+        StoreError: a file is missing or was altered; the message has both digests.
     """
     text = read_bytes(folder, MANIFEST)
     if digest is not None:
@@ -121,7 +121,7 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
 
 
 def digest_of(folder: str | Path) -> str:
-    """SHA-256 of the folder's manifest: pins every file of the bundle."""
+    """SHA-256 of the folder's manifest, which identifies every file of the bundle."""
     return _sha256(read_bytes(folder, MANIFEST))
 
 

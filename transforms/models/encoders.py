@@ -1,7 +1,7 @@
 """Encoders between the feature table, which stays unencoded, and the model's matrix.
 
-They are fitted on the training split (`transforms/training/fit_encoders.py`), saved as JSON with the model, and applied by one
-vectorised function to training examples, batches and live requests.
+They are fitted on the training split (`transforms/training/fit_encoders.py`) and saved as JSON with the model.  One
+vectorised function applies them to training examples, batches and live requests.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ log = logging.getLogger("millrace.training")
 
 Matrix = npt.NDArray[np.float32]
 _LARGEST = float(np.finfo(np.float32).max)
-# Written where no input is split or shifted, so that what earlier versions read has not changed; see `Encoding.state`.
+# The first format is written if no input is split or shifted, so that earlier versions can read it; see
+# `Encoding.state`.
 _FORMAT, _WHOLE_FORMAT = 1, 2
-# Whole numbers up to here are float32s; beyond, neighbours become one.
+# float32 has every whole number up to this one; beyond it, neighbours become equal.
 EXACT = 1 << 24
-# Most float32 columns that hold any 64-bit integer as their sum, and bounds of what one and two of them hold (see `columns_needed`).
+# The range of integers that one and two float32 columns represent as their sum; three represent any (see `columns_needed`).
 _PARTS = ((1, 1 << 24), (2, 1 << 48))
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """One input, its encoder (None passes a number through) and what was fitted for it.
+    """One input, its encoder, and the encoder's fitted state.
 
     Args:
         input: column of the feature table.
         type: its Arrow type.
-        encoder: as declared.
-        state: what was fitted, as JSON values.  Of integers beyond 2^24 there is `base`, an integer that is taken off
-            before anything becomes a float, or `whole` says that boundaries are integers.  `columns` is how many float32
-            columns hold what is passed through or imputed: they add up to it.
+        encoder: the declared encoder; None passes a number through.
+        state: the fitted state, as JSON values.  For integers beyond 2^24, `base` is an integer that is subtracted before
+            the conversion to a float, or `whole` says that boundaries are integers.  `columns` is the number of float32
+            columns whose sum is a value that is passed through or imputed.
     """
 
     input: str
@@ -56,7 +57,7 @@ class Encoding:
 
     @property
     def names(self) -> list[str]:
-        """Columns of the matrix made from this input."""
+        """Names of the matrix columns of this input."""
         if isinstance(self.encoder, encoders.OneHot):
             return [f"{self.input}={category}" for category in (*self.state["categories"], "*")]
         return [self.input, *(f"{self.input} rest {i}" for i in range(1, self.state.get("columns", 1)))]
@@ -99,9 +100,9 @@ class Encoding:
             matrix[:, 0] = _missing_unless_finite(self._number(numbers(column)))
 
     def _write_whole(self, column: pa.Array, matrix: Matrix) -> None:
-        """x − base as float32s that add up to it: the nearest one, the nearest to what is left, and so on."""
+        """x − base as a sum of float32s: the nearest one, the nearest to the remainder, and so on."""
         base, (whole, known) = self.state["base"], integers(column)
-        # Bits modulo 2^64 suffice for what is left: it is less than 2^41.
+        # Arithmetic modulo 2^64 suffices for the remainder, which is less than 2^41.
         left = whole.view(np.uint64) - np.uint64(base % (1 << 64))
         nearest = _difference(whole, base)
         for position in range(matrix.shape[1]):
@@ -113,11 +114,11 @@ class Encoding:
             left = left - (
                 (high.astype(np.int64).view(np.uint64) << np.uint64(32)) + (taken - high * 2**32).astype(np.uint64)
             )
-        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _record:
-            _record.add(self.input)
+        if (lost := np.flatnonzero((left != 0) & known)).size and self.input not in _warned:
+            _warned.add(self.input)
             log.warning(
-                "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 merges neighbours: "
-                "no tree was trained to tell them apart",
+                "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 "
+                "merges neighbours: no tree was trained to tell them apart",
                 self.input,
                 lost.size,
                 int(whole[lost[0]]),
@@ -133,14 +134,14 @@ class Encoding:
     def _number(self, values: Floats) -> Floats:
         encoder, state = self.encoder, self.state
         if isinstance(encoder, encoders.Standardize | encoders.MinMax | encoders.Robust):
-            # Of doubles the offset has a rest: a mean to 53 bits is not enough for values that lie close together.
+            # `rest` extends a double's offset: a mean of 53 bits is not exact enough for values that lie close together.
             scaled: Floats = (values - state["offset"] - state.get("rest", 0.0)) / state["scale"]
             return scaled
         if isinstance(encoder, encoders.Bucketize):
             bucket = np.searchsorted(np.array(state["boundaries"], np.float64), values, side="right")
             return np.where(np.isnan(values), np.nan, bucket)
         if isinstance(encoder, encoders.Log):
-            # Arrow takes one value at a time from the C library; NumPy's vectors need not agree with its remainders.
+            # Arrow calls the C library for each value.  NumPy's vector code may give other bits than its scalar code.
             inside = pa.array(np.where(values > -1, values, 0.0))
             logs: Floats = pc.log1p(inside).to_numpy()
             return np.where(values > -1, logs, np.nan)
@@ -151,13 +152,13 @@ class Encoding:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """All inputs of a model, ready to encode."""
+    """The fitted encoders of all inputs of a model."""
 
     encodings: tuple[Encoding, ...]
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """Columns of the matrix, unique, and free of what XGBoost refuses in names."""
+        """Unique names of the matrix columns, without characters that XGBoost refuses."""
         result: dict[str, None] = {}
         for name in (name for each in self.encodings for name in each.names):
             unique = name.translate(_RENAME)
@@ -179,12 +180,12 @@ class Fitted:
         return {each.input: each.type for each in self.encodings}
 
     def apply(self, batch: pa.RecordBatch) -> Matrix:
-        """The model's matrix: float32, C-contiguous, [rows, len(names)].
+        """Encode a batch as the model's matrix: float32, C-contiguous, [rows, len(names)].
 
-        Missing is NaN, and so is a number beyond float32.  A row's values depend on that row alone, to the last bit.
+        A missing value is NaN, and so is a number beyond float32.  A row's values depend only on that row, to the last bit.
 
         Raises:
-            MismatchError: an input is not in `batch`, or of another type.
+            MismatchError: an input is not in `batch`, or has another type.
         """
         columns = [column_of(batch, each) for each in self.encodings]
         matrix = np.empty((batch.num_rows, sum(len(each.names) for each in self.encodings)), np.float32)
@@ -196,7 +197,7 @@ class Fitted:
         return matrix
 
     def to_json(self) -> str:
-        """Equal text, equal encoders."""
+        """The encoders as JSON; equal encoders give equal text."""
         inputs = [
             {"input": each.input, "type": each.type, "encoder": _declared(each.encoder), "state": dict(each.state)}
             for each in self.encodings
@@ -207,10 +208,10 @@ class Fitted:
 
     @classmethod
     def from_json(cls, text: str) -> Fitted:
-        """What `to_json` wrote.
+        """Read the encoders that `to_json` wrote.
 
         Raises:
-            MismatchError: written by another version of Millrace.
+            MismatchError: another version of Millrace wrote them.
         """
         content = json.loads(text)
         if content.get("format") not in (_FORMAT, _WHOLE_FORMAT):
@@ -231,7 +232,7 @@ _RENAME = str.maketrans({"[": "(", "]": ")", "<": "‹"})
 
 
 def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
-    """The input's column, of the type it was trained with (strings may come large or coded)."""
+    """The input's column, in the type of its training (strings may be large or dictionary-encoded)."""
     position = batch.schema.get_field_index(each.input)
     if position < 0:
         raise MismatchError(
@@ -252,31 +253,31 @@ def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
 
 
 def numbers(column: pa.Array) -> Floats:
-    """A numeric or boolean column as doubles; null, NaN and what float32 cannot hold as NaN."""
+    """A numeric or boolean column as doubles; NaN for null, NaN and values beyond float32."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    # Always by way of doubles: an integer column of one batch has nulls and that of the next has none.
+    # Always through doubles, since an integer column may have nulls in one batch and none in the next.
     values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return _missing_unless_finite(values)
 
 
 def is_whole(kind: str) -> bool:
-    """Whether a column of this Arrow type, as text, can hold integers beyond 2^24."""
+    """Whether a column of this Arrow type, given as text, can have integers beyond 2^24."""
     return kind in ("int32", "int64")
 
 
 def integers(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
-    """An integer column as int64, 0 for null, and which values are known."""
+    """An integer column as int64, with 0 for null, and whether each value is known."""
     known = column.is_valid().to_numpy(zero_copy_only=False)
     values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(values, np.int64), known
 
 
 def columns_needed(least: int, greatest: int) -> int:
-    """How many float32 columns hold x − least of every integer from `least` to `greatest`.
+    """How many float32 columns represent x − least exactly for every integer from `least` to `greatest`.
 
-    A float32 has 24 bits.  What it leaves of a number below 2^48 is at most 2^23, and of one of 64 bits at most 2^40,
-    which a second leaves at most 2^16 of.
+    A float32 has 24 bits.  Its remainder of a number below 2^48 is at most 2^23.  Its remainder of a number of 64 bits is
+    at most 2^40, of which a second float32 leaves at most 2^16.
     """
     return next((count for count, bound in _PARTS if greatest - least <= bound), 3)
 
@@ -287,8 +288,8 @@ def _difference(whole: Counts, base: int) -> Floats:
     return high * 2.0**32 + low
 
 
-# Inputs that this process has warned of.
-_record: set[str] = set()
+# Inputs of which this process has warned.
+_warned: set[str] = set()
 
 
 def _missing_unless_finite(values: Floats) -> Floats:
@@ -297,7 +298,7 @@ def _missing_unless_finite(values: Floats) -> Floats:
 
 
 def texts(column: pa.Array) -> pa.Array:
-    """A column as categories: strings as they are, other types as text; NaN is null."""
+    """A column as categories: strings unchanged, other types as text; NaN becomes null."""
     if pa.types.is_string(column.type):
         return column
     if pa.types.is_timestamp(column.type):
@@ -309,7 +310,7 @@ def texts(column: pa.Array) -> pa.Array:
 
 
 def _codes(column: pa.Array, categories: pa.Array) -> Matrix:
-    """Place of each category, their number for unseen ones, NaN for null."""
+    """Position of each category as a float32; the number of categories for an unseen one, NaN for null."""
     strings = texts(column)
     codes = pc.fill_null(pc.index_in(strings, value_set=categories), len(categories)).to_numpy(zero_copy_only=False)
     result: Matrix = codes.astype(np.float32)

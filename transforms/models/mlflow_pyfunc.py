@@ -1,6 +1,7 @@
-"""A registered model as MLflow's `python_function`: `mlflow models serve` answers raw feature rows as a batch job would.
+"""A registered model as MLflow's `python_function`: `mlflow models serve` gives the scores that a batch job gives.
 
-The server must be able to import Millrace: install it there, or name its folder in PYTHONPATH, and use `--env-manager local`.
+The server must be able to import Millrace: install it there, or put its folder on PYTHONPATH, and use
+`--env-manager local`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from transforms.models.scoring import Pinned, Scorer, open_scorer, score
 
 
 class PyfuncModel:
-    """What MLflow calls: `predict` of a pandas frame of raw inputs."""
+    """The object on which MLflow calls `predict` with a pandas frame of raw inputs."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
 
     def predict(self, rows: Any, params: dict[str, Any] | None = None) -> Any:
-        """A frame of scores, float32, in the rows' order; an input that is not there is missing in every row.
+        """Score rows: a pandas frame of float32 in their order.  An input without a column is null in every row.
 
         Raises:
-            MismatchError: a value that its input's type cannot hold.
+            MismatchError: a value does not fit its input's type.
         """
         import pandas as pd
 
@@ -36,7 +37,7 @@ class PyfuncModel:
 
 
 def rows_of(scorer: Scorer, rows: Any) -> pa.RecordBatch:
-    """A pandas frame as the model's inputs, exactly of the types it was trained on."""
+    """Convert a pandas frame to a RecordBatch of the model's inputs, in the types of its training."""
     columns, fields = [], []
     for name, kind in scorer.bundle.encoders.inputs.items():
         wanted = _TYPES.get(kind) or pa.type_for_alias(kind)
@@ -45,7 +46,7 @@ def rows_of(scorer: Scorer, rows: Any) -> pa.RecordBatch:
                 column = pa.nulls(len(rows), wanted)
             else:
                 values = rows[name]
-                # Whole numbers with gaps come as doubles, and what JSON leaves out as NaN.
+                # pandas has whole numbers with gaps as doubles, and values that JSON leaves out as NaN.
                 column = pa.array(values.astype(object).where(values.notna(), None).tolist()).cast(wanted)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise MismatchError(f"The input {name!r} is {kind}", str(error).splitlines()[0], "Send it so") from None
@@ -64,7 +65,7 @@ _TYPES = {
 
 
 def load_pyfunc(path: str) -> PyfuncModel:
-    """MLflow's entry: the model in `path`, its digests checked."""
+    """MLflow's entry point: open the model in `path` and check its digests."""
     import mlflow
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)

@@ -1,4 +1,4 @@
-"""What a registered model predicts: one name is one problem, whatever features, parameters and gates its versions have."""
+"""The prediction problem of a registered model.  A name has one problem, whatever features and parameters its versions have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("millrace.training")
 
 
 def problem_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model of `manifest` predicts, flat, as JSON values; of earlier versions of Millrace as far as they recorded it."""
+    """The problem in a manifest, as flat JSON values; manifests of earlier versions of Millrace have only a part of it."""
     if "problem" in manifest:
         return dict(manifest["problem"])
     known = {name: manifest[name] for name in ("view", "key", "time", "objective") if name in manifest}
@@ -26,9 +26,9 @@ def problem_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any]) -> None:
-    """Refuse a model whose name stands for another problem: its champion's, or without one that of the newest version.
+    """Refuse a model whose name stands for another problem: that of its champion, or else of its newest version.
 
-    A version that cannot be read is passed over: whether the alias moves is decided by a comparison that needs to read it.
+    A version that cannot be read is ignored, since the alias moves only after a comparison that reads it.
 
     Raises:
         StoreError: the registry cannot be reached.
@@ -52,7 +52,8 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any])
         raise MismatchError(
             f"Versions of the registered model {name!r} predict the same thing",
             f"version {version} has {was}; this definition has {now}",
-            f"Give this model a name of its own, as Model(…, name={name + '_2'!r}): its versions, champion, predictions and examples are then kept apart",
+            f"Give this model a name of its own, as Model(…, name={name + '_2'!r}): "
+            "its versions, champion, predictions and examples are then kept apart",
         )
 
 

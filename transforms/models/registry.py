@@ -1,4 +1,4 @@
-"""The registry of trained models: MLflow, in SQLite and local files unless a server is named."""
+"""The model registry: MLflow on SQLite and local files, or on a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from transforms.storage.paths import MANIFEST
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
 
 CHAMPION = "champion"
-# How the reason of a move back begins.
+# Prefix of a rollback's reason.
 ROLLBACK = "rollback: "
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
@@ -40,7 +40,7 @@ def registry_uri(store: str, uri: str | None = None) -> str:
     """The tracking URI to use: `uri`, or SQLite under `<store>/registry`.
 
     Raises:
-        StoreError: the store is not a local folder, where SQLite cannot live.
+        StoreError: the store is not a local folder, and SQLite needs one.
     """
     if uri:
         return uri
@@ -51,9 +51,28 @@ def registry_uri(store: str, uri: str | None = None) -> str:
     return f"sqlite:///{os.path.abspath(store)}/registry/mlflow.db"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What MLflow records of a training run beside its model.
+
+    Args:
+        params: parameters, shown as text of at most 6000 characters.
+        metrics: numbers; None and NaN are left out.
+        artifacts: a local folder whose files are logged beside the model.
+        tags: tags of the run and of the version.
+        example: raw rows as a request has them (`columns`, `data`), stored as MLflow's input example.
+    """
+
+    params: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    artifacts: str | Path | None = None
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    example: Mapping[str, Any] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """Registered models in MLflow.  Picklable; MLflow is imported when first spoken to.
+    """Registered models in MLflow.  It can be pickled, and imports MLflow when it is first used.
 
     Every method raises StoreError when the registry cannot be reached.
 
@@ -63,40 +82,28 @@ class Registry:
 
     uri: str
 
-    def register(
-        self,
-        bundle: Bundle,
-        run_id: str,
-        params: Mapping[str, object] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        artifacts: str | Path | None = None,
-        tags: Mapping[str, str] | None = None,
-        example: Mapping[str, Any] | None = None,
-    ) -> str:
+    def register(self, bundle: Bundle, run_id: str, record: RunRecord | None = None) -> str:
         """Record a training run and register its model; returns the version.
 
-        Called again with the same `run_id`, also after being killed halfway, it completes what is missing and returns
-        the same version.  The alias `champion` does not move.
+        A second call with the same `run_id` adds what is missing and returns the same version, also when the first was
+        killed.  The alias `champion` does not move.
 
         Args:
-            bundle: registered under its manifest's `model`, logged as an MLflow model folder `model/`.
-            run_id: ours; a tag of the MLflow run.
-            params: shown as text of at most 6000 characters.
-            metrics: numbers; None and NaN are left out.
-            artifacts: local folder whose content is logged beside the model.
-            tags: put on the run and on the version.
-            example: raw rows as a request has them (`columns`, `data`), kept as MLflow's input example.
+            bundle: the model, registered under its manifest's `model` and logged as an MLflow model folder `model/`.
+            run_id: Millrace's run id, a tag of the MLflow run.
+            record: what else MLflow shows of the run.
         """
-        with self._client(write=True) as client:
-            run = self._run(client, bundle.name, run_id, {**(tags or {}), FINGERPRINT: bundle.fingerprint})
-            mine = f"name='{bundle.name}' and run_id='{run.info.run_id}'"
-            if done := client.search_model_versions(mine):
+        record = record or RunRecord()
+        with self.client(write=True) as client:
+            run = self.run(client, bundle.name, run_id, {**record.tags, FINGERPRINT: bundle.fingerprint})
+            of_this_run = f"name='{bundle.name}' and run_id='{run.info.run_id}'"
+            if done := client.search_model_versions(of_this_run):
                 return str(done[0].version)
-            _log(client, run, params or {}, metrics or {})
-            if artifacts is not None:
-                client.log_artifacts(run.info.run_id, str(artifacts))
+            _log(client, run, record.params, record.metrics)
+            if record.artifacts is not None:
+                client.log_artifacts(run.info.run_id, str(record.artifacts))
             with tempfile.TemporaryDirectory() as folder:
-                digest = _model_folder(bundle, folder, run.info.run_id, example)
+                digest = _model_folder(bundle, folder, run.info.run_id, record.example)
                 client.log_artifacts(run.info.run_id, folder, _MODEL_FOLDER)
             with _unless_there():
                 client.create_registered_model(bundle.name)
@@ -104,42 +111,45 @@ class Registry:
                 bundle.name,
                 f"{run.info.artifact_uri}/{_MODEL_FOLDER}",
                 run.info.run_id,
-                tags={**(tags or {}), RUN: run_id, DIGEST: digest, FINGERPRINT: bundle.fingerprint},
+                tags={**record.tags, RUN: run_id, DIGEST: digest, FINGERPRINT: bundle.fingerprint},
                 await_creation_for=60,
             )
             client.set_terminated(run.info.run_id)
             return str(version.version)
 
     def attach(self, name: str, run_id: str, file: str, text: str) -> None:
-        """Keep `text` as the artifact `file` of our run; written again, it replaces what was there."""
-        with self._client(write=True) as client:
-            client.log_text(self._run(client, name, run_id, {}).info.run_id, text, file)
+        """Store `text` as the artifact `file` of a training run, in place of an earlier one."""
+        with self.client(write=True) as client:
+            client.log_text(self.run(client, name, run_id, {}).info.run_id, text, file)
 
     def champion(self, name: str) -> str | None:
-        """The version that bears the alias `champion`, or None."""
+        """The version that has the alias `champion`, or None."""
         return self.bearer(name, CHAMPION)
 
     def bearer(self, name: str, alias: str) -> str | None:
-        """The version that bears `alias`, or None."""
-        with self._client() as client:
+        """The version that has `alias`, or None."""
+        with self.client() as client:
             return None if client is None else self._aliases(client, name).get(alias)
 
     def numbers(self, name: str) -> list[str]:
         """Versions that Millrace registered under `name`, oldest first."""
-        with self._client() as client:
+        with self.client() as client:
             found = {} if client is None else self._versions(client, name)
         return [version for version, each in found.items() if DIGEST in each.tags]
 
     def run_of(self, name: str, version: str) -> str:
-        """The run that registered a version; "" where that is not known."""
-        with self._client() as client:
+        """The id of the run that registered a version, or "" if it is not recorded."""
+        with self.client() as client:
             found = {} if client is None else self._versions(client, name)
         return str(found[version].tags.get(RUN, "")) if version in found else ""
 
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
-        """A version (None: the champion) and the folder that `load` reads it from, its manifest's digest checked.
+        """Find a version and the folder that `load` reads it from, and check its manifest's digest.
 
-        Files that Beam can read where they are stay there; others are fetched into a temporary folder.
+        Files that Beam cannot read at their address are downloaded into a temporary folder.
+
+        Args:
+            version: None means the champion.
 
         Raises:
             StoreError: no such model or version, no champion, files gone or altered.
@@ -149,12 +159,12 @@ class Registry:
         return version, folder
 
     def locate(self, name: str, version: str | int | None = None) -> tuple[str, str, str]:
-        """As `resolve`, without a look at the files; also the digest that their manifest must have.
+        """As `resolve`, without reading the files; returns also the SHA-256 that their manifest must have.
 
         Raises:
             StoreError: no such model or version, no champion.
         """
-        with self._client() as client:
+        with self.client() as client:
             versions = {} if client is None else self._versions(client, name)
             if client is None or not versions:
                 value = f"no model {name!r} in {self.uri}"
@@ -181,8 +191,8 @@ class Registry:
         return str(version), folder, expected
 
     def models(self) -> list[tuple[str, str]]:
-        """(Name, version) of everything Millrace registered here, in order."""
-        with self._client() as client:
+        """(Name, version) of every model that Millrace registered, by name and version."""
+        with self.client() as client:
             names, page = [], "" if client is not None else None
             while page is not None:
                 found = client.search_registered_models(max_results=1000, page_token=page or None)
@@ -196,12 +206,12 @@ class Registry:
             ]
 
     def promote(self, name: str, version: str | int, why: str, who: str | None = None) -> str | None:
-        """Make `version` the champion, write down who did it and why, and return the version it replaces.
+        """Make `version` the champion, record who did it and why, and return the version it replaces.
 
         Raises:
             StoreError: no such model or version.
         """
-        with self._client() as client:
+        with self.client() as client:
             versions = {} if client is None else self._versions(client, name)
             if client is None or str(version) not in versions:
                 raise StoreError(
@@ -213,7 +223,8 @@ class Registry:
             if before != str(version):
                 at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # a tag's name takes no +
                 entry = {"version": str(version), "before": before, "why": why, "who": who or _user()}
-                # Written first: a move without its reason is worse than a reason whose move did not come, which a second attempt finds.
+                # The reason is written before the move: a second attempt finds and reuses it, whereas a move without a
+                # reason would stay unexplained.
                 moves = self.history(name)
                 if not moves or (moves[-1]["version"], moves[-1]["before"]) != (str(version), before):
                     client.set_registered_model_tag(
@@ -223,10 +234,10 @@ class Registry:
             return before
 
     def rollback(self, name: str, why: str, who: str | None = None) -> tuple[str, str]:
-        """Give the alias back to the champion before; returns (from, to).  Repeated, it goes back further.
+        """Make the previous champion the champion again; returns (from, to).  A second call goes back one further.
 
         Raises:
-            StoreError: there was none before.
+            StoreError: there was no champion before.
         """
         stack: list[str] = []
         for entry in self.history(name):
@@ -245,7 +256,7 @@ class Registry:
 
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Every version, oldest first: `version`, `champion`, `at` (ms since 1970), `run`, `gates`, `metrics`."""
-        with self._client() as client:
+        with self.client() as client:
             if client is None:
                 return []
             champion = self._aliases(client, name).get(CHAMPION)
@@ -264,14 +275,14 @@ class Registry:
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """Every promotion, oldest first: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
-        with self._client() as client:
+        with self.client() as client:
             tags = {} if client is None else client.get_registered_model(name).tags
         marks = sorted(tag for tag in tags if tag.startswith(f"{CHAMPION}."))
         return [{"at": tag.removeprefix(f"{CHAMPION}."), **json.loads(tags[tag])} for tag in marks]
 
     @contextlib.contextmanager
-    def _client(self, write: bool = False) -> Iterator[Any]:
-        """MLflow's client, its errors as ours.  None where there is no SQLite file and none is to be made."""
+    def client(self, write: bool = False) -> Iterator[Any]:
+        """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
         path = _sqlite_path(self.uri)
         if path is not None:
             if not path.exists() and not write:
@@ -279,7 +290,7 @@ class Registry:
                 return
             _require_sqlite(path, write)
         mlflow = _mlflow()
-        from sqlalchemy.exc import SQLAlchemyError  # of the database under MLflow, where it does not hide them
+        from sqlalchemy.exc import SQLAlchemyError  # MLflow does not wrap every error of its database
 
         try:
             yield _connect(self.uri)
@@ -290,8 +301,8 @@ class Registry:
                 "The model registry answers", value, "Start it or correct --registry, then run the same command again"
             ) from None
 
-    def _run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
-        """The MLflow run of our `run_id` in the experiment `name`, made where there is none."""
+    def run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
+        """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             path = _sqlite_path(self.uri)
@@ -317,7 +328,7 @@ class Registry:
 
 
 def _log(client: Any, run: Any, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-    """Parameters and metrics that the run does not hold yet; MLflow refuses to change a parameter."""
+    """Log metrics, and the parameters that the run does not have yet, since MLflow refuses to change a parameter."""
     from mlflow.entities import Metric, Param
 
     at = run.info.start_time
@@ -334,7 +345,7 @@ def _log(client: Any, run: Any, params: Mapping[str, object], metrics: Mapping[s
 
 
 def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str, Any] | None) -> str:
-    """The bundle as an MLflow model: its files and `MLmodel` with signature, metadata and example.  Returns the digest."""
+    """Write the bundle as an MLflow model with signature, metadata and example; returns its manifest's digest."""
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
 
@@ -349,7 +360,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str
     }
     model = Model(_MODEL_FOLDER, run_id, flavors=flavors, signature=signature, metadata=metadata)
     if example:
-        # As MLflow lays out an example of a frame: the rows, and the body of a request with them.
+        # MLflow stores an example twice: as rows, and as the body of a request.
         for name, content in ((_EXAMPLE, example), (_REQUEST, {"dataframe_split": example})):
             Path(folder, name).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
         model.saved_input_example_info = {
@@ -363,7 +374,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str
 
 
 _MLFLOW_TYPES = {
-    # Any input may be null, and MLflow's own whole numbers may not.
+    # Any input may be null, but MLflow's integers may not.
     "int8": "double",
     "int16": "double",
     "int32": "double",
@@ -379,7 +390,7 @@ _MLFLOW_TYPES = {
 
 
 def _mlflow() -> Any:
-    """MLflow, without its telemetry, its advice and the minutes it would wait for a server that is not there."""
+    """MLflow, without its telemetry and hints, and with a short wait for a server that does not answer."""
     settings = {
         "DISABLE_TELEMETRY": "true",
         "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -392,7 +403,7 @@ def _mlflow() -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last tells of every attempt at a server
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last logs every retry
         logging.getLogger(name).setLevel(logging.ERROR)
     return mlflow
 
@@ -404,7 +415,7 @@ def _connect(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _unless_there() -> Iterator[None]:
-    """Lets another process be first: what it made is looked up next."""
+    """Ignore that another process has created the object already; the caller looks it up next."""
     try:
         yield
     except _mlflow().exceptions.MlflowException as error:
@@ -417,7 +428,7 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 def _require_sqlite(path: Path, write: bool) -> None:
-    """Refuse at once what MLflow would try ten times over: a place not to be written, a file that is no database."""
+    """Refuse a path that cannot be written, or a file that is no database, where MLflow would retry ten times."""
     fix = "Grant access, restore the file, or name another registry with --registry"
     try:
         if write:
@@ -434,7 +445,10 @@ def _require_sqlite(path: Path, write: bool) -> None:
 
 
 def _make_database(path: Path) -> None:
-    """MLflow's tables, made aside: its migrations are not one transaction, and a database cut short is refused ever after."""
+    """Create MLflow's tables in a temporary file first.
+
+    Its migrations are not one transaction, and MLflow refuses a database whose migration was interrupted.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
         _mlflow().MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
@@ -442,7 +456,7 @@ def _make_database(path: Path) -> None:
             os.link(aside, path)
         except FileExistsError:  # another process was first
             pass
-        except OSError:  # no links on this disk
+        except OSError:  # the disk has no hard links
             os.replace(aside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -450,7 +464,7 @@ def _make_database(path: Path) -> None:
 
 
 def _local(uri: str, tracking_uri: str) -> str:
-    """Where `load` reads the artifacts at `uri`."""
+    """The folder from which `load` reads the artifacts at `uri`."""
     parts = urlparse(uri)
     if parts.scheme in ("", "file"):
         return unquote(parts.path)
@@ -462,5 +476,5 @@ def _local(uri: str, tracking_uri: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as containers have
+    except (KeyError, OSError):  # the user id has no name, as in a container
         return str(os.getuid())

@@ -20,7 +20,9 @@ from schemas.tables import predictions, scores
 from transforms.models.bundle import Bundle, digest_of, load
 from transforms.records.row_hashing import prediction_ids
 
-# Beam gives up `resource` where torch is missing, and then warns whenever it loads a model.
+# Beam imports the standard module `resource` in one `try` with its ModelManager, which needs torch.  Without torch it
+# therefore has no `resource`, and warns that it cannot measure memory whenever it loads a model.  No Beam issue is
+# known for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once the two imports are apart.
 base.resource = base.resource or resource
 
 Scores = npt.NDArray[np.float32]
@@ -31,12 +33,12 @@ CHUNK = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Pinned:
-    """One model, fixed at launch.
+    """A model that is fixed at launch.
 
     Args:
         folder: a bundle's folder, readable from every worker.
-        version: what its predictions are signed with; the digest's first 12 digits if left out.
-        digest: SHA-256 of its manifest; None trusts what is in the folder.
+        version: `model_version` of its predictions; by default the first 12 digits of the digest.
+        digest: SHA-256 of its manifest; None accepts the manifest in the folder.
     """
 
     folder: str
@@ -54,15 +56,15 @@ class Scorer:
 
 
 def open_scorer(model: Pinned, threads: int = 0) -> Scorer:
-    """Load, check and warm a model.
+    """Load and check a model, and make a first prediction.
 
     Args:
-        model: which.
-        threads: of XGBoost; 0 takes every core.
+        model: the model.
+        threads: XGBoost's threads; 0 means every core.
 
     Raises:
-        StoreError: files missing or altered.
-        MismatchError: a booster and encoders that were not made for each other.
+        StoreError: a file is missing or was altered.
+        MismatchError: booster and encoders do not have the same columns.
     """
     import xgboost
 
@@ -88,7 +90,7 @@ def score(scorer: Scorer, batch: pa.RecordBatch) -> Scores:
     A row's score is the same to the last bit however rows are batched and however many threads work.
 
     Raises:
-        MismatchError: an input is missing or of another type.
+        MismatchError: an input is missing or has another type.
     """
     result = np.empty((batch.num_rows, scorer.bundle.classes), np.float32)
     for start in range(0, batch.num_rows, CHUNK):
@@ -111,8 +113,8 @@ def predict(scorer: Scorer, batch: pa.RecordBatch, arm: str = ARM, carry: Sequen
     Args:
         scorer: the model.
         batch: the model's inputs, its key and time columns, `row_id` and `date`.
-        arm: which side of an experiment answered; a part of `prediction_id`, as are model and row.
-        carry: columns of `batch` that follow behind as they are, under their `carried_name`.
+        arm: arm of an experiment; a part of `prediction_id`, as are model and row.
+        carry: columns of `batch` that are appended unchanged, under their `carried_name`.
     """
     manifest, rows = scorer.bundle.manifest, batch.num_rows
     row_id = pl.Series(_column(batch, "row_id"), dtype=pl.Int64)
@@ -133,7 +135,7 @@ def predict(scorer: Scorer, batch: pa.RecordBatch, arm: str = ARM, carry: Sequen
 
 
 def carried_name(column: str) -> str:
-    """Name of a carried column: one that no column of a view, nor of a prediction, can have."""
+    """Name of a carried column, which no column of a view or of a prediction can have."""
     return column if column.startswith("__") else f"__{column}"
 
 
@@ -148,9 +150,9 @@ def columns_read(bundle: Bundle) -> tuple[str, ...]:
 
 
 class RecordBatchHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Scorer]):
-    """RunInference over RecordBatches.  An element is a batch already: RunInference collects none of its own.
+    """RunInference over RecordBatches.  Each element is a batch, so RunInference does no batching of its own.
 
-    Each worker process holds one model; `update_model_path` names the folder of another.
+    Each worker process has one model; `update_model_path` replaces it by that of another folder.
     """
 
     def __init__(self, model: Pinned, arm: str = ARM, threads: int = 0, carry: Sequence[str] = ()) -> None:
@@ -186,8 +188,8 @@ class Score(beam.PTransform):
     Args:
         model: pinned at launch.
         arm: part of every prediction's identity.
-        threads: of XGBoost in each worker; 0 takes every core.
-        carry: columns of the rows that follow behind their predictions, such as labels.
+        threads: XGBoost's threads in each worker; 0 means every core.
+        carry: columns of the rows that are appended to their predictions, such as labels.
     """
 
     model: Pinned

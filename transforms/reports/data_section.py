@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from schemas.splits import SPLITS
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Paths, Strip
-from transforms.reports.formatting import DASH
+from transforms.reports.formatting import DASH, Content
 
-Content = Mapping[str, Any]
 # Columns of drift that are shown at once.
 COLUMNS = 15
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from transforms.evaluation.gates import RATES
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Paths, Strip
-from transforms.reports.formatting import category
+from transforms.reports.formatting import Content, category
 
-Content = Mapping[str, Any]
 SHOWN = {
     "selection_rate": "Selected",
     "recall": "Recall",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-Content = Mapping[str, Any]
+from transforms.reports.formatting import Content
+
 # Gates shown at once, unless more of them failed.
 SHOWN = 8
 

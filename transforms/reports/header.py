@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Content = Mapping[str, Any]
+from transforms.reports.formatting import Content
 
 
 class Outcome(NamedTuple):

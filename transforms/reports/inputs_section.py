@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Plot, Strip, medians
-from transforms.reports.formatting import category
+from transforms.reports.formatting import Content, category
 
-Content = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
 # Inputs with a picture each, the categories of one, points of a scatter or swarm, and of one category's swarm.
 PICTURES, CATEGORIES, POINTS, SWARM = 6, 10, 800, 200
@@ -49,7 +48,7 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Contribution by the value of one input: of a number a plot, of a string its categories; neither if all is missing.
+    """Contributions by the value of one input: a plot of a number, or categories of a string; neither if all is null.
 
     Args:
         scale: of the categories.

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from schemas.models import RISING
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Key, Paths, Plot, Strip
-from transforms.reports.formatting import shown
+from transforms.reports.formatting import Content, shown
 
-Content = Mapping[str, Any]
 # Points of a scatter, and the most classes whose confusion is shown.
 POINTS, CONFUSED = 800, 20
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from transforms.reports.formatting import DASH
-
-Content = Mapping[str, Any]
+from transforms.reports.formatting import DASH, Content
 
 
 @dataclasses.dataclass(frozen=True)

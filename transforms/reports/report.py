@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jinja2
 
 from transforms.reports import formatting
 from transforms.reports.data_section import Data, data
 from transforms.reports.fairness_section import Fairness, fairness
+from transforms.reports.formatting import Content
 from transforms.reports.gates_section import Gates, gates
 from transforms.reports.header import Header, header
 from transforms.reports.inputs_section import Inputs, inputs
@@ -23,7 +22,6 @@ from transforms.reports.provenance_section import Provenance, provenance
 from transforms.reports.search_section import Search, search
 from transforms.reports.slices_section import Slices, slices
 
-Content = Mapping[str, Any]
 FILE = "report.html"
 _FILTERS = (
     formatting.number,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ import numpy as np
 from schemas.models import RISING
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Key, Plot
-from transforms.reports.formatting import metric_name, shown
+from transforms.reports.formatting import Content, metric_name, shown
 
-Content = Mapping[str, Any]
 # Trials of the table that are shown at once; trials and points of a learning curve that are drawn; pictures.
 SHOWN, TRIALS, ROUNDS, PICTURES = 12, 60, 160, 7
 

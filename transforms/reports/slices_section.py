@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Strip
-from transforms.reports.formatting import category, metric_name
+from transforms.reports.formatting import Content, category, metric_name
 
-Content = Mapping[str, Any]
 # Slices of one group that are shown at once, and at all.
 SHOWN, MOST = 25, 200
 

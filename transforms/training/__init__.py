@@ -1,8 +1,9 @@
 """From a feature table to a registered model.
 
-A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `Fit` fits the encoders
-on the training split.  `Train` runs the trials of the search and keeps the best model.  `examine` checks the data, `Compare`
-scores the champion on the same test rows, and `publish` registers the model and moves the alias if all gates hold.
+A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `Fit` fits the
+encoders on the training split.  `Train` runs the trials of the search and keeps the best model.  `examine` checks the
+data, `Compare` scores the champion on the same test rows, and `publish` registers the model and moves the alias if all
+gates hold.
 """
 
 from typing import TYPE_CHECKING
@@ -26,8 +27,17 @@ if TYPE_CHECKING:
     from transforms.training.float32_checks import lost_digits
     from transforms.training.hyperparameter_search import trials
     from transforms.training.preparation import TrainingRequest, code_digest, constraints_digest, prepare_training
-    from transforms.training.publish_model import PENDING, REPORT, Publication, publish, register_model, rival_of
-    from transforms.training.trainer import Study, Train, Trained, save_best
+    from transforms.training.publish_model import (
+        PENDING,
+        REPORT,
+        Publication,
+        RunOutcome,
+        failed_gates,
+        publish,
+        register_model,
+        rival_of,
+    )
+    from transforms.training.trainer import BundleRequest, Study, Train, Trained, save_best
     from transforms.training.trial_log import metrics_of
     from transforms.training.unseen_categories import unseen
     from transforms.training.xgboost_data import until

@@ -1,4 +1,4 @@
-"""The champion judged on a challenger's test rows: as it is, or on its own feature table's rows of the same moments."""
+"""Evaluation of the champion on a challenger's test rows, if need be with its own feature table's rows of the same times."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ log = logging.getLogger("millrace.training")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Challenge:
-    """A model that wants to be champion.
+    """A model that is compared with the champion.
 
     Args:
         model: the challenger.
         registry: MLflow tracking URI.
-        run_id: of its run, whose own earlier promotion is passed over.
-        store: where feature tables are.
-        threads: of XGBoost.
+        run_id: id of its run; a promotion that an earlier attempt of this run made is ignored.
+        store: folder of the feature tables.
+        threads: XGBoost's threads.
     """
 
     model: Model
@@ -47,9 +47,9 @@ class Challenge:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Compare(beam.PTransform):
-    """PCollection[RecordBatch] of test examples → one `Rival`: the champion judged on these rows, or why it cannot be.
+    """PCollection[RecordBatch] of test examples → one `Rival`: the champion's report on these rows, or why it has none.
 
-    The champion is looked up, read and opened when the graph is built.
+    The champion is looked up and loaded when the graph is built.
     """
 
     challenge: Challenge
@@ -72,7 +72,13 @@ class Compare(beam.PTransform):
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """How the champion is judged on the test rows: as `pinned`, of its `own` feature table where it reads other features."""
+    """How the champion is evaluated on the test rows.
+
+    Args:
+        pinned: the champion.
+        ahead: caveats of the comparison (see `Rival`).
+        own: its own feature table, if it reads other features.
+    """
 
     pinned: Pinned
     ahead: str
@@ -80,15 +86,18 @@ class Compared:
 
 
 def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Rival:
-    """The champion with its report, which counts only if it covers every test row."""
+    """The champion with its report, which is used only if it covers every test row."""
     if missing:
-        reason = f"its feature table lacks, or cannot read, {missing} of {report.rows + missing} test rows; compute them with its own definition, and train again"
+        reason = (
+            f"its feature table lacks, or cannot read, {missing} of {report.rows + missing} test rows; "
+            "compute them with its own definition, and train again"
+        )
         return Rival(version, None, reason)
     return Rival(version, report, ahead=ahead)
 
 
 def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
-    """How the champion can be judged on the test rows of `split`, or a `Rival` that says why it cannot."""
+    """How the champion is evaluated on the test rows of `split`, or a `Rival` with the reason why it cannot be."""
     model, registry, version = challenge.model, Registry(challenge.registry), None
     try:
         if (version := rival_of(registry, model.name, challenge.run_id)) is None:
@@ -109,7 +118,7 @@ def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
 
 
 def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
-    """`found` over the champion's own feature table, or why it cannot be."""
+    """`found` with the champion's own feature table, or a `Rival` with the reason why that cannot be used."""
     version, manifest = found.pinned.version, bundle.manifest
     reads = f"version {version} reads features of fingerprint {bundle.fingerprint}"
     if (list(manifest["key"]), manifest["time"]) != (list(challenge.model.view.key), challenge.model.view.time):
@@ -128,5 +137,5 @@ def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Co
         first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
         files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
     own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
-    told = f"{reads}, and was judged by its own table's rows of the same moments (version {table.version()})"
-    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, told) if each))
+    used = f"{reads}, and was judged by its own table's rows of the same moments (version {table.version()})"
+    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, used) if each))

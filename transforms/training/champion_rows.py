@@ -1,4 +1,4 @@
-"""Feature rows that a champion of other features reads: those of its own table for the challenger's test rows."""
+"""Feature rows of the champion's own table for the challenger's test rows, for a champion that reads other features."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class OwnTable:
     """The champion's feature table, resolved at launch.
 
     Args:
-        files: of the test's dates, in order of date.
-        key, time: columns by which rows of both tables are joined; row ids differ with the view's name.
-        inputs: of the champion.
+        files: its files of the test's dates, in order of date.
+        key, time: columns that join the rows of both tables, since row ids depend on the view's name.
+        inputs: inputs of the champion.
     """
 
     files: tuple[DataFile, ...]
@@ -37,20 +37,21 @@ class OwnTable:
 
     @property
     def moment(self) -> list[str]:
-        """Columns that name a spine row."""
+        """Columns that identify a spine row."""
         return [*self.key, self.time]
 
     def between(self, low: date, high: date) -> list[DataFile]:
-        """Files that can hold rows of these dates: a file's date is the first of its partition."""
+        """Files that can have rows of these dates; a file's date is the first of its partition."""
         first = max((file.date for file in self.files if file.date <= low), default=low)
         return [file for file in self.files if first <= file.date <= high]
 
 
 def own_rows(rows: pa.RecordBatch, table: OwnTable) -> tuple[pa.RecordBatch | None, int]:
-    """`rows` with the inputs that `table` has for them, and how many it has none for.
+    """Join `rows` with the inputs that `table` has for them; returns also how many rows it lacks.
 
     Args:
-        rows: test examples; their `row_id`, `date` and label are kept, so that both models are judged on one draw.
+        rows: test examples.  Their `row_id`, `date` and label are kept, so that both models have the same replicates.
+        table: the champion's feature table.
     """
     kept = ("row_id", "date", LABEL)
     mine = frame(rows).select(*table.moment, *kept)
@@ -68,7 +69,7 @@ def own_rows(rows: pa.RecordBatch, table: OwnTable) -> tuple[pa.RecordBatch | No
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class OwnRows(beam.PTransform):
-    """PCollection[RecordBatch] of test examples → (the champion's rows of them, PCollection of one int: how many it lacks)."""
+    """PCollection[RecordBatch] of test examples → (the champion's rows, PCollection of the number of rows it lacks)."""
 
     table: OwnTable
 
@@ -84,7 +85,7 @@ class _Join(beam.DoFn):
     def process(self, rows: pa.RecordBatch) -> Iterator[pa.RecordBatch | beam.pvalue.TaggedOutput]:
         try:
             found, missing = own_rows(rows, self.table)
-        except StoreError as error:  # a file of a table that the run itself does not need
+        except StoreError as error:  # the run itself does not need this table
             log.warning("features of the champion cannot be read: %s", error)
             found, missing = None, rows.num_rows
         yield beam.pvalue.TaggedOutput(MISSING, missing)

@@ -1,4 +1,4 @@
-"""What a model learns from: its statistics, how far they moved, and what about them is suspicious."""
+"""Checks of the training data: statistics, drift, and inputs that leak the label."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ log = logging.getLogger("millrace.training")
 
 # Files of a bundle beside the model.
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
-# An input of at most so many values, each of which goes with one label in so many rows on average, gives the answer away.
+# An input leaks the label if it has at most `FEW` values with on average at least `LEAST_ROWS` rows, and each value
+# goes with one label only.
 FEW, LEAST_ROWS = 20, 5
-# So does one that leaves less than this of the label's variance within its values.
+# It also does if more than this share of the label's variance lies between its values.
 MOST = 0.8
 _SMALL = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What there is to say about the data of a run.
+    """What the checks of a run's data found.
 
     Args:
-        drift: how far each column of the training split lies from the champion's (Jensen–Shannon divergence of numbers,
-            greatest change of a value's share of strings, 0 … 1); empty without a champion.
-        skew: the same of the test split from the training split.
-        champion: version whose training data were compared with.
+        drift: distance, 0 … 1, of each column of the training split from the champion's: the Jensen–Shannon divergence of
+            numbers, the greatest change of a value's share of strings; empty without a champion.
+        skew: the same distance of the test split from the training split.
+        champion: version whose training data were compared.
         warnings: sentences, each naming an input.
     """
 
@@ -52,7 +53,7 @@ class Findings:
     warnings: tuple[str, ...]
 
     def verdicts(self, most: float | None) -> list[Verdict]:
-        """What a gate of `max_drift` says."""
+        """The verdict of the gate `max_drift`; none if it is not declared."""
         if most is None:
             return []
         gate = f"drift from the champion's training data ≤ {most:g}"
@@ -63,18 +64,18 @@ class Findings:
 
 
 def model_columns(model: Model) -> pa.Schema:
-    """The columns that training data are described by: inputs and label."""
+    """The columns of which statistics are computed: inputs and label."""
     return described(schema_of(model), [*model.inputs, LABEL])
 
 
 def bundle_files(statistics: Any, model: Model) -> dict[str, bytes]:
-    """Statistics and schema of the training split, as TFX tools read them."""
+    """Files of the bundle with statistics and schema of the training split, in TFDV's formats."""
     schema = schema_text(infer_schema(statistics, model_columns(model)))
     return {STATISTICS: statistics.SerializeToString(deterministic=True), SCHEMA: schema.encode()}
 
 
 def distances(now: Any, before: Any, columns: pa.Schema) -> dict[str, float]:
-    """How far each column of both lies apart, 0 … 1."""
+    """Distance, 0 … 1, of each column that both statistics have."""
     shared = {feature.path.step[0] for feature in before.datasets[0].features}
     found = measured(infer_schema(now, columns), now, before)
     return {name: value for name, value in sorted(found.items()) if name in shared}
@@ -99,12 +100,12 @@ def examine(
 
 
 def _dull(statistics: Any) -> Iterable[str]:
-    """Inputs that say nothing."""
+    """Warnings of inputs with no or one value, and of a constant label."""
     for feature in statistics.datasets[0].features:
         name = feature.path.step[0]
         number = feature.WhichOneof("stats") == "num_stats"
         stats = feature.num_stats if number else feature.string_stats
-        # Not by least and greatest, which are doubles: integers beyond 2^53 may share one.
+        # Minimum and maximum would not do: they are doubles, which integers beyond 2^53 may share.
         constant = (stats.std_dev == 0) if number else stats.unique == 1
         if name == LABEL:
             if constant:
@@ -118,7 +119,7 @@ def _dull(statistics: Any) -> Iterable[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """The labels that go with one value of an input: least, greatest, number, exact sum and sum of squares.
+    """The labels of one value of an input: least, greatest, number, exact sum and sum of squares.
 
     `sum` counts in 2^−1126 and `squares` in 2^−2252 (see `transforms.records.exact_sums`).
     """
@@ -151,12 +152,12 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
-    """What is known of an input beside the label.
+    """Counts of an input's values and the labels that go with them.
 
     Args:
-        rows: with a value.
-        equal: of them, those whose value is the label.
-        levels: by value; None once there are more than `FEW`.
+        rows: rows with a value.
+        equal: rows whose value is the label.
+        levels: labels by value; None once there are more than `FEW` values.
     """
 
     rows: int
@@ -191,9 +192,15 @@ class Suspect:
         if self.levels and self.rows >= LEAST_ROWS * len(self.levels):
             labels = {each.least for each in self.levels.values()}
             if len(labels) > 1 and all(each.least == each.most for each in self.levels.values()):
-                return f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. {fix}"
+                return (
+                    f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. "
+                    f"{fix}"
+                )
             if (explained := self.explained) > MOST:
-                return f"Input {name!r} all but gives the label away: {explained:.0%} of the label's variance lies between its {len(self.levels)} values. {fix}"
+                return (
+                    f"Input {name!r} all but gives the label away: {explained:.0%} of the label's variance lies between "
+                    f"its {len(self.levels)} values. {fix}"
+                )
         return None
 
     @property
@@ -201,7 +208,7 @@ class Suspect:
         """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
         levels = list((self.levels or {}).values())
         rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)
-        # Both times rows, in integers: of labels far from 0 nothing would be left of the differences.
+        # Both are multiplied by rows, as integers: for labels far from 0 doubles would cancel.
         whole = rows * sum(each.squares for each in levels) - total * total
         between = sum(Fraction(rows * each.sum**2, each.rows) for each in levels) - total * total
         return float(between / whole) if whole > 0 else 0.0
@@ -209,7 +216,7 @@ class Suspect:
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
 class Leaks(beam.CombineFn):
-    """RecordBatches of training examples → warning by input that equals the label or determines it."""
+    """RecordBatches of training examples → a warning for each input that equals or determines the label."""
 
     encodings: tuple[Encoding, ...]
 
@@ -226,7 +233,7 @@ class Leaks(beam.CombineFn):
         return self.merge_accumulators([state, found])
 
     def _open(self, state: dict[str, Suspect]) -> list[Encoding]:
-        """Inputs not cleared yet."""
+        """Inputs that may still leak the label."""
         return [
             each
             for each in self.encodings

@@ -1,4 +1,4 @@
-"""Training examples: feature rows with their labels, cut into splits, as Parquet and TFRecord files."""
+"""Training examples: labelled feature rows, divided into splits, in Parquet and TFRecord files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
 from transforms.training.labels import Counts
 
-# Rows of a Parquet row group: what a reader of examples holds at a time.
+# Rows of a Parquet row group, which is what a reader of examples keeps in memory.
 GROUP_ROWS = 1 << 15
 FOLDER = "examples"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBlock:
-    """Neighbouring files of the feature table, and the slices of the label's source that can label their rows."""
+    """Consecutive files of the feature table, and the slices of the label's source that can label their rows.
+
+    Args:
+        index, of: position among all blocks, and their number.
+    """
 
     index: int
     of: int
@@ -44,15 +48,15 @@ class ExampleBlock:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExamplePlan:
-    """What examples are made of, resolved at launch.
+    """The input of the examples, resolved at launch.
 
     Args:
-        model: whose inputs, label and splits.
-        split: its bounds.
+        model: the model whose inputs, label and splits decide.
+        split: bounds of the splits.
         folder: `<store>/examples/<model>/<run>`.
-        blocks: the work.
-        contract: of the label's source.
-        repeats: pl.DataFrame | None
+        blocks: the units of work.
+        contract: contract of the label's source.
+        repeats: first events of repeated unique keys (see `repeats_of`); None if the source declares none.
         tfrecords: whether to write TFRecord files beside Parquet.
     """
 
@@ -66,7 +70,7 @@ class ExamplePlan:
 
     @property
     def alone(self) -> ExamplePlan:
-        """The plan without its blocks, which travel as elements: not twice."""
+        """The plan without its blocks, which are elements of the graph and need not be pickled again."""
         return dataclasses.replace(self, blocks=())
 
 
@@ -76,9 +80,9 @@ class ExampleShard:
 
     Args:
         split: train, validate or test.
-        index: of the block it came from; shards of a split are in order of time.
-        path: of the Parquet file; the TFRecord file ends in .tfrecord.gz instead.
-        rows: how many examples.
+        index: index of its block; shards of a split are in order of time.
+        path: path of the Parquet file; the TFRecord file ends in .tfrecord.gz instead.
+        rows: number of examples.
     """
 
     split: str
@@ -89,13 +93,13 @@ class ExampleShard:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
+    """Counts of what became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
 
     Args:
-        rows: read.
-        counts: per split.
-        labels: per split, examples by label; for classes only.
-        shards: the files written.
+        rows: feature rows that were read.
+        counts: by split.
+        labels: number of examples by split and label; for classes only.
+        shards: the files that were written.
         rounded: examples whose label is a whole number that float32 does not hold.
     """
 
@@ -107,7 +111,7 @@ class Account:
 
     @property
     def outside(self) -> int:
-        """Rows in no split: in an embargo, or after the cutoff."""
+        """Rows in no split: those in an embargo, or after the cutoff."""
         return self.rows - sum(each.rows for each in self.counts.values())
 
     def of(self, split: str) -> list[ExampleShard]:
@@ -115,28 +119,39 @@ class Account:
         return sorted({each for each in self.shards if each.split == split}, key=lambda each: each.index)
 
 
-def plan_examples(
-    model: Model,
-    files: Iterable[DataFile],
-    sources: str,
-    folder: str,
-    split: Split,
-    now: int,
-    tfrecords: bool = True,
-    version: int | None = None,
-) -> ExamplePlan:
-    """Cut the feature table's `files` into blocks, each with the label events it needs.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExampleRequest:
+    """Which examples to make.
 
     Args:
-        version: of the label's source, where that is a Delta table.
+        model: the model whose label, inputs and splits decide.
+        sources: folder of the label's source.
+        folder: folder that the examples are written to.
+        split: bounds of the splits.
+        now: µs since 1970; events stamped later are not known yet.
+        tfrecords: whether to write TFRecord files beside Parquet.
+        version: version of the label's source, if it is a Delta table.
+    """
+
+    model: Model
+    sources: str
+    folder: str
+    split: Split
+    now: int
+    tfrecords: bool = True
+    version: int | None = None
+
+
+def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> ExamplePlan:
+    """Divide the feature table's `files` into blocks, each with the label events that it needs.
 
     Raises:
-        DataError: no file before the cutoff.
+        DataError: no file is dated before the cutoff.
         ContractError: a file of the label's source cannot be read as declared.
     """
-    label = model.label
-    contract = Contract(label.source, _columns_read(model), now=now, ordering=_columns_ordering(model))
-    contract, slices = survey(sources, contract, version)
+    model, split, label = request.model, request.split, request.model.label
+    contract = Contract(label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model))
+    contract, slices = survey(request.sources, contract, request.version)
     parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
         raise DataError(
@@ -151,7 +166,7 @@ def plan_examples(
         events = tuple(each for each in slices if each.low < high and each.high >= low)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
-    return ExamplePlan(model, split, folder, tuple(blocks), contract, repeats, tfrecords)
+    return ExamplePlan(model, split, request.folder, tuple(blocks), contract, repeats, request.tfrecords)
 
 
 def _columns_read(model: Model) -> tuple[str, ...]:
@@ -167,14 +182,20 @@ def _columns_read(model: Model) -> tuple[str, ...]:
 
 
 def _columns_ordering(model: Model) -> tuple[str, ...]:
-    """Further columns of the label's source that decide which of several rows of a key and moment labels (see `FeatureView.columns_ordering`)."""
+    """Further columns that decide which of several events of one key and time gives the label.
+
+    See `FeatureView.columns_ordering`.
+    """
     read, order = set(_columns_read(model)), model.label.source.tie_order
     before = set(order[: max(position for position, name in enumerate(order) if name in read)]) - read
     return tuple(name for name in model.label.source.schema if name in before)
 
 
 def schema_of(model: Model) -> pa.Schema:
-    """Schema of the examples: key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`."""
+    """Schema of the examples.
+
+    It has key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`.
+    """
     view = model.view
     sliced = [name for group in model.gates.slices for name in ((group,) if isinstance(group, str) else group)]
     groups = model.split.by if isinstance(model.split, GroupSplit) else ()
@@ -184,7 +205,7 @@ def schema_of(model: Model) -> pa.Schema:
 
 
 def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.RecordBatch], Account]:
-    """Examples of one block per split, not written yet, and the account of its rows."""
+    """Make the examples of one block by split, and count what became of its rows; nothing is written."""
     model, schema = plan.model, schema_of(plan.model)
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
     joined = [column for column, _ in model.label.keys if column not in known]
@@ -203,14 +224,17 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
 
 
 def _rounded() -> pl.Expr:
-    """Whether a label is a whole number that float32 rounds; of those beyond 2^53 doubles do not tell."""
+    """Whether float32 rounds a whole-number label; beyond 2^53 every one counts, since doubles are rounded already."""
     label = pl.col(LABEL)
     beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
     return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
 
 
 def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.RecordBatch) -> ExampleShard:
-    """Write one block's examples of a split, Parquet and TFRecord.  The same block writes the same bytes under the same names."""
+    """Write one block's examples of a split as Parquet and TFRecord.
+
+    The same block writes the same bytes under the same names.
+    """
     name = f"{split}-{block.index:05d}-of-{block.of:05d}"
     strings = [field.name for field in rows.schema if pa.types.is_string(field.type)]
     sink = pa.BufferOutputStream()
@@ -223,7 +247,7 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
 
 
 def shards_to_judge(trained: object, account: Account) -> list[ExampleShard]:
-    """The files to judge by; `trained` only makes the step wait for it."""
+    """The shards of the test split; `trained` only makes this step wait for training."""
     return account.of("test")
 
 
@@ -254,10 +278,10 @@ def _row_groups(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class MakeExamples(beam.PTransform):
-    """PCollection[Block] → (PCollection[Account], one for each block; PCollection[RecordBatch] of training examples).
+    """PCollection[ExampleBlock] → (PCollection[Account], one per block; PCollection[RecordBatch] of training examples).
 
-    The examples themselves are in files by then; those of the training split are handed on so that encoders can be
-    fitted in the same pass.
+    All examples are written to files.  Those of the training split are also returned, so that encoders are fitted in
+    the same pass.
     """
 
     plan: ExamplePlan
@@ -280,7 +304,7 @@ class _Make(beam.DoFn):
 
 
 def add_accounts(accounts: Iterable[Account]) -> Account:
-    """Sums of accounts, in any order of merging."""
+    """The sum of accounts, the same in any order of merging."""
     rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
     for each in accounts:
@@ -296,7 +320,7 @@ def add_accounts(accounts: Iterable[Account]) -> Account:
 
 
 def checked(account: Account, plan: ExamplePlan) -> Account:
-    """`account` if every row is accounted for and every split can be used; leftovers of earlier attempts are removed.
+    """Return `account` if every row is accounted for and every split can be used; delete files of earlier attempts.
 
     Raises:
         DataError: see `labels.check`.

@@ -1,4 +1,4 @@
-"""Fits encoders on the training split: a Beam combiner whose result does not depend on how data is cut or merged."""
+"""Fitting of encoders on the training split, by a Beam combiner whose result does not depend on the order of merging."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from transforms.models.encoders import (
 )
 from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_sum, group_sums, ratio
 
-# Most distinct values of which quantiles are exact; beyond, values are cut to about 11 leading bits.
+# Most distinct values of which quantiles are exact; beyond, values are rounded to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
 
 
 def declared(model: Model) -> tuple[Encoding, ...]:
-    """The model's inputs in order, nothing fitted yet."""
+    """The model's inputs in order, before fitting."""
     schema = model.view.output_schema
     return tuple(Encoding(name, str(schema.field(name).type), model.encode.get(name)) for name in model.inputs)
 
@@ -50,7 +50,7 @@ def fit(model: Model, batches: Iterable[pa.RecordBatch]) -> Fitted:
 class Fit(beam.PTransform):
     """PCollection of RecordBatches of training examples → one `Fitted`.
 
-    Batches hold the model's inputs, and the column `__label` where an encoder is fitted to labels.
+    Batches have the model's inputs, and the column `__label` if an encoder is fitted to labels.
     """
 
     encodings: tuple[Encoding, ...]
@@ -59,14 +59,14 @@ class Fit(beam.PTransform):
         return examples | "FitEncoders" >> beam.CombineGlobally(Fitting(self.encodings))
 
 
-# What is accumulated per input; each kind has `+`.
+# Accumulators of an input, by its type and encoder; each class has `+`.
 PartialFit = Any
 State = dict[str, PartialFit]
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
 class Fitting(beam.CombineFn):
-    """RecordBatches → `Fitted`.  Everything accumulated is an integer or an extreme, so any order gives equal JSON."""
+    """RecordBatches → `Fitted`.  Accumulators have only integers and extremes, so that any order gives equal JSON."""
 
     encodings: tuple[Encoding, ...]
 
@@ -125,19 +125,19 @@ class Vocabulary:
         )
 
     def ranked(self, min_count: int, max_size: int) -> list[str]:
-        """By falling count, ties by name."""
+        """Categories by descending count, ties by name."""
         frequent = (name for name, count in self.counts.items() if count >= min_count)
         return sorted(frequent, key=lambda name: (-self.counts[name], name))[:max_size]
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """What quantiles of integers are read from.
+    """Histograms from which quantiles of integers are computed.
 
     Args:
-        moments: least and greatest.
-        bins: of their doubles.
-        whole: of the integers themselves; None once bits would have to be dropped, which depends on how many there are
+        moments: least and greatest integer.
+        bins: histogram of the integers as doubles.
+        whole: histogram of the integers themselves; None once it would have to round them, which depends on their number
             and not on the order of merging.
     """
 
@@ -166,7 +166,7 @@ class Ranks:
 
 @dataclasses.dataclass(frozen=True)
 class Doubles:
-    """Doubles that are passed on, imputed: their moments, and which occurred."""
+    """Moments and distinct values of doubles that are imputed."""
 
     moments: Moments
     bins: Bins
@@ -176,13 +176,13 @@ class Doubles:
 
     @property
     def columns(self) -> int:
-        """How many float32 columns tell apart what occurred."""
+        """How many float32 columns keep the values distinct."""
         values = self.bins.values
         return next((count for count in (1, 2) if not _merged(values, count)), 3)
 
 
 def _merged(values: Floats, columns: int) -> bool:
-    """Whether any two of the rising `values` are one in so many float32 columns."""
+    """Whether any two of the ascending `values` become equal in so many float32 columns."""
     same = np.ones(max(len(values) - 1, 0), bool)
     for _ in range(columns):
         single = values.astype(np.float32)
@@ -199,7 +199,7 @@ def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
 
 
 def _part(each: Encoding, batch: pa.RecordBatch) -> PartialFit | None:
-    """What `batch` adds to what is fitted for one input; None where nothing is."""
+    """The accumulator of one input for `batch`; None if nothing is fitted."""
     encoder = each.encoder
     if isinstance(encoder, encoders.Hashing | encoders.Log):
         return None
@@ -229,7 +229,7 @@ def _given(encoder: encoders.Encoder | None) -> bool:
 
 
 def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
-    """The state of one input; `part` is None where no row was seen or nothing is fitted."""
+    """The fitted state of one input; `part` is None if there was no row or nothing is fitted."""
     encoder = each.encoder
     if isinstance(encoder, encoders.Target):
         return _target(encoder, part or Vocabulary())
@@ -269,7 +269,7 @@ def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
 
 
 def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> dict[str, Any]:
-    """The state of an integer input that has values beyond 2^24: an exact integer is taken off before it becomes a float."""
+    """The state of an integer input with values beyond 2^24: an integer is subtracted before the conversion to a float."""
     if isinstance(encoder, encoders.Standardize) and isinstance(part, Moments):
         return _around(part.exact_mean, part.deviation)
     if isinstance(encoder, encoders.MinMax):
@@ -278,7 +278,7 @@ def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, 
         low, interior, high = part.quantiles((0.25, 0.5, 0.75))
         return _around(interior, float(high - low))
     if isinstance(encoder, encoders.Bucketize) and isinstance(part, Ranks):
-        # Of integers as many lie below a boundary as below the next integer.
+        # As many integers lie below a boundary as below the next integer.
         cuts = part.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
         return {"boundaries": sorted({math.ceil(cut) for cut in cuts}), "whole": True}
     state = {"base": least, "columns": columns_needed(least, greatest)}

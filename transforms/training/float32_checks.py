@@ -1,4 +1,4 @@
-"""Digits that are lost where whole numbers become float32: warnings, each naming an input and what to write instead."""
+"""Warnings of digits that are lost when whole numbers become float32."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ log = logging.getLogger("millrace.training")
 
 
 def lost_digits(findings: Findings, learnt: Any, account: Account, model: Model) -> Findings:
-    """`findings` with a warning for each input, and for the label, whose whole numbers merge with their neighbours.
+    """Add a warning for each input, and for the label, whose neighbouring whole numbers become equal.
 
-    Integers that no encoder scales are not among them: as many float32 columns as they need hold them exactly.
+    Integers that no encoder scales lose nothing, since they get as many float32 columns as they need.
 
     Args:
-        learnt: statistics of the training split.
-        account: of the examples.
+        findings: the findings so far.
+        learnt: TFDV statistics of the training split.
+        account: counts of the examples.
+        model: the declared model.
     """
     warnings = [*_inputs(learnt, model), *_label(account)]
     for each in warnings:
@@ -40,9 +42,12 @@ def _inputs(learnt: Any, model: Model) -> Iterator[str]:
         least, greatest = stats[name].min, stats[name].max
         written, merged = f"{type(encoder).__name__}()", "float32, in which neighbours become one"
         if isinstance(encoder, encoders.Log) and greatest > EXACT:
-            yield f"Input {name!r} has whole numbers up to {greatest:.0f}, above 2^24, of which {written} makes {merged}. {_WITHOUT}"
+            found = f"up to {greatest:.0f}, above 2^24"
         elif greatest - least > EXACT:
-            yield f"Input {name!r} has whole numbers from {least:.0f} to {greatest:.0f}, further apart than 2^24, of which {written} makes {merged}. {_WITHOUT}"
+            found = f"from {least:.0f} to {greatest:.0f}, further apart than 2^24"
+        else:
+            continue
+        yield f"Input {name!r} has whole numbers {found}, of which {written} makes {merged}. {_WITHOUT}"
 
 
 _SCALING = (encoders.Standardize, encoders.MinMax, encoders.Robust, encoders.Log)
@@ -52,6 +57,6 @@ _WITHOUT = "Leave the encoder out, or write encoders.Impute(): both keep every d
 def _label(account: Account) -> Iterator[str]:
     if account.rounded:
         yield (
-            f"The label is a whole number beyond 2^24 that float32, in which XGBoost learns, rounds, in {account.rounded} examples. "
-            "Take a constant off it, or divide it, in the label's value"
+            "The label is a whole number beyond 2^24 that float32, in which XGBoost learns, rounds, "
+            f"in {account.rounded} examples. Take a constant off it, or divide it, in the label's value"
         )

@@ -1,4 +1,4 @@
-"""Which parameters to try, and which trials go on: random, Sobol and successive halving, decided by one seed."""
+"""Hyperparameter search by random, Sobol or successive halving, all decided by one seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas import Model
 from schemas.errors import DataError, DefinitionError
 from schemas.models import RISING
 
-# What the model fixes and `params` may not; the device is a flag of the run.
+# Parameters that the model sets and `params` may not; the device is a flag of the run.
 FIXED = (
     "objective",
     "num_class",
@@ -33,11 +33,11 @@ class Trial:
     """One set of XGBoost parameters to try.
 
     Args:
-        index: which of the search.
-        params: for XGBoost.
-        rung: of successive halving, 0 first.
-        rounds: boosting rounds at most; 0 takes the model's.
-        fold: of rolling-origin cross-validation; the last is the split itself.
+        index: position in the search.
+        params: XGBoost's parameters.
+        rung: rung of successive halving, from 0.
+        rounds: most boosting rounds; 0 means the model's.
+        fold: fold of rolling-origin cross-validation; the last is the split itself.
     """
 
     index: int
@@ -49,17 +49,17 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of a trial.
+    """The result of a trial.
 
     Args:
-        trial: which.
-        value: the model's metric on validation at the best round, the mean over folds; NaN where the trial failed.
-        rounds: up to and including the best.
+        trial: the trial.
+        value: the model's metric on validation at the best round, as the mean over folds; NaN if the trial failed.
+        rounds: number of rounds up to the best.
         history: the metric on validation after each round.
-        booster: path of its UBJSON.
-        seconds: it took.
+        booster: path of the booster's UBJSON.
+        seconds: duration.
         error: why it failed.
-        folds: `value` of each fold, where there are several.
+        folds: `value` of each fold if there are several.
     """
 
     trial: Trial
@@ -73,12 +73,12 @@ class Result:
 
 
 def trials(model: Model) -> list[Trial]:
-    """The trials of a model's search as they begin; one with `model.params` where there is none.
+    """The trials with which a model's search begins; without a search it is one with `model.params`.
 
     The first n of a longer search are those of a search of n.
 
     Raises:
-        DefinitionError: a parameter that the model itself decides.
+        DefinitionError: the model itself sets a parameter.
     """
     search = model.search
     for name in (*model.params, *(search.space if search else ())):
@@ -107,7 +107,7 @@ def trials(model: Model) -> list[Trial]:
 
 
 def budgets(model: Model) -> list[int]:
-    """Boosting rounds of each rung, the last the model's own; one rung unless trials are halved.
+    """Boosting rounds of each rung, of which the last has the model's own; one rung without successive halving.
 
     >>> # 9 trials of 300 rounds, a third of which goes on: 33 rounds of 9, 100 of 3, 300 of 1
     """
@@ -121,10 +121,10 @@ def budgets(model: Model) -> list[int]:
 
 
 def promoted(model: Model, results: Iterable[Result], rung: int) -> list[Trial]:
-    """The trials that go on from `rung` with more rounds: the better 1/factor, ties by number.
+    """The best 1/factor of the trials of `rung`, with the next rung's rounds; ties go by number.
 
     Raises:
-        DataError: all of them failed.
+        DataError: every trial failed.
     """
     assert model.search is not None
     found = list(results)
@@ -137,7 +137,7 @@ def promoted(model: Model, results: Iterable[Result], rung: int) -> list[Trial]:
 
 
 def choose(model: Model, results: Iterable[Result]) -> Result:
-    """The trial with the best metric on validation, of those that went furthest; of equals the first.
+    """The result with the best metric on validation among those of the highest rung; ties go by number.
 
     Raises:
         DataError: every trial failed.
@@ -155,7 +155,7 @@ def choose(model: Model, results: Iterable[Result]) -> Result:
 
 
 def last_of_each(results: Iterable[Result]) -> tuple[Result, ...]:
-    """Of each trial the result of its last rung, in order."""
+    """The result of each trial's last rung, in order."""
     last: dict[int, Result] = {}
     for each in sorted(results, key=lambda each: (each.trial.index, each.trial.rung)):
         last[each.trial.index] = each
@@ -163,7 +163,7 @@ def last_of_each(results: Iterable[Result]) -> tuple[Result, ...]:
 
 
 def over_folds(model: Model, results: Iterable[Result]) -> list[Result]:
-    """Results of several folds as one per trial and rung: the last fold's, its value the mean over all of them."""
+    """Merge the results of folds to one per trial and rung: the last fold's, with the mean value over all folds."""
     groups: dict[tuple[int, int], list[Result]] = {}
     for each in sorted(results, key=lambda each: each.trial.fold):
         groups.setdefault((each.trial.index, each.trial.rung), []).append(each)
@@ -179,7 +179,7 @@ def over_folds(model: Model, results: Iterable[Result]) -> list[Result]:
 
 
 def _merit(model: Model, result: Result) -> tuple[float, int]:
-    """Less is better."""
+    """Sort key of a result; less is better."""
     return (-result.value if model.metric in RISING else result.value), result.trial.index
 
 
@@ -203,7 +203,7 @@ def _sobol(trials: int, dimensions: int, seed: int) -> Shares:
 
 
 def _placed(values: Any, share: float) -> Any:
-    """What lies at `share` (0 ≤ share < 1) of a parameter's choices or bounds."""
+    """The value at `share` (0 ≤ share < 1) of a parameter's choices or bounds."""
     if isinstance(values, list):
         return values[int(share * len(values))]
     low, high = values

@@ -1,4 +1,4 @@
-"""What became of each spine row, and which split may know it."""
+"""Labels of spine rows, and the split that each labelled row enters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from schemas.sources import Source
 from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.row_hashing import row_ids
 
-# A tree a round for each class up to the greatest, and a score a row: a number that is no class would take all memory.
+# XGBoost builds a tree per round, and a score per row, for every class up to the greatest.  A label that is not a class
+# number would take all memory.
 CLASSES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of the rows of one split.  `rows = waiting + dropped + entered`.
+    """Counts of what became of the rows of one split: `rows = waiting + dropped + entered`.
 
     Args:
-        rows: whose time is in the split.
-        waiting: whose horizon ends after the split does, label or no label.
-        absent: of the others, those for which no label came within the horizon.
-        dropped: the absent ones, where `absent="drop"`; else 0.
-        entered: the split's examples.
+        rows: rows whose time is in the split.
+        waiting: rows whose horizon ends after the split, with or without a label.
+        absent: other rows that received no label within the horizon.
+        dropped: the absent rows if `absent="drop"`, else 0.
+        entered: examples of the split.
     """
 
     rows: int = 0
@@ -44,46 +45,18 @@ class Counts:
 
 
 def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:
-    """`rows` with `__label` (float64) and `__label_time`.
+    """Add `__label` (float64), `__label_time` and `__came`, whether a label was received, to `rows`.
 
-    The label of a row asked at *t* is `label.value` of the first of `events` with its key and `t ≤ time < t + within`;
-    of one moment the first by the source's `order`, else by all columns.  Where none came, or that value is null or not
-    finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time` is `t + within`.
+    The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
+    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If there
+    is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time`
+    is `t + within`.
 
     Args:
-        rows: with the label's spine columns and `time`; their order is kept.
-        events: clean rows of the label's source, any order.
+        rows: rows with the label's spine columns and `time`; their order is kept.
+        events: clean rows of the label's source, in any order.
     """
-    source, known = label.source, str(label.source.time)
-    keys = [f"__key{i}" for i in range(len(label.keys))]
-    value = label.computed.cast(pl.Float64)
-    first = (
-        _first_of_each_moment(events, [column for _, column in label.keys], source)
-        .select(
-            *(_key(events, column).alias(key) for key, (_, column) in zip(keys, label.keys)),
-            pl.col(known).alias("__known"),
-            pl.when(value.cast(pl.Float32).is_finite()).then(value).alias("__value"),
-        )
-        .sort("__known")
-    )
-    asked = rows.select(
-        *(_key(rows, column).alias(key) for key, (column, _) in zip(keys, label.keys)),
-        pl.col(time).alias("__asked"),
-        pl.int_range(pl.len(), dtype=pl.UInt32).alias("__place"),
-    )
-    found = (
-        asked.sort("__asked")
-        .join_asof(
-            first,
-            left_on="__asked",
-            right_on="__known",
-            by=keys,
-            strategy="forward",
-            coalesce=False,
-            check_sortedness=False,
-        )
-        .sort("__place")
-    )
+    found = _first_event_of_each_row(rows, _values(events, label), label, time)
     horizon = pl.col("__asked") + horizon_of(label)
     received = (pl.col("__known") < horizon) & pl.col("__value").is_not_null()
     absent = None if label.absent == "drop" else float(label.absent)
@@ -96,12 +69,53 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     )
 
 
+def _key_names(label: Label) -> list[str]:
+    return [f"__key{i}" for i in range(len(label.keys))]
+
+
+def _values(events: pl.DataFrame, label: Label) -> pl.DataFrame:
+    """Key columns, `__known` and `__value` of the first event of each key and time, sorted by `__known`."""
+    value = label.computed.cast(pl.Float64)
+    return (
+        _first_of_each_moment(events, [column for _, column in label.keys], label.source)
+        .select(
+            *(_key(events, column).alias(key) for key, (_, column) in zip(_key_names(label), label.keys)),
+            pl.col(str(label.source.time)).alias("__known"),
+            pl.when(value.cast(pl.Float32).is_finite()).then(value).alias("__value"),
+        )
+        .sort("__known")
+    )
+
+
+def _first_event_of_each_row(rows: pl.DataFrame, values: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:
+    """`__asked`, `__known` and `__value` of each row, in the rows' order; the last two are null if no event follows."""
+    keys = _key_names(label)
+    asked = rows.select(
+        *(_key(rows, column).alias(key) for key, (column, _) in zip(keys, label.keys)),
+        pl.col(time).alias("__asked"),
+        pl.int_range(pl.len(), dtype=pl.UInt32).alias("__place"),
+    )
+    return (
+        asked.sort("__asked")
+        .join_asof(
+            values,
+            left_on="__asked",
+            right_on="__known",
+            by=keys,
+            strategy="forward",
+            coalesce=False,
+            check_sortedness=False,
+        )
+        .sort("__place")
+    )
+
+
 def examples(
     labelled: pl.DataFrame, label: Label, split: Split, time: str
 ) -> tuple[dict[str, pl.DataFrame], dict[str, Counts]]:
-    """The examples of each split, and what became of its rows.
+    """Divide labelled rows into the examples of each split, and count what became of its rows.
 
-    A row enters a split when its time lies in it, its horizon has passed by the split's end, and it has a label.
+    A row enters a split if its time lies in it, its horizon ends by the split's end, and it has a label.
     """
     parts, counts = {}, {}
     part_of = None if split.groups is None else groups_of(labelled, split.groups)
@@ -117,7 +131,7 @@ def examples(
 
 
 def groups_of(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
-    """Part of each row by a hash of its group."""
+    """The split of each row, by a hash of its group."""
     salt = f"GroupSplit {split.salt}"
     hashed = row_ids(salt, [rows[name] for name in split.by]).to_numpy().view(np.uint64)
     share = hashed / 2.0**64
@@ -126,46 +140,52 @@ def groups_of(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
 
 
 def mature(label: Label, times: pa.Array, start: datetime | None, end: datetime) -> pa.Array:
-    """Whether each of `times` lies in `[start, end)` and its label's horizon has passed by `end`."""
+    """Whether each of `times` lies in `[start, end)` and its label's horizon ends by `end`."""
     stamps = pl.Series("time", pl.from_arrow(times))
     done = stamps + timedelta(microseconds=microseconds(label.within)) <= end
     return (done if start is None else done & (stamps >= start)).to_arrow()
 
 
 def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Mapping[float, int]]) -> None:
-    """Refuse splits that nothing can be learnt from or judged by.
+    """Refuse splits that a model cannot be trained on or evaluated with.
 
     Args:
-        labels: split to label to number of examples; for classes only.
+        objective: XGBoost's objective.
+        counts: counts by split.
+        labels: number of examples by split and label; for classes only.
 
     Raises:
-        DataError: a split without examples, labels that are not classes, or one class only.
+        DataError: a split has no examples, labels are not classes, or there is only one class.
     """
     for name in SPLITS:
-        each = counts.get(name, Counts())
-        if not each.rows:
-            raise DataError(
-                f"The {name} split has rows", "none", "Move its dates, change --cutoff, or compute more features"
-            )
-        if not each.entered:
-            reason = f"{each.rows} rows: {each.waiting} wait for their label's horizon, {each.absent} have no label"
-            raise DataError(
-                f"The {name} split has examples",
-                reason,
-                "Check the label's key and value, shorten `within`, or set `absent`",
-            )
-    if objective not in ("binary:logistic", "multi:softprob"):
-        return
+        _require_examples(name, counts.get(name, Counts()))
+    if objective in ("binary:logistic", "multi:softprob"):
+        _require_classes(objective, labels)
+        for name in ("train", "validate"):
+            _require_two_classes(name, counts[name], labels[name])
+
+
+def _require_examples(name: str, count: Counts) -> None:
+    if not count.rows:
+        raise DataError(
+            f"The {name} split has rows", "none", "Move its dates, change --cutoff, or compute more features"
+        )
+    if not count.entered:
+        reason = f"{count.rows} rows: {count.waiting} wait for their label's horizon, {count.absent} have no label"
+        raise DataError(
+            f"The {name} split has examples",
+            reason,
+            "Check the label's key and value, shorten `within`, or set `absent`",
+        )
+
+
+def _require_classes(objective: str, labels: Mapping[str, Mapping[float, int]]) -> None:
+    binary = objective == "binary:logistic"
     for name in SPLITS:
-        wrong = [
-            value
-            for value in labels[name]
-            if value < 0 or value != int(value) or (objective.startswith("binary") and value > 1)
-        ]
+        wrong = [value for value in labels[name] if value < 0 or value != int(value) or (binary and value > 1)]
         if wrong:
-            rule = "0 or 1" if objective.startswith("binary") else "a class, numbered from 0"
             raise DataError(
-                f"A label of {objective} is {rule}",
+                f"A label of {objective} is {'0 or 1' if binary else 'a class, numbered from 0'}",
                 f"{wrong[0]:g} in the {name} split",
                 "Correct the label's value expression",
             )
@@ -175,14 +195,16 @@ def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Map
             f"class {most:g}",
             "Number them without gaps in the label's value expression",
         )
-    for name in ("train", "validate"):
-        if len(labels[name]) < 2:
-            (only,) = labels[name]
-            raise DataError(
-                f"The {name} split has examples of two classes",
-                f"{counts[name].entered} of class {only:g} only",
-                "Check the label's value expression, or move the split's dates",
-            )
+
+
+def _require_two_classes(name: str, count: Counts, labels: Mapping[float, int]) -> None:
+    if len(labels) < 2:
+        (only,) = labels
+        raise DataError(
+            f"The {name} split has examples of two classes",
+            f"{count.entered} of class {only:g} only",
+            "Check the label's value expression, or move the split's dates",
+        )
 
 
 def horizon_of(label: Label) -> pl.Expr:
@@ -190,12 +212,12 @@ def horizon_of(label: Label) -> pl.Expr:
 
 
 def _key(frame: pl.DataFrame, column: str) -> pl.Expr:
-    """A key column, integers of any width as one type."""
+    """A key column; integers of any width are cast to one type."""
     return pl.col(column).cast(pl.Int64) if frame.schema[column].is_integer() else pl.col(column)
 
 
 def _first_of_each_moment(events: pl.DataFrame, keys: Sequence[str], source: Source) -> pl.DataFrame:
-    """Of events of one key and moment the first by what breaks their source's ties; events without a key left out."""
+    """The first event of each key and time, by the order that breaks ties; events without a key are dropped."""
     events = events.drop_nulls(keys)
     moment = [*keys, str(source.time)]
     again = events.select(pl.struct(moment).is_duplicated()).to_series()

@@ -1,4 +1,4 @@
-"""What a training run reads, fixed before its graph is built, and the record of where everything came from."""
+"""Preparation of a training run: the versions that it reads are fixed and recorded before its graph is built."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri, source_uri
-from transforms.training.examples import ExamplePlan, plan_examples
+from transforms.training.examples import ExamplePlan, ExampleRequest, plan_examples
 from transforms.training.hyperparameter_search import trials
 from transforms.training.xgboost_checks import require_known
 
 log = logging.getLogger("millrace.training")
-# Packages whose source decides what a model is, and libraries whose versions are recorded with it.
+# Packages whose source code is part of a model's identity, and libraries whose versions are recorded with it.
 PACKAGES = ("beam_pipelines", "transforms", "schemas")
 LIBRARIES = ("apache-beam", "deltalake", "numpy", "polars", "pyarrow", "xgboost")
 
@@ -38,18 +38,18 @@ class TrainingRequest:
     """Which model to train, and on what.
 
     Args:
-        definition: of the model.
-        store: its address.
+        definition: the model's definition.
+        store: address of the store.
         sources: folder of the label's source.
         examples: folder that the examples are written to.
-        run_id: of the run.
-        features_version: of the feature table; None: the newest.
-        label_version: of the label's source, if it is a Delta table; None: the newest.
-        start: first day of the feature table used; None: the first there is.
-        cutoff: the day before which everything is known; None: the day after the last of the feature table.
+        run_id: id of the run.
+        features_version: version of the feature table; None means the newest.
+        label_version: version of the label's source, if that is a Delta table; None means the newest.
+        start: first day of features to use; None means the first of the table.
+        cutoff: the day before which everything is known; None means the day after the table's last.
         now: µs since 1970; rows stamped later are not known yet.
-        cores: shared by the trials of one worker.
-        device: of XGBoost.
+        cores: cores that the trials of one worker share.
+        device: XGBoost's device.
         keep_examples: whether the examples stay after the run.
     """
 
@@ -73,11 +73,11 @@ class TrainingRequest:
 
 
 def open_features(request: TrainingRequest) -> DeltaTable:
-    """The feature table of the model's view.
+    """Open the feature table of the model's view.
 
     Raises:
-        MismatchError: there are features of this view under another fingerprint only; both are named.
-        DataError: there are none at all.
+        MismatchError: there are features of this view, but only under another fingerprint; both are named.
+        DataError: there are no features of this view.
     """
     view = request.model.view
     table = open_table(features_uri(request.store, view.name, view.fingerprint), request.features_version)
@@ -97,13 +97,16 @@ def open_features(request: TrainingRequest) -> DeltaTable:
 
 
 def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, Any]]:
-    """What the run reads, at fixed versions, and where all of it comes from.
+    """Fix the versions that the run reads, and record where everything comes from.
+
+    Returns:
+        The plan of the examples, and the manifest entries that record the run's input.
 
     Raises:
-        MillraceError: no features, or of another definition; see `open_features` and `plan_examples`.
+        MillraceError: there are no features, or only those of another definition; see `open_features`, `plan_examples`.
     """
     model = request.model
-    require_known(model.objective, trials(model))  # refused before anything is read
+    require_known(model.objective, trials(model))  # before anything is read
     table = open_features(request)
     warn_of_outdated(model.view, table)
     files = data_files(table, request.start, request.cutoff)
@@ -114,13 +117,19 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
             "Choose other dates, or compute features",
         )
     cutoff = instant(request.cutoff or max(file.date for file in files) + timedelta(days=1))
-    split = model.split.resolve(cutoff)
-    source = model.label.source
-    version = request.label_version if request.label_version is not None else version_of(request.sources, source)
-    plan = plan_examples(
-        model, files, request.sources, request.examples, split, request.now, request.keep_examples, version
+    version = request.label_version
+    if version is None:
+        version = version_of(request.sources, model.label.source)
+    examples = ExampleRequest(
+        model=model,
+        sources=request.sources,
+        folder=request.examples,
+        split=model.split.resolve(cutoff),
+        now=request.now,
+        tfrecords=request.keep_examples,
+        version=version,
     )
-    text = Path(request.definition.path).read_bytes()
+    plan = plan_examples(files, examples)
     return plan, {
         "feature_table": {
             "uri": table.table_uri,
@@ -128,12 +137,28 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
             "first": str(min(file.date for file in files)),
         },
         "sources": sources_of(table),
+        **_provenance_of_labels(request, plan, version),
+        **_provenance_of_run(request, cutoff.date()),
+        **_provenance_of_code(),
+    }
+
+
+def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> dict[str, Any]:
+    """Manifest entries of the label's source and of the splits."""
+    return {
         "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
-        "label_table": {"uri": source_uri(request.sources, source.name), "version": version},
-        "split": split.as_json(),
+        "label_table": {"uri": source_uri(request.sources, request.model.label.source.name), "version": version},
+        "split": plan.split.as_json(),
+    }
+
+
+def _provenance_of_run(request: TrainingRequest, cutoff: date) -> dict[str, Any]:
+    """Manifest entries of the run's options and definition."""
+    text = Path(request.definition.path).read_bytes()
+    return {
         "read": {
             "start": request.start and str(request.start),
-            "cutoff": str(cutoff.date()),
+            "cutoff": str(cutoff),
             "now": request.now,
             "sources": request.sources,
         },
@@ -145,6 +170,12 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
             "source": text.decode(),
         },
         "run_id": request.run_id,
+    }
+
+
+def _provenance_of_code() -> dict[str, Any]:
+    """Manifest entries of Millrace's code and of the installed packages."""
+    return {
         "code_version": _version("millrace"),
         "code_sha256": code_digest(),
         "constraints_sha256": constraints_digest(),
@@ -153,7 +184,12 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
 
 
 def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
-    """What the feature table's newest commit read of each source: files, their digest, first and last date; of a dimension its content's digest."""
+    """What the newest commit of a feature table read of each source.
+
+    Returns:
+        By name of a source: the number of files, their digest, the first and the last date; of a dimension the digest
+        of its content.
+    """
     try:
         manifest = read_manifest(table)
     except StoreError as error:
@@ -169,7 +205,7 @@ def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
 
 
 def code_digest() -> str:
-    """SHA-256 of this program's source."""
+    """SHA-256 of the source code of `PACKAGES`."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
@@ -178,7 +214,7 @@ def code_digest() -> str:
 
 
 def constraints_digest() -> str:
-    """SHA-256 of all installed distributions, a `name==version` a line, sorted: of the constraints they would make."""
+    """SHA-256 of the installed distributions, as sorted lines of `name==version`."""
     installed = {f"{each.metadata['Name'].lower()}=={each.version}" for each in importlib.metadata.distributions()}
     return hashlib.sha256("\n".join(sorted(installed)).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The last step of training: judge, register, and move the alias `champion` only if every gate holds."""
+"""The last step of training: check the gates, register the model, and move the alias `champion` if all gates hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -18,9 +18,9 @@ from schemas.errors import StoreError
 from transforms.evaluation.evaluate import Report, as_json
 from transforms.evaluation.gates import BEATS, Rival, fairness, paired, verdicts
 from transforms.evaluation.shap import Explanation
-from transforms.models.bundle import load
+from transforms.models.bundle import Bundle, load
 from transforms.models.problem_identity import problem_of, require_same_problem
-from transforms.models.registry import Registry
+from transforms.models.registry import Registry, RunRecord
 from transforms.reports.report import FILE, render
 from transforms.storage.delta_tables import write_aside
 from transforms.training.data_checks import Findings
@@ -29,8 +29,10 @@ from transforms.training.hyperparameter_search import Result, Trial
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import log_trials
 
-# What a run leaves in its folder: its account, single rows with their contributions, and what it takes to register its
-# model later.
+# A JSON object that is made here, and one that may have been read from disk.
+Json = dict[str, Any]
+JsonObject = Mapping[str, Any]
+# Files of a run's folder: its report as JSON, single rows with their contributions, and what registering needs later.
 REPORT, POINTS, PENDING = "training.json", "explanation.json", "registration.json"
 
 
@@ -39,12 +41,12 @@ class Publication:
     """Where a trained model goes.
 
     Args:
-        name: of the registered model.
-        metric: that chose among trials.
-        gates: to pass.
+        name: name of the registered model.
+        metric: the metric that chose among trials.
+        gates: the gates to pass.
         registry: MLflow tracking URI.
-        run_id: registers once, however often it is repeated.
-        folder: of the run; `training.json` is left there.
+        run_id: id of the run, which has one version however often it is repeated.
+        folder: folder of the run, which receives `training.json` and the report.
         files: text of further artifacts by name, such as the definition.
     """
 
@@ -57,31 +59,66 @@ class Publication:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def publish(
-    report: Report,
-    trained: Trained,
-    account: Account,
-    findings: Findings,
-    rival: Rival,
-    explanation: Explanation,
-    where: Publication,
-) -> dict[str, Any]:
-    """Register the model with its report; returns what `training.json` says.
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunOutcome:
+    """What a training run has found.
 
-    Safe to repeat: a run has one version, and a version is promoted at most once by its own run.
+    Args:
+        report: metrics of the test split.
+        trained: the chosen model on disk.
+        account: counts of the examples.
+        findings: checks of the training data.
+        rival: the champion on the same test rows.
+        explanation: SHAP contributions.
+    """
+
+    report: Report
+    trained: Trained
+    account: Account
+    findings: Findings
+    rival: Rival
+    explanation: Explanation
+
+
+def publish(outcome: RunOutcome, where: Publication) -> Json:
+    """Register the model with its report; returns the content of `training.json`.
+
+    It can be repeated: a run has one version, and its own run promotes a version at most once.
 
     Raises:
-        StoreError: the registry cannot be reached; the bundle stays on disk, and `millrace register` registers it later.
+        StoreError: the registry cannot be reached.  The bundle stays on disk, and `millrace register` registers it.
     """
-    judged = verdicts(where.gates, report, where.metric, rival) + findings.verdicts(where.gates.max_drift)
-    content = {
+    trained = outcome.trained
+    content = _content(outcome, where)
+    points = dataclasses.asdict(outcome.explanation)
+    pending = {
+        "run_id": where.run_id,
+        "digest": trained.digest,
+        "files": dict(where.files),
+        "example": points.pop("example"),
+    }
+    page = render(content, load(trained.folder, trained.digest).manifest, points)
+    _write(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: page})
+    try:
+        return register_model(content, pending, where.registry, where.folder)
+    except StoreError as error:
+        how = f"The model is kept in {trained.folder}; register it with: millrace register {where.run_id}"
+        raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
+
+
+def _content(outcome: RunOutcome, where: Publication) -> Json:
+    """The content of `training.json`."""
+    report, account, trained, explanation = outcome.report, outcome.account, outcome.trained, outcome.explanation
+    judged = verdicts(where.gates, report, where.metric, outcome.rival)
+    judged += outcome.findings.verdicts(where.gates.max_drift)
+    return {
         "model": where.name,
         "feature_rows": account.rows,
         "outside": account.outside,
         **as_json(report),
         "gates": [dataclasses.asdict(each) for each in judged],
         "fairness": fairness(where.gates, report),
-        "rival": _rival(rival, report),
+        "rival": _rival(outcome.rival, report),
         "rules": dataclasses.asdict(where.gates),
         "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
         "labels": account.labels,
@@ -89,74 +126,38 @@ def publish(
         "validate": {where.metric: trained.best.value},
         "bundle": trained.folder,
         "trials": [_trial(each) for each in trained.results],
-        "data": dataclasses.asdict(findings),
+        "data": dataclasses.asdict(outcome.findings),
         "explanation": {name: getattr(explanation, name) for name in ("rows", "unit", "base", "inputs", "reason")},
         "report": FileSystems.join(where.folder, FILE),
     }
-    points = dataclasses.asdict(explanation)
-    pending = {
-        "run_id": where.run_id,
-        "digest": trained.digest,
-        "files": dict(where.files),
-        "example": points.pop("example"),
-    }
-    manifest = load(trained.folder, trained.digest).manifest
-    _leave(
-        where.folder,
-        {
-            POINTS: _text(points),
-            PENDING: _text(pending),
-            REPORT: _text(content),
-            FILE: render(content, manifest, points),
-        },
-    )
-    try:
-        content = register_model(content, pending, where.registry, where.folder)
-    except StoreError as error:
-        how = f"The model is kept in {trained.folder}; register it with: millrace register {where.run_id}"
-        raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
-    return content
 
 
-def register_model(content: Mapping[str, Any], pending: Mapping[str, Any], uri: str, folder: str) -> dict[str, Any]:
-    """Register what `publish` left on disk, its trials and its report too; returns the account with `model_version` and `champion`.
+def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: str) -> Json:
+    """Register a model that `publish` left on disk, with its trials and its report.
 
-    The alias moves only if every gate holds and the champion is still the one that the model was compared with.
+    The alias moves only if every gate holds and the champion is still the version that the model was compared with.
+
+    Args:
+        content: the content of `training.json`.
+        pending: the content of `registration.json`.
+        uri: MLflow tracking URI.
+        folder: folder of the run.
+
+    Returns:
+        `content` with `model_version`, `champion` and `kept`, the reason why the champion was kept.
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the model was altered.
         MismatchError: the name stands for another problem in the registry.
     """
-    failed = [each for each in content["gates"] if not each["holds"]]
     registry, name, run_id = Registry(uri), content["model"], pending["run_id"]
     bundle = load(content["bundle"], pending["digest"])
     require_same_problem(registry, name, problem_of(bundle.manifest))
-    with tempfile.TemporaryDirectory() as artifacts:
-        for file, text in {**pending["files"], "report.json": _text(content)}.items():
-            with open(os.path.join(artifacts, file), "w", encoding="utf-8") as handle:
-                handle.write(text)
-        tags = _tags(content["gates"], failed)
-        example = pending.get("example")
-        version = registry.register(
-            bundle, run_id, _params(bundle.manifest), _metrics(content), artifacts, tags, example
-        )
-    champion = registry.champion(name)
-    kept = ""
-    moves = registry.history(name)
-    # A run killed within its promotion has written down a move that never came.
-    half = bool(moves) and moves[-1]["version"] == version and moves[-1]["before"] == champion
-    if not failed and (half or not any(entry["version"] == version for entry in moves)):
-        rival = content["rival"]
-        # Earlier versions let a gate hold that had not been judged, and their runs can still be registered.
-        beaten = rival["version"] is None or all(each["judged"] for each in content["gates"] if BEATS in each["gate"])
-        if champion == rival["version"] and beaten:
-            registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
-            champion = version
-        else:
-            kept = f"the champion is {f'version {champion}' if champion else 'none'}, which was not compared with: millrace promote {version} --why …"
+    version = _register(registry, bundle, content, pending)
+    champion, kept = _promote_if_better(registry, version, content, run_id)
     done = {**content, "model_version": version, "champion": champion, "kept": kept}
     page = render(done, bundle.manifest, _points(folder))
-    _leave(folder, {FILE: page, REPORT: _text(done)})
+    _write(folder, {FILE: page, REPORT: _text(done)})
     registry.attach(name, run_id, FILE, page)
     if len(content["trials"]) > 1:
         (metric,) = content["validate"]
@@ -164,9 +165,51 @@ def register_model(content: Mapping[str, Any], pending: Mapping[str, Any], uri: 
     return done
 
 
+def _register(registry: Registry, bundle: Bundle, content: JsonObject, pending: JsonObject) -> str:
+    """Register the bundle with its parameters, metrics and files; returns the version."""
+    with tempfile.TemporaryDirectory() as artifacts:
+        for file, text in {**pending["files"], "report.json": _text(content)}.items():
+            with open(os.path.join(artifacts, file), "w", encoding="utf-8") as handle:
+                handle.write(text)
+        record = RunRecord(
+            params=_params(bundle.manifest),
+            metrics=_metrics(content),
+            artifacts=artifacts,
+            tags=_tags(content),
+            example=pending.get("example"),
+        )
+        return registry.register(bundle, pending["run_id"], record)
+
+
+def _promote_if_better(registry: Registry, version: str, content: JsonObject, run_id: str) -> tuple[str | None, str]:
+    """Move the alias to `version` if its gates allow; returns the champion, and why it was kept or ""."""
+    name = content["model"]
+    champion = registry.champion(name)
+    moves = registry.history(name)
+    # A run that was killed during its promotion has recorded a move that was never made.
+    unfinished = bool(moves) and moves[-1]["version"] == version and moves[-1]["before"] == champion
+    moved_before = any(entry["version"] == version for entry in moves)
+    if failed_gates(content) or (moved_before and not unfinished):
+        return champion, ""
+    rival = content["rival"]
+    # Earlier versions of Millrace let a gate hold that had not been judged, and their runs can still be registered.
+    beaten = rival["version"] is None or all(each["judged"] for each in content["gates"] if BEATS in each["gate"])
+    if champion == rival["version"] and beaten:
+        registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
+        return version, ""
+    shown = f"version {champion}" if champion else "none"
+    return champion, f"the champion is {shown}, which was not compared with: millrace promote {version} --why …"
+
+
+def failed_gates(content: JsonObject) -> list[JsonObject]:
+    """The gates of a run's `training.json` that do not hold."""
+    return [each for each in content["gates"] if not each["holds"]]
+
+
 def rival_of(registry: Registry, name: str, run_id: str) -> str | None:
-    """The version that a run's model is compared with: the champion, or the one before where that is the run's own, which an
-    earlier attempt promoted.
+    """The version that a run's model is compared with.
+
+    It is the champion; or the previous champion, if an earlier attempt of the same run promoted the present one.
 
     Raises:
         StoreError: the registry cannot be reached.
@@ -179,24 +222,24 @@ def rival_of(registry: Registry, name: str, run_id: str) -> str | None:
     return version
 
 
-def _leave(folder: str, files: Mapping[str, str]) -> None:
+def _write(folder: str, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         write_aside(folder, name, pa.py_buffer(text.encode()))
 
 
-def _points(folder: str) -> dict[str, Any] | None:
-    """Single rows with their contributions, where the run left any."""
+def _points(folder: str) -> Json | None:
+    """Single rows with their contributions, or None if the run wrote none."""
     try:
         with FileSystems.open(FileSystems.join(folder, POINTS)) as handle:
-            found: dict[str, Any] = json.loads(handle.read())
+            found: Json = json.loads(handle.read())
             return found
     except OSError:
         return None
 
 
-def _rival(rival: Rival, report: Report) -> dict[str, Any]:
-    """The champion as the account has it: its metrics on the same rows, its curves, and by how much they are surpassed."""
-    found: dict[str, Any] = {"version": rival.version, "reason": rival.reason, "metrics": None}
+def _rival(rival: Rival, report: Report) -> Json:
+    """The champion in `training.json`: its metrics on the same rows, the paired differences, and its curves."""
+    found: Json = {"version": rival.version, "reason": rival.reason, "metrics": None}
     if rival.report is not None:
         curves = {
             name: rival.report.details[name] for name in ("roc", "precision_recall") if name in rival.report.details
@@ -205,7 +248,7 @@ def _rival(rival: Rival, report: Report) -> dict[str, Any]:
     return found
 
 
-def _trial(result: Result) -> dict[str, Any]:
+def _trial(result: Result) -> Json:
     shown = {
         "params": dict(result.trial.params),
         "value": None if result.error else result.value,
@@ -222,8 +265,8 @@ def _trial(result: Result) -> dict[str, Any]:
     }
 
 
-def _result(trial: Mapping[str, Any]) -> Result:
-    """What `_trial` made an entry of."""
+def _result(trial: JsonObject) -> Result:
+    """The result of which `_trial` made an entry."""
     value = math.nan if trial["value"] is None else float(trial["value"])
     return Result(
         Trial(trial["trial"], trial["params"], trial["rung"]),
@@ -237,21 +280,22 @@ def _result(trial: Mapping[str, Any]) -> Result:
     )
 
 
-def _params(manifest: Mapping[str, Any]) -> dict[str, object]:
+def _params(manifest: JsonObject) -> dict[str, object]:
     chosen = ("objective", "metric", "seed", "rounds", "fingerprint", "split", "feature_table", "code_version")
     return {**manifest["params"], **{name: manifest[name] for name in chosen if name in manifest}}
 
 
-def _metrics(content: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(content: JsonObject) -> dict[str, float]:
     known = {f"test_{name}": value for name, value in content["metrics"].items()}
     known |= {f"validate_{name}": value for name, value in content["validate"].items()}
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _tags(judged: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _tags(content: JsonObject) -> dict[str, str]:
+    failed = failed_gates(content)
     words = "; ".join(f"{each['gate']}: {each['reason']}" for each in failed)
-    return {"millrace.gates": f"failed: {words}"[:4000] if failed else f"all {len(judged)} hold"}
+    return {"millrace.gates": f"failed: {words}"[:4000] if failed else f"all {len(content['gates'])} hold"}
 
 
-def _text(content: Mapping[str, Any]) -> str:
+def _text(content: JsonObject) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

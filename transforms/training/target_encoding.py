@@ -1,6 +1,6 @@
-"""Target means as they were known at each training row's own time.
+"""Target encoding of training rows, with the means that were known at each row's own time.
 
-A training row encoded by means that hold its own label, or labels that came after it, would learn from its answer.
+Means that include a row's own label, or later ones, would leak the label.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class TargetEncoding:
 
     Args:
         fitted: the model's encoders.
-        time: the column of a row's own time.
-        whole: `known`, `sum`, `count` of all labels until then; sorted.
-        each: per `Target` input the same by `category`.
+        time: the column of a row's time.
+        whole: `sum` and `count` of all labels up to the time `known`, sorted by it.
+        each: for each `Target` input, the same by `category`.
     """
 
     fitted: Fitted
@@ -35,9 +35,9 @@ class TargetEncoding:
     each: Mapping[str, pl.DataFrame]
 
     def write(self, batch: pa.RecordBatch, matrix: Matrix) -> None:
-        """Put the means known strictly before each row's time into the columns of `matrix` that `Target` makes.
+        """Write the means that were known strictly before each row's time to the `Target` columns of `matrix`.
 
-        A category without a known label gets the mean of all known ones; before any is known the value is missing.
+        A category without a known label gets the mean of all known labels; before the first label the value is NaN.
         """
         asked = pl.DataFrame({"asked": pl.from_arrow(batch.column(batch.schema.get_field_index(self.time)))})
         asked = asked.with_row_index("place").sort("asked")

@@ -1,4 +1,4 @@
-"""Trains XGBoost over example files: trials are elements that share a worker's cores, the best is saved as a bundle."""
+"""Training of XGBoost over example files: trials share a worker's cores, and the best is saved as a bundle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from transforms.training.xgboost_data import Matrices, is_external, matrices
 
 log = logging.getLogger("millrace.training")
 
-# Our metrics as XGBoost computes them after each round.  The root of the Brier score orders models as the score does;
+# XGBoost's names of our metrics, which it computes after each round.  The root of the Brier score orders models as the
+# score does;
 # its average precision interpolates between scores (Davis and Goadrich 2006).
 _EVALUATED = {
     "auc": "auc",
@@ -45,7 +46,7 @@ _EVALUATED = {
 
 
 def evaluated(model: Model) -> str:
-    """The model's metric by XGBoost's name."""
+    """XGBoost's name of the model's metric."""
     name = _EVALUATED[model.metric]
     return "mlogloss" if name == "logloss" and model.objective == "multi:softprob" else name
 
@@ -56,9 +57,9 @@ def train(
     """Train one booster.
 
     Args:
-        threads: of XGBoost; another number may change the last bits of what comes out.
+        threads: XGBoost's threads; another number may change the last bits of the booster.
         classes: see `classes_of`.
-        device: `cpu`, or `cuda` as XGBoost has it.
+        device: `cpu`, or `cuda` with an optional number, as XGBoost names it.
 
     Returns:
         (UBJSON of the best rounds, the metric on validation after each round, number of rounds in the booster).
@@ -109,13 +110,13 @@ def _progress(model: Model, trial: Trial) -> Any:
     import xgboost
 
     class Progress(xgboost.callback.TrainingCallback):
-        """A line every few seconds."""
+        """Logs a line every few seconds."""
 
-        said = time.monotonic()
+        logged = time.monotonic()
 
         def after_iteration(self, booster: Any, epoch: int, evals_log: Any) -> bool:
-            if time.monotonic() - self.said > 5:
-                self.said = time.monotonic()
+            if time.monotonic() - self.logged > 5:
+                self.logged = time.monotonic()
                 value = _ours(model.metric, evals_log["validate"][evaluated(model)][-1])
                 log.info(
                     "trial %d: round %d of %d, %s %.4f",
@@ -135,11 +136,12 @@ class Study:
     """What the trials of one run have in common.
 
     Args:
-        model: what to train.
-        split: its bounds; trials run on each fold.
-        folder: where boosters go.
-        cores: that trials of one worker share.  Fixed at launch, for sums differ in their last bits with the threads at work.
-        device: of XGBoost.
+        model: the model to train.
+        split: bounds of the splits; trials run on each fold.
+        folder: folder that boosters are written to.
+        cores: cores that the trials of one worker share.  The number is fixed at launch, since the last bits of sums
+            depend on the number of threads.
+        device: XGBoost's device.
     """
 
     model: Model
@@ -154,9 +156,9 @@ class Study:
 
 
 class TrialRunner:
-    """Trials at work in one process, side by side: one thread each where there are as many as cores.
+    """Runs the trials of one process side by side, with one thread each if there are as many trials as cores.
 
-    They share the binned rows, which are made once for each number of bins and fold.
+    Trials share the binned rows, which are made once for each number of bins and fold.
     """
 
     def __init__(self, study: Study, account: Account, fitted: Sequence[Fitted], trials: int) -> None:
@@ -164,25 +166,25 @@ class TrialRunner:
         alone = study.device != "cpu" or is_external(fitted[-1], account)
         self.side = 1 if alone else max(1, min(study.cores, trials))
         self.threads = max(1, study.cores // self.side)
-        self.lock, self.held = threading.Lock(), dict[tuple[int | None, int], Matrices]()
+        self.lock, self.shared = threading.Lock(), dict[tuple[int | None, int], Matrices]()
 
     def matrices(self, trial: Trial) -> Matrices:
         bins = int(trial.params["max_bin"]) if "max_bin" in trial.params else None
         with self.lock:
-            if (bins, trial.fold) not in self.held:
-                while len(self.held) >= self.side:
-                    del self.held[next(iter(self.held))]
+            if (bins, trial.fold) not in self.shared:
+                while len(self.shared) >= self.side:
+                    del self.shared[next(iter(self.shared))]
                 folds = self.study.split.folds
                 fold = folds[trial.fold] if trial.fold < len(folds) else None
-                self.held[bins, trial.fold] = matrices(
+                self.shared[bins, trial.fold] = matrices(
                     self.study.model, self.fitted[trial.fold], self.account, self.study.cores, bins, fold
                 )
-            return self.held[bins, trial.fold]
+            return self.shared[bins, trial.fold]
 
     def run(self, trial: Trial) -> Result:
-        """Train one trial, leave its booster in the study's folder, return where and how good it is.
+        """Train one trial and write its booster to the study's folder; returns its path and metric.
 
-        A trial that XGBoost refuses is a result with an error, not the end of the search.
+        A trial that XGBoost refuses gives a result with an error, and the search goes on.
         """
         import xgboost
 
@@ -206,10 +208,10 @@ class Trained:
     """The chosen model on disk.
 
     Args:
-        folder: of its bundle.
+        folder: folder of its bundle.
         digest: SHA-256 of its manifest.
-        best: the trial it came from.
-        results: of all trials, in order.
+        best: result of the chosen trial.
+        results: results of all trials, in order.
     """
 
     folder: str
@@ -218,22 +220,34 @@ class Trained:
     results: tuple[Result, ...]
 
 
-def save_best(
-    results: Sequence[Result],
-    model: Model,
-    folder: str,
-    provenance: Mapping[str, Any],
-    account: Account,
-    fitted: Fitted,
-    statistics: Any = None,
-) -> Trained:
-    """Save the best trial's booster with the encoders and a manifest as a bundle in `folder`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class BundleRequest:
+    """The bundle to save.
 
     Args:
-        results: of every rung and fold.
-        fitted: on the training split.
-        statistics: of the training split, kept with the model.
+        model: the declared model.
+        folder: folder of the bundle.
+        provenance: manifest entries that record where the model came from.
     """
+
+    model: Model
+    folder: str
+    provenance: Mapping[str, Any]
+
+
+def save_best(
+    results: Sequence[Result], request: BundleRequest, account: Account, fitted: Fitted, statistics: Any = None
+) -> Trained:
+    """Save the best trial's booster with the encoders and a manifest as a bundle.
+
+    Args:
+        results: results of every rung and fold.
+        request: what to save, and where.
+        account: counts of the examples.
+        fitted: encoders fitted on the training split.
+        statistics: TFDV statistics of the training split, saved with the model.
+    """
+    model = request.model
     results = over_folds(model, results)
     best = choose(model, results)
     with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
@@ -254,23 +268,23 @@ def save_best(
         "params": dict(best.trial.params),
         "seed": model.seed,
         "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
-        **provenance,
+        **request.provenance,
     }
     extra = {} if statistics is None else bundle_files(statistics, model)
-    digest = save(Bundle(booster, fitted, manifest, extra), folder)
-    return Trained(folder, digest, best, last_of_each(results))
+    digest = save(Bundle(booster, fitted, manifest, extra), request.folder)
+    return Trained(request.folder, digest, best, last_of_each(results))
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Train(beam.PTransform):
-    """PCollection[Trial] → PCollection[Result], one for each rung and fold that a trial went through.
+    """PCollection[Trial] → PCollection[Result], one per trial, rung and fold.
 
-    Trials spread over workers; those of one bundle run side by side.
+    Trials are spread over workers; those of one Beam bundle run side by side.
 
     Args:
-        study: what they have in common.
-        account: one `Account`, of the examples.
-        fitted: one `Fitted` for each fold.
+        study: what the trials have in common.
+        account: PCollection of one `Account` of the examples.
+        fitted: for each fold, a PCollection of one `Fitted`.
     """
 
     study: Study
@@ -286,7 +300,7 @@ class Train(beam.PTransform):
                 trials = (
                     results[-1]
                     | f"Gather{name}" >> beam.combiners.ToList()
-                    | f"Promote{name}" >> beam.FlatMap(_on, self.study, rung)
+                    | f"Promote{name}" >> beam.FlatMap(_promote, self.study, rung)
                 )
             spread = (
                 trials | f"Folds{name}" >> beam.FlatMap(_folds, self.study.folds) | f"Spread{name}" >> beam.Reshuffle()
@@ -299,38 +313,38 @@ def _folds(trial: Trial, folds: int) -> list[Trial]:
     return [dataclasses.replace(trial, fold=fold) for fold in range(folds)]
 
 
-def _on(results: list[Result], study: Study, rung: int) -> list[Trial]:
+def _promote(results: list[Result], study: Study, rung: int) -> list[Trial]:
     return promoted(study.model, over_folds(study.model, results), rung - 1)
 
 
 class _Trials(beam.DoFn):
-    """Starts trials as they come and waits for them at the end of the bundle."""
+    """Collects the trials of a Beam bundle and runs them side by side at its end."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
 
     def start_bundle(self) -> None:
-        self.waiting: list[Trial] = []
+        self.trials: list[Trial] = []
 
     def process(self, trial: Trial, account: Account, *fitted: Fitted) -> None:
-        self.waiting.append(trial)
+        self.trials.append(trial)
         self.sides = account, fitted
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        if self.waiting:
-            for result in side_by_side(self.study, *self.sides, self.waiting):
+        if self.trials:
+            for result in side_by_side(self.study, *self.sides, self.trials):
                 yield WindowedValue(result, MIN_TIMESTAMP, [GlobalWindow()])
 
 
 def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trials: Sequence[Trial]) -> list[Result]:
-    """Results of trials, in order, as many at a time as there are cores.
+    """Run trials, at most as many at a time as there are cores, and return their results in order.
 
     Raises:
-        DataError: the study's device is not here.
+        DataError: the study's device is not available.
     """
     require_device(study.device)
-    bench = TrialRunner(study, account, fitted, len(trials))
+    runner = TrialRunner(study, account, fitted, len(trials))
     ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
-    with ThreadPoolExecutor(bench.side, "trial") as pool:
-        futures: list[Future[Result]] = [pool.submit(bench.run, trial) for trial in ordered]
+    with ThreadPoolExecutor(runner.side, "trial") as pool:
+        futures: list[Future[Result]] = [pool.submit(runner.run, trial) for trial in ordered]
         return [future.result() for future in futures]

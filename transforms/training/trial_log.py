@@ -1,4 +1,4 @@
-"""Every trial of a search as a nested MLflow run, written once however often the step that writes them is repeated."""
+"""Each trial of a search as a nested MLflow run, which is written once however often the step is repeated."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from transforms.models.registry import RUN, Registry
 from transforms.training.hyperparameter_search import Result
 
 TRIAL, PARENT = "millrace.trial", "mlflow.parentRunId"
-# MLflow takes so many metrics at a time.
+# Most metrics that MLflow accepts at a time.
 BATCH = 1000
 
 
 def log_trials(registry: Registry, name: str, run_id: str, metric: str, results: Sequence[Result]) -> int:
-    """Log `results` below the MLflow run of `run_id`; returns how many runs that took.
+    """Log `results` as children of the MLflow run of `run_id`; returns the number of runs written.
 
-    A trial that is there is left alone; one that was cut short is completed.
+    A complete run is left unchanged; an incomplete one is completed.
 
     Raises:
         StoreError: the registry cannot be reached.
     """
-    with registry._client(write=True) as client:
-        parent = registry._run(client, name, run_id, {})
+    with registry.client(write=True) as client:
+        parent = registry.run(client, name, run_id, {})
         experiment = parent.info.experiment_id
         known: dict[str, Any] = {}
         token = None
@@ -52,7 +52,7 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
 
 
 def _log(client: Any, run: Any, metric: str, result: Result) -> None:
-    """All under the time the run began: what is written a second time is the same row of the registry."""
+    """Log one result.  Every metric has the run's start time, so that a repetition writes the same rows."""
     from mlflow.entities import Metric, Param, RunTag
 
     at, name = run.info.start_time, f"validate_{metric}"
@@ -69,11 +69,11 @@ def _log(client: Any, run: Any, metric: str, result: Result) -> None:
 
 
 def metrics_of(registry: Registry, name: str, version: str) -> dict[str, float]:
-    """Metrics of the run that made a registered version, as they were logged.
+    """The logged metrics of the run that made a registered version.
 
     Raises:
         StoreError: the registry cannot be reached.
     """
-    with registry._client() as client:
+    with registry.client() as client:
         run = client.get_run(client.get_model_version(name, version).run_id)
         return {key: float(value) for key, value in run.data.metrics.items()}

@@ -1,4 +1,4 @@
-"""Categories that the test split has and the training split never had: encoders take them for unknown."""
+"""Warnings of categories that only the test split has, and that encoders treat as unknown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ NAMED = 5
 
 
 def unseen(findings: Findings, learnt: Any, tested: Any, inputs: Collection[str]) -> Findings:
-    """`findings` with a warning for each string among `inputs` that has values in the test split only.
+    """Add a warning for each string among `inputs` that has values in the test split only.
 
-    An input of more distinct training values than its statistics list is left out: what is not listed may have been there.
+    An input is skipped if its statistics do not list all of its training values.
 
     Args:
-        learnt, tested: statistics of the training and of the test split.
+        findings: the findings so far.
+        learnt, tested: TFDV statistics of the training and of the test split.
+        inputs: the model's inputs.
     """
     before = {feature.path.step[0]: feature.string_stats for feature in learnt.datasets[0].features}
     warnings = []
@@ -36,7 +38,8 @@ def unseen(findings: Findings, learnt: Any, tested: Any, inputs: Collection[str]
             shown = ", ".join(f"{value!r} ({rows} rows)" for value, rows in list(new.items())[:NAMED])
             more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
             warnings.append(
-                f"Input {name!r} has values in the test split that the training split never had, which are encoded as unknown: {shown}{more}"
+                f"Input {name!r} has values in the test split that the training split never had, "
+                f"which are encoded as unknown: {shown}{more}"
             )
     for each in warnings:
         log.warning(each)

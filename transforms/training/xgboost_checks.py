@@ -1,4 +1,7 @@
-"""What XGBoost would pass over in silence, asked of it beforehand: parameters that it does not know, a device that is not there."""
+"""Checks before training of what XGBoost only warns of: unknown parameters, and a device that is not available.
+
+XGBoost reports both as a `UserWarning` whose only content is text, so they are recognised by their text.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from schemas.errors import DataError, DefinitionError, nearest
 from transforms.training.hyperparameter_search import Trial
 
-# The more common names of XGBoost's parameters, to guess from.
+# The common names of XGBoost's parameters, from which a message suggests one.
 _KNOWN = (
     "alpha",
     "base_score",
@@ -43,12 +46,12 @@ _KNOWN = (
 
 
 def require_known(objective: str, trials: Sequence[Trial]) -> None:
-    """Refuse a parameter that no trial of it makes a difference in: XGBoost takes any name.
+    """Refuse a parameter that XGBoost ignores in every trial that sets it; XGBoost itself accepts any name.
 
-    A trial that XGBoost refuses as a whole is left to the search, which reports it.
+    The search reports a trial that XGBoost refuses as a whole.
 
     Raises:
-        DefinitionError: a name that XGBoost does not know, or that another parameter makes it pass over.
+        DefinitionError: XGBoost does not know a name, or ignores it because of another parameter.
     """
     unused: set[str] | None = None
     for params in {repr(sorted(each.params.items())): each.params for each in trials}.values():
@@ -65,7 +68,7 @@ def require_known(objective: str, trials: Sequence[Trial]) -> None:
 
 
 def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
-    """Names in `params` that XGBoost says it does not use; None where it refuses to train."""
+    """Names in `params` that XGBoost warns it does not use; None if it refuses to train."""
     import numpy as np
     import xgboost
 
@@ -74,7 +77,7 @@ def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
         name: value for name, value in params.items() if name not in ("monotone_constraints", "interaction_constraints")
     }
     several = {"num_class": 2} if objective == "multi:softprob" else {}
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
             matrix = xgboost.DMatrix(rows, rows[:, 0] % 2, nthread=1)
@@ -85,15 +88,18 @@ def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
             )
         except (xgboost.core.XGBoostError, TypeError, ValueError):
             return None
-    lists = [re.search(r"Parameters: \{(.*)\} are not used", str(each.message)) for each in said]
+    lists = [re.search(r"Parameters: \{(.*)\} are not used", str(each.message)) for each in raised]
     return {name for each in lists if each for name in re.findall(r'"([^"]+)"', each[1])}
 
 
 def require_device(device: str) -> None:
-    """Refuse to train where the device is not: XGBoost would warn, if at all, and take the CPU.
+    """Refuse to train on a device that is not available; XGBoost would use the CPU, with a warning at most.
+
+    Args:
+        device: `cpu`, or `cuda` with an optional number, as XGBoost names it.
 
     Raises:
-        DataError: this process sees no such device.
+        DataError: this process has no such device.
     """
     import numpy as np
     import xgboost
@@ -101,7 +107,7 @@ def require_device(device: str) -> None:
     if device == "cpu":
         return
     reason = ""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
             rows = np.zeros((2, 1), np.float32)
@@ -109,7 +115,7 @@ def require_device(device: str) -> None:
         except xgboost.core.XGBoostError as error:
             reason = first_line(error)
     reason = reason or next(
-        (first_line(each.message) for each in said if "GPU" in str(each.message) or "CUDA" in str(each.message)), ""
+        (first_line(each.message) for each in raised if "GPU" in str(each.message) or "CUDA" in str(each.message)), ""
     )
     if reason:
         raise DataError(
@@ -120,7 +126,7 @@ def require_device(device: str) -> None:
 
 
 def first_line(error: object) -> str:
-    """The line of XGBoost's message that says what is wrong, without time and place in its source."""
+    """The line of XGBoost's message that states the fault, without the time and the position in its source."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = next((each for each in lines if "Check failed" in each or "Invalid" in each), lines[0])
     return re.sub(r"^\[[\d:]+\] (WARNING: )?\S+:\d+: ?", "", line).strip()[:300] or lines[-1].strip()[:300]

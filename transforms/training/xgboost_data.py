@@ -1,4 +1,4 @@
-"""Example files as XGBoost's histogram bins, row group by row group: no more rows in memory than one group."""
+"""XGBoost's histogram bins from example files, read one row group at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,19 +23,23 @@ from transforms.training.examples import Account, ExampleShard, read_shard
 from transforms.training.labels import mature
 from transforms.training.target_encoding import TargetEncoding, target_encoding
 
-# Bytes of encoded rows kept between XGBoost's passes over the examples; beyond, each pass encodes again.
+# Most bytes of encoded rows that are cached between XGBoost's passes over the examples; beyond, each pass encodes
+# again.
 KEPT = 256 << 20
-# Encoded values of a split above which its bins go to disk, and of a page of them there.  Measured in docs/training.md.
+# Encoded values of a split above which its bins go to disk, and of a page on disk.  Measured in docs/training.md.
 EXTERNAL = 250_000_000
 PAGE = 1 << 24
+
+Labels = npt.NDArray[np.float32]
+Encoded = tuple[Matrix, Labels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrices:
-    """What one trial learns from and is judged by; trials of one process share it, since training only reads it.
+    """The matrices of a trial, which the trials of one process share, since training only reads them.
 
     Args:
-        learn, judge: XGBoost's matrices of the train and validate splits.
+        learn, judge: XGBoost's matrices of the train and the validate split.
     """
 
     learn: Any
@@ -43,7 +48,7 @@ class Matrices:
 
 @dataclasses.dataclass(frozen=True)
 class DataPart:
-    """Rows of some shards: those in `[start, end)` whose label's horizon has passed by the end; all without bounds."""
+    """The rows of some shards in `[start, end)` whose label's horizon ends by `end`; without bounds all rows."""
 
     shards: tuple[ExampleShard, ...]
     start: datetime | None = None
@@ -51,7 +56,7 @@ class DataPart:
 
 
 def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[DataPart, DataPart]:
-    """What is learnt from and judged by; `fold` None is the split itself."""
+    """The rows to train on and to validate with; for `fold` None they are the train and the validate split."""
     train = tuple(account.of("train"))
     if fold is None:
         return DataPart(train), DataPart(tuple(account.of("validate")))
@@ -64,8 +69,8 @@ def matrices(
     """The binned rows of train and validate.
 
     Args:
-        threads: that bin.
-        max_bin: of XGBoost; None takes its default.
+        threads: number of threads that bin.
+        max_bin: XGBoost's parameter; None means its default.
     """
     learning, judging = parts_of(model, account, fold)
     columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
@@ -84,14 +89,14 @@ def matrices(
     learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
     judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
     if folder is not None:
-        # XGBoost removes its pages when a matrix goes, and complains of missing ones: the folder goes after both.
+        # XGBoost deletes its pages with a matrix, and fails if they are missing, so the folder is deleted after both.
         learn.pages = judge.pages = _Pages()
         weakref.finalize(learn.pages, shutil.rmtree, folder, ignore_errors=True)
     return Matrices(learn, judge)
 
 
 class _Pages:
-    """Lives as long as a matrix that reads from disk."""
+    """Exists as long as a matrix that reads from disk."""
 
 
 def is_external(fitted: Fitted, account: Account) -> bool:
@@ -109,13 +114,13 @@ def _matrix(
     import xgboost
 
     class Rows(xgboost.DataIter):
-        """XGBoost reads all rows several times over; what fits into `KEPT` is encoded once."""
+        """XGBoost reads all rows several times; rows that fit into `KEPT` are encoded once."""
 
         def __init__(self) -> None:
-            self.kept: list[tuple[Any, Any]] = []
+            self.kept: list[Encoded] = []
             self.keeps = sum(each.rows for each in part.shards) * 4 * (len(fitted.names) + 1) <= KEPT
             self.complete = False
-            self.source: Iterator[tuple[Any, Any]] = iter(())
+            self.source: Iterator[Encoded] = iter(())
             super().__init__(cache_prefix=cache)
 
         def reset(self) -> None:
@@ -157,16 +162,14 @@ def batches(model: Model, part: DataPart, columns: Sequence[str]) -> Iterator[pa
 
 
 def until(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
-    """The rows of training examples that a fold learns from."""
+    """The training examples that a fold is trained on."""
     times = batch.column(batch.schema.get_field_index(model.view.time))
     inside = mature(model.label, times, None, fold.train_end)
     return pa.RecordBatch.from_arrays([column.filter(inside) for column in batch.columns], schema=batch.schema)
 
 
-def encoded(
-    model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None = None
-) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
-    """(matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
+def encoded(model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None = None) -> Iterator[Encoded]:
+    """Encode the part: (matrix float32 [rows, columns], labels float32 [rows]) of each row group."""
     time = [model.view.time] if known is not None else []
     for batch in batches(model, part, list(dict.fromkeys([*fitted.inputs, *time, LABEL]))):
         matrix = fitted.apply(batch)
@@ -175,17 +178,17 @@ def encoded(
         yield matrix, batch.column(batch.schema.get_field_index(LABEL)).to_numpy(zero_copy_only=False)
 
 
-def _pages(rows: Iterable[tuple[Matrix, np.ndarray[Any, Any]]]) -> Iterator[tuple[Matrix, np.ndarray[Any, Any]]]:
-    """Neighbouring groups as pages of about `PAGE` values: every level of every tree reads every page."""
-    held: list[tuple[Matrix, np.ndarray[Any, Any]]] = []
+def _pages(rows: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Join neighbouring groups to pages of about `PAGE` values, since every level of every tree reads every page."""
+    groups: list[Encoded] = []
     for each in rows:
-        held.append(each)
-        if sum(matrix.size for matrix, _ in held) >= PAGE:
-            yield _joined(held)
-            held.clear()
-    if held:
-        yield _joined(held)
+        groups.append(each)
+        if sum(matrix.size for matrix, _ in groups) >= PAGE:
+            yield _joined(groups)
+            groups.clear()
+    if groups:
+        yield _joined(groups)
 
 
-def _joined(held: list[tuple[Matrix, np.ndarray[Any, Any]]]) -> tuple[Matrix, np.ndarray[Any, Any]]:
-    return np.concatenate([matrix for matrix, _ in held]), np.concatenate([label for _, label in held])
+def _joined(groups: list[Encoded]) -> Encoded:
+    return np.concatenate([matrix for matrix, _ in groups]), np.concatenate([label for _, label in groups])

@@ -12,7 +12,7 @@ from beam_pipelines import cli, features
 from schemas.errors import StoreError
 from tests.support import shop
 from tests.support.trained_models import trained
-from transforms.models.registry import Registry, registry_uri
+from transforms.models.registry import Registry, RunRecord, registry_uri
 
 
 def run(store: Path, *words: str) -> int:
@@ -25,7 +25,9 @@ def test_versions_are_listed_promoted_and_rolled_back_with_their_reasons(
     registry = Registry(registry_uri(str(tmp_path)))
     assert run(tmp_path, "models") == 3
     for seed in range(3):
-        registry.register(trained(seed), f"run-{seed}", None, {"test_auc": 0.7}, tags={"millrace.gates": "all 2 hold"})
+        registry.register(
+            trained(seed), f"run-{seed}", RunRecord(metrics={"test_auc": 0.7}, tags={"millrace.gates": "all 2 hold"})
+        )
     assert run(tmp_path, "rollback", "--why", "x") == 4
     assert "had a champion before" in capsys.readouterr().err
     assert run(tmp_path, "promote", "1", "--why", "the first", "--who", "ann") == 0
@@ -79,7 +81,7 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     registry = Registry(registry_uri(str(store)))
     assert registry.champion("buying") == "1"
     assert run(store, "register", "away") == 0
-    with registry._client() as client:
+    with registry.client() as client:
         (parent,) = [each.run_id for each in client.search_model_versions("name='buying'")]
         experiment = client.get_run(parent).info.experiment_id
         nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")

@@ -51,7 +51,7 @@ def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: py
 
     registry = Registry(registry_uri(str(store)))
     assert log_trials(registry, "buying", "first", "auc", []) == 0
-    with registry._client() as client:
+    with registry.client() as client:
         runs = client.search_runs([client.get_experiment_by_name("buying").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]

@@ -1,0 +1,51 @@
+"""What Beam's workers print when they lose their runner, which the launcher reports once and in its own words.
+
+With the environment LOOPBACK the workers are threads of the launcher.  Beam offers no way to handle their errors, so
+this module replaces two names in Beam's worker modules; `tests/beam_pipelines/runtime/test_beam_workers.py` fails when
+Beam no longer needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import types
+
+import grpc
+from apache_beam.runners.worker import data_plane, sdk_worker, worker_pool_main
+
+# Loggers of the worker modules that log a lost connection with its traceback.
+LOGGERS = ("data_plane", "sdk_worker", "log_handler")
+
+
+@functools.cache
+def quiet_lost_connections() -> None:
+    """Keep Beam's worker threads from printing the traceback of a lost connection; other errors are printed as before.
+
+    This lasts until the process ends, since some of the threads outlive the job.
+    """
+    # apache/beam issue 22643: a worker's threads let the RpcError of a lost runner escape, and Python prints it.
+    # Only threads that these three modules start are concerned, and only this error.
+    worker_threading = types.ModuleType("threading")
+    vars(worker_threading).update(vars(threading), Thread=WorkerThread)
+    for module in (sdk_worker, data_plane, worker_pool_main):
+        module.threading = worker_threading
+    # `SdkHarness._execute` prints a traceback that it also logs, and filters reach only what is logged.  Beam declined
+    # to remove the repetition (apache/beam pull request 5020).
+    sdk_worker.print = lambda *_, **__: None
+    for name in LOGGERS:
+        logging.getLogger(f"apache_beam.runners.worker.{name}").addFilter(_is_no_lost_connection)
+
+
+class WorkerThread(threading.Thread):
+    """A thread that ends without a traceback when its gRPC connection is lost."""
+
+    def run(self) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            super().run()
+
+
+def _is_no_lost_connection(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.RpcError))

@@ -1,0 +1,132 @@
+"""What `beam_workers` and `scoring` change in Beam is needed for as long as Beam is as it is."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from apache_beam.ml.inference import base
+from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
+from apache_beam.runners.worker import data_plane, sdk_worker, worker_pool_main
+
+from beam_pipelines.runtime import beam_workers
+
+Start = Callable[[str], object]
+MODULES = (sdk_worker, data_plane, worker_pool_main)
+
+
+def run_worker(address: str) -> object:
+    pool = worker_pool_main.BeamFnExternalWorkerPoolServicer()
+    request = beam_fn_api_pb2.StartWorkerRequest(worker_id="worker")
+    request.control_endpoint.url = address
+    return pool.StartWorker(request, None)
+
+
+def read_state(address: str) -> object:
+    return sdk_worker.GrpcStateHandler(beam_fn_api_pb2_grpc.BeamFnStateStub(grpc.insecure_channel(address)))
+
+
+def read_inputs(address: str) -> object:
+    return data_plane.GrpcClientDataChannel(beam_fn_api_pb2_grpc.BeamFnDataStub(grpc.insecure_channel(address)))
+
+
+STARTS: dict[str, Start] = {
+    "run_worker_worker": run_worker,
+    "read_state": read_state,
+    "read_grpc_client_inputs": read_inputs,
+}
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Of a gRPC server that refuses every call."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.fixture
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Beam as it is, whatever another test has changed in this process; the test's changes are undone."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "threading", threading)
+    monkeypatch.setattr(sdk_worker, "print", print, raising=False)
+    beam_workers.quiet_lost_connections.cache_clear()
+    yield
+    beam_workers.quiet_lost_connections.cache_clear()
+
+
+def escaped(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """The errors that end the thread of this name."""
+    found: list[BaseException | None] = []
+    monkeypatch.setattr(
+        threading, "excepthook", lambda died: found.append(died.exc_value) if died.thread.name == name else None
+    )
+    before = set(threading.enumerate())
+    kept = STARTS[name](address)  # a channel that nobody refers to is closed
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == name:
+            thread.join(20)
+            assert not thread.is_alive()
+    del kept
+    return found
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_thread_of_a_worker_still_lets_the_error_of_a_lost_connection_escape(
+    name: str, address: str, unpatched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this fails for all names, remove `WorkerThread`."""
+    (error,) = escaped(name, address, monkeypatch)
+    assert isinstance(error, grpc.RpcError)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_no_traceback_of_a_lost_connection_is_printed_once_workers_are_quiet(
+    name: str, address: str, unpatched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = threading.excepthook
+    beam_workers.quiet_lost_connections()
+    assert threading.excepthook is hook
+    assert escaped(name, address, monkeypatch) == []
+
+
+def test_another_error_of_a_worker_thread_is_printed_as_before(
+    unpatched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: found.append(args.exc_value))
+    beam_workers.quiet_lost_connections()
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    thread = sdk_worker.threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert [str(error) for error in found] == ["a defect"]
+
+
+def test_beam_still_prints_the_traceback_that_it_logs() -> None:
+    """When this fails, remove the assignment to `sdk_worker.print` in `beam_workers`."""
+    code = ast.parse(textwrap.dedent(inspect.getsource(sdk_worker.SdkHarness._execute)))
+    called = [node.func.id for node in ast.walk(code) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" in called
+
+
+def test_beam_still_drops_the_module_resource_with_another_import() -> None:
+    """When this fails, remove the assignment to `base.resource` in `transforms/models/scoring.py`."""
+    (block,) = (
+        [alias.name for each in node.body if isinstance(each, ast.Import | ast.ImportFrom) for alias in each.names]
+        for node in ast.parse(inspect.getsource(base)).body
+        if isinstance(node, ast.Try) and any("resource" in ast.unparse(each) for each in node.body)
+    )
+    assert block == ["resource", "ModelManager"]
