@@ -1,8 +1,9 @@
-"""The flights case without Millrace: Polars, XGBoost and three Parquet files, as one would write it for this case alone.
+"""The flights case without Millrace: Polars, XGBoost and three Parquet files, as one would write it for this case
+alone.
 
-Features are those of `examples/flights/definition.py`, by name.  Parameters, rounds and dates are read from there, so that
-both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which Polars does
-faster than `.over(group)`.
+Features are those of `examples/flights/definition.py`, by name.  Parameters, rounds and dates are read from there, so
+that both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which
+Polars does faster than `.over(group)`.
 """
 
 from __future__ import annotations

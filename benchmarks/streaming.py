@@ -1,8 +1,12 @@
-"""Live features and predictions from Kafka to Kafka on one machine: throughput, latency, memory, and a DoFn per element for scale.
+"""Live features and predictions from Kafka to Kafka on one machine: throughput, latency and memory.
 
-    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1] [--json FILE] [--keep FOLDER]
+A DoFn per element is measured beside them for scale.
 
-Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing else.
+    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1]
+                                   [--json FILE] [--keep FOLDER]
+
+Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--share",
         default=SHARE,
-        help=f"of the rows, per partition of every topic, while latency is measured (default {SHARE}: uneven, one idle)",
+        help="of the rows, per partition of every topic, while latency is measured "
+        f"(default {SHARE}: uneven, one idle)",
     )
     parser.add_argument("--flags", default="", help="further flags of the live features job")
     flags = parser.parse_args(argv)

@@ -20,7 +20,8 @@ from transforms.streaming.shards import groups_of
 
 # Events of the year of flights in a second of its time.
 PER_SECOND = 1_018_758 / (365 * 86_400)
-# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are apart.
+# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are
+# apart.
 UNDER_WAY = (0.05, 0.98)
 # Where the job's own steps and KafkaIO run.
 WORKERS = ("live", "expansion")
@@ -75,7 +76,8 @@ def lag(
 ) -> dict[str, Any]:
     """Events at a steady rate, the job already up; how long after its completing record is a question answered?
 
-    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a prediction there?
+    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a
+    prediction there?
     """
     speed = offered / PER_SECOND
     days = int(np.ceil((seconds + warm_up) * speed / 86_400))
@@ -139,7 +141,8 @@ def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
 
 
 def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float, flags: list[str]) -> dict[str, Any]:
-    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the time?"""
+    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the
+    time?"""
     speed = offered / PER_SECOND
     last = str(np.datetime64(first) + np.timedelta64(int(np.ceil(minutes * 60 * speed / 86_400)), "D"))
     states: list[dict[str, Any]] = []

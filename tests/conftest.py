@@ -1,4 +1,5 @@
-"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, a Hypothesis profile, and the process that others are forked from."""
+"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, a Hypothesis profile, and the
+process that others are forked from."""
 
 import os
 import sys

@@ -164,7 +164,8 @@ def used_outside() -> dict[str, set[tuple[str, str]]]:
                 found.add((modules[node.value.id], node.attr))
         for module, each in found:
             package = package_of(module)
-            # A function named as its module (`exact_sums`) is found in the module: the package's attribute is the module.
+            # A function named as its module (`exact_sums`) is found in the module: the package's attribute is the
+            # module.
             named_alike = module_of(f"{package}.{each}") == f"{package}.{each}"
             if package.count(".") == 1 and package.startswith("transforms.") and package != here and not named_alike:
                 used.setdefault(package, set()).add((module, each))

@@ -3,10 +3,10 @@
     python -m deploy.streaming.producer --definition examples.flights.definition --sources out/store/sources \\
         --bootstrap 127.0.0.1:9092 --start 2013-03-01 --end 2013-04-01 --speed 30000
 
-A topic per source, made when missing.  A message is an Arrow IPC stream of the rows that became known since the one before,
-its timestamp the simulated moment.  Rows of one first column go to one partition; `--share 6,3,1,0` makes four uneven ones,
-the last without rows.  Twice a second each partition says by a heartbeat how far it has told everything.  Progress is written
-to the file `--status`, as JSON.
+A topic per source, made when missing.  A message is an Arrow IPC stream of the rows that became known since the one
+before, its timestamp the simulated moment.  Rows of one first column go to one partition; `--share 6,3,1,0` makes four
+uneven ones, the last without rows.  Twice a second each partition says by a heartbeat how far it has told everything.
+Progress is written to the file `--status`, as JSON.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def replay(
     step: int,
     status: Path | None,
 ) -> None:
-    """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes, `step` µs at a time."""
+    """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes, `step` µs at a
+    time."""
     began = said = time.monotonic()
     now, beat = start, int(BEAT * speed * 1e6) if speed else step
     while now < end:

@@ -1,8 +1,12 @@
-"""The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with batch.
+"""The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with
+batch.
 
-What the sources hold from before the month is handed over as history, so that every window is filled from the first answer on.
+What the sources hold from before the month is handed over as history, so that every window is filled from the first
+answer on.
 
-    ./run_local.sh stream                 # Kafka and Prism where Java, Maven and Go are present, else a replay in one process
+    ./run_local.sh stream
+
+It uses Kafka and Prism where Java, Maven and Go are present, else it replays the month in one process.
 
 Everything it starts runs on free ports of loopback and ends with it, on Ctrl-C too.
 """
@@ -39,7 +43,10 @@ from transforms.streaming.messages import HEARTBEAT
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = "examples.flights.definition"
 # The model that takes over halfway: the same with fewer rounds.
-SECOND = "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\nmodel = dataclasses.replace(first, rounds=150)\n"
+SECOND = (
+    "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\n"
+    "model = dataclasses.replace(first, rounds=150)\n"
+)
 SHARE = "6,3,1,0"  # of the rows, per partition: uneven, the last one idle
 DRAIN = 180.0  # seconds within which the rest is answered and scored
 
@@ -110,7 +117,8 @@ def main(argv: Sequence[str]) -> int:
     figures["parity"] = parity(case)
     write_json(str(case.folder / "run.json"), figures)
     print(
-        f"\n{json.dumps(figures, indent=2)}\n\nwritten to {case.folder / 'run.json'}; what each process said is beside it"
+        f"\n{json.dumps(figures, indent=2)}\n\n"
+        f"written to {case.folder / 'run.json'}; what each process said is beside it"
     )
     return judge(figures)
 
@@ -336,7 +344,8 @@ class Watch:
 
 
 def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[], None]) -> dict[str, Any]:
-    """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the last was sent.
+    """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the
+    last was sent.
 
     Raises:
         DataError: a process ended before its time.
@@ -503,7 +512,8 @@ def tail(case: Case, name: str) -> str:
 
 
 def in_process(case: Case) -> dict[str, Any]:
-    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping halfway."""
+    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping
+    halfway."""
     from beam_pipelines import features_streaming, inference_streaming
 
     between = ["--start", case.start, "--end", case.end]

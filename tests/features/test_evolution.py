@@ -214,7 +214,7 @@ def copied(work: PreparedRun) -> dict[int, set[str]]:
     return {day - first: set(names) for day, names in work.copies.columns.items()}
 
 
-# -- changes of the data between the older table and the newer ----------------------------------------------------------
+# -- changes of the data between the older table and the newer ------------------------------------------------------
 
 
 def edit(frames: Frames, source: str, time: str, day: int, **values: Any) -> Frames:

@@ -236,7 +236,8 @@ def test_dates_and_booleans_are_keys() -> None:
 def found_positions(
     positions: list[int], groups: list[int], moments: list[int], asked: list[int], lengths: list[int], far: bool
 ) -> list[list[tuple[int, int]]]:
-    """Windows per length in the order of questions; `far` adds an event so remote that one integer cannot hold key and time."""
+    """Windows per length in the order of questions; `far` adds an event so remote that one integer cannot hold key and
+    time."""
     if far:
         positions, groups = [*positions, 2**58], [*groups, 2**20]
     sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, asked)))

@@ -1,4 +1,5 @@
-"""However a block is cut by key, by hash, in middles and edges, by a shuffle, it gives the bits of the block as a whole."""
+"""However a block is cut by key, by hash, in middles and edges, by a shuffle, it gives the bits of the block as a
+whole."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ EVER = FeatureView(
 
 
 def history(seed: int, rows: int, heavy: float) -> dict[str, pl.DataFrame]:
-    """Rows of 20 days: ties in time, nulls, repeats of a payment under other keys and at its very moment, rows that break contracts."""
+    """Rows of 20 days: ties in time, nulls, repeats of a payment under other keys and at its very moment, rows that
+    break contracts."""
     random = np.random.default_rng(seed)
 
     def times(n: int) -> pl.Series:

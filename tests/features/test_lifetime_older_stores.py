@@ -1,4 +1,5 @@
-"""A store whose windows over all history an older version got wrong is noticed and computed again, and nothing else is."""
+"""A store whose windows over all history an older version got wrong is noticed and computed again, and nothing else
+is."""
 
 from __future__ import annotations
 

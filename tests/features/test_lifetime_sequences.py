@@ -1,9 +1,10 @@
 """Whatever happens to a store, in whatever order, windows over all history are those of a store made anew.
 
-Hypothesis makes up what happens: rows that come late, are deleted or rewritten, days without rows between days with some, runs of
-some days or of all, by other plans, under a changed view and back, killed before their commit and launched again.  After each run
-the table is compared with one of a fresh store, with the kernel over all rows at once, and with a scan of every row in plain
-Python; and every snapshot that the next run may start from with the summary of all rows before it.
+Hypothesis makes up what happens: rows that come late, are deleted or rewritten, days without rows between days with
+some, runs of some days or of all, by other plans, under a changed view and back, killed before their commit and
+launched again.  After each run the table is compared with one of a fresh store, with the kernel over all rows at once,
+and with a scan of every row in plain Python; and every snapshot that the next run may start from with the summary of
+all rows before it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ asks = Source("asks", time="at", columns={"id": pl.Int64, "k": pl.Int64, "x": pl
 pays = Source("pays", time="at", unique="no", columns={"no": pl.Int64, "k": pl.Int64, "v": pl.Float64, "s": pl.String})
 shops = Source("shops", columns={"k": pl.Int64, "town": pl.Int64})
 EVER = [
-    Trailing(pays, by="k", over=("all", "2d"), stats={"*": "count", "v": ("count", "sum", "mean", "std", "min", "max", "first", "last"), "s": ("first", "last")}),
+    Trailing(pays, by="k", over=("all", "2d"), stats={
+        "*": "count", "v": ("count", "sum", "mean", "std", "min", "max", "first", "last"), "s": ("first", "last")
+    }),
     Trailing(pays, by="k", over="all", where=pl.col("v") > 5, stats={"*": "count", "v": "sum"}, name="large"),
     Latest(pays, by="k", columns=("v", "s"), max_age="forever"),
     Trailing(asks, by="k", over="all", stats={"*": "count", "x": "sum"}),
@@ -64,7 +67,10 @@ EVER = [
     Trailing(pays, by={"shops_town": "k"}, over="all", stats={"v": "sum"}, name="in_town"),
     Derived(mean=pl.col("pays_by_k_v_sum_all") / pl.col("pays_by_k_count_all")),
 ]
-MORE = [Trailing(pays, by="k", over="3d", stats={"v": "max"}, name="recent"), Trailing(pays, by="k", over="all", stats={"s": "count"}, name="named")]
+MORE = [
+    Trailing(pays, by="k", over="3d", stats={"v": "max"}, name="recent"),
+    Trailing(pays, by="k", over="all", stats={"s": "count"}, name="named"),
+]
 """
 MODULE: dict[str, Any] = {}
 exec(DEFINITION, MODULE)  # as the pipelines load it
@@ -342,7 +348,8 @@ class Sequences(RuleBasedStateMachine):
             self.check_snapshots(view, options)
 
     def check_against(self, view: FeatureView, got: pl.DataFrame, inside: pl.Expr) -> None:
-        """The kernel over all rows at once, and the scan of every row, each with the dimension that the day was computed with."""
+        """The kernel over all rows at once, and the scan of every row, each with the dimension that the day was
+        computed with."""
         known = self.known[VIEWS.index(view)]
         days = got.select(pl.col("date").cast(pl.Int32).unique())["date"].to_list()
         for town in {known[day] for day in days} or {len(self.town) - 1}:

@@ -226,7 +226,8 @@ def test_events_and_dimensions_of_no_rows_answer_nothing(view: FeatureView, tmp_
 
 
 def test_a_question_asked_twice_counts_once_as_an_event_too(view: FeatureView, tmp_path: Path) -> None:
-    """Identical questions count once and of contradicting ones the smallest stays, also where features trail over the spine."""
+    """Identical questions count once and of contradicting ones the smallest stays, also where features trail over the
+    spine."""
     frames = market.sources(30)
     one = computed(view, plan_of(view, market.write(tmp_path / "a", frames)))[0]
     more = pl.concat(

@@ -1,4 +1,5 @@
-"""Which of several rows a feature takes depends on the rows and the declaration, on nothing else that a view reads: batch and live."""
+"""Which of several rows a feature takes depends on the rows and the declaration, on nothing else that a view reads:
+batch and live."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ HEAD = """
 import polars as pl
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 
-WIDE = {"z": pl.Float64, "r": pl.Int64, "e": pl.Int64, "k": pl.Int64, "a": pl.Int64, "s": pl.String, "v": pl.Float64, "b": pl.Boolean}
+WIDE = {"z": pl.Float64, "r": pl.Int64, "e": pl.Int64, "k": pl.Int64, "a": pl.Int64,
+        "s": pl.String, "v": pl.Float64, "b": pl.Boolean}
 ev = Source("ev", time="at", order="r", columns=WIDE)
 bare = Source("bare", time="at", columns=WIDE)
 once = Source("once", time="at", unique="e", columns=WIDE)
@@ -48,7 +50,14 @@ POOL = {
     "placed": 'Trailing(placed, by="k", over="6h", stats={"s": "last"}, name="placed")',
     "dim": 'Lookup(dim, by="k", columns="s", name="looked")',
 }
-OTHERS = ', Latest(ev, by="k", columns=("a", "b"), max_age="1h", name="o1"), Trailing(once, by="k", over="1h", stats={"a": "sum", "s": "n_unique"}, name="o2"), Lookup(dim, by="k", columns="a", name="o3"), Trailing(both, by="k", over="1h", stats={"v": "sum", "s": "count"}, name="o4"), Latest(placed, by="k", columns=("a", "v"), max_age="1h", name="o5"), Latest(bare, by="k", columns="s", max_age="1d", name="bare")'
+OTHERS = (
+    ', Latest(ev, by="k", columns=("a", "b"), max_age="1h", name="o1")'
+    ', Trailing(once, by="k", over="1h", stats={"a": "sum", "s": "n_unique"}, name="o2")'
+    ', Lookup(dim, by="k", columns="a", name="o3")'
+    ', Trailing(both, by="k", over="1h", stats={"v": "sum", "s": "count"}, name="o4")'
+    ', Latest(placed, by="k", columns=("a", "v"), max_age="1h", name="o5")'
+    ', Latest(bare, by="k", columns="s", max_age="1d", name="bare")'
+)
 
 
 def write(root: Path) -> dict[str, pl.DataFrame]:
@@ -138,7 +147,8 @@ def batch(root: Path, store: Path, chosen: Sequence[str], others: bool, *flags: 
 
 
 def settled(source: Source, frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows as the definition's page says: NaN is null; of repeats the first known stays, at one moment the smallest by all columns."""
+    """Rows as the definition's page says: NaN is null; of repeats the first known stays, at one moment the smallest by
+    all columns."""
     frame = frame.select(list(source.schema)).with_columns(pl.col(pl.Float64).fill_nan(None) + 0.0)
     rows = frame.rows(named=True)
     if source.time is None:

@@ -267,7 +267,7 @@ def test_several_causes_of_one_value_are_named_together(tmp_path: Path, frames: 
     assert full.unexplained == 0
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def altered(store: Path, view: FeatureView, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:

@@ -157,7 +157,10 @@ PINNED = 1333383494967372881
 
 
 def test_ids_are_the_same_in_every_process() -> None:
-    program = "import polars as pl; from transforms.records.row_hashing import row_ids; print(row_ids('v', [pl.Series(['a', 'b'])]).to_list())"
+    program = (
+        "import polars as pl; from transforms.records.row_hashing import row_ids; "
+        "print(row_ids('v', [pl.Series(['a', 'b'])]).to_list())"
+    )
     found = {
         subprocess.run(
             [sys.executable, "-c", program],

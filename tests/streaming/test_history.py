@@ -259,7 +259,8 @@ def dying_at(commit: int) -> Any:
 @settings(max_examples=20, phases=(Phase.explicit, Phase.generate))
 @given(seed=st.integers(0, 2**32), ever=st.booleans(), delta=st.booleans())
 def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delta: bool) -> None:
-    """Rows come as they became known, or in disorder, with rows of before the start among them; the job is killed at any time."""
+    """Rows come as they became known, or in disorder, with rows of before the start among them; the job is killed at
+    any time."""
     random, view = Random(seed), mixed if ever else everything
     step, in_order = random.choice([1, 20, 60]), random.random() < 0.5
     sizes = {"questions": 15, "events": 60, "sales": 40, "placed": 25}
@@ -440,7 +441,8 @@ def test_the_start_of_a_source_is_the_end_of_its_history_where_that_is_earlier(t
 
 @pytest.mark.parametrize("further", ["3h", "all"])
 def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Path, further: str) -> None:
-    """Under the next offsets of partition −1, and none that was accepted before, from history or late from the topic."""
+    """Under the next offsets of partition −1, and none that was accepted before, from history or late from the
+    topic."""
     hour = 3600
     history_rows = [(-9 * hour, 1), (-5 * hour, 2), (-1.9 * hour, 3), (-0.9 * hour, 4), (-60, 5)]
     lay(tmp_path / "in", {"reads": rows_of(reads, history_rows), "once": rows_of(once, history_rows)})
@@ -473,7 +475,8 @@ def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Pa
 
 
 def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_path: Path) -> None:
-    """A job that remembers further finds rows of one `unique` value which an earlier job counted, since it remembered less."""
+    """A job that remembers further finds rows of one `unique` value which an earlier job counted, since it remembered
+    less."""
     lay(tmp_path / "in", {"reads": rows_of(reads, []), "once": rows_of(once, [(-3000, 8)])})
     tell = Told(two("5s"), tmp_path)
     for at in (2, 200, 400):
@@ -591,7 +594,8 @@ def forget(table: Path, column: str | None = None) -> None:
 @pytest.mark.live
 @pytest.mark.timeout(280)
 def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> None:
-    """Files of three days and a topic with all six: every answer from then on is batch's; the job is killed on the way."""
+    """Files of three days and a topic with all six: every answer from then on is batch's; the job is killed on the
+    way."""
     stage = Stage(live, tmp_path)
     frames = {name: rows for name, rows in market.sources().items() if name != "shops"}
     times = {name: str(source.time) for name, source in stage.sources.items()}

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: dimensions of a live job: read again when they change, and kept serving when what is there cannot be read."""
+"""Helpers and fixtures for: dimensions of a live job: read again when they change, and kept serving when what is there
+cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: live answers against the slow and obvious one: random arrival, ties, late rows, repeats, and stops at any moment."""
+"""Helpers and fixtures for: live answers against the slow and obvious one: random arrival, ties, late rows, repeats,
+and stops at any moment."""
 
 from __future__ import annotations
 
@@ -171,7 +172,8 @@ def run(
     keep: int = 30_000_000,
     make: Callable[..., Job] = functools.partial(Job, view),
 ) -> Job:
-    """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from the tables."""
+    """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from
+    the tables."""
     dimensions = store / "in"
     (dimensions / "shops").mkdir(parents=True, exist_ok=True)
     pl.DataFrame(
@@ -197,7 +199,8 @@ def run(
 
 
 def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
-    """Every row is in its table once, every question answered once or set aside, and every answer is what batch gives."""
+    """Every row is in its table once, every question answered once or set aside, and every answer is what batch
+    gives."""
     view, every = job.view, totals(chunks)
     for name in SOURCES:  # every row is in its table once
         assert (len(read(f"{sources_root(folder)}/{name}")) or 0) == every[name]

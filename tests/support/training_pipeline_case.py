@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: the training pipeline on files: features table → registered champion; refusals; the same run twice."""
+"""Helpers and fixtures for: the training pipeline on files: features table → registered champion; refusals; the same
+run twice."""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@ def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
 
 
 def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(store: Path) -> None:
-    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds it."""
+    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds
+    it."""
     definition = str(store / "definition.py")
     assert training.main(flags(store, "first")) == 0
     path = store / "sources/visits/part.parquet"
