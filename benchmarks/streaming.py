@@ -85,7 +85,8 @@ def main(argv: Sequence[str]) -> int:
 
 def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each side saw, `repeats` times."""
-    more, steady = flags.flags.split(), (flags.first, flags.offered, flags.seconds, 30, flags.flags.split())
+    more = flags.flags.split()
+    steady = streaming_sides.Load(flags.first, flags.offered, flags.seconds, warm_up=30, share=flags.share)
     long_years = (
         math.ceil(flags.soak_minutes * 60 * flags.offered / streaming_sides.PER_SECOND / 86_400 / YEAR_DAYS) + 1
     )
@@ -103,9 +104,9 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
         "per_element": lambda to: streaming_sides.per_element(
             to, sources(flags.years), flags.first, flags.days, flags.rows
         ),
-        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, share=flags.share),
+        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), steady, more),
         "predictions": lambda to: streaming_sides.lag(
-            to, sources(flags.years), *steady, registry=champion(folder / "models"), share=flags.share
+            to, sources(flags.years), steady, more, registry=champion(folder / "models")
         ),
         "soak": lambda to: streaming_sides.soak(
             to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more

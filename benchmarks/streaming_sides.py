@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +64,33 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
     }
 
 
-def lag(
-    folder: Path,
-    sources: Path,
-    first: str,
-    offered: float,
-    seconds: float,
-    warm_up: float,
-    flags: list[str],
-    registry: str | None = None,
-    share: str = SHARE,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Load:
+    """Events at a steady rate.
+
+    Args:
+        first: the first simulated day.
+        offered: rows per second of all topics.
+        seconds: how long it is measured.
+        warm_up: seconds before that.
+        share: of the rows, per partition of every topic.
+    """
+
+    first: str
+    offered: float
+    seconds: float
+    warm_up: float
+    share: str = SHARE
+
+
+def lag(folder: Path, sources: Path, load: Load, flags: list[str], registry: str | None = None) -> dict[str, Any]:
     """Events at a steady rate, the job already up; how long after its completing record is a question answered?
 
     With a `registry` its champion scores what is answered, on the same machine; how long after its features is a
     prediction there?
     """
+    first, offered, warm_up, share = load.first, load.offered, load.warm_up, load.share
+    seconds = load.seconds
     speed = offered / PER_SECOND
     days = int(np.ceil((seconds + warm_up) * speed / 86_400))
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))

@@ -88,7 +88,13 @@ TFDV_FILES = {"transforms/validation/tfdv_schema.py"}
 
 PACKAGE_EXTRAS = {"live", "examples"}  # tests and benchmarks may use them all
 # What a module comes with, where the name does not say it; the last two are what Beam itself stands on.
-DISTRIBUTION = {"google": "protobuf", "sklearn": "scikit-learn", "fastavro": "apache-beam", "grpc": "apache-beam"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "google": "protobuf",
+    "sklearn": "scikit-learn",
+    "fastavro": "apache-beam",
+    "grpc": "apache-beam",
+}
 # Functions that run in an environment of their own, which the file makes.
 ELSEWHERE = {"benchmarks/features_join.py": {"feast"}}
 

@@ -372,7 +372,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
-        show(told["time"], told["rows"], description_after(case), questions, watch, lag)
+        show(told, description_after(case), questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
         ended = not children["live"].running  # the last commit is in
         complete = (
@@ -385,7 +385,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             break
     drained = time.monotonic()
     watch.look(2)  # whatever comes twice
-    show(told["time"], told["rows"], description_after(case), questions, watch, None, True)
+    show(told, description_after(case), questions, watch, None, True)
     show.end()
     seen = watch.version_since.get(case.second)
     return {
@@ -436,9 +436,8 @@ class Table:
 
     def __call__(
         self,
-        moment: int,
-        events: int,
-        told: dict[str, Any],
+        sent: dict[str, Any],
+        described: dict[str, Any],
         questions: int,
         watch: Watch,
         lag: float | None,
@@ -449,16 +448,16 @@ class Table:
         self.last = time.monotonic()
         newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
         values = (
-            clock(moment),
-            f"{events:,}",
-            clock(settled(told)),
+            clock(sent["time"]),
+            f"{sent['rows']:,}",
+            clock(settled(described)),
             f"{questions:,}",
             f"{len(watch.answered):,}",
             "" if lag is None else f"{lag:.1f}",
             f"{len(watch.predicted):,}",
             newest and f"v{newest}",
             *(
-                f"{held(told, what) / per:,.{digits}f}" if told else ""
+                f"{held(described, what) / per:,.{digits}f}" if described else ""
                 for what, per, digits in (("bytes", 1e6, 1), ("rows", 1, 0))
             ),
         )

@@ -31,7 +31,7 @@ from tests.support.live_jobs import Stage, await_, end, slots
 from tests.support.live_lifetime_case import mixed
 from tests.support.live_turns import SOURCES, Killed, delivered, frame, shops
 from tests.support.live_turns import view as everything
-from tests.support.turns import Job, unread
+from tests.support.turns import Job, JobOptions, unread
 from transforms.lineage.counted_rows import Batch
 from transforms.lineage.difference_causes import compare
 from transforms.lineage.feature_parity import check
@@ -373,7 +373,7 @@ class Told:
         self.beginnings = handover.beginnings()
         begin = {name: {0: 0} for name in ("reads", "once", "questions")}
         start = recovery.find_recovery_point(view, str(self.store), begin, self.beginnings)
-        self.job = Job(view, self.store, folder, begin, run_id, keep=handover.keep, start=start)
+        self.job = Job(view, self.store, folder, begin, JobOptions(run_id, keep=handover.keep, start=start))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
     def __call__(self, asked: list[tuple[int, float]], **rows: list[tuple[Any, ...]]) -> None:

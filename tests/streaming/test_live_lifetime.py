@@ -27,7 +27,7 @@ from tests.support.live_lifetime_case import SUMMARY, mixed
 from tests.support.live_turns import audit, events, placed, run, sales, spine_rows, stream
 from tests.support.live_turns import read as rows_of
 from tests.support.state_cells import Cell
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.lineage.feature_parity import check
 from transforms.storage.paths import features_live_uri
 from transforms.streaming import recovery
@@ -153,7 +153,7 @@ class Told:
         self, store: Path, keep: int = 10_000_000, shards: int = 2, run_id: str = "t", view: FeatureView = ever
     ) -> None:
         self.view, self.source = view, view.events["reads"]
-        self.job = Job(view, store, store, {"reads": {0: 0}, "questions": {0: 0}}, run_id, shards, keep)
+        self.job = Job(view, store, store, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(run_id, shards, keep))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
     def __call__(self, rows: list[tuple[Any, ...]], asked: list[tuple[int, float]]) -> None:

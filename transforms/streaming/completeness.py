@@ -44,14 +44,14 @@ class CompletenessRule:
 class Completeness:
     """Completeness per source.  Times are µs since 1970; `now` is whatever clock idleness is measured by.
 
-    >>> clock = Clock({"sales": Rule(lateness=10)})
-    >>> clock.expect("sales", 0, now=0)
-    >>> clock.expect("sales", 1, now=0)
-    >>> clock.observe("sales", 0, greatest=100, now=1)
-    >>> clock.complete("sales", now=1) == ALWAYS  # partition 1 has said nothing yet
+    >>> completeness = Completeness({"sales": CompletenessRule(lateness=10)})
+    >>> completeness.expect("sales", 0, now=0)
+    >>> completeness.expect("sales", 1, now=0)
+    >>> completeness.observe("sales", 0, greatest=100, now=1)
+    >>> completeness.complete("sales", now=1) == ALWAYS  # partition 1 has said nothing yet
     True
-    >>> clock.observe("sales", 1, greatest=50, now=2)
-    >>> clock.complete("sales", now=2)
+    >>> completeness.observe("sales", 1, greatest=50, now=2)
+    >>> completeness.complete("sales", now=2)
     40
     """
 
