@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import json
 import shutil
 import signal
@@ -300,7 +300,11 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
             handover.beginnings()
         begin = {name: {0: 0, 1: 0} for name in SOURCES}
         handover.beginnings()
-        make = functools.partial(Job, view, store, root, begin, keep=KEEP, shards=random.choice([1, 2, 3]))
+        options = JobOptions(keep=KEEP, shards=random.choice([1, 2, 3]))
+
+        def make(run_id: str = options.run_id) -> Job:
+            return Job(view, store, root, begin, dataclasses.replace(options, run_id=run_id))
+
         job = driven(random, make, delivered(random, parts))
         asked = new["questions"].select("id", "t").unique()
         if not len(asked):

@@ -17,7 +17,7 @@ import pytest
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.views import lifetime_sources
 from tests.support import histories, oracles
-from tests.support.turns import Job, unread
+from tests.support.turns import Job, JobOptions, unread
 from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
@@ -180,7 +180,7 @@ def run(
         {"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema
     ).write_parquet(dimensions / "shops" / "s.parquet")
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
-    job = make(store, dimensions, begin, keep=keep)
+    job = make(store, dimensions, begin, JobOptions(keep=keep))
     for number, chunk in enumerate(chunks):
         job.take(unread(chunk, job.start))
         if number in commits:
@@ -190,7 +190,7 @@ def run(
             if amid is not None:
                 with dying_after(amid), contextlib.suppress(Killed):
                     job.commit()
-            job = make(store, dimensions, begin, run_id=f"r{number}", keep=keep)
+            job = make(store, dimensions, begin, JobOptions(f"r{number}", keep=keep))
             for earlier in chunks[: number + 1]:
                 if again := unread(earlier, job.start):
                     job.take(again)
@@ -270,6 +270,4 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
 
 
 def same(left: Any, right: Any) -> bool:
-    if isinstance(left, float) and isinstance(right, float):
-        return left == pytest.approx(right, rel=1e-5, abs=1e-6)
-    return bool(left == right)
+    return type(left) is type(right) and bool(left == right)
