@@ -14,7 +14,6 @@ from random import Random
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
@@ -49,7 +48,7 @@ from transforms.streaming.micro_batches import cut_of
 def read(uri: str) -> pl.DataFrame:
     table = open_table(uri)
     assert table is not None
-    empty = pl.DataFrame(pl.from_arrow(pa.schema(table.schema().to_arrow()).empty_table()))  # a commit may have no rows
+    empty = pl.DataFrame(schema=[field.name for field in table.schema().fields])  # a commit may have no rows
     rows = [pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)]
     return pl.concat(rows or [empty], how="diagonal")
 
