@@ -1,6 +1,7 @@
 """The house keeps its plan: who may import whom, what the wheel holds, how fast `schemas` comes in."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -148,6 +149,7 @@ def module_of(name: str) -> str:
     return ""
 
 
+@functools.cache  # read once: a test per package asks for it
 def used_outside() -> dict[str, set[tuple[str, str]]]:
     """(module, name) of everything in each package of `transforms` that another package, or a pipeline, uses."""
     used: dict[str, set[tuple[str, str]]] = {}
@@ -184,6 +186,7 @@ def package_of(name: str) -> str:
     return max((each for each in ORDER if within(name, each)), key=len, default="")
 
 
+@functools.cache
 def declared(folder: str) -> set[str]:
     """Distributions that setup.py lets this folder import."""
     constants = {
