@@ -7,7 +7,7 @@ check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	./run_local.sh test -q tests/test_layout.py tests/schemas tests/records
+	./run_local.sh test -q tests/test_layout.py tests/test_checks.py tests/schemas tests/records
 
 format: setup
 	$(PY) -m ruff format .

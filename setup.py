@@ -36,6 +36,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "pyyaml>=6",
         "scikit-learn>=1.4",
         "xxhash>=3",
     ],

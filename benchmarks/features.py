@@ -2,9 +2,9 @@
 
     python -m benchmarks.features [--copies 30] [--repeats 1] [--only polars,kernel,…] [--json FILE] [--keep FOLDER]
 
-The year of flights `--copies` times (30: 10.1 million events and questions), keys renamed, noise added; 3 keys × 3 windows ×
-mean and max; Parquet to Parquet, events and questions in separate tables.  Statistics and schema checks are not part of it.
-Before anything is compared, the pipeline's features are held against those of Polars.
+The year of flights `--copies` times (30: 10.1 million events and questions), keys renamed, noise added; 3 keys × 3
+windows × mean and max; Parquet to Parquet, events and questions in separate tables.  Statistics and schema checks are
+not part of it. Before anything is compared, the pipeline's features are held against those of Polars.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from benchmarks.measure import Measurement, Side, arguments, machine, raw, run, 
 from transforms.features.plan import BLOCK_ROWS
 
 SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic", "join", "feast")
-# Feast's default store joins every row of a key with every other: it is asked for on a thirtieth of the data, or not at all.
+# Feast's default store joins every row of a key with every other: it is asked for on a thirtieth of the data, or not at
+# all.
 MORE_SIDES = ("feast_dask",)
 
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
                 one, _ = run(side, folder / f"{name}-{repetition}", modules[name])
                 measured[name].append(one)
                 say(
-                    f"{name} {repetition + 1}/{flags.repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
+                    f"{name} {repetition + 1}/{flags.repeats}: {one.seconds:.2f} s, "
+                    f"peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
                 )
         differing = compare_values(folder) if {"polars", "slices"} <= set(sides) else {}
         if {"join", "feast"} <= set(sides):

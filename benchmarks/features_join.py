@@ -1,10 +1,12 @@
-"""A point-in-time join alone, as Feast has it: the newest values of a feature table as of each question, at most a day old.
+"""A point-in-time join alone, as Feast has it: the newest values of a feature table as of each question, at most a day
+old.
 
-The questions are those of `features_case` that name a plane; the feature table has a row of six numbers for every departure.
-A plane has one row at a moment and one question at a moment, since Feast leaves the choice among several to chance.
+The questions are those of `features_case` that name a plane; the feature table has a row of six numbers for every
+departure. A plane has one row at a moment and one question at a moment, since Feast leaves the choice among several to
+chance.
 
-Feast's environment is another one (its pins contradict ours), made here once: see `feast_python`.  Functions that run there
-import nothing of ours.
+Feast's environment is another one (its pins contradict ours), made here once: see `feast_python`.  Functions that run
+there import nothing of ours.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ NUMBERS = tuple(f"f{i}" for i in range(6))
 
 
 def feast_python() -> str:
-    """Python of an environment with Feast, in `$MILLRACE_CACHE`, else in `millrace` below `$XDG_CACHE_HOME` or `~/.cache`.
+    """Python of an environment with Feast, in `$MILLRACE_CACHE`, else in `millrace` below `$XDG_CACHE_HOME` or
+    `~/.cache`.
 
     Raises:
         SystemExit: it cannot be made.
@@ -67,10 +70,11 @@ def view() -> Any:
 
 
 def write(case: str, folder: str) -> str:
-    """Sources `asked` and `plane` under `folder`, from those of `features_case` under `case`; and the questions as Feast takes them.
+    """Sources `asked` and `plane` under `folder`, from those of `features_case` under `case`; and the questions as
+    Feast takes them.
 
-    Feast's join sees a row known at the very moment of the question and Millrace's does not, so Feast's questions are asked a
-    microsecond before, and a row expires for it a microsecond earlier.
+    Feast's join sees a row known at the very moment of the question and Millrace's does not, so Feast's questions are
+    asked a microsecond before, and a row expires for it a microsecond earlier.
     """
     import numpy as np
     import polars as pl
@@ -125,8 +129,8 @@ def millrace(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
 
 
 def feast(sources: str, out: str, store: str) -> dict[str, Any]:
-    """`get_historical_features` with the offline store named (`duckdb` or `dask`), Parquet to Parquet; the registry is made before
-    the clock starts for the stage `join`."""
+    """`get_historical_features` with the offline store named (`duckdb` or `dask`), Parquet to Parquet; the registry is
+    made before the clock starts for the stage `join`."""
     import pandas as pd
     import pyarrow.parquet as pq
     from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig

@@ -80,7 +80,8 @@ def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchm
 
 
 def idiomatic(sources: str, out: str) -> dict[str, Any]:
-    """What one writes with stock transforms: rows as dicts, CoGroupByKey by key, a list per key searched by bisection."""
+    """What one writes with stock transforms: rows as dicts, CoGroupByKey by key, a list per key searched by
+    bisection."""
     import apache_beam as beam
     import pyarrow as pa
 

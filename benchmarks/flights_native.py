@@ -1,8 +1,9 @@
-"""The flights case without Millrace: Polars, XGBoost and three Parquet files, as one would write it for this case alone.
+"""The flights case without Millrace: Polars, XGBoost and three Parquet files, as one would write it for this case
+alone.
 
-Features are those of `examples/flights/definition.py`, by name.  Parameters, rounds and dates are read from there, so that
-both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which Polars does
-faster than `.over(group)`.
+Features are those of `examples/flights/definition.py`, by name.  Parameters, rounds and dates are read from there, so
+that both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which
+Polars does faster than `.over(group)`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ def features(sources: Path, out: Path) -> None:
                 departures,
                 "origin",
                 delay,
-                "dep_delay_",
                 {"1h": (*quartiles, "count"), "3h": (*quartiles, "count"), "24h": ("mean",)},
             ),
             _trailing(
@@ -65,33 +65,35 @@ def features(sources: Path, out: Path) -> None:
                 departures,
                 "carrier",
                 delay,
-                "dep_delay_",
                 {"1h": quartiles, "3h": quartiles, "24h": ("mean",)},
             ),
+            _trailing(schedule, departures, ("origin", "carrier"), delay, {"3h": ("mean",), "7d": ("mean",)}),
+            _trailing(schedule, departures, ("origin", "dest"), delay, {"28d": ("mean",)}),
+            _trailing(schedule, departures, ("carrier", "flight"), delay, {"28d": ("mean", "count")}),
             _trailing(
-                schedule, departures, ("origin", "carrier"), delay, "dep_delay_", {"3h": ("mean",), "7d": ("mean",)}
+                schedule, departures.filter(LATE), ("carrier", "flight"), delay, {"28d": ("count",)}, ("late", "")
             ),
-            _trailing(schedule, departures, ("origin", "dest"), delay, "dep_delay_", {"28d": ("mean",)}),
-            _trailing(schedule, departures, ("carrier", "flight"), delay, "dep_delay_", {"28d": ("mean", "count")}),
-            _trailing(schedule, departures.filter(LATE), ("carrier", "flight"), delay, "", {"28d": ("count",)}, "late"),
             _asked_before(schedule, ("1h", "2h", "3h")),
-            _latest(schedule, schedule, "asked_at", "tailnum", ("due_minute", "block"), "23h", "planned_"),
+            _latest(schedule, (schedule, "asked_at"), "tailnum", ("due_minute", "block"), "23h", "planned_"),
             _latest(
                 schedule,
-                departures,
-                "departed_at",
+                (departures, "departed_at"),
                 "tailnum",
                 ("dep_delay", "departed_minute", "block"),
                 "21h",
                 "left_",
             ),
             _latest(
-                schedule, arrivals, "arrived_at", "tailnum", ("arr_delay", "arrived_minute", "block"), "21h", "landed_"
+                schedule,
+                (arrivals, "arrived_at"),
+                "tailnum",
+                ("arr_delay", "arrived_minute", "block"),
+                "21h",
+                "landed_",
             ),
             _latest(
                 schedule,
-                weather,
-                "observed_at",
+                (weather, "observed_at"),
                 "origin",
                 ("humid", "wind_speed", "precip", "pressure", "visib"),
                 "6h",
@@ -181,11 +183,11 @@ def _trailing(
     events: pl.DataFrame,
     by: str | tuple[str, ...],
     value: pl.Expr,
-    column: str,
     windows: dict[str, tuple[str, ...]],
-    source: str = "departures",
+    names: tuple[str, str] = ("departures", "dep_delay_"),
 ) -> pl.DataFrame:
-    """Statistics of `value` over each window before each asked row, in the order of `asked`."""
+    """Statistics of `value` over each window before each asked row, in the order of `asked`; `names` are
+    the parts of a feature's name before and after its keys."""
     keys = (by,) if isinstance(by, str) else by
     both = pl.concat(
         [
@@ -207,7 +209,7 @@ def _trailing(
     low, high = both["t"].min(), both["t"].max()
     span = high - low + max(map(_length, windows))  # type: ignore[operator]
     both = both.select("row", "v", key=group.rank("dense").cast(pl.Int64) * span + pl.col("t") - low).sort("key")
-    prefix = f"{source}_by_{'_'.join(keys)}_{column}"
+    prefix = f"{names[0]}_by_{'_'.join(keys)}_{names[1]}"
     statistics = (
         _statistic(stat, window).alias(f"{prefix}{stat}_{window}")
         for window, stats in windows.items()
@@ -246,9 +248,10 @@ def _asked_before(asked: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame
 
 
 def _latest(
-    asked: pl.DataFrame, events: pl.DataFrame, time: str, by: str, columns: tuple[str, ...], max_age: str, prefix: str
+    asked: pl.DataFrame, timed: tuple[pl.DataFrame, str], by: str, columns: tuple[str, ...], max_age: str, prefix: str
 ) -> pl.DataFrame:
-    """Columns of the last event of the same key strictly before each asked row."""
+    """Columns of the last event of the same key strictly before each asked row; `timed` are events and their time."""
+    events, time = timed
     events = events.drop_nulls(by).select(
         by, pl.col(time).alias("__t"), *(pl.col(name).alias(prefix + name) for name in columns)
     )

@@ -1,10 +1,11 @@
 """One very large Parquet file as a source: time, and memory that a block bounds and not the file.
 
-    python -m benchmarks.large_file [--gb 5] [--group_rows 1048576] [--flags "--plan slices"] [--json FILE] [--keep FOLDER]
+    python -m benchmarks.large_file [--gb 5] [--group_rows 1048576] [--flags "--plan slices"]
+                                    [--json FILE] [--keep FOLDER]
 
-Events with a key, a time and eight numbers that no codec shrinks, sorted by time, over a year; a million questions; the mean of
-each number in the last day.  The same with a tenth of the file says what memory depends on.  Counts of the last questions are
-held against Polars.  Needs as much free disk as the file takes, and a little more.
+Events with a key, a time and eight numbers that no codec shrinks, sorted by time, over a year; a million questions; the
+mean of each number in the last day.  The same with a tenth of the file says what memory depends on.  Counts of the last
+questions are held against Polars.  Needs as much free disk as the file takes, and a little more.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
             if name != "small":  # which says what is imported, and warms up
                 measured[name] = [one]
                 say(
-                    f"{name}, {size / 1e9:.2f} GB: {one.seconds:.1f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
+                    f"{name}, {size / 1e9:.2f} GB: {one.seconds:.1f} s, "
+                    f"peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
                 )
             apart = compare(sources, folder / f"{name}-out")
             say(f"{name}: {apart} of the last {min(1000, QUESTIONS):,} counts differ from Polars")

@@ -1,10 +1,11 @@
-"""Windows of a year over millions of rows: wall time and peak memory, with keys alike and with one that holds nine rows in ten.
+"""Windows of a year over millions of rows: wall time and peak memory, with even keys and with one heavy key.
 
-    python -m benchmarks.long_windows [--copies 30] [--last_days N] [--only even,heavy] [--repeats 1] [--json FILE] [--keep FOLDER]
+    python -m benchmarks.long_windows [--copies 30] [--last_days N] [--only even,heavy] [--repeats 1]
+                                      [--json FILE] [--keep FOLDER]
 
-The data of `benchmarks.features` (30 copies: 10.1 million events and questions of one year), the view of `benchmarks.long_case`:
-3 keys × windows of a day and of 365 days × mean and max.  With `--last_days` the questions of the last N days alone are
-answered, whose windows reach back over everything.  The last answers are held against Polars.
+The data of `benchmarks.features` (30 copies: 10.1 million events and questions of one year), the view of
+`benchmarks.long_case`: 3 keys × windows of a day and of 365 days × mean and max.  With `--last_days` the questions of
+the last N days alone are answered, whose windows reach back over everything.  The last answers are held against Polars.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
                 say(f"{name}: {one.seconds:.1f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB")
             checked = CHECKED[name]
             say(
-                f"{name}: {wrong(folder / name / 'sources', out, checked)} of the last {checked:,} answers differ from Polars"
+                f"{name}: {wrong(folder / name / 'sources', out, checked)} of the last {checked:,} answers "
+                "differ from Polars"
             )
         print(summary(measured))
         if flags.json:

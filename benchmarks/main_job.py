@@ -2,11 +2,12 @@
 
     python -m benchmarks.main_job [--repeats 3] [--json FILE]
 
-Both sides read the same Parquet sources and do their whole work in one process each: features of the year, a model trained
-and tested, every row scored.  `benchmarks/flights_native.py` is the hand-written side.  The other side calls `main(argv)` of
-the three pipelines one after the other, with their defaults: on top of what the native side does they judge every row
-against its contract, write Delta tables, training examples as Parquet and TFRecord, metrics by slice, and register the model
-in MLflow.  Before anything is compared, the outputs of both sides are: features, test AUC, scores.
+Both sides read the same Parquet sources and do their whole work in one process each: features of the year, a model
+trained and tested, every row scored.  `benchmarks/flights_native.py` is the hand-written side.  The other side calls
+`main(argv)` of the three pipelines one after the other, with their defaults: on top of what the native side does they
+judge every row against its contract, write Delta tables, training examples as Parquet and TFRecord, metrics by slice,
+and register the model in MLflow.  Before anything is compared, the outputs of both sides are: features, test AUC,
+scores.
 """
 
 from __future__ import annotations

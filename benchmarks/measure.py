@@ -29,7 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.25
-# XGBoost's threads wait for each other by spinning, which on cores that others use as well can cost thirty times the work.
+# XGBoost's threads wait for each other by spinning, which on cores that others use as well can cost thirty times the
+# work.
 QUIET = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 _stages: dict[str, dict[str, float]] = {}
 _high = [0.0]
@@ -37,7 +38,8 @@ _high = [0.0]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what JSON can hold.
+    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what
+    JSON can hold.
 
     `python` runs it: another environment's, or this one's.
     """
@@ -50,7 +52,8 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One run of one side.  Memory in MB (10⁶ bytes); `peak_mb` is above `baseline_mb`; `cpu_seconds` is of all threads and children."""
+    """One run of one side.  Memory in MB (10⁶ bytes); `peak_mb` is above `baseline_mb`; `cpu_seconds` is of all threads
+    and children."""
 
     seconds: float
     cpu_seconds: float
@@ -116,7 +119,8 @@ def compare(
     folder: Path,
     check: Callable[[dict[str, Path]], Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
-    """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the warm-up."""
+    """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the
+    warm-up."""
     modules, outputs = {}, {}
     for side in sides:
         outputs[side.name] = folder / f"{side.name}-warm-up"
@@ -129,13 +133,15 @@ def compare(
             one, _ = run(side, folder / f"{side.name}-{repetition}", modules[side.name])
             measured[side.name].append(one)
             say(
-                f"{side.name} {repetition + 1}/{repeats}: {one.seconds:.2f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
+                f"{side.name} {repetition + 1}/{repeats}: {one.seconds:.2f} s, "
+                f"peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
             )
     return measured, checked
 
 
 def ratios(measured: Mapping[str, Sequence[Measurement]], ours: str, theirs: str) -> dict[str, float]:
-    """`wall_vs_<theirs>` and `peak_vs_<theirs>`: ours / theirs; of the fastest runs, since others can only slow a run down, and of the median peaks."""
+    """`wall_vs_<theirs>` and `peak_vs_<theirs>`: ours / theirs; of the fastest runs, since others can only slow a run
+    down, and of the median peaks."""
 
     def wall(name: str) -> float:
         return min(each.seconds for each in measured[name])
@@ -285,7 +291,8 @@ def _serve(request: Path, answer: Path) -> None:
         stages,
         result,
     )
-    # A module without its package was loaded from its path (TFDV's library is); by its name it would bring the package along.
+    # A module without its package was loaded from its path (TFDV's library is); by its name it would bring the package
+    # along.
     modules = sorted(
         name
         for name in sys.modules

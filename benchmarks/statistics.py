@@ -25,7 +25,8 @@ FILE_ROWS = 1_000_000
 
 
 def write(folder: Path, rows: int, columns: int) -> None:
-    """Feature-like floats: every third smooth, skewed, or repeated values, every other with one value in ten missing."""
+    """Feature-like floats: every third smooth, skewed, or repeated values, every other with one value in ten
+    missing."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number, start in enumerate(range(0, rows, FILE_ROWS)):

@@ -1,8 +1,12 @@
-"""Live features and predictions from Kafka to Kafka on one machine: throughput, latency, memory, and a DoFn per element for scale.
+"""Live features and predictions from Kafka to Kafka on one machine: throughput, latency and memory.
 
-    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1] [--json FILE] [--keep FOLDER]
+A DoFn per element is measured beside them for scale.
 
-Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing else.
+    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1]
+                                   [--json FILE] [--keep FOLDER]
+
+Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--share",
         default=SHARE,
-        help=f"of the rows, per partition of every topic, while latency is measured (default {SHARE}: uneven, one idle)",
+        help="of the rows, per partition of every topic, while latency is measured "
+        f"(default {SHARE}: uneven, one idle)",
     )
     parser.add_argument("--flags", default="", help="further flags of the live features job")
     flags = parser.parse_args(argv)
@@ -80,7 +85,8 @@ def main(argv: Sequence[str]) -> int:
 
 def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each side saw, `repeats` times."""
-    more, steady = flags.flags.split(), (flags.first, flags.offered, flags.seconds, 30, flags.flags.split())
+    more = flags.flags.split()
+    steady = streaming_sides.Load(flags.first, flags.offered, flags.seconds, warm_up=30, share=flags.share)
     long_years = (
         math.ceil(flags.soak_minutes * 60 * flags.offered / streaming_sides.PER_SECOND / 86_400 / YEAR_DAYS) + 1
     )
@@ -98,9 +104,9 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
         "per_element": lambda to: streaming_sides.per_element(
             to, sources(flags.years), flags.first, flags.days, flags.rows
         ),
-        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), *steady, share=flags.share),
+        "lag": lambda to: streaming_sides.lag(to, sources(flags.years), steady, more),
         "predictions": lambda to: streaming_sides.lag(
-            to, sources(flags.years), *steady, registry=champion(folder / "models"), share=flags.share
+            to, sources(flags.years), steady, more, registry=champion(folder / "models")
         ),
         "soak": lambda to: streaming_sides.soak(
             to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more

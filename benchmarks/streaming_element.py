@@ -1,7 +1,8 @@
-"""The flights' windows as a stateful DoFn is usually written: an element a row, a bag of rows a key, plain Python over the bag.
+"""The flights' windows as a stateful DoFn is usually written: an element a row, a bag of rows a key, plain Python over
+the bag.
 
-It does less than the live job: it answers at once from what it has seen, checks no contract, drops no repeats, keeps no cut,
-joins no dimension, and does not put the parts of an answer together.
+It does less than the live job: it answers at once from what it has seen, checks no contract, drops no repeats, keeps no
+cut, joins no dimension, and does not put the parts of an answer together.
 
     python -m benchmarks.streaming_element --bootstrap H:P --expansion_service H:P --topic NAME [any Beam option]
 """
@@ -82,7 +83,8 @@ class Rows(beam.DoFn):
 
 
 class Windows(beam.DoFn):
-    """Events of a key into its bag; a question's windows from the bag; now and then the bag less what is out of reach."""
+    """Events of a key into its bag; a question's windows from the bag; now and then the bag less what is out of
+    reach."""
 
     EVENTS = BagStateSpec("events", FastPrimitivesCoder())
     NEWEST = ReadModifyWriteStateSpec("newest", FastPrimitivesCoder())

@@ -17,7 +17,8 @@ MOMENTS = ("__answered",)
 
 
 def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Per question (`row_id`, `asked` µs) the stamp (`complete`, s) of the append that completed it; and what lay in the topics.
+    """Per question (`row_id`, `asked` µs) the stamp (`complete`, s) of the append that completed it; and what lay in
+    the topics.
 
     A question at t is complete once it is there itself and every partition of every source has shown a row at or after
     t + lateness, or a heartbeat at or after t.
@@ -57,7 +58,8 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
 
 
 def answered(rig: Rig, topic: str) -> pl.DataFrame:
-    """Per answered row the stamp of its first answer's append (`answered`, s), and when it was made (`made`, s, by the worker's clock)."""
+    """Per answered row the stamp of its first answer's append (`answered`, s), and when it was made (`made`, s, by the
+    worker's clock)."""
     parts = []
     for record in rig.records(topic):
         if record.key() != HEARTBEAT:

@@ -1,4 +1,5 @@
-"""What the streaming benchmark runs on: a broker, KafkaIO, Prism and the live jobs of one measurement, watched from outside."""
+"""What the streaming benchmark runs on: a broker, KafkaIO, Prism and the live jobs of one measurement, watched from
+outside."""
 
 from __future__ import annotations
 

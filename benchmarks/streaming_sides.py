@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transforms.streaming.shards import groups_of
 
 # Events of the year of flights in a second of its time.
 PER_SECOND = 1_018_758 / (365 * 86_400)
-# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are apart.
+# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are
+# apart.
 UNDER_WAY = (0.05, 0.98)
 # Where the job's own steps and KafkaIO run.
 WORKERS = ("live", "expansion")
@@ -62,21 +64,33 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
     }
 
 
-def lag(
-    folder: Path,
-    sources: Path,
-    first: str,
-    offered: float,
-    seconds: float,
-    warm_up: float,
-    flags: list[str],
-    registry: str | None = None,
-    share: str = SHARE,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Load:
+    """Events at a steady rate.
+
+    Args:
+        first: the first simulated day.
+        offered: rows per second of all topics.
+        seconds: how long it is measured.
+        warm_up: seconds before that.
+        share: of the rows, per partition of every topic.
+    """
+
+    first: str
+    offered: float
+    seconds: float
+    warm_up: float
+    share: str = SHARE
+
+
+def lag(folder: Path, sources: Path, load: Load, flags: list[str], registry: str | None = None) -> dict[str, Any]:
     """Events at a steady rate, the job already up; how long after its completing record is a question answered?
 
-    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a prediction there?
+    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a
+    prediction there?
     """
+    first, offered, warm_up, share = load.first, load.offered, load.warm_up, load.share
+    seconds = load.seconds
     speed = offered / PER_SECOND
     days = int(np.ceil((seconds + warm_up) * speed / 86_400))
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
@@ -139,7 +153,8 @@ def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
 
 
 def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float, flags: list[str]) -> dict[str, Any]:
-    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the time?"""
+    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the
+    time?"""
     speed = offered / PER_SECOND
     last = str(np.datetime64(first) + np.timedelta64(int(np.ceil(minutes * 60 * speed / 86_400)), "D"))
     states: list[dict[str, Any]] = []

@@ -1,12 +1,13 @@
 """Training against the same work done natively: 1 million rows × 30, memory at 20 million, trials side by side.
 
-    python -m benchmarks.training [--repeats 3] [--json FILE] [--rows 1000000] [--big 20000000] [--small 20000] [--only NAME …]
+    python -m benchmarks.training [--repeats 3] [--json FILE] [--rows 1000000] [--big 20000000] [--small 20000]
+                                  [--only NAME …]
 
-`pipeline_vs_native`: `millrace training` with one trial against a script that calls Polars, TFDV, TensorFlow's record writer
-and XGBoost for the same reads, statistics, encodings, example files, training and metrics; the pipeline also registers the
-model.  `training_vs_native`: its training step against XGBoost over the same example files.  `peak_20m_gb`: memory above the
-imports of training on `--big` examples.  `trials_speedup`: eight trials of `--small` rows on two cores, against one after
-another with both cores each.
+`pipeline_vs_native`: `millrace training` with one trial against a script that calls Polars, TFDV, TensorFlow's record
+writer and XGBoost for the same reads, statistics, encodings, example files, training and metrics; the pipeline also
+registers the model.  `training_vs_native`: its training step against XGBoost over the same example files.
+`peak_20m_gb`: memory above the imports of training on `--big` examples.  `trials_speedup`: eight trials of `--small`
+rows on two cores, against one after another with both cores each.
 """
 
 from __future__ import annotations

@@ -18,12 +18,18 @@ import polars as pl
 from schemas import Derived, FeatureView, Gates, Label, Model, Source, TimeSplit, encoders
 
 numbers = [f"x{{i:02}}" for i in range({NUMBERS})]
-asked = Source("asked", time="t", columns={{"id": pl.Int64, **dict.fromkeys(numbers, pl.Float32), "city": pl.String, "kind": pl.String}})
+asked = Source("asked", time="t", columns={{
+    "id": pl.Int64, **dict.fromkeys(numbers, pl.Float32), "city": pl.String, "kind": pl.String
+}})
 outcomes = Source("outcomes", time="at", columns={{"id": pl.Int64, "y": pl.Int8}}, order="id")
-view = FeatureView("made_up", asked, key="id", features=[Derived(**{{name: pl.col(name) for name in (*numbers, "city", "kind")}})])
+view = FeatureView("made_up", asked, key="id", features=[
+    Derived(**{{name: pl.col(name) for name in (*numbers, "city", "kind")}})
+])
 model = Model(
-    view, Label(outcomes, on="id", value=pl.col("y") > 0, within="1h"), TimeSplit("10d", "10d", embargo="1d"), params={PARAMS!r}, rounds={ROUNDS},
-    encode={{"city": encoders.OneHot(), "kind": encoders.Ordinal(), "x00": encoders.Standardize()}}, gates=Gates(slices=("city",)),
+    view, Label(outcomes, on="id", value=pl.col("y") > 0, within="1h"), TimeSplit("10d", "10d", embargo="1d"),
+    params={PARAMS!r}, rounds={ROUNDS},
+    encode={{"city": encoders.OneHot(), "kind": encoders.Ordinal(), "x00": encoders.Standardize()}},
+    gates=Gates(slices=("city",)),
 )
 """
 
@@ -277,7 +283,8 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
 
 
 def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> dict[str, Any]:
-    """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either way."""
+    """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either
+    way."""
     from benchmarks.measure import stage
     from transforms.training.hyperparameter_search import Trial
     from transforms.training.trainer import TrialRunner, side_by_side

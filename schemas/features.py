@@ -54,7 +54,8 @@ def pairs(by: By, what: str) -> tuple[tuple[str, str], ...]:
 class Derived:
     """Row-local expressions over the spine's columns and the features above.
 
-    >>> Derived(hour=pl.col("due_at").dt.hour())
+    >>> list(Derived(hour=pl.col("due_at").dt.hour(), late=pl.col("delay") > 15).columns)
+    ['hour', 'late']
     """
 
     columns: Mapping[str, pl.Expr]

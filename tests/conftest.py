@@ -1,4 +1,5 @@
-"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, a Hypothesis profile, and the process that others are forked from."""
+"""What every test runs under: a quiet TensorFlow, this environment's `python` on PATH, a Hypothesis profile, and the
+process that others are forked from."""
 
 import os
 import sys
@@ -10,7 +11,11 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.processes import Zygote
 
-pytest_plugins = ["tests.support.live_fixtures", "tests.support.live_inference_case"]
+pytest_plugins = [
+    "tests.support.live_fixtures",
+    "tests.support.live_inference_case",
+    "tests.support.training_pipeline_case",
+]
 
 os.environ["COLUMNS"] = "160"  # the width of every terminal, whatever runs the tests
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -51,7 +51,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name after `#`: headings, as GitHub writes them, or functions, classes and methods of a module."""
+    """What a link may name after `#`: headings, as GitHub writes them, or functions, classes and methods of a
+    module."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".py":
         return set(definitions(ast.parse(text)))
@@ -84,7 +85,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_a_broken_link_is_found() -> None:
-    good = "[a](tour.md#7-the-kernel) [b](../schemas/loading.py#load_definition) [c](../transforms/streaming/shards.py#Shard.apply)"
+    good = (
+        "[a](tour.md#7-the-kernel) [b](../schemas/loading.py#load_definition) "
+        "[c](../transforms/streaming/shards.py#Shard.apply)"
+    )
     bad = (
         "[a](tour.md#no-stop)",
         "[b](../schemas/loading.py#no_function)",

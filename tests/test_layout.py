@@ -1,6 +1,7 @@
 """The house keeps its plan: who may import whom, what the wheel holds, how fast `schemas` comes in."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -88,7 +89,13 @@ TFDV_FILES = {"transforms/validation/tfdv_schema.py"}
 
 PACKAGE_EXTRAS = {"live", "examples"}  # tests and benchmarks may use them all
 # What a module comes with, where the name does not say it; the last two are what Beam itself stands on.
-DISTRIBUTION = {"google": "protobuf", "sklearn": "scikit-learn", "fastavro": "apache-beam", "grpc": "apache-beam"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "google": "protobuf",
+    "sklearn": "scikit-learn",
+    "fastavro": "apache-beam",
+    "grpc": "apache-beam",
+}
 # Functions that run in an environment of their own, which the file makes.
 ELSEWHERE = {"benchmarks/features_join.py": {"feast"}}
 
@@ -142,6 +149,7 @@ def module_of(name: str) -> str:
     return ""
 
 
+@functools.cache  # read once: a test per package asks for it
 def used_outside() -> dict[str, set[tuple[str, str]]]:
     """(module, name) of everything in each package of `transforms` that another package, or a pipeline, uses."""
     used: dict[str, set[tuple[str, str]]] = {}
@@ -164,7 +172,8 @@ def used_outside() -> dict[str, set[tuple[str, str]]]:
                 found.add((modules[node.value.id], node.attr))
         for module, each in found:
             package = package_of(module)
-            # A function named as its module (`exact_sums`) is found in the module: the package's attribute is the module.
+            # A function named as its module (`exact_sums`) is found in the module: the package's attribute is the
+            # module.
             named_alike = module_of(f"{package}.{each}") == f"{package}.{each}"
             if package.count(".") == 1 and package.startswith("transforms.") and package != here and not named_alike:
                 used.setdefault(package, set()).add((module, each))
@@ -177,6 +186,7 @@ def package_of(name: str) -> str:
     return max((each for each in ORDER if within(name, each)), key=len, default="")
 
 
+@functools.cache
 def declared(folder: str) -> set[str]:
     """Distributions that setup.py lets this folder import."""
     constants = {

@@ -27,8 +27,8 @@ log = logging.getLogger("millrace")
 class Run:
     """The figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
 
-    >>> with Run("features", run_id, folder) as run:
-    ...     run["rows out"] = 336776
+    with Run("features", run_id, folder) as run:
+        run["rows out"] = 336776
     """
 
     def __init__(self, pipeline: str, run_id: str, folder: str, quiet: bool = False) -> None:

@@ -22,8 +22,9 @@ class Expansion(Service):
 
     def command(self) -> list[str]:
         main = "org.apache.beam.sdk.expansion.service.ExpansionService"
-        # On Prism KafkaIO's newer reader waits out its polling timeout, two seconds, once per partition and one after the
-        # other: 16 partitions lag by 24 s.  The older one reads in the background: 0.3 s.
-        # The workers are this process, so there is nothing to stage; else every expansion copies the 140 MB of the class path.
+        # On Prism KafkaIO's newer reader waits out its polling timeout, two seconds, once per partition and one after
+        # the other: 16 partitions lag by 24 s.  The older one reads in the background: 0.3 s.
+        # The workers are this process, so there is nothing to stage; otherwise every expansion would copy the 140 MB
+        # of the class path.
         flags = ["--experiments=use_unbounded_sdf_wrapper", "--alsoStartLoopbackWorker", f"--filesToStage={POM}"]
         return java("expansion", main, str(self.port), *flags, options=["-Xmx1g", "-XX:+UseSerialGC"])

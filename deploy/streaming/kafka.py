@@ -132,6 +132,7 @@ class Broker(Service):
 
     @staticmethod
     def _led(admin: AdminClient, topic: str, partitions: int) -> bool:
-        """Whether the broker knows the topic and leads its partitions, which it does a moment after the controller made it."""
+        """Whether the broker knows the topic and leads its partitions, which it does a moment after the controller made
+        it."""
         found = admin.list_topics(topic, timeout=10).topics[topic].partitions.values()
         return len(found) == partitions and all(each.leader >= 0 for each in found)

@@ -24,8 +24,8 @@ class Prism(Service):
     def options(self) -> list[str]:
         """Beam's options to run there.
 
-        When a bundle is slow Prism 2.77 gives its later elements to another one while the first still runs, of one key too:
-        two bundles then write the state of that key, and what one wrote is gone.  Hence no splits.
+        When a bundle is slow Prism 2.77 gives its later elements to another one while the first still runs, of one key
+        too: two bundles then write the state of that key, and what one wrote is gone.  Hence no splits.
         """
         return ["--runner=PortableRunner", f"--job_endpoint={self.endpoint}", "--experiments=prism_disable_sdf_split"]
 

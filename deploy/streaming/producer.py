@@ -3,10 +3,10 @@
     python -m deploy.streaming.producer --definition examples.flights.definition --sources out/store/sources \\
         --bootstrap 127.0.0.1:9092 --start 2013-03-01 --end 2013-04-01 --speed 30000
 
-A topic per source, made when missing.  A message is an Arrow IPC stream of the rows that became known since the one before,
-its timestamp the simulated moment.  Rows of one first column go to one partition; `--share 6,3,1,0` makes four uneven ones,
-the last without rows.  Twice a second each partition says by a heartbeat how far it has told everything.  Progress is written
-to the file `--status`, as JSON.
+A topic per source, made when missing.  A message is an Arrow IPC stream of the rows that became known since the one
+before, its timestamp the simulated moment.  Rows of one first column go to one partition; `--share 6,3,1,0` makes four
+uneven ones, the last without rows.  Twice a second each partition says by a heartbeat how far it has told everything.
+Progress is written to the file `--status`, as JSON.
 """
 
 from __future__ import annotations
@@ -147,40 +147,63 @@ def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
             raise StoreError("The broker makes topics", str(error.args[0]), f"Is it at {bootstrap}?")
 
 
-def replay(
-    streams: Sequence[Stream],
-    sender: Sender,
-    start: int,
-    end: int,
-    speed: float,
-    most: int,
-    step: int,
-    status: Path | None,
-) -> None:
-    """Send everything; simulated time runs `speed` times as fast as the clock, 0 for as fast as it goes, `step` µs at a time."""
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How simulated time passes while a stretch of it is sent.
+
+    Args:
+        start: simulated time of the first row, in µs.
+        end: simulated time after the last row, in µs.
+        speed: simulated seconds per second; 0 sends as fast as possible.
+        step: simulated µs between two messages of a partition when `speed` is 0.
+        most: the most rows in one message.
+    """
+
+    start: int
+    end: int
+    speed: float
+    step: int
+    most: int
+
+    def after(self, passed: float, now: int) -> int:
+        """Simulated time, in µs, when `passed` seconds have gone by and it was `now` before."""
+        return min(self.start + int(passed * self.speed * 1e6) if self.speed else now + self.step, self.end)
+
+    @property
+    def beat(self) -> int:
+        """Simulated µs between two heartbeats of a partition."""
+        return int(BEAT * self.speed * 1e6) if self.speed else self.step
+
+
+def replay(streams: Sequence[Stream], sender: Sender, pace: Pace, status: Path | None) -> None:
+    """Send every row and heartbeat at the given pace, and write progress to the file `status`."""
     began = said = time.monotonic()
-    now, beat = start, int(BEAT * speed * 1e6) if speed else step
-    while now < end:
-        passed = time.monotonic() - began
-        now = min(start + int(passed * speed * 1e6), end) if speed else min(now + step, end)
+    now = pace.start
+    while now < pace.end:
+        now = pace.after(time.monotonic() - began, now)
         for stream in streams:
-            for partition in range(len(stream.frames)):
-                for value, moment in news(stream, partition, now, most):
-                    sender.send(stream.topic, partition, value, moment)
-                if now - stream.beat[partition] >= beat:
-                    stream.beat[partition] = now
-                    sender.send(stream.topic, partition, str(now).encode(), now, HEARTBEAT)
+            send_until(stream, sender, now, pace)
         if status is not None and time.monotonic() - said > 0.5:
             said = time.monotonic()
             report(streams, now, False, status)
-        if speed and now < end:
+        if pace.speed and now < pace.end:
             time.sleep(TICK)
     for stream in streams:
         for partition in range(len(stream.frames)):
-            sender.send(stream.topic, partition, str(FOREVER).encode(), end, HEARTBEAT)
+            sender.send(stream.topic, partition, str(FOREVER).encode(), pace.end, HEARTBEAT)
     sender.flush()
     if status is not None:
         report(streams, now, True, status)
+
+
+def send_until(stream: Stream, sender: Sender, now: int, pace: Pace) -> None:
+    """Send what became known by `now`, and a heartbeat where one is due."""
+    for partition in range(len(stream.frames)):
+        for value, moment in news(stream, partition, now, pace.most):
+            sender.send(stream.topic, partition, value, moment)
+        if now - stream.beat[partition] >= pace.beat:
+            stream.beat[partition] = now
+            sender.send(stream.topic, partition, str(now).encode(), now, HEARTBEAT)
 
 
 def report(streams: Sequence[Stream], now: int, done: bool, status: Path) -> None:
@@ -237,7 +260,8 @@ def main(argv: Sequence[str]) -> int:
             for name, source in sources(flags.definition).items()
         ]
         create(flags.bootstrap, [stream.topic for stream in streams], len(share))
-        replay(streams, Sender(flags.bootstrap), flags.start, flags.end, flags.speed, flags.rows, step, flags.status)
+        pace = Pace(flags.start, flags.end, flags.speed, step, flags.rows)
+        replay(streams, Sender(flags.bootstrap), pace, flags.status)
     except MillraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

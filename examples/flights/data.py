@@ -14,15 +14,18 @@ writes `<store>/sources/<source>/<month>.parquet` (dimensions: one file), each s
 
 Rules:
 
-- Clock times are turned into UTC instants: departures by New York's clock, arrivals by the destination's.  A clock time that
-  comes twice when summer time ends means the first; one that does not exist when it begins stops the run.  No flight of 2013
-  is scheduled in either hour.  Delays are added to instants, never to clock times, so days of 23 and 25 hours come out right.
-- The weather file repeats an hour of 3 November by New York's clock, so its UTC column is read instead.  Its rows carry the
-  hour in which they were observed, and rain is the sum of that hour: both are known when the hour ends.
-- A cancelled flight stays in the schedule and has no departure: it has no delay, so it has no label.  A diverted one has a
-  departure and no arrival.
-- The files are in order of actual departure within a day.  `flight_id` numbers flights in order of schedule, so it tells nothing.
-- The aircraft (`tailnum`) is the one that flew.  It stands in the schedule as if assigned two hours ahead, the usual case.
+- Clock times are turned into UTC instants: departures by New York's clock, arrivals by the destination's.  A clock time
+  that comes twice when summer time ends means the first; one that does not exist when it begins stops the run.  No
+  flight of 2013 is scheduled in either hour.  Delays are added to instants, never to clock times, so days of 23 and 25
+  hours come out right.
+- The weather file repeats an hour of 3 November by New York's clock, so its UTC column is read instead.  Its rows carry
+  the hour in which they were observed, and rain is the sum of that hour: both are known when the hour ends.
+- A cancelled flight stays in the schedule and has no departure: it has no delay, so it has no label.  A diverted one
+  has a departure and no arrival.
+- The files are in order of actual departure within a day.  `flight_id` numbers flights in order of schedule, so it
+  tells nothing.
+- The aircraft (`tailnum`) is the one that flew.  It stands in the schedule as if assigned two hours ahead, the usual
+  case.
 """
 
 from __future__ import annotations
@@ -140,7 +143,8 @@ def _flights(folder: Path) -> pl.DataFrame:
 
 
 def _due_in(zones: dict[str, str], destinations: list[str]) -> pl.Expr:
-    """The scheduled arrival: the first moment after `due_at` at which the destination's clock shows `sched_arr_time`."""
+    """The scheduled arrival: the first moment after `due_at` at which the destination's clock shows
+    `sched_arr_time`."""
     at: dict[str, list[str]] = {}
     for dest in sorted(destinations):
         at.setdefault(zones[dest], []).append(dest)

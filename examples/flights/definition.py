@@ -60,7 +60,8 @@ view = FeatureView(
         Trailing(departures, by="carrier", over="24h", stats={"dep_delay": "mean"}),
         Trailing(departures, by=("origin", "carrier"), over=("3h", "7d"), stats={"dep_delay": "mean"}),
         Trailing(departures, by=("origin", "dest"), over="28d", stats={"dep_delay": "mean"}),
-        # How crowded it is: what was asked about 2 to 3 hours ago was due within the last hour; what has not left of it queues.
+        # How crowded it is: what was asked about 2 to 3 hours ago was due within the last hour; what has not left of it
+        # queues.
         Trailing(schedule, by="origin", over=("1h", "2h", "3h"), stats={"*": "count"}),
         Derived(
             queue=pl.col("schedule_by_origin_count_3h")
@@ -75,8 +76,9 @@ view = FeatureView(
                 pl.col("late_by_carrier_flight_count_28d") / pl.col("departures_by_carrier_flight_dep_delay_count_28d")
             ).fill_nan(None)
         ),
-        # Where the aircraft is: its last planned, actual departure and arrival, and the time left to fly there and back, or back.
-        # Under 24 h before the flight is due, as minutes_since needs: 23 h between two plans, 21 h before the question.
+        # Where the aircraft is: its last planned, actual departure and arrival, and the time left to fly there and
+        # back, or back. Under 24 h before the flight is due, as minutes_since needs: 23 h between two plans, 21 h
+        # before the question.
         Latest(schedule, by="tailnum", columns=("due_minute", "block"), max_age="23h", name="planned"),
         Latest(departures, by="tailnum", columns=("dep_delay", "departed_minute", "block"), max_age="21h", name="left"),
         Latest(arrivals, by="tailnum", columns=("arr_delay", "arrived_minute", "block"), max_age="21h", name="landed"),

@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     path = os.path.join(os.path.abspath(flags.out), "run.json")
     write_json(path, summary)
     print(
-        f"\n{json.dumps(summary, indent=2)}\n\nwritten to {path}; look into the store with: .venv/bin/millrace tables --store {store}"
+        f"\n{json.dumps(summary, indent=2)}\n\nwritten to {path}; "
+        f"look into the store with: .venv/bin/millrace tables --store {store}"
     )
     return 0
 

@@ -1,8 +1,12 @@
-"""The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with batch.
+"""The live case: a month of flights through Kafka and Prism, features and predictions as they come, then parity with
+batch.
 
-What the sources hold from before the month is handed over as history, so that every window is filled from the first answer on.
+What the sources hold from before the month is handed over as history, so that every window is filled from the first
+answer on.
 
-    ./run_local.sh stream                 # Kafka and Prism where Java, Maven and Go are present, else a replay in one process
+    ./run_local.sh stream
+
+It uses Kafka and Prism where Java, Maven and Go are present, else it replays the month in one process.
 
 Everything it starts runs on free ports of loopback and ends with it, on Ctrl-C too.
 """
@@ -39,7 +43,10 @@ from transforms.streaming.messages import HEARTBEAT
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = "examples.flights.definition"
 # The model that takes over halfway: the same with fewer rounds.
-SECOND = "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\nmodel = dataclasses.replace(first, rounds=150)\n"
+SECOND = (
+    "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\n"
+    "model = dataclasses.replace(first, rounds=150)\n"
+)
 SHARE = "6,3,1,0"  # of the rows, per partition: uneven, the last one idle
 DRAIN = 180.0  # seconds within which the rest is answered and scored
 
@@ -110,7 +117,8 @@ def main(argv: Sequence[str]) -> int:
     figures["parity"] = parity(case)
     write_json(str(case.folder / "run.json"), figures)
     print(
-        f"\n{json.dumps(figures, indent=2)}\n\nwritten to {case.folder / 'run.json'}; what each process said is beside it"
+        f"\n{json.dumps(figures, indent=2)}\n\n"
+        f"written to {case.folder / 'run.json'}; what each process said is beside it"
     )
     return judge(figures)
 
@@ -336,7 +344,8 @@ class Watch:
 
 
 def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[], None]) -> dict[str, Any]:
-    """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the last was sent.
+    """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the
+    last was sent.
 
     Raises:
         DataError: a process ended before its time.
@@ -363,7 +372,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             swapped_at = time.monotonic()
         lag = max(told["time"] - watch.until, 0) / 1e6 / speed if watch.until else None
         lags += [lag] if lag is not None and not told["done"] else []
-        show(told["time"], told["rows"], description_after(case), questions, watch, lag)
+        show(told, description_after(case), questions, watch, lag)
         done_at = done_at or (time.monotonic() if told["done"] else None)
         ended = not children["live"].running  # the last commit is in
         complete = (
@@ -376,7 +385,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
             break
     drained = time.monotonic()
     watch.look(2)  # whatever comes twice
-    show(told["time"], told["rows"], description_after(case), questions, watch, None, True)
+    show(told, description_after(case), questions, watch, None, True)
     show.end()
     seen = watch.version_since.get(case.second)
     return {
@@ -427,9 +436,8 @@ class Table:
 
     def __call__(
         self,
-        moment: int,
-        events: int,
-        told: dict[str, Any],
+        sent: dict[str, Any],
+        described: dict[str, Any],
         questions: int,
         watch: Watch,
         lag: float | None,
@@ -440,16 +448,16 @@ class Table:
         self.last = time.monotonic()
         newest = max(watch.version_since, key=lambda version: watch.version_since[version], default="")
         values = (
-            clock(moment),
-            f"{events:,}",
-            clock(settled(told)),
+            clock(sent["time"]),
+            f"{sent['rows']:,}",
+            clock(settled(described)),
             f"{questions:,}",
             f"{len(watch.answered):,}",
             "" if lag is None else f"{lag:.1f}",
             f"{len(watch.predicted):,}",
             newest and f"v{newest}",
             *(
-                f"{held(told, what) / per:,.{digits}f}" if told else ""
+                f"{held(described, what) / per:,.{digits}f}" if described else ""
                 for what, per, digits in (("bytes", 1e6, 1), ("rows", 1, 0))
             ),
         )
@@ -503,7 +511,8 @@ def tail(case: Case, name: str) -> str:
 
 
 def in_process(case: Case) -> dict[str, Any]:
-    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping halfway."""
+    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping
+    halfway."""
     from beam_pipelines import features_streaming, inference_streaming
 
     between = ["--start", case.start, "--end", case.end]

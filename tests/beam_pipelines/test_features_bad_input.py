@@ -197,7 +197,8 @@ def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path:
 
 
 def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
-    """Rows as a writer leaves them whose clock is set back again and again: each piece in order, each before the last."""
+    """Rows as a writer leaves them whose clock is set back again and again: each piece in order, each before the
+    last."""
     ordered = frame.sort(time, maintain_order=True)
     return pl.concat(
         [ordered[len(ordered) * i // pieces : len(ordered) * (i + 1) // pieces] for i in reversed(range(pieces))]
@@ -205,7 +206,8 @@ def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
 
 
 def test_rows_of_clocks_that_ran_backwards_are_answered_as_if_in_order(tmp_path: Path) -> None:
-    """Within row groups, over row groups and over files; blocks read the slices that they need, or rows are sent to them."""
+    """Within row groups, over row groups and over files; blocks read the slices that they need, or rows are sent to
+    them."""
     frames = market.spoiled(market.sources(60))
     run(market.write(tmp_path / "ordered", frames))
     for group, files, block_rows, plan in ((1000, 1, 800_000, "auto"), (9, 3, 120, "auto"), (9, 3, 120, "shuffle")):
@@ -224,7 +226,9 @@ HOURLY = """
 import polars as pl
 from schemas import FeatureView, Source, Trailing
 visits = Source("visits", time="asked", columns={"visit": pl.Int64, "shop": pl.Int64})
-view = FeatureView("hourly", visits, key="visit", features=[Trailing(visits, by="shop", over="1h", stats={"*": "count"})])
+view = FeatureView("hourly", visits, key="visit", features=[
+    Trailing(visits, by="shop", over="1h", stats={"*": "count"})
+])
 """
 
 

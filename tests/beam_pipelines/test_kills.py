@@ -1,7 +1,8 @@
-"""Kill −9 at any moment, and run again: readers have the old or the new, never a part; nothing is lost, doubled or left over.
+"""Kill −9 at any moment, and run again: readers have the old or the new, never a part; nothing is lost, doubled or left
+over.
 
-Processes are really killed: at every step they take on the store's file system, at random times over their whole length, and
-in the milliseconds in which delta-rs commits.  MILLRACE_SEED chooses other times.
+Processes are really killed: at every step they take on the store's file system, at random times over their whole
+length, and in the milliseconds in which delta-rs commits.  MILLRACE_SEED chooses other times.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def test_killed_vacuums_leave_what_is_needed_and_the_next_one_finishes(second_lo
 
 
 def test_vacuum_beside_a_run_removes_none_of_its_files(second_load: Case) -> None:
-    """The run is held at steps over its whole length while vacuum, told that no run takes any time, goes over the store."""
+    """The run is held at steps over its whole length while vacuum, told that no run takes any time, goes over the
+    store."""
     case, count = second_load, len(second_load.undisturbed.steps)
     new = content(case.after, case.table)
     for step in range(2, count, max(count // 8, 1)):

@@ -1,7 +1,8 @@
-"""Kill −9 while a model is trained or scores, and run again: one version, one commit, the content of an undisturbed run.
+"""Kill −9 while a model is trained or scores, and run again: one version, one commit, the content of an undisturbed
+run.
 
-Processes are really killed: at random times over their whole length, at steps on the store's file system, and within the
-milliseconds in which MLflow writes its database.  MILLRACE_SEED chooses other times.
+Processes are really killed: at random times over their whole length, at steps on the store's file system, and within
+the milliseconds in which MLflow writes its database.  MILLRACE_SEED chooses other times.
 """
 
 from __future__ import annotations

@@ -10,28 +10,13 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from beam_pipelines import features, training
+from beam_pipelines import training
 from schemas.errors import DataError, DefinitionError, GateError, MismatchError
 from tests.support import shop
 from tests.support.training_pipeline_case import account, flags
 from transforms.models.bundle import load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, score
-
-
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with sources and a feature table."""
-    store = tmp_path_factory.mktemp("shop")
-    path = shop.write(store)
-    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
-    return store
-
-
-@pytest.fixture
-def store(computed: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(computed, tmp_path / "store"))
 
 
 def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:

@@ -233,7 +233,10 @@ class Sleeper(Service):
     within = 10
 
     def command(self) -> list[str]:
-        server = f"import http.server as s; s.HTTPServer(('127.0.0.1', {self.port}), s.SimpleHTTPRequestHandler).serve_forever()"
+        server = (
+            "import http.server as s; "
+            f"s.HTTPServer(('127.0.0.1', {self.port}), s.SimpleHTTPRequestHandler).serve_forever()"
+        )
         return [sys.executable, "-c", server]
 
 
@@ -269,7 +272,10 @@ def test_ports_are_free_and_differ() -> None:
 
 def test_two_processes_get_the_class_paths_once(tmp_path: Path) -> None:
     env = {**os.environ, "MILLRACE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    program = "import logging; logging.basicConfig(level='INFO'); from deploy.streaming.toolchain import classpath; print(classpath('broker'))"
+    program = (
+        "import logging; logging.basicConfig(level='INFO'); "
+        "from deploy.streaming.toolchain import classpath; print(classpath('broker'))"
+    )
     both = [
         subprocess.Popen(
             [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -292,19 +298,28 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path: Path, monkeyp
         toolchain.prism()
 
 
-# A parent that starts a broker's worth of processes: one that listens to SIGTERM, one that is deaf to it, one with a child.
+# A parent that starts a broker's worth of processes: one that listens to SIGTERM, one that is deaf to it, one with a
+# child.
 PARENT = """
     import sys, time
     from pathlib import Path
     from deploy.streaming.processes import Child
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
-    family = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); time.sleep(600)"
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('deaf', flush=True); time.sleep(600)"
+    )
+    family = (
+        "import subprocess, sys, time; "
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); "
+        "time.sleep(600)"
+    )
     folder = Path(sys.argv[1])
     children = [Child([sys.executable, "-c", program], folder / name, grace=1)
                 for name, program in (("plain", "import time; time.sleep(600)"), ("deaf", deaf), ("family", family))]
     while not children[1].output() or not children[2].output():
         time.sleep(0.05)
-    print(*[child.pid for child in children], *[child._keeper.pid for child in children], children[2].output().strip(), flush=True)
+    print(*[child.pid for child in children], *[child._keeper.pid for child in children], end=' ')
+    print(children[2].output().strip(), flush=True)
     {then}
 """
 
@@ -345,7 +360,10 @@ def test_a_keeper_that_is_killed_takes_its_command_along(tmp_path: Path) -> None
 
 
 def test_a_command_hears_ctrl_c_and_its_keeper_outlives_it(tmp_path: Path) -> None:
-    program = "import time\ntry: print('up', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('heard'); raise SystemExit(130)"
+    program = (
+        "import time\ntry: print('up', flush=True); time.sleep(600)\n"
+        "except KeyboardInterrupt: print('heard'); raise SystemExit(130)"
+    )
     with Child([sys.executable, "-c", program], tmp_path / "log") as child:
         assert await_(lambda: "up" in child.output())
         os.kill(child._keeper.pid, signal.SIGINT)

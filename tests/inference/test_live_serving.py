@@ -129,7 +129,8 @@ def test_thirty_kills_of_the_inference_job(house: House, live: Live, tmp_path: P
 
 
 def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> None:
-    """Kill −9 so many times, from while it starts to while it commits, a few times of Prism; the alias moves meanwhile."""
+    """Kill −9 so many times, from while it starts to while it commits, a few times of Prism; the alias moves
+    meanwhile."""
     prefix, sender, topic = topics(house, live)
     messages = [each for each in messages_of(house, 5, 4) if each.key != HEARTBEAT]
     stop = threading.Event()

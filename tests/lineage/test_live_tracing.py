@@ -1,4 +1,5 @@
-"""`millrace trace` of live answers and predictions: back to the question, to what the answer could see, and to the model."""
+"""`millrace trace` of live answers and predictions: back to the question, to what the answer could see, and to the
+model."""
 
 from __future__ import annotations
 

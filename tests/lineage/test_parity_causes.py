@@ -19,7 +19,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView
 from schemas.live import LIVE_DEAD_LETTERS
 from tests.support import market
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.lineage.counted_rows import (
     BEFORE_START,
     CORRECTED,
@@ -52,7 +52,7 @@ def live(folder: Path, frames: Frames, keep: int = HOUR, **how: Any) -> tuple[Fe
     sent = {name: frame for name, frame in frames.items() if name != "shops"}
     replay = Replay("", **{"partitions": 1, "chunk": 3 * HOUR, **how})
     begin = {name: dict.fromkeys(range(replay.partitions), 0) for name in sent}
-    job = Job(view, store, folder / "dimensions" / "sources", begin, keep=keep)
+    job = Job(view, store, folder / "dimensions" / "sources", begin, JobOptions(keep=keep))
     for number, messages in enumerate(chunks_of(view, sent, replay)):
         job.take(messages)
         if number % 5 == 0:
@@ -267,7 +267,7 @@ def test_several_causes_of_one_value_are_named_together(tmp_path: Path, frames: 
     assert full.unexplained == 0
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def altered(store: Path, view: FeatureView, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:

@@ -1,4 +1,5 @@
-"""The report of a training run: what it says is what `training.json` says, whole, safe, alone, and kept with the model."""
+"""The report of a training run: what it says is what `training.json` says, whole, safe, alone, and kept with the
+model."""
 
 from __future__ import annotations
 

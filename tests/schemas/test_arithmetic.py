@@ -1,4 +1,5 @@
-"""Expressions over columns of every width against Python's integers and floats: nothing wraps, and what kept its meaning kept its values."""
+"""Expressions over columns of every width against Python's integers and floats: nothing wraps, and what kept its
+meaning kept its values."""
 
 from __future__ import annotations
 

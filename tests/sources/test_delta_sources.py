@@ -1,4 +1,5 @@
-"""Sources that are Delta tables of another owner: partitioned as he likes, rewritten when he likes, with features of his writer."""
+"""Sources that are Delta tables of another owner: partitioned as he likes, rewritten when he likes, with features of
+his writer."""
 
 import json
 from collections.abc import Callable

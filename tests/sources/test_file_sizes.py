@@ -22,7 +22,8 @@ from beam_pipelines.cli import main
 before = resource.getrusage(resource.RUSAGE_SELF)
 code = main(sys.argv[1:])
 after = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"code": code, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, "mb": after.ru_maxrss / 1024}))
+cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+print(json.dumps({"code": code, "cpu": cpu, "mb": after.ru_maxrss / 1024}))
 """
 
 

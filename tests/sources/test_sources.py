@@ -1,4 +1,5 @@
-"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and where the letter says the row was."""
+"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and where the letter says the row
+was."""
 
 import functools
 from datetime import UTC, date, datetime, timedelta

@@ -247,7 +247,8 @@ def test_a_model_trained_here_but_registered_nowhere_pins_too(tmp_path: Path) ->
 
 
 def test_examples_of_runs_that_left_no_model_go(tmp_path: Path) -> None:
-    """A killed training run makes them anew when it is repeated; those of a trained model, and files of others, stay."""
+    """A killed training run makes them anew when it is repeated; those of a trained model, and files of others,
+    stay."""
     names = ("train-00000-of-00002.parquet", "test-00001-of-00002.tfrecord.gz", "notes.txt")
     for run_id in ("killed", "trained", "ended", "working"):
         folder = tmp_path / "examples" / "buying" / run_id

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from schemas import DefinitionError, Derived, FeatureView, Lookup, Source, Trailing
 from tests.support import histories
 from tests.support.live_turns import audit, events, run, shops, spine_rows, stream
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.shards import groups_of
 
@@ -61,7 +61,7 @@ def test_a_key_derived_from_the_spine_is_routed() -> None:
 def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: Path) -> None:
     reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
     minute = FeatureView("m", spine_rows, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
-    job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, keep=10_000_000)
+    job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(keep=10_000_000))
     held = []
     for number in range(100):  # ten rows a second for a thousand seconds, a question in each
         seconds = range(10 * number, 10 * number + 10)

@@ -1,4 +1,5 @@
-"""Whatever a topic may hold and a broker may do, on a real broker and engine: each with its message, and nothing lost."""
+"""Whatever a topic may hold and a broker may do, on a real broker and engine: each with its message, and nothing
+lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Live jobs that are killed and frozen, on a real broker and engine: whatever happens, every message is accounted for once."""
+"""Live jobs that are killed and frozen, on a real broker and engine: whatever happens, every message is accounted for
+once."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_broker_stopped_and_workers_frozen_in_one_run_lose_nothing(live: Live, b
 def test_ctrl_c_ends_the_job_of_a_frozen_runner_and_what_runs_on_there_writes_nothing_twice(
     live: Live, tmp_path: Path
 ) -> None:
-    """The workers are the pool's: should Prism, thawed, not have heard of the end, they go on beside the restarted job."""
+    """The workers are the pool's: should Prism, thawed, not have heard of the end, they go on beside the restarted
+    job."""
     stage, told, kills = Stage(live, tmp_path), slots(history()), Kills(live, tmp_path)
     half = len(told) // 2
     try:

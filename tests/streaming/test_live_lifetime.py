@@ -1,4 +1,5 @@
-"""Windows without a beginning, live: what has left the panes still counts, whatever the order of arrival, stops and state."""
+"""Windows without a beginning, live: what has left the panes still counts, whatever the order of arrival, stops and
+state."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from tests.support.live_lifetime_case import SUMMARY, mixed
 from tests.support.live_turns import audit, events, placed, run, sales, spine_rows, stream
 from tests.support.live_turns import read as rows_of
 from tests.support.state_cells import Cell
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.lineage.feature_parity import check
 from transforms.storage.paths import features_live_uri
 from transforms.streaming import recovery
@@ -152,7 +153,7 @@ class Told:
         self, store: Path, keep: int = 10_000_000, shards: int = 2, run_id: str = "t", view: FeatureView = ever
     ) -> None:
         self.view, self.source = view, view.events["reads"]
-        self.job = Job(view, store, store, {"reads": {0: 0}, "questions": {0: 0}}, run_id, shards, keep)
+        self.job = Job(view, store, store, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(run_id, shards, keep))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
     def __call__(self, rows: list[tuple[Any, ...]], asked: list[tuple[int, float]]) -> None:
@@ -208,7 +209,8 @@ def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_answer(t
 
 
 def test_a_waiting_question_holds_back_what_came_to_be_known_after_it(tmp_path: Path) -> None:
-    """A question stays open until its source is complete, however far the spine is; what is later than it is no past of its."""
+    """A question stays open until its source is complete, however far the spine is; what is later than it is no past of
+    its."""
     tell = Told(tmp_path, keep=0)
     tell([(0, "a", 1.0)], [(1, 100.0)])
     tell([], [(2, 5000.0), (3, 9000.0)])
@@ -237,7 +239,8 @@ def test_an_event_is_compacted_when_nothing_can_replace_it_any_more(tmp_path: Pa
 
 
 def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_restart(tmp_path: Path) -> None:
-    """Without windows over all history; the one that replaced it is beyond what state remembers when the job starts again."""
+    """Without windows over all history; the one that replaced it is beyond what state remembers when the job starts
+    again."""
     bounded = FeatureView(
         "b", spine_rows, key="id", features=[Trailing(once_reads, by="k", over="10m", stats={"v": "sum"})]
     )

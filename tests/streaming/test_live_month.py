@@ -37,7 +37,8 @@ def rows_of(uri: str, columns: list[str]) -> pl.DataFrame:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_bit(live: Live, tmp_path: Path) -> None:
-    """Partitions 6 : 3 : 1 : 0; the job stops in the middle, a third of the month comes meanwhile, and it catches up."""
+    """Partitions 6 : 3 : 1 : 0; the job stops in the middle, a third of the month comes meanwhile, and it catches
+    up."""
     view, store, prefix = load_definition(DEFINITION).view, tmp_path / "live", "month-"
     data.write(str(tmp_path / "store"))
     sources = list(sources_of(view))

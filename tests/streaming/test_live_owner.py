@@ -1,4 +1,5 @@
-"""A store holds the live jobs of one view: a second one is refused before anything is written, also in stores of before."""
+"""A store holds the live jobs of one view: a second one is refused before anything is written, also in stores of
+before."""
 
 from __future__ import annotations
 

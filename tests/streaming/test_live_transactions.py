@@ -1,4 +1,5 @@
-"""Transactional producers on a real broker: what was aborted is no row, and what transactions leave in a partition holds nothing up."""
+"""Transactional producers on a real broker: what was aborted is no row, and what transactions leave in a partition
+holds nothing up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: `millrace inference` on real files: a real feature table, a real registry, real boosters."""
+"""Helpers and fixtures for: `millrace inference` on real files: a real feature table, a real registry, real
+boosters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: whole views against the oracle, and what must not matter: order, other rows, how far keys and times spread."""
+"""Helpers and fixtures for: whole views against the oracle, and what must not matter: order, other rows, how far keys
+and times spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: windows over all history keep one row per key, and give the very bits that all of history would."""
+"""Helpers and fixtures for: windows over all history keep one row per key, and give the very bits that all of history
+would."""
 
 from __future__ import annotations
 
@@ -10,11 +11,15 @@ LIFETIME = f"""
 import polars as pl
 from schemas import FeatureView, Latest, Source, Trailing
 
-visits = Source("visits", time="asked", columns={{"visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32}})
-sales = Source("sales", time="sold", unique="sale", columns={{"sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64}})
+visits = Source("visits", time="asked",
+                columns={{"visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32}})
+sales = Source("sales", time="sold", unique="sale",
+               columns={{"sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64}})
 view = FeatureView("ever", visits, key="visit", features=[
-    Trailing(sales, by="shop", over=("1d", "WINDOW"), stats={{"price": {STATS}, "city": ("sum", "last"), "*": "count"}}),
-    Trailing(sales, by=("shop", "city"), over="WINDOW", where=pl.col("price") > 3e6, stats={{"price": ("sum", "std")}}, name="dear"),
+    Trailing(sales, by="shop", over=("1d", "WINDOW"),
+             stats={{"price": {STATS}, "city": ("sum", "last"), "*": "count"}}),
+    Trailing(sales, by=("shop", "city"), over="WINDOW", where=pl.col("price") > 3e6,
+             stats={{"price": ("sum", "std")}}, name="dear"),
     Latest(sales, by="city", columns=("price", "shop"), max_age="AGE"),
     Trailing(visits, by="shop", over="WINDOW", stats={{"size": ("mean", "min"), "*": "count"}}),
 ])

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: dimensions of a live job: read again when they change, and kept serving when what is there cannot be read."""
+"""Helpers and fixtures for: dimensions of a live job: read again when they change, and kept serving when what is there
+cannot be read."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import polars as pl
 
 from tests.support import histories
 from tests.support.live_turns import SOURCES, view
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
 SHOPS = pl.DataFrame(
@@ -18,7 +19,7 @@ SHOPS = pl.DataFrame(
 
 def asked(folder: Path, number: int, run_id: str) -> Job:
     """A job that has answered a question of its own."""
-    job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, run_id=f"{run_id}{number}")
+    job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, JobOptions(f"{run_id}{number}"))
     at = histories.at(10 * number)
     row = {"id": number, "k": "b", "t": at}
     spine_row = pl.DataFrame([row], schema_overrides=SOURCES["questions"].schema).select(

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: live jobs that are killed and frozen, on a real broker and engine: whatever happens, every message is accounted for once."""
+"""Helpers and fixtures for: live jobs that are killed and frozen, on a real broker and engine: whatever happens, every
+message is accounted for once."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Kills:
 
 
 def killed(live: Live, folder: Path, times: int, seed: int, definition: str = market.DEFINITION) -> None:
-    """A job that is killed so many times, from while it starts to while it commits, and started by the same command again."""
+    """A job that is killed so many times, from while it starts to while it commits, and started by the same command
+    again."""
     chance = random.Random(seed)
     stage, kills = Stage(live, folder, definition=definition), Kills(live, folder)
     told = slots(history(), hours=1)

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: `millrace inference --streaming` without a broker: the live feature table replayed through the same graph."""
+"""Helpers and fixtures for: `millrace inference --streaming` without a broker: the live feature table replayed through
+the same graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A view's topics on a real broker, live jobs on them as processes of their own, and the books of what became of every message."""
+"""A view's topics on a real broker, live jobs on them as processes of their own, and the books of what became of every
+message."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ class Stage:
         return f"{self.prefix}{self.view.name}.features", f"{self.prefix}{self.view.name}.dead_letters"
 
     def connect(self) -> None:
-        """A producer that knows the topics as they are now: one that has sent to a topic does not see it grow for minutes."""
+        """A producer that knows the topics as they are now: one that has sent to a topic does not see it grow for
+        minutes."""
         settings = {"bootstrap.servers": self.live.broker.bootstrap, "enable.idempotence": True, "log_level": 0}
         self.producer = Producer(settings)
 
@@ -211,7 +213,8 @@ class Stage:
         return [value for _, _, key, value in read(self.live.broker.bootstrap, topic) if key != HEARTBEAT]
 
     def audit(self) -> pl.DataFrame:
-        """Every message that the broker took is accounted for, once, and every answer is what batch gives; the answers."""
+        """Every message that the broker took is accounted for, once, and every answer is what batch gives; the
+        answers."""
         ends = high_marks(self.live.broker.bootstrap, [self.topic(name) for name in self.sources])
         assert ends == {
             (self.topic(name), number): self.sent.get((name, number), 0)

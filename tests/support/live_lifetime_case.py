@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: windows without a beginning, live: what has left the panes still counts, whatever the order of arrival, stops and state."""
+"""Helpers and fixtures for: windows without a beginning, live: what has left the panes still counts, whatever the order
+of arrival, stops and state."""
 
 from __future__ import annotations
 

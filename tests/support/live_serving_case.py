@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: live inference on a real broker and a real engine: swaps under load, kills, and what ends up in topic and table."""
+"""Helpers and fixtures for: live inference on a real broker and a real engine: swaps under load, kills, and what ends
+up in topic and table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: live answers against the slow and obvious one: random arrival, ties, late rows, repeats, and stops at any moment."""
+"""Helpers and fixtures for: live answers against the slow and obvious one: random arrival, ties, late rows, repeats,
+and stops at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import pytest
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.views import lifetime_sources
 from tests.support import histories, oracles
-from tests.support.turns import Job, unread
+from tests.support.turns import Job, JobOptions, unread
 from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
@@ -171,14 +172,15 @@ def run(
     keep: int = 30_000_000,
     make: Callable[..., Job] = functools.partial(Job, view),
 ) -> Job:
-    """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from the tables."""
+    """A job over `chunks`, committing after some and killed after others, perhaps amid a commit; it starts again from
+    the tables."""
     dimensions = store / "in"
     (dimensions / "shops").mkdir(parents=True, exist_ok=True)
     pl.DataFrame(
         {"k": ["a", "b"], "size": [1, None], "name": ["x", "y"], "rate": [0.1, 2.5]}, schema=shops.schema
     ).write_parquet(dimensions / "shops" / "s.parquet")
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
-    job = make(store, dimensions, begin, keep=keep)
+    job = make(store, dimensions, begin, JobOptions(keep=keep))
     for number, chunk in enumerate(chunks):
         job.take(unread(chunk, job.start))
         if number in commits:
@@ -188,7 +190,7 @@ def run(
             if amid is not None:
                 with dying_after(amid), contextlib.suppress(Killed):
                     job.commit()
-            job = make(store, dimensions, begin, run_id=f"r{number}", keep=keep)
+            job = make(store, dimensions, begin, JobOptions(f"r{number}", keep=keep))
             for earlier in chunks[: number + 1]:
                 if again := unread(earlier, job.start):
                     job.take(again)
@@ -197,7 +199,8 @@ def run(
 
 
 def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
-    """Every row is in its table once, every question answered once or set aside, and every answer is what batch gives."""
+    """Every row is in its table once, every question answered once or set aside, and every answer is what batch
+    gives."""
     view, every = job.view, totals(chunks)
     for name in SOURCES:  # every row is in its table once
         assert (len(read(f"{sources_root(folder)}/{name}")) or 0) == every[name]
@@ -267,6 +270,4 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
 
 
 def same(left: Any, right: Any) -> bool:
-    if isinstance(left, float) and isinstance(right, float):
-        return left == pytest.approx(right, rel=1e-5, abs=1e-6)
-    return bool(left == right)
+    return type(left) is type(right) and bool(left == right)

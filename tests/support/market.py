@@ -1,4 +1,5 @@
-"""A small market with every kind of feature and every kind of bad row: its sources, and the definition as a user writes it."""
+"""A small market with every kind of feature and every kind of bad row: its sources, and the definition as a user writes
+it."""
 
 from __future__ import annotations
 
@@ -16,9 +17,12 @@ DEFINITION = """
 import polars as pl
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 
-visits = Source("visits", time="asked", columns={"visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32})
-sales = Source("sales", time="sold", unique="sale", columns={"sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64})
-stock = Source("stock", time="counted", event_time="seen", columns={"shop": pl.String, "pieces": pl.Int64, "note": pl.String})
+visits = Source("visits", time="asked",
+                columns={"visit": pl.Int64, "shop": pl.String, "city": pl.Int32, "size": pl.Float32})
+sales = Source("sales", time="sold", unique="sale",
+               columns={"sale": pl.Int64, "shop": pl.String, "city": pl.Int32, "price": pl.Float64})
+stock = Source("stock", time="counted", event_time="seen",
+               columns={"shop": pl.String, "pieces": pl.Int64, "note": pl.String})
 shops = Source("shops", columns={"shop": pl.String, "area": pl.Int32, "rent": pl.Float64})
 view = FeatureView("demand", visits, key="visit", features=[
     Derived(hour=pl.col("asked").dt.hour(), size=pl.col("size")),

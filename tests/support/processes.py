@@ -1,7 +1,8 @@
 """Processes of Millrace that end, or stop, at a chosen moment.
 
-A zygote imports Beam once and forks every command, so that a process costs what it does and not its imports.  As delta-rs and
-Polars do not survive a fork once used, the zygote uses neither.  Run as a program this module is the zygote.
+A zygote imports Beam once and forks every command, so that a process costs what it does and not its imports.  As
+delta-rs and Polars do not survive a fork once used, the zygote uses neither.  Run as a program this module is the
+zygote.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ PIPELINES = ("beam_pipelines.features", "beam_pipelines.commands.plan", "beam_pi
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (minus the signal, if one killed it), what it said, how many steps it took on the
-    store's file system and the seconds they took."""
+    """How a process ended: its exit code (minus the signal, if one killed it), what it said, how many steps it took on
+    the store's file system and the seconds they took."""
 
     code: int
     out: str
@@ -169,8 +170,8 @@ def _child(main: Callable[[list[str]], int], what: dict[str, Any]) -> None:
 
 
 def _killer(victim: int, step: int | None, delay: float, kind: int) -> int:
-    """A process that sends the signal from outside, so that no lock of the victim's keeps it waiting; where to write to start
-    its clock (without a step it runs already)."""
+    """A process that sends the signal from outside, so that no lock of the victim's keeps it waiting; where to write to
+    start its clock (without a step it runs already)."""
     read, write = os.pipe()
     if os.fork():
         os.close(read)

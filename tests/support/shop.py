@@ -13,14 +13,17 @@ import polars as pl
 from schemas import Derived, FeatureView, Gates, Label, Model, Search, Source, TimeSplit, Trailing, encoders
 
 visits = Source("visits", time="asked", columns={"visit": pl.Int64, "shop": pl.String, "age": pl.Float32})
-sales = Source("sales", time="sold", columns={"visit": pl.Int64, "shop": pl.String, "amount": pl.Float64}, unique="visit", order="visit")
+sales = Source("sales", time="sold", columns={"visit": pl.Int64, "shop": pl.String, "amount": pl.Float64},
+               unique="visit", order="visit")
 view = FeatureView("buying", visits, key="visit", features=[
     Derived(age=pl.col("age"), hour=pl.col("asked").dt.hour()),
     Trailing(sales, by="shop", over="3d", stats={"amount": ("mean", "count")}),
 ])
 model = Model(
-    view, Label(sales, on="visit", value=pl.col("amount") > 0, within="1d", absent=0), TimeSplit("12d", "12d", embargo="1d"),
-    encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")}, params={"max_depth": 3, "eta": 0.3}, rounds=12,
+    view, Label(sales, on="visit", value=pl.col("amount") > 0, within="1d", absent=0),
+    TimeSplit("12d", "12d", embargo="1d"),
+    encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")},
+    params={"max_depth": 3, "eta": 0.3}, rounds=12,
     gates=Gates(at_least={"auc": 0.6}, slices=("shop", ("shop", "hour")), max_gap={"auc": 0.5}, min_slice_rows=20),
 )
 """

@@ -14,7 +14,7 @@ import polars as pl
 
 from beam_pipelines import cli
 from schemas import FeatureView, load_definition
-from tests.support.turns import Job, unread
+from tests.support.turns import Job, JobOptions, unread
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, features_uri
@@ -86,7 +86,7 @@ class Stored:
         view = self.view()
         begin = {name: {0: 0, 1: 0} for name in sources_of(view)}
         keep = 12 * 3_600_000_000
-        job = Job(view, self.store, self.folder / "sources", begin, run_id, shards=1, keep=keep)
+        job = Job(view, self.store, self.folder / "sources", begin, JobOptions(run_id, shards=1, keep=keep))
         for chunk in chunks:
             job.take(unread(chunk, job.start))
             job.commit()

@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: bundles and the registry: nothing altered is loaded, nothing is registered twice, every refusal says the way out."""
+"""Helpers and fixtures for: bundles and the registry: nothing altered is loaded, nothing is registered twice, every
+refusal says the way out."""
 
 from __future__ import annotations
 

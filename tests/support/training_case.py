@@ -1,4 +1,5 @@
-"""Helpers and fixtures for: training through the iterator against XGBoost on whole arrays, for every kind of objective."""
+"""Helpers and fixtures for: training through the iterator against XGBoost on whole arrays, for every kind of
+objective."""
 
 from __future__ import annotations
 

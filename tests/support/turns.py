@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from transforms.streaming.shards import Shard
 HOUR = 3_600_000_000
 
 
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job may be started with; `start` is where it goes on from, found in its store by default."""
+
+    run_id: str = "t"
+    shards: int = 2
+    keep: int = HOUR
+    start: RecoveryPoint | None = None
+
+
 class Job:
     """One process of a live job."""
 
@@ -30,11 +41,9 @@ class Job:
         store: Path,
         dimensions: Path,
         begin: Mapping[str, Mapping[int, int]],
-        run_id: str = "t",
-        shards: int = 2,
-        keep: int = HOUR,
-        start: RecoveryPoint | None = None,
+        options: JobOptions = JobOptions(),
     ) -> None:
+        run_id, shards, keep, start = options.run_id, options.shards, options.keep, options.start
         self.view, self.store = view, str(store)
         self.live = LiveSettings(str(store), run_id, str(dimensions), shards=shards, keep=keep)
         self.journal = Journal(view, shards, keep)

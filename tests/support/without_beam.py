@@ -1,4 +1,5 @@
-"""The steps of the features pipeline called one after the other, as its graph joins them: for tests of very many runs."""
+"""The steps of the features pipeline called one after the other, as its graph joins them: for tests of very many
+runs."""
 
 from __future__ import annotations
 

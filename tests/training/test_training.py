@@ -83,7 +83,8 @@ def test_the_iterator_trains_what_whole_arrays_train(
     scores = [xgboost.Booster(model_file=bytearray(each)).predict(matrix) for each in (booster, theirs)]
     np.testing.assert_allclose(*scores, rtol=1e-5)
     label = tables["validate"][LABEL].to_numpy().astype(float)
-    # The metric of trials is the one that the test is judged by; XGBoost's average precision interpolates between scores.
+    # The metric of trials is the one that the test is judged by; XGBoost's average precision interpolates between
+    # scores.
     judged = metrics(objective, MetricTally.of(objective, label, scores[0]))[metric]
     assert history[-1] == pytest.approx(judged, rel=0.02 if metric == "average_precision" else 1e-4)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import shutil
 from pathlib import Path
 
 import polars as pl
@@ -17,21 +16,6 @@ from tests.support import shop
 from tests.support.training_pipeline_case import account, flags
 from transforms.models.bundle import load
 from transforms.validation.tfdv_schema import parse_schema, parse_statistics
-
-
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with sources and a feature table."""
-    store = tmp_path_factory.mktemp("shop")
-    path = shop.write(store)
-    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
-    return store
-
-
-@pytest.fixture
-def store(computed: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(computed, tmp_path / "store"))
 
 
 @pytest.mark.parametrize(

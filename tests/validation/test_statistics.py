@@ -1,4 +1,5 @@
-"""Statistics: equal to TFDV's where both are exact, within the stated error elsewhere; the same however rows are cut and merged."""
+"""Statistics: equal to TFDV's where both are exact, within the stated error elsewhere; the same however rows are cut
+and merged."""
 
 import itertools
 import random
@@ -224,6 +225,9 @@ def test_strings_from_polars_count_like_those_from_arrow() -> None:
 
 
 def test_statistics_need_no_tensorflow() -> None:
-    program = "import sys, transforms.validation.statistics, transforms.validation.tfdv_schema as v; v.tfdv(); print('tensorflow' in sys.modules)"
+    program = (
+        "import sys, transforms.validation.statistics, transforms.validation.tfdv_schema as v; "
+        "v.tfdv(); print('tensorflow' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
     assert out.stdout.strip() == "False"

@@ -96,7 +96,8 @@ def test_rows_like_those_before_keep_the_schema() -> None:
         ),
         (
             {"full": pa.array([None, *[0.5] * 999], pa.float32())},
-            "full: Column dropped: The feature was present in fewer examples than expected: minimum fraction = 1.000000, actual = 0.999000",
+            "full: Column dropped: The feature was present in fewer examples than expected: "
+            "minimum fraction = 1.000000, actual = 0.999000",
         ),
         ({"delay": pa.nulls(1000, pa.float32())}, "delay: Column dropped: The feature was not present in any examples"),
         ({"hour": None}, "hour: Column dropped: Column is completely missing"),

@@ -573,7 +573,9 @@ import polars as pl
 from schemas import FeatureView, Source, Trailing
 ev = Source("ev", time="at", columns={"k": pl.Int64, "v": pl.Float64})
 q = Source("q", time="at", columns={"id": pl.Int64, "k": pl.Int64})
-view = FeatureView("vw", spine=q, key="id", features=[Trailing(ev, by="k", over="all", stats={"*": "count", "v": ("sum", "last")})])
+view = FeatureView("vw", spine=q, key="id", features=[
+    Trailing(ev, by="k", over="all", stats={"*": "count", "v": ("sum", "last")})
+])
 """
     days = [1, 3, 5]
 

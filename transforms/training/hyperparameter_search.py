@@ -109,7 +109,7 @@ def trials(model: Model) -> list[Trial]:
 def budgets(model: Model) -> list[int]:
     """Boosting rounds of each rung, of which the last has the model's own; one rung without successive halving.
 
-    >>> # 9 trials of 300 rounds, a third of which goes on: 33 rounds of 9, 100 of 3, 300 of 1
+    For 9 trials of 300 rounds, of which a third goes on: 33 rounds of 9 trials, 100 of 3, 300 of 1.
     """
     search = model.search
     if search is None or search.method != "halving":

@@ -153,7 +153,8 @@ def test_blocks_that_reach_too_far_are_cut_by_key_and_why_is_told(long: list[str
     assert "key shards" not in plan(long, capsys)
     told = plan(long, capsys, "--block_rows", "200")
     assert re.search(
-        r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|key shards \d+ per block: ",
+        r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|"
+        r"key shards \d+ per block: ",
         told,
     )
     assert "one shard of one key is in memory at a time" in told

@@ -17,21 +17,6 @@ from transforms.models.registry import Registry, registry_uri
 from transforms.training.trial_log import log_trials
 
 
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with sources and a feature table."""
-    store = tmp_path_factory.mktemp("shop")
-    path = shop.write(store)
-    assert features.main(["--definition", str(path), "--store", str(store), "--run_id", "f"]) == 0
-    return store
-
-
-@pytest.fixture
-def store(computed: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(computed, tmp_path / "store"))
-
-
 def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = store / "definition.py"
     search = "rounds=12, search=Search(3, {'eta': (0.1, 0.5), 'subsample': (0.5, 1.0)}, method='sobol')"
@@ -84,7 +69,8 @@ def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
 
 
 def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(store: Path) -> None:
-    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds it."""
+    """Three loads later every file of the version's own table version is replaced, and nothing but the registry holds
+    it."""
     definition = str(store / "definition.py")
     assert training.main(flags(store, "first")) == 0
     path = store / "sources/visits/part.parquet"

@@ -103,12 +103,14 @@ SHOP_SOURCES = """
 visits = Source("visits", time="asked", columns={"visit": pl.Int64, "shop": pl.String, "age": pl.Float64})
 sales = Source("sales", time="sold", unique="visit", order="visit", lateness="2h",
                columns={"visit": pl.Int64, "shop": pl.String, "amount": pl.Float64})
-stock = Source("stock", time="counted", lateness="2h", columns={"shop": pl.String, "pieces": pl.Int64, "note": pl.String})
+stock = Source("stock", time="counted", lateness="2h",
+               columns={"shop": pl.String, "pieces": pl.Int64, "note": pl.String})
 shops = Source("shops", columns={"shop": pl.String, "city": pl.String, "rent": pl.Float64})
 """
 SHOP_MODEL = """
 model = Model(
-    view, Label(sales, on="visit", value=pl.col("amount") > 0, within="1d", absent=0), TimeSplit("5d", "5d", embargo="1d"),
+    view, Label(sales, on="visit", value=pl.col("amount") > 0, within="1d", absent=0),
+    TimeSplit("5d", "5d", embargo="1d"),
     encode={"shop": encoders.OneHot(), "shops_city": encoders.Ordinal(), "stock_note": encoders.Ordinal()},
     params={"max_depth": 3, "eta": 0.3}, rounds=8, gates=Gates(at_least={"auc": 0.5}),
 )
@@ -118,7 +120,8 @@ SHOP = (
     + """
 view = FeatureView("buying", visits, key="visit", features=[
     Derived(age=pl.col("age"), decades=pl.col("age") / 10.0),
-    Trailing(sales, by="shop", over=("1d", "3d"), stats={"amount": ("mean", "sum", "std", "max", "q95", "count"), "*": "count"}),
+    Trailing(sales, by="shop", over=("1d", "3d"),
+             stats={"amount": ("mean", "sum", "std", "max", "q95", "count"), "*": "count"}),
     Trailing(sales, by="shop", over="2d", where=pl.col("amount") > 5.0, stats={"*": "count"}, name="dear"),
     Trailing(visits, by="shop", over="2d", stats={"age": "mean", "visit": "n_unique"}),
     Latest(stock, by="shop", columns=("pieces", "note"), max_age="3d"),
@@ -133,7 +136,8 @@ LIVE = (
     + """
 view = FeatureView("buying", visits, key="visit", features=[
     Derived(age=pl.col("age"), decades=pl.col("age") / 10.0),
-    Trailing(sales, by="shop", over=("1d", "all"), stats={"amount": ("mean", "sum", "std", "max", "last", "count"), "*": "count"}),
+    Trailing(sales, by="shop", over=("1d", "all"),
+             stats={"amount": ("mean", "sum", "std", "max", "last", "count"), "*": "count"}),
     Trailing(stock, by="shop", over="all", stats={"pieces": ("sum", "min", "first"), "note": "last", "*": "count"}),
     Latest(stock, by="shop", columns=("pieces", "note"), max_age="forever"),
     Latest(sales, by="shop", columns=("visit", "amount"), max_age="2d"),
@@ -241,7 +245,8 @@ view = FeatureView("vw", spine=q, key="id", features=[
     Trailing(ev, by="k", over="all", stats={"*": "count", "v": ("sum", "mean", "min", "max", "first", "last")}),
     Latest(ev, by="k", columns="v", max_age="forever"),
 ])
-model = Model(view, label=Label(done, on="id", value=pl.lit(1), within="1d", absent=0), split=TimeSplit(validate="8d", test="8d"),
+model = Model(view, label=Label(done, on="id", value=pl.lit(1), within="1d", absent=0),
+              split=TimeSplit(validate="8d", test="8d"),
               params={"max_depth": 2, "eta": 0.3}, rounds=4, gates=Gates(at_least={"auc": 0.0}))
 """
 LIFETIME_DAYS = 40
@@ -316,16 +321,19 @@ def lifetime(name: str, days: Sequence[int], late: bool) -> None:
 # -- narrow and ties -----------------------------------------------------------------------------------------------
 
 NARROW = """
-q = Source("q", time="at", columns={"id": pl.Int64, "qty": pl.Int32, "cents": pl.Int32, "level": pl.Int8, "name": pl.String})
+q = Source("q", time="at", columns={"id": pl.Int64, "qty": pl.Int32, "cents": pl.Int32,
+           "level": pl.Int8, "name": pl.String})
 view = FeatureView("narrow", spine=q, key="id", features=[
     Derived(total=pl.col("qty") * pl.col("cents"), slack=pl.col("name").str.len_bytes() - 10, h=pl.col("name").hash(1),
-            raised=pl.col("level") + pl.col("level"), bytes=pl.col("level").cast(pl.UInt8, strict=False) + pl.lit(200, pl.UInt8)),
+            raised=pl.col("level") + pl.col("level"),
+            bytes=pl.col("level").cast(pl.UInt8, strict=False) + pl.lit(200, pl.UInt8)),
     Derived(qty=pl.col("qty"), half=pl.col("qty") / 2),
     Trailing(q, by="name", over="9d", stats={"qty": ("sum", "max")}),
 ])
 """
 WIDE = """
-q = Source("q", time="at", columns={"id": pl.Int64, "qty": pl.Int32, "cents": pl.Int32, "level": pl.Int8, "name": pl.String})
+q = Source("q", time="at", columns={"id": pl.Int64, "qty": pl.Int32, "cents": pl.Int32,
+           "level": pl.Int8, "name": pl.String})
 view = FeatureView("wide", spine=q, key="id", features=[
     Derived(qty=pl.col("qty"), level=pl.col("level"), half=pl.col("qty") / 2, long=pl.col("name").str.len_bytes()),
     Trailing(q, by="name", over="9d", stats={"qty": ("sum", "max"), "cents": "mean", "*": "count"}),
@@ -438,7 +446,8 @@ def ties() -> None:
         view: made.rows("features", view, "*").sort("id").drop("row_id", "date", "at").to_dicts() for view in TIED_VIEWS
     }
     repeats = [{"id": 1, "ev_by_k_v_sum_1d": 9.0}, {"id": 2, "ev_by_k_v_sum_1d": 3.0}]
-    # At one moment the greatest by `order`, then by all columns is the last; of a dimension's rows the smallest is used.
+    # At one moment the greatest by `order`, then by all columns is the last; of a dimension's rows the smallest is
+    # used.
     tied = [{"id": 1, "tied_s": "x", "dim_s": "y"}, {"id": 2, "tied_s": "w", "dim_s": "y"}]
     made.expected["right"] = {
         "repeats_alone": repeats,

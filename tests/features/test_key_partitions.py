@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -217,41 +218,56 @@ def same(
         assert (name, there.used, there.repeated, there.dead) == (name, tally.used, tally.repeated, tally.dead)
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    rows=st.sampled_from([12, 90, 240]),
-    heavy=st.sampled_from([0.0, 0.9]),
-    ever=st.booleans(),
+@dataclass(frozen=True)
+class Cut:
+    """How rows are cut into blocks, and blocks by key."""
+
+    block_rows: int
+    shards: int | None
+    shuffled: bool
+    routed: bool
+    chunk: int
+
+
+CUTS = st.builds(
+    Cut,
     block_rows=st.sampled_from([25, 80, 10**6]),
     shards=st.sampled_from([None, 2, 3, 50]),
     shuffled=st.booleans(),
     routed=st.booleans(),
     chunk=st.sampled_from([7, 60, 10**6]),
-    unsorted=st.booleans(),
+)
+
+
+@given(
+    view=st.sampled_from([LONG, EVER]),
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([12, 90, 240]),
+    spread=st.tuples(st.sampled_from([0.0, 0.9]), st.booleans()),
+    cut=CUTS,
 )
 @settings(max_examples=15)
 def test_any_cut_by_key_gives_the_same_bits_letters_and_accounts(
     tmp_path_factory: pytest.TempPathFactory,
+    view: FeatureView,
     seed: int,
     rows: int,
-    heavy: float,
-    ever: bool,
-    block_rows: int,
-    shards: int | None,
-    shuffled: bool,
-    routed: bool,
-    chunk: int,
-    unsorted: bool,
+    spread: tuple[float, bool],
+    cut: Cut,
 ) -> None:
-    view = EVER if ever else LONG
+    heavy, unsorted = spread
     store = write(tmp_path_factory.mktemp("store"), spoiled(history(seed, rows, heavy)), shuffle=unsorted)
     whole = computed(view, store, key_shards=1)
     with pytest.MonkeyPatch.context() as patch:
         for module in (reader, key_partitions, routed_dimensions):
-            patch.setattr(module, "CHUNK_ROWS", chunk)
-        patch.setattr(reader.stream_slices, "__defaults__", (*reader.stream_slices.__defaults__[:-1], chunk))  # type: ignore[index]
-        choices = {"block_rows": block_rows, "key_shards": shards, "broadcast_bytes": 0 if routed else 10**9}
-        same(computed(view, store, shuffled, **choices), whole)
+            patch.setattr(module, "CHUNK_ROWS", cut.chunk)
+        patch.setattr(reader.stream_slices, "__defaults__", (*reader.stream_slices.__defaults__[:-1], cut.chunk))  # type: ignore[index]
+        choices = {
+            "block_rows": cut.block_rows,
+            "key_shards": cut.shards,
+            "broadcast_bytes": 0 if cut.routed else 10**9,
+        }
+        same(computed(view, store, cut.shuffled, **choices), whole)
 
 
 @given(

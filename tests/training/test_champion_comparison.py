@@ -1,4 +1,5 @@
-"""A champion is replaced only by a model that was compared with it, on the same test rows, and that predicts the same thing."""
+"""A champion is replaced only by a model that was compared with it, on the same test rows, and that predicts the same
+thing."""
 
 from __future__ import annotations
 

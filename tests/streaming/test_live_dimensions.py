@@ -15,7 +15,7 @@ import pytest
 from schemas.errors import ContractError, DataError
 from tests.support.live_dimensions_case import SHOPS, asked
 from tests.support.live_turns import SOURCES, Killed, dying_after, read, run, stream, view
-from tests.support.turns import Job
+from tests.support.turns import Job, JobOptions
 from transforms.records.times import FOREVER
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.kafka import Broker
@@ -90,7 +90,7 @@ def test_a_job_answers_on_while_its_dimension_is_broken(tmp_path: Path) -> None:
     assert len(served) == 1
     broken(tmp_path / "in" / "shops" / "s.parquet", "half a file")
     job = Job(
-        view, tmp_path, tmp_path / "in", {name: {0: 0, 1: 0} for name in SOURCES}, run_id="again", keep=30_000_000
+        view, tmp_path, tmp_path / "in", {name: {0: 0, 1: 0} for name in SOURCES}, JobOptions("again", keep=30_000_000)
     )
     for chunk in chunks[half:]:
         job.take([each._replace(offset=each.offset + 10**7) for each in chunk])

@@ -1,4 +1,5 @@
-"""Delta tables: nothing is visible before its commit, nothing is committed twice, nobody's dates are touched but one's own."""
+"""Delta tables: nothing is visible before its commit, nothing is committed twice, nobody's dates are touched but one's
+own."""
 
 import multiprocessing
 import os
@@ -174,7 +175,8 @@ def test_dates_that_changed_since_the_launch_are_refused(uri: str) -> None:
     put(uri, rows(DAYS[0], of=10), DAYS[:1], "run-2", base=0)
     with pytest.raises(
         ConflictError,
-        match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*written by run run-2.*run the same command again",
+        match=r"Nobody else changes the dates.*2020-01-01 changed since version 0.*written by run run-2.*"
+        r"run the same command again",
     ):
         put(uri, rows(*DAYS, of=20), DAYS, "run-3", base=0)
     assert read(uri)[0] == (DAYS[0], 10)

@@ -36,7 +36,8 @@ from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encod
 
 asks = Source("asks", time="at", columns={"id": pl.Int64, "shop": pl.String, "amount": pl.Float32})
 view = FeatureView("asks", spine=asks, key="id", features=[Derived(amount=pl.col("amount"), half=pl.col("amount") / 2)])
-model = Model(view, label=Label(asks, on="id", value=pl.col("amount") > 20, within="1d"), split=TimeSplit(validate="1d", test="1d"), encode={"shop": encoders.Ordinal()})
+model = Model(view, label=Label(asks, on="id", value=pl.col("amount") > 20, within="1d"),
+              split=TimeSplit(validate="1d", test="1d"), encode={"shop": encoders.Ordinal()})
 """
 
 
@@ -135,7 +136,8 @@ def champion(shop: Shop) -> Iterator[Champion]:
 
 
 def test_under_load_every_row_is_scored_by_the_version_it_names(shop: Shop) -> None:
-    """Four workers score while the alias moves; a batch is never scored by two models, no row is lost or comes twice."""
+    """Four workers score while the alias moves; a batch is never scored by two models, no row is lost or comes
+    twice."""
     shop.promote("1")
     handler = ChampionHandler(shop.serving(poll=1_000))
     champion, stop = handler.load_model(), threading.Event()

@@ -1,4 +1,4 @@
-"""Panes against a plain list of rows, and against what their cells say."""
+"""Time buckets against a plain list of rows, and against what is restored from their stored changes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,25 @@ def rows(frames: list[pl.DataFrame]) -> list[tuple[object, ...]]:
     return sorted((row for frame in frames for row in frame.rows()), key=str)
 
 
+def bucket_ends(times: list[int], width: int) -> list[int]:
+    """Where the bucket of each row of one batch ends.
+
+    Buckets are as wide as the smallest doubling of `width` of which eight cover the batch, counted in buckets of
+    `width`.
+    """
+    span, wide = (max(times) // width - min(times) // width) * width if times else 0, width
+    while span >= 8 * wide:
+        wide *= 2
+    return [(time // wide + 1) * wide for time in times]
+
+
 @given(st.integers(0, 2**32))
 def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) -> None:
     random = Random(seed)
     width = random.choice([1, 7, 100])
     buckets, plain, next_id = TimeBuckets("t", width), [], 0
     slots: list[list[bytes]] = [[] for _ in range(SLOTS)]
+    ends: dict[int, int] = {}  # of the bucket of each row, by its id
     for _ in range(random.randrange(25)):
         what = random.choice(["add", "add", "add", "evict", "drop", "before"])
         if what == "add":
@@ -35,14 +48,9 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
             next_id += len(new)
             buckets.add(pl.DataFrame(new, schema=SCHEMA, orient="row"))
             plain += new
+            ends |= dict(zip([row[3] for row in new], bucket_ends([row[0] for row in new], width), strict=True))
         elif what == "evict":
             horizon = random.randrange(-300, 300)
-            ends = {
-                row[3]: (number + 1) * width
-                for number, parts in buckets.buckets.items()
-                for part in parts
-                for row in part.frame.rows()
-            }
             gone = buckets.evict(horizon)
             kept = [row for row in plain if ends[row[3]] > horizon]
             assert rows(gone) == sorted((row for row in plain if row not in kept), key=str)

@@ -134,19 +134,23 @@ def test_avro_containers_are_read() -> None:
         (b"", "Arrow IPC stream, json or an avro"),
         (b'{"id": 1', "delimiter"),
         (
-            b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
+            b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
             "'id' is Int64",
         ),
         (
-            b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
+            b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
             "'id' is Int64",
         ),
         (
-            b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, "few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
+            b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, '
+            b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
             "ISO 8601 with its zone",
         ),
         (
-            b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, "few": 300, "fast": true, "day": "2024-05-01", "rate": 1}',
+            b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
+            b'"few": 300, "fast": true, "day": "2024-05-01", "rate": 1}',
             "a number beyond it",
         ),
         (b'{"sold": "2024-05-01T12:00:00Z"}', "declared column 'id'"),

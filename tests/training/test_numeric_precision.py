@@ -1,4 +1,5 @@
-"""What a model is fed keeps its digits, and every fitted figure is that of exact arithmetic, however rows are cut and merged."""
+"""What a model is fed keeps its digits, and every fitted figure is that of exact arithmetic, however rows are cut and
+merged."""
 
 from __future__ import annotations
 
@@ -317,9 +318,11 @@ def test_what_lies_too_far_outside_the_training_split_is_told(caplog: pytest.Log
 DEFINITION = """
 import polars as pl
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
-ev = Source("ev", time="at", columns={{"id": pl.Int64, "day": pl.Int64, "far": pl.Int64, "stamp": pl.Float64, "y": pl.Int64}})
+ev = Source("ev", time="at",
+            columns={{"id": pl.Int64, "day": pl.Int64, "far": pl.Int64, "stamp": pl.Float64, "y": pl.Int64}})
 view = FeatureView("{view}", spine=ev, key="id", features=[Derived({features})])
-model = Model(view, label=Label(ev, on="id", value=pl.col("y"), within="1h", absent=0), split=TimeSplit(validate="20d", test="20d"),
+model = Model(view, label=Label(ev, on="id", value=pl.col("y"), within="1h", absent=0),
+              split=TimeSplit(validate="20d", test="20d"),
     encode={{{encode}}}, params={{"max_depth": 2}}, rounds=10, {more})
 """
 START = datetime(2024, 1, 1, tzinfo=UTC)

@@ -1,4 +1,5 @@
-"""Disks that are full, read-only or closed: a message that says so, nothing half-written, and the same command goes on later."""
+"""Disks that are full, read-only or closed: a message that says so, nothing half-written, and the same command goes on
+later."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def goes_on(case: Case, store: Path) -> None:
 
 @needs_root
 def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, tmp_path: Path) -> None:
-    """Of 0 kB to what the load needs, in pages: the disk fills up at every kind of file, those of delta-rs among them."""
+    """Of 0 kB to what the load needs, in pages: the disk fills up at every kind of file, those of delta-rs among
+    them."""
     assert case.before is not None
     positions: set[str] = set()
     fits = False

@@ -178,7 +178,8 @@ def test_a_live_store_goes_on_from_its_tables(live: Stored) -> None:
     live.go_on([*live.messages("before")[-3:], *live.messages("to_come")])
     found = live.answers()
     assert len(found) == live.expected["answers_whole"]
-    # A spine row that waits over a stop is judged late by the completeness at the restart: more of them are late, none less.
+    # A spine row that waits over a stop is judged late by the completeness at the restart: more of them are late, none
+    # less.
     late = pl.col("__late")
     assert whole.filter(late).join(found.filter(late), on="row_id", how="anti").is_empty()
     newly = found.filter(late).join(whole.filter(late), on="row_id", how="anti")
