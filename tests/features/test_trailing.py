@@ -187,7 +187,7 @@ def note(table: Any, counted: int) -> dict[str, str]:
 
 def test_a_refused_commit_fails_the_pipeline_with_its_reason(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
-    with pytest.raises(StoreError, match="writes only the dates it answers for"), Pipeline() as pipeline:
+    with pytest.raises(StoreError, match="writes rows of its own dates only"), Pipeline() as pipeline:
         _ = pipeline | beam.Create([batch(*DAYS)]) | WriteTable(CommitTarget(uri, SCHEMA, DAYS[:1], "run-1"))
     assert open_table(uri) is None
 
