@@ -15,12 +15,12 @@ from polars.testing import assert_frame_equal
 
 from schemas import FeatureView
 from schemas.errors import DataError, StoreError
-from schemas.tables import DEAD_LETTERS
 from tests.support import market
 from transforms.features.block_inputs import read_dimension
 from transforms.features.plan import FeaturePlan, interval, plan_blocks
 from transforms.features.trailing_features import TrailingFeatures, compute_block, features_batch
 from transforms.records.times import EPOCH, MICROSECOND
+from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
 from transforms.sources.tallies import SourceTally, add_tallies, conserve

@@ -20,10 +20,11 @@ from deltalake import DeltaTable
 from deltalake.transaction import CommitProperties, Transaction
 
 from schemas.errors import StoreError
-from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema, repeats_by
+from schemas.live import accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Frames, head_of, unpack
 from transforms.records.record_batches import batch
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
