@@ -24,13 +24,13 @@ from beam_pipelines.runtime.run_report import Run, execute, log, read_json, writ
 from beam_pipelines.runtime.trained_models import models_trained_on
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
 from schemas.loading import Definition, load_definition
-from schemas.tables import DEAD_LETTERS
 from transforms.features.history_snapshots import HistorySnapshots
 from transforms.features.manifest_store import WriteManifest
 from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
 from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
+from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,

@@ -36,24 +36,6 @@ ANSWER = pa.schema(
 # What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
-# Messages and rows that broke their contract, and refused spine rows.  `place` is −1 for a whole message.  For a row of
-# a dimension `partition` is −1, `offset` its row in a file and `place` the number of the file; the rule names file and
-# version.
-LIVE_DEAD_LETTERS = pa.schema(
-    [
-        ("source", pa.string()),
-        ("partition", pa.int32()),
-        ("offset", pa.int64()),
-        ("place", pa.int32()),
-        ("field", pa.string()),
-        ("rule", pa.string()),
-        ("value", pa.string()),
-        ("view", pa.string()),
-        ("arrived", TIME),
-        ("date", pa.date32()),
-    ]
-)
-
 
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
     """Columns that identify repeats among the events of `name`, which count once; empty if every row counts.

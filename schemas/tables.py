@@ -8,20 +8,6 @@ from schemas.errors import DefinitionError
 
 TIME = pa.timestamp("us", tz="UTC")
 
-# Rows that broke their contract.  `row` is the row's number in its file, −1 for the file as a whole; `source` may be the spine's.
-DEAD_LETTERS = pa.schema(
-    [
-        ("source", pa.string()),
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("field", pa.string()),
-        ("rule", pa.string()),
-        ("value", pa.string()),
-        ("view", pa.string()),
-        ("date", pa.date32()),
-    ]
-)
-
 # What a prediction adds to the key, time and `row_id` of its feature row; the scores stand after `prediction_id`.
 PREDICTION = pa.schema(
     [

@@ -10,6 +10,7 @@ import pytest
 from beam_pipelines.cli import COMMANDS
 from schemas import live, tables
 from schemas.splits import LABEL, LABEL_TIME
+from transforms.sources import dead_letters
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -27,7 +28,14 @@ def test_readme_links_to_every_page(page: str) -> None:
 
 
 def test_the_glossary_translates_every_column_of_ours_with_underscores() -> None:
-    schemas = (live.ORIGIN, live.ANSWER, live.SEEN, live.LIVE_DEAD_LETTERS, tables.DEAD_LETTERS, tables.PREDICTION)
+    schemas = (
+        live.ORIGIN,
+        live.ANSWER,
+        live.SEEN,
+        dead_letters.LIVE_DEAD_LETTERS,
+        dead_letters.DEAD_LETTERS,
+        tables.PREDICTION,
+    )
     names = {name for schema in schemas for name in schema.names if name.startswith("__")} | {LABEL, LABEL_TIME}
     glossary = (DOCS / "glossary.md").read_text(encoding="utf-8").split("## Stored names")[1]
     assert {"__cut", "__label"} <= names

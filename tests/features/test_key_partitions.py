@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
-from schemas.tables import DEAD_LETTERS
 from schemas.views import lifetime_sources
 from tests.support import oracles
 from tests.support.without_beam import outputs_of
@@ -24,6 +23,7 @@ from transforms.features import key_partitions, plan, routed_dimensions
 from transforms.features.history_snapshots import Chain, Segment, chains, segments
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import reader
+from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.tallies import SourceTally
 

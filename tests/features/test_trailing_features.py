@@ -15,13 +15,13 @@ from polars.testing import assert_frame_equal
 
 from schemas import FeatureView
 from schemas.errors import DataError, StoreError
-from schemas.tables import DEAD_LETTERS
 from tests.support import market
 from transforms.features.block_features import features_batch
 from transforms.features.block_inputs import read_dimension
 from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
 from transforms.features.trailing_features import TrailingFeatures, compute_block
 from transforms.records.times import EPOCH, MICROSECOND
+from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
@@ -189,7 +189,7 @@ def note(table: Any, counted: int) -> dict[str, str]:
 
 def test_a_refused_commit_fails_the_pipeline_with_its_reason(tmp_path: Path) -> None:
     uri = str(tmp_path / "table")
-    with pytest.raises(StoreError, match="writes only the dates it answers for"), Pipeline() as pipeline:
+    with pytest.raises(StoreError, match="writes rows of its own dates only"), Pipeline() as pipeline:
         _ = pipeline | beam.Create([batch(*DAYS)]) | WriteTable(CommitTarget(uri, SCHEMA, DAYS[:1], "run-1"))
     assert open_table(uri) is None
 

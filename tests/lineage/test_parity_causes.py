@@ -17,7 +17,6 @@ from beam_pipelines import features
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView
-from schemas.live import LIVE_DEAD_LETTERS
 from tests.support import market
 from tests.support.turns import Job, JobOptions
 from transforms.lineage.counted_rows import (
@@ -32,6 +31,7 @@ from transforms.lineage.counted_rows import (
     Batch,
 )
 from transforms.lineage.difference_causes import Full, compare
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.journal import Journal

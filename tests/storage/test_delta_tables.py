@@ -165,7 +165,7 @@ def test_no_rows_at_all_make_an_empty_table(uri: str) -> None:
 
 
 def test_a_row_outside_the_dates_of_a_run_is_refused(uri: str) -> None:
-    with pytest.raises(StoreError, match=r"writes only the dates it answers for\. Got 2020-01-03"):
+    with pytest.raises(StoreError, match=r"writes rows of its own dates only\. Got 2020-01-03"):
         put(uri, rows(*DAYS), DAYS[:2], "run-1")
     assert open_table(uri) is None
 

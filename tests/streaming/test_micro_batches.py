@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from transforms.records.times import ALWAYS
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.streaming.micro_batches import AGAIN, GAP_PATIENCE, SKIPPED, MicroBatch, in_order, no_topic
 
 

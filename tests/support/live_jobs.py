@@ -20,10 +20,11 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from deploy.streaming.processes import Child
 from schemas import FeatureView, load_definition
-from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema
+from schemas.live import accepted, live_schema
 from tests.support import market
 from tests.support.live_fixtures import Live
 from transforms.lineage.feature_parity import check
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow

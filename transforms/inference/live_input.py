@@ -19,11 +19,12 @@ from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, MessageRange
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER, now_us
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_tables import read_answers
-from transforms.streaming.messages import HEARTBEAT, MESSAGE_DEAD_LETTERS, Message, by_partition, heartbeat, to_arrow
+from transforms.streaming.messages import HEARTBEAT, Message, by_partition, heartbeat, to_arrow
 
 log = logging.getLogger("millrace.serving")
 # The log message by which a replay reports its progress.

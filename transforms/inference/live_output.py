@@ -20,7 +20,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.transforms.userstate import on_timer
 from deltalake import DeltaTable
 
-from schemas.live import LIVE_DEAD_LETTERS, live_predictions
+from schemas.live import live_predictions
 from schemas.views import FeatureView
 from transforms.inference.live_input import source_of
 from transforms.inference.live_records import BatchOrigin, CommitStatus, ScoringState, ServingModel, ServingPeriod
@@ -29,11 +29,12 @@ from transforms.records.frame_packets import head_of
 from transforms.records.garbage_collection import freeze_imports
 from transforms.records.record_batches import frame
 from transforms.records.times import FOREVER, now_us
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS, MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_tables import open_table
 from transforms.streaming.kafka import MESSAGE_ROWS, Broker, dead_letter_messages
 from transforms.streaming.kafka_admin import FirstAvailable
 from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, Decoded, to_arrow
+from transforms.streaming.messages import Decoded, to_arrow
 from transforms.streaming.micro_batches import (
     SKIPPED,
     MicroBatch,

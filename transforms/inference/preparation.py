@@ -8,7 +8,6 @@ from datetime import date, timedelta
 from typing import Any
 
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError, MismatchError, StoreError
 from schemas.loading import Definition
@@ -20,6 +19,7 @@ from transforms.models.bundle import Bundle, digest_of, load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, columns_read
 from transforms.storage.delta_tables import CommitTarget, DataFile, data_files, days_between, delta_schema, open_table
+from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.paths import features_uri, predictions_uri
 from transforms.storage.tfrecord_io import matching
 
@@ -125,13 +125,7 @@ def feature_files(
     """Returns address and version of the feature table, its files in the interval, and the dates of the interval."""
     uri = features_uri(request.store, view.name, view.fingerprint)
     again = _command("features", request)
-    if (table := open_table(uri)) is None:
-        if others := fingerprints(request.store, view.name):
-            value = f"{', '.join(others)} in {FileSystems.split(uri)[0]}, {view.fingerprint} in the definition"
-            raise MismatchError("The definition's features have been computed", value, f"Compute them with: {again}")
-        raise StoreError(
-            "Features are computed before they are scored", f"no table at {uri}", f"Compute them with: {again}"
-        )
+    table = open_feature_table(uri, again)
     check_fields(uri, table, schema, f"Compute them again with: {again}")
     warn_of_outdated(view, table)
     every = data_files(table)
@@ -142,12 +136,6 @@ def feature_files(
         raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
     dates = days_between(request.start or files[0].date, request.end or files[-1].date + timedelta(days=1))
     return f"{uri}@{table.version()}", files, dates
-
-
-def fingerprints(store: str, view: str) -> list[str]:
-    """Fingerprints of all feature tables of a view."""
-    (match,) = FileSystems.match([FileSystems.join(features_uri(store, view, "*"), "_delta_log", "*.json")])
-    return sorted({each.path.replace("\\", "/").split("/")[-3] for each in match.metadata_list})
 
 
 def check_target(uri: str, schema: pa.Schema) -> int | None:

@@ -20,11 +20,12 @@ import polars as pl
 from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
-from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
+from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources, reached_from
 from transforms.features.kernel import KernelTables, compute
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import days_in
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept

@@ -19,6 +19,7 @@ from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, table_root
+from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.paths import tables_below
 from transforms.storage.vacuum import files_below
 
@@ -137,16 +138,7 @@ def view_table(store: str, view: FeatureView, version: int | None = None, positi
         StoreError: there is none; other fingerprints are named.
     """
     uri = FileSystems.join(store, position, view.name, view.fingerprint)
-    table = open_table(uri, version)
-    if table is None:
-        others = [name.split("/")[2] for name in tables_below(store) if name.startswith(f"{position}/{view.name}/")]
-        there = f"; there are {', '.join(others)}" if others else ""
-        raise StoreError(
-            "The definition's features have been computed",
-            f"no table at {uri}{there}",
-            "Compute them with: millrace features",
-        )
-    return table
+    return open_feature_table(uri, "millrace features", version, mismatch=StoreError)
 
 
 def find_rows(

@@ -13,7 +13,16 @@ from transforms.public_names import import_when_used
 if TYPE_CHECKING:
     from transforms.sources.contracts import Contract, check_rows
     from transforms.sources.day_digests import Digests, add
-    from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters, dead_letters_batch
+    from transforms.sources.dead_letters import (
+        DEAD_LETTERS,
+        LIVE_DEAD_LETTERS,
+        MESSAGE_DEAD_LETTERS,
+        SOURCE_DEAD_LETTERS,
+        as_message_dead_letters,
+        concat_dead_letters,
+        dead_letters_batch,
+        message_dead_letters,
+    )
     from transforms.sources.inventory import (
         Inventory,
         Slice,

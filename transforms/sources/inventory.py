@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +23,7 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
 from transforms.sources.contracts import Contract, Partitions, fits
-from transforms.storage.delta_tables import WRITE_POOL, open_table, paths_of, table_root
+from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
 
 
@@ -137,7 +138,9 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
     paths = files_of(root, contract.source, version)
     try:
-        return contract, [each for part in WRITE_POOL.map(lambda path: _slices(path, contract), paths) for each in part]
+        return contract, [
+            each for part in file_pool().map(lambda path: _slices(path, contract), paths) for each in part
+        ]
     except ContractError:
         _of_one_type(contract, paths)
         raise
@@ -250,10 +253,10 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     try:
         try:
             return pq.ParquetFile(opened())
-        except pa.ArrowException as error:
-            if "Unrecognized type" not in str(error):
-                raise
-            return pq.ParquetFile(opened(), metadata=_metadata(opened()))
+        except pa.ArrowInvalid:
+            with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
+                return pq.ParquetFile(opened(), metadata=_metadata(opened()))
+            raise
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):

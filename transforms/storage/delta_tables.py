@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import apache_beam as beam
@@ -50,10 +50,15 @@ _TYPES = {
 READ_ROWS = 250_000
 # By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
 TABLE_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
-WRITE_POOL = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
-# Commits of other dates at the same moment make one try again: 20 times, waiting at most 0.02, 0.04, … 2 s between, some
-# 15 s on average in all.
+# A commit is attempted 20 times if other writers interfere. The waits between the attempts are at most 0.02, 0.04, … 2 s, and
+# about 15 s in all on average.
 COMMIT_ATTEMPTS, FIRST_BACKOFF, LONGEST_BACKOFF = 20, 0.02, 2.0
+
+
+@functools.cache
+def file_pool() -> ThreadPoolExecutor:
+    """The threads of this process that read and write Parquet files."""
+    return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,11 @@ class DataFile:
     date: date
     rows: int
     bytes: int
+
+
+# What `write_files` returns: each file with the values of its partition columns.
+WrittenFiles = list[tuple[DataFile, dict[str, str]]]
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +170,7 @@ def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[D
 
 def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
     """The rows of `files` as one batch; a column that some of the files do not have is null there."""
-    parts = list(WRITE_POOL.map(lambda file: read_file(file, columns), files))
+    parts = list(file_pool().map(lambda file: read_file(file, columns), files))
     whole = pa.concat_tables(with_every_column(parts))
     return batch(whole, whole.schema)
 
@@ -195,9 +205,7 @@ class ReadTable(beam.PTransform):
         )
 
 
-def write_files(
-    rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None
-) -> list[tuple[DataFile, dict[str, str]]]:
+def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None) -> WrittenFiles:
     """Write the batch as one Parquet file per date under `uri`, invisible until committed.
 
     Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
@@ -231,7 +239,7 @@ def write_files(
         write_aside(folder, name, buffer)
         return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
 
-    return list(WRITE_POOL.map(write, starts, [*starts[1:], len(days)])) if starts else []
+    return list(file_pool().map(write, starts, [*starts[1:], len(days)])) if starts else []
 
 
 def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
@@ -329,85 +337,157 @@ class WriteTable(beam.PTransform):
         return files | CommitFiles(self.target)
 
 
+class CommittedMeanwhile(Exception):
+    """Another writer committed to a table after this writer opened it."""
+
+
+@contextlib.contextmanager
+def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[None]:
+    """Translates the errors of one commit to `table`, the table at `uri` as it was opened (None: there was no table).
+
+    Raises:
+        CommittedMeanwhile: another writer committed, or created the table, since then.
+        StoreError: the store cannot be written. `fix` says what the user can do.
+    """
+    try:
+        yield
+    except CommitFailedError:
+        raise CommittedMeanwhile(uri) from None
+    except (DeltaError, OSError) as error:
+        if table is None and open_table(uri) is not None:
+            raise CommittedMeanwhile(uri) from None
+        raise StoreError("The store can be written", f"{uri}: {_in_a_line(error)}", fix) from None
+
+
+def retry_commits(uri: str, attempt: Callable[[DeltaTable | None], Result], exhausted: StoreError) -> Result:
+    """Calls `attempt` with the newest version of the table (None: there is no table) until no other writer interferes.
+
+    The waits between attempts are random, so that two writers that met once do not meet again.
+
+    Raises:
+        StoreError: `exhausted`, after `COMMIT_ATTEMPTS` attempts.
+    """
+    for number in range(COMMIT_ATTEMPTS):
+        if number:
+            time.sleep(random.uniform(0, min(FIRST_BACKOFF * 2**number, LONGEST_BACKOFF)))
+        try:
+            return attempt(open_table(uri))
+        except CommittedMeanwhile:
+            continue
+    raise exhausted
+
+
+def create_table(
+    uri: str, schema: Schema, actions: Sequence[AddAction], partition_by: list[str], properties: CommitProperties
+) -> None:
+    """Creates a table whose first version has the files of `actions`."""
+    create_table_with_add_actions(
+        uri,
+        schema,
+        list(actions),
+        mode="error",
+        partition_by=partition_by,
+        configuration=TABLE_CONFIGURATION,
+        commit_properties=properties,
+    )
+
+
 def commit(
     target: CommitTarget,
-    written: list[tuple[DataFile, dict[str, str]]],
+    written: WrittenFiles,
     prepare: Callable[..., dict[str, str]] | None = None,
     side: Sequence[Any] = (),
 ) -> Committed:
-    """Make `written` the content of the target's dates by one atomic commit.
+    """Replaces the rows of the target's dates with the files `written`, in one atomic commit.
 
     Raises:
-        ConflictError: the dates changed under the run, or there were too many writers.
-        StoreError: a row outside the dates, or the store refuses.
+        ConflictError: another run has changed the dates since `target.base`, or too many writers commit at the same time.
+        StoreError: a row has another date, or the store cannot be written.
     """
     strays = sorted({file.date.isoformat() for file, _ in written} - {day.isoformat() for day in target.dates or ()})
     if strays and target.dates is not None:
         raise StoreError(
-            "A run writes only the dates it answers for",
+            "A run writes rows of its own dates only",
             ", ".join(strays[:5]),
             "This is a defect of Millrace: please report it",
         )
     unique = {file.path: (file, values) for file, values in written}
-    actions: list[Any] = [add_action(target.uri, file, values) for file, values in unique.values()]
-    done = {
-        "rows": sum(file.rows for file, _ in unique.values()),
-        "files": len(unique),
-        "dates": tuple(sorted({file.date for file, _ in unique.values()})),
-    }
-    schema, parts = delta_schema(target.schema), [*(target.extra or {}), "date"]
-    before = _paths(open_table(target.uri, target.base), target) if target.base is not None else {}
-    for attempt in range(COMMIT_ATTEMPTS):
-        if attempt:  # waits of random length part those who met
-            time.sleep(random.uniform(0, min(FIRST_BACKOFF * 2**attempt, LONGEST_BACKOFF)))
-        table = open_table(target.uri)
-        try:
-            more = {} if prepare is None else prepare(table, *side)
-            properties = CommitProperties(
-                custom_metadata={**(target.metadata or {}), **more, "run_id": target.run_id},
-                app_transactions=[Transaction(target.run_id, 1)],
-            )
+    base = None if target.base is None else open_table(target.uri, target.base)
+    replacement = _Replacement(target, tuple(unique.values()), _paths(base, target), prepare, tuple(side))
+    return retry_commits(
+        target.uri,
+        replacement.attempt,
+        ConflictError(
+            f"A commit succeeds within {COMMIT_ATTEMPTS} attempts",
+            f"as many commits of other runs to {target.uri} meanwhile",
+            "Run the same command again when fewer runs write to this table",
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Replacement:
+    """A commit of `files` that replaces the files `before`, each path with its date, of the target's dates."""
+
+    target: CommitTarget
+    files: tuple[tuple[DataFile, dict[str, str]], ...]
+    before: Mapping[str, date]
+    prepare: Callable[..., dict[str, str]] | None
+    side: tuple[Any, ...]
+
+    def attempt(self, table: DeltaTable | None) -> Committed:
+        """Commits to `table`, the newest version, unless the run has committed before.
+
+        Raises:
+            CommittedMeanwhile: another writer committed since `table` was opened.
+            ConflictError: another run has changed the dates since `target.base`.
+        """
+        target = self.target
+        with commit_attempt(target.uri, table, "Check access and free space, then run the same command again"):
+            properties = self._properties(table)
+            actions = [add_action(target.uri, file, values) for file, values in self.files]
             if table is None:
-                create_table_with_add_actions(
-                    target.uri,
-                    schema,
-                    actions,
-                    mode="error",
-                    partition_by=parts,
-                    configuration=TABLE_CONFIGURATION,
-                    commit_properties=properties,
-                )
-                return Committed(0, **done, fresh=True)  # type: ignore[arg-type]
-            # delta-rs records a repeated transaction instead of refusing it, so look first, on this same snapshot.
+                create_table(target.uri, delta_schema(target.schema), actions, self._partition_by(), properties)
+                return self._committed(0, fresh=True)
+            # delta-rs accepts a repeated transaction, so the log of this snapshot is searched before the commit.
             if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
-                return Committed(made, **done, fresh=False)  # type: ignore[arg-type]
+                return self._committed(made, fresh=False)
             now = _paths(table, target)
-            if now != before:
-                raise conflict(target.uri, target.base, table.version(), before.keys() - now, now.keys() - before)
+            if now != self.before:
+                gone, new = self.before.keys() - now, now.keys() - self.before
+                raise conflict(target.uri, target.base, table.version(), gone, new)
             todo, dates = remaining(target.uri, actions, target.dates, now)
-            if not todo and (not now or dates == ()):  # nothing to say, or an earlier launch of this run has said it
-                return Committed(version_of_run(target.uri, target.run_id, table.version()), **done, fresh=False)  # type: ignore[arg-type]
+            if not todo and (not now or dates == ()):  # there is nothing to commit, or this run has committed it
+                return self._committed(self._version_in(table), fresh=False)
             table.create_write_transaction(
-                todo, "overwrite", schema, parts, _filters(target, dates), commit_properties=properties
+                todo,
+                "overwrite",
+                delta_schema(target.schema),
+                self._partition_by(),
+                _filters(target, dates),
+                commit_properties=properties,
             )
             written_table = open_table(target.uri)
             assert written_table is not None
-            return Committed(version_of_run(target.uri, target.run_id, written_table.version()), **done, fresh=True)  # type: ignore[arg-type]
-        except CommitFailedError:
-            continue  # somebody committed in between: look again whether our dates are untouched
-        except (DeltaError, OSError) as error:
-            if table is None and open_table(target.uri) is not None:
-                continue  # somebody created the table in between
-            raise StoreError(
-                "The store can be written",
-                f"{target.uri}: {_in_a_line(error)}",
-                "Check access and free space, then run the same command again",
-            ) from None
-    raise ConflictError(
-        f"A commit goes through within {COMMIT_ATTEMPTS} tries",
-        f"as many other commits to {target.uri} meanwhile",
-        "Run the same command again when fewer runs write to this table",
-    )
+            return self._committed(self._version_in(written_table), fresh=True)
+
+    def _properties(self, table: DeltaTable | None) -> CommitProperties:
+        prepared = {} if self.prepare is None else self.prepare(table, *self.side)
+        return CommitProperties(
+            custom_metadata={**(self.target.metadata or {}), **prepared, "run_id": self.target.run_id},
+            app_transactions=[Transaction(self.target.run_id, 1)],
+        )
+
+    def _partition_by(self) -> list[str]:
+        return [*(self.target.extra or {}), "date"]
+
+    def _version_in(self, table: DeltaTable) -> int:
+        return version_of_run(self.target.uri, self.target.run_id, table.version())
+
+    def _committed(self, version: int, fresh: bool) -> Committed:
+        files = [file for file, _ in self.files]
+        dates = tuple(sorted({file.date for file in files}))
+        return Committed(version, sum(file.rows for file in files), len(files), dates, fresh)
 
 
 def add_action(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
@@ -455,6 +535,3 @@ def _in_a_line(error: BaseException) -> str:
     """The error in one line; delta-rs tells causes in lines of their own, with arrows and colours."""
     lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
     return ": ".join(filter(None, lines))[:300] or type(error).__name__
-
-
-WrittenFiles = list[tuple[DataFile, dict[str, str]]]

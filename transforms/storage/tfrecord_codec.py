@@ -10,6 +10,7 @@ in `tensorflow/core/lib/io/record_writer.h`.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -26,14 +27,18 @@ from isal import isal_zlib
 CHUNK_ROWS = 1 << 14
 # Rows a thread turns into one gzip member; a file is several of them, as gzip allows.
 MEMBER_ROWS = 2 * CHUNK_ROWS
-_ENCODERS = ThreadPoolExecutor(os.cpu_count() or 1, "tfrecord")
 _EMPTY = pa.scalar(b"", pa.binary())
+
+
+@functools.cache
+def _encoders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, "tfrecord")
 
 
 def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
     """The rows of `batch` as a gzipped TFRecord file, in parts.  Equal rows give equal bytes."""
     starts = range(0, max(batch.num_rows, 1), MEMBER_ROWS)
-    yield from _ENCODERS.map(lambda start: _member(batch.slice(start, MEMBER_ROWS), level), starts)
+    yield from _encoders().map(lambda start: _member(batch.slice(start, MEMBER_ROWS), level), starts)
 
 
 def _member(batch: pa.RecordBatch, level: int) -> bytes:

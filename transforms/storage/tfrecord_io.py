@@ -73,7 +73,7 @@ def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Itera
 def _chunks(path: str, rows: int) -> Iterator[tuple[int, list[bytes]]]:
     """(Number of the first record, records), `rows` at a time."""
     first, found = 0, []
-    for record in _records(path):
+    for record in read_records(path):
         found.append(record)
         if len(found) == rows:
             yield first, found
@@ -82,7 +82,7 @@ def _chunks(path: str, rows: int) -> Iterator[tuple[int, list[bytes]]]:
         yield first, found
 
 
-def _records(path: str) -> Iterator[bytes]:
+def read_records(path: str) -> Iterator[bytes]:
     number = 0
     try:
         with _opened(path) as handle:

@@ -37,15 +37,7 @@ if TYPE_CHECKING:
         last_commit_record,
         read_answers,
     )
-    from transforms.streaming.messages import (
-        HEARTBEAT,
-        MESSAGE_DEAD_LETTERS,
-        Decoded,
-        Message,
-        by_partition,
-        heartbeat,
-        to_arrow,
-    )
+    from transforms.streaming.messages import HEARTBEAT, Decoded, Message, by_partition, heartbeat, to_arrow
     from transforms.streaming.micro_batches import (
         ORIGIN_COLUMNS,
         SKIPPED,

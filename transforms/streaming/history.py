@@ -19,13 +19,14 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
-from schemas.live import LIVE_DEAD_LETTERS, accepted, repeats_by
+from schemas.live import accepted, repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.block_inputs import distinct, joined
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_number, day_of, days_in, midnight
 from transforms.sources.contracts import Contract
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS, as_message_dead_letters
 from transforms.sources.inventory import Slice, files_of, survey, version_of
 from transforms.sources.reader import CHUNK_ROWS, Repeats, repeats_of, stream_slices, without_repeats
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
@@ -327,18 +328,7 @@ class _Files:
         ).drop("__number")
 
     def _dead_letters(self, dead_letters: pl.DataFrame) -> pl.DataFrame:
-        dead_letters = dead_letters.unique(["file", "row"], keep="first", maintain_order=True)
-        positions = {path: number for number, path in enumerate(sorted({each.path for each in self.slices}))}
-        file = pl.col("file").str.split("/").list.last()
-        return dead_letters.select(
-            "source",
-            pl.lit(HISTORY, pl.Int32).alias("partition"),
-            pl.col("row").alias("offset"),
-            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"),
-            "field",
-            pl.format("{} ({}, {})", "rule", file, pl.lit(self.version)).alias("rule"),
-            "value",
-        ).sort("place", "offset")
+        return as_message_dead_letters(dead_letters, HISTORY, (each.path for each in self.slices), self.version)
 
 
 def recorded(view: FeatureView, store: str, told: Mapping[str, Mapping[str, Any]]) -> Beginnings:

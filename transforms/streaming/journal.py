@@ -21,14 +21,14 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.records.frame_packets import Frames, pack
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, ORIGIN
+from transforms.streaming.messages import ORIGIN
 from transforms.streaming.micro_batches import (
     ORIGIN_COLUMNS,
     MicroBatch,
     NextAvailable,
-    dead_letter,
     digest,
     in_order,
     known_columns,
@@ -196,7 +196,7 @@ class Journal:
             return rows, []
         self._count(name, BEFORE_START, len(old))
         rule = f"{BEFORE_START}: a source without unique takes rows from before its start from its history alone"
-        return rows.filter(~early), [dead_letter(name, old, time, rule, pl.col(time).cast(pl.String))]
+        return rows.filter(~early), [message_dead_letters(name, old, time, rule, pl.col(time).cast(pl.String))]
 
     def _begun(self, name: str) -> None:
         """Once every partition of a source has sent something, record the time from which none of its rows is
@@ -325,7 +325,7 @@ class Journal:
             if len(old):
                 rule = "a question comes no later than the spine's lateness and --keep allow"
                 dead_letters.append(
-                    dead_letter(view.spine.name, old, view.time, rule, pl.col(view.time).cast(pl.String))
+                    message_dead_letters(view.spine.name, old, view.time, rule, pl.col(view.time).cast(pl.String))
                 )
                 self._count(spine, "too_late", len(old))
                 rows = rows.filter(moment >= since)
@@ -373,7 +373,7 @@ class Journal:
         if len(conflicts):
             key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
             dead_letters.append(
-                dead_letter(
+                message_dead_letters(
                     view.spine.name,
                     conflicts,
                     ", ".join(view.key),

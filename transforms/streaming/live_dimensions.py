@@ -23,11 +23,10 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.block_inputs import contradictions, dimension_rows
 from transforms.sources.contracts import Contract
-from transforms.sources.dead_letters import concat_dead_letters
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dead_letters, concat_dead_letters
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS
 
 log = logging.getLogger("millrace.live")
 # File, beside a dimension's versions, that names the version in use.
@@ -95,19 +94,8 @@ class Dimensions:
     def _reject(self, name: str, version: str, files: list[str], dead_letters: pl.DataFrame) -> None:
         if not len(dead_letters):
             return
-        dead_letters = dead_letters.unique(["file", "row"], keep="first", maintain_order=True)
-        positions = {path: number for number, path in enumerate(sorted(set(files)))}
-        file = pl.col("file").str.split("/").list.last()
-        collected = dead_letters.select(
-            "source",
-            pl.lit(-1, pl.Int32).alias("partition"),
-            pl.col("row").alias("offset"),
-            pl.col("file").replace_strict(positions, return_dtype=pl.Int32).alias("place"),
-            "field",
-            pl.format("{} ({}, version {})", "rule", file, pl.lit(version)).alias("rule"),
-            "value",
-            pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived"),
-        ).sort("place", "offset")
+        arrived = pl.lit(time.time_ns() // 1000, pl.Int64).alias("arrived")
+        collected = as_message_dead_letters(dead_letters, -1, files, f"version {version}", arrived)
         self._dead_letters.append(collected)
         log.warning(
             "dimension %s, version %s: rows rejected: %d; the first is row %d of %s: %s",

@@ -18,24 +18,26 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import CommitProperties, Transaction, create_table_with_add_actions
+from deltalake.transaction import CommitProperties, Transaction
 
 from schemas.errors import StoreError
-from schemas.live import LIVE_DEAD_LETTERS, accepted, live_schema, repeats_by
+from schemas.live import accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
+from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
-    TABLE_CONFIGURATION,
+    CommittedMeanwhile,
     DataFile,
     add_action,
+    commit_attempt,
+    create_table,
     data_files,
     delta_schema,
-    open_table,
     read_file,
+    retry_commits,
     write_files,
 )
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
@@ -123,18 +125,19 @@ class Writer:
         Raises:
             StoreError: the store cannot be written.
         """
-        for _ in range(COMMIT_ATTEMPTS):
-            table = open_table(self.uri)
+
+        def attempt(table: DeltaTable | None) -> int:
             rows = fresh(table, frame)
             if not len(rows) and not always:
                 return 0
             files = write_files(batch(rows.sort("date"), self.schema), self.uri, self.run_id)
-            if self.commit(table, files, turn, record):
-                return len(rows)
-        raise StoreError(
-            f"A commit goes through within {COMMIT_ATTEMPTS} tries",
-            self.uri,
-            "Is another live job writing the same table?",
+            if not self.commit(table, files, turn, record):
+                raise CommittedMeanwhile(self.uri)
+            return len(rows)
+
+        rule = f"A commit succeeds within {COMMIT_ATTEMPTS} attempts"
+        return retry_commits(
+            self.uri, attempt, StoreError(rule, self.uri, "Is another live job writing the same table?")
         )
 
     def commit(
@@ -156,33 +159,19 @@ class Writer:
             app_transactions=[Transaction(self.app, version)],
         )
         schema, actions = delta_schema(self.schema), [add_action(self.uri, file, values) for file, values in files]
+        fix = "Check access and free space; no row is lost, the job continues from its last commit"
         try:
-            if table is None:
-                create_table_with_add_actions(
-                    self.uri,
-                    schema,
-                    actions,
-                    mode="error",
-                    partition_by=["date"],
-                    configuration=TABLE_CONFIGURATION,
-                    commit_properties=properties,
-                )
+            with commit_attempt(self.uri, table, fix):
+                if table is None:
+                    create_table(self.uri, schema, actions, ["date"], properties)
+                    return True
+                known = {field.name for field in table.schema().fields}
+                if later := [field for field in schema.fields if field.name not in known]:
+                    table.alter.add_columns(later)  # an earlier version of Millrace made the table; its rows get null
+                table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
                 return True
-            known = {field.name for field in table.schema().fields}
-            if later := [field for field in schema.fields if field.name not in known]:
-                table.alter.add_columns(later)  # an earlier version of Millrace made the table; its rows get null
-            table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
-            return True
-        except CommitFailedError:
+        except CommittedMeanwhile:
             return False
-        except (DeltaError, OSError) as error:
-            if table is None and open_table(self.uri) is not None:
-                return False
-            raise StoreError(
-                "The store can be written",
-                f"{self.uri}: {str(error).splitlines()[0][:300]}",
-                "Check access and free space; no row is lost, the job continues from its last commit",
-            ) from None
 
 
 class NewRows:

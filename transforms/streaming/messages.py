@@ -21,20 +21,11 @@ from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 from transforms.records.times import FOREVER
 from transforms.sources.contracts import Contract, check_rows
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 
 HEARTBEAT = b"__heartbeat"
 # Columns beside the source's own: the origin of a row.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
-MESSAGE_DEAD_LETTERS = {
-    "source": pl.String,
-    "partition": pl.Int32,
-    "offset": pl.Int64,
-    "place": pl.Int32,
-    "field": pl.String,
-    "rule": pl.String,
-    "value": pl.String,
-    "arrived": pl.Int64,
-}
 _ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
@@ -321,17 +312,8 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
     if not late.any():
         return rows, []
     bad = rows.filter(late)
-    dead_letter = bad.select(
-        pl.lit(source.name).alias("source"),
-        pl.col("__partition").alias("partition"),
-        pl.col("__offset").alias("offset"),
-        pl.col("__place").alias("place"),
-        pl.lit(time).alias("field"),
-        pl.lit(f"a time is at most {source.ahead} ahead of its arrival (ahead)").alias("rule"),
-        pl.col(time).cast(pl.String).alias("value"),
-        pl.col("__arrived").alias("arrived"),
-    )
-    return rows.filter(~late), [dead_letter]
+    rule = f"a time is at most {source.ahead} ahead of its arrival (ahead)"
+    return rows.filter(~late), [message_dead_letters(source.name, bad, time, rule, pl.col(time).cast(pl.String))]
 
 
 def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:

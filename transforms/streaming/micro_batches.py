@@ -13,7 +13,8 @@ from schemas.views import FeatureView
 from transforms.records.frame_packets import pack, unpack
 from transforms.records.row_hashing import UInt64s, combine, hash_column
 from transforms.records.times import FOREVER
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS, Decoded
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
+from transforms.streaming.messages import Decoded
 from transforms.streaming.shards import RID
 
 ORIGIN_COLUMNS = ["__partition", "__offset", "__place"]
@@ -176,20 +177,6 @@ def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
             column = column.cast(pl.Float64).reinterpret(signed=True)
         parts.append(hash_column(column))
     return pl.Series("__digest", combine(parts))
-
-
-def dead_letter(source: str, rows: pl.DataFrame, field: str, rule: str, value: pl.Expr) -> pl.DataFrame:
-    """Letters for rows of a source that keep its contract and are set aside all the same."""
-    return rows.select(
-        pl.lit(source).alias("source"),
-        pl.col("__partition").alias("partition"),
-        pl.col("__offset").alias("offset"),
-        pl.col("__place").alias("place"),
-        pl.lit(field).alias("field"),
-        pl.lit(rule).alias("rule"),
-        value.alias("value"),
-        pl.col("__arrived").alias("arrived"),
-    )
 
 
 def cut_of(text: str) -> dict[tuple[str, int], int]:

@@ -11,17 +11,17 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas import Model
 from schemas.durations import instant
-from schemas.errors import DataError, MismatchError, StoreError
+from schemas.errors import DataError, StoreError
 from schemas.loading import Definition
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
-from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.delta_tables import data_files
+from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.paths import features_uri, source_uri
 from transforms.training.examples import ExamplePlan, ExampleRequest, plan_examples
 from transforms.training.hyperparameter_search import trials
@@ -80,20 +80,9 @@ def open_features(request: TrainingRequest) -> DeltaTable:
         DataError: there are no features of this view.
     """
     view = request.model.view
-    table = open_table(features_uri(request.store, view.name, view.fingerprint), request.features_version)
+    uri = features_uri(request.store, view.name, view.fingerprint)
     command = f"millrace features --definition {request.definition.name} --store {request.store}"
-    if table is not None:
-        return table
-    root = FileSystems.join(request.store, "features", view.name)
-    logs = FileSystems.match([f"{root}/*/_delta_log/*.json"])[0].metadata_list
-    others = sorted({each.path.split("/")[-3] for each in logs})
-    if others:
-        raise MismatchError(
-            f"Training reads features of the definition's own fingerprint, {view.fingerprint}",
-            f"{', '.join(others)} in {root}",
-            f"Run: {command}",
-        )
-    raise DataError(f"View {view.name!r} has a feature table", f"none under {root}", f"Run: {command}")
+    return open_feature_table(uri, command, request.features_version, missing=DataError)
 
 
 def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, Any]]:
