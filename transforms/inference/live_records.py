@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from transforms.records.frame_packets import pack, unpack
-from transforms.streaming.messages import MESSAGE_DEAD_LETTERS
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 
 # Keys of the metadata of a batch's schema.
 _ORIGIN, _SERVING = b"millrace.told", b"millrace.serving"

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         write_aside,
         write_files,
     )
+    from transforms.storage.feature_tables import open_feature_table
     from transforms.storage.paths import (
         BOOSTER,
         ENCODERS,
