@@ -38,7 +38,8 @@ def open_feature_table(
             f"{', '.join(others)} in {root}",
             f"Run: {command}",
         )
-    raise missing("Features are computed before they are read", f"no table at {uri}", f"Run: {command}")
+    view = FileSystems.split(root)[1]
+    raise missing(f"View {view!r} has a feature table", f"none at {uri}", f"Run: {command}")
 
 
 def fingerprints_in(root: str) -> list[str]:
