@@ -27,9 +27,9 @@ def test_the_live_table_fits_its_terminal_and_its_figures_stand_below_their_name
         answered=range(1_028_456), predicted=dict.fromkeys(range(999)), version_since={"1": 1.0, "12": 2.0}
     )
     table = stream.Table()
-    table(0, 0, {}, 0, SimpleNamespace(answered=(), predicted={}, version_since={}), None, True)
-    table(1362873660000000, 12_345_678, TOLD, 1_028_456, watch, 12.34, True)
-    table(FOREVER, 12_345_678, TOLD, 1_028_456, watch, None, True)
+    table({"time": 0, "rows": 0}, {}, 0, SimpleNamespace(answered=(), predicted={}, version_since={}), None, True)
+    table({"time": 1362873660000000, "rows": 12_345_678}, TOLD, 1_028_456, watch, 12.34, True)
+    table({"time": FOREVER, "rows": 12_345_678}, TOLD, 1_028_456, watch, None, True)
     head, nothing, amid, end = capsys.readouterr().out.splitlines()
     assert max(map(len, (head, nothing, amid, end))) < width
     assert len(head) == len(nothing) == len(end)

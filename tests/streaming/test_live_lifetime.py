@@ -3,6 +3,7 @@ state."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -54,11 +55,12 @@ only = FeatureView(
 class Restored(Job):
     """A job whose shards are, now and then, built anew from what their state says, as on another worker."""
 
-    def __init__(self, view: FeatureView, *args: Any, often: float, seed: int, **more: Any) -> None:
+    def __init__(self, view: FeatureView, *places: Any, often: float, seed: int, shards: int) -> None:
         self.random, self.often = Random(seed), often
         self.slots: dict[int, list[Cell]] = {}
         self.counts: dict[int, list[int]] = {}
-        super().__init__(view, *args, **more)
+        *folders, options = places
+        super().__init__(view, *folders, dataclasses.replace(options, shards=shards))
 
     def _pass_on(self, turn: Turn) -> None:
         super()._pass_on(turn)

@@ -30,7 +30,7 @@ POOR = (
     shop.DEFINITION.replace(
         'Derived(age=pl.col("age"), hour=pl.col("asked").dt.hour())', 'Derived(hour=pl.col("asked").dt.hour())'
     )
-    .replace('encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")}, ', "")
+    .replace('encode={"shop": encoders.OneHot(), "age": encoders.Impute("median")},', "")
     .replace(
         'Gates(at_least={"auc": 0.6}, slices=("shop", ("shop", "hour")), max_gap={"auc": 0.5}, min_slice_rows=20)',
         "Gates()",
@@ -42,6 +42,7 @@ POOR = (
 def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with features of two definitions of one problem."""
     assert "age=pl" not in POOR
+    assert "encode=" not in POOR
     assert "Gates()" in POOR
     store = tmp_path_factory.mktemp("challenge")
     path = shop.write(store)
