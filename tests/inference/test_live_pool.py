@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -94,6 +95,7 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
     """From the sources' topics to predictions; the features job is stopped on the way and goes on from its last
     commit."""
     view, store, prefix = load_definition(house.definition).view, tmp_path / "both", "both-"
+    status = tmp_path / "sent.json"
     live.broker.create(*(f"{prefix}{name}" for name in ("orders", "sales", f"{view.name}.features")), partitions=2)
     common = ["--definition", house.definition, "--bootstrap", live.broker.bootstrap, "--topic_prefix", prefix]
     beam = [
@@ -137,9 +139,15 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
         "--end",
         "2024-01-08",
         "--speed",
-        str(7 * 86_400 / 12),
+        str(7 * 86_400 / 20),
         "--share=3,1",
+        "--status",
+        str(status),
     ]
+
+    def rows_sent() -> int:
+        return int(json.loads(status.read_text())["rows"]) if status.exists() else 0
+
     with (
         job("inference", "scores", "--registry", registry) as scores,
         job("features", "first", "--without_history") as first,
@@ -147,11 +155,14 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
         for each in (scores, first):
             await_(lambda each=each: "running: " in each.output(), 150, each)
         with Child(producer, tmp_path / "producer.log", cwd=ROOT) as sending:
-            await_(lambda: answers() > ROWS // 5, 100, first)
+            await_(lambda: rows_sent() > ROWS, 100, sending)  # of 2 x ROWS: the sources' together
+            sending.signal(signal.SIGSTOP)  # however slow the machine is, the rest is the second job's
+            await_(lambda: answers() > 0, 100, first)
             first.signal(signal.SIGINT)
             assert first.wait(60) == 0, first.output()
             assert answers() < ROWS
             with job("features", "second", "--without_history") as second:
+                sending.signal(signal.SIGCONT)
                 assert sending.wait(100) == 0, sending.output()
                 said = end(second)
         end(scores, 60)
