@@ -7,10 +7,12 @@ import shutil
 from datetime import date
 from pathlib import Path
 
+import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from apache_beam.testing.test_pipeline import TestPipeline as Pipeline
 
 from beam_pipelines import features, inference
@@ -260,3 +262,18 @@ def test_the_graph_is_small_and_shuffles_no_rows(house: House) -> None:
         inference.build(pipeline, options, inference.plan_inference(options))
         names = {part.full_label for part in pipeline._root_transform().parts}
     assert names >= {"Features", "Score", "Write", "Conserve", "Publish"}
+    assert len(names) <= 7
+    grouping = Grouping()
+    pipeline.visit(grouping)
+    assert sorted(label.split("/")[0] for label in grouping.labels) == ["Read", "Write"]  # counts, and names of files
+
+
+class Grouping(PipelineVisitor):
+    """Collects the labels of all GroupByKey steps."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    def visit_transform(self, node: AppliedPTransform) -> None:
+        if isinstance(node.transform, beam.GroupByKey):
+            self.labels.append(node.full_label)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
@@ -289,7 +289,15 @@ def test_gates_say_what_they_saw(gates: Gates, whole: Any, part: Any, rows: int,
     assert verdict.judged is not ("fewer" in words or "undefined there" in words)
 
 
-def test_a_metric_is_never_nan() -> None:
-    assert not any(
-        math.isnan(value) for value in metrics("binary:logistic", binary([(1.0, 1.0)])).values() if value is not None
-    )
+@given(st.lists(scored, max_size=4), st.integers(0, 4), st.integers(0, 50))
+@example([(1.0, 1.0)], 1, 0)
+def test_a_metric_is_never_nan(rows: list[tuple[float, float]], count: int, seed: int) -> None:
+    label, score = np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.float32)
+    tallies = {
+        "binary:logistic": MetricTally.of("binary:logistic", label, score),
+        "reg:squarederror": MetricTally.of("reg:squarederror", label, score),
+        "multi:softprob": MetricTally.of("multi:softprob", *several(count, seed)),
+    }
+    for objective, each in tallies.items():
+        values = metrics(objective, each).values()
+        assert not any(math.isnan(value) for value in values if value is not None)

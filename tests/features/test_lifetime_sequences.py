@@ -340,7 +340,7 @@ class Sequences(RuleBasedStateMachine):
             first, last = (FIRST_DAY + each for each in flags.bounds)
             inside = (day >= first) & (day < last)
             if before is not None:
-                assert_frame_equal(got.filter(~inside), before.filter(~inside))
+                assert_frame_equal(got.filter(~inside), before.filter(~inside), check_exact=True)
             else:
                 assert got.filter(~inside).is_empty()
         got = got.filter(inside)

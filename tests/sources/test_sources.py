@@ -71,13 +71,13 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     frame = rows(*({"at": at(i), "id": i, "v": None if i == 3 else i / 10, "k": 'é/"'} for i in range(10)))
     write(tmp_path, frame, group=4)
     good, dead_letters = read(tmp_path)
-    assert_frame_equal(good, frame)
+    assert_frame_equal(good, frame, check_exact=True)
     assert len(dead_letters) == 0
 
 
 def test_extra_columns_and_their_order_do_not_matter(tmp_path: Path) -> None:
     write(tmp_path, rows({}).select(pl.lit([1, 2]).alias("extra"), "w", "v", "k", "id", "at"))
-    assert_frame_equal(read(tmp_path)[0], rows({}))
+    assert_frame_equal(read(tmp_path)[0], rows({}), check_exact=True)
 
 
 def test_a_missing_column_is_refused_with_its_file_and_the_nearest_name(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_column_of_a_type_that_does_not_fit_is_refused(tmp_path: Path, column:
 )
 def test_a_narrower_column_is_read_as_declared(tmp_path: Path, column: str, dtype: pl.DataType) -> None:
     write(tmp_path, rows({}).with_columns(pl.col(column).cast(dtype)))
-    assert_frame_equal(read(tmp_path)[0], rows({}))
+    assert_frame_equal(read(tmp_path)[0], rows({}), check_exact=True)
 
 
 def test_a_dictionary_column_of_strings_is_read(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_repeats_are_the_same_however_many_rows_are_held_at_once(
     monkeypatch.setattr("transforms.sources.reader.REPEATS_AT_ONCE", 30)
     monkeypatch.setattr("transforms.sources.reader._raw", functools.partial(_raw, chunk=10))
     parts = repeats_of(contract_of_two, slices)
-    assert_frame_equal(parts.first.sort("id", "k"), whole.first.sort("id", "k"))
+    assert_frame_equal(parts.first.sort("id", "k"), whole.first.sort("id", "k"), check_exact=True)
     assert parts.dropped == whole.dropped
 
 

@@ -87,7 +87,7 @@ def test_the_first_known_row_labels(
     label = Label(source(order), on=on, value=pl.col("value"), within="3h", absent=absent)
     asked, known = pl.DataFrame(rows, ROWS, orient="row"), pl.DataFrame(events, EVENTS, orient="row").fill_nan(None)
     found = labels.attach(asked, known, label, "asked")
-    assert_frame_equal(found.select(asked.columns), asked)
+    assert_frame_equal(found.select(asked.columns), asked, check_exact=True)
     got = list(zip(found["__label"].to_list(), found["__label_time"].to_list()))
     assert got == oracle(asked, known, label, timedelta(hours=3))
 
