@@ -33,6 +33,8 @@ log = logging.getLogger("millrace.storage")
 
 # A reader of the log need not read entries before the last checkpoint.
 CHECKPOINT_EVERY = 100
+# An entry counts its files, so that one that was cut short is not taken for a smaller commit.
+ADDED_FILES, REMOVED_FILES = "num_added_files", "num_removed_files"
 _KEPT = "/=:@!$&'()*+,;~"
 
 
@@ -102,6 +104,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
             "timestamp": now,
             "operation": "CREATE TABLE" if table is None else "WRITE",
             "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
+            "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
             **entry.metadata,
         }
     }
