@@ -1,11 +1,12 @@
 """Small data: files, bytes and seconds that a store of some thousand rows costs.
 
-    python -m benchmarks.small [--json FILE] [--repeats 3] [--files 100000] [--only files,value,small_files,training,commands]
+    python -m benchmarks.small [--json FILE] [--repeats 3] [--files 100000]
+                               [--only files,value,small_files,training,commands,flushes]
 
 Two made-up cases: 15,000 taxi-like trips over a year, and 1,434 sparse rows over ten months.  Each goes through the three
 pipelines; then its tables are counted and compared with the same rows written as one Parquet file a table.  Training is
 compared with XGBoost alone on the same matrix, a change of one value with the full run, both timed from the first line of
-`main` (a process that has imported everything).
+`main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and timed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import polars as pl
 
 from benchmarks.measure import ROOT, Side, arguments, machine, run, say, stage, write_json
 
-PARTS = ("files", "value", "small_files", "training", "commands")
+PARTS = ("files", "value", "small_files", "training", "commands", "flushes")
 PARAMS, ROUNDS = {"max_depth": 6, "eta": 0.1}, 100
 DEFINITION = f"""
 import polars as pl
@@ -129,6 +130,22 @@ def small_files(out: str, files: int) -> None:
         trips[i : i + 1].write_parquet(path / f"{i:06}.parquet", statistics=True)
     with stage("features"):
         _pipelines(folder, "features")
+
+
+def flushed_case(out: str, rows: int, days: int) -> None:
+    """A side: features of a fresh case; writes the calls of fsync, each with its seconds, to `flushes.json`."""
+    folder, flush, calls = Path(out), os.fsync, []
+
+    def timed(handle: int) -> None:
+        begin = time.perf_counter()
+        flush(handle)
+        calls.append((begin, time.perf_counter()))
+
+    write_case(folder, rows, days)
+    os.fsync = timed
+    _pipelines(folder, "features")
+    os.fsync = flush
+    (folder / "flushes.json").write_text(json.dumps(sorted(calls)))
 
 
 def training_alone(out: str, store: str) -> None:
@@ -239,6 +256,20 @@ def read_small_files(folder: Path, files: int) -> dict[str, float]:
     return {"small_files_s": seconds}
 
 
+def count_flushes(folder: Path) -> dict[str, float]:
+    """Flushes of a features run, and the seconds in which at least one was under way."""
+    out = folder / "flushes"
+    measured, _ = run(Side("flushes", "benchmarks.small:flushed_case", {"rows": 15_000, "days": 365}), out, ())
+    calls = json.loads((out / "flushes.json").read_text())
+    seconds, until = 0.0, 0.0
+    for begin, end in calls:
+        seconds += max(end - max(begin, until), 0.0)
+        until = max(until, end)
+    whole = measured.stages["features"]["seconds"]
+    say(f"features of 15,000 rows: {len(calls):,} flushes, {seconds:.2f} s of {whole:.2f} s")
+    return {"flushes": len(calls), "flushes_s": seconds}
+
+
 def train(folder: Path, repeats: int) -> dict[str, float]:
     ours = _stages(Side("trained", "benchmarks.small:whole_case", {"rows": 15_000, "days": 365}), folder, repeats)
     store = str(folder / "trained-0" / "store")
@@ -295,6 +326,7 @@ def main(argv: Sequence[str]) -> int:
             "small_files": lambda: read_small_files(folder, flags.files),
             "training": lambda: train(folder, flags.repeats),
             "commands": lambda: commands(folder, flags.repeats),
+            "flushes": lambda: count_flushes(folder),
         }
         for name in flags.only.split(","):
             figures |= parts[name]()

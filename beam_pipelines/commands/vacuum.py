@@ -43,9 +43,10 @@ def vacuum(argv: Sequence[str]) -> int:
             "If no run is at work, repeat it with --force",
         )
     now = datetime.now(UTC)
-    busy = at_work(running_runs(flags.store), now, longest)
+    marks = tuple(running_runs(flags.store))
+    busy = at_work(marks, now, longest)
     pins = pins_of(trained(flags.store, flags.registry))
-    rules = VacuumRules(now, longest, retention, pins, busy)
+    rules = VacuumRules(now, longest, retention, pins, busy, marks)
     names = tables_below(flags.store)
     waste = [each for name in names for each in waste_of(flags.store, name, rules)] + waste_of_runs(flags.store, rules)
     _print_waste(waste, names, rules, flags.dry_run)

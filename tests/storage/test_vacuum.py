@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
@@ -17,6 +18,7 @@ from schemas.errors import DefinitionError, StoreError
 from transforms.models.bundle import Bundle
 from transforms.models.encoders import Encoding, Fitted
 from transforms.models.registry import Registry, registry_uri
+from transforms.storage import log_entries
 from transforms.storage.delta_tables import (
     CommitTarget,
     commit,
@@ -107,10 +109,167 @@ def test_what_a_killed_run_left_goes_and_what_was_committed_stays(tmp_path: Path
 
 
 def test_a_table_that_was_never_committed_is_all_orphans(tmp_path: Path) -> None:
+    """They stay until the first commit: without a log nothing proves that they never were in one."""
     load(table(tmp_path), "killed", 1, commits=False)
+    (tmp_path / "runs" / "killed").mkdir(parents=True)
+    write_marker(str(tmp_path / "runs" / "killed"), "features", "killed")
+    set_marker(tmp_path / "runs" / "killed", pid=2**22 + 1)
+    before = left(tmp_path)
     age(tmp_path, 3)
+    set_marker(tmp_path / "runs" / "killed", started="2020-01-01T00:00:00+00:00")
+    for path in tmp_path.rglob("started.json"):
+        os.utime(path, (0, 0))
     run(tmp_path)
-    assert left(tmp_path) == set()
+    assert left(tmp_path) == before
+    load(table(tmp_path), "good", 2)
+    run(tmp_path)
+    assert left(tmp_path) == {Path(path).name for path in files_of(table(tmp_path))} | {"good-0.json", "good.pb"}
+
+
+def set_marker(folder: Path, **changes: object) -> None:
+    path = folder / "started.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def files_of(uri: str) -> list[str]:
+    opened = open_table(uri)
+    assert opened is not None
+    return [file.path for file in data_files(opened)]
+
+
+def spoil(name: str, log: Path) -> None:
+    """Lose the log of a table with five versions and a checkpoint of the fourth, or a part of it."""
+    newest, checkpoint = log / f"{4:020}.json", log / f"{3:020}.checkpoint.parquet"
+    content = newest.read_bytes()
+    if name == "deleted":
+        shutil.rmtree(log)
+    elif name == "emptied":
+        for path in log.iterdir():
+            path.unlink()
+    elif name == "a link to nowhere":
+        shutil.rmtree(log)
+        log.symlink_to(log.parent / "nowhere")
+    elif name == "newest entry empty":
+        newest.write_bytes(b"")
+    elif name == "newest entry cut":
+        newest.write_bytes(content[:-60])
+    elif name == "newest entry cut after a line":
+        newest.write_bytes(b"".join(content.splitlines(keepends=True)[:-1]))
+    elif name == "newest entry is garbage":
+        newest.write_bytes(bytes(range(256)))
+    elif name == "an entry missing":
+        (log / f"{2:020}.json").unlink()
+    elif name == "an older entry empty":
+        (log / f"{1:020}.json").write_bytes(b"")
+    elif name == "checkpoint empty":
+        checkpoint.write_bytes(b"")
+    elif name == "checkpoint cut":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    elif name == "checkpoint missing":
+        checkpoint.unlink()
+    else:
+        assert name == "only a cut checkpoint"
+        for path in sorted(log.glob("*.json"))[:4]:
+            path.unlink()
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+
+
+SPOILS = [
+    "deleted",
+    "emptied",
+    "a link to nowhere",
+    "newest entry empty",
+    "newest entry cut",
+    "newest entry cut after a line",
+    "newest entry is garbage",
+    "an entry missing",
+    "an older entry empty",
+    "checkpoint empty",
+    "checkpoint cut",
+    "checkpoint missing",
+    "only a cut checkpoint",
+]
+
+
+@pytest.mark.parametrize("how", SPOILS)
+def test_a_table_whose_log_is_lost_or_spoiled_loses_nothing(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log_entries, "CHECKPOINT_EVERY", 3)
+    uri = table(tmp_path)
+    for i in range(5):
+        load(uri, f"run{i}", i, days=(DAY, DAY + timedelta(days=1)))
+    load(table(tmp_path, "features/sound/0123456789abcdef"), "good", 1)
+    age(tmp_path, 30)
+    spoil(how, Path(uri, "_delta_log"))
+    before = left(tmp_path)
+    assert cli.main(["vacuum", "--store", str(tmp_path), "--older_than", "0s", "--force"]) == StoreError.exit_code
+    said = capsys.readouterr().err
+    assert said.count("millrace: ") == 1
+    assert uri in said
+    assert "Traceback" not in said
+    assert left(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user whom access can be refused")
+@pytest.mark.parametrize("closed", ["_delta_log", f"_delta_log/{4:020}.json", "."])
+def test_a_log_that_may_not_be_read_keeps_everything(
+    tmp_path: Path, closed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = table(tmp_path)
+    for i in range(5):
+        load(uri, f"run{i}", i)
+    age(tmp_path, 30)
+    before = left(tmp_path)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.chown(path, 65534, 65534)
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+    Path(uri, closed).chmod(0)
+    command = ["vacuum", "--store", str(tmp_path), "--older_than", "0s", "--force"]
+    assert cli.main([*command, "--dry_run"]) in (0, StoreError.exit_code)  # imports what nobody may not read
+    capsys.readouterr()
+    os.seteuid(65534)
+    try:
+        code = cli.main(command)
+    finally:
+        os.seteuid(0)
+    Path(uri, closed).chmod(0o755)
+    assert left(tmp_path) == before
+    assert "Traceback" not in capsys.readouterr().err
+    assert code == StoreError.exit_code
+
+
+def test_an_older_log_that_may_have_lost_lines_keeps_the_files_of_its_runs(tmp_path: Path) -> None:
+    """Entries of delta-rs do not count their files."""
+    uri = table(tmp_path)
+    load(uri, "good", 1)
+    load(uri, "later", 2, days=(DAY, DAY + timedelta(days=1)))
+    entry = Path(uri, "_delta_log", f"{1:020}.json")
+    lines = [json.loads(line) for line in entry.read_text().splitlines()]
+    del lines[0]["commitInfo"]["operationMetrics"]
+    entry.write_text("\n".join(json.dumps(line, separators=(",", ":")) for line in lines[:-1]))
+    (orphan,) = load(uri, "killed", 3, commits=False)
+    before = left(tmp_path)
+    age(tmp_path, 30)
+    run(tmp_path)
+    gone = before - left(tmp_path)
+    assert Path(orphan).name in gone
+    assert not [name for name in gone if name.startswith("later-") and name.endswith(".parquet")]
+
+
+def test_files_of_a_commit_that_the_log_lost_stay(tmp_path: Path) -> None:
+    """The run's report says that it committed; the log ends before."""
+    uri = table(tmp_path)
+    load(uri, "good", 1)
+    (lost,) = load(uri, "lost", 2)
+    (tmp_path / "runs" / "lost").mkdir(parents=True)
+    (tmp_path / "runs" / "lost" / "run.json").write_text(json.dumps({"commit_version": 1}))
+    Path(uri, "_delta_log", f"{1:020}.json").unlink()
+    age(tmp_path, 30)
+    run(tmp_path)
+    assert Path(lost).exists()
 
 
 def test_young_files_stay_whoever_wrote_them(tmp_path: Path) -> None:
@@ -146,6 +305,7 @@ def test_a_killed_runs_mark_expires_unless_its_process_lives(tmp_path: Path) -> 
     folder = tmp_path / "runs" / "killed"
     write_marker(str(folder), "features", "killed")
     entry = json.loads((folder / "started.json").read_text())
+    load(table(tmp_path), "good", 1)
     (orphan,) = load(table(tmp_path), "killed", 2, commits=False)
     age(tmp_path, 3)
     old = {**entry, "started": "2020-01-01T00:00:00+00:00"}
@@ -272,6 +432,7 @@ def test_examples_of_runs_that_left_no_model_go(tmp_path: Path) -> None:
 
 
 def test_dry_run_lists_and_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(table(tmp_path), "good", 1)
     (orphan,) = load(table(tmp_path), "killed", 1, commits=False)
     age(tmp_path, 3)
     before = left(tmp_path)
@@ -281,6 +442,7 @@ def test_dry_run_lists_and_removes_nothing(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_less_than_an_hour_needs_force(tmp_path: Path) -> None:
+    load(table(tmp_path), "good", 1)
     (orphan,) = load(table(tmp_path), "killed", 1, commits=False)
     with pytest.raises(DefinitionError, match="at least 1h"):
         run(tmp_path, "--older_than", "59m")

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         WriteTable,
         WrittenFiles,
         add_action,
+        append_commit,
         commit,
         commit_attempt,
-        create_table,
         data_files,
         days_between,
         delta_schema,
@@ -38,10 +38,13 @@ if TYPE_CHECKING:
         read_group,
         retry_commits,
         table_root,
+        with_columns,
         write_aside,
         write_files,
     )
+    from transforms.storage.durable import publish, sync_folders, write_file
     from transforms.storage.feature_tables import open_feature_table
+    from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
         ENCODERS,

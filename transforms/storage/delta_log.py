@@ -32,10 +32,21 @@ def root_of(uri: str) -> str:
 
 
 def versions(uri: str) -> list[int]:
-    """Versions whose commits are still in the log, oldest first."""
+    """Versions whose commits are still in the log, oldest first.
+
+    Raises:
+        StoreError: the log cannot be listed.
+    """
     folder = FileSystems.join(root_of(uri), LOG)
     if "://" not in folder:
-        names = os.listdir(folder) if os.path.isdir(folder) else []
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        except OSError as error:
+            raise StoreError(
+                "A table's log can be read", f"{folder}: {error.strerror}", "Grant access, then try again"
+            ) from None
     else:
         names = [each.path.rsplit("/", 1)[-1] for each in FileSystems.match([f"{folder}/*.json"])[0].metadata_list]
     return sorted(

@@ -6,12 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +30,10 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 from schemas.errors import ConflictError, StoreError
 from transforms.records.record_batches import batch
 from transforms.records.times import as_date
+from transforms.storage import durable
 from transforms.storage.delta_log import commits_since, conflict, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
+from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
 _TYPES = {
     pa.int8(): "byte",
@@ -209,7 +209,7 @@ def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str,
     """Write the batch as one Parquet file per date under `uri`, invisible until committed.
 
     Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
-    Each is written aside and renamed, so no reader meets half a file.
+    Each is written aside, flushed and renamed: no reader meets half a file, and a commit names durable files only.
     """
     content = pa.Table.from_batches([rows])
     days = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
@@ -222,7 +222,7 @@ def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str,
     # Bounds help readers to skip keys and times; of a day's floats they tell nothing and cost a tenth of the writing.
     bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
 
-    def write(start: int, stop: int) -> tuple[DataFile, dict[str, str]]:
+    def write(start: int, stop: int) -> tuple[tuple[DataFile, dict[str, str]], str | None]:
         day = as_date(int(days[start]))
         values = {**(extra or {}), "date": day.isoformat()}
         sink = pa.BufferOutputStream()
@@ -236,29 +236,48 @@ def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str,
         buffer = sink.getvalue()
         name = f"{run_id}-{hashlib.sha256(buffer).hexdigest()[:16]}.parquet"
         folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
-        write_aside(folder, name, buffer)
-        return DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values
+        aside = _put_aside(folder, name, buffer)
+        return (DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values), aside
 
-    return list(file_pool().map(write, starts, [*starts[1:], len(days)])) if starts else []
+    written = list(file_pool().map(write, starts, [*starts[1:], len(days)])) if starts else []
+    with _writing(uri):
+        durable.publish([(aside, file.path) for (file, _), aside in written if aside is not None])
+    return [each for each, _ in written]
 
 
 def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
+    """Writes a file that is durable when this returns; readers see all of it or none.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    aside = _put_aside(folder, name, content)
     path = FileSystems.join(folder, name)
-    aside = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}")
-    try:
+    with _writing(path):
+        durable.publish([(aside, path)] if aside is not None else [])
+
+
+def _put_aside(folder: str, name: str, content: pa.Buffer) -> str | None:
+    """Writes a file under a hidden name and returns its path; None at an address that shows whole objects only."""
+    path = FileSystems.join(folder, name)
+    with _writing(path):
         if "://" in folder:
-            with FileSystems.create(
-                path, mime_type="application/octet-stream"
-            ) as handle:  # object stores show whole objects only
+            with FileSystems.create(path, mime_type="application/octet-stream") as handle:
                 handle.write(content.to_pybytes())
-            return
-        os.makedirs(folder, exist_ok=True)
-        with open(aside, "wb") as handle:
-            handle.write(content)
-        os.replace(aside, path)
+            return None
+        durable.make_folders(folder)
+        return durable.write_aside(path, content)
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    try:
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):  # half of it on a full disk helps nobody
-            os.remove(aside)
         raise StoreError(
             "The store can be written",
             f"{path}: {error.strerror or error}",
@@ -351,7 +370,7 @@ def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[Non
     """
     try:
         yield
-    except CommitFailedError:
+    except (CommitFailedError, FileExistsError):
         raise CommittedMeanwhile(uri) from None
     except (DeltaError, OSError) as error:
         if table is None and open_table(uri) is not None:
@@ -377,19 +396,52 @@ def retry_commits(uri: str, attempt: Callable[[DeltaTable | None], Result], exha
     raise exhausted
 
 
-def create_table(
-    uri: str, schema: Schema, actions: Sequence[AddAction], partition_by: list[str], properties: CommitProperties
-) -> None:
-    """Creates a table whose first version has the files of `actions`."""
-    create_table_with_add_actions(
-        uri,
-        schema,
-        list(actions),
-        mode="error",
-        partition_by=partition_by,
-        configuration=TABLE_CONFIGURATION,
-        commit_properties=properties,
+def append_commit(
+    uri: str, table: DeltaTable | None, entry: LogEntry, overwrites: bool = False, filters: Any = None
+) -> int:
+    """Commits `entry` as the version after that of `table` (None: creates the table), and returns the version.
+
+    It never lands on another version: whoever commits in between makes it fail.
+
+    Args:
+        overwrites, filters: for a table at an address with a scheme, where delta-rs commits: whether the added files
+            replace others, and which.
+
+    Raises:
+        FileExistsError, CommitFailedError: another writer has committed since `table` was opened.
+        OSError, DeltaError: the store cannot be written.
+    """
+    if "://" not in address_of(uri):
+        entry = dataclasses.replace(entry, configuration=TABLE_CONFIGURATION)
+        return append_entry(uri, table, entry)
+    properties = CommitProperties(
+        custom_metadata=dict(entry.metadata),
+        max_commit_retries=0,  # `retry_commits` decides anew, on the version that another writer made
+        app_transactions=[Transaction(*entry.application)],
     )
+    partition_by, added = list(entry.partition_by), list(entry.added)
+    if table is None:
+        assert entry.schema is not None
+        create_table_with_add_actions(
+            uri,
+            entry.schema,
+            added,
+            mode="error",
+            partition_by=partition_by,
+            configuration=TABLE_CONFIGURATION,
+            commit_properties=properties,
+        )
+        return 0
+    schema = table.schema()
+    if entry.schema is not None:
+        known = {field.name for field in schema.fields}
+        table.alter.add_columns([field for field in entry.schema.fields if field.name not in known])
+        schema = entry.schema
+    version = int(table.version()) + 1
+    table.create_write_transaction(
+        [*added], "overwrite" if overwrites else "append", schema, partition_by, filters, commit_properties=properties
+    )
+    return version
 
 
 def commit(
@@ -413,7 +465,7 @@ def commit(
         )
     unique = {file.path: (file, values) for file, values in written}
     base = None if target.base is None else open_table(target.uri, target.base)
-    replacement = _Replacement(target, tuple(unique.values()), _paths(base, target), prepare, tuple(side))
+    replacement = _Replacement(target, tuple(unique.values()), _held(base, target), prepare, tuple(side))
     return retry_commits(
         target.uri,
         replacement.attempt,
@@ -427,11 +479,11 @@ def commit(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Replacement:
-    """A commit of `files` that replaces the files `before`, each path with its date, of the target's dates."""
+    """A commit of `files` that replaces the files `before`, by path, of the target's dates."""
 
     target: CommitTarget
     files: tuple[tuple[DataFile, dict[str, str]], ...]
-    before: Mapping[str, date]
+    before: Mapping[str, RemovedFile]
     prepare: Callable[..., dict[str, str]] | None
     side: tuple[Any, ...]
 
@@ -444,45 +496,49 @@ class _Replacement:
         """
         target = self.target
         with commit_attempt(target.uri, table, "Check access and free space, then run the same command again"):
-            properties = self._properties(table)
-            actions = [add_action(target.uri, file, values) for file, values in self.files]
+            entry = self._entry(table)
             if table is None:
-                create_table(target.uri, delta_schema(target.schema), actions, self._partition_by(), properties)
-                return self._committed(0, fresh=True)
-            # delta-rs accepts a repeated transaction, so the log of this snapshot is searched before the commit.
+                entry = dataclasses.replace(entry, schema=delta_schema(target.schema))
+                return self._committed(append_commit(target.uri, None, entry), fresh=True)
+            # A repeated transaction is accepted, so the log of this snapshot is searched before the commit.
             if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
-                return self._committed(made, fresh=False)
-            now = _paths(table, target)
-            if now != self.before:
-                gone, new = self.before.keys() - now, now.keys() - self.before
+                return self._made_before(made)
+            now = _held(table, target)
+            if now.keys() != self.before.keys():
+                gone, new = self.before.keys() - now.keys(), now.keys() - self.before.keys()
                 raise conflict(target.uri, target.base, table.version(), gone, new)
-            todo, dates = remaining(target.uri, actions, target.dates, now)
-            if not todo and (not now or dates == ()):  # there is nothing to commit, or this run has committed it
-                return self._committed(self._version_in(table), fresh=False)
-            table.create_write_transaction(
-                todo,
-                "overwrite",
-                delta_schema(target.schema),
-                self._partition_by(),
-                _filters(target, dates),
-                commit_properties=properties,
-            )
-            written_table = open_table(target.uri)
-            assert written_table is not None
-            return self._committed(self._version_in(written_table), fresh=True)
+            dates = target.dates
+            if "://" in address_of(target.uri):
+                days = {path: date.fromisoformat(file.partition_values["date"]) for path, file in now.items()}
+                added, dates = remaining(target.uri, entry.added, dates, days)
+                nothing = not added and (not now or dates == ())
+                entry = dataclasses.replace(entry, added=added)
+            else:
+                # A file's name tells its run and content: an earlier launch of the same run may have committed it.
+                wanted = {action.path for action in entry.added}
+                entry = dataclasses.replace(
+                    entry,
+                    added=[action for action in entry.added if action.path not in now],
+                    removed=[file for path, file in now.items() if path not in wanted],
+                )
+                nothing = not entry.added and not entry.removed
+            if nothing:  # there is nothing to commit, or this run has committed it
+                return self._made_before(version_of_run(target.uri, target.run_id, table.version()))
+            version = append_commit(target.uri, table, entry, overwrites=True, filters=_filters(target, dates))
+            return self._committed(version, fresh=True)
 
-    def _properties(self, table: DeltaTable | None) -> CommitProperties:
+    def _entry(self, table: DeltaTable | None) -> LogEntry:
         prepared = {} if self.prepare is None else self.prepare(table, *self.side)
-        return CommitProperties(
-            custom_metadata={**(self.target.metadata or {}), **prepared, "run_id": self.target.run_id},
-            app_transactions=[Transaction(self.target.run_id, 1)],
+        return LogEntry(
+            partition_by=[*(self.target.extra or {}), "date"],
+            metadata={**(self.target.metadata or {}), **prepared, "run_id": self.target.run_id},
+            application=(self.target.run_id, 1),
+            added=[add_action(self.target.uri, file, values) for file, values in self.files],
         )
 
-    def _partition_by(self) -> list[str]:
-        return [*(self.target.extra or {}), "date"]
-
-    def _version_in(self, table: DeltaTable) -> int:
-        return version_of_run(self.target.uri, self.target.run_id, table.version())
+    def _made_before(self, version: int) -> Committed:
+        sync_log(self.target.uri)
+        return self._committed(version, fresh=False)
 
     def _committed(self, version: int, fresh: bool) -> Committed:
         files = [file for file, _ in self.files]
@@ -503,16 +559,20 @@ def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Any:
     return filters or None
 
 
-def _paths(table: DeltaTable | None, target: CommitTarget) -> dict[str, date]:
-    """Files of the target's dates, each with its own."""
+def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFile]:
+    """Files of the target's dates, by path."""
     if table is None:
         return {}
     actions = _actions(table)
     wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
     if target.dates is not None:
         wanted["date"] = set(target.dates)
-    inside = (all(actions[f"partition.{k}"][i] in v for k, v in wanted.items()) for i in range(len(actions["path"])))
-    return dict(itertools.compress(zip(actions["path"], actions["partition.date"], strict=True), inside))
+    values = {name: actions[f"partition.{name}"] for name in [*(target.extra or {}), "date"]}
+    return {
+        path: RemovedFile(path, {name: str(each[i]) for name, each in values.items()}, actions["size_bytes"][i])
+        for i, path in enumerate(map(unquote, actions["path"]))
+        if all(values[name][i] in some for name, some in wanted.items())
+    }
 
 
 def _actions(table: DeltaTable) -> dict[str, list[Any]]:
@@ -524,6 +584,15 @@ def _actions(table: DeltaTable) -> dict[str, list[Any]]:
 def delta_schema(schema: pa.Schema) -> Schema:
     """`schema` in Delta's own terms (pyarrow 10 has no capsule that delta-rs could read)."""
     return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), nullable=True) for field in schema])
+
+
+def with_columns(table: DeltaTable | None, schema: Schema) -> Schema:
+    """The table's schema with the columns of `schema` that it lacks: rows that an earlier version wrote get null."""
+    if table is None:
+        return schema
+    held = table.schema().fields
+    known = {field.name for field in held}
+    return Schema([*held, *(field for field in schema.fields if field.name not in known)])
 
 
 def days_between(start: date, end: date) -> tuple[date, ...]:

@@ -24,6 +24,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import ContractError, StoreError
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.durable import rename
 from transforms.storage.tfrecord_codec import gzipped
 
 BATCH_ROWS = 1 << 15
@@ -205,8 +206,10 @@ def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
         if stale:
             FileSystems.delete(stale)
         todo = [(part.path, name) for part, name in zip(unique, names) if FileSystems.exists(part.path)]
-        if todo:
+        if todo and "://" in prefix:
             FileSystems.rename([source for source, _ in todo], [target for _, target in todo])
+        for source, target in todo if "://" not in prefix else ():
+            rename(source, target)
     except OSError as error:
         raise StoreError("TFRecord files can be written", f"{prefix}: {error}", "Grant access or free space") from None
     return names

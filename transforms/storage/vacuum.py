@@ -2,11 +2,14 @@
 
 Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work, and is
 in no version that readers may still ask for: the newest, those younger than the retention, those a model was trained on.
+All of that is known from the log, so nothing goes from a table whose log is lost or cannot be read as it was written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -18,7 +21,8 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import StoreError
 from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
 from transforms.storage.delta_tables import open_table, paths_of, table_root
-from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
+from transforms.storage.paths import MANIFEST, path_in_store, tables_below
 from transforms.storage.run_markers import MARKER, RunMarker
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
@@ -61,18 +65,28 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class VacuumRules:
-    """What stays: files younger than `orphans`, versions younger than `retention`, both counted back from `now`."""
+    """What stays: files younger than `orphans`, versions younger than `retention`, both counted back from `now`.
+
+    Args:
+        at_work: runs that may still be writing.
+        unfinished: those, and runs that were killed.
+    """
 
     now: datetime
     orphans: timedelta
     retention: timedelta
     pins: tuple[Pin, ...] = ()
     at_work: tuple[RunMarker, ...] = ()
+    unfinished: tuple[RunMarker, ...] = ()
 
     def owner(self, path: str) -> RunMarker | None:
         """The run at work that the file may belong to: file names begin with their run's id."""
-        name = path.rsplit("/", 1)[-1].removeprefix(".")
-        return next((run for run in self.at_work if name.startswith((f"{run.run_id}-", f"{run.run_id}."))), None)
+        return _owner(path, self.at_work)
+
+
+def _owner(path: str, runs: Iterable[RunMarker]) -> RunMarker | None:
+    name = path.rsplit("/", 1)[-1].removeprefix(".")
+    return next((run for run in runs if name.startswith((f"{run.run_id}-", f"{run.run_id}."))), None)
 
 
 def at_work(every: Iterable[RunMarker], now: datetime, longest: timedelta) -> tuple[RunMarker, ...]:
@@ -100,22 +114,29 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     """Files of one table that may go.
 
     Raises:
-        StoreError: the log, or a version that must stay, cannot be read; nothing can be said to be unneeded then.
+        StoreError: the log is lost, or it or a version that must stay cannot be read; nothing can be said to be unneeded
+            then.
     """
     uri = FileSystems.join(store, *table.split("/"))
     # Listed before the log is read: what is committed in between was not old enough to be listed as waste.
     listed = sorted((each for each in files_below(uri) if rules.owner(each.path) is None), key=lambda file: file.path)
+    if open_table(uri) is None:
+        require_unfinished(uri, listed, rules)
+        return []
+    unproven = runs_without_counts(uri)
     kept = _retained(uri, table, rules)
     needed, once = _paths(uri, kept)
     manifests, runs = _named(uri, kept)
     summaries = _summaries(uri, manifests)
+    newest = max(versions(uri), default=0)
+    reported = functools.cache(lambda run: _reported_later(store, run, newest))
     found = []
     for file in listed:
         inside = file.path[len(uri) + 1 :]
         folder, name = inside.split("/")[0], inside.split("/")[-1]
         age = rules.now - file.changed
         if folder == LOG:
-            kind = "aside" if TEMPORARY_LOG_FILE.fullmatch(name) else None
+            kind = "aside" if TEMPORARY_LOG_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name) else None
         elif TEMPORARY_FILE.fullmatch(name):
             kind = "aside"
         elif folder == MANIFESTS:
@@ -130,22 +151,98 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
             # Whose rows a source's owner may want back is not ours to say.
             kind = "expired" if not table.startswith("sources/") else None
         else:
-            kind = "orphan" if DATA_FILE.fullmatch(name) else None
+            run = name.rsplit("-", 1)[0]
+            kind = "orphan" if DATA_FILE.fullmatch(name) and run not in unproven and not reported(run) else None
         if kind is not None and age >= rules.orphans:
             found.append(Waste(file, table, kind))
     return found
+
+
+def require_unfinished(uri: str, files: Iterable[StoredFile], rules: VacuumRules) -> None:
+    """Checks that a table without a log has none because its first run has not committed yet.
+
+    Raises:
+        StoreError: it has data files of other runs, so its log is lost.
+    """
+    others = [each for each in _data_files(files) if _owner(each.path, rules.unfinished) is None]
+    if others:
+        raise StoreError(
+            "Files are removed from a table only where its log can be read",
+            f"{uri} has no log and {len(others):,} data files, as {others[0].path}",
+            f"Restore {LOG} from a backup; if no run ever committed to this table, delete its folder. Nothing was removed",
+        )
+
+
+def runs_without_counts(uri: str) -> set[str]:
+    """Checks that each entry of the log is whole, and returns the runs for which this cannot be known.
+
+    An entry that lost its last lines reads as a smaller commit.  Entries of Millrace count their files; for those that
+    delta-rs wrote, a file of the entry's run may be one that it lost.
+
+    Raises:
+        StoreError: an entry is missing or cut short.
+    """
+    runs = set()
+    every = versions(uri)
+    gaps = [high - 1 for low, high in itertools.pairwise(every) if high != low + 1]
+    for version in gaps[:1]:
+        raise _unreadable(uri, version, "the entry is missing")
+    for version in every:
+        info, added, removed = commit_at(uri, version), *file_actions(uri, version)
+        if "timestamp" not in info:
+            raise _unreadable(uri, version, "the entry says nothing of its commit")
+        counts = info.get("operationMetrics")
+        if not isinstance(counts, dict) or ADDED_FILES not in counts:
+            runs.add(str(info.get("run_id")))
+        elif (int(counts[ADDED_FILES]), int(counts[REMOVED_FILES])) != (len(added), len(removed)):
+            raise _unreadable(uri, version, f"it has {len(added)} of {counts[ADDED_FILES]} added files")
+    return runs
+
+
+def _reported_later(store: str, run: str, newest: int) -> bool:
+    """Whether the run says that it committed a version which the log does not have any more."""
+    try:
+        with FileSystems.open(FileSystems.join(store, "runs", run, "run.json")) as handle:
+            version = json.loads(handle.read()).get("commit_version")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(version, int) and version > newest
+
+
+def _unreadable(uri: str, version: int, why: str) -> StoreError:
+    return StoreError(
+        "A table's log is as it was written",
+        f"version {version} of {uri}: {why}",
+        f"Restore {LOG} from a backup; nothing was removed",
+    )
+
+
+def _data_files(files: Iterable[StoredFile]) -> Iterator[StoredFile]:
+    """Of a table's files, those with rows."""
+    for each in files:
+        *folders, name = each.path.split("/")
+        if DATA_FILE.fullmatch(name) and not {LOG, MANIFESTS, STATISTICS, SUMMARIES} & set(folders[-2:]):
+            yield each
+
+
+def _of_first_runs(store: str, rules: VacuumRules) -> set[str]:
+    """Runs that were killed and whose files stay because their table has no commit yet."""
+    uris = [FileSystems.join(store, *name.split("/")) for name in tables_below(store)]
+    owners = (_owner(each.path, rules.unfinished) for uri in uris if not versions(uri) for each in files_below(uri))
+    return {owner.run_id for owner in owners if owner is not None}
 
 
 def waste_of_runs(store: str, rules: VacuumRules) -> list[Waste]:
     """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left no model."""
     found = []
     ended: dict[str, bool] = {}
+    first = _of_first_runs(store, rules) if rules.unfinished else set()
     for position in ("runs", "examples", "registry"):
         for file in files_below(FileSystems.join(store, position)):
             name = file.path.rsplit("/", 1)[-1]
-            kind = (
-                "aside" if TEMPORARY_FILE.fullmatch(name) else "mark" if name == MARKER and position == "runs" else None
-            )
+            kind = "aside" if TEMPORARY_FILE.fullmatch(name) else None
+            if name == MARKER and position == "runs" and file.path.rsplit("/", 2)[-2] not in first:
+                kind = "mark"
             if position == "examples" and EXAMPLES.fullmatch(name):
                 run = file.path.rsplit("/", 2)[-2]
                 if run not in ended:

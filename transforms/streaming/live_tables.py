@@ -18,7 +18,6 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
-from deltalake.transaction import CommitProperties, Transaction
 
 from schemas.errors import StoreError
 from schemas.live import accepted, live_schema, repeats_by
@@ -32,14 +31,16 @@ from transforms.storage.delta_tables import (
     CommittedMeanwhile,
     DataFile,
     add_action,
+    append_commit,
     commit_attempt,
-    create_table,
     data_files,
     delta_schema,
     read_file,
     retry_commits,
+    with_columns,
     write_files,
 )
+from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.replay import sources_of
 
@@ -154,21 +155,19 @@ class Writer:
         """
         before = table.transaction_version(self.app) if table is not None else None
         version = turn if before is None else max(turn, before + 1)
-        properties = CommitProperties(
-            custom_metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
-            app_transactions=[Transaction(self.app, version)],
+        schema = delta_schema(self.schema)
+        known = set() if table is None else {field.name for field in table.schema().fields}
+        entry = LogEntry(
+            partition_by=["date"],
+            metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
+            application=(self.app, version),
+            added=[add_action(self.uri, file, values) for file, values in files],
+            schema=None if known >= {field.name for field in schema.fields} else with_columns(table, schema),
         )
-        schema, actions = delta_schema(self.schema), [add_action(self.uri, file, values) for file, values in files]
         fix = "Check access and free space; no row is lost, the job continues from its last commit"
         try:
             with commit_attempt(self.uri, table, fix):
-                if table is None:
-                    create_table(self.uri, schema, actions, ["date"], properties)
-                    return True
-                known = {field.name for field in table.schema().fields}
-                if later := [field for field in schema.fields if field.name not in known]:
-                    table.alter.add_columns(later)  # an earlier version of Millrace made the table; its rows get null
-                table.create_write_transaction([*actions], "append", schema, ["date"], commit_properties=properties)
+                append_commit(self.uri, table, entry)
                 return True
         except CommittedMeanwhile:
             return False

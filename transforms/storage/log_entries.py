@@ -1,0 +1,187 @@
+"""Commits to the log of a Delta table on a local disk: one entry per version, durable before it is reported.
+
+delta-rs never flushes: after a power cut, the newest entry may be empty or cut short, and it reads an empty entry as a
+commit of nothing.  It cannot replace single files of a table either.  So entries are written here, by the Delta
+protocol (reader version 1, writer version 2): whole and flushed first, then linked to the name of their version, which
+fails if another writer has taken it.  Everything is read by delta-rs.  At addresses with a scheme delta-rs commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction
+
+from transforms.storage.delta_log import LOG, root_of, versions
+from transforms.storage.durable import make_folders, sync_ancestors, sync_folder, write_file
+
+log = logging.getLogger("millrace.storage")
+
+# A reader of the log need not read entries before the last checkpoint.
+CHECKPOINT_EVERY = 100
+# An entry counts its files, so that one that was cut short is not taken for a smaller commit.
+ADDED_FILES, REMOVED_FILES = "num_added_files", "num_removed_files"
+_KEPT = "/=:@!$&'()*+,;~"
+
+
+@dataclasses.dataclass(frozen=True)
+class RemovedFile:
+    """A data file that a commit removes: path within the table, partition values, bytes."""
+
+    path: str
+    partition_values: Mapping[str, str]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogEntry:
+    """What one commit changes.
+
+    Args:
+        schema: of the table; for a new one, or if the commit adds columns.
+        partition_by: the partition columns.
+        metadata: kept with the commit.
+        application: id and version of the application's transaction.
+        configuration: properties of a new table.
+    """
+
+    partition_by: Sequence[str]
+    metadata: Mapping[str, str]
+    application: tuple[str, int]
+    added: Sequence[AddAction] = ()
+    removed: Sequence[RemovedFile] = ()
+    schema: Schema | None = None
+    configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
+    """Commits `entry` as the version after `table`'s (None: as a new table's first), and returns that version.
+
+    Data files must be durable before.  The commit is, when this returns.
+
+    Raises:
+        FileExistsError: another writer has committed that version.
+        OSError: the log cannot be written; nothing was committed.
+    """
+    root, version = root_of(uri), 0 if table is None else int(table.version()) + 1
+    folder = os.path.join(root, LOG)
+    make_folders(folder)
+    lines = [json.dumps(action, separators=(",", ":")) for action in _actions(table, entry)]
+    write_file(os.path.join(folder, f"{version:020}.json"), ("\n".join(lines) + "\n").encode(), exclusive=True)
+    if version == 0:
+        sync_ancestors(folder)
+    elif version % CHECKPOINT_EVERY == 0:
+        with contextlib.suppress(OSError, DeltaError):  # readers are quicker with one; none needs it
+            write_checkpoint(uri, version)
+    return version
+
+
+def sync_log(uri: str) -> None:
+    """Makes commits that are in the log durable: a writer that was killed may not have come to it."""
+    if "://" not in root_of(uri):
+        sync_folder(os.path.join(root_of(uri), LOG))
+
+
+def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, Any]]:
+    now = time.time_ns() // 1_000_000
+    mode = "Overwrite" if entry.removed else "Append"
+    yield {
+        "commitInfo": {
+            "timestamp": now,
+            "operation": "CREATE TABLE" if table is None else "WRITE",
+            "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
+            "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
+            **entry.metadata,
+        }
+    }
+    if table is None:
+        yield {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}
+    if entry.schema is not None:
+        yield {"metaData": _metadata(table, entry, now)}
+    yield {"txn": {"appId": entry.application[0], "version": entry.application[1], "lastUpdated": now}}
+    for file in entry.removed:
+        yield {
+            "remove": {
+                "path": quote(file.path, safe=_KEPT),
+                "deletionTimestamp": now,
+                "dataChange": True,
+                "extendedFileMetadata": True,
+                "partitionValues": dict(file.partition_values),
+                "size": file.bytes,
+            }
+        }
+    for action in entry.added:
+        yield {
+            "add": {
+                "path": quote(action.path, safe=_KEPT),
+                "partitionValues": dict(action.partition_values),
+                "size": action.size,
+                "modificationTime": now,
+                "dataChange": True,
+                "stats": action.stats,
+            }
+        }
+
+
+def _metadata(table: DeltaTable | None, entry: LogEntry, now: int) -> dict[str, Any]:
+    assert entry.schema is not None
+    known = None if table is None else table.metadata()
+    return {
+        "id": str(uuid.uuid4()) if known is None else str(known.id),
+        "name": None if known is None else known.name,
+        "description": None if known is None else known.description,
+        "format": {"provider": "parquet", "options": {}},
+        "schemaString": entry.schema.to_json(),
+        "partitionColumns": list(entry.partition_by) if known is None else known.partition_columns,
+        "createdTime": now if known is None else known.created_time,
+        "configuration": dict(entry.configuration) if known is None else known.configuration,
+    }
+
+
+def write_checkpoint(uri: str, version: int) -> None:
+    """Writes a checkpoint of `version`, durable before the log names it.
+
+    delta-rs makes it, of links to the log in another folder, since it would write it unflushed in its place.
+
+    Raises:
+        OSError, DeltaError: it cannot be made.
+    """
+    folder = Path(root_of(uri), LOG)
+    with tempfile.TemporaryDirectory(prefix="millrace-") as elsewhere:
+        links = Path(elsewhere, LOG)
+        links.mkdir()
+        last = _newest_checkpoint(folder)
+        for each in versions(uri):
+            if last <= each <= version:
+                name = f"{each:020}.json"
+                (links / name).symlink_to((folder / name).absolute())
+        for path in folder.glob(f"{last:020}.checkpoint*.parquet") if last else ():
+            (links / path.name).symlink_to(path.absolute())
+        if last:
+            shutil.copy(folder / "_last_checkpoint", links)
+        DeltaTable(elsewhere, version).create_checkpoint()
+        for path in sorted(links.glob(f"{version:020}.checkpoint*.parquet")):
+            write_file(str(folder / path.name), path.read_bytes())
+        write_file(str(folder / "_last_checkpoint"), (links / "_last_checkpoint").read_bytes())
+
+
+def _newest_checkpoint(folder: Path) -> int:
+    """The version of the checkpoint that the log names; 0: none."""
+    try:
+        return int(json.loads((folder / "_last_checkpoint").read_bytes())["version"])
+    except (OSError, ValueError, KeyError):
+        return 0
