@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
@@ -23,6 +23,8 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
 from transforms.sources.contracts import Contract, Partitions, fits
+from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
+from transforms.storage.delta_log import versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
 
@@ -43,7 +45,7 @@ class Slice:
 
 def version_of(root: str, source: Source) -> int | None:
     """The newest version of a source that is a Delta table; None for Parquet files."""
-    table = _delta_table(source_uri(root, source.name))
+    table = _delta_table(source, source_uri(root, source.name))
     return None if table is None else int(table.version())
 
 
@@ -52,53 +54,89 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
 
     Raises:
         DataError: there are none, or a folder cannot be looked into.
+        ContractError: something under the folder is neither read nor passed over, see `listing`.
+        StoreError: the log of a Delta table cannot be read.
     """
     folder = source_uri(root, source.name)
-    table = _delta_table(folder, version)
-    if table is not None:
-        return paths_of(table)
-    paths = sorted(
-        path
-        for path in _parquet_files(folder)
-        if not any(part.startswith((".", "_")) for part in path[len(folder) :].split("/")[1:])
-    )
-    if not paths:
+    table = _delta_table(source, folder, version)
+    return paths_of(table) if table is not None else list(listing_of(root, source).files)
+
+
+def listing_of(root: str, source: Source) -> Listing:
+    """The files of a source that is no Delta table.
+
+    Raises:
+        DataError, ContractError: as `files_of`.
+    """
+    folder = source_uri(root, source.name)
+    listing = list_files(source.name, folder)
+    if not listing.files:
         raise DataError(
             f"Source {source.name!r} has Parquet files",
             f"none under {folder}",
             "Write its rows there, or name another folder with --sources",
         )
-    return paths
+    return listing
 
 
-def _delta_table(folder: str, version: int | None = None) -> DeltaTable | None:
-    return open_table(folder, version) if _has_log(folder) else None
+def _delta_table(source: Source, folder: str, version: int | None = None) -> DeltaTable | None:
+    """The source's Delta table; None where there is no log.
 
-
-def _parquet_files(folder: str) -> Iterator[str]:
-    if "://" not in folder:  # whose name may hold what Beam would take for a pattern
-        for inside, _, names in os.walk(folder, onerror=_closed):
-            yield from (os.path.join(inside, name) for name in names if name.endswith(".parquet"))
-        if os.path.isfile(f"{folder}.parquet"):
-            yield f"{folder}.parquet"
-        return
-    for match in FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"]):
-        yield from (each.path for each in match.metadata_list)
-
-
-def _closed(error: OSError) -> None:
-    """Files that cannot be listed are not passed over: their rows would be missing without a word."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise DataError(
-            "Every folder of a source can be looked into", f"{error.filename}: {error.strerror}", "Grant access"
+    Raises:
+        ContractError: there is a log of no commit, or there are files beside the table's folder.
+        StoreError: the log cannot be read.
+    """
+    if not _has_log(folder):
+        return None
+    table = open_table(folder, version)
+    log = FileSystems.join(folder, LOG)
+    if table is None:
+        # Without its log nobody knows which of the files hold rows that were replaced.
+        raise ContractError(
+            f"Source {source.name!r}: a Delta table has a log",
+            f"no commit in {log}",
+            f"Restore the log, or remove {log} if every Parquet file under {folder} is to be read",
         )
+    if "://" not in folder and os.path.lexists(folder + SUFFIX):
+        raise ContractError(
+            f"Source {source.name!r} is a Delta table or Parquet files, not both",
+            f"{folder} and {folder}{SUFFIX}",
+            "Move one of them away",
+        )
+    _check_commits(source, folder, int(table.version()))
+    return table
+
+
+def _check_commits(source: Source, folder: str, version: int) -> None:
+    """Refuses commits that were cut off: delta-rs takes an empty one for a commit that changed nothing.
+
+    Only those that are read are checked, which are the ones behind the last checkpoint.
+    """
+    log = FileSystems.join(folder, LOG)
+    if "://" in folder:
+        return  # an object is written whole or not at all
+    checkpoints = [
+        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
+    ]
+    start = max((each for each in checkpoints if each <= version), default=-1)
+    for each in versions(folder):
+        if start < each <= version:
+            path = os.path.join(log, f"{each:020}.json")
+            with open(path, "rb") as file:
+                first = file.readline().strip()
+            if first in (b"", b"{}"):
+                raise ContractError(
+                    f"Source {source.name!r}: every commit of a Delta table is whole",
+                    f"{path}, which is empty",
+                    "Restore the file, or restore the table to the version before it",
+                )
 
 
 def _has_log(folder: str) -> bool:
     return (
-        os.path.isdir(os.path.join(folder, "_delta_log"))
+        os.path.lexists(os.path.join(folder, LOG))
         if "://" not in folder
-        else bool(FileSystems.match([f"{folder}/_delta_log/*"])[0].metadata_list)
+        else bool(FileSystems.match([f"{folder}/{LOG}/*"])[0].metadata_list)
     )
 
 
@@ -132,7 +170,7 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
     Raises:
         ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
     """
-    table = _delta_table(source_uri(root, contract.source.name), version)
+    table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
     if table is not None:
         version = int(table.version())
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
