@@ -164,24 +164,46 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
     return survey(root, contract, version)[1]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Surveyed:
+    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta table,
+    whose log says which files belong to a version."""
+
+    contract: Contract
+    slices: tuple[Slice, ...]
+    listing: Listing | None
+
+
 def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
     """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
 
     Raises:
         ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
     """
+    found = survey_files(root, contract, version)
+    return found.contract, list(found.slices)
+
+
+def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
+    """`survey`, and the listing by which to check at the end that nothing was removed or replaced meanwhile.
+
+    Raises:
+        ContractError: as `survey`.
+    """
     table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
+    listing = None
     if table is not None:
-        version = int(table.version())
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
-    paths = files_of(root, contract.source, version)
+        paths = paths_of(table)
+    else:
+        listing = listing_of(root, contract.source)
+        paths = list(listing.files)
     try:
-        return contract, [
-            each for part in file_pool().map(lambda path: _slices(path, contract), paths) for each in part
-        ]
+        parts = list(file_pool().map(lambda path: _slices(path, contract), paths))
     except ContractError:
         _of_one_type(contract, paths)
         raise
+    return Surveyed(contract, tuple(each for part in parts for each in part), listing)
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
@@ -319,11 +341,13 @@ def _metadata(file: Any) -> pq.FileMetaData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name."""
+    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name, and
+    the files of the sources that are not Delta tables."""
 
     spine: Contract
     contracts: Mapping[str, Contract]
     slices: Mapping[str, tuple[Slice, ...]]
+    listings: tuple[Listing, ...] = ()
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
@@ -374,9 +398,10 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
-    surveyed = {name: survey(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    surveyed = {name: survey_files(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
     return Inventory(
-        surveyed[view.spine.name][0],
-        {name: surveyed[name][0] for name in contracts},
-        {name: tuple(slices) for name, (_, slices) in surveyed.items()},
+        surveyed[view.spine.name].contract,
+        {name: surveyed[name].contract for name in contracts},
+        {name: each.slices for name, each in surveyed.items()},
+        tuple(each.listing for each in surveyed.values() if each.listing is not None),
     )

@@ -12,8 +12,8 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -66,6 +66,25 @@ class Listing:
                 "Run the same command again; write new files aside and rename them",
             )
         return tuple(sorted(now.keys() - self.files.keys()))
+
+
+Passed = TypeVar("Passed")
+
+
+def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
+    """Returns `passed` if every source still has the files that a run listed when it began; names those that were added.
+
+    Raises:
+        DataError: see `Listing.check_unchanged`.
+    """
+    for listing in listings:
+        if added := listing.check_unchanged():
+            log.warning(
+                "source %s: not read, since they were added after the run began: %s; the next run reads them",
+                listing.source,
+                shown(added),
+            )
+    return passed
 
 
 def shown(paths: Iterable[str], most: int = _NAMED) -> str:
