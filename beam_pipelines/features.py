@@ -361,6 +361,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     with Run("features", options.run_id, options.folder) as run:
         run.where = options.table
+        log.info("listing the sources under %s", options.sources)
         work = prepare(options)
         for note in work.stale.notes:
             log.warning(note)

@@ -28,6 +28,22 @@ from transforms.storage.delta_log import versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
 
+# Primitive types of Delta tables.
+_ARROW = {
+    "byte": pa.int8(),
+    "short": pa.int16(),
+    "integer": pa.int32(),
+    "long": pa.int64(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "boolean": pa.bool_(),
+    "binary": pa.binary(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us", "UTC"),
+    "timestamp_ntz": pa.timestamp("us"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -212,7 +228,7 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
     seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
     for path, schema in schemas:
         for name, found in seen.items():
-            if name not in schema.names:
+            if schema.names.count(name) != 1:
                 continue
             kind, declared = schema.field(name).type, contract.source.schema[name]
             found.setdefault(fits(declared, kind), (path, kind))
@@ -225,8 +241,8 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
                 )
 
 
-def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
-    """Declared columns by which a Delta source is partitioned."""
+def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
+    """Declared columns of a Delta source, and the values of those by which it is partitioned."""
     what, uri = f"Source {contract.source.name!r}", table_root(table)
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
@@ -248,13 +264,20 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
             f"{contract.source.time!r} partitions {uri}",
             "Partition it by the date of the time instead",
         )
+    others = {
+        field.name: _ARROW.get(str(getattr(field.type, "type", "")), pa.null())
+        for field in table.schema().fields
+        if field.name in contract.source.schema and field.name not in columns
+    }
     if not columns:
-        return None
+        return Partitions({}, {}, others)
     known = pl.DataFrame(table.get_add_actions(flatten=True))
     values = known.select(pl.col(f"partition.{name}").alias(name) for name in columns)
     paths = (FileSystems.join(uri, unquote(path)) for path in known["path"])
     return Partitions(
-        {field.name: field.type for field in values.to_arrow().schema}, dict(zip(paths, values.to_dicts(), strict=True))
+        {field.name: field.type for field in values.to_arrow().schema},
+        dict(zip(paths, values.to_dicts(), strict=True)),
+        others,
     )
 
 
@@ -269,12 +292,13 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
     file, stamp = open_parquet(path, contract.source), stamp_of(path)
     contract.check(file.schema_arrow, path)
     time = contract.source.time
-    column = file.schema_arrow.names.index(time) if time is not None else None
     result, first = [], 0
     for group in range(file.num_row_groups):
         meta = file.metadata.row_group(group)
         low, high = ALWAYS, 2**62
-        if column is not None and time is not None:
+        if time is not None and time not in file.schema_arrow.names:  # added to a Delta table later
+            low, high = ALWAYS, ALWAYS
+        elif time is not None:
             bounds = _bounds(meta, time)
             low, high = (_epoch(bound) for bound in bounds) if bounds is not None else (ALWAYS, 2**62)
             if low < contract.earliest or high >= contract.latest:
