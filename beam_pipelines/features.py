@@ -31,6 +31,7 @@ from transforms.features.preparation import FeaturesRequest, PreparedRun, prepar
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS
+from transforms.sources.listing import unchanged
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
     CommitFiles,
@@ -270,6 +271,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
     # would not be computed again for their dead letters.
     counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
+    counted = counted | "SourcesUnchanged" >> beam.Map(unchanged, work.required_inventory.listings)
     sides, manifest = (tallied, *computed.history), targets.manifest
     if options.rules is None:
         committed = counted | "Commit" >> CommitFiles(targets.features, manifest, sides)
@@ -323,11 +325,10 @@ def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
 
 def verification(options: Options, work: PreparedRun) -> Verification | None:
     """The verification of the run's rows before they are committed; None if `--verify 0` turned it off."""
-    assert work.inventory is not None
     amount = options.verify.amount(options.now, work.everything)
     if amount is None:
         return None
-    view, inventory = options.definition.view, work.inventory
+    view, inventory = options.definition.view, work.required_inventory
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
     return Verification(view, contracts, inventory.slices, amount, options.run_id)
 
@@ -360,6 +361,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     with Run("features", options.run_id, options.folder) as run:
         run.where = options.table
+        log.info("listing the sources under %s", options.sources)
         work = prepare(options)
         for note in work.stale.notes:
             log.warning(note)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from beam_pipelines import features
 from beam_pipelines.features import main
 from schemas import load_definition
 from schemas.durations import DAY
@@ -21,6 +23,7 @@ from schemas.errors import ContractError, DataError, DefinitionError, StoreError
 from tests.support import market
 from tests.support.features_runs import answers, days, dead_letters, run, same, table_of
 from transforms.features.plan import plan_features
+from transforms.features.preparation import PreparedRun
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.storage.delta_tables import newest_version
 
@@ -358,6 +361,54 @@ def test_integer_time_statistics_of_other_writers_are_understood(tmp_path: Path)
     same(answers(tmp_path / "b"), answers(tmp_path / "a"))
 
 
+def during(change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `change` happen once the run has listed its sources."""
+    prepare = features.prepare
+
+    def then(options: features.Options) -> PreparedRun:
+        prepared = prepare(options)
+        change()
+        return prepared
+
+    monkeypatch.setattr(features, "prepare", then)
+
+
+@pytest.mark.parametrize("source", ["visits", "sales", "shops"])
+@pytest.mark.parametrize("change", ["removed", "replaced", "the folder removed"])
+def test_files_that_change_during_a_run_stop_it_even_if_no_block_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, change: str
+) -> None:
+    market.write(tmp_path, market.sources(30))
+    other = tmp_path / "sources" / source / "older" / "none.parquet"
+    other.parent.mkdir()
+    pl.read_parquet(other.parent.parent / "part-0.parquet").clear().write_parquet(other)
+    happens = {
+        "removed": other.unlink,
+        "replaced": lambda: other.write_bytes(other.read_bytes() + b" "),
+        "the folder removed": lambda: shutil.rmtree(other.parent),
+    }
+    during(happens[change], monkeypatch)
+    kind, message = refused(tmp_path)
+    assert kind is DataError
+    assert f"Source {source!r}: its files stay as they are while a run reads them" in message
+    assert f"{other} {'replaced' if change == 'replaced' else 'gone'} since the run began" in message
+
+
+def test_files_that_are_added_during_a_run_are_named_and_read_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frames = market.sources(30)
+    market.write(tmp_path, {**frames, "sales": frames["sales"][:-1]})
+    new = tmp_path / "sources" / "sales" / "new.parquet"
+    with monkeypatch.context() as patch:
+        during(lambda: frames["sales"][-1:].write_parquet(new), patch)
+        run(tmp_path)
+    assert f"source sales: not read, since they were added after the run began: {new}" in capfd.readouterr().err
+    run(tmp_path)
+    run(market.write(tmp_path / "fresh", frames))
+    same(answers(tmp_path), answers(tmp_path / "fresh"))
+
+
 MISTAKES = {
     "cycle": ("Derived(density=", 'Derived(a=pl.col("b")), Derived(b=pl.col("a")), Derived(density=', "no cycles", 2),
     "unknown column": ('"price": ("mean"', '"prise": ("mean"', "Did you mean 'price'?", 2),
@@ -369,6 +420,7 @@ MISTAKES = {
 
 DRIVER = """
 import json, sys
+from beam_pipelines import features
 from beam_pipelines.features import main
 from beam_pipelines.runtime.errors import guard
 for argv in json.loads(sys.argv[1]):

@@ -2,6 +2,7 @@
 his writer."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import polars as pl
 import pytest
 
+from schemas import Source
 from schemas.errors import ContractError
+from schemas.sources import TIME
 from tests.support import market
 from tests.support.features_runs import answers, dead_letters, run, same
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey
-from transforms.sources.reader import read_raw
+from transforms.sources.reader import _pieces, read_raw, read_slices, stream_slices
 from transforms.storage.delta_log import commits
 
 WHOLE: dict[str, list[str]] = {"visits": [], "sales": [], "stock": [], "shops": []}
@@ -69,9 +72,9 @@ def test_any_reader_of_a_source_gets_its_partition_columns(tmp_path: Path) -> No
         same(found.sort(columns), sales.select(columns).sort(columns))
 
 
-def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+def edited(change: Callable[[dict[str, Any]], None], version: int = 0) -> Callable[[Path], None]:
     def edit(table: Path) -> None:
-        path = table / "_delta_log" / f"{0:020}.json"
+        path = table / "_delta_log" / f"{version:020}.json"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         for line in lines:
             change(line)
@@ -153,3 +156,91 @@ def test_rows_that_their_owner_rewrites_make_the_dates_they_reach_stale_and_no_o
     same(answers(tmp_path), answers(tmp_path / "fresh"))
     (last, *_) = commits(str(next((tmp_path / "features").glob("*/*"))))
     assert last["version"] == 1
+
+
+# Columns that came and went
+
+ROWS = [{"at": market.at(0.1), "k": 1, "v": 1.0}, {"at": market.at(0.2), "k": 1, "v": 2.0, "c": "x", "n": 3}]
+wide = Source("ev", time="at", columns={"k": pl.Int64, "v": pl.Float64, "c": pl.String, "n": pl.Int64, "day": pl.Date})
+
+
+def columns_over_time(root: Path, partition: list[str]) -> Path:
+    """A table whose second commit adds `c` and `n`."""
+    for row in ROWS:
+        frame = pl.DataFrame([row]).with_columns(pl.col("at").cast(TIME), day=pl.col("at").dt.date())
+        options = {"schema_mode": "merge", **({"partition_by": partition} if partition else {})}
+        frame.write_delta(root / "ev", mode="append", delta_write_options=options)
+    return root
+
+
+@pytest.mark.parametrize("partition", [[], ["day"], ["k", "day"]])
+@pytest.mark.parametrize("columns", [tuple(wide.schema), ("at", "c"), ("c",), ("n", "c", "k"), ("c", "at", "day")])
+def test_a_column_that_was_added_later_is_null_in_older_files(
+    tmp_path: Path, partition: list[str], columns: tuple[str, ...]
+) -> None:
+    contract, slices = survey(str(columns_over_time(tmp_path, partition)), Contract(wide, columns))
+    expected = pl.DataFrame(ROWS).with_columns(pl.col("at").cast(TIME), day=pl.col("at").dt.date()).select(columns)
+    same(read_raw(contract, slices).sort(columns), expected.sort(columns))
+    pieces = [rows for each in slices for _, rows in _pieces(contract, each, 1)]
+    same(pl.concat(pieces).sort(columns), expected.sort(columns))
+
+
+def test_a_time_that_was_added_later_makes_dead_letters_of_the_rows_before_it(tmp_path: Path) -> None:
+    pl.DataFrame({"k": [1, 2]}).write_delta(tmp_path / "ev")
+    added = pl.DataFrame({"k": [3], "at": [market.at(0)]}).with_columns(pl.col("at").cast(TIME))
+    added.write_delta(tmp_path / "ev", mode="append", delta_write_options={"schema_mode": "merge"})
+    source = Source("ev", time="at", columns={"k": pl.Int64})
+    contract, slices = survey(str(tmp_path), Contract(source, ("at", "k")))
+    for reads in ([read_slices(contract, slices)], list(stream_slices(contract, slices, chunk=1))):
+        assert [each.frame["k"].to_list() for each in reads if len(each.frame)] == [[3]]
+        assert pl.concat([each.dead_letters for each in reads])["rule"].to_list() == ["a time is present"] * 2
+
+
+def test_a_column_that_the_newest_version_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Its older files may hold it."""
+    columns_over_time(tmp_path, [])
+
+    def remove(line: dict[str, Any]) -> None:
+        if "metaData" in line:
+            schema = json.loads(line["metaData"]["schemaString"])
+            schema["fields"] = [field for field in schema["fields"] if field["name"] != "v"]
+            line["metaData"]["schemaString"] = json.dumps(schema)
+
+    edited(remove, 1)(tmp_path / "ev")
+    with pytest.raises(ContractError, match=r"declared column 'v'.*newest version of its table does not"):
+        survey(str(tmp_path), Contract(wide, ("at", "v")))
+    assert len(survey(str(tmp_path), Contract(wide, ("at", "k")))[1]) == 2
+
+
+def test_a_column_that_no_version_has_is_refused(tmp_path: Path) -> None:
+    source = Source("ev", time="at", columns={"k": pl.Int64, "cc": pl.String})
+    with pytest.raises(ContractError, match="declared column 'cc'"):
+        survey(str(columns_over_time(tmp_path, [])), Contract(source, ("at", "cc")))
+
+
+@pytest.mark.parametrize(
+    ("added", "declared"), [("x", pl.Int64), (1.5, pl.Int64), (2**40, pl.Int32), (True, pl.String)]
+)
+def test_a_column_that_was_added_with_another_type_is_refused(tmp_path: Path, added: Any, declared: Any) -> None:
+    for row in ({"k": 1}, {"k": 2, "c": added}):
+        pl.DataFrame([row]).write_delta(tmp_path / "ev", mode="append", delta_write_options={"schema_mode": "merge"})
+    with pytest.raises(ContractError, match="column 'c'"):
+        survey(str(tmp_path), Contract(Source("ev", columns={"k": pl.Int64, "c": declared}), ("k", "c")))
+
+
+def test_a_run_over_a_table_whose_columns_were_added_later_is_verified(tmp_path: Path) -> None:
+    """`--verify` reads the sources by a path of its own."""
+    frames = market.sources(30)
+    as_delta(tmp_path, frames, WHOLE)
+    for name, column in (("sales", "price"), ("stock", "note"), ("shops", "rent")):
+        folder = tmp_path / "sources" / name
+        shutil.rmtree(folder)
+        half = len(frames[name]) // 2
+        frames[name][:half].drop(column).write_delta(folder)
+        frames[name][half:].write_delta(folder, mode="append", delta_write_options={"schema_mode": "merge"})
+        kept = pl.when(pl.int_range(pl.len()) >= half).then(pl.col(column))
+        frames[name] = frames[name].with_columns(kept)
+    figures = run(tmp_path, "--verify", "30", "--verify_share", "1")
+    assert "verified" in figures
+    run(market.write(tmp_path / "fresh", frames))
+    same(answers(tmp_path), answers(tmp_path / "fresh"))

@@ -88,6 +88,23 @@ def test_a_missing_column_is_refused_with_its_file_and_the_nearest_name(tmp_path
     assert "Did you mean 'idd'?" in message
 
 
+@pytest.mark.parametrize("column", ["at", "id", "v"])
+def test_a_declared_column_that_is_there_twice_is_refused_with_its_file(tmp_path: Path, column: str) -> None:
+    table = rows({}).to_arrow()
+    write(tmp_path, table, "part-0")
+    path = write(tmp_path, table.append_column(column, table[column]), "part-1")
+    assert f"2 columns {column!r} in {path}" in refused(tmp_path)
+
+
+def test_a_column_that_is_not_declared_may_be_there_twice_or_differ_in_case(tmp_path: Path) -> None:
+    """Names are compared letter by letter."""
+    table = rows({}).to_arrow()
+    for name in ("more", "more", "V", "At"):
+        table = table.append_column(name, pa.array(["x"]))
+    write(tmp_path, table)
+    assert read(tmp_path)[0].rows() == rows({}).rows()
+
+
 @pytest.mark.parametrize(
     ("column", "dtype"),
     [

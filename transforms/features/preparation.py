@@ -103,6 +103,12 @@ class PreparedRun:
         assert self.plan is not None, "a run with nothing to compute has no graph"
         return self.plan
 
+    @property
+    def required_inventory(self) -> Inventory:
+        """The inventory of a run that has something to compute."""
+        assert self.inventory is not None, "a run with nothing to compute has no graph"
+        return self.inventory
+
 
 def prepare_features(request: FeaturesRequest) -> PreparedRun:
     """Decides what to compute: the days that were requested, all days, or those that are missing or stale.

@@ -22,13 +22,17 @@ _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partitions:
-    """Columns of a Delta table by which it is partitioned: its log holds them, its files do not.
+    """Columns of a Delta table that its log tells and a file may not hold.
 
-    `types` are theirs, `values` those of each file.
+    Args:
+        types: of the columns by which it is partitioned.
+        values: of those, for each file.
+        columns: types of the table's other columns.  One that was added later is not in older files, and null there.
     """
 
     types: Mapping[str, pa.DataType]
     values: Mapping[str, Mapping[str, Any]]
+    columns: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Contract:
         columns: those by which rows are judged.
         required: columns that may not be null beside the time: a spine's key.
         now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
-        partitions: columns that are not in the files (see `inventory.survey`).
+        partitions: columns of a Delta table that may not be in its files (see `inventory.survey`).
         ordering: further columns that are read, only to put rows in order (see `FeatureView.columns_ordering`).
     """
 
@@ -116,11 +120,11 @@ class Contract:
         """
         self.check(table.schema, file)
         given = {} if self.partitions is None else self.partitions.values.get(file, {})
-        inside = [name for name in self.read if name not in given]
+        inside = [name for name in self.read if name not in given and name in table.schema.names]
         frame: pl.DataFrame = pl.from_arrow(table.select(inside))  # type: ignore[assignment]
         if len(inside) < len(self.read):
-            types = {name: self.source.schema[name] for name in given}
-            values = pl.DataFrame({name: [value] for name, value in given.items()}).cast(types)  # type: ignore[arg-type]
+            types = {name: self.source.schema[name] for name in self.read if name not in inside}
+            values = pl.DataFrame({name: [given.get(name)] for name in types}).cast(types)  # type: ignore[arg-type]
             frame = pl.DataFrame(
                 {
                     name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows)
@@ -133,14 +137,29 @@ class Contract:
         """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
         what = f"Source {self.source.name!r}"
         given = {} if self.partitions is None else self.partitions.types
+        added = {} if self.partitions is None else self.partitions.columns
         for name in self.read:
-            if name not in schema.names and name not in given:
+            count = 0 if name in given else schema.names.count(name)
+            if count > 1:
                 raise ContractError(
-                    f"{what}: every file has the declared column {name!r}",
-                    f"{file} with {', '.join(schema.names)}",
-                    nearest(name, schema.names),
+                    f"{what}: a file has each declared column once",
+                    f"{count} columns {name!r} in {file}",
+                    "Write the file again, each column under a name of its own",
                 )
-            found, declared = given[name] if name in given else schema.field(name).type, self.source.schema[name]
+            if name in given:
+                found = given[name]
+            elif count and (self.partitions is None or name in added):
+                found = schema.field(name).type
+            elif name in added:
+                found = added[name]
+            else:
+                where = f"{file} with {', '.join(schema.names)}"
+                if count:
+                    where = f"{file} has it, but the newest version of its table does not"
+                raise ContractError(
+                    f"{what}: every file has the declared column {name!r}", where, nearest(name, schema.names)
+                )
+            declared = self.source.schema[name]
             if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
                 raise ContractError(
                     f"{what}: a timestamp names its time zone",

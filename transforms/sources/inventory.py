@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
@@ -23,8 +23,26 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
 from transforms.sources.contracts import Contract, Partitions, fits
+from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
+from transforms.storage.delta_log import versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
+
+# Primitive types of Delta tables.
+_ARROW = {
+    "byte": pa.int8(),
+    "short": pa.int16(),
+    "integer": pa.int32(),
+    "long": pa.int64(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "boolean": pa.bool_(),
+    "binary": pa.binary(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us", "UTC"),
+    "timestamp_ntz": pa.timestamp("us"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +61,7 @@ class Slice:
 
 def version_of(root: str, source: Source) -> int | None:
     """The newest version of a source that is a Delta table; None for Parquet files."""
-    table = _delta_table(source_uri(root, source.name))
+    table = _delta_table(source, source_uri(root, source.name))
     return None if table is None else int(table.version())
 
 
@@ -52,53 +70,89 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
 
     Raises:
         DataError: there are none, or a folder cannot be looked into.
+        ContractError: something under the folder is neither read nor passed over, see `listing`.
+        StoreError: the log of a Delta table cannot be read.
     """
     folder = source_uri(root, source.name)
-    table = _delta_table(folder, version)
-    if table is not None:
-        return paths_of(table)
-    paths = sorted(
-        path
-        for path in _parquet_files(folder)
-        if not any(part.startswith((".", "_")) for part in path[len(folder) :].split("/")[1:])
-    )
-    if not paths:
+    table = _delta_table(source, folder, version)
+    return paths_of(table) if table is not None else list(listing_of(root, source).files)
+
+
+def listing_of(root: str, source: Source) -> Listing:
+    """The files of a source that is no Delta table.
+
+    Raises:
+        DataError, ContractError: as `files_of`.
+    """
+    folder = source_uri(root, source.name)
+    listing = list_files(source.name, folder)
+    if not listing.files:
         raise DataError(
             f"Source {source.name!r} has Parquet files",
             f"none under {folder}",
             "Write its rows there, or name another folder with --sources",
         )
-    return paths
+    return listing
 
 
-def _delta_table(folder: str, version: int | None = None) -> DeltaTable | None:
-    return open_table(folder, version) if _has_log(folder) else None
+def _delta_table(source: Source, folder: str, version: int | None = None) -> DeltaTable | None:
+    """The source's Delta table; None where there is no log.
 
-
-def _parquet_files(folder: str) -> Iterator[str]:
-    if "://" not in folder:  # whose name may hold what Beam would take for a pattern
-        for inside, _, names in os.walk(folder, onerror=_closed):
-            yield from (os.path.join(inside, name) for name in names if name.endswith(".parquet"))
-        if os.path.isfile(f"{folder}.parquet"):
-            yield f"{folder}.parquet"
-        return
-    for match in FileSystems.match([f"{folder}/**.parquet", f"{folder}.parquet"]):
-        yield from (each.path for each in match.metadata_list)
-
-
-def _closed(error: OSError) -> None:
-    """Files that cannot be listed are not passed over: their rows would be missing without a word."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise DataError(
-            "Every folder of a source can be looked into", f"{error.filename}: {error.strerror}", "Grant access"
+    Raises:
+        ContractError: there is a log of no commit, or there are files beside the table's folder.
+        StoreError: the log cannot be read.
+    """
+    if not _has_log(folder):
+        return None
+    table = open_table(folder, version)
+    log = FileSystems.join(folder, LOG)
+    if table is None:
+        # Without its log nobody knows which of the files hold rows that were replaced.
+        raise ContractError(
+            f"Source {source.name!r}: a Delta table has a log",
+            f"no commit in {log}",
+            f"Restore the log, or remove {log} if every Parquet file under {folder} is to be read",
         )
+    if "://" not in folder and os.path.lexists(folder + SUFFIX):
+        raise ContractError(
+            f"Source {source.name!r} is a Delta table or Parquet files, not both",
+            f"{folder} and {folder}{SUFFIX}",
+            "Move one of them away",
+        )
+    _check_commits(source, folder, int(table.version()))
+    return table
+
+
+def _check_commits(source: Source, folder: str, version: int) -> None:
+    """Refuses commits that were cut off: delta-rs takes an empty one for a commit that changed nothing.
+
+    Only those that are read are checked, which are the ones behind the last checkpoint.
+    """
+    log = FileSystems.join(folder, LOG)
+    if "://" in folder:
+        return  # an object is written whole or not at all
+    checkpoints = [
+        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
+    ]
+    start = max((each for each in checkpoints if each <= version), default=-1)
+    for each in versions(folder):
+        if start < each <= version:
+            path = os.path.join(log, f"{each:020}.json")
+            with open(path, "rb") as file:
+                first = file.readline().strip()
+            if first in (b"", b"{}"):
+                raise ContractError(
+                    f"Source {source.name!r}: every commit of a Delta table is whole",
+                    f"{path}, which is empty",
+                    "Restore the file, or restore the table to the version before it",
+                )
 
 
 def _has_log(folder: str) -> bool:
     return (
-        os.path.isdir(os.path.join(folder, "_delta_log"))
+        os.path.lexists(os.path.join(folder, LOG))
         if "://" not in folder
-        else bool(FileSystems.match([f"{folder}/_delta_log/*"])[0].metadata_list)
+        else bool(FileSystems.match([f"{folder}/{LOG}/*"])[0].metadata_list)
     )
 
 
@@ -126,24 +180,46 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
     return survey(root, contract, version)[1]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Surveyed:
+    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta table,
+    whose log says which files belong to a version."""
+
+    contract: Contract
+    slices: tuple[Slice, ...]
+    listing: Listing | None
+
+
 def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
     """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
 
     Raises:
         ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
     """
-    table = _delta_table(source_uri(root, contract.source.name), version)
+    found = survey_files(root, contract, version)
+    return found.contract, list(found.slices)
+
+
+def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
+    """`survey`, and the listing by which to check at the end that nothing was removed or replaced meanwhile.
+
+    Raises:
+        ContractError: as `survey`.
+    """
+    table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
+    listing = None
     if table is not None:
-        version = int(table.version())
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
-    paths = files_of(root, contract.source, version)
+        paths = paths_of(table)
+    else:
+        listing = listing_of(root, contract.source)
+        paths = list(listing.files)
     try:
-        return contract, [
-            each for part in file_pool().map(lambda path: _slices(path, contract), paths) for each in part
-        ]
+        parts = list(file_pool().map(lambda path: _slices(path, contract), paths))
     except ContractError:
         _of_one_type(contract, paths)
         raise
+    return Surveyed(contract, tuple(each for part in parts for each in part), listing)
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
@@ -152,7 +228,7 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
     seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
     for path, schema in schemas:
         for name, found in seen.items():
-            if name not in schema.names:
+            if schema.names.count(name) != 1:
                 continue
             kind, declared = schema.field(name).type, contract.source.schema[name]
             found.setdefault(fits(declared, kind), (path, kind))
@@ -165,8 +241,8 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
                 )
 
 
-def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
-    """Declared columns by which a Delta source is partitioned."""
+def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
+    """Declared columns of a Delta source, and the values of those by which it is partitioned."""
     what, uri = f"Source {contract.source.name!r}", table_root(table)
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
@@ -188,13 +264,20 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions | None:
             f"{contract.source.time!r} partitions {uri}",
             "Partition it by the date of the time instead",
         )
+    others = {
+        field.name: _ARROW.get(str(getattr(field.type, "type", "")), pa.null())
+        for field in table.schema().fields
+        if field.name in contract.source.schema and field.name not in columns
+    }
     if not columns:
-        return None
+        return Partitions({}, {}, others)
     known = pl.DataFrame(table.get_add_actions(flatten=True))
     values = known.select(pl.col(f"partition.{name}").alias(name) for name in columns)
     paths = (FileSystems.join(uri, unquote(path)) for path in known["path"])
     return Partitions(
-        {field.name: field.type for field in values.to_arrow().schema}, dict(zip(paths, values.to_dicts(), strict=True))
+        {field.name: field.type for field in values.to_arrow().schema},
+        dict(zip(paths, values.to_dicts(), strict=True)),
+        others,
     )
 
 
@@ -209,12 +292,13 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
     file, stamp = open_parquet(path, contract.source), stamp_of(path)
     contract.check(file.schema_arrow, path)
     time = contract.source.time
-    column = file.schema_arrow.names.index(time) if time is not None else None
     result, first = [], 0
     for group in range(file.num_row_groups):
         meta = file.metadata.row_group(group)
         low, high = ALWAYS, 2**62
-        if column is not None and time is not None:
+        if time is not None and time not in file.schema_arrow.names:  # added to a Delta table later
+            low, high = ALWAYS, ALWAYS
+        elif time is not None:
             bounds = _bounds(meta, time)
             low, high = (_epoch(bound) for bound in bounds) if bounds is not None else (ALWAYS, 2**62)
             if low < contract.earliest or high >= contract.latest:
@@ -281,11 +365,13 @@ def _metadata(file: Any) -> pq.FileMetaData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name."""
+    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name, and
+    the files of the sources that are not Delta tables."""
 
     spine: Contract
     contracts: Mapping[str, Contract]
     slices: Mapping[str, tuple[Slice, ...]]
+    listings: tuple[Listing, ...] = ()
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
@@ -336,9 +422,10 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
-    surveyed = {name: survey(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    surveyed = {name: survey_files(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
     return Inventory(
-        surveyed[view.spine.name][0],
-        {name: surveyed[name][0] for name in contracts},
-        {name: tuple(slices) for name, (_, slices) in surveyed.items()},
+        surveyed[view.spine.name].contract,
+        {name: surveyed[name].contract for name in contracts},
+        {name: each.slices for name, each in surveyed.items()},
+        tuple(each.listing for each in surveyed.values() if each.listing is not None),
     )

@@ -200,6 +200,8 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
     if contract.source.time is None:
         return None
     file = open_parquet(piece.path, contract.source)
+    if contract.source.time not in file.schema_arrow.names:
+        return None
     with _whole(contract, piece.path):
         for batch in file.iter_batches(CHUNK_ROWS, [piece.group], [contract.source.time]):
             moments: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([batch]))  # type: ignore[assignment]

@@ -20,7 +20,8 @@ from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.record_batches import batch, frame
 from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slice, survey
+from transforms.sources.inventory import Slice, survey_files
+from transforms.sources.listing import Listing, unchanged
 from transforms.sources.reader import read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
 from transforms.storage.tfrecord_codec import gzipped
@@ -58,6 +59,7 @@ class ExamplePlan:
         contract: contract of the label's source.
         repeats: first events of repeated unique keys (see `repeats_of`); None if the source declares none.
         tfrecords: whether to write TFRecord files beside Parquet.
+        listing: files of the label's source; None of a Delta table.
     """
 
     model: Model
@@ -67,6 +69,7 @@ class ExamplePlan:
     contract: Contract
     repeats: pl.DataFrame | None
     tfrecords: bool = True
+    listing: Listing | None = None
 
     @property
     def alone(self) -> ExamplePlan:
@@ -151,7 +154,8 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     """
     model, split, label = request.model, request.split, request.model.label
     contract = Contract(label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model))
-    contract, slices = survey(request.sources, contract, request.version)
+    surveyed = survey_files(request.sources, contract, request.version)
+    contract, slices = surveyed.contract, surveyed.slices
     parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
         raise DataError(
@@ -166,7 +170,9 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
         events = tuple(each for each in slices if each.low < high and each.high >= low)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
-    return ExamplePlan(model, split, request.folder, tuple(blocks), contract, repeats, request.tfrecords)
+    return ExamplePlan(
+        model, split, request.folder, tuple(blocks), contract, repeats, request.tfrecords, surveyed.listing
+    )
 
 
 def _columns_read(model: Model) -> tuple[str, ...]:
@@ -323,8 +329,9 @@ def checked(account: Account, plan: ExamplePlan) -> Account:
     """Return `account` if every row is accounted for and every split can be used; delete files of earlier attempts.
 
     Raises:
-        DataError: see `labels.check`.
+        DataError: see `labels.check`; a file of the label's source was removed or replaced meanwhile.
     """
+    unchanged(account, () if plan.listing is None else (plan.listing,))
     labels.check(plan.model.objective, account.counts, account.labels)
     for name, count in account.counts.items():
         written = sum(each.rows for each in account.of(name))

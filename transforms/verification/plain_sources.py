@@ -279,6 +279,8 @@ def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequ
     """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is null."""
     types, names = contract.source.schema, file.schema_arrow.names
     given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
+    if contract.partitions is not None:  # a column that was removed from a Delta table may be in its older files
+        names = [name for name in names if name in contract.partitions.columns]
     there = [name for name in columns if name in contract.columns or name in names or name in given]
     missing = [pl.lit(None, types[name]).alias(name) for name in columns if name not in there]
     # A contract of exactly these columns: what a run reads beside those that it judges is its own affair.
