@@ -72,9 +72,17 @@ def to_arrow(batch: pa.RecordBatch | pl.DataFrame) -> bytes:
 
 
 def from_arrow(value: bytes) -> pa.RecordBatch:
-    """The batch of `to_arrow`."""
-    with pa.ipc.open_stream(value) as reader:
-        return reader.read_next_batch()
+    """The batch of `to_arrow`.
+
+    Raises:
+        ContractError: the bytes are no such batch, or their schema names code to run.
+    """
+    try:
+        with pa.ipc.open_stream(value) as reader:
+            return reader.read_next_batch()
+    except Exception as error:  # whatever crafted bytes make of it
+        reason = (str(error).splitlines() or [repr(error)])[0][:300]
+        raise ContractError("A message of rows is an Arrow IPC stream", reason, "") from None
 
 
 def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
