@@ -18,6 +18,7 @@ REQUIRES = [
     "polars-hash>=0.9.3,<1",
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
+    "pyarrow-hotfix>=0.6,<1",  # pyarrow before 14.0.1 runs code that an Arrow or Parquet file names (CVE-2023-47248)
     "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
     "sqlalchemy>=2,<3",  # MLflow's, whose errors the registry tells as ours

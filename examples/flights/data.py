@@ -41,6 +41,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow_hotfix  # noqa: F401 (CVE-2023-47248)
 
 NEW_YORK = "America/New_York"
 ROW_GROUP = 16_384

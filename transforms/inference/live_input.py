@@ -18,13 +18,24 @@ from schemas.live import ORIGIN, live_schema, scorable
 from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, MessageRange
 from transforms.records.record_batches import batch
-from transforms.records.times import FOREVER, now_us
+from transforms.records.times import ALWAYS, FOREVER, now_us
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_tables import read_answers
-from transforms.streaming.messages import HEARTBEAT, Message, by_partition, heartbeat, to_arrow
+from transforms.streaming.message_limits import read_arrow
+from transforms.streaming.messages import (
+    ANY_ERROR,
+    EXPANDED_BYTES,
+    HEARTBEAT,
+    Message,
+    by_partition,
+    expanded_size,
+    heartbeat,
+    out_of_calendar,
+    to_arrow,
+)
 
 log = logging.getLogger("millrace.serving")
 # The log message by which a replay reports its progress.
@@ -61,18 +72,15 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
             heartbeat = None  # an end counts only if no message follows
             try:
                 found = _feature_rows(view, message)
-            except (ValueError, OSError, pa.ArrowException) as error:
+            except ANY_ERROR as error:
                 reason = (str(error).splitlines() or [repr(error)])[0][:300]
                 dead_letters.append(_dead_letter(source, message, "", reason))
                 rows = 0
                 continue
             rows = found.num_rows
-            complete, incomplete = _with_complete_key(view, found)
-            dead_letters += [
-                _dead_letter(source, message, field, "an answer names its question", position)
-                for position, field in incomplete
-            ]
-            tables.append(complete)
+            usable, broken = _usable(view, found)
+            dead_letters += [_dead_letter(source, message, field, rule, position) for position, field, rule in broken]
+            tables.append(usable)
         after = some[-1].offset + (rows if by_row else 1)
         count = len(some) if not by_row or rows else 0
         ranges.append(MessageRange(source, partition, some[0].offset, after, count, heartbeat))
@@ -83,8 +91,9 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
 
 
 def _heartbeat_time(message: Message) -> int | None:
-    """The time (µs) in the value of a heartbeat; None if it is not an integer."""
-    return int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
+    """The time (µs) in the value of a heartbeat; None if it is not an integer of 64 bits."""
+    time = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
+    return time if time is None or ALWAYS <= time <= -ALWAYS else None
 
 
 def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
@@ -92,7 +101,10 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
 
     Raises:
         ValueError: the fingerprint or the schema differs, or the value is not Arrow.
+        Exception: whatever pyarrow raises for bytes that are not Arrow.
     """
+    if message.refused:
+        raise ValueError(message.refused)
     found_fingerprint = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
     if found_fingerprint != view.fingerprint:
         raise ValueError(
@@ -101,16 +113,17 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
         )
     if message.value[:4] != _ARROW:
         raise ValueError("a message of answers is an Arrow IPC stream")
-    with pa.ipc.open_stream(message.value) as reader:
-        table = reader.read_all()
     wanted = [
         field for field in live_schema(view) if field.name in scorable(view).names and field.name not in ORIGIN.names
     ]
-    for field in wanted:
-        found = table.schema.field(field.name).type if field.name in table.schema.names else "missing"
-        if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
-            raise ValueError(f"an answer's column {field.name!r} is {field.type}, this one's {found}")
-    table.validate(full=True)
+
+    def check(schema: pa.Schema) -> None:
+        for field in wanted:
+            found = schema.field(field.name).type if field.name in schema.names else "missing"
+            if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
+                raise ValueError(f"an answer's column {field.name!r} is {field.type}, this one's {found}")
+
+    table = read_arrow(message.value, {field.name for field in wanted}, check)
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
     origin = (message.partition, message.offset, None, message.timestamp)
     for field, value in zip(ORIGIN, origin, strict=True):
@@ -123,19 +136,23 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
     return table.select(scorable(view).names)
 
 
-def _with_complete_key(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """Returns the rows with a complete spine key, and (position, field) of each other row."""
-    named = [*view.key, view.time, "row_id", "date"]
-    broken: dict[int, str] = {}
-    for name in named:
+def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str, str]]]:
+    """Returns the rows with a complete spine key and times that can be written; (position, field, rule) of the others."""
+    broken: dict[int, tuple[str, str]] = {}
+    for field in rows.schema:
+        if pa.types.is_temporal(field.type):
+            beyond = out_of_calendar(pl.Series(pl.from_arrow(rows[field.name])))
+            for position in beyond.arg_true().to_list():
+                broken.setdefault(position, (field.name, "a time is in the years 1 to 9999"))
+    for name in (*view.key, view.time, "row_id", "date"):
         column = rows[name]
         if column.null_count:
             for position in column.is_null().to_numpy().nonzero()[0].tolist():
-                broken.setdefault(position, name)
+                broken.setdefault(position, (name, "an answer names its question"))
     if not broken:
         return rows, []
     kept = pa.array([position not in broken for position in range(len(rows))])
-    return rows.filter(kept), sorted(broken.items())
+    return rows.filter(kept), [(position, *why) for position, why in sorted(broken.items())]
 
 
 def _dead_letter(source: str, message: Message, field: str, rule: str, position: int = -1) -> tuple[object, ...]:
@@ -151,10 +168,14 @@ class DecodeFeatureRows(beam.DoFn):
 
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
+        self.expanded = 0
 
     def process(self, message: Message) -> Iterator[pa.RecordBatch]:
-        self.messages.append(message)
-        if len(self.messages) >= self.most:
+        # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
+        now = now_us()
+        self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
+        self.expanded += expanded_size(message)
+        if len(self.messages) >= self.most or self.expanded >= EXPANDED_BYTES:
             yield self._batch()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -162,7 +183,7 @@ class DecodeFeatureRows(beam.DoFn):
             yield WindowedValue(self._batch(), MIN_TIMESTAMP, [GlobalWindow()])
 
     def _batch(self) -> pa.RecordBatch:
-        messages, self.messages = self.messages, []
+        messages, self.messages, self.expanded = self.messages, [], 0
         return to_score(self.view, messages, self.by_row)
 
 

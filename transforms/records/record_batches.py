@@ -1,9 +1,14 @@
-"""RecordBatches as Beam elements: their coder, and conversions to and from Polars."""
+"""RecordBatches as Beam elements: their coder, and conversions to and from Polars.
+
+Every module that reads Arrow or Parquet imports this one, and with it `pyarrow_hotfix`: pyarrow before 14.0.1 runs code
+that the schema of a message or a file names (CVE-2023-47248).  tests/sources/test_crafted_files.py holds this.
+"""
 
 from __future__ import annotations
 
 import polars as pl
 import pyarrow as pa
+import pyarrow_hotfix  # noqa: F401
 from apache_beam import coders
 from apache_beam.coders import typecoders
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
@@ -24,7 +23,7 @@ from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
 from transforms.sources.contracts import Contract, Partitions, fits
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
-from transforms.storage.delta_log import versions
+from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.paths import source_uri
 
@@ -273,7 +272,7 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
         return Partitions({}, {}, others)
     known = pl.DataFrame(table.get_add_actions(flatten=True))
     values = known.select(pl.col(f"partition.{name}").alias(name) for name in columns)
-    paths = (FileSystems.join(uri, unquote(path)) for path in known["path"])
+    paths = (FileSystems.join(uri, path_within(uri, path)) for path in known["path"])
     return Partitions(
         {field.name: field.type for field in values.to_arrow().schema},
         dict(zip(paths, values.to_dicts(), strict=True)),
@@ -341,7 +340,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()))
             raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None

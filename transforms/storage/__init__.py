@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.storage.delta_log import commit_at, commits, file_actions, metadata_of, root_of, versions
+    from transforms.storage.delta_log import (
+        commit_at,
+        commits,
+        file_actions,
+        metadata_of,
+        path_within,
+        root_of,
+        versions,
+    )
     from transforms.storage.delta_tables import (
         COMMIT_ATTEMPTS,
         CommitFiles,

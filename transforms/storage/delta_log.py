@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -29,6 +30,25 @@ def root_of(uri: str) -> str:
     """A table's address as Beam's file systems take it; delta-rs writes a folder's as URIs are, with %20 for a space."""
     uri = uri.rstrip("/")
     return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+
+
+def path_within(root: str, logged: str) -> str:
+    """A data file's path within its table, from the path that the log has for it, which is percent-encoded.
+
+    Raises:
+        StoreError: the path leaves the table.  Whoever can write a log could have any file of the machine read otherwise,
+            and `vacuum` could be made to delete it.
+    """
+    path = unquote(logged)
+    parts = re.split(r"[/\\]", path)
+    elsewhere = path.startswith(("/", "\\")) or re.match(r"[A-Za-z][\w+.-]*:[/\\]", path)
+    if not path or elsewhere or ".." in parts or "\0" in path:
+        raise StoreError(
+            "The files of a Delta table lie in its folder",
+            f"{logged!r} in the log of {root}",
+            "Write the table again with its files below it; shallow clones, whose files lie elsewhere, are not read",
+        )
+    return path
 
 
 def versions(uri: str) -> list[int]:
@@ -142,7 +162,10 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 def file_actions(uri: str, version: int) -> tuple[set[str], set[str]]:
     """(Paths that the commit added, paths that it removed), relative to the table."""
-    added, removed = ({unquote(each["path"]) for each in _actions(uri, version, kind)} for kind in ("add", "remove"))
+    root = root_of(uri)
+    added, removed = (
+        {path_within(root, each["path"]) for each in _actions(uri, version, kind)} for kind in ("add", "remove")
+    )
     return added, removed
 
 

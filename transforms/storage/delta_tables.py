@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import apache_beam as beam
 import polars as pl
@@ -31,7 +30,7 @@ from schemas.errors import ConflictError, StoreError
 from transforms.records.record_batches import batch
 from transforms.records.times import as_date
 from transforms.storage import durable
-from transforms.storage.delta_log import commits_since, conflict, remaining, version_of_run
+from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
@@ -118,14 +117,15 @@ def table_root(table: DeltaTable) -> str:
 
 def paths_of(table: DeltaTable) -> list[str]:
     """Where every file of the table lies, sorted."""
-    return sorted(FileSystems.join(table_root(table), unquote(path)) for path in _actions(table)["path"])
+    root = table_root(table)
+    return sorted(FileSystems.join(root, path_within(root, path)) for path in _actions(table)["path"])
 
 
 def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
     """The files of the table's dates in `[start, end)`, in order of date and path."""
     root, actions = table_root(table), _actions(table)
     files = [
-        DataFile(FileSystems.join(root, unquote(path)), day, rows, size)
+        DataFile(FileSystems.join(root, path_within(root, path)), day, rows, size)
         for path, day, rows, size in zip(
             actions["path"], actions["partition.date"], actions["num_records"], actions["size_bytes"], strict=True
         )
@@ -143,7 +143,7 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
                 content = pq.read_table(handle, columns=wanted)
         else:
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         raise StoreError(
             "A committed data file can be read",
             f"{file.path}: {_in_a_line(error)}",

@@ -37,7 +37,19 @@ if TYPE_CHECKING:
         last_commit_record,
         read_answers,
     )
-    from transforms.streaming.messages import HEARTBEAT, Decoded, Message, by_partition, heartbeat, to_arrow
+    from transforms.streaming.message_limits import read_arrow
+    from transforms.streaming.messages import (
+        ANY_ERROR,
+        EXPANDED_BYTES,
+        HEARTBEAT,
+        Decoded,
+        Message,
+        by_partition,
+        expanded_size,
+        heartbeat,
+        out_of_calendar,
+        to_arrow,
+    )
     from transforms.streaming.micro_batches import (
         ORIGIN_COLUMNS,
         SKIPPED,

@@ -31,7 +31,7 @@ from transforms.streaming.kafka import (
     feature_row_messages,
     topic_of,
 )
-from transforms.streaming.messages import Message, by_partition, decode_topic
+from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
 from transforms.streaming.micro_batches import micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes, LiveSettings
 from transforms.streaming.shard_dofns import AssembleDoFn, CommitDoFn, ShardDoFn
@@ -173,18 +173,19 @@ class DecodeBundles(beam.DoFn):
 
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
-        self.bytes = 0
+        self.bytes = self.expanded = 0
 
     def process(self, message: Message) -> Iterator[WindowedValue]:
         # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         self.bytes += len(message.value)
-        if self.bytes >= ENVELOPE_BYTES:
+        self.expanded += expanded_size(message)
+        if self.bytes >= ENVELOPE_BYTES or self.expanded >= EXPANDED_BYTES:
             yield from self.finish_bundle()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             envelope = decoded(self.contracts, self.messages, self.prefix, received=now_us())
-            self.messages, self.bytes = [], 0
+            self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,22 +19,30 @@ import pyarrow as pa
 from schemas.durations import microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
-from transforms.records.times import FOREVER
+from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.sources.contracts import Contract, check_rows
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
+from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
+from transforms.streaming.message_limits import LIMITS, check_arrow, check_json, read_arrow
 
 HEARTBEAT = b"__heartbeat"
 # Columns beside the source's own: the origin of a row.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
-_ARROW, _AVRO = b"\xff\xff\xff\xff", b"Obj\x01"
+_ARROW = b"\xff\xff\xff\xff"
+# The times that Python, ISO 8601 and Delta have: the years 1 to 9999, in µs since 1970.
+CALENDAR = tuple(
+    (each - EPOCH) // MICROSECOND
+    for each in (datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, UTC))
+)
+_DAY = 86_400_000_000
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
-_ANYTHING = (Exception, pl.exceptions.PanicException)
+ANY_ERROR = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
 
 
 class Message(NamedTuple):
-    """A record of a topic; `timestamp` (µs) is when it arrived there."""
+    """A record of a topic; `timestamp` (µs) is when it arrived there.  One with a reason in `refused` is not decoded."""
 
     topic: str
     partition: int
@@ -42,6 +50,7 @@ class Message(NamedTuple):
     timestamp: int
     key: bytes | None
     value: bytes
+    refused: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,9 +81,18 @@ def to_arrow(batch: pa.RecordBatch | pl.DataFrame) -> bytes:
 
 
 def from_arrow(value: bytes) -> pa.RecordBatch:
-    """The batch of `to_arrow`."""
-    with pa.ipc.open_stream(value) as reader:
-        return reader.read_next_batch()
+    """The batch of `to_arrow`.
+
+    Raises:
+        ContractError: the bytes are no such batch, or their schema names code to run.
+    """
+    try:
+        check_arrow(value)
+        with pa.ipc.open_stream(value) as reader:
+            return reader.read_next_batch()
+    except Exception as error:  # whatever crafted bytes make of it
+        reason = (str(error).splitlines() or [repr(error)])[0][:300]
+        raise ContractError("A message of rows is an Arrow IPC stream", reason, "") from None
 
 
 def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
@@ -104,8 +122,9 @@ def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) ->
     kept, broken = check_rows(contract, whole)
     if len(broken):
         dead_letters.append(_located(contract, whole, broken))
-    kept, ahead = _ahead(contract, kept)
-    dead_letters += ahead
+    for reject in (_ahead, _beyond_calendar):
+        kept, rejected = reject(contract, kept)
+        dead_letters += rejected
     broken, result = pl.concat([pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), *dead_letters]), []
     numbers = [messages[0].partition if messages else 0 for messages in partitions]
     positions = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
@@ -121,7 +140,7 @@ def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | No
     until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
     for beat in (each for each in messages if each.key == HEARTBEAT):
         stamp = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
-        if stamp is None or (stamp > beat.timestamp + ahead_by and stamp != FOREVER):
+        if stamp is None or stamp < ALWAYS or (stamp > beat.timestamp + ahead_by and stamp != FOREVER):
             ahead = contract.source.ahead
             rule = f"a heartbeat is an integer, µs since 1970, at most {ahead} ahead of its arrival (ahead)"
             dead_letters.append(_unreadable(contract, beat, rule))
@@ -140,29 +159,33 @@ def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.Da
     for together, group in itertools.groupby(messages, _together):
         some = list(group)
         if together is not None and len(some) > 1:
-            with contextlib.suppress(*_ANYTHING):  # all at once; if that fails, one by one
+            with contextlib.suppress(*ANY_ERROR):  # all at once; if that fails, one by one
                 frames.append(together(contract, some))
                 continue
         for message in some:
             try:
                 frames.append(_one(contract, message))
-            except _ANYTHING as error:
+            except ANY_ERROR as error:
                 reason = str(error).strip().splitlines()
                 dead_letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
     return frames, dead_letters
 
 
 def _one(contract: Contract, message: Message) -> pl.DataFrame:
+    if message.refused:
+        raise ContractError(message.refused)
     together = _together(message)
     if together is not None:
         return together(contract, [message])
-    if message.value[:4] == _AVRO:
-        return _from_rows(contract, _avro_rows(message.value), [message])
+    if message.value[:4] == MAGIC:
+        return _from_rows(contract, _avro_rows(contract, message), [message])
     raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
 
 
 def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.DataFrame] | None:
     """The function that reads several messages of this format at once; None if they are read one by one."""
+    if message.refused:
+        return None
     if message.value[:1] in (b"{", b"["):
         return _from_json
     return _from_arrow if message.value[:4] == _ARROW else None
@@ -171,15 +194,12 @@ def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.Da
 def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
     tables: list[pa.Table] = []
     for message in messages:
-        with pa.ipc.open_stream(message.value) as reader:
-            table = reader.read_all()
-        if not tables or table.schema != tables[-1].schema:
-            contract.check(table.schema, f"{message.topic}/{message.partition}@{message.offset}")
+        place = f"{message.topic}/{message.partition}@{message.offset}"
+        table = read_arrow(message.value, contract.source.schema.keys(), lambda schema: contract.check(schema, place))  # noqa: B023
         tables.append(table)
     parts = []
     for _, some in itertools.groupby(tables, lambda table: table.schema):
-        whole = pa.concat_tables(some)
-        whole.validate(full=True)  # offsets outside a buffer would crash the process at every retry
+        whole = _in_microseconds(pa.concat_tables(some))
         frame = pl.DataFrame(
             pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
         )
@@ -192,12 +212,27 @@ def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame
     return _with_origin(pl.concat(parts), messages, [len(table) for table in tables])
 
 
+def _in_microseconds(table: pa.Table) -> pa.Table:
+    """The table with times in µs; Polars would let seconds beyond them wrap around.
+
+    Raises:
+        pa.ArrowInvalid: a time does not fit.
+    """
+    for number, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.unit in ("s", "ms"):
+            exact = table.column(number).cast(pa.timestamp("us", field.type.tz))
+            table = table.set_column(number, field.name, exact)
+    return table
+
+
 def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
     counts: list[int] = []
     rows: list[Any] = []
     for message in messages:
+        check_json(message.value)
         value = json.loads(message.value)
         some = value if isinstance(value, list) else [value]
+        LIMITS.check_rows(len(some))
         rows += some
         counts.append(len(some))
     return _from_rows(contract, rows, messages, counts)
@@ -257,13 +292,11 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) ->
     return series
 
 
-def _avro_rows(value: bytes) -> list[Any]:
+def _avro_rows(contract: Contract, message: Message) -> list[Any]:
     try:
-        import fastavro
-    except ImportError:
-        raise ContractError("Avro messages need fastavro", "it is not installed", "pip install fastavro") from None
-    try:
-        return list(fastavro.reader(io.BytesIO(value)))
+        return avro_rows(message.value, contract.source.schema.keys())
+    except ContractError:
+        raise
     except Exception as error:  # fastavro may raise any error on bytes that are not Avro
         raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
 
@@ -314,6 +347,45 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
     bad = rows.filter(late)
     rule = f"a time is at most {source.ahead} ahead of its arrival (ahead)"
     return rows.filter(~late), [message_dead_letters(source.name, bad, time, rule, pl.col(time).cast(pl.String))]
+
+
+def _beyond_calendar(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """Rejects rows with a time that no file, log or report can hold.
+
+    Returns:
+        The other rows, and dead letters.
+    """
+    dead_letters = []
+    for name, dtype in contract.source.schema.items():
+        if dtype.is_temporal() and len(rows):
+            beyond = out_of_calendar(rows[name])
+            if beyond.any():
+                rule, value = "a time is in the years 1 to 9999", pl.col(name).to_physical().cast(pl.String)
+                dead_letters.append(message_dead_letters(contract.source.name, rows.filter(beyond), name, rule, value))
+                rows = rows.filter(~beyond)
+    return rows, dead_letters
+
+
+def out_of_calendar(times: pl.Series) -> pl.Series:
+    """Whether each date or time (µs) is outside the years 1 to 9999; False for null."""
+    low, high = (each // _DAY if times.dtype == pl.Date else each for each in CALENDAR)
+    return ~times.to_physical().is_between(low, high).fill_null(True)
+
+
+# Bytes after decompression that the messages of one micro-batch take in at most and one message more.
+EXPANDED_BYTES = 64 << 20
+
+
+def expanded_size(message: Message) -> int:
+    """Bytes that the value of a message expands to, about; 0 if it will be refused."""
+    try:
+        if message.value[:4] == _ARROW:
+            return check_arrow(message.value)
+        if message.value[:1] in (b"{", b"["):
+            return check_json(message.value)
+        return check_avro(message.value) if message.value[:4] == MAGIC else len(message.value)
+    except Exception:  # decoding it meets the same error
+        return 0
 
 
 def by_partition(messages: Iterable[Message]) -> Mapping[tuple[str, int], list[Message]]:

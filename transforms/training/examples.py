@@ -269,7 +269,7 @@ def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Ite
                 yield from _row_groups(pq.ParquetFile(pa.BufferReader(handle.read())), columns)
         else:
             yield from _row_groups(pq.ParquetFile(shard.path), columns)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise StoreError(
             "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
