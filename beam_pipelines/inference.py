@@ -126,7 +126,7 @@ def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> Non
     read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
-    listed = sum(file.rows for file in plan.files) if plan.files else None
+    listed = None if options.input_tfrecord else sum(file.rows for file in plan.files)
     checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(read), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
     publish = beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan.target, account)
@@ -172,7 +172,8 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
     Args:
         files: written.
         read: rows, counted from what was read.
-        listed: rows by the table's log; None where there is no table.
+        listed: rows by the table's log; None where there is no table. 0: only predictions of rows that are gone are
+            removed.
         where: they were read.
 
     Raises:
@@ -183,7 +184,7 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
         value = f"{read if listed is None else listed} rows listed, {read} read, {written} predictions"
         fix = "Nothing was published; files may have changed while they were read: run the same command again"
         raise DataError("Rows are conserved: one prediction for each feature row", value, fix)
-    if not read:
+    if not read and listed is None:
         raise DataError("There are rows to score", f"none in {where}", "Name files that hold examples")
     return files
 

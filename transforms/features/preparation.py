@@ -13,6 +13,7 @@ from datetime import date
 
 from deltalake import DeltaTable
 
+from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
@@ -22,7 +23,7 @@ from transforms.features.manifest_store import older_tables, read_manifest
 from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
 from transforms.features.source_digests import Current, examine
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
-from transforms.records.times import ALWAYS, as_date, days_within, midnight
+from transforms.records.times import ALWAYS, FOREVER, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table
 
@@ -122,9 +123,11 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
     base = None if table is None else int(table.version())
     # A run over some days keeps what is known of the others, even when it computes its own days from nothing.
-    anew = request.full and not request.bounded
+    # Without any spine row left, `--full` too goes by the days of the table: their rows are to be removed.
+    empty = inventory.extent[0] >= inventory.extent[1]
+    anew = request.full and not request.bounded and not empty
     manifest = EMPTY if anew else continued(view, read_manifest(table))
-    everything = not request.bounded and (request.full or not manifest.dates)
+    everything = not request.bounded and (anew or not manifest.dates)
     old_days = outdated(_readable_manifest(view, table) if anew else manifest)
     current = examine(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
@@ -153,9 +156,27 @@ def _stale_ranges(
 ) -> tuple[Stale, Ranges]:
     """Returns why dates are stale, and the `[start, end)` ranges of µs to compute."""
     if request.bounded or everything:
-        return Stale({}), [interval(request.view, inventory, request.start, request.end)]
+        return Stale({}), [_requested(request, inventory, manifest)]
     stale = find_stale(request.view, manifest, current, request.refresh)
     return stale, list(stale.ranges())
+
+
+def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifest) -> tuple[int, int]:
+    """Returns the requested `[start, end)` in µs. It contains the days of the table whose spine rows are all gone.
+
+    Raises:
+        DataError: neither the spine nor the table has rows there.
+    """
+    computed = [midnight(day) for day in manifest.dates]
+    low, high = (None if each is None else midnight(each) for each in (request.start, request.end))
+    inside = [each for each in computed if (low is None or each >= low) and (high is None or each < high)]
+    if not inside:
+        return interval(request.view, inventory, request.start, request.end)
+    first, last = inventory.extent if inventory.extent[0] < inventory.extent[1] else (FOREVER, ALWAYS)
+    return (
+        min(first, min(inside)) if low is None else low,
+        max(last, max(inside) + DAY) if high is None else high,
+    )
 
 
 def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: Inventory, everything: bool) -> Stale:

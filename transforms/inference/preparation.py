@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -86,16 +87,16 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
     model, bundle = pinned(request, name)
     check_model(bundle, model.version, view, _command("training", request))
     schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
+    uri = predictions_uri(request.store, name)
+    written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
+    base = None if request.output_tfrecord else check_target(uri, written)
     paths: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
     dates: tuple[date, ...] | None = None
     if request.input_tfrecord:
         paths, features = tuple(matching(request.input_tfrecord)), request.input_tfrecord
     else:
-        features, files, dates = feature_files(request, view, schema)
-    uri = predictions_uri(request.store, name)
-    written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
-    base = None if request.output_tfrecord else check_target(uri, written)
+        features, files, dates = feature_files(request, view, schema, predicted_days(uri, base, request))
     metadata = {
         "pipeline": "inference",
         "model": name,
@@ -120,9 +121,15 @@ def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
 
 
 def feature_files(
-    request: InferenceRequest, view: FeatureView, schema: pa.Schema
+    request: InferenceRequest, view: FeatureView, schema: pa.Schema, predicted: Sequence[date] = ()
 ) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
-    """Returns address and version of the feature table, its files in the interval, and the dates of the interval."""
+    """Returns address and version of the feature table, its files in the interval, and the dates of the interval.
+
+    An open end of the interval lies where the rows end, or the predictions: of rows that are gone none may stay.
+
+    Args:
+        predicted: dates in the interval that have predictions.
+    """
     uri = features_uri(request.store, view.name, view.fingerprint)
     again = _command("features", request)
     table = open_feature_table(uri, again)
@@ -130,12 +137,19 @@ def feature_files(
     warn_of_outdated(view, table)
     every = data_files(table)
     files = tuple(data_files(table, request.start, request.end))
-    if not files:
+    dated = sorted({*(file.date for file in files), *predicted})
+    if not dated:
         has = f"{every[0].date} to {every[-1].date}" if every else "none at all"
         value = f"none in [{request.start or 'the first'}, {request.end or 'the last'}) of {uri}, which has {has}"
         raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
-    dates = days_between(request.start or files[0].date, request.end or files[-1].date + timedelta(days=1))
+    dates = days_between(request.start or dated[0], request.end or dated[-1] + timedelta(days=1))
     return f"{uri}@{table.version()}", files, dates
+
+
+def predicted_days(uri: str, base: int | None, request: InferenceRequest) -> tuple[date, ...]:
+    """Dates in the interval that have predictions at version `base` (None: there is no table, or none is written)."""
+    table = None if base is None else open_table(uri, base)
+    return () if table is None else tuple(file.date for file in data_files(table, request.start, request.end))
 
 
 def check_target(uri: str, schema: pa.Schema) -> int | None:
