@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import uuid
 from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import NoReturn
 
+from beam_pipelines.runtime.addresses import local_path, usable_address
 from schemas.errors import DefinitionError, nearest
 
 # If more than half of the rows are rejected, the source itself is at fault.
@@ -82,6 +82,7 @@ class Arguments(argparse.ArgumentParser):
         Raises:
             DefinitionError: an unknown flag is within two letters of one of ours, a word belongs to no flag, or the
                 interval is empty.
+            StoreError: nothing can be stored at the address of --store or --sources.
         """
         namespace, rest = self.parse_known_args(list(argv))
         ours = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
@@ -101,8 +102,9 @@ class Arguments(argparse.ArgumentParser):
         start, end = getattr(namespace, "start", None), getattr(namespace, "end", None)
         if start is not None and end is not None and start >= end:
             self.error(f"--start {start} comes before --end {end}; the end is the day after the last")
-        if "://" not in namespace.store:
-            namespace.store = os.path.abspath(namespace.store)
+        namespace.store = local_path(usable_address("--store", namespace.store, rest))
+        if getattr(namespace, "sources", None):
+            namespace.sources = usable_address("--sources", namespace.sources, rest)
         if getattr(namespace, "run_id", "") is None:
             namespace.run_id = uuid.uuid4().hex[:12]
         return namespace, rest

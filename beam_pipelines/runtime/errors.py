@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from schemas import errors
-from schemas.errors import MillraceError
+from schemas.errors import MillraceError, StoreError
 
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
 STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
@@ -64,6 +64,9 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
             print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
             return 130
         except Exception as error:
+            if (unreachable := as_store_error(error)) is not None:
+                print(f"millrace: {unreachable}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
+                return unreachable.exit_code
             if how := resume_hint(error, argv):
                 traceback.print_exc()
                 print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
@@ -71,6 +74,18 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
             raise
 
     return guarded
+
+
+# Packages whose errors say that an object store, or access to it, failed.
+_OBJECT_STORES = ("apache_beam.io.filesystem", "botocore.", "google.api_core.", "google.auth.", "google.cloud.")
+
+
+def as_store_error(error: Exception) -> StoreError | None:
+    """`error` as one message if a file system of Beam or an object store raised it; None if something else did."""
+    if not type(error).__module__.startswith(_OBJECT_STORES):
+        return None
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return StoreError("The store can be reached, read and written", reason, "Check the address, and the access to it")
 
 
 def resume_hint(error: BaseException, argv: Sequence[str]) -> str:

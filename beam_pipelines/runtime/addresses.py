@@ -1,0 +1,72 @@
+"""Addresses of stores and sources: checked, and Beam's file systems prepared for them, before anything is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from urllib.parse import unquote, urlsplit
+
+from schemas.errors import DefinitionError, StoreError
+
+# Object stores that both Beam and delta-rs know: what Beam needs for each, and what installs it.
+REMOTE = {
+    "gs": ("google.cloud.storage", "pip install 'apache-beam[gcp]'"),
+    "s3": ("boto3", "pip install 'apache-beam[aws]'"),
+}
+
+
+def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
+    """`address` as the pipelines take it: a path, or an address in an object store that can be reached from here.
+
+    Args:
+        flag: that names it, for messages.
+        beam_args: flags for Beam; its file systems take their options from them.
+
+    Raises:
+        DefinitionError: it is no path.
+        StoreError: nothing can be stored at such an address. Nothing was sent over the network.
+    """
+    if not address or "\0" in address:
+        raise DefinitionError(f"{flag} names a folder, or an address that begins with gs:// or s3://", repr(address))
+    if "://" not in address:
+        return address
+    parts = urlsplit(address)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return unquote(parts.path)
+    if parts.scheme not in REMOTE:
+        raise StoreError(
+            f"{flag} names a folder, or an address that begins with gs:// or s3://",
+            repr(address),
+            "Name a folder that is mounted here, or a bucket",
+        )
+    if not parts.netloc:
+        raise StoreError(f"{flag} names a bucket", repr(address), f"Write it like {parts.scheme}://bucket/folder")
+    module, install = REMOTE[parts.scheme]
+    if not _installed(module):
+        raise StoreError(f"{flag} at {parts.scheme}:// needs the package {module}", "none installed", install)
+    _prepare_beam(beam_args)
+    return address.rstrip("/")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
+
+
+def _prepare_beam(beam_args: Sequence[str]) -> None:
+    """Gives Beam's file systems their options, which a pipeline would do only when it is made."""
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    FileSystems.set_options(PipelineOptions(list(beam_args)))
+    # Logs a traceback for each attempt.
+    logging.getLogger("apache_beam.utils.retry").setLevel(logging.ERROR)
+
+
+def local_path(path: str) -> str:
+    """An absolute path; an address in an object store as it is."""
+    return path if "://" in path else os.path.abspath(path)
