@@ -23,16 +23,12 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
 import polars as pl
 
 from benchmarks.measure import ROOT, Figures, Side, arguments, machine, run, say, stage, write_json
-
-if TYPE_CHECKING:
-    from _typeshed import HasFileno
 
 PARTS = ("files", "value", "small_files", "training", "commands", "flushes")
 PARAMS, ROUNDS = {"max_depth": 6, "eta": 0.1}, 100
@@ -142,9 +138,9 @@ def flushed_case(out: str, rows: int, days: int) -> None:
     """A side: features of a fresh case; writes the calls of fsync, each with its seconds, to `flushes.json`."""
     folder, flush, calls = Path(out), os.fsync, list[tuple[float, float]]()
 
-    def timed(fd: int | HasFileno) -> None:
+    def timed(handle: int) -> None:
         begin = time.perf_counter()
-        flush(fd)
+        flush(handle)
         calls.append((begin, time.perf_counter()))
 
     write_case(folder, rows, days)
