@@ -30,9 +30,11 @@ if TYPE_CHECKING:
         open_parquet,
         stamp_of,
         survey,
+        survey_files,
         take_inventory,
         version_of,
     )
+    from transforms.sources.listing import Listing, unchanged
     from transforms.sources.reader import (
         CHUNK_ROWS,
         Read,
