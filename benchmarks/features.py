@@ -14,12 +14,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from benchmarks import features_case, features_join
-from benchmarks.measure import Measurement, Side, arguments, machine, raw, run, say, summary, write_json
+from benchmarks.measure import Figures, Measurement, Side, arguments, machine, raw, run, say, summary, write_json
 from transforms.features.plan import BLOCK_ROWS
 
 SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic", "join", "feast")
@@ -138,7 +137,7 @@ def ratios(measured: dict[str, list[Measurement]]) -> dict[str, float]:
     }
 
 
-def compare_values(folder: Path) -> dict[str, Any]:
+def compare_values(folder: Path) -> Figures:
     """Features of the pipeline and of Polars: rows, and values further apart than float32 rounding."""
     theirs = pl.scan_parquet(folder / "polars-0" / "features.parquet")
     (table,) = (folder / "slices-0" / "features" / features_case.view.name).iterdir()

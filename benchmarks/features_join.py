@@ -17,7 +17,11 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Figures
+    from schemas import FeatureView
 
 FEAST = "feast[duckdb]==0.47.0"
 NUMBERS = tuple(f"f{i}" for i in range(6))
@@ -53,7 +57,7 @@ def feast_python() -> str:
     return str(python)
 
 
-def view() -> Any:
+def view() -> FeatureView:
     """The same join as a view."""
     import polars as pl
 
@@ -105,7 +109,7 @@ def write(case: str, folder: str) -> str:
     return folder
 
 
-def millrace(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
+def millrace(sources: str, out: str, flags: list[str]) -> Figures:
     """`millrace features` of that view, Parquet to a Delta table."""
     from beam_pipelines import features
 
@@ -128,7 +132,7 @@ def millrace(sources: str, out: str, flags: list[str]) -> dict[str, Any]:
     }
 
 
-def feast(sources: str, out: str, store: str) -> dict[str, Any]:
+def feast(sources: str, out: str, store: str) -> Figures:
     """`get_historical_features` with the offline store named (`duckdb` or `dask`), Parquet to Parquet; the registry is
     made before the clock starts for the stage `join`."""
     import pandas as pd
@@ -171,7 +175,7 @@ def feast(sources: str, out: str, store: str) -> dict[str, Any]:
     return {"rows": found.num_rows}
 
 
-def differing(ours: Path, theirs: Path) -> dict[str, float]:
+def differing(ours: Path, theirs: Path) -> Figures:
     """Questions in both, and those of them with any other value."""
     import polars as pl
 

@@ -6,14 +6,20 @@ import bisect
 import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.features_case import KEYS, STATS, WINDOWS, view
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from benchmarks.measure import Figures
+    from transforms.sources.inventory import Slice
 
 HOURS = {"1h": 3600, "3h": 3 * 3600, "24h": 24 * 3600}
 
 
-def polars(sources: str, out: str) -> dict[str, Any]:
+def polars(sources: str, out: str) -> Figures:
     """A straightforward Polars program: sort, `rolling_*_by`, `.over`, on both cores."""
     import polars as pl
 
@@ -39,7 +45,7 @@ def polars(sources: str, out: str) -> dict[str, Any]:
     return {"rows": len(features)}
 
 
-def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
+def kernel(sources: str, out: str, block_rows: int) -> Figures:
     """The same kernel called in one plain process, block by block; no Beam, no contracts, no commits."""
 
     from transforms.features.kernel import KernelTables, compute
@@ -57,19 +63,19 @@ def kernel(sources: str, out: str, block_rows: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _read(slices: Iterable[Any], time: str, low: int, high: int) -> Any:
+def _read(slices: Iterable[Slice], time: str, low: int, high: int) -> pl.DataFrame:
     import polars as pl
     import pyarrow.parquet as pq
 
     files: dict[str, list[int]] = {}
     for each in slices:
         files.setdefault(each.path, []).append(each.group)
-    parts = [pl.from_arrow(pq.ParquetFile(path).read_row_groups(groups)) for path, groups in files.items()]
+    parts = [pl.DataFrame(pq.ParquetFile(path).read_row_groups(groups)) for path, groups in files.items()]
     whole = pl.concat(parts)
     return whole.filter((pl.col(time).to_physical() >= low) & (pl.col(time).to_physical() < high))
 
 
-def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchmarks.features_case") -> dict[str, Any]:
+def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchmarks.features_case") -> Figures:
     """`millrace features`, Parquet to a Delta table."""
     from beam_pipelines import features
 
@@ -79,7 +85,7 @@ def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchm
     return {"exit": code}
 
 
-def idiomatic(sources: str, out: str) -> dict[str, Any]:
+def idiomatic(sources: str, out: str) -> Figures:
     """What one writes with stock transforms: rows as dicts, CoGroupByKey by key, a list per key searched by
     bisection."""
     import apache_beam as beam
@@ -115,7 +121,7 @@ def idiomatic(sources: str, out: str) -> dict[str, Any]:
 
 
 def _windows(
-    item: tuple[str, dict[str, Iterable[tuple[Any, Any]]]], key: str
+    item: tuple[str, dict[str, Iterable[tuple[datetime, float]]]], key: str
 ) -> Iterator[tuple[int, dict[str, float | None]]]:
     known = sorted((_seconds(at), value) for at, value in item[1]["known"])
     times, values = [at for at, _ in known], [value for _, value in known]
@@ -127,10 +133,10 @@ def _windows(
             inside = values[bisect.bisect_left(times, now - HOURS[window]) : end]
             row[f"{key}_mean_{window}"] = sum(inside) / len(inside) if inside else None
             row[f"{key}_max_{window}"] = max(inside) if inside else None
-        yield flight, row
+        yield int(flight), row
 
 
-def _seconds(at: Any) -> float:
+def _seconds(at: datetime) -> float:
     return (
         float(at.replace(tzinfo=UTC).timestamp())
         if isinstance(at, datetime) and at.tzinfo is None

@@ -12,13 +12,13 @@ import glob
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import xgboost as xgb
 
-from benchmarks.measure import stage
+from benchmarks.measure import Figures, stage
 from examples.flights.definition import model
 
 MICROSECONDS = {"h": 3_600_000_000, "d": 86_400_000_000}
@@ -27,7 +27,7 @@ LATE = pl.col("dep_delay") > 15
 ENCODED = ("origin", "carrier")
 
 
-def main(sources: str, out: str) -> dict[str, Any]:
+def main(sources: str, out: str) -> Figures:
     """Features, model and predictions of the year into `out`; the test AUC."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,16 +223,17 @@ def _length(window: str) -> int:
 
 
 def _statistic(stat: str, window: str) -> pl.Expr:
-    value, over = pl.col("v"), {"window_size": f"{_length(window)}i", "closed": "left"}
+    value, size = pl.col("v"), f"{_length(window)}i"
     match stat:
         case "mean":
-            return value.rolling_mean_by("key", **over)
+            return value.rolling_mean_by("key", size, closed="left")
         case "median":
-            return value.rolling_median_by("key", **over)
+            return value.rolling_median_by("key", size, closed="left")
         case "q75":
-            return value.rolling_quantile_by("key", quantile=0.75, interpolation="linear", **over)
+            return value.rolling_quantile_by("key", size, quantile=0.75, interpolation="linear", closed="left")
         case _:
-            return value.is_not_null().cast(pl.Int64).rolling_sum_by("key", **over).fill_null(0)
+            counted = value.is_not_null().cast(pl.Int64)
+            return counted.rolling_sum_by("key", size, closed="left").fill_null(0)
 
 
 def _asked_before(asked: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame:
@@ -271,7 +272,7 @@ def _latest(
     )
 
 
-def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> np.ndarray:
+def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> npt.NDArray[np.float32]:
     """The model's inputs as float32, missing as NaN: the features in order, origin one-hot, carrier by rank."""
 
     def rank(name: str) -> pl.Expr:
@@ -286,7 +287,7 @@ def _matrix(rows: pl.DataFrame, encodings: dict[str, list[str]]) -> np.ndarray:
     ).to_numpy()
 
 
-def _auc(scores: np.ndarray, labels: np.ndarray) -> float:
+def _auc(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.bool_]) -> float:
     ranks = pl.Series(scores).rank("average").to_numpy()
     positive = int(labels.sum())
     return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))

@@ -15,13 +15,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from benchmarks.measure import Side, arguments, compare, machine, ratios, raw, say, stage, summary, write_json
+from benchmarks.measure import Figures, Side, arguments, compare, machine, ratios, raw, say, stage, summary, write_json
 
 # float32 holds 24 bits; the sides add in other orders, and may differ in the last.
 RELATIVE = 1e-6
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def pipelines(sources: str, out: str) -> dict[str, Any]:
+def pipelines(sources: str, out: str) -> Figures:
     """Features, model and predictions of the year into the store `out`; the test AUC."""
     from beam_pipelines import features, inference, training
 
@@ -71,12 +70,12 @@ def pipelines(sources: str, out: str) -> dict[str, Any]:
     return {"auc": json.loads((Path(out) / "runs" / "training" / "training.json").read_text())["metrics"]["auc"]}
 
 
-def _run(pipeline: Any, argv: list[str]) -> None:
+def _run(pipeline: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
     if code := pipeline(argv):
         raise SystemExit(code)
 
 
-def check(outputs: Mapping[str, Path]) -> dict[str, Any]:
+def check(outputs: Mapping[str, Path]) -> Figures:
     """What the two sides' warm-up runs agree in.
 
     Raises:

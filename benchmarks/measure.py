@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.25
@@ -34,19 +33,21 @@ SAMPLE_SECONDS = 0.25
 QUIET = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 _stages: dict[str, dict[str, float]] = {}
 _high = [0.0]
+# What a side returns, or a comparison finds: numbers by name.
+Figures = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns what
-    JSON can hold.
+    """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns
+    figures.
 
     `python` runs it: another environment's, or this one's.
     """
 
     name: str
     function: str
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, object] = dataclasses.field(default_factory=dict)
     python: str = sys.executable
 
 
@@ -62,7 +63,7 @@ class Measurement:
     import_seconds: float
     late_imports: list[str]
     stages: dict[str, dict[str, float]]
-    result: Any
+    result: Figures
 
 
 @contextlib.contextmanager
@@ -117,8 +118,8 @@ def compare(
     sides: Sequence[Side],
     repeats: int,
     folder: Path,
-    check: Callable[[dict[str, Path]], Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
+    check: Callable[[dict[str, Path]], Figures] | None = None,
+) -> tuple[dict[str, list[Measurement]], Figures]:
     """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the
     warm-up."""
     modules, outputs = {}, {}
@@ -173,12 +174,12 @@ def summary(measured: Mapping[str, Sequence[Measurement]]) -> str:
     return "\n".join(lines)
 
 
-def raw(measured: Mapping[str, Sequence[Measurement]]) -> dict[str, Any]:
+def raw(measured: Mapping[str, Sequence[Measurement]]) -> dict[str, list[dict[str, object]]]:
     """Every run of every side, for `--json`."""
     return {name: [dataclasses.asdict(each) for each in runs] for name, runs in measured.items()}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Where it was measured."""
     with contextlib.suppress(OSError):
         return {
@@ -201,7 +202,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+def write_json(path: Path, figures: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -3,10 +3,10 @@
     python -m benchmarks.small [--json FILE] [--repeats 3] [--files 100000]
                                [--only files,value,small_files,training,commands,flushes]
 
-Two made-up cases: 15,000 taxi-like trips over a year, and 1,434 sparse rows over ten months.  Each goes through the three
-pipelines; then its tables are counted and compared with the same rows written as one Parquet file a table.  Training is
-compared with XGBoost alone on the same matrix, a change of one value with the full run, both timed from the first line of
-`main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and timed.
+Two made-up cases: 15,000 taxi-like trips over a year, and 1,434 sparse rows over ten months.  Each goes through the
+three pipelines; then its tables are counted, and compared with the same rows written as one Parquet file per table.
+Training is compared with XGBoost alone on the same matrix, and a change of one value with the full run, both timed
+from the first line of `main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and timed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
 
-from benchmarks.measure import ROOT, Side, arguments, machine, run, say, stage, write_json
+from benchmarks.measure import ROOT, Figures, Side, arguments, machine, run, say, stage, write_json
 
 PARTS = ("files", "value", "small_files", "training", "commands", "flushes")
 PARAMS, ROUNDS = {"max_depth": 6, "eta": 0.1}, 100
@@ -36,10 +36,12 @@ DEFINITION = f"""
 import polars as pl
 from schemas import Derived, FeatureView, Gates, Label, Latest, Lookup, Model, Source, TimeSplit, Trailing, encoders
 
-trips = Source(
-    "trips", time="at", columns={{"trip": pl.Int64, "zone": pl.String, "driver": pl.Int64, "fare": pl.Float64, "far": pl.Float32}}
-)
-tips = Source("tips", time="at", unique="trip", order="trip", columns={{"trip": pl.Int64, "zone": pl.String, "tip": pl.Float64}})
+trips = Source("trips", time="at", columns={{
+    "trip": pl.Int64, "zone": pl.String, "driver": pl.Int64, "fare": pl.Float64, "far": pl.Float32
+}})
+tips = Source("tips", time="at", unique="trip", order="trip", columns={{
+    "trip": pl.Int64, "zone": pl.String, "tip": pl.Float64
+}})
 zones = Source("zones", columns={{"zone": pl.String, "area": pl.String}})
 view = FeatureView(
     "small", spine=trips, key="trip",
@@ -52,14 +54,14 @@ view = FeatureView(
     ],
 )
 model = Model(
-    view, label=Label(tips, on="trip", value=pl.col("tip") > 2, within="1d", absent=0), split=TimeSplit("30d", "30d", embargo="1d"),
-    encode={{"zones_area": encoders.OneHot()}}, params={PARAMS!r}, rounds={ROUNDS}, gates=Gates(),
+    view, label=Label(tips, on="trip", value=pl.col("tip") > 2, within="1d", absent=0),
+    split=TimeSplit("30d", "30d", embargo="1d"), encode={{"zones_area": encoders.OneHot()}}, params={PARAMS!r}, rounds={ROUNDS}, gates=Gates(),
 )
 """
 
 
 def write_case(folder: Path, rows: int, days: int) -> None:
-    """Definition and sources of a case of `rows` trips over `days`, which change no more than a given seed does."""
+    """Definition and sources of a case of `rows` trips over `days`, the same every time."""
     random = np.random.default_rng(7)
     second = np.sort(random.choice(days * 86_400, rows, replace=False))
     at = pl.Series("at", second * 1_000_000 + int(datetime(2023, 1, 1, tzinfo=UTC).timestamp() * 1e6))
@@ -134,7 +136,7 @@ def small_files(out: str, files: int) -> None:
 
 def flushed_case(out: str, rows: int, days: int) -> None:
     """A side: features of a fresh case; writes the calls of fsync, each with its seconds, to `flushes.json`."""
-    folder, flush, calls = Path(out), os.fsync, []
+    folder, flush, calls = Path(out), os.fsync, list[tuple[float, float]]()
 
     def timed(handle: int) -> None:
         begin = time.perf_counter()
@@ -142,9 +144,8 @@ def flushed_case(out: str, rows: int, days: int) -> None:
         calls.append((begin, time.perf_counter()))
 
     write_case(folder, rows, days)
-    os.fsync = timed
-    _pipelines(folder, "features")
-    os.fsync = flush
+    with mock.patch("os.fsync", timed):
+        _pipelines(folder, "features")
     (folder / "flushes.json").write_text(json.dumps(sorted(calls)))
 
 
@@ -208,7 +209,7 @@ def table_sizes(store: Path) -> list[TableSize]:
 
 
 def bytes_below(folder: Path) -> int:
-    """Of all files."""
+    """Bytes of all files in `folder` and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -226,9 +227,8 @@ def count_files(folder: Path) -> dict[str, float]:
             most, over = max(most, table.files), max(over, table.files / table.allowed)
             ours, theirs = ours + table.bytes, theirs + table.one_file_bytes
         for each in sorted((out / "store").iterdir()):
-            say(
-                f"{name}: {each.name}: {bytes_below(each):,} bytes in {sum(path.is_file() for path in each.rglob('*')):,} files"
-            )
+            files = sum(path.is_file() for path in each.rglob("*"))
+            say(f"{name}: {each.name}: {bytes_below(each):,} bytes in {files:,} files")
     return {"files_most_per_table": most, "files_vs_allowed": over, "store_vs_one_file_bytes": ours / theirs}
 
 
@@ -284,7 +284,7 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
     run(Side("commands", "benchmarks.small:whole_case", {"rows": 1_434, "days": 300}), case, ())
     common = ["--definition", str(case / "definition.py"), "--store", str(case / "store")]
     prediction = pl.read_delta(str(next((case / "store").glob("predictions/*"))))["prediction_id"][0]
-    asked = {
+    lines = {
         "help": ["--help"],
         "plan": ["plan", *common],
         "tables": ["tables", *common[2:]],
@@ -292,7 +292,7 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
         "trace": ["trace", "--prediction", str(prediction), *common],
     }
     found = {}
-    for name, argv in asked.items():
+    for name, argv in lines.items():
         times = []
         for _ in range(max(repeats, 3)):
             start = time.perf_counter()
@@ -317,7 +317,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--files", type=int, default=100_000, help="small files to read (default 100000)")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     flags = parser.parse_args(argv)
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = flags.keep or Path(temporary)
         parts: dict[str, Callable[[], dict[str, float]]] = {

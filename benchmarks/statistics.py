@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import measure
-from benchmarks.measure import Side
+from benchmarks.measure import Figures, Side
 
 FILE_ROWS = 1_000_000
 
@@ -39,7 +38,7 @@ def write(folder: Path, rows: int, columns: int) -> None:
         pq.write_table(pa.table(table), folder / f"{number:03}.parquet", compression="lz4", use_dictionary=False)
 
 
-def millrace(source: str, out: str) -> dict[str, Any]:
+def millrace(source: str, out: str) -> Figures:
     """What the features pipeline does with each batch, and the proto at the end."""
     from transforms.validation.statistics import describe, described, nothing, proto
 
@@ -55,7 +54,7 @@ def millrace(source: str, out: str) -> dict[str, Any]:
     return {"rows": total.rows, "mean": statistics.datasets[0].features[0].num_stats.mean}
 
 
-def polars(source: str, out: str) -> dict[str, Any]:
+def polars(source: str, out: str) -> Figures:
     """The same figures in one lazy query: moments, quantiles, and ten equal widths."""
     data = pl.scan_parquet(f"{source}/*.parquet")
     names = data.collect_schema().names()
@@ -82,7 +81,7 @@ def polars(source: str, out: str) -> dict[str, Any]:
     return {"mean": found[f"{names[0]}_mean"]}
 
 
-def tfdv(source: str, out: str, files: int) -> dict[str, Any]:
+def tfdv(source: str, out: str, files: int) -> Figures:
     """TFDV's in-memory way, on the first files."""
     import tensorflow_data_validation
 

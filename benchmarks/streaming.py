@@ -11,6 +11,7 @@ else.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -18,11 +19,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import streaming_sides
 from benchmarks.measure import arguments, machine, say, write_json
 from benchmarks.streaming_rig import SHARE, YEAR_DAYS, champion, write_sources
+from benchmarks.streaming_sides import Seen
 
 SIDES = ("catchup", "per_element", "lag", "predictions", "soak")
 # What a side is there for.
@@ -69,21 +70,22 @@ def main(argv: Sequence[str]) -> int:
         return 8
     with tempfile.TemporaryDirectory() as temporary:
         figures = measured(flags, [each for each in SIDES if each in wanted], flags.keep or Path(temporary))
-    headline = {
-        key: statistics.median(each[key] for each in figures[side])
-        for side, key in HEADLINES.items()
-        if side in figures
-    }
+    headline = {key: median(figures[side], key) for side, key in HEADLINES.items() if side in figures}
     if {"catchup", "per_element"} <= figures.keys():
-        elements = statistics.median(each["events_per_second"] for each in figures["per_element"])
-        headline["vs_per_element"] = headline["events_per_second"] / elements
+        headline["vs_per_element"] = headline["events_per_second"] / median(figures["per_element"], "events_per_second")
     say(", ".join(f"{key} {value:,.3f}" for key, value in headline.items()))
     if flags.json:
         write_json(flags.json, {**headline, "raw": figures, "machine": machine()})
     return 0
 
 
-def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+def median(runs: Sequence[Seen], name: str) -> float:
+    """The median of a number over the runs of a side."""
+    numbers = [each[name] for each in runs]
+    return statistics.median(number for number in numbers if isinstance(number, int | float))
+
+
+def measured(flags: argparse.Namespace, sides: Sequence[str], folder: Path) -> dict[str, list[Seen]]:
     """What each side saw, `repeats` times."""
     more = flags.flags.split()
     steady = streaming_sides.Load(flags.first, flags.offered, flags.seconds, warm_up=30, share=flags.share)
@@ -97,7 +99,7 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
             write_sources(path, years)
         return path
 
-    run: dict[str, Callable[[Path], dict[str, Any]]] = {
+    run: dict[str, Callable[[Path], Seen]] = {
         "catchup": lambda to: streaming_sides.catchup(
             to, sources(flags.years), flags.first, f"{2013 + flags.years}-02-01", flags.rows, more
         ),
@@ -112,7 +114,7 @@ def measured(flags: Any, sides: Sequence[str], folder: Path) -> dict[str, list[d
             to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more
         ),
     }
-    figures: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, list[Seen]] = {}
     for number in range(flags.repeats):
         for side in sides:
             found = run[side](folder / f"{side}{number}")

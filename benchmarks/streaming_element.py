@@ -23,7 +23,15 @@ from apache_beam import typehints
 from apache_beam.coders import FastPrimitivesCoder
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.transforms.timeutil import TimeDomain
-from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
+from apache_beam.transforms.userstate import (
+    BagRuntimeState,
+    BagStateSpec,
+    ReadModifyWriteRuntimeState,
+    ReadModifyWriteStateSpec,
+    RuntimeTimer,
+    TimerSpec,
+    on_timer,
+)
 
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
@@ -34,9 +42,10 @@ from transforms.streaming.replay import sources_of
 from transforms.streaming.shards import groups_of
 
 # (group and key as text, (microseconds, the event's columns that are read, or the question's row id))
-Element = tuple[str, tuple[int, Any]]
+Row = dict[str, Any]  # an event, by column
+Element = tuple[str, tuple[int, Row | str]]
 KEEP_SECONDS = 60.0
-WHERE: dict[str | None, Callable[[dict[str, Any]], bool]] = {
+WHERE: dict[str | None, Callable[[Row], bool]] = {
     "late": lambda row: row["dep_delay"] is not None and row["dep_delay"] > 15
 }
 
@@ -72,14 +81,14 @@ class Rows(beam.DoFn):
         source = self.sources[message.topic]
         rows = pl.read_ipc_stream(message.value).with_columns(pl.col(str(source.time)).dt.timestamp("us"))
         for position, row in enumerate(rows.iter_rows(named=True)):
-            moment = row[source.time]
+            moment = row[str(source.time)]
             for number, group in enumerate(self.groups):
-                if group.source == source.name and all(row[name] is not None for name in group.known):
+                if group.source == source.name and all(row[name] is not None for name in group.source_columns):
                     read = {name: row[name] for name in self.view.columns_read(source.name)}
-                    yield json.dumps([number, *(row[name] for name in group.known)]), (moment, read)
+                    yield json.dumps([number, *(row[name] for name in group.source_columns)]), (moment, read)
                 if source is self.spine:
                     asked = f"{message.partition}/{message.offset}/{position}/{number}"
-                    yield json.dumps([number, *(row[name] for name in group.asked)]), (moment, asked)
+                    yield json.dumps([number, *(row[name] for name in group.spine_columns)]), (moment, asked)
 
 
 class Windows(beam.DoFn):
@@ -96,9 +105,9 @@ class Windows(beam.DoFn):
     def process(
         self,
         element: Element,
-        events: Any = beam.DoFn.StateParam(EVENTS),
-        newest: Any = beam.DoFn.StateParam(NEWEST),
-        clean: Any = beam.DoFn.TimerParam(CLEAN),
+        events: BagRuntimeState = beam.DoFn.StateParam(EVENTS),
+        newest: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(NEWEST),
+        clean: RuntimeTimer = beam.DoFn.TimerParam(CLEAN),
     ) -> Iterator[tuple[str, bytes]]:
         key, (moment, what) = element
         if isinstance(what, dict):
@@ -111,7 +120,7 @@ class Windows(beam.DoFn):
             return
         group = self.groups[json.loads(key)[0]]
         before = [each for each in events.read() if moment - group.reach <= each[0] < moment]
-        answer: dict[str, Any] = {}
+        answer: dict[str, object] = {}
         for feature in group.features:
             condition = WHERE.get(feature.name) if feature.where is not None else None
             mine = before if condition is None else [each for each in before if condition(each[1])]
@@ -133,10 +142,10 @@ class Windows(beam.DoFn):
     @on_timer(CLEAN)
     def cleaned(
         self,
-        key: Any = beam.DoFn.KeyParam,
-        events: Any = beam.DoFn.StateParam(EVENTS),
-        newest: Any = beam.DoFn.StateParam(NEWEST),
-        clean: Any = beam.DoFn.TimerParam(CLEAN),
+        key: str = beam.DoFn.KeyParam,
+        events: BagRuntimeState = beam.DoFn.StateParam(EVENTS),
+        newest: ReadModifyWriteRuntimeState = beam.DoFn.StateParam(NEWEST),
+        clean: RuntimeTimer = beam.DoFn.TimerParam(CLEAN),
     ) -> None:
         edge = newest.read() - self.groups[json.loads(key)[0]].reach
         kept = [each for each in events.read() if each[0] >= edge]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,34 +13,34 @@ from schemas.durations import microseconds
 HEARTBEAT = b"__heartbeat"
 # Columns that say when a row was made.
 MOMENTS = ("__answered",)
+NEVER = 2**62
 
 
-def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
+def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, int]]:
     """Per question (`row_id`, `asked` µs) the stamp (`complete`, s) of the append that completed it; and what lay in
     the topics.
 
     A question at t is complete once it is there itself and every partition of every source has shown a row at or after
     t + lateness, or a heartbeat at or after t.
     """
-    view, times = rig.view, {}
+    view = rig.view
     promises: dict[tuple[str, int], list[tuple[int, int]]] = {}
     spine_rows, counts = [], {"messages": 0, "rows": 0, "heartbeats": 0}
     sources = {view.spine.name: view.spine, **view.events}
     for record in rig.records(*rig.names):
-        source, stamp = sources[record.topic()], record.timestamp()[1]
-        said = promises.setdefault((record.topic(), record.partition()), [])
-        if record.key() == HEARTBEAT:
+        source, stamp = sources[record.topic], record.timestamp
+        said = promises.setdefault((record.topic, record.partition), [])
+        if record.key == HEARTBEAT:
             counts["heartbeats"] += 1
-            said.append((stamp, int(record.value())))
+            said.append((stamp, int(record.value)))
             continue
-        rows = pl.read_ipc_stream(io.BytesIO(record.value()))
+        rows = pl.read_ipc_stream(io.BytesIO(record.value))
         counts["messages"] += 1
         counts["rows"] += len(rows)
-        moments = rows[str(source.time)].to_physical()
-        said.append((stamp, int(moments.max()) - microseconds(source.lateness, zero=True)))  # type: ignore[arg-type]
+        latest = rows[str(source.time)].to_physical().to_numpy().max()
+        said.append((stamp, int(latest) - microseconds(source.lateness, zero=True)))
         if source is view.spine:
             spine_rows.append(rows.select(*view.key, view.time).with_columns(pl.lit(stamp).alias("there")))
-        times.setdefault(record.topic(), []).append(stamp)
     asked = pl.concat(spine_rows)
     from transforms.records.row_hashing import row_ids
 
@@ -52,8 +51,8 @@ def completed(rig: Rig) -> tuple[pl.DataFrame, dict[str, Any]]:
         for number in range(rig.partitions):
             stamps, until = (np.array(each, np.int64) for each in zip(*promises[name, number], strict=True))
             first = np.searchsorted(np.maximum.accumulate(until), moments, "left")
-            complete = np.maximum(complete, np.append(stamps, 2**62)[first])
-    result = asked.select("row_id", pl.Series("asked", moments), pl.Series("complete", complete / 1000))
+            complete = np.maximum(complete, np.append(stamps, NEVER)[first])
+    result = asked.select("row_id", pl.Series("asked", moments), pl.Series("complete", complete / 1e6))
     return result, counts
 
 
@@ -62,12 +61,10 @@ def answered(rig: Rig, topic: str) -> pl.DataFrame:
     worker's clock)."""
     parts = []
     for record in rig.records(topic):
-        if record.key() != HEARTBEAT:
-            rows = pl.read_ipc_stream(io.BytesIO(record.value()))
+        if record.key != HEARTBEAT:
+            rows = pl.read_ipc_stream(io.BytesIO(record.value))
             made = next(rows[name].dt.timestamp("us") / 1e6 for name in MOMENTS if name in rows.columns)
-            parts.append(
-                rows.select("row_id", pl.lit(record.timestamp()[1] / 1000).alias("answered"), made.alias("made"))
-            )
+            parts.append(rows.select("row_id", pl.lit(record.timestamp / 1e6).alias("answered"), made.alias("made")))
     schema = {"row_id": pl.Int64, "answered": pl.Float64, "made": pl.Float64}
     found = pl.concat(parts) if parts else pl.DataFrame(schema=schema)
     return found.group_by("row_id").agg(pl.col("answered").min(), pl.col("made").min(), pl.len().alias("times"))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from deploy.streaming.expansion import Expansion
 from deploy.streaming.kafka import Broker
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import Child, Service, running
+from transforms.streaming.messages import Message
 
 DEFINITION = "examples.flights.definition"
 # Rows per partition of every topic: uneven, the last one idle.
@@ -188,8 +189,8 @@ class Rig:
             return json.loads((self.store / "runs" / name / "status.json").read_text())
         return {}
 
-    def records(self, *topics: str) -> Iterator[Any]:
-        """Everything that lies in the topics now."""
+    def records(self, *topics: str) -> Iterator[Message]:
+        """All records that are in the topics now."""
         from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
         settings = {"bootstrap.servers": self.broker.bootstrap, "group.id": "bench", "enable.auto.commit": False}
@@ -206,13 +207,22 @@ class Rig:
                 for record in consumer.consume(1000, timeout=5):
                     if record.error() is not None:
                         raise SystemExit(f"The broker cannot be read: {record.error()}")
-                    position = record.topic(), record.partition()
-                    if position in ends:
-                        yield record
-                        if record.offset() + 1 >= ends[position]:
-                            del ends[position]
+                    topic, number, offset = str(record.topic()), int(record.partition() or 0), int(record.offset() or 0)
+                    if (topic, number) in ends:
+                        stamp = record.timestamp()[1] * 1000
+                        yield Message(topic, number, offset, stamp, record.key(), record.value() or b"")
+                        if offset + 1 >= ends[topic, number]:
+                            del ends[topic, number]
         finally:
             consumer.close()
+
+
+class Sample(TypedDict):
+    """At one moment (s since 1970): CPU seconds and memory of each process, children included."""
+
+    at: float
+    cpu: dict[str, float]
+    rss_mb: dict[str, float]
 
 
 class Watch(threading.Thread):
@@ -221,14 +231,14 @@ class Watch(threading.Thread):
     def __init__(self, rig: Rig) -> None:
         super().__init__(daemon=True)
         self.rig, self.stopped = rig, threading.Event()
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[Sample] = []
 
     def run(self) -> None:
         while not self.stopped.wait(SAMPLE):
             self.samples.append(self.look())
 
-    def look(self) -> dict[str, Any]:
-        sample: dict[str, Any] = {"at": time.time(), "cpu": {}, "rss_mb": {}}
+    def look(self) -> Sample:
+        sample: Sample = {"at": time.time(), "cpu": {}, "rss_mb": {}}
         for name, process in self.rig.processes().items():
             cpu = rss = 0.0
             with contextlib.suppress(psutil.Error):

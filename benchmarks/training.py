@@ -12,19 +12,20 @@ rows on two cores, against one after another with both cores each.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import Side, arguments, compare, machine, ratios, raw, say, summary, write_json
+from benchmarks.measure import Measurement, Side, arguments, compare, machine, ratios, raw, say, summary, write_json
 from benchmarks.training_sides import write_shards, write_store
 
 SIDES = "benchmarks.training_sides"
 PARTS = ("pipeline", "training", "memory", "trials")
 AUC_APART = 0.003
+Measured = Mapping[str, Sequence[Measurement]]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--small", type=int, default=20_000, help="examples of each of eight trials")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     flags = parser.parse_args(argv)
-    figures: dict[str, Any] = {"benchmark": "training", "rows": flags.rows, "machine": machine()}
+    figures: dict[str, object] = {"benchmark": "training", "rows": flags.rows, "machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = flags.keep or Path(temporary)
         store = folder / "store"
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _pipeline(flags: Any, folder: Path, store: str) -> dict[str, Any]:
+def _pipeline(flags: argparse.Namespace, folder: Path, store: str) -> dict[str, object]:
     sides = [
         Side("native", f"{SIDES}:native", {"store": store}),
         Side("pipeline", f"{SIDES}:pipeline", {"store": store}),
@@ -63,7 +64,7 @@ def _pipeline(flags: Any, folder: Path, store: str) -> dict[str, Any]:
     }
 
 
-def _training(flags: Any, folder: Path, store: str) -> dict[str, Any]:
+def _training(flags: argparse.Namespace, folder: Path, store: str) -> dict[str, object]:
     inputs = {"store": store, "shards": _shards(folder, flags.rows)}
     sides = [Side("native", f"{SIDES}:train_native", inputs), Side("ours", f"{SIDES}:train_ours", inputs)]
     measured, _ = compare(sides, flags.repeats, folder / "runs-training")
@@ -72,7 +73,7 @@ def _training(flags: Any, folder: Path, store: str) -> dict[str, Any]:
     return {"training_vs_native": _stage(measured, "ours") / _stage(measured, "native"), "raw_training": raw(measured)}
 
 
-def _memory(flags: Any, folder: Path, store: str) -> dict[str, Any]:
+def _memory(flags: argparse.Namespace, folder: Path, store: str) -> dict[str, object]:
     from benchmarks.measure import run
 
     side = Side(
@@ -86,7 +87,7 @@ def _memory(flags: Any, folder: Path, store: str) -> dict[str, Any]:
     return {"peak_20m_gb": measured.peak_mb / 1000, "peak_rows": flags.big, "raw_memory": raw({"big": [measured]})}
 
 
-def _trials(flags: Any, folder: Path, store: str) -> dict[str, Any]:
+def _trials(flags: argparse.Namespace, folder: Path, store: str) -> dict[str, object]:
     inputs = {"store": store, "shards": _shards(folder, flags.small, max(flags.small // 10, 1))}
     sides = [
         Side(name, f"{SIDES}:search", {**inputs, "side": side})
@@ -107,11 +108,11 @@ def _shards(folder: Path, rows: int, each: int = 250_000) -> str:
     return str(path)
 
 
-def _stage(measured: Any, name: str) -> float:
+def _stage(measured: Measured, name: str) -> float:
     return statistics.median(each.stages["train"]["seconds"] for each in measured[name])
 
 
-def _agree(measured: Any) -> None:
+def _agree(measured: Measured) -> None:
     found = [runs[0].result["auc"] for runs in measured.values()]
     if abs(found[0] - found[1]) > AUC_APART:
         raise SystemExit(f"The two sides did not train the same: AUC {found}")

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+
+from benchmarks.measure import Figures, stage
+
+if TYPE_CHECKING:
+    from transforms.models.encoders import Fitted
+    from transforms.training.examples import Account
+    from transforms.training.trainer import Study
 
 NUMBERS, WORDS = 28, ("city", "kind")
 ROUNDS, PARAMS = 100, {"max_depth": 6, "eta": 0.1}
@@ -34,10 +43,10 @@ model = Model(
 """
 
 
-def values(rows: int, seed: int) -> dict[str, Any]:
+def values(rows: int, seed: int) -> dict[str, pl.Series]:
     """Columns and label of some rows; a number in ten is missing from every other column."""
     random = np.random.default_rng(seed)
-    columns: dict[str, Any] = {}
+    columns: dict[str, pl.Series] = {}
     for i in range(NUMBERS):
         x = random.standard_normal(rows, dtype=np.float32)
         columns[f"x{i:02}"] = pl.Series(x).set(pl.Series(random.random(rows) < 0.1), None) if i % 2 else pl.Series(x)
@@ -71,7 +80,7 @@ def write_store(folder: Path, rows: int) -> None:
         raise SystemExit(code)
 
 
-def pipeline(store: str, out: str) -> dict[str, Any]:
+def pipeline(store: str, out: str) -> Figures:
     """`millrace training`."""
     from beam_pipelines import training
 
@@ -92,7 +101,7 @@ def pipeline(store: str, out: str) -> dict[str, Any]:
     return {"auc": report["metrics"]["auc"], "train": report["splits"]["train"]["entered"]}
 
 
-def native(store: str, out: str) -> dict[str, Any]:
+def native(store: str, out: str) -> Figures:
     """The same reads, statistics, encodings, example files, training and metrics by hand."""
     import tensorflow as tf
     import tensorflow_data_validation as tfdv
@@ -145,7 +154,7 @@ def native(store: str, out: str) -> dict[str, Any]:
     }
     mean, deviation = train["x00"].mean(), train["x00"].std(ddof=0)
 
-    def matrix(part: pl.DataFrame) -> Any:
+    def matrix(part: pl.DataFrame) -> npt.NDArray[np.float32]:
         return (
             part.select(
                 (pl.col("x00") - mean) / deviation,
@@ -183,10 +192,8 @@ def native(store: str, out: str) -> dict[str, Any]:
     return {"auc": report[""]["auc"], "train": len(train)}
 
 
-def _lists(part: pl.DataFrame) -> Any:
+def _lists(part: pl.DataFrame) -> pa.RecordBatch:
     """As the encoder of tf.Example wants it: lists of one value or null."""
-    import pyarrow as pa
-
     arrays = []
     for column in (
         part.with_columns(pl.col(pl.Datetime, pl.Date).to_physical().cast(pl.Int64)).to_arrow().combine_chunks().columns
@@ -212,7 +219,7 @@ def write_shards(folder: Path, rows: int, shard: int = 250_000) -> None:
         )
 
 
-def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any]:
+def _study(store: str, shards: str, out: str, cores: int) -> tuple[Study, Account, Fitted]:
     """Study, account and fitted encoders over example files."""
     import pyarrow.parquet as pq
 
@@ -227,36 +234,35 @@ def _study(store: str, shards: str, out: str, cores: int) -> tuple[Any, Any, Any
         for i, path in enumerate(sorted(Path(shards).iterdir()))
     ]
     account = Account(sum(each.rows for each in files), {}, {}, tuple(files))
-    fitted = fit(model, (batch for each in account.of("train") for batch in read_shard(each, model.inputs)))
+    fitted = fit(model, (batch for each in account.of("train") for batch in read_shard(each, tuple(model.inputs))))
     Path(out).mkdir(parents=True, exist_ok=True)
     return Study(model, model.split.resolve(datetime(2024, 4, 10, tzinfo=UTC)), out, cores), account, fitted
 
 
-def train_ours(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dict[str, Any]:
+def train_ours(store: str, shards: str, out: str, rounds: int = ROUNDS) -> Figures:
     """The Train step over example files."""
     import os
 
-    from benchmarks.measure import stage
     from transforms.training.hyperparameter_search import Trial
     from transforms.training.trainer import side_by_side
 
     study, account, fitted = _study(store, shards, out, os.cpu_count() or 1)
     with stage("train"):
         (result,) = side_by_side(study, account, [fitted], [Trial(0, PARAMS, rounds=rounds)])
-    return {"auc": result.value, "error": result.error}
+    if result.error:
+        raise SystemExit(result.error)
+    return {"auc": result.value}
 
 
-def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dict[str, Any]:
+def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> Figures:
     """XGBoost over the same files, read and encoded with Polars."""
     import xgboost
-
-    from benchmarks.measure import stage
 
     _, _, fitted = _study(store, shards, out, 1)
     ranks = {each.input: each.state["categories"] for each in fitted.encodings if each.input in WORDS}
     (standard,) = (each.state for each in fitted.encodings if each.input == "x00")
 
-    def read(split: str) -> tuple[Any, Any]:
+    def read(split: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         part = pl.read_parquet(f"{shards}/{split}-*.parquet")
         matrix = part.select(
             ((pl.col("x00") - standard["offset"]) / standard["scale"]).cast(pl.Float32),
@@ -269,7 +275,7 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
     with stage("train"):
         learn = xgboost.QuantileDMatrix(*read("train"))
         judge = xgboost.QuantileDMatrix(*read("validate"), ref=learn)
-        history: dict[str, Any] = {}
+        history: dict[str, dict[str, list[float]]] = {}
         booster = xgboost.train(
             {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0},
             learn,
@@ -282,10 +288,9 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> dic
     return {"auc": history["v"]["auc"][-1]}
 
 
-def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> dict[str, Any]:
+def search(store: str, shards: str, out: str, side: bool, trials: int = 8) -> Figures:
     """Trials on two cores: side by side, or one after another with both cores each.  The binned rows are shared either
     way."""
-    from benchmarks.measure import stage
     from transforms.training.hyperparameter_search import Trial
     from transforms.training.trainer import TrialRunner, side_by_side
 

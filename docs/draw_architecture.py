@@ -69,7 +69,7 @@ def read_graph(root: Path = ROOT) -> Graph:
 
 def reaches(graph: Mapping[str, set[str]], start: str, end: str) -> bool:
     """Whether a way leads from one box to another."""
-    seen, waiting = set(), [start]
+    seen, waiting = set[str](), [start]
     while waiting:
         for name in graph[waiting.pop()] - seen:
             if name == end:

@@ -2,7 +2,7 @@
 batch.
 
 What the sources hold from before the month is handed over as history, so that every window is filled from the first
-answer on.
+feature row on.
 
     ./run_local.sh stream
 
@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import polars as pl
 
@@ -37,8 +37,13 @@ from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import progress, read_json, write_json
 from schemas.errors import DataError, GateError
 from schemas.loading import load_definition
+from schemas.views import FeatureView
 from transforms.records.times import FOREVER
 from transforms.streaming.messages import HEARTBEAT
+
+if TYPE_CHECKING:
+    from deploy.streaming.processes import Child
+    from transforms.models.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = "examples.flights.definition"
@@ -48,7 +53,17 @@ SECOND = (
     "model = dataclasses.replace(first, rounds=150)\n"
 )
 SHARE = "6,3,1,0"  # of the rows, per partition: uneven, the last one idle
-DRAIN = 180.0  # seconds within which the rest is answered and scored
+DRAIN = 180.0  # seconds within which the rest is computed and scored
+Figures = dict[str, Any]  # of run.json and status.json
+
+
+class Sent(TypedDict):
+    """What the producer says of itself: rows sent, the time of the last (µs), and rows per partition of each topic."""
+
+    done: bool
+    rows: int
+    time: int
+    sent: dict[str, list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +83,7 @@ class Case:
         return self.folder / "store"
 
     @functools.cached_property
-    def view(self) -> Any:
+    def view(self) -> FeatureView:
         return load_definition(DEFINITION).view
 
     @property
@@ -82,7 +97,7 @@ class Case:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run it all; 0 when every question was answered and scored once, and live equals batch to the bit."""
+    """Run it all; 0 when every spine row was computed and scored once, and live equals batch to the bit."""
     parser = argparse.ArgumentParser(prog="./run_local.sh stream", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--out", default="out", help="folder of the store that ./run_local.sh made, or makes (default: out)"
@@ -123,11 +138,11 @@ def main(argv: Sequence[str]) -> int:
     return judge(figures)
 
 
-def judge(figures: dict[str, Any]) -> int:
+def judge(figures: Figures) -> int:
     """0 when nothing is missing or doubled; what differs from batch has been refused before.
 
     Raises:
-        DataError: something is.
+        DataError: a row is missing or doubled, or a value differs.
     """
     asked, scored = figures["questions"], figures["parity"].get("predictions")
     counts = {"answered": figures["answered"], "answered in the table": figures["parity"]["answers_compared"]}
@@ -172,7 +187,7 @@ def models(store: Path) -> tuple[str, str]:
     return first, next(version for version in reversed(known) if version != first)
 
 
-def versions(registry: Any, name: str) -> list[str]:
+def versions(registry: Registry, name: str) -> list[str]:
     return [version for model, version in registry.models() if model == name]
 
 
@@ -192,17 +207,21 @@ def swapping(case: Case) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     name, registry = load_definition(DEFINITION).require_model().name, Registry(registry_uri(str(case.store)))
-    registry.promote(name, case.first, "examples/flights/stream.py begins with it")
+
+    def promote(version: str, why: str) -> None:
+        registry.promote(name, version, why)
+
+    promote(case.first, "examples/flights/stream.py begins with it")
     try:
-        yield lambda: registry.promote(name, case.second, "examples/flights/stream.py swaps halfway") and None
+        yield lambda: promote(case.second, "examples/flights/stream.py swaps halfway")
     finally:
-        registry.promote(name, case.first, "examples/flights/stream.py has ended")
+        promote(case.first, "examples/flights/stream.py has ended")
 
 
 # -- Kafka and Prism -----------------------------------------------------------------------------------------------
 
 
-def through_kafka(case: Case) -> dict[str, Any]:
+def through_kafka(case: Case) -> Figures:
     """The month through a broker; both live pipelines over the Job API."""
     from deploy.streaming.expansion import Expansion
     from deploy.streaming.kafka import Broker
@@ -212,7 +231,7 @@ def through_kafka(case: Case) -> dict[str, Any]:
     name = load_definition(DEFINITION).require_model().name
     features_topic, predictions_topic = f"{case.view.name}.features", f"{name}.predictions"
     began = time.monotonic()
-    broker, expansion, prism = (service(case.folder) for service in (Broker, Expansion, Prism))
+    broker, expansion, prism = Broker(case.folder), Expansion(case.folder), Prism(case.folder)
     try:
         with running(broker, expansion, prism), swapping(case) as swap:
             broker.create(*case.view.events, partitions=len(SHARE.split(",")))
@@ -256,7 +275,7 @@ def through_kafka(case: Case) -> dict[str, Any]:
         shutil.rmtree(case.folder / "data", ignore_errors=True)  # the broker's
 
 
-def pipeline(case: Case, name: str, flags: Sequence[str]) -> Any:
+def pipeline(case: Case, name: str, flags: Sequence[str]) -> Child:
     """A live pipeline as a process of its own."""
     from deploy.streaming.processes import Child
 
@@ -264,7 +283,7 @@ def pipeline(case: Case, name: str, flags: Sequence[str]) -> Any:
     return Child(command, case.folder / f"{name}.log", cwd=ROOT, grace=20)
 
 
-def produce(case: Case, bootstrap: str) -> Any:
+def produce(case: Case, bootstrap: str) -> Child:
     """The producer, as a process of its own."""
     from deploy.streaming.processes import Child
 
@@ -326,13 +345,13 @@ class Watch:
         while (left := deadline - time.monotonic()) > 0:
             for message in self.consumer.consume(500, timeout=min(left, 0.2)):
                 if message.error() is None and message.key() != HEARTBEAT:
-                    rows = pl.read_ipc_stream(io.BytesIO(message.value()))
-                    self.rows[message.topic()] += len(rows)
-                    self._answer(rows) if message.topic() == self.features else self._predict(rows)
+                    rows, topic = pl.read_ipc_stream(io.BytesIO(message.value() or b"")), str(message.topic())
+                    self.rows[topic] += len(rows)
+                    self._answer(rows) if topic == self.features else self._predict(rows)
 
     def _answer(self, rows: pl.DataFrame) -> None:
         self.answered.update(rows["row_id"].to_list())
-        self.until = max(self.until, int(rows[self.case.view.spine.time].to_physical().max() or 0))  # type: ignore[arg-type]
+        self.until = int(rows[self.case.view.time].to_physical().to_numpy().max(initial=self.until))
 
     def _predict(self, rows: pl.DataFrame) -> None:
         for row, version in rows.select("row_id", "model_version").iter_rows():
@@ -343,14 +362,15 @@ class Watch:
         self.consumer.close()
 
 
-def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[], None]) -> dict[str, Any]:
+def follow(case: Case, watch: Watch, children: dict[str, Child], swap: Callable[[], None]) -> Figures:
     """Show what happens until everything sent has come out at the other end, or `DRAIN` seconds have passed since the
     last was sent.
 
     Raises:
         DataError: a process ended before its time.
     """
-    show, lags, told = Table(), list[float](), {"done": False, "rows": 0, "time": 0, "sent": {}}
+    show, lags = Table(), list[float]()
+    told: Sent = {"done": False, "rows": 0, "time": 0, "sent": {}}
     done_at = swapped_at = None
     speed = (datetime.fromisoformat(case.end) - datetime.fromisoformat(case.start)).total_seconds() / case.seconds
     first_day = datetime.fromisoformat(case.start).replace(tzinfo=UTC).timestamp()
@@ -363,7 +383,7 @@ def follow(case: Case, watch: Watch, children: dict[str, Any], swap: Callable[[]
         for name, child in children.items():
             if not child.running and not (told["done"] and child.wait() == 0):
                 raise DataError(
-                    "The live processes run until all is told",
+                    "The live processes run until everything is sent",
                     f"{name} ended: {tail(case, name)}",
                     f"See {case.folder}",
                 )
@@ -436,8 +456,8 @@ class Table:
 
     def __call__(
         self,
-        sent: dict[str, Any],
-        described: dict[str, Any],
+        sent: Sent,
+        described: Figures,
         questions: int,
         watch: Watch,
         lag: float | None,
@@ -480,7 +500,7 @@ def clock(moment: int) -> str:
     return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%m-%d %H:%M") if moment > 0 else ""
 
 
-def description_after(case: Case) -> dict[str, Any]:
+def description_after(case: Case) -> Figures:
     """What the last commit of the features said; empty before the first."""
     try:
         return dict(json.loads((case.live / "runs" / "live" / "status.json").read_text()))
@@ -488,12 +508,12 @@ def description_after(case: Case) -> dict[str, Any]:
         return {}
 
 
-def settled(told: dict[str, Any]) -> int:
+def settled(told: Figures) -> int:
     """Up to when everything is known."""
     return min((each["settled"] for each in told.get("clock", {}).values()), default=0)
 
 
-def held(told: dict[str, Any], what: str) -> int:
+def held(told: Figures, what: str) -> int:
     """Rows or bytes that the job holds in its state."""
     return sum(each[what] for each in told["state"].values())
 
@@ -510,9 +530,9 @@ def tail(case: Case, name: str) -> str:
 # -- in one process -------------------------------------------------------------------------------------------------
 
 
-def in_process(case: Case) -> dict[str, Any]:
-    """The month replayed through the same steps on the runner in this process, then its answers scored, swapping
-    halfway."""
+def in_process(case: Case) -> Figures:
+    """The month replayed through the same steps on the runner in this process, then its feature rows scored; the
+    champion changes halfway."""
     from beam_pipelines import features_streaming, inference_streaming
 
     between = ["--start", case.start, "--end", case.end]
@@ -546,7 +566,7 @@ def in_process(case: Case) -> dict[str, Any]:
 
 
 class Halfway(logging.Handler):
-    """Swaps when half of the answers have been read."""
+    """Calls `swap` when half of the feature rows have been read."""
 
     def __init__(self, swap: Callable[[], None]) -> None:
         super().__init__()
@@ -563,8 +583,8 @@ class Halfway(logging.Handler):
 # -- after ---------------------------------------------------------------------------------------------------------
 
 
-def parity(case: Case) -> dict[str, Any]:
-    """Every live answer computed again in batch.
+def parity(case: Case) -> Figures:
+    """Compute every live feature row again in batch.
 
     Raises:
         MismatchError: a bit differs.

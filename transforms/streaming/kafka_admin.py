@@ -109,7 +109,7 @@ def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:
 def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     """The most bytes of a message to any of the topics, with its batch: the least of their max.message.bytes."""
     from confluent_kafka import KafkaException
-    from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]
+    from confluent_kafka.admin import AdminClient, ConfigResource
 
     admin = AdminClient({**broker.config, "log_level": 0})
     configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
