@@ -1,8 +1,8 @@
-"""A shard holds the events of its keys and answers the questions about them; the parts of an answer are put together again.
+"""Shards: each holds the events of some keys and computes the features of their spine rows.
 
-Features that read one source by one key make a group.  Events and questions go to the shard that the hash of their
-group's key names, so every question meets all events of its keys in one place, and the kernel of the batch pipeline does
-the rest.
+The features that read one source by one key are a group.  The hash of a group's key names the shard of its events and
+spine rows.  So a spine row meets all events of its keys in one place, where the kernel of the batch engine computes the
+features.  `assemble` joins the features of a spine row's groups.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,27 +22,26 @@ from schemas.features import Derived, Latest, Trailing
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.kernel import KernelTables, compute, feature_columns, with_derived
-from transforms.records.frame_packets import Frames, pack, unpack
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
 from transforms.streaming.lifetime_store import Kind, LifetimeStore, by_kind
-from transforms.streaming.pane_store import SLOTS, Store, TimeBuckets, key_hashes, size_of
+from transforms.streaming.pane_store import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, size_of
+from transforms.streaming.row_origin import RID
+from transforms.streaming.step_messages import ShardFeatures, ShardInput
 
 Bools = npt.NDArray[np.bool_]
-RID = "__rid"
-MINUTE = 60_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Features over one source by one key.
+    """The features that read one source by one key.
 
     Args:
-        source: the source's name.
-        keys: (column of the spine, column of the source).
+        source: name of the source.
+        keys: pairs of a column of the spine and a column of the source.
         features: Trailing and Latest.
-        reach: longest look-back, µs; of all history for any other `kind` than "none".
-        kind: what is kept of events that have left the panes; if anything, the features have one condition.
+        reach: the longest window, µs; lifetime windows, of any `kind` but "none", do not count.
+        kind: what is kept of evicted events; if anything is, the features have one condition.
     """
 
     source: str
@@ -70,7 +68,7 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     """The view's groups.
 
     Raises:
-        DefinitionError: a key that is known only once other sources were read.
+        DefinitionError: a key comes from a source that has to be read first.
     """
     found: dict[tuple[GroupKey, Kind], list[Trailing | Latest]] = {}
     for feature in view.features:
@@ -96,9 +94,9 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
 
 
 def held_back(view: FeatureView, source: str) -> int:
-    """How long shards hold each event of a source as it is, µs: until it is so much older than any question that may come.
+    """For how long (µs) before the journal's horizon shards hold the events of a source as they are.
 
-    An event that is compacted cannot be taken back, so it waits until no repeat of it is looked for any more.
+    A compacted event cannot be retracted, so it is held until no repeat of it is looked up any more.
     """
     return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
 
@@ -108,7 +106,7 @@ def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
 
 
 def _early(view: FeatureView) -> list[tuple[str, Derived]]:
-    """Derived columns that need nothing but the spine, in order."""
+    """Derived columns that only read the spine, in order."""
     known, result = set(view.spine.schema), []
     for feature in view.features:
         if isinstance(feature, Derived):
@@ -119,7 +117,7 @@ def _early(view: FeatureView) -> list[tuple[str, Derived]]:
 
 
 def with_group_keys(view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame) -> pl.DataFrame:
-    """Questions with those derived columns by which groups are keyed."""
+    """Spine rows with the derived columns that are keys of groups."""
     wanted = {name for group in groups for name in group.spine_columns} - set(view.spine.schema)
     if not wanted:
         return spine_rows
@@ -133,7 +131,7 @@ def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
 
 
 def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which of the source's rows it needs: those with a key of its own, in any group."""
+    """By shard, which rows of a source it needs: those with a key of its own, in any group."""
     wanted = [np.zeros(len(rows), np.bool_) for _ in range(shards)]
     for keys in {group.source_columns for group in groups if group.source == source}:
         owner = shard_of(key_hashes(rows, keys), shards)
@@ -145,13 +143,13 @@ def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shard
 
 
 def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which rows of what is kept of a group's older events are of its keys."""
+    """By shard, which compacted events of a group have a key of its own."""
     owner = shard_of(key_hashes(reduced, group.source_columns), shards)
     return [owner == number for number in range(shards)]
 
 
 def route_spine_rows(groups: Sequence[Group], spine_rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which questions have a group it answers."""
+    """By shard, which spine rows have a key of its own, in any group."""
     wanted = [np.zeros(len(spine_rows), np.bool_) for _ in range(shards)]
     for keys in {group.spine_columns for group in groups}:
         owner = shard_of(key_hashes(spine_rows, keys), shards)
@@ -161,7 +159,13 @@ def route_spine_rows(groups: Sequence[Group], spine_rows: pl.DataFrame, shards: 
 
 
 class Shard:
-    """What one shard knows, and its answers.  Turns are to be applied in order."""
+    """The events of one shard's keys, and the features that are computed from them.  Inputs are applied in order.
+
+    Args:
+        view: the view.
+        number: of the shard.
+        shards: how many there are.
+    """
 
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
@@ -181,30 +185,33 @@ class Shard:
     def stores(self) -> dict[str, Store]:
         return {**self.buckets, **{f"compacted {i}": store for i, store in self.compacted.items()}}
 
-    def apply(self, head: Mapping[str, Any], frames: Frames) -> bytes | None:
-        """Take a turn's events in, answer its questions, forget what no window can reach any more."""
+    def apply(self, given: ShardInput) -> ShardFeatures | None:
+        """Adds a turn's events, computes the features of its spine rows, and evicts what no window can reach.
+
+        Returns:
+            The features; None if the turn has no spine rows for this shard.
+        """
+        tables, features = given.tables, None
         for name, store in self.buckets.items():
-            if f"retract:{name}" in frames:
-                store.drop(RID, frames[f"retract:{name}"][RID].to_numpy())
-            if f"rows:{name}" in frames:
-                store.add(frames[f"rows:{name}"])
-            if f"old:{name}" in frames:
-                self._compact(name, [frames[f"old:{name}"]])
+            if name in tables.replaced:
+                store.drop(RID, tables.replaced[name].to_numpy())
+            if name in tables.rows:
+                store.add(tables.rows[name])
+            if name in tables.old:
+                self._compact(name, [tables.old[name]])
         for i, compacted in self.compacted.items():
-            if f"compacted:{i}" in frames:
-                compacted.add(frames[f"compacted:{i}"])
-        envelope = None
-        if "questions" in frames:
-            parts = self.compute_features(frames["questions"])
-            head_out = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
-            envelope = pack(head_out, {str(i): part for i, part in parts.items()})
+            if i in tables.compacted:
+                compacted.add(tables.compacted[i])
+        if tables.spine_rows is not None:
+            columns = self.compute_features(tables.spine_rows)
+            features = ShardFeatures(given.turn, self.number, size_of(self.stores.values()), columns)
         for name, store in self.buckets.items():
-            if left := store.evict(head["horizon"] - self.held_back[name]):
+            if left := store.evict(given.horizon - self.held_back[name]):
                 self._compact(name, left)
-        return envelope
+        return features
 
     def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
-        """Keep what windows without a beginning need of events that every question still to come may see."""
+        """Keeps what lifetime windows need of events that the windows of all later spine rows contain."""
         groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
         if groups:
             rows = pl.concat(frames)
@@ -214,7 +221,7 @@ class Shard:
                 compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
-        """Per group, the columns of the questions whose key is this shard's, with their `__position`."""
+        """By number of a group, its features of the spine rows whose key is this shard's, with their `__position`."""
         hashes = {keys: key_hashes(spine_rows, keys) for keys in {group.spine_columns for group in self.groups}}
         result = {}
         for i, group in enumerate(self.groups):
@@ -249,22 +256,23 @@ def assemble(
     view: FeatureView,
     groups: Sequence[Group],
     spine_rows: pl.DataFrame,
-    answers: Sequence[bytes],
+    parts: Sequence[ShardFeatures],
     dimensions: Mapping[str, pl.DataFrame],
 ) -> pl.DataFrame:
-    """All features of a turn's questions from the shards' parts: context and features, as `kernels.compute` gives."""
-    parts: dict[str, list[pl.DataFrame]] = {}
-    for answer in answers:
-        for name, part in unpack(answer)[1].items():
-            parts.setdefault(name, []).append(part)
+    """All features of a turn's spine rows from what the shards computed, as `kernel.compute` returns them."""
+    by_group: dict[int, list[pl.DataFrame]] = {}
+    for part in parts:
+        for group, some in part.columns.items():
+            by_group.setdefault(group, []).append(some)
     columns: dict[str, pl.Series] = {}
-    for some in parts.values():
-        whole = (pl.concat(some) if len(some) > 1 else some[0]).sort("__position")
+    for frames in by_group.values():
+        whole = (pl.concat(frames) if len(frames) > 1 else frames[0]).sort("__position")
         if len(whole) != len(spine_rows):
-            raise AssertionError(f"{len(whole)} answers to {len(spine_rows)} questions")
+            raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
     return compute(view, spine_rows, KernelTables(dimensions, columns=columns))
 
 
 def versions_text(versions: Mapping[str, str]) -> str:
+    """The versions of dimensions, by name, as JSON."""
     return json.dumps(dict(sorted(versions.items())), separators=(",", ":"))

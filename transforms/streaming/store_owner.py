@@ -27,7 +27,7 @@ from transforms.storage.delta_tables import data_files, open_table, read_file, w
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.live_tables import application_of, source_record
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (with its own offsets, accepted rows and feature rows)"
@@ -119,11 +119,8 @@ def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known:
 
 def _has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
-    records = (
-        last_commit_record(open_table(source_uri(sources_root(store), name)), application_of(name))
-        for name in contracts_of(view)
-    )
-    return any(of_topic(offsets) for each in records for offsets in each.get("next", {}).values())
+    records = [source_record(store, name) for name in contracts_of(view)]
+    return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
 
 
 def _check_tables(view: FeatureView, store: str) -> None:
