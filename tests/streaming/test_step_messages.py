@@ -201,5 +201,5 @@ def test_with_one_shard_only_what_leaves_the_step_is_serialised(
     for index, messages in enumerate(stream(Random(5), 3)):
         envelope = decoded(contracts_of(view), messages, index=index)
         tags += [each.tag for each in step.process((SINGLE_KEY, envelope), head, bag, *slots)]
-    assert set(tags) == {"answers", "entries"}
+    assert set(tags) == {"features", "entries"}
     assert len(packed) == len(tags)

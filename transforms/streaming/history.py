@@ -1,8 +1,8 @@
 """History of a live job: rows from before its start, which are accepted once, before the first turn.
 
-The rows of a source that were known before its start S are checked and counted as batch does, and written to the live
-store's own table under partition −1, in one commit per source.  From there recovery, parity and trace read them like all
-others.
+The rows of a source that were known before its start S are checked and counted as batch does.  They are written to the
+live store's own table under partition −1, in one commit per source.  Recovery, parity and trace read them there like
+all others.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Handover:
                 else f"under {self.root}"
             )
             raise DefinitionError(
-                f"View {self.view.name!r}: a live job knows its history, or says that it starts without",
+                f"View {self.view.name!r}: a live job has history, or is started without",
                 f"no files of {', '.join(map(repr, missing))} {where}",
                 "Name the folder of the sources' files or Delta tables with --sources, or add --without_history: "
                 "feature rows are then marked __cold until every window has filled",

@@ -86,7 +86,7 @@ class HistoryFiles:
             some = [each for each in self.slices if each.high >= begin and each.low < end]
             own = (ALWAYS if begin == low and low <= self.contract.earliest else begin, end)
             read = joined(stream_slices(self.contract, some, begin, end, own=own))
-            yield Piece(self._judged(read.frame, repeats), self._dead_letters(read.dead_letters))
+            yield Piece(self._counted(read.frame, repeats), self._dead_letters(read.dead_letters))
 
     def _spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:
         """Parts of `[low, high)` that begin and end between days and have at most `CHUNK_ROWS` rows, or are one day."""
@@ -107,7 +107,7 @@ class HistoryFiles:
             rows += more
         yield begin, high
 
-    def _judged(self, rows: pl.DataFrame, repeats: Repeats | None) -> pl.DataFrame:
+    def _counted(self, rows: pl.DataFrame, repeats: Repeats | None) -> pl.DataFrame:
         """Rows in order; for a source with `unique`, whether each counts."""
         source, time = self.source, str(self.source.time)
         rows = rows.with_columns(
@@ -121,8 +121,8 @@ class HistoryFiles:
         if source is self.view.spine:
             kept = distinct(numbered.select(*source.schema, "__number"), [*by])[0]
         else:
-            judged = numbered.select(*self.view.columns_held(source.name), "__number")
-            kept = without_repeats(source, judged, None if repeats is None else repeats.first)
+            checked = numbered.select(*self.view.columns_held(source.name), "__number")
+            kept = without_repeats(source, checked, None if repeats is None else repeats.first)
         return numbered.with_columns(
             pl.col("__number").is_in(kept["__number"].implode()).alias("__counted"),
             pl.lit(None, pl.Int64).alias("__instead"),

@@ -45,7 +45,7 @@ from transforms.streaming.shards import (
 )
 from transforms.streaming.step_messages import ReadySpineRows, ShardInput, ShardTables, TurnEntry
 
-# All shards get an input at least every so many turns, which tells them the horizon up to which they evict.
+# All shards get an input at least every so many turns, with the horizon up to which they evict.
 HORIZON_EVERY = 16
 Key = TypeVar("Key", int, str)
 
@@ -287,8 +287,10 @@ class Journal:
             del self.first[name]
 
     def _since_start(self, name: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """Rows of a topic that are not history; dead letters for rows of which it is unknown whether history has them
-        too."""
+        """The rows of a topic that are not from before the start of its source, and dead letters for the others.
+
+        Without `unique` it cannot be found out whether history has the others too.
+        """
         start = self.beginnings.of(name).start
         if start is None or repeats_by(self.view, name):
             return rows, []
@@ -317,17 +319,17 @@ class Journal:
             self._count(name, "late", late)
         if name in self.repeats:
             rows = rows.select(*known_columns(self.view, name), row_identity(rows))
-            judged = self.repeats[name].judge(rows, self.horizon)
-            if self.sources[name] is not self.view.spine and judged.repeated:  # spine rows are counted elsewhere
-                self._count(name, "repeated", judged.repeated)
+            distinct = self.repeats[name].deduplicate(rows, self.horizon)
+            if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
+                self._count(name, "repeated", distinct.repeated)
             whole = whole.with_columns(
-                rows[RID].is_in(judged.counted[RID].implode()).alias("__counted"),
-                rows.join(judged.replaced, on=RID, how="left", maintain_order="left")["__instead"],
+                rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
+                rows.join(distinct.replaced, on=RID, how="left", maintain_order="left")["__instead"],
             )
-            rows = judged.counted.select(*self.view.columns_held(name), RID)
-            if len(judged.replaced):
+            rows = distinct.counted.select(*self.view.columns_held(name), RID)
+            if len(distinct.replaced):
                 for each in tables:
-                    each.replaced[name] = judged.replaced["__instead"].alias(RID)
+                    each.replaced[name] = distinct.replaced["__instead"].alias(RID)
         else:
             rows = rows.select(self.view.columns_held(name))
         if self.horizon > ALWAYS:
@@ -367,10 +369,10 @@ class Journal:
             pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
         )
         keys = dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)])
-        asked, shards = ready.select("__position", *keys), 0
+        keyed, shards = ready.select("__position", *keys), 0
         for each, mine in zip(tables, route_spine_rows(self.groups, ready, self.shards), strict=True):
             if mine.any():
-                each.spine_rows = asked.filter(pl.Series(mine))
+                each.spine_rows = keyed.filter(pl.Series(mine))
                 shards += 1
         cold = pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)
         rows = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN, cold.alias("__cold"))

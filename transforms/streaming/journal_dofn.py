@@ -108,8 +108,8 @@ class JournalDoFn(beam.DoFn):
         slots: Slots = (),
     ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
-        cells, state = KeyState(head, bag, slots), read_head(head)
-        held = self.held(key, state, cells)
+        stored, state = KeyState(head, bag, slots), read_head(head)
+        held = self.held(key, state, stored)
         if "journal" not in state and self.live.begin is not None:
             for turn in hand_over(held.journal, self.live.store, self.live.begin):
                 yield from self.outputs(held, turn)
@@ -124,15 +124,15 @@ class JournalDoFn(beam.DoFn):
             yield from self.outputs(held, held.journal.turn(admitted, now))
             due += 1
         state["due"] = due
-        self.save(key, state, held, cells, held.early.values())
+        self.save(key, state, held, stored, held.early.values())
 
-    def held(self, key: bytes, state: Head, cells: KeyState, waiting: bool = True) -> JournalState:
+    def held(self, key: bytes, state: Head, stored: KeyState, waiting: bool = True) -> JournalState:
         """What is in memory, or the checkpoint.
 
         Args:
             key: the key.
             state: the head of its state.
-            cells: its state.
+            stored: its state, as Beam passes it.
             waiting: whether envelopes that wait are read from the bag.
         """
 
@@ -143,8 +143,8 @@ class JournalDoFn(beam.DoFn):
             if "journal" in state:
                 journal.load(JournalCheckpoint.of_json(state["journal"]))
             held = JournalState(journal, Shard(self.view, 0, 1) if self.live.shards == 1 else None)
-            held.counts = load_slots(held.stores, cells.slots)
-            for envelope in cells.bag.read() if waiting else ():
+            held.counts = load_slots(held.stores, stored.slots)
+            for envelope in stored.bag.read() if waiting else ():
                 index = head_of(envelope)["index"]
                 if index is None:
                     held.inbox += micro_batches_of(envelope)
@@ -161,7 +161,7 @@ class JournalDoFn(beam.DoFn):
             if turn.spine_rows is not None:
                 parts = [each for each in computed if isinstance(each, ShardFeatures)]
                 features = self.assembly.compute_features(turn.spine_rows, parts)
-                yield pvalue.TaggedOutput("answers", (SINGLE_KEY, features.to_envelope()))
+                yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
         else:
             for number, each in turn.shards.items():
                 yield pvalue.TaggedOutput("shards", (str(number).encode(), each.to_envelope()))
@@ -169,13 +169,13 @@ class JournalDoFn(beam.DoFn):
                 yield pvalue.TaggedOutput("spine_rows", (assembler(turn.number), turn.spine_rows.to_envelope()))
         yield pvalue.TaggedOutput("entries", (SINGLE_KEY, turn.entry.to_envelope()))
 
-    def save(self, key: bytes, state: Head, held: JournalState, cells: KeyState, left: Iterable[bytes]) -> None:
+    def save(self, key: bytes, state: Head, held: JournalState, stored: KeyState, left: Iterable[bytes]) -> None:
         """Writes the state; `left` are the envelopes that still wait."""
-        replace_bag(cells.bag, left)
-        save_slots(held.stores, cells.slots, held.counts)
+        replace_bag(stored.bag, left)
+        save_slots(held.stores, stored.slots, held.counts)
         state["version"] += 1
         state["journal"] = held.journal.checkpoint().to_json()
-        write_head(cells.head, state)
+        write_head(stored.head, state)
         self.mirror.put(key, state["version"], held)
 
 
@@ -223,12 +223,12 @@ class TimedJournalDoFn(JournalDoFn):
         yield from self.take_turn(key, state, now_us(), KeyState(head, bag, slots), wake)
 
     def take_turn(
-        self, key: bytes, state: Head, now: int, cells: KeyState, wake: Timer
+        self, key: bytes, state: Head, now: int, stored: KeyState, wake: Timer
     ) -> Iterator[pvalue.TaggedOutput]:
         """Runs a turn over the input that has arrived, if there is anything to emit."""
-        held = self.held(key, state, cells, waiting=False)
+        held = self.held(key, state, stored, waiting=False)
         starts, held.inbox = [], list[MicroBatch]()
-        for envelope in cells.bag.read():
+        for envelope in stored.bag.read():
             start = start_of(envelope)
             if start is None:
                 held.inbox += micro_batches_of(envelope)
@@ -239,7 +239,7 @@ class TimedJournalDoFn(JournalDoFn):
                 yield from self.outputs(held, turn)
         elif "journal" not in state:  # the state of the tables comes first
             set_wake_up(state, wake, now + self.live.pace)
-            write_head(cells.head, state)
+            write_head(stored.head, state)
             return
         admitted, waiting = held.journal.admit(held.inbox, now)
         over = bool(starts) and held.journal.last  # a job that had ended, and was killed before it reported so
@@ -249,4 +249,4 @@ class TimedJournalDoFn(JournalDoFn):
             yield pvalue.TaggedOutput("entries", (SINGLE_KEY, TICK))
         state["turned"] = now
         set_wake_up(state, wake, now + (self.live.pace if waiting else 1_000_000))
-        self.save(key, state, held, cells, envelopes_of(waiting))
+        self.save(key, state, held, stored, envelopes_of(waiting))

@@ -63,17 +63,17 @@ class LiveFeatures(beam.PTransform):
         view, live = self.view, self.live
         step = JournalDoFn if not live.pace else TimedJournalDoFn
         inside = live.shards == 1  # the shard is in the journal's step
-        tags = ("answers",) if inside else ("shards", "spine_rows")
+        tags = ("features",) if inside else ("shards", "spine_rows")
         journal = envelopes | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
         if not inside:
             parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardDoFn(view, live))
             both = (_pairs(journal.spine_rows), parts) | "Parts" >> beam.Flatten()
-            assembled = both | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "answers")
-        entries, answers = _pairs(journal.entries), _pairs(journal.answers if inside else assembled.answers)
+            assembled = both | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "features")
+        entries, features = _pairs(journal.entries), _pairs(journal.features if inside else assembled.features)
         if self.sends is not None:
-            entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.dead_letters)
-            answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)
-        turns = (entries, answers) | "Turns" >> beam.Flatten()
+            entries = entries | "DeadLetters" >> Produce(self.sends.broker, self.sends.dead_letters)
+            features = features | "FeatureRows" >> Produce(self.sends.broker, self.sends.answers)
+        turns = (entries, features) | "Turns" >> beam.Flatten()
         return turns | "Commit" >> _keyed_step(CommitDoFn(view, live))
 
 

@@ -15,7 +15,7 @@ from transforms.streaming.row_origin import RID
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judged:
+class Deduplicated:
     """New events of a source, without repeats.
 
     Args:
@@ -46,7 +46,7 @@ class Repeats:
         reach = max([0, *(view.reach(each) for each in view.events)])
         self.store = TimeBuckets(str(self.source.time), max(2 * reach // (SLOTS - 2), MINUTE))
 
-    def judge(self, rows: pl.DataFrame, horizon: int) -> Judged:
+    def deduplicate(self, rows: pl.DataFrame, horizon: int) -> Deduplicated:
         """Decides which new events count, and stores them.
 
         Args:
@@ -60,7 +60,7 @@ class Repeats:
         known = [each.filter(remembered) for each in self.store.take(tuple(self.unique), hashes, ALWAYS, FOREVER)]
         if not any(map(len, known)) and len(np.unique(hashes)) == len(hashes):
             self.store.add(rows.filter(remembered))
-            return Judged(rows, pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64}), 0)
+            return Deduplicated(rows, pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64}), 0)
         old = pl.concat(known).join(rows, on=self.unique, how="semi") if known else rows.clear()
         first = self._first(pl.concat([old, rows]))
         counted = rows.filter(pl.col(RID).is_in(first[RID].implode()))
@@ -69,7 +69,7 @@ class Repeats:
             self.store.drop(RID, gone["__instead"].to_numpy())
         self.store.add(counted.filter(remembered))
         replaced = first.join(gone, on=self.unique).select(RID, "__instead")
-        return Judged(counted, replaced, len(rows) - len(counted) + len(gone))
+        return Deduplicated(counted, replaced, len(rows) - len(counted) + len(gone))
 
     def _first(self, rows: pl.DataFrame) -> pl.DataFrame:
         """The event of each `unique` value that was known first."""
@@ -89,7 +89,7 @@ class Repeats:
 
 
 def remembered(view: FeatureView, name: str) -> int:
-    """For how long (µs) before the journal's horizon the events of a source are remembered, so that repeats are seen."""
+    """For how long (µs) before the journal's horizon the events of a source are remembered, to find repeats."""
     return 2 * view.reach(name)
 
 

@@ -164,7 +164,7 @@ class AssembleDoFn(beam.DoFn):
         parts.add(part)
         if parts.spine_rows is not None and parts.complete:
             features = self.compute_features(parts.spine_rows, parts.features)
-            yield pvalue.TaggedOutput("answers", (SINGLE_KEY, features.to_envelope()))
+            yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
             del turns[part.turn]
             replace_bag(bag, (each for some in turns.values() for each in some.envelopes()))
         else:
