@@ -32,6 +32,7 @@ from beam_pipelines.runtime.streaming_arguments import Length, StreamingArgument
 from schemas.errors import DefinitionError
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
+from transforms.streaming.groups import groups_of
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
@@ -43,7 +44,6 @@ from transforms.streaming.preparation import (
     prepare_live_features,
 )
 from transforms.streaming.replay import Replay, SendChunks
-from transforms.streaming.shards import groups_of
 from transforms.streaming.step_messages import start_envelope
 
 LENGTHS = (

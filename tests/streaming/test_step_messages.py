@@ -22,7 +22,6 @@ from transforms.streaming.journal_dofn import JournalDoFn
 from transforms.streaming.live_features import contracts_of, decoded
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.mirrored_state import SINGLE_KEY
-from transforms.streaming.pane_store import StoreSize
 from transforms.streaming.progress import CommitRecord, RecoveryPoint
 from transforms.streaming.step_messages import (
     ReadySpineRows,
@@ -36,6 +35,7 @@ from transforms.streaming.step_messages import (
     start_envelope,
     start_of,
 )
+from transforms.streaming.time_buckets import StoreSize
 
 ROWS = pl.DataFrame({"a": [1, 2], "b": ["x", None]})
 IDS = pl.Series("__rid", [-1, 2**62])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.groups import groups_of
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
@@ -81,7 +82,6 @@ if TYPE_CHECKING:
     )
     from transforms.streaming.replay import Replay, SendChunks
     from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
-    from transforms.streaming.shards import groups_of
     from transforms.streaming.step_messages import start_envelope
     from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 

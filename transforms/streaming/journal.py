@@ -9,7 +9,7 @@ for all features of a row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import polars as pl
@@ -22,9 +22,9 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
+from transforms.streaming.groups import groups_of, held_back
 from transforms.streaming.messages import ORIGIN
 from transforms.streaming.micro_batches import MicroBatch, NextAvailable, in_order, no_topic
-from transforms.streaming.pane_store import TimeBuckets, size_of
 from transforms.streaming.pending_spine_rows import PendingSpineRows
 from transforms.streaming.progress import (
     CommitRecord,
@@ -34,16 +34,10 @@ from transforms.streaming.progress import (
     offsets_to_json,
 )
 from transforms.streaming.repeats import Repeats, known_columns, remembered
+from transforms.streaming.routing import TurnRouting
 from transforms.streaming.row_origin import RID, cut_text, row_identity
-from transforms.streaming.shards import (
-    groups_of,
-    held_back,
-    route_compacted,
-    route_events,
-    route_spine_rows,
-    with_group_keys,
-)
-from transforms.streaming.step_messages import ReadySpineRows, ShardInput, ShardTables, TurnEntry
+from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
+from transforms.streaming.time_buckets import TimeBuckets, size_of
 
 # All shards get an input at least every so many turns, with the horizon up to which they evict.
 HORIZON_EVERY = 16
@@ -189,11 +183,11 @@ class Journal:
         self.turn_number += 1
         watermarks = {name: self.completeness.watermark(name, now) for name in self.sources}
         accepted, dead_letters = self._accept(admitted, now)
-        tables = self._tables()
+        routing = self._routing()
         spine_rows = accepted.get(self.view.spine.name)
         for name in self.view.events:
             if name in accepted:
-                accepted[name] = self._route_events(name, accepted[name], watermarks[name], tables)
+                accepted[name] = self._route_events(name, accepted[name], watermarks[name], routing)
         if spine_rows is not None:
             watermark = watermarks[self.view.spine.name]
             dead_letters += self.spine_rows.add(spine_rows, watermark, self._oldest_allowed(watermark))
@@ -202,24 +196,21 @@ class Journal:
             self._find_beginning(name)
         ready = self.spine_rows.take_until(self.bound(now))
         self.advance(now)
-        return self._output(tables, ready, accepted, pl.concat([_no_dead_letters(), *dead_letters]))
+        return self._output(routing, ready, accepted, pl.concat([_no_dead_letters(), *dead_letters]))
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
         """A turn that sends rows accepted earlier to the shards; it counts nothing and moves no watermark."""
         self.turn_number += 1
-        tables = self._tables()
-        for each, some in self._routed(name, rows, tables):
-            each.rows[name] = some
-        return self._output(tables)
+        routing = self._routing()
+        routing.add_events(name, rows)
+        return self._output(routing)
 
     def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
         """As `seed`, for the compacted older events of a group."""
         self.turn_number += 1
-        tables = self._tables()
-        for each, mine in zip(tables, route_compacted(self.groups[group], reduced, self.shards), strict=True):
-            if mine.any():
-                each.compacted[group] = reduced.filter(pl.Series(mine))
-        return self._output(tables)
+        routing = self._routing()
+        routing.add_compacted(group, reduced)
+        return self._output(routing)
 
     # -- the steps of a turn -------------------------------------------------------------------------------------
 
@@ -303,9 +294,7 @@ class Journal:
         rule = f"{BEFORE_START}: a source without unique takes rows from before its start from its history alone"
         return rows.filter(~early), [message_dead_letters(name, old, time, rule, pl.col(time).cast(pl.String))]
 
-    def _route_events(
-        self, name: str, rows: pl.DataFrame, watermark: int, tables: Sequence[ShardTables]
-    ) -> pl.DataFrame:
+    def _route_events(self, name: str, rows: pl.DataFrame, watermark: int, routing: TurnRouting) -> pl.DataFrame:
         """Sends the new events of a source to the shards, and retracts events that a repeat replaces.
 
         Returns:
@@ -328,17 +317,15 @@ class Journal:
             )
             rows = distinct.counted.select(*self.view.columns_held(name), RID)
             if len(distinct.replaced):
-                for each in tables:
-                    each.replaced[name] = distinct.replaced["__instead"].alias(RID)
+                routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:
             rows = rows.select(self.view.columns_held(name))
         if self.horizon > ALWAYS:
-            rows = self._route_old_events(name, rows, tables)
-        for each, some in self._routed(name, rows, tables):
-            each.rows[name] = some
+            rows = self._route_old_events(name, rows, routing)
+        routing.add_events(name, rows)
         return whole
 
-    def _route_old_events(self, name: str, rows: pl.DataFrame, tables: Sequence[ShardTables]) -> pl.DataFrame:
+    def _route_old_events(self, name: str, rows: pl.DataFrame, routing: TurnRouting) -> pl.DataFrame:
         """Sends events that shards no longer hold to be compacted, or counts them as beyond every window.
 
         Returns:
@@ -349,45 +336,28 @@ class Journal:
         if not len(old):
             return rows
         if name in self.lifetime:
-            for each, some in self._routed(name, old, tables):
-                each.old[name] = some
+            routing.add_old_events(name, old)
         else:
             self._count(name, "beyond", len(old))
         return rows.filter(reached)
 
-    def _routed(
-        self, name: str, rows: pl.DataFrame, tables: Sequence[ShardTables]
-    ) -> Iterator[tuple[ShardTables, pl.DataFrame]]:
-        """The tables of each shard that needs some of a source's rows, with these rows."""
-        for each, mine in zip(tables, route_events(self.groups, name, rows, self.shards), strict=True):
-            if mine.any():
-                yield each, rows if mine.all() else rows.filter(pl.Series(mine))
-
-    def _route_spine_rows(self, ready: pl.DataFrame, tables: Sequence[ShardTables]) -> ReadySpineRows:
+    def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
         """Sends spine rows that can be computed to the shards.  Returns them for the assembly."""
-        ready = with_group_keys(self.view, self.groups, ready).with_columns(
-            pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
-        )
-        keys = dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)])
-        keyed, shards = ready.select("__position", *keys), 0
-        for each, mine in zip(tables, route_spine_rows(self.groups, ready, self.shards), strict=True):
-            if mine.any():
-                each.spine_rows = keyed.filter(pl.Series(mine))
-                shards += 1
+        shards = routing.add_spine_rows(ready)
         cold = pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)
         rows = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN, cold.alias("__cold"))
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows)
 
     def _output(
         self,
-        tables: Sequence[ShardTables],
+        routing: TurnRouting,
         ready: pl.DataFrame | None = None,
         accepted: Mapping[str, pl.DataFrame] | None = None,
         dead_letters: pl.DataFrame | None = None,
     ) -> Turn:
-        spine_rows = None if ready is None else self._route_spine_rows(ready, tables)
+        spine_rows = None if ready is None else self._route_spine_rows(ready, routing)
         shards = {}
-        for number, each in enumerate(tables):
+        for number, each in enumerate(routing.tables):
             if not each.empty or self.turn_number % HORIZON_EVERY == 0:
                 shards[number] = ShardInput(self.turn_number, self.sent[number], self.horizon, each)
                 self.sent[number] += 1
@@ -414,8 +384,8 @@ class Journal:
             beginnings=self.beginnings,
         )
 
-    def _tables(self) -> list[ShardTables]:
-        return [ShardTables() for _ in range(self.shards)]
+    def _routing(self) -> TurnRouting:
+        return TurnRouting(self.view, self.groups, self.shards)
 
     # -- what can be computed, and what is still needed ----------------------------------------------------------
 

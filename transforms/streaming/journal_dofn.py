@@ -35,11 +35,11 @@ from transforms.streaming.mirrored_state import (
     with_slots,
     write_head,
 )
-from transforms.streaming.pane_store import Store
 from transforms.streaming.recovery import hand_over, restore_journal
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
 from transforms.streaming.step_messages import TICK, ShardFeatures, start_of
+from transforms.streaming.time_buckets import Store
 from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 

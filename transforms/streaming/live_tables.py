@@ -42,10 +42,10 @@ from transforms.storage.delta_tables import (
 )
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.pane_store import StoreSize
 from transforms.streaming.progress import CommitRecord
 from transforms.streaming.replay import sources_of
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
+from transforms.streaming.time_buckets import StoreSize
 
 COMMIT_KEY = "millrace_live"
 # The most dates of feature rows whose ids stay in memory.

@@ -17,7 +17,7 @@ from apache_beam.coders import BytesCoder
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
 
 from transforms.records.frame_packets import Head, pack, unpack
-from transforms.streaming.pane_store import SLOTS, Store, slot_contents, take_changes
+from transforms.streaming.time_buckets import SLOTS, Store, slot_contents, take_changes
 
 Held = TypeVar("Held")
 Output = TypeVar("Output")

@@ -10,8 +10,8 @@ from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import message_dead_letters
-from transforms.streaming.pane_store import MINUTE, TimeBuckets, key_hashes
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, digest
+from transforms.streaming.time_buckets import MINUTE, TimeBuckets, key_hashes
 
 # Names of the two stores in checkpoints.
 PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"

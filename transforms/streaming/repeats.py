@@ -10,8 +10,8 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.pane_store import MINUTE, SLOTS, TimeBuckets, key_hashes
 from transforms.streaming.row_origin import RID
+from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets, key_hashes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

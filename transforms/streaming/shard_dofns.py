@@ -16,6 +16,7 @@ from apache_beam.transforms.userstate import on_timer
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import now_us
+from transforms.streaming.groups import groups_of
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
@@ -37,8 +38,7 @@ from transforms.streaming.mirrored_state import (
     with_slots,
     write_head,
 )
-from transforms.streaming.pane_store import StoreSize
-from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
+from transforms.streaming.shards import Shard, assemble, versions_text
 from transforms.streaming.step_messages import (
     ReadySpineRows,
     ShardFeatures,
@@ -48,6 +48,7 @@ from transforms.streaming.step_messages import (
     assembly_input_of,
     commit_input_of,
 )
+from transforms.streaming.time_buckets import StoreSize
 from transforms.streaming.wake_ups import Timer, unset_timer
 
 

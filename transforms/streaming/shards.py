@@ -1,161 +1,25 @@
 """Shards: each holds the events of some keys and computes the features of their spine rows.
 
-The features that read one source by one key are a group.  The hash of a group's key names the shard of its events and
-spine rows.  So a spine row meets all events of its keys in one place, where the kernel of the batch engine computes the
+A spine row meets all events of its keys in the shard of these keys, where the kernel of the batch engine computes the
 features.  `assemble` joins the features of a spine row's groups.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from schemas.errors import DefinitionError
-from schemas.expressions import columns_of
-from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
-from schemas.features import Derived, Latest, Trailing
-from schemas.live import repeats_by
-from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import KernelTables, compute, feature_columns, with_derived
-from transforms.records.row_hashing import UInt64s
+from schemas.views import FeatureView
+from transforms.features.kernel import KernelTables, compute, feature_columns
 from transforms.records.times import ALWAYS
-from transforms.streaming.lifetime_store import Kind, LifetimeStore, by_kind
-from transforms.streaming.pane_store import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, size_of
+from transforms.streaming.groups import Group, groups_of, held_back
+from transforms.streaming.lifetime_store import LifetimeStore
+from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
 from transforms.streaming.step_messages import ShardFeatures, ShardInput
-
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """The features that read one source by one key.
-
-    Args:
-        source: name of the source.
-        keys: pairs of a column of the spine and a column of the source.
-        features: Trailing and Latest.
-        reach: the longest window, µs; lifetime windows, of any `kind` but "none", do not count.
-        kind: what is kept of evicted events; if anything is, the features have one condition.
-    """
-
-    source: str
-    keys: tuple[tuple[str, str], ...]
-    features: tuple[Trailing | Latest, ...]
-    reach: int
-    kind: Kind = "none"
-
-    @property
-    def spine_columns(self) -> tuple[str, ...]:
-        return tuple(spine for spine, _ in self.keys)
-
-    @property
-    def source_columns(self) -> tuple[str, ...]:
-        return tuple(column for _, column in self.keys)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of its features' columns."""
-        return [name for feature in self.features for name in column_names(feature)]
-
-
-def groups_of(view: FeatureView) -> tuple[Group, ...]:
-    """The view's groups.
-
-    Raises:
-        DefinitionError: a key comes from a source that has to be read first.
-    """
-    found: dict[tuple[GroupKey, Kind], list[Trailing | Latest]] = {}
-    for feature in view.features:
-        if isinstance(feature, Trailing | Latest):
-            for kind, part in by_kind(feature):
-                key = group_key(part)
-                # Features of bounded windows share the same stored events, whatever their conditions.
-                key = dataclasses.replace(key, where=None) if kind == "none" else key
-                found.setdefault((key, kind), []).append(part)
-    early = {*view.spine.schema, *(name for name, _ in _early(view))}
-    for key, _ in found:
-        late = [spine for spine, _ in key.keys if spine not in early]
-        if late:
-            raise DefinitionError(
-                f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
-                f"{late[0]!r}, by which {key.source!r} is read",
-                "Put the column into the spine, or compute this view in batch",
-            )
-    return tuple(
-        Group(key.source, key.keys, tuple(features), max(_lengths(features)), kind)
-        for (key, kind), features in found.items()
-    )
-
-
-def held_back(view: FeatureView, source: str) -> int:
-    """For how long (µs) before the journal's horizon shards hold the events of a source as they are.
-
-    A compacted event cannot be retracted, so it is held until no repeat of it is looked up any more.
-    """
-    return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
-
-
-def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
-    return [length or 0 for feature in features for length in window_lengths(feature)]
-
-
-def _early(view: FeatureView) -> list[tuple[str, Derived]]:
-    """Derived columns that only read the spine, in order."""
-    known, result = set(view.spine.schema), []
-    for feature in view.features:
-        if isinstance(feature, Derived):
-            ready = {name for name, expr in feature.columns.items() if set(columns_of(expr)) <= known}
-            result += [(name, Derived(**{name: feature.columns[name]})) for name in feature.columns if name in ready]
-            known |= ready
-    return result
-
-
-def with_group_keys(view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame) -> pl.DataFrame:
-    """Spine rows with the derived columns that are keys of groups."""
-    wanted = {name for group in groups for name in group.spine_columns} - set(view.spine.schema)
-    if not wanted:
-        return spine_rows
-    for _, feature in _early(view):
-        spine_rows = with_derived(view, feature, spine_rows)
-    return spine_rows
-
-
-def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
-    return (hashes >> np.uint64(33)).astype(np.int64) % shards
-
-
-def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """By shard, which rows of a source it needs: those with a key of its own, in any group."""
-    wanted = [np.zeros(len(rows), np.bool_) for _ in range(shards)]
-    for keys in {group.source_columns for group in groups if group.source == source}:
-        owner = shard_of(key_hashes(rows, keys), shards)
-        nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
-        owner = np.where(nulls, -1, owner)  # a null key matches nothing
-        for number in range(shards):
-            wanted[number] |= owner == number
-    return wanted
-
-
-def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
-    """By shard, which compacted events of a group have a key of its own."""
-    owner = shard_of(key_hashes(reduced, group.source_columns), shards)
-    return [owner == number for number in range(shards)]
-
-
-def route_spine_rows(groups: Sequence[Group], spine_rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """By shard, which spine rows have a key of its own, in any group."""
-    wanted = [np.zeros(len(spine_rows), np.bool_) for _ in range(shards)]
-    for keys in {group.spine_columns for group in groups}:
-        owner = shard_of(key_hashes(spine_rows, keys), shards)
-        for number in range(shards):
-            wanted[number] |= owner == number
-    return wanted
+from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, size_of
 
 
 class Shard:

@@ -18,9 +18,9 @@ import polars as pl
 
 from transforms.records.frame_packets import Frames, head_of, pack, unpack
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
-from transforms.streaming.pane_store import StoreSize
 from transforms.streaming.progress import CommitRecord, RecoveryPoint
 from transforms.streaming.row_origin import RID
+from transforms.streaming.time_buckets import StoreSize
 
 # The names of a few frames: spine rows, rows of a table, and dead letters.
 _SPINE_ROWS, _ROWS, _DEAD_LETTERS = "questions", "rows", "letters"
