@@ -13,7 +13,6 @@ from deltalake import write_deltalake
 
 from schemas import Source
 from schemas.errors import ContractError, DataError, MillraceError
-from transforms.sources import listing
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import files_of, slices_of, survey
 from transforms.sources.listing import list_files
