@@ -30,13 +30,13 @@ from beam_pipelines.runtime.job_supervisor import (
 from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments, StreamingOptions
 from schemas.errors import DefinitionError
-from transforms.records.frame_packets import pack
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
+from transforms.streaming.groups import groups_of
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
-from transforms.streaming.mirrored_state import LiveSettings
+from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.preparation import (
     LiveFeaturesJob,
     LiveFeaturesPlan,
@@ -44,7 +44,7 @@ from transforms.streaming.preparation import (
     prepare_live_features,
 )
 from transforms.streaming.replay import Replay, SendChunks
-from transforms.streaming.shards import groups_of
+from transforms.streaming.step_messages import start_envelope
 
 LENGTHS = (
     Length("pace", "200ms", "minimum interval between micro-batches"),
@@ -190,11 +190,10 @@ def replayed_envelopes(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam.
 def envelopes_of_topics(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam.PCollection:
     """The start of the job, and messages → micro-batches."""
     job = plan.job
-    start = pack({"kind": "start", "index": None, "start": plan.start.to_json()})
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix)).with_output_types(bytes)
     # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
-    first = pipeline | "Start" >> beam.Create([start]) | "Begin" >> to_journal()
+    first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()
     return (first, decoded) | "Both" >> beam.Flatten()
 

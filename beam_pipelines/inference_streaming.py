@@ -93,7 +93,7 @@ def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferenc
     predictions = rows | "Score" >> RunInference(ChampionHandler(plan.serving)).with_output_types(pa.RecordBatch)
     if "topic" in options.sinks:
         predictions = predictions | "Publish" >> Produce(plan.broker, plan.outlet.messages)
-    envelopes = predictions | "Packets" >> beam.Map(to_envelope)
+    envelopes = predictions | "Envelopes" >> beam.Map(to_envelope)
     envelopes.element_type = typehints.Tuple[bytes, bytes]
     step = CommitPredictions if options.replaying else TimedCommitPredictions
     commits = envelopes | "Commit" >> beam.ParDo(step(plan.outlet, plan.start))

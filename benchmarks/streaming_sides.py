@@ -15,8 +15,8 @@ from benchmarks.measure import say
 from benchmarks.streaming_lag import answered, completed
 from benchmarks.streaming_rig import SHARE, STAMPED, Rig, Watch, distribution
 from deploy.streaming.processes import Child
+from transforms.streaming.groups import groups_of
 from transforms.streaming.kafka import Broker, end_offsets
-from transforms.streaming.shards import groups_of
 
 # Events of the year of flights in a second of its time.
 PER_SECOND = 1_018_758 / (365 * 86_400)

@@ -47,7 +47,7 @@ def is_traceback_of_millrace_error(record: logging.LogRecord) -> bool:
 
 
 def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Wrap `main`: a MillraceError becomes one printed message, with the command that resumes the run, and an exit code."""
+    """Wrap `main`: a MillraceError becomes an exit code and a message, with the command that resumes the run."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:

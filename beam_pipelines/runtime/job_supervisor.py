@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import apache_beam as beam
 import grpc
@@ -21,6 +20,7 @@ from beam_pipelines.runtime.beam_workers import quiet_lost_connections
 from beam_pipelines.runtime.errors import recovered
 from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
+from transforms.records.frame_packets import Head
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread
 from transforms.streaming.micro_batches import SKIPPED
@@ -136,7 +136,7 @@ def warn_of_loss(begin: Mapping[str, Mapping[int, int]], due: Mapping[str, Mappi
                 )
 
 
-def skipped_in(status: Mapping[str, Any]) -> int:
+def skipped_in(status: Head) -> int:
     """Number of offsets that the job could not read, as its last commit counts them."""
     return sum(int(each.get(SKIPPED, 0)) for each in (*status.get("counts", {}).values(), status.get("rows", {})))
 
@@ -255,7 +255,7 @@ class _InputMonitor:
         self._warn_of_skipped_offsets(status)
         return grown
 
-    def _warn_of_missing_commits(self, status: Mapping[str, Any], now: float) -> None:
+    def _warn_of_missing_commits(self, status: Head, now: float) -> None:
         if status.get("turn") != self.turn or not (backlog := self.reading.backlog()):
             self.turn, self.committed = status.get("turn"), now
         elif now - self.committed > STILL + 3e-6 * self.reading.commit_every:
@@ -267,7 +267,7 @@ class _InputMonitor:
             )
             self.committed = now
 
-    def _warn_of_skipped_offsets(self, status: Mapping[str, Any]) -> None:
+    def _warn_of_skipped_offsets(self, status: Head) -> None:
         if (skipped := skipped_in(status)) > self.skipped:
             log.warning(
                 "%d offsets were not there to be read: deleted before, compacted away, or a transaction's own; "
@@ -329,7 +329,7 @@ def write_status(commit: tuple[bytes, bytes], path: str) -> None:
     write_json(path, json.loads(commit[1]))
 
 
-def read_status(path: str) -> dict[str, Any]:
+def read_status(path: str) -> Head:
     """Read the run's status; it is empty before the first commit."""
     try:
         with open(path) as handle:

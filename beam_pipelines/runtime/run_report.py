@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import TestOptions
+from apache_beam.runners.runner import PipelineResult
 
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from schemas import errors
 from schemas.errors import MillraceError
+from transforms.records.frame_packets import Head
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
 
 log = logging.getLogger("millrace")
@@ -33,14 +34,14 @@ class Run:
 
     def __init__(self, pipeline: str, run_id: str, folder: str, quiet: bool = False) -> None:
         self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
-        self.figures: dict[str, Any] = {"pipeline": pipeline, "run_id": run_id}
+        self.figures: dict[str, object] = {"pipeline": pipeline, "run_id": run_id}
         self.where = ""  # its table and dates, for messages
         progress()
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         self.figures[name] = value
 
-    def update(self, figures: Mapping[str, Any]) -> None:
+    def update(self, figures: Mapping[str, object]) -> None:
         self.figures.update(figures)
 
     def __enter__(self) -> Run:
@@ -77,29 +78,28 @@ class Run:
         seconds = time.perf_counter() - self.start
         self.figures["seconds"] = round(seconds, 3)
         rows = self.figures.get("rows_out")
-        if rows:
+        if isinstance(rows, int) and rows:
             self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
         write_json(FileSystems.join(self.folder, "run.json"), self.figures)
         if not self.quiet:
             print(table(self.pipeline, self.figures), flush=True)
 
 
-def table(title: str, figures: dict[str, Any]) -> str:
+def table(title: str, figures: dict[str, object]) -> str:
     """The figures as lines of a name and a value; nested figures are only in `run.json`."""
     flat = {
         name.replace("_", " "): _text(value)
         for name, value in figures.items()
         if not isinstance(value, dict | list) and name != "pipeline"
     }
-    for name, value in figures.items():
-        if name == "sources":
-            for source, tally in value.items():
-                flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
+    tallies = figures.get("sources")
+    for source, tally in tallies.items() if isinstance(tallies, dict) else ():
+        flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
     width = max(map(len, flat), default=0)
     return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())])
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
@@ -113,7 +113,7 @@ def _text(value: Any) -> str:
     )
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     """Write `value` as a JSON file, atomically on a local disk."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     if "://" in path:
@@ -135,7 +135,7 @@ def write_json(path: str, value: Any) -> None:
         ) from None
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str) -> Head:
     """Read a JSON file."""
     with FileSystems.open(path) as handle:
         return json.loads(handle.read())
@@ -173,7 +173,7 @@ class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
             pass
 
 
-def execute(pipeline: beam.Pipeline) -> Any:
+def execute(pipeline: beam.Pipeline) -> PipelineResult:
     """Run the pipeline to its end.
 
     Raises:

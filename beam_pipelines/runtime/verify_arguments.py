@@ -35,13 +35,15 @@ def add_verification(arguments: Arguments) -> None:
         "--verify",
         type=some_or_all,
         metavar="N|all",
-        help=f"rows to compute again plainly, from all rows of the sources, before the commit; 0: none (default: up to {ROWS}, as time allows)",
+        help="rows to compute again plainly, from all rows of the sources, before the commit; 0: none "
+        f"(default: up to {ROWS}, as time allows)",
     )
     arguments.add_argument(
         "--verify_share",
         type=fraction,
-        help=f"share of the run's time that this may take (default: {SHARE_OF_EVERYTHING:g} of a run over everything and "
-        f"{SHARE:g} of any other; no limit where --verify says how many)",
+        help="share of the run's time that this may take "
+        f"(default: {SHARE_OF_EVERYTHING:g} of a run over everything and {SHARE:g} of any other; "
+        "no limit where --verify says how many)",
     )
 
 

@@ -21,7 +21,7 @@ from tests.support.live_turns import read, view
 from transforms.lineage.live_trace import looked_up, visible_to
 from transforms.models.registry import registry_uri
 from transforms.storage.paths import features_live_uri, sources_root
-from transforms.streaming.micro_batches import cut_of
+from transforms.streaming.row_origin import cut_of
 
 Out = pytest.CaptureFixture[str]
 

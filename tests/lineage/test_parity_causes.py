@@ -38,7 +38,7 @@ from transforms.streaming.journal import Journal
 from transforms.streaming.live_tables import NewDeadLetters, Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.replay import Replay, chunks_of
-from transforms.streaming.shards import RID
+from transforms.streaming.row_origin import RID
 
 Frames = dict[str, pl.DataFrame]
 HOUR = 3_600_000_000

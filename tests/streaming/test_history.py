@@ -38,11 +38,12 @@ from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
-from transforms.streaming import history, recovery
+from transforms.streaming import history_files, recovery
 from transforms.streaming.history import Handover
+from transforms.streaming.history_files import HistoryFiles
 from transforms.streaming.live_tables import Writer, application_of, last_commit_record
 from transforms.streaming.messages import Message, to_arrow
-from transforms.streaming.micro_batches import cut_of
+from transforms.streaming.row_origin import cut_of
 
 
 def read(uri: str) -> pl.DataFrame:
@@ -542,16 +543,16 @@ def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytes
     rows = [(-day * number - 60 * i, 100 * number + i) for number in range(30) for i in range(20)]
     shuffled = rows_of(reads, rows).sample(fraction=1, shuffle=True, seed=1)
     lay(tmp_path / "in", {"reads": shuffled, "once": rows_of(once, rows)})
-    monkeypatch.setattr(history, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(history_files, "CHUNK_ROWS", 50)
     seen: list[int] = []
-    pieces = history._Files.pieces
+    pieces = HistoryFiles.pieces
 
     def watched(self: Any, *span: int) -> Any:
         for piece in pieces(self, *span):
             seen.append(len(piece[0]))
             yield piece
 
-    monkeypatch.setattr(history._Files, "pieces", watched)
+    monkeypatch.setattr(HistoryFiles, "pieces", watched)
     tell = Told(two("all"), tmp_path)
     kept = read(str(tell.store / "sources" / "reads")).sort("__offset")
     assert kept["at"].is_sorted()

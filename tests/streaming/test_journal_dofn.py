@@ -11,7 +11,8 @@ from tests.support.live_turns import SOURCES, run, stream, view
 from tests.support.state_cells import Cell
 from transforms.records.frame_packets import head_of, pack
 from transforms.streaming.journal_dofn import TimedJournalDoFn
-from transforms.streaming.mirrored_state import SINGLE_KEY, LiveSettings
+from transforms.streaming.live_settings import LiveSettings
+from transforms.streaming.mirrored_state import SINGLE_KEY
 from transforms.streaming.recovery import find_recovery_point
 
 

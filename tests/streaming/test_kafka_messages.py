@@ -31,7 +31,7 @@ from transforms.streaming.messages import (
     to_arrow,
     to_json,
 )
-from transforms.streaming.micro_batches import micro_batch_envelope, micro_batches_of
+from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope, micro_batches_of
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
 ARRIVED = int(NOW.timestamp() * 1e6)
@@ -233,9 +233,11 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
     partitions = [group for _, group in sorted(by_partition(some).items())]
     together = decode_topic(contract, partitions)
     parts = [("sales", group[0].partition, group[0].offset, group[-1].offset + 1, len(group)) for group in partitions]
-    carried = micro_batches_of(
-        micro_batch_envelope([(*part, held) for part, held in zip(parts, together, strict=True)], ARRIVED)
-    )
+    sent_on = [
+        MicroBatch(*part, held.heartbeat, held.rows, held.dead_letters)
+        for part, held in zip(parts, together, strict=True)
+    ]
+    carried = micro_batches_of(micro_batch_envelope(sent_on, ARRIVED))
     for group, held, micro_batch in zip(partitions, together, carried, strict=True):
         alone, by = decode(contract, group), ["offset", "place", "rule"]
         assert held.rows.equals(alone.rows)

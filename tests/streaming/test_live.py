@@ -15,8 +15,8 @@ from schemas import DefinitionError, Derived, FeatureView, Lookup, Source, Trail
 from tests.support import histories
 from tests.support.live_turns import audit, events, run, shops, spine_rows, stream
 from tests.support.turns import Job, JobOptions
+from transforms.streaming.groups import groups_of
 from transforms.streaming.messages import Message, to_arrow
-from transforms.streaming.shards import groups_of
 
 
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.

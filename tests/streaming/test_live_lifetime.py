@@ -35,8 +35,8 @@ from transforms.streaming import recovery
 from transforms.streaming.journal import Turn
 from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.mirrored_state import load_slots, save_slots
-from transforms.streaming.pane_store import SLOTS
 from transforms.streaming.shards import Shard
+from transforms.streaming.time_buckets import SLOTS
 
 # No window bounds what is held back: an event is compacted as soon as no question can come before it.
 only = FeatureView(

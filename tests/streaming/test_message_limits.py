@@ -1,5 +1,5 @@
-"""A message cannot make a job need more than it should: bombs, deep nesting and crafted lengths are dead letters of both
-live jobs, and the messages beside them are read."""
+"""A message cannot make a job need more than it should: bombs, deep nesting and crafted lengths are dead letters of
+both live jobs, and the messages beside them are read."""
 
 from __future__ import annotations
 
@@ -434,7 +434,7 @@ def test_a_producer_with_a_wrong_clock_does_not_stop_live_inference() -> None:
 
 @pytest.mark.usefixtures("little_memory")
 def test_many_messages_that_each_keep_the_limits_do_not_meet_in_one_micro_batch() -> None:
-    """Each expands to 80 MB of a declared column and has some kilobytes, so that the limit on bytes alone takes hundreds."""
+    """Each expands to 80 MB of a declared column and has some kilobytes: the limit on bytes alone takes hundreds."""
     table = plain().set_column(2, "shop", zeros(80 << 20))
     value = arrow(table)
     step = DecodeBundles(view)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transforms.records.frame_packets import pack, unpack
-from transforms.streaming.pane_store import SLOTS, TimeBuckets, key_hashes, slot_contents, take_changes
+from transforms.streaming.time_buckets import SLOTS, TimeBuckets, key_hashes, slot_contents, take_changes
 
 SCHEMA = {"t": pl.Int64, "k": pl.String, "n": pl.Int32, "rid": pl.Int64}
 

@@ -24,7 +24,7 @@ from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.live_tables import Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
-from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of, row_identity
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of, row_identity
 
 events = Source(
     "events",

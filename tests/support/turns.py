@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from schemas import FeatureView
-from transforms.records.frame_packets import head_of, unpack
+from transforms.records.frame_packets import head_of
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.live_features import contracts_of, decoded
+from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import micro_batches_of
-from transforms.streaming.mirrored_state import LiveSettings
 from transforms.streaming.recovery import RecoveryPoint, find_recovery_point, restore_journal
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
@@ -72,16 +72,16 @@ class Job:
 
     def _pass_on(self, turn: Turn) -> None:
         answers = []
-        for number, envelope in turn.shards.items():
-            answer = self.shards[number].apply(*unpack(envelope))
+        for number, given in turn.shards.items():
+            answer = self.shards[number].apply(given)
             answers += [answer] if answer is not None else []
         self.ledger.take(turn.entry)
         if turn.spine_rows is not None:
-            assert head_of(turn.spine_rows)["parts"] == len(answers)
+            assert turn.spine_rows.shards == len(answers)
             self.ledger.take(self.assemble.compute_features(turn.spine_rows, answers))
 
     def commit(self) -> dict[str, Any]:
-        return self.ledger.commit(turns) if (turns := self.ledger.whole()) else {}
+        return self.ledger.commit(turns).to_json() if (turns := self.ledger.whole()) else {}
 
 
 def unread(messages: Iterable[Message], start: Mapping[str, Mapping[int, int]]) -> list[Message]:

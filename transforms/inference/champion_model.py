@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
@@ -33,6 +32,8 @@ from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
 log = logging.getLogger("millrace.serving")
 # The most swaps and refusals that a worker reports.
 KEPT = 20
+# A value that changes when the files of a folder change.
+FolderState = tuple[object, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Champion:
         self.swaps: list[Swap] = []
         self.refused: list[Refusal] = []
         self._registry, self._lock, self._stop = Registry(serving.registry), threading.Lock(), threading.Event()
-        self._skipped: tuple[str, Any] | None = None
+        self._skipped: tuple[str, FolderState] | None = None
         self._trouble, self._folder, self._recorded = "", "", ""
         self._counts = {"swaps": 0, "refused": 0}
         self._current: LoadedModel | None = None
@@ -290,7 +291,7 @@ def _watch(champion: weakref.ref[Champion], stop: threading.Event, poll: float) 
         del alive
 
 
-def _state(folder: str) -> tuple[Any, ...]:
+def _state(folder: str) -> FolderState:
     """A value that changes when the files of a folder change."""
     try:
         if "://" in folder:
@@ -326,7 +327,7 @@ class ChampionHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Champion]):
         return Champion(self.serving)
 
     def run_inference(
-        self, batch: Sequence[pa.RecordBatch], model: Champion, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[pa.RecordBatch], model: Champion, inference_args: dict[str, object] | None = None
     ) -> Iterable[pa.RecordBatch]:
         rows: pa.RecordBatch = batch  # RunInference passes a batch unchanged
         loaded, at = model.acquire()

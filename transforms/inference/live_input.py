@@ -137,7 +137,7 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
 
 
 def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str, str]]]:
-    """Returns the rows with a complete spine key and times that can be written; (position, field, rule) of the others."""
+    """The rows with a complete spine key and times that can be written; (position, field, rule) of the others."""
     broken: dict[int, tuple[str, str]] = {}
     for field in rows.schema:
         if pa.types.is_temporal(field.type):
@@ -171,7 +171,7 @@ class DecodeFeatureRows(beam.DoFn):
         self.expanded = 0
 
     def process(self, message: Message) -> Iterator[pa.RecordBatch]:
-        # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
+        # The timestamp may be missing (−1), or from the clock of its producer, which may be wrong.
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         self.expanded += expanded_size(message)

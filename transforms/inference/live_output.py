@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
 
 import apache_beam as beam
 import polars as pl
@@ -25,7 +24,7 @@ from schemas.views import FeatureView
 from transforms.inference.live_input import source_of
 from transforms.inference.live_records import BatchOrigin, CommitStatus, ScoringState, ServingModel, ServingPeriod
 from transforms.models.scoring import ARM
-from transforms.records.frame_packets import head_of
+from transforms.records.frame_packets import Head, head_of
 from transforms.records.garbage_collection import freeze_imports
 from transforms.records.record_batches import frame
 from transforms.records.times import FOREVER, now_us
@@ -34,7 +33,7 @@ from transforms.storage.delta_tables import open_table
 from transforms.streaming.kafka import MESSAGE_ROWS, Broker, dead_letter_messages
 from transforms.streaming.kafka_admin import FirstAvailable
 from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record
-from transforms.streaming.messages import Decoded, to_arrow
+from transforms.streaming.messages import to_arrow
 from transforms.streaming.micro_batches import (
     SKIPPED,
     MicroBatch,
@@ -48,31 +47,19 @@ from transforms.streaming.mirrored_state import (
     BAG_SPEC,
     HEAD_SPEC,
     SINGLE_KEY,
+    BagState,
     KeyedBytes,
     Mirror,
     StateParam,
+    ValueState,
     read_head,
+    replace_bag,
     write_head,
 )
 from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 # The most (worker, model) pairs whose first rows the status reports.
 SWAPS_SHOWN = 50
-
-
-class ValueState(Protocol):
-    """State that holds one value, as Beam passes it to a DoFn."""
-
-    def read(self) -> bytes | None: ...
-    def write(self, value: bytes) -> None: ...
-
-
-class BagState(Protocol):
-    """State that holds a bag of values, as Beam passes it to a DoFn."""
-
-    def read(self) -> Iterable[bytes]: ...
-    def add(self, value: bytes) -> None: ...
-    def clear(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +124,21 @@ def to_envelope(rows: pa.RecordBatch) -> KeyedBytes:
     for each in origin.ranges:
         mine = predictions if single else predictions.filter(pl.col("__partition") == each.partition)
         rejected = dead_letters if single else dead_letters.filter(pl.col("partition") == each.partition)
-        decoded = Decoded(mine, rejected, each.heartbeat)
-        parts.append((each.source, each.partition, each.first, each.next, each.messages, decoded))
+        parts.append(
+            MicroBatch(
+                source=each.source,
+                partition=each.partition,
+                first=each.first,
+                next=each.next,
+                messages=each.messages,
+                heartbeat=each.heartbeat,
+                rows=mine,
+                dead_letters=rejected,
+                received=origin.received,
+            )
+        )
     more = {"serving": {} if serving is None else serving.to_json()}
-    return SINGLE_KEY, micro_batch_envelope(parts, 0, received=origin.received, more=more)
+    return SINGLE_KEY, micro_batch_envelope(parts, more=more)
 
 
 def serving_model_of(envelope: bytes) -> ServingModel | None:
@@ -301,7 +299,7 @@ class CommitPredictions(beam.DoFn):
 
     def setup(self) -> None:
         freeze_imports()
-        self.mirror = Mirror()
+        self.mirror = Mirror[PendingPredictions]()
 
     def process(
         self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
@@ -319,7 +317,7 @@ class CommitPredictions(beam.DoFn):
             yield from self.commit(pending, bag)
         self.save(key, state, pending, head)
 
-    def pending(self, key: bytes, state: Mapping[str, Any], bag: BagState) -> PendingPredictions:
+    def pending(self, key: bytes, state: Head, bag: BagState) -> PendingPredictions:
         """The predictions of a key: those in memory, or those of the checkpoint."""
 
         def build() -> PendingPredictions:
@@ -337,12 +335,10 @@ class CommitPredictions(beam.DoFn):
         pending.committed_at = now_us()
         if status is not None:
             self.committed.inc(pending.rows["predicted"] - before)
-            bag.clear()
-            for envelope in envelopes_of(pending.inbox):
-                bag.add(envelope)
+            replace_bag(bag, envelopes_of(pending.inbox))
             yield SINGLE_KEY, json.dumps(status.to_json()).encode()
 
-    def save(self, key: bytes, state: dict[str, Any], pending: PendingPredictions, head: ValueState) -> None:
+    def save(self, key: bytes, state: Head, pending: PendingPredictions, head: ValueState) -> None:
         state.update(version=state["version"] + 1, ledger=pending.state.to_json())
         write_head(head, state)
         self.mirror.put(key, state["version"], pending)

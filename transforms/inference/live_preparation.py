@@ -7,7 +7,6 @@ import logging
 import shlex
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from schemas.errors import MillraceError, StoreError
 from schemas.live import live_predictions
@@ -19,6 +18,7 @@ from transforms.inference.live_records import ScoringState, next_offsets
 from transforms.models.bundle import load
 from transforms.models.registry import CHAMPION, Registry
 from transforms.models.scoring import ARM, Pinned
+from transforms.records.frame_packets import Head
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.kafka import Broker, begin_offsets, ensure, topic_of
@@ -119,7 +119,7 @@ class LiveInferencePlan:
         """Whether all rows were scored before the launch: the last commit is at the end of every partition."""
         return self.start.at_end and self._nothing_unread(self.start.next)
 
-    def finished_at(self, status: Mapping[str, Any]) -> bool:
+    def finished_at(self, status: Head) -> bool:
         """Whether all rows are scored and committed.
 
         Args:
@@ -248,7 +248,7 @@ def check_target(outlet: Outlet) -> None:
         raise StoreError("The table of live predictions has this model's columns", value, fix)
 
 
-def live_inference_figures(plan: LiveInferencePlan, status: Mapping[str, Any]) -> dict[str, object]:
+def live_inference_figures(plan: LiveInferencePlan, status: Head) -> dict[str, object]:
     """The figures of `run.json`.
 
     Args:

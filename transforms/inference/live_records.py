@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from transforms.records.frame_packets import pack, unpack
+from transforms.records.frame_packets import Head, pack, unpack
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 
 # Keys of the metadata of a batch's schema.
@@ -119,7 +119,7 @@ class ServingModel:
         return dataclasses.asdict(self)
 
     @classmethod
-    def of_json(cls, value: Mapping[str, Any]) -> ServingModel:
+    def of_json(cls, value: Head) -> ServingModel:
         refused = tuple(Refusal(**each) for each in value["refused"])
         return cls(value["worker"], value["version"], value["since"], refused)
 
@@ -161,7 +161,7 @@ class ServingPeriod:
         return {"worker": self.worker, "version": self.version, "since": self.since, "offsets": offsets}
 
     @classmethod
-    def of_json(cls, value: Mapping[str, Any]) -> ServingPeriod:
+    def of_json(cls, value: Head) -> ServingPeriod:
         return cls(value["worker"], value["version"], value["since"], _integers(value["offsets"]))
 
 
@@ -215,7 +215,7 @@ class ScoringState:
         }
 
     @classmethod
-    def of_json(cls, source: str, value: Mapping[str, Any]) -> ScoringState:
+    def of_json(cls, source: str, value: Head) -> ScoringState:
         """The state of `to_json`, or of a commit's record."""
         return cls(
             source=source,
@@ -248,7 +248,7 @@ class CommitStatus:
     at: int
     periods: tuple[ServingPeriod, ...]
     refused: tuple[Refusal, ...]
-    lag: np.ndarray[Any, np.dtype[np.float64]]
+    lag: npt.NDArray[np.float64]
 
     def to_json(self) -> dict[str, object]:
         quantiles = np.quantile(self.lag, (0.5, 0.99, 1)).round(4).tolist() if len(self.lag) else []
@@ -278,7 +278,7 @@ class CommitStatus:
         ]
 
 
-def next_offsets(record: Mapping[str, Any], source: str) -> dict[int, int]:
+def next_offsets(record: Head, source: str) -> dict[int, int]:
     """Next offset by partition, of a commit's record, a checkpoint or a status."""
     return _integers(record["next"][source])
 
@@ -287,5 +287,5 @@ def _texts(offsets: Mapping[int, int]) -> dict[str, int]:
     return {str(number): offset for number, offset in offsets.items()}
 
 
-def _integers(offsets: Mapping[str, Any]) -> dict[int, int]:
+def _integers(offsets: Head) -> dict[int, int]:
     return {int(number): int(offset) for number, offset in offsets.items()}

@@ -6,9 +6,9 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from datetime import date, timedelta
-from typing import Any
 
 import pyarrow as pa
+from deltalake import DeltaTable
 
 from schemas.errors import DataError, MismatchError, StoreError
 from schemas.loading import Definition
@@ -164,7 +164,7 @@ def check_target(uri: str, schema: pa.Schema) -> int | None:
     return int(table.version())
 
 
-def check_fields(uri: str, table: Any, schema: pa.Schema, fix: str) -> None:
+def check_fields(uri: str, table: DeltaTable, schema: pa.Schema, fix: str) -> None:
     """
     Raises:
         MismatchError: a Delta table does not have the columns of `schema`.

@@ -39,8 +39,7 @@ from transforms.sources.reader import read_raw, repeats_of, without_repeats
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.live_tables import application_of, last_commit_record
-from transforms.streaming.micro_batches import ORIGIN_COLUMNS, row_identity
-from transforms.streaming.shards import RID
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 
 # In the order in which they are applied where none of several is needed by itself.
 LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (

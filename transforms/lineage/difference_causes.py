@@ -26,7 +26,7 @@ from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
 from transforms.streaming.live_tables import read_answers
-from transforms.streaming.micro_batches import ORIGIN_COLUMNS
+from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 EXAMPLES = 3
 # Answers explained at a time: a frame of features is held for each set of causes.

@@ -30,8 +30,7 @@ from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
 from transforms.streaming.live_tables import application_of, last_commit_record, read_answers
-from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of, row_identity
-from transforms.streaming.shards import RID
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -14,7 +14,7 @@ from schemas.views import FeatureView, reached_from
 from transforms.lineage.feature_parity import seen_of
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import source_uri, sources_root
-from transforms.streaming.micro_batches import cut_of
+from transforms.streaming.row_origin import cut_of
 
 
 @dataclasses.dataclass(frozen=True)

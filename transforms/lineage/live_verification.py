@@ -22,7 +22,7 @@ from transforms.sources.contracts import Contract
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.micro_batches import ORIGIN_COLUMNS, cut_of
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 from transforms.verification.check import Verified, verify_rows
 from transforms.verification.plain_sources import Frames
 from transforms.verification.sample import choose, choose_files, every_row

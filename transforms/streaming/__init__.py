@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.groups import groups_of
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
     from transforms.streaming.live_dimensions import kept
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
+    from transforms.streaming.live_settings import LiveSettings
     from transforms.streaming.live_tables import (
         BeyondOffsets,
         UnknownIds,
@@ -51,26 +53,25 @@ if TYPE_CHECKING:
         to_arrow,
     )
     from transforms.streaming.micro_batches import (
-        ORIGIN_COLUMNS,
         SKIPPED,
         MicroBatch,
-        cut_of,
         envelopes_of,
         in_order,
         micro_batch_envelope,
         micro_batches_of,
         no_topic,
-        row_identity,
     )
     from transforms.streaming.mirrored_state import (
         BAG_SPEC,
         HEAD_SPEC,
         SINGLE_KEY,
+        BagState,
         KeyedBytes,
-        LiveSettings,
         Mirror,
         StateParam,
+        ValueState,
         read_head,
+        replace_bag,
         write_head,
     )
     from transforms.streaming.preparation import (
@@ -80,7 +81,8 @@ if TYPE_CHECKING:
         prepare_live_features,
     )
     from transforms.streaming.replay import Replay, SendChunks
-    from transforms.streaming.shards import RID, groups_of
+    from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
+    from transforms.streaming.step_messages import start_envelope
     from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 import_when_used(__name__)

@@ -55,7 +55,7 @@ class _Input:
         return self.value[self.position - length : self.position]
 
 
-def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = LIMITS) -> list[Any]:
+def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = LIMITS) -> list[object]:
     """The rows of an Avro container, with the declared columns alone.
 
     Args:
@@ -64,8 +64,8 @@ def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = LI
         limits: what it may hold.
 
     Raises:
-        ContractError: it holds more, its schema nests too deep, refers to itself or has items without bytes, or fastavro
-            is not installed.
+        ContractError: it holds more, its schema nests too deep, refers to itself or has items without bytes, or
+            fastavro is not installed.
         Exception: whatever fastavro raises for bytes that are not Avro.
     """
     try:
@@ -149,7 +149,7 @@ def _long(number: int) -> bytes:
 
 
 def _checked_schema(schema: Any, limits: MessageLimits) -> dict[str, Any]:
-    """The schema of a row with the definition of a type in every place where it is named, so that fields can be left out.
+    """The schema of a row with the definition of a type wherever the type is named, so that fields can be left out.
 
     Raises:
         ContractError: it is no record, refers to itself, nests too deep, or has items without bytes.

@@ -1,51 +1,83 @@
-"""Where a live store's rows begin: source by source, from what time on it has every row, and what of them was handed over as history.
+"""From when on a live store has the rows of each source, and which of them were loaded as history.
 
-History is what a source's files hold of the time before a job's start.  Its rows are accepted once, before the first turn,
-into the source's own table, under partition −1.
+History is the rows of a source's files from before a job's start.  They are accepted once, before the first turn, into
+the source's own table, under partition −1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from schemas.views import FeatureView, lifetime_sources
+from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 
 # The partition of rows that came from files, before the topic's.
 HISTORY = -1
+# Counts and names rows of a topic that are refused since history may have them too.
 BEFORE_START = "before_start"
 
 
 @dataclasses.dataclass(frozen=True)
-class Beginning:
-    """Where a source's rows begin.  Times are µs.
+class LoadedHistory:
+    """Rows that were read from a source's files at one time.
 
     Args:
-        start: files supply the rows before it, the topic the rest; None: nothing tells the two apart.
-        since: from here on the store has every row: ALWAYS, of all time; FOREVER, it is not known yet.
-        taken: of each time that files were read: their `version`, the `offsets` `[first, next)` of their rows in the order
-            of time, and the times `[from, until)` µs that were taken.
+        version: of the source: a Delta table's version, or a digest of its files.
+        offsets: the rows have the offsets `[first, next)`, in the order of time.
+        since, until: the interval `[since, until)` of times (µs) that was read.
+    """
+
+    version: str
+    offsets: tuple[int, int]
+    since: int
+    until: int
+
+    def to_json(self) -> Head:
+        return {"version": self.version, "offsets": list(self.offsets), "from": self.since, "until": self.until}
+
+    @classmethod
+    def of_json(cls, value: Head) -> LoadedHistory:
+        first, after = value["offsets"]
+        return cls(value["version"], (int(first), int(after)), value["from"], value["until"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """From when on the store has the rows of one source.  Times are µs.
+
+    Args:
+        start: rows from before it are read from files, the others from the topic; None: there is no such time.
+        since: from then on the store has every row.  ALWAYS: it has all rows; FOREVER: it is not known yet.
+        taken: the history that was loaded.
     """
 
     start: int | None = None
     since: int = FOREVER
-    taken: tuple[Mapping[str, Any], ...] = ()
+    taken: tuple[LoadedHistory, ...] = ()
 
     @property
     def next(self) -> int:
         """The next offset of partition −1."""
-        return max((int(each["offsets"][1]) for each in self.taken), default=0)
+        return max((each.offsets[1] for each in self.taken), default=0)
+
+    def to_json(self) -> Head:
+        return {"start": self.start, "since": self.since, "taken": [each.to_json() for each in self.taken]}
+
+    @classmethod
+    def of_json(cls, value: Head) -> Beginning:
+        return cls(value["start"], value["since"], tuple(map(LoadedHistory.of_json, value["taken"])))
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginnings:
-    """Of all sources of a live store.
+    """From when on a live store has the rows of each of its sources.
 
     Args:
         sources: by name.
-        horizon: no question before it is answered, since the windows of earlier ones reach behind what was handed over.
+        horizon: features are not computed for spine rows before it (µs), since their windows begin before the history
+            that was loaded.
     """
 
     sources: Mapping[str, Beginning] = dataclasses.field(default_factory=dict)
@@ -62,7 +94,7 @@ class Beginnings:
         return {name: each.start for name, each in self.sources.items() if each.start is not None}
 
     def filled(self, view: FeatureView) -> int:
-        """The time from which on every window of a question has been there from its beginning on: FOREVER where one never will be."""
+        """The time (µs) from which the store has every row of every window of a spine row; FOREVER if there is none."""
         ever, result = lifetime_sources(view), ALWAYS
         for name in view.events:
             since = self.of(name).since
@@ -70,23 +102,18 @@ class Beginnings:
                 result = FOREVER if name in ever else max(result, min(since + view.reach(name), FOREVER))
         return result
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "horizon": self.horizon,
-            "sources": {name: dataclasses.asdict(each) for name, each in self.sources.items()},
-        }
+    def to_json(self) -> Head:
+        """As commits and checkpoints hold it."""
+        return {"horizon": self.horizon, "sources": {name: each.to_json() for name, each in self.sources.items()}}
 
     @classmethod
-    def of_json(cls, value: Mapping[str, Any] | None) -> Beginnings:
+    def of_json(cls, value: Head | None) -> Beginnings:
+        """The beginnings of `to_json`; none if an earlier version did not write them."""
         if not value:
             return cls()
-        sources = {
-            name: Beginning(each["start"], each["since"], tuple(each["taken"]))
-            for name, each in value["sources"].items()
-        }
-        return cls(sources, value["horizon"])
+        return cls({name: Beginning.of_json(each) for name, each in value["sources"].items()}, value["horizon"])
 
 
-def of_topic(partitions: Mapping[Any, int]) -> dict[int, int]:
-    """Offsets of a topic's partitions alone."""
-    return {int(number): int(offset) for number, offset in partitions.items() if int(number) >= 0}
+def of_topic(partitions: Mapping[int, int] | Mapping[str, int]) -> dict[int, int]:
+    """The offsets of a topic's partitions, without those of history.  In JSON, partitions are text."""
+    return {int(number): offset for number, offset in partitions.items() if int(number) >= 0}

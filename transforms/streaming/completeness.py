@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from schemas.durations import microseconds
 from schemas.sources import Source
+from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 
 
@@ -30,6 +30,25 @@ class Partition:
     promise: int
     heard: int
     ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceCompleteness:
+    """A source's watermark (µs), and the state of its partitions."""
+
+    watermark: int = ALWAYS
+    partitions: Mapping[int, Partition] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> Head:
+        """As commits and checkpoints hold it."""
+        partitions = {str(number): [each.promise, each.heard, each.ended] for number, each in self.partitions.items()}
+        return {"settled": self.watermark, "partitions": partitions}
+
+    @classmethod
+    def of_json(cls, value: Head) -> SourceCompleteness:
+        """The state of `to_json`."""
+        partitions = {int(number): Partition(*each) for number, each in value["partitions"].items()}
+        return cls(value["settled"], partitions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +132,25 @@ class Completeness:
         """Whether every partition of every source has ended."""
         return all(each and all(one.ended for one in each.values()) for each in self.partitions.values())
 
-    def to_json(self) -> dict[str, Any]:
+    def state(self) -> dict[str, SourceCompleteness]:
+        """A copy of the state, by source."""
         return {
-            name: {
-                "settled": self._watermarks[name],
-                "partitions": {
-                    str(number): [each.promise, each.heard, each.ended] for number, each in partitions.items()
-                },
-            }
+            name: SourceCompleteness(
+                self._watermarks[name], {number: dataclasses.replace(each) for number, each in partitions.items()}
+            )
             for name, partitions in self.partitions.items()
         }
 
-    def load(self, value: Mapping[str, Any]) -> None:
-        """Restores the state that `to_json` returned."""
-        for name, state in value.items():
+    def restore(self, state: Mapping[str, SourceCompleteness]) -> None:
+        """Restores a state; sources that it does not name stay as they are."""
+        for name, each in state.items():
             if name in self.partitions:
-                self._watermarks[name] = state["settled"]
-                self.partitions[name] = {int(number): Partition(*pair) for number, pair in state["partitions"].items()}
+                self._watermarks[name] = each.watermark
+                self.partitions[name] = {number: dataclasses.replace(one) for number, one in each.partitions.items()}
+
+    def to_json(self) -> Head:
+        return {name: each.to_json() for name, each in self.state().items()}
+
+    def load(self, value: Head) -> None:
+        """Restores the state that `to_json` returned."""
+        self.restore({name: SourceCompleteness.of_json(each) for name, each in value.items()})

@@ -10,59 +10,120 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
 import polars as pl
 
 from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
-from transforms.records.frame_packets import Frames, pack
-from transforms.records.row_hashing import row_ids
+from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
-from transforms.streaming.completeness import Completeness, CompletenessRule
+from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
+from transforms.streaming.groups import groups_of, held_back
 from transforms.streaming.messages import ORIGIN
-from transforms.streaming.micro_batches import (
-    ORIGIN_COLUMNS,
-    MicroBatch,
-    NextAvailable,
-    digest,
-    in_order,
-    known_columns,
-    no_topic,
-    row_identity,
+from transforms.streaming.micro_batches import MicroBatch, NextAvailable, in_order, no_topic
+from transforms.streaming.pending_spine_rows import PendingSpineRows
+from transforms.streaming.progress import (
+    CommitRecord,
+    completeness_of_json,
+    completeness_to_json,
+    offsets_of_json,
+    offsets_to_json,
 )
-from transforms.streaming.pane_store import SLOTS, TimeBuckets, key_hashes, size_of
-from transforms.streaming.shards import (
-    MINUTE,
-    RID,
-    groups_of,
-    held_back,
-    route_compacted,
-    route_events,
-    route_spine_rows,
-    with_group_keys,
-)
+from transforms.streaming.repeats import Repeats, known_columns, remembered
+from transforms.streaming.routing import TurnRouting
+from transforms.streaming.row_origin import RID, cut_text, row_identity
+from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
+from transforms.streaming.time_buckets import TimeBuckets, size_of
 
-PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
+# All shards get an input at least every so many turns, with the horizon up to which they evict.
+HORIZON_EVERY = 16
+Key = TypeVar("Key", int, str)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turn:
-    """The output of a turn: an envelope per shard concerned, the spine rows for the assembler, the entry for the
-    tables."""
+    """The output of a turn.
+
+    Args:
+        number: of the turn.
+        shards: the inputs of the shards, by their number.
+        spine_rows: the spine rows to compute, for the assembly; None if there are none.
+        entry: what the turn accepted, for the tables.
+    """
 
     number: int
-    shards: Mapping[int, bytes]
-    spine_rows: bytes | None
-    entry: bytes
+    shards: Mapping[int, ShardInput]
+    spine_rows: ReadySpineRows | None
+    entry: TurnEntry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JournalCheckpoint:
+    """The state of a journal apart from its `stores`.
+
+    Args:
+        turn: number of the last turn.
+        began: number of the first turn of this launch.
+        sent: number of inputs that each shard has got.
+        completeness: by source.
+        horizon: µs; see `Journal.advance`.
+        counts: by source and by what became of the rows.
+        next: next offset by source and partition.
+        beginnings: from when on the store has the rows of each source.
+        first: µs of the first rows of each partition, by source, while the beginning of the source is not known.
+    """
+
+    turn: int
+    began: int
+    sent: tuple[int, ...]
+    completeness: Mapping[str, SourceCompleteness]
+    horizon: int
+    counts: Mapping[str, Mapping[str, int]]
+    next: Mapping[str, Mapping[int, int]]
+    beginnings: Beginnings
+    first: Mapping[str, Mapping[int, int]]
+
+    def to_json(self) -> Head:
+        return {
+            "turn": self.turn,
+            "began": self.began,
+            "sent": list(self.sent),
+            "clock": completeness_to_json(self.completeness),
+            "horizon": self.horizon,
+            "counts": self.counts,
+            "next": offsets_to_json(self.next),
+            "beginnings": self.beginnings.to_json(),
+            "first": offsets_to_json(self.first),
+        }
+
+    @classmethod
+    def of_json(cls, value: Head) -> JournalCheckpoint:
+        """The checkpoint of `to_json`, also of an earlier version."""
+        return cls(
+            value["turn"],
+            value["began"],
+            tuple(value["sent"]),
+            completeness_of_json(value["clock"]),
+            value["horizon"],
+            value["counts"],
+            offsets_of_json(value["next"]),
+            Beginnings.of_json(value.get("beginnings")),
+            offsets_of_json(value.get("first", {})),
+        )
 
 
 class Journal:
-    """See the module.  A plain Python object: `head` and `stores` are the state to checkpoint."""
+    """See the module.  A plain Python object: `checkpoint` and `stores` are its state.
+
+    Args:
+        view: the view.
+        shards: number of shards.
+        keep: for how long (µs) after the watermark of the spine features are still computed for late spine rows.
+    """
 
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
@@ -75,117 +136,152 @@ class Journal:
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.horizon = ALWAYS
         self.beginnings = Beginnings()
-        self.first: dict[
-            str, dict[int, int]
-        ] = {}  # µs of the first rows of each partition, while a source's beginning is not known
+        self.first: dict[str, dict[int, int]] = {}
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         # How long, in µs, shards hold events of a source, and the journal those that a repeat may replace.
         self.held_back = {name: held_back(view, name) for name in view.events}
-        self.remembered = {name: 2 * view.reach(name) for name in view.events}
-        reach = max([0, *(view.reach(name) for name in view.events)])
-        self.stores: dict[str, TimeBuckets] = {
-            PENDING: TimeBuckets(view.time, MINUTE * 10),
-            KNOWN_SPINE_ROWS: TimeBuckets("time", max(self.keep // 4, MINUTE)),
-        }
-        for name, source in view.events.items():
-            if repeats_by(view, name):
-                self.stores[name] = TimeBuckets(str(source.time), max(2 * reach // (SLOTS - 2), MINUTE))
+        self.remembered = {name: remembered(view, name) for name in view.events}
+        self.spine_rows = PendingSpineRows(view, keep, self._count)
+        self.repeats = {name: Repeats(view, name) for name in view.events if repeats_by(view, name)}
 
     # -- state to checkpoint -------------------------------------------------------------------------------------
 
-    def head(self) -> dict[str, Any]:
-        return {
-            "turn": self.turn_number,
-            "began": self.began,
-            "sent": self.sent,
-            "clock": self.completeness.to_json(),
-            "horizon": self.horizon,
-            "counts": self.counts,
-            "next": {name: {str(k): v for k, v in each.items()} for name, each in self.next.items()},
-            "beginnings": self.beginnings.to_json(),
-            "first": {name: {str(k): v for k, v in each.items()} for name, each in self.first.items()},
-        }
+    @property
+    def stores(self) -> dict[str, TimeBuckets]:
+        """All rows that it holds."""
+        return {**self.spine_rows.stores, **{name: each.store for name, each in self.repeats.items()}}
 
-    def load(self, head: Mapping[str, Any]) -> None:
-        self.turn_number, self.began, self.horizon = head["turn"], head["began"], head["horizon"]
-        self.sent = list(head["sent"])
-        self.completeness.load(head["clock"])
-        self.counts = {name: dict(each) for name, each in head["counts"].items()}
-        self.next = {name: {int(k): v for k, v in each.items()} for name, each in head["next"].items()}
-        self.beginnings = Beginnings.of_json(head.get("beginnings"))
-        self.first = {name: {int(k): v for k, v in each.items()} for name, each in head.get("first", {}).items()}
+    def checkpoint(self) -> JournalCheckpoint:
+        return JournalCheckpoint(
+            turn=self.turn_number,
+            began=self.began,
+            sent=tuple(self.sent),
+            completeness=self.completeness.state(),
+            horizon=self.horizon,
+            counts=_copied(self.counts),
+            next=_copied(self.next),
+            beginnings=self.beginnings,
+            first=_copied(self.first),
+        )
+
+    def load(self, checkpoint: JournalCheckpoint) -> None:
+        """Restores the state of `checkpoint`."""
+        self.turn_number, self.began, self.horizon = checkpoint.turn, checkpoint.began, checkpoint.horizon
+        self.sent = list(checkpoint.sent)
+        self.completeness.restore(checkpoint.completeness)
+        self.counts, self.next = _copied(checkpoint.counts), _copied(checkpoint.next)
+        self.beginnings, self.first = checkpoint.beginnings, _copied(checkpoint.first)
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
     def admit(self, inbox: Sequence[MicroBatch], now: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
-        """(Micro-batches that are due, in order of offsets; those that wait for an earlier one.)"""
+        """Micro-batches that are due, in order of offsets, and those that wait for an earlier one."""
         return in_order(inbox, self.next, now, self._count, self.next_available)
 
     def turn(self, admitted: Sequence[MicroBatch], now: int) -> Turn:
-        """Apply the `admit`ted micro-batches, decide which spine rows can be computed, and number the turn."""
+        """Applies the `admit`ted micro-batches, decides which spine rows can be computed, and numbers the turn."""
         self.turn_number += 1
-        dead_letters = [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
-        rows: dict[str, list[pl.DataFrame]] = {name: [] for name in self.sources}
         watermarks = {name: self.completeness.watermark(name, now) for name in self.sources}
-        for micro_batch in admitted:
-            self._admit_one(micro_batch, rows, dead_letters, now)
-        accepted = {name: pl.concat(parts) for name, parts in rows.items() if parts}
+        accepted, dead_letters = self._accept(admitted, now)
+        routing = self._routing()
+        spine_rows = accepted.get(self.view.spine.name)
         for name in self.view.events:
-            if name in accepted and name != self.view.spine.name:
-                accepted[name], early = self._since_start(name, accepted[name])
-                dead_letters += early
-        return self._turn(accepted, dead_letters, watermarks, now)
+            if name in accepted:
+                accepted[name] = self._route_events(name, accepted[name], watermarks[name], routing)
+        if spine_rows is not None:
+            watermark = watermarks[self.view.spine.name]
+            dead_letters += self.spine_rows.add(spine_rows, watermark, self._oldest_allowed(watermark))
+        for name in self.sources:
+            self.completeness.watermark(name, now)
+            self._find_beginning(name)
+        ready = self.spine_rows.take_until(self.bound(now))
+        self.advance(now)
+        return self._output(routing, ready, accepted, pl.concat([_no_dead_letters(), *dead_letters]))
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
         """A turn that sends rows accepted earlier to the shards; it counts nothing and moves no watermark."""
         self.turn_number += 1
-        to_shards: list[Frames] = [{} for _ in range(self.shards)]
-        self._send(f"rows:{name}", name, rows, to_shards)
-        return self._envelopes(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
+        routing = self._routing()
+        routing.add_events(name, rows)
+        return self._output(routing)
 
     def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
         """As `seed`, for the compacted older events of a group."""
         self.turn_number += 1
-        to_shards: list[Frames] = [{} for _ in range(self.shards)]
-        mine = route_compacted(self.groups[group], reduced, self.shards)
-        for frames, some in zip(to_shards, mine, strict=True):
-            if some.any():
-                frames[f"compacted:{group}"] = reduced.filter(pl.Series(some))
-        return self._envelopes(pl.DataFrame(), to_shards, {}, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
+        routing = self._routing()
+        routing.add_compacted(group, reduced)
+        return self._output(routing)
 
-    def _admit_one(
-        self, micro_batch: MicroBatch, rows: dict[str, list[pl.DataFrame]], dead_letters: list[pl.DataFrame], now: int
-    ) -> None:
+    # -- the steps of a turn -------------------------------------------------------------------------------------
+
+    def _accept(self, admitted: Sequence[MicroBatch], now: int) -> tuple[dict[str, pl.DataFrame], list[pl.DataFrame]]:
+        """Counts the rows of micro-batches and what their partitions promise.
+
+        Returns:
+            The accepted rows by source, and dead letters.
+        """
+        rows: dict[str, list[pl.DataFrame]] = {name: [] for name in self.sources}
+        dead_letters: list[pl.DataFrame] = []
+        for micro_batch in admitted:
+            fresh, bad = self._fresh(micro_batch)
+            self._advance_partition(micro_batch, fresh, now)
+            if len(fresh):
+                rows[micro_batch.source].append(fresh)
+                self._count(micro_batch.source, "rows", len(fresh))
+            if len(bad):
+                dead_letters.append(bad)
+                self._count(micro_batch.source, "dead", len(bad))
+        accepted = {name: pl.concat(parts, rechunk=True) for name, parts in rows.items() if parts}
+        for name in self.view.events:
+            if name in accepted and name != self.view.spine.name:
+                accepted[name], early = self._since_start(name, accepted[name])
+                dead_letters += early
+        return accepted, dead_letters
+
+    def _fresh(self, micro_batch: MicroBatch) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """The rows and dead letters of a micro-batch that were not delivered before."""
         due = self.next[micro_batch.source].get(micro_batch.partition, micro_batch.first)
-        fresh, bad = micro_batch.rows, micro_batch.dead_letters
-        if due > micro_batch.first:  # delivered again in part
-            fresh = fresh.filter(pl.col("__offset") >= due)
-            bad = bad.filter(pl.col("offset") >= due)
-        self.next[micro_batch.source][micro_batch.partition] = micro_batch.next
-        self._count(micro_batch.source, "messages", micro_batch.messages)
-        self.completeness.expect(micro_batch.source, micro_batch.partition, now)
-        if len(fresh):
-            time = str(self.sources[micro_batch.source].time)
-            greatest = int(fresh[time].to_physical().max())  # type: ignore[arg-type]
-            self.completeness.observe(micro_batch.source, micro_batch.partition, greatest, now)
-            self._first(micro_batch, int(fresh[time].to_physical().min()))  # type: ignore[arg-type]
-            rows[micro_batch.source].append(fresh)
-            self._count(micro_batch.source, "rows", len(fresh))
-        if micro_batch.heartbeat is not None:
-            self.completeness.promise(micro_batch.source, micro_batch.partition, micro_batch.heartbeat, now)
-            if micro_batch.heartbeat < FOREVER:
-                self._first(micro_batch, micro_batch.heartbeat)
-        if len(bad):
-            dead_letters.append(bad)
-            self._count(micro_batch.source, "dead", len(bad))
+        if due <= micro_batch.first:
+            return micro_batch.rows, micro_batch.dead_letters
+        return micro_batch.rows.filter(pl.col("__offset") >= due), micro_batch.dead_letters.filter(
+            pl.col("offset") >= due
+        )
 
-    def _first(self, micro_batch: MicroBatch, moment: int) -> None:
+    def _advance_partition(self, micro_batch: MicroBatch, fresh: pl.DataFrame, now: int) -> None:
+        """Records the next offset of a partition, and what it promises."""
+        source, partition = micro_batch.source, micro_batch.partition
+        self.next[source][partition] = micro_batch.next
+        self._count(source, "messages", micro_batch.messages)
+        self.completeness.expect(source, partition, now)
+        if len(fresh):
+            times = fresh[str(self.sources[source].time)].to_physical()
+            self.completeness.observe(source, partition, int(times.max()), now)  # type: ignore[arg-type]
+            self._record_first(micro_batch, int(times.min()))  # type: ignore[arg-type]
+        if micro_batch.heartbeat is not None:
+            self.completeness.promise(source, partition, micro_batch.heartbeat, now)
+            if micro_batch.heartbeat < FOREVER:
+                self._record_first(micro_batch, micro_batch.heartbeat)
+
+    def _record_first(self, micro_batch: MicroBatch, moment: int) -> None:
+        """Records the time of a partition's first rows, while the beginning of its source is not known."""
         if self.beginnings.of(micro_batch.source).since == FOREVER:
             self.first.setdefault(micro_batch.source, {}).setdefault(micro_batch.partition, moment)
 
+    def _find_beginning(self, name: str) -> None:
+        """Once all partitions of a source have sent something, records the time from which none of its rows is
+        missing."""
+        beginning, first = self.beginnings.of(name), self.first.get(name)
+        if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
+            since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
+            since = since if beginning.start is None else max(since, beginning.start)
+            self.beginnings = self.beginnings.with_source(name, dataclasses.replace(beginning, since=since))
+            del self.first[name]
+
     def _since_start(self, name: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """Rows of a topic that are not history; dead letters for rows of which it is unknown whether history has them
-        too."""
+        """The rows of a topic that are not from before the start of its source, and dead letters for the others.
+
+        Without `unique` it cannot be found out whether history has the others too.
+        """
         start = self.beginnings.of(name).start
         if start is None or repeats_by(self.view, name):
             return rows, []
@@ -198,302 +294,146 @@ class Journal:
         rule = f"{BEFORE_START}: a source without unique takes rows from before its start from its history alone"
         return rows.filter(~early), [message_dead_letters(name, old, time, rule, pl.col(time).cast(pl.String))]
 
-    def _begun(self, name: str) -> None:
-        """Once every partition of a source has sent something, record the time from which none of its rows is
-        missing."""
-        beginning, first = self.beginnings.of(name), self.first.get(name)
-        if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
-            since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
-            since = since if beginning.start is None else max(since, beginning.start)
-            self.beginnings = self.beginnings.with_source(name, dataclasses.replace(beginning, since=since))
-            del self.first[name]
-
-    def _turn(
-        self,
-        accepted: dict[str, pl.DataFrame],
-        dead_letters: list[pl.DataFrame],
-        watermarks: Mapping[str, int],
-        now: int,
-    ) -> Turn:
-        to_shards: list[Frames] = [{} for _ in range(self.shards)]
-        spine_rows_in = accepted.get(self.view.spine.name)
-        for name in self.view.events:
-            if name in accepted:
-                accepted[name] = self._events(name, accepted[name], watermarks[name], to_shards)
-        if spine_rows_in is not None:
-            dead_letters += self._spine_rows(spine_rows_in, watermarks[self.view.spine.name])
-        for name in self.sources:
-            self.completeness.watermark(name, now)
-            self._begun(name)
-        ready = self._ready(now)
-        self.advance(now)
-        return self._envelopes(ready, to_shards, accepted, pl.concat(dead_letters))
-
-    def _events(self, name: str, rows: pl.DataFrame, watermark: int, to_shards: list[Frames]) -> pl.DataFrame:
-        """Route a source's new rows without repeats, and retract rows that are replaced by a repeat known earlier.
+    def _route_events(self, name: str, rows: pl.DataFrame, watermark: int, routing: TurnRouting) -> pl.DataFrame:
+        """Sends the new events of a source to the shards, and retracts events that a repeat replaces.
 
         Returns:
             All the rows; for a source with `unique`, with columns that say whether each counted and which row it
             replaced.
         """
-        source, whole = self.sources[name], rows
-        time = pl.col(str(source.time)).to_physical()
+        whole = rows
+        time = pl.col(str(self.sources[name].time)).to_physical()
         late = int(rows.select((time < watermark).sum()).item())
         if late:
             self._count(name, "late", late)
-        columns = self.view.columns_held(name)
-        if repeats_by(self.view, name):
+        if name in self.repeats:
             rows = rows.select(*known_columns(self.view, name), row_identity(rows))
-            counted, retracted = self._without_repeats(source, rows)
+            distinct = self.repeats[name].deduplicate(rows, self.horizon)
+            if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
+                self._count(name, "repeated", distinct.repeated)
             whole = whole.with_columns(
-                rows[RID].is_in(counted[RID].implode()).alias("__counted"),
-                rows.join(retracted, on=RID, how="left", maintain_order="left")["__instead"],
+                rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
+                rows.join(distinct.replaced, on=RID, how="left", maintain_order="left")["__instead"],
             )
-            rows = counted.select(*columns, RID)
-            if len(retracted):
-                for frames in to_shards:
-                    frames[f"retract:{name}"] = retracted.select(pl.col("__instead").alias(RID))
+            rows = distinct.counted.select(*self.view.columns_held(name), RID)
+            if len(distinct.replaced):
+                routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:
-            rows = rows.select(columns)
+            rows = rows.select(self.view.columns_held(name))
         if self.horizon > ALWAYS:
-            reached = time >= self.horizon - self.held_back[name]
-            old = rows.filter(~reached)
-            if len(old):
-                rows = rows.filter(reached)
-                if name in self.lifetime:
-                    self._send(f"old:{name}", name, old, to_shards)
-                else:
-                    self._count(name, "beyond", len(old))
-        self._send(f"rows:{name}", name, rows, to_shards)
+            rows = self._route_old_events(name, rows, routing)
+        routing.add_events(name, rows)
         return whole
 
-    def _send(self, frame: str, name: str, rows: pl.DataFrame, to_shards: Sequence[Frames]) -> None:
-        for frames, mine in zip(to_shards, route_events(self.groups, name, rows, self.shards), strict=True):
-            if mine.any():
-                frames[frame] = rows if mine.all() else rows.filter(pl.Series(mine))
+    def _route_old_events(self, name: str, rows: pl.DataFrame, routing: TurnRouting) -> pl.DataFrame:
+        """Sends events that shards no longer hold to be compacted, or counts them as beyond every window.
 
-    def _without_repeats(self, source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """(Rows that count, row ids that replace those in `__instead`): of rows with one `unique` value, the first
-        known counts."""
-        store, unique = self.stores[source.name], list(repeats_by(self.view, source.name))
-        hashes = key_hashes(rows, unique)
-        # To the microsecond, since a row that the shards compacted earlier cannot be retracted.
-        remembered = pl.lit(True)
-        if self.horizon > ALWAYS:
-            remembered = pl.col(str(source.time)).to_physical() >= self.horizon - self.remembered[source.name]
-        before = [each.filter(remembered) for each in store.take(tuple(unique), hashes, ALWAYS, FOREVER)]
-        nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
-        if not any(map(len, before)) and len(np.unique(hashes)) == len(hashes):
-            store.add(rows.filter(remembered))
-            return rows, nothing
-        old = pl.concat(before).join(rows, on=unique, how="semi") if before else rows.clear()
-        order = [*unique, str(source.time), *source.ties(rows.columns)]
-        both = pl.concat([old, rows])
-        first = both.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
-            unique, keep="first", maintain_order=True
+        Returns:
+            The other events.
+        """
+        reached = pl.col(str(self.sources[name].time)).to_physical() >= self.horizon - self.held_back[name]
+        old = rows.filter(~reached)
+        if not len(old):
+            return rows
+        if name in self.lifetime:
+            routing.add_old_events(name, old)
+        else:
+            self._count(name, "beyond", len(old))
+        return rows.filter(reached)
+
+    def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
+        """Sends spine rows that can be computed to the shards.  Returns them for the assembly."""
+        shards = routing.add_spine_rows(ready)
+        cold = pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)
+        rows = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN, cold.alias("__cold"))
+        return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows)
+
+    def _output(
+        self,
+        routing: TurnRouting,
+        ready: pl.DataFrame | None = None,
+        accepted: Mapping[str, pl.DataFrame] | None = None,
+        dead_letters: pl.DataFrame | None = None,
+    ) -> Turn:
+        spine_rows = None if ready is None else self._route_spine_rows(ready, routing)
+        shards = {}
+        for number, each in enumerate(routing.tables):
+            if not each.empty or self.turn_number % HORIZON_EVERY == 0:
+                shards[number] = ShardInput(self.turn_number, self.sent[number], self.horizon, each)
+                self.sent[number] += 1
+        entry = TurnEntry(
+            record=self._record(),
+            began=self.began,
+            spine_rows=0 if ready is None else len(ready),
+            state=size_of(self.stores.values()),
+            accepted=accepted or {},
+            dead_letters=_no_dead_letters() if dead_letters is None else dead_letters,
         )
-        kept = rows.filter(pl.col(RID).is_in(first[RID].implode()))
-        # Of several that count, since their job remembered less far, one alone: a row names one row that it replaces.
-        oldest = old.sort(list(dict.fromkeys(order)), maintain_order=True).unique(
-            unique, keep="first", maintain_order=True
+        return Turn(self.turn_number, shards, spine_rows, entry)
+
+    def _record(self) -> CommitRecord:
+        return CommitRecord(
+            turn=self.turn_number,
+            last=self.last,
+            next=_copied(self.next),
+            completeness=self.completeness.state(),
+            pending=len(self.spine_rows),
+            oldest_pending=self.spine_rows.oldest(),
+            horizon=self.horizon,
+            counts=_copied(self.counts),
+            beginnings=self.beginnings,
         )
-        gone = oldest.filter(~pl.col(RID).is_in(first[RID].implode()))
-        if source.name not in self.lifetime:  # a restart reads back this far, and so finds what replaced each row
-            time, since = pl.col(str(source.time)), pl.col("__since").dt.offset_by(f"{self.remembered[source.name]}us")
-            since_first = first.select(*unique, pl.col(str(source.time)).alias("__since"))
-            gone = gone.join(since_first, on=unique).filter(time <= since)
-        gone = gone.select(*unique, pl.col(RID).alias("__instead"))
-        if source is not self.view.spine:  # spine rows are counted elsewhere
-            self._count(source.name, "repeated", len(rows) - len(kept) + len(gone))
-        if len(gone):
-            store.drop(RID, gone["__instead"].to_numpy())
-        gone = first.join(gone, on=unique).select(RID, "__instead")
-        store.add(kept.filter(remembered))
-        return kept, gone
 
-    def _spine_rows(self, rows: pl.DataFrame, watermark: int) -> list[pl.DataFrame]:
-        """Add new spine rows; dead letters for those that contradict an earlier one or are too old to be computed."""
-        view, spine = self.view, self.view.spine.name
-        moment = pl.col(view.time).to_physical()
-        rows = rows.with_columns(
-            row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
-        )
-        dead_letters = []
-        if watermark > ALWAYS or self.horizon > ALWAYS:
-            since = max(watermark - self.keep, self.horizon)  # later than the horizon if `keep` was shorter before
-            old = rows.filter(moment < since)
-            if len(old):
-                rule = "a question comes no later than the spine's lateness and --keep allow"
-                dead_letters.append(
-                    message_dead_letters(view.spine.name, old, view.time, rule, pl.col(view.time).cast(pl.String))
-                )
-                self._count(spine, "too_late", len(old))
-                rows = rows.filter(moment >= since)
-        rows = rows.with_columns((moment < watermark).alias("__late"))
-        spine_rows_in = self.stores[KNOWN_SPINE_ROWS].take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
-        if spine_rows_in or rows["row_id"].n_unique() < len(rows):
-            rows, conflicts = self._distinct(rows, spine_rows_in)
-            dead_letters += conflicts
-        if late := int(rows["__late"].sum()):
-            self._count(spine, "late_questions", late)
-        self.stores[PENDING].add(rows)
-        self.stores[KNOWN_SPINE_ROWS].add(rows.select("row_id", moment.alias("time"), "__digest"))
-        return dead_letters
+    def _routing(self) -> TurnRouting:
+        return TurnRouting(self.view, self.groups, self.shards)
 
-    def _distinct(
-        self, rows: pl.DataFrame, spine_rows_in: list[pl.DataFrame]
-    ) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """New spine rows, each once.  Identical ones count once; of conflicting ones the smallest stays, unless one was
-        computed."""
-        view = self.view
-        before = (
-            pl.concat(spine_rows_in).join(rows, on="row_id", how="semi")
-            if spine_rows_in
-            else pl.DataFrame(schema={"row_id": pl.Int64, "time": pl.Int64, "__digest": pl.UInt64})
-        )
-        pending = self.stores[PENDING].drop("row_id", before["row_id"].to_numpy()) if len(before) else None
-        answered = before if pending is None else before.join(pending, on="row_id", how="anti")
-        again = rows.join(answered, on="row_id", how="semi")
-        rest = rows.join(answered, on="row_id", how="anti")
-        if pending is not None:
-            rest = pl.concat([pending.select(rest.columns), rest])
-        order = ["row_id", *view.spine.schema, *ORIGIN_COLUMNS]
-        kept = rest.sort(order).unique("row_id", keep="first", maintain_order=True)
-        lost = rest.join(kept, on=["row_id", *ORIGIN_COLUMNS], how="anti")
-        same = pl.concat(
-            [
-                lost.join(kept, on=["row_id", "__digest"], how="semi"),
-                again.join(answered, on=["row_id", "__digest"], how="semi"),
-            ]
-        )
-        self._count(view.spine.name, "repeated", len(same))
-        conflicts = pl.concat([lost, again]).join(same, on=["row_id", *ORIGIN_COLUMNS], how="anti")
-        self.stores[KNOWN_SPINE_ROWS].drop("row_id", kept["row_id"].to_numpy())
-        dead_letters = []
-        if len(conflicts):
-            key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
-            dead_letters.append(
-                message_dead_letters(
-                    view.spine.name,
-                    conflicts,
-                    ", ".join(view.key),
-                    "one key asks one question at one time (the smallest, or the answered one, was kept)",
-                    key,
-                )
-            )
-            self._count(view.spine.name, "conflicting", len(conflicts))
-        return kept, dead_letters
-
-    def bound(self, now: int) -> int:
-        """Spine rows up to this time can be computed."""
-        return min([FOREVER, *(self.completeness.complete(name, now) for name in self.view.events)])
-
-    def answerable(self, now: int) -> bool:
-        """Whether some pending spine row can be computed now."""
-        oldest = self.oldest_pending()
-        return oldest is not None and oldest <= self.bound(now)
-
-    def _ready(self, now: int) -> pl.DataFrame:
-        taken = self.stores[PENDING].take_before(self.bound(now))
-        if not taken:
-            return pl.DataFrame()
-        ready = pl.concat(taken).sort(self.view.time, "row_id")
-        self._count(self.view.spine.name, "answered", len(ready))
-        return ready
-
-    def advance(self, now: int) -> None:
-        """Evict what neither a pending spine row nor a future one can reach."""
-        watermark = self.completeness.watermark(self.view.spine.name, now)
-        if watermark == ALWAYS:
-            self.horizon = max(self.horizon, self.beginnings.horizon)
-            return
-        oldest = self.oldest_pending()
-        self.horizon = max(
-            self.horizon, self.beginnings.horizon, min(watermark - self.keep, FOREVER if oldest is None else oldest)
-        )
-        self.stores[KNOWN_SPINE_ROWS].evict(watermark - self.keep)
-        for name in self.view.events:
-            if name in self.stores:
-                self.stores[name].evict(self.horizon - self.remembered[name])
-
-    def oldest_pending(self) -> int | None:
-        oldest = [int(frame[self.view.time].to_physical().min()) for frame in self.stores[PENDING].all()]  # type: ignore[arg-type]
-        return min(oldest, default=None)
+    # -- what can be computed, and what is still needed ----------------------------------------------------------
 
     @property
     def last(self) -> bool:
         """Whether every partition has reported its end."""
         return self.completeness.ended
 
-    def cut(self) -> str:
-        """Next offset per partition, `source/partition:offset` in order, as text."""
-        return ",".join(
-            f"{name}/{partition}:{self.next[name][partition]}"
-            for name in sorted(self.next)
-            for partition in sorted(self.next[name])
-        )
+    def bound(self, now: int) -> int:
+        """Spine rows up to this time (µs) can be computed."""
+        return min([FOREVER, *(self.completeness.complete(name, now) for name in self.view.events)])
 
-    def _envelopes(
-        self,
-        ready: pl.DataFrame,
-        to_shards: list[Frames],
-        accepted: Mapping[str, pl.DataFrame],
-        dead_letters: pl.DataFrame,
-    ) -> Turn:
-        spine_rows, parts = None, 0
-        if len(ready):
-            ready = with_group_keys(self.view, self.groups, ready).with_columns(
-                pl.int_range(len(ready), dtype=pl.Int64).alias("__position")
-            )
-            spine_rows_in = [
-                "__position",
-                *dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)]),
-            ]
-            for frames, mine in zip(to_shards, route_spine_rows(self.groups, ready, self.shards), strict=True):
-                if mine.any():
-                    frames["questions"] = ready.select(spine_rows_in).filter(pl.Series(mine))
-                    parts += 1
-            context = ready.select(
-                *self.view.spine.schema,
-                "row_id",
-                "__late",
-                *ORIGIN,
-                (pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)).alias("__cold"),
-            )
-            spine_rows = pack({"turn": self.turn_number, "parts": parts, "cut": self.cut()}, {"questions": context})
-        shards = {}
-        for number, frames in enumerate(to_shards):
-            if (
-                frames or self.turn_number % 16 == 0
-            ):  # now and then, so that all shards learn the horizon up to which they evict
-                shards[number] = pack(
-                    {"turn": self.turn_number, "number": self.sent[number], "horizon": self.horizon}, frames
-                )
-                self.sent[number] += 1
-        entry = pack(
-            {
-                "turn": self.turn_number,
-                "began": self.began,
-                "last": self.last,
-                "questions": len(ready),
-                "letters": len(dead_letters),
-                "next": self.head()["next"],
-                "clock": self.completeness.to_json(),
-                "pending": len(self.stores[PENDING]),
-                "oldest_pending": self.oldest_pending(),
-                "horizon": self.horizon,
-                "counts": self.counts,
-                "state": size_of(self.stores),
-                "started": self.beginnings.starts,
-                "beginnings": self.beginnings.to_json(),
-            },
-            {
-                **{f"rows:{name}": rows for name, rows in accepted.items()},
-                **({"letters": dead_letters} if len(dead_letters) else {}),
-            },
-        )
-        return Turn(self.turn_number, shards, spine_rows, entry)
+    def answerable(self, now: int) -> bool:
+        """Whether some pending spine row can be computed now."""
+        oldest = self.spine_rows.oldest()
+        return oldest is not None and oldest <= self.bound(now)
+
+    def _oldest_allowed(self, watermark: int) -> int:
+        """Spine rows before this time (µs) are too late to be computed; ALWAYS: none is.
+
+        It is later than `keep` says if an earlier launch had a shorter one: the horizon never goes back.
+        """
+        return self.horizon if watermark == ALWAYS else max(watermark - self.keep, self.horizon)
+
+    def advance(self, now: int) -> None:
+        """Moves the horizon, and evicts what neither a pending spine row nor a future one can reach.
+
+        No spine row from before the horizon will be computed.
+        """
+        watermark = self.completeness.watermark(self.view.spine.name, now)
+        if watermark == ALWAYS:
+            self.horizon = max(self.horizon, self.beginnings.horizon)
+            return
+        oldest = self.spine_rows.oldest()
+        needed = min(watermark - self.keep, FOREVER if oldest is None else oldest)
+        self.horizon = max(self.horizon, self.beginnings.horizon, needed)
+        self.spine_rows.evict(watermark - self.keep)
+        for name, each in self.repeats.items():
+            each.store.evict(self.horizon - self.remembered[name])
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]
         counts[what] = counts.get(what, 0) + number
+
+
+def _copied(by_source: Mapping[str, Mapping[Key, int]]) -> dict[str, dict[Key, int]]:
+    return {name: dict(each) for name, each in by_source.items()}
+
+
+def _no_dead_letters() -> pl.DataFrame:
+    return pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)

@@ -2,47 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Iterator
 
 import apache_beam as beam
 from apache_beam import pvalue
 from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
-from transforms.records.frame_packets import head_of, pack, unpack
+from transforms.records.frame_packets import Head, head_of
 from transforms.records.garbage_collection import freeze_imports
 from transforms.records.times import now_us
-from transforms.streaming.journal import Journal, Turn
+from transforms.streaming.journal import Journal, JournalCheckpoint, Turn
 from transforms.streaming.kafka_admin import FirstAvailable
-from transforms.streaming.micro_batches import envelopes_of, micro_batches_of
+from transforms.streaming.live_settings import LiveSettings
+from transforms.streaming.micro_batches import MicroBatch, envelopes_of, micro_batches_of
 from transforms.streaming.mirrored_state import (
     BAG_SPEC,
     HEAD_SPEC,
     SINGLE_KEY,
-    SLOT_SPECS,
-    JournalState,
+    BagState,
     KeyedBytes,
-    LiveSettings,
     Mirror,
+    Slots,
     StateParam,
+    ValueState,
     assembler,
     load_slots,
     read_head,
+    replace_bag,
     save_slots,
+    with_slots,
     write_head,
 )
-from transforms.streaming.recovery import hand_over, restore_journal, start_of
+from transforms.streaming.recovery import hand_over, restore_journal
 from transforms.streaming.shard_dofns import AssembleDoFn
 from transforms.streaming.shards import Shard
-from transforms.streaming.wake_ups import clear_wake_up, set_wake_up, wake_timer
+from transforms.streaming.step_messages import TICK, ShardFeatures, start_of
+from transforms.streaming.time_buckets import Store
+from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyState:
+    """The state of the journal's key, as Beam passes it.
+
+    Args:
+        head: the journal's checkpoint and when the step works next.
+        bag: envelopes that wait.
+        slots: the rows of the journal's stores, and of the shard's if it runs in the same step.
+    """
+
+    head: ValueState
+    bag: BagState
+    slots: Slots
+
+
+@dataclasses.dataclass(eq=False)
+class JournalState:
+    """What the step holds in memory.
+
+    Args:
+        journal: the journal.
+        shard: the shard, if there is only one.
+        inbox: micro-batches that are not admitted yet.
+        early: of a replay, envelopes that arrived before an earlier one, by their index.
+        counts: number of pieces of each slot.
+    """
+
+    journal: Journal
+    shard: Shard | None
+    inbox: list[MicroBatch] = dataclasses.field(default_factory=list)
+    early: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    counts: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """Everything that is kept in slots."""
+        shards = {} if self.shard is None else self.shard.stores
+        return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
 
 
 class JournalDoFn(beam.DoFn):
-    """Envelopes → an envelope per shard concerned, the turn's spine rows, its entry.  Each envelope is a turn, at its
-    own time.
+    """Envelopes → the inputs of the shards, the spine rows to assemble, and the entry of each turn.
 
-    With one shard the shard runs in this DoFn, and the turn's feature rows are emitted instead.
+    Each envelope is a turn, at its own time.  With one shard the shard and the assembly run in this step: their inputs
+    are not serialised, and the turn's feature rows are emitted instead.
     """
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
@@ -50,98 +95,88 @@ class JournalDoFn(beam.DoFn):
 
     def setup(self) -> None:
         freeze_imports()
-        self.mirror = Mirror()
+        self.mirror = Mirror[JournalState]()
         self.assembly = AssembleDoFn(self.view, self.live)
         self.assembly.setup()
 
+    @with_slots
     def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        c0: Any = StateParam(SLOT_SPECS[0]),
-        c1: Any = StateParam(SLOT_SPECS[1]),
-        c2: Any = StateParam(SLOT_SPECS[2]),
-        c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]),
-        c5: Any = StateParam(SLOT_SPECS[5]),
-        c6: Any = StateParam(SLOT_SPECS[6]),
-        c7: Any = StateParam(SLOT_SPECS[7]),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        slots: Slots = (),
     ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
-        slots = (c0, c1, c2, c3, c4, c5, c6, c7)
-        state = read_head(head)
-        journal_state = self.held(key, state, bag, slots)
+        stored, state = KeyState(head, bag, slots), read_head(head)
+        held = self.held(key, state, stored)
         if "journal" not in state and self.live.begin is not None:
-            for turn in hand_over(journal_state.journal, self.live.store, start_of(self.live.begin)):
-                yield from self.sent(journal_state, turn)
+            for turn in hand_over(held.journal, self.live.store, self.live.begin):
+                yield from self.outputs(held, turn)
         bag.add(envelope)
         due = state.setdefault("due", 0)
-        journal_state.early[head_of(envelope)["index"]] = envelope
-        while due in journal_state.early:  # in order of arrival, in whatever order the runner delivers
-            envelope = journal_state.early.pop(due)
+        held.early[head_of(envelope)["index"]] = envelope
+        while due in held.early:  # in order of arrival, in whatever order the runner delivers
+            envelope = held.early.pop(due)
+            held.inbox += micro_batches_of(envelope)
             now = head_of(envelope)["arrived"]
-            journal_state.inbox += micro_batches_of(envelope)
-            yield from self.sent(journal_state, self.turn(journal_state, now))
+            admitted, held.inbox = held.journal.admit(held.inbox, now)
+            yield from self.outputs(held, held.journal.turn(admitted, now))
             due += 1
         state["due"] = due
-        self.save(key, state, journal_state, head, bag, slots, journal_state.early.values())
+        self.save(key, state, held, stored, held.early.values())
 
-    def held(self, key: bytes, state: Mapping[str, Any], bag: Any, slots: Sequence[Any]) -> JournalState:
+    def held(self, key: bytes, state: Head, stored: KeyState, waiting: bool = True) -> JournalState:
+        """What is in memory, or the checkpoint.
+
+        Args:
+            key: the key.
+            state: the head of its state.
+            stored: its state, as Beam passes it.
+            waiting: whether envelopes that wait are read from the bag.
+        """
+
         def build() -> JournalState:
             journal = Journal(self.view, self.live.shards, self.live.keep)
             if self.live.kafka is not None:
                 journal.next_available = FirstAvailable(self.live.kafka, self.live.prefix)
             if "journal" in state:
-                journal.load(state["journal"])
-            journal_state = JournalState(journal, Shard(self.view, 0, 1) if self.live.shards == 1 else None)
-            journal_state.counts = load_slots(journal_state.stores, slots)
-            for envelope in bag.read():
+                journal.load(JournalCheckpoint.of_json(state["journal"]))
+            held = JournalState(journal, Shard(self.view, 0, 1) if self.live.shards == 1 else None)
+            held.counts = load_slots(held.stores, stored.slots)
+            for envelope in stored.bag.read() if waiting else ():
                 index = head_of(envelope)["index"]
                 if index is None:
-                    journal_state.inbox += micro_batches_of(envelope)
+                    held.inbox += micro_batches_of(envelope)
                 else:
-                    journal_state.early[index] = envelope
-            return journal_state
+                    held.early[index] = envelope
+            return held
 
         return self.mirror.get(key, state["version"], build)
 
-    def turn(self, journal_state: JournalState, now: int) -> Turn:
-        admitted, journal_state.inbox = journal_state.journal.admit(journal_state.inbox, now)
-        return journal_state.journal.turn(admitted, now)
-
-    def sent(self, journal_state: JournalState, turn: Turn) -> Iterator[pvalue.TaggedOutput]:
-        if journal_state.shard is not None:
-            parts = [journal_state.shard.apply(*unpack(envelope)) for envelope in turn.shards.values()]
+    def outputs(self, held: JournalState, turn: Turn) -> Iterator[pvalue.TaggedOutput]:
+        """The outputs of a turn, as envelopes with their keys."""
+        if held.shard is not None:
+            computed = [held.shard.apply(each) for each in turn.shards.values()]
             if turn.spine_rows is not None:
-                answers = self.assembly.compute_features(turn.spine_rows, [part for part in parts if part is not None])
-                yield pvalue.TaggedOutput("answers", (SINGLE_KEY, answers))
+                parts = [each for each in computed if isinstance(each, ShardFeatures)]
+                features = self.assembly.compute_features(turn.spine_rows, parts)
+                yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
         else:
-            for number, envelope in turn.shards.items():
-                yield pvalue.TaggedOutput("shards", (str(number).encode(), envelope))
+            for number, each in turn.shards.items():
+                yield pvalue.TaggedOutput("shards", (str(number).encode(), each.to_envelope()))
             if turn.spine_rows is not None:
-                yield pvalue.TaggedOutput("spine_rows", (assembler(turn.number), turn.spine_rows))
-        yield pvalue.TaggedOutput("entries", (SINGLE_KEY, turn.entry))
+                yield pvalue.TaggedOutput("spine_rows", (assembler(turn.number), turn.spine_rows.to_envelope()))
+        yield pvalue.TaggedOutput("entries", (SINGLE_KEY, turn.entry.to_envelope()))
 
-    def save(
-        self,
-        key: bytes,
-        state: dict[str, Any],
-        journal_state: JournalState,
-        head: Any,
-        bag: Any,
-        slots: Sequence[Any],
-        left: Iterable[bytes],
-    ) -> None:
-        """Write the journal's state; `left` are the envelopes that still wait."""
-        bag.clear()
-        for envelope in left:
-            bag.add(envelope)
-        save_slots(journal_state.stores, slots, journal_state.counts)
+    def save(self, key: bytes, state: Head, held: JournalState, stored: KeyState, left: Iterable[bytes]) -> None:
+        """Writes the state; `left` are the envelopes that still wait."""
+        replace_bag(stored.bag, left)
+        save_slots(held.stores, stored.slots, held.counts)
         state["version"] += 1
-        state["journal"] = journal_state.journal.head()
-        write_head(head, state)
-        self.mirror.put(key, state["version"], journal_state)
+        state["journal"] = held.journal.checkpoint().to_json()
+        write_head(stored.head, state)
+        self.mirror.put(key, state["version"], held)
 
 
 WAKE = wake_timer()
@@ -154,82 +189,64 @@ class TimedJournalDoFn(JournalDoFn):
     Otherwise a timer starts the turn when `pace` has passed.
     """
 
-    def process(  # type: ignore[override]
+    @with_slots
+    def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
-        c0: Any = StateParam(SLOT_SPECS[0]),
-        c1: Any = StateParam(SLOT_SPECS[1]),
-        c2: Any = StateParam(SLOT_SPECS[2]),
-        c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]),
-        c5: Any = StateParam(SLOT_SPECS[5]),
-        c6: Any = StateParam(SLOT_SPECS[6]),
-        c7: Any = StateParam(SLOT_SPECS[7]),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
+        slots: Slots = (),
     ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
         state, now = read_head(head), now_us()
         due = state.get("turned", 0) + self.live.pace
         bag.add(envelope)
         if "journal" in state and not now < due <= now + self.live.pace:
-            yield from self.taken(key, state, now, head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
+            yield from self.take_turn(key, state, now, KeyState(head, bag, slots), wake)
             return
         set_wake_up(state, wake, max(now, due) if due <= now + self.live.pace else now + self.live.pace)
         write_head(head, state)
 
     @on_timer(WAKE)
+    @with_slots
     def woken(
         self,
-        key: Any = beam.DoFn.KeyParam,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        wake: Any = beam.DoFn.TimerParam(WAKE),
-        c0: Any = StateParam(SLOT_SPECS[0]),
-        c1: Any = StateParam(SLOT_SPECS[1]),
-        c2: Any = StateParam(SLOT_SPECS[2]),
-        c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]),
-        c5: Any = StateParam(SLOT_SPECS[5]),
-        c6: Any = StateParam(SLOT_SPECS[6]),
-        c7: Any = StateParam(SLOT_SPECS[7]),
+        key: bytes = beam.DoFn.KeyParam,
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        wake: Timer = beam.DoFn.TimerParam(WAKE),
+        slots: Slots = (),
     ) -> Iterator[pvalue.TaggedOutput]:
         state = read_head(head)
         clear_wake_up(state)
-        yield from self.taken(key, state, now_us(), head, bag, wake, (c0, c1, c2, c3, c4, c5, c6, c7))
+        yield from self.take_turn(key, state, now_us(), KeyState(head, bag, slots), wake)
 
-    def taken(
-        self, key: bytes, state: dict[str, Any], now: int, head: Any, bag: Any, wake: Any, slots: Sequence[Any]
+    def take_turn(
+        self, key: bytes, state: Head, now: int, stored: KeyState, wake: Timer
     ) -> Iterator[pvalue.TaggedOutput]:
-        """Run a turn over the input that has arrived, if there is anything to emit."""
-        journal_state = self.held(key, state, _Nothing(), slots)
-        envelopes = list(bag.read())
-        starts = [each for each in envelopes if head_of(each)["kind"] == "start"]
+        """Runs a turn over the input that has arrived, if there is anything to emit."""
+        held = self.held(key, state, stored, waiting=False)
+        starts, held.inbox = [], list[MicroBatch]()
+        for envelope in stored.bag.read():
+            start = start_of(envelope)
+            if start is None:
+                held.inbox += micro_batches_of(envelope)
+            else:
+                starts.append(start)
         if starts and "journal" not in state:
-            for turn in restore_journal(
-                journal_state.journal, self.live.store, start_of(head_of(starts[0])["start"]), now
-            ):
-                yield from self.sent(journal_state, turn)
+            for turn in restore_journal(held.journal, self.live.store, starts[0], now):
+                yield from self.outputs(held, turn)
         elif "journal" not in state:  # the state of the tables comes first
             set_wake_up(state, wake, now + self.live.pace)
-            write_head(head, state)
+            write_head(stored.head, state)
             return
-        journal_state.inbox = [
-            each for envelope in envelopes if envelope not in starts for each in micro_batches_of(envelope)
-        ]
-        admitted, waiting = journal_state.journal.admit(journal_state.inbox, now)
-        over = bool(starts) and journal_state.journal.last  # a job that had ended, and was killed before it reported so
-        if admitted or over or journal_state.journal.answerable(now):
-            yield from self.sent(journal_state, journal_state.journal.turn(admitted, now))
+        admitted, waiting = held.journal.admit(held.inbox, now)
+        over = bool(starts) and held.journal.last  # a job that had ended, and was killed before it reported so
+        if admitted or over or held.journal.answerable(now):
+            yield from self.outputs(held, held.journal.turn(admitted, now))
         else:
-            yield pvalue.TaggedOutput("entries", (SINGLE_KEY, pack({"kind": "tick", "turn": 0})))
-        left = envelopes_of(waiting)
+            yield pvalue.TaggedOutput("entries", (SINGLE_KEY, TICK))
         state["turned"] = now
-        set_wake_up(state, wake, now + (self.live.pace if left else 1_000_000))
-        self.save(key, state, journal_state, head, bag, slots, left)
-
-
-class _Nothing:
-    def read(self) -> list[bytes]:
-        return []
+        set_wake_up(state, wake, now + (self.live.pace if waiting else 1_000_000))
+        self.save(key, state, held, stored, envelopes_of(waiting))

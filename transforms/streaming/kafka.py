@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
+from apache_beam.io.kafka import ReadFromKafka
+from apache_beam.transforms.window import BoundedWindow
+from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.errors import StoreError, nearest
@@ -17,6 +19,13 @@ from schemas.views import FeatureView
 from transforms.records.times import FOREVER
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
+if TYPE_CHECKING:
+    import confluent_kafka
+    import confluent_kafka.admin
+
+Element = TypeVar("Element")
+# Topic, key and value of a message that is sent.
+Sent = tuple[str, bytes, bytes]
 # The most ms until the broker acknowledges a message, and the most elements that wait for acknowledgement.
 DELIVERY_MS, MAX_WAITING = 120_000, 64
 # The partition is chosen by a hash of the key.
@@ -76,27 +85,25 @@ class ReadTopics(beam.PTransform):
         return read | "Message" >> beam.Map(_message).with_output_types(Message)
 
 
-def _message(record: Any) -> Message:
+class KafkaRecord(Protocol):
+    """A record as KafkaIO reads it; the timestamp is in ms."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+
+
+def _message(record: KafkaRecord) -> Message:
     return Message(
         record.topic, record.partition, record.offset, record.timestamp * 1000, record.key, record.value or b""
     )
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteTopic(beam.PTransform):
-    """PCollection[(key, value)], both bytes → the topic, at least once."""
-
-    broker: Broker
-    topic: str
-
-    def expand(self, pairs: beam.PCollection) -> Any:
-        typed = pairs | "Pairs" >> beam.Map(lambda pair: pair).with_output_types(tuple[bytes, bytes])
-        config = {**self.broker.config, "enable.idempotence": "true", "acks": "all"}
-        return typed | "Write" >> WriteToKafka(config, self.topic, expansion_service=self.broker.expansion)
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class Produce(beam.PTransform):
+class Produce(beam.PTransform, Generic[Element]):
     """PCollection[T] → the same; an element is emitted once the broker has acknowledged its messages, at least once.
 
     So whatever is committed after this step is in the topic.  WriteToKafka does not report when it is done.
@@ -107,7 +114,7 @@ class Produce(beam.PTransform):
     """
 
     broker: Broker
-    messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]
+    messages: Callable[[Element], Iterable[Sent]]
 
     def expand(self, elements: beam.PCollection) -> beam.PCollection:
         done = elements | "Send" >> beam.ParDo(_Send(self.broker, self.messages))
@@ -115,8 +122,8 @@ class Produce(beam.PTransform):
         return done
 
 
-class _Send(beam.DoFn):
-    def __init__(self, broker: Broker, messages: Callable[[Any], Iterable[tuple[str, bytes, bytes]]]) -> None:
+class _Send(beam.DoFn, Generic[Element]):
+    def __init__(self, broker: Broker, messages: Callable[[Element], Iterable[Sent]]) -> None:
         self.broker, self.messages = broker, messages
 
     def setup(self) -> None:
@@ -126,7 +133,10 @@ class _Send(beam.DoFn):
         self.waiting: list[WindowedValue] = []
 
     def process(
-        self, element: Any, at: Any = beam.DoFn.TimestampParam, window: Any = beam.DoFn.WindowParam
+        self,
+        element: Element,
+        at: Timestamp = beam.DoFn.TimestampParam,
+        window: BoundedWindow = beam.DoFn.WindowParam,
     ) -> Iterator[WindowedValue]:
         for topic, key, value in self.messages(element):
             self.sender.send(topic, key, value)
@@ -178,7 +188,7 @@ class Sender:
             failed, self.failed = self.failed, []
             self._refuse(failed[0] if failed else f"{left} messages without an acknowledgement")
 
-    def _delivered(self, error: Any, message: Any) -> None:
+    def _delivered(self, error: confluent_kafka.KafkaError | None, message: confluent_kafka.Message) -> None:
         if error is not None:
             self.failed.append(f"{message.topic()}: {error.str()}")
 
@@ -330,7 +340,7 @@ def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[
         client.close()
 
 
-def _consumer(broker: Broker, group: str) -> Any:
+def _consumer(broker: Broker, group: str) -> confluent_kafka.Consumer:
     try:
         from confluent_kafka import Consumer
     except ImportError:
@@ -340,7 +350,9 @@ def _consumer(broker: Broker, group: str) -> Any:
     return Consumer({**COMMITTED, **broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
 
 
-def _metadata(broker: Broker, client: Any) -> dict[str, list[int]]:
+def _metadata(
+    broker: Broker, client: confluent_kafka.Consumer | confluent_kafka.admin.AdminClient
+) -> dict[str, list[int]]:
     from confluent_kafka import KafkaException
 
     try:

@@ -7,11 +7,14 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
 from transforms.records.times import ALWAYS
 from transforms.streaming.kafka import TIMEOUT_SECONDS, Broker, _consumer, end_offsets
+
+if TYPE_CHECKING:
+    import confluent_kafka
 
 # The default size limit of Kafka's client, and the bytes of a record beside its value.
 CLIENT_LIMIT, OVERHEAD = 1_000_000, 1_000
@@ -36,7 +39,7 @@ class FirstAvailable:
 
 _lock = threading.Lock()
 # One client per broker: an open client answers in milliseconds, and every transaction leaves a gap in the offsets.
-_clients: dict[str, Any] = {}
+_clients: dict[str, confluent_kafka.Consumer] = {}
 
 
 def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int:
@@ -68,7 +71,8 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
             return ALWAYS
         client.unassign()  # so that it reads no further
         _clients[name] = client
-        return int(message.offset())
+        found = message.offset()
+        return ALWAYS if found is None else found
 
 
 def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:

@@ -21,7 +21,7 @@ from transforms.features.lifetime_summaries import Summary, merge, summarise
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
-from transforms.streaming.pane_store import SLOTS, IndexedRows, Piece
+from transforms.streaming.time_buckets import SLOTS, IndexedRows, Piece
 
 # How events are stored after their eviction: not at all (bounded windows), as a summary, or the first and last of them.
 Kind = Literal["none", "summary", "rows"]
@@ -51,7 +51,7 @@ class LifetimeStore:
         view: the view; it decides the columns.
         features: the features of the group.
         kind: "summary" or "rows".
-        slot: number of the group; modulo `SLOTS`, the slot of its state (see `pane_store.take_changes`).
+        slot: number of the group; modulo `SLOTS`, the slot of its state (see `time_buckets.take_changes`).
     """
 
     def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, slot: int) -> None:

@@ -1,6 +1,6 @@
-"""Live features: messages → journal → shards → assembled answers → tables.  One graph for every runner.
+"""Live features: messages → journal → shards → assembled feature rows → tables.  The graph is the same on every runner.
 
-Each stateful step is a plain object (`Journal`, `Shard`, `Ledger`) whose state Beam keeps (see `state`).
+Each stateful step is a plain object (`Journal`, `Shard`, `PendingTurns`) whose state Beam keeps (see `mirrored_state`).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import apache_beam as beam
+import polars as pl
 from apache_beam import typehints
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
@@ -18,7 +18,6 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas.live import live_schema
 from schemas.views import FeatureView
-from transforms.records.frame_packets import head_of, unpack
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
 from transforms.sources.contracts import Contract
@@ -31,27 +30,29 @@ from transforms.streaming.kafka import (
     feature_row_messages,
     topic_of,
 )
+from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
-from transforms.streaming.micro_batches import micro_batch_envelope
-from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes, LiveSettings
+from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
+from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
 from transforms.streaming.shard_dofns import AssembleDoFn, CommitDoFn, ShardDoFn
+from transforms.streaming.step_messages import TurnFeatures, commit_input_of, dead_letters_in
 
-# Values of messages that one packet, and so one turn, takes in at most and one more: some fifty thousand rows of a backlog.
+# An envelope is sent once the values of its messages have this many bytes: some fifty thousand rows of a backlog.
 ENVELOPE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class LiveFeatures(beam.PTransform):
-    """PCollection of packets (see `Decode…` and `to_journal`) → PCollection of commits: (key, what the tables were told as JSON).
+    """PCollection of envelopes (see `Decode…` and `to_journal`) → PCollection of commits: (key, their status as JSON).
 
-    It gives no PCollection of answers: one that nobody reads is worked through all the same, and they are on their topic and in
-    their table.
+    There is no PCollection of feature rows: a runner would do its work even if nothing reads it, and they are in their
+    topic and their table.
 
     Args:
-        view: what to compute.
-        live: how.
-        sends: topics that answers and letters go to.  Tables are told of them once their topic has them, so that whatever
-            moment a job ends at, no topic lacks what a table holds.
+        view: the view whose features are computed.
+        live: the settings.
+        sends: the topics of feature rows and dead letters; None: there are none.  Rows are committed to a table after
+            the broker has acknowledged them, so that at any moment a topic has everything that a table has.
     """
 
     view: FeatureView
@@ -62,29 +63,29 @@ class LiveFeatures(beam.PTransform):
         view, live = self.view, self.live
         step = JournalDoFn if not live.pace else TimedJournalDoFn
         inside = live.shards == 1  # the shard is in the journal's step
-        tags = ("answers",) if inside else ("shards", "spine_rows")
+        tags = ("features",) if inside else ("shards", "spine_rows")
         journal = envelopes | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
         if not inside:
             parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardDoFn(view, live))
-            asked = (_pairs(journal.spine_rows), parts) | "Parts" >> beam.Flatten()
-            assembled = asked | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "answers")
-        entries, answers = _pairs(journal.entries), _pairs(journal.answers if inside else assembled.answers)
+            both = (_pairs(journal.spine_rows), parts) | "Parts" >> beam.Flatten()
+            assembled = both | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "features")
+        entries, features = _pairs(journal.entries), _pairs(journal.features if inside else assembled.features)
         if self.sends is not None:
-            entries = entries | "Letters" >> Produce(self.sends.broker, self.sends.dead_letters)
-            answers = answers | "Answers" >> Produce(self.sends.broker, self.sends.answers)
-        ledger = (entries, answers) | "Turns" >> beam.Flatten()
-        return ledger | "Commit" >> _keyed_step(CommitDoFn(view, live))
+            entries = entries | "DeadLetters" >> Produce(self.sends.broker, self.sends.dead_letters)
+            features = features | "FeatureRows" >> Produce(self.sends.broker, self.sends.answers)
+        turns = (entries, features) | "Turns" >> beam.Flatten()
+        return turns | "Commit" >> _keyed_step(CommitDoFn(view, live))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sends:
-    """Where answers and letters are sent.
+    """The topics of feature rows and dead letters.
 
     Args:
-        view: what was asked.
-        broker: where the topics are.
-        prefix: before their names.
-        most: bytes that a message of answers may have.
+        view: the view of the feature rows.
+        broker: the broker of the topics.
+        prefix: prefix of their names.
+        most: the most bytes of a message of feature rows.
     """
 
     view: FeatureView
@@ -93,15 +94,23 @@ class Sends:
     most: int
 
     def answers(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
-        rows = batch(unpack(pair[1])[1]["rows"], live_schema(self.view))
+        """The feature rows of a turn as messages, and the dead letters about dimensions."""
+        features = commit_input_of(pair[1])
+        assert isinstance(features, TurnFeatures)
+        rows = batch(features.rows, live_schema(self.view))
         for key, value in feature_row_messages(rows, self.view.fingerprint, self.most):
             yield topic_of(self.view, self.prefix), key, value
-        yield from self.dead_letters(pair)  # about dimensions
+        yield from self._messages(features.dead_letters)
 
     def dead_letters(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
-        if head_of(pair[1]).get("letters"):
-            for key, value in dead_letter_messages(unpack(pair[1])[1]["letters"]):
-                yield dead_letters_topic(self.view, self.prefix), key, value
+        """The dead letters of a turn's entry as messages."""
+        dead_letters = dead_letters_in(pair[1])
+        if dead_letters is not None:
+            yield from self._messages(dead_letters)
+
+    def _messages(self, dead_letters: pl.DataFrame) -> Iterator[tuple[str, bytes, bytes]]:
+        for key, value in dead_letter_messages(dead_letters):
+            yield dead_letters_topic(self.view, self.prefix), key, value
 
 
 def _pairs(pairs: beam.PCollection) -> beam.PCollection:
@@ -110,17 +119,17 @@ def _pairs(pairs: beam.PCollection) -> beam.PCollection:
 
 
 def to_journal() -> beam.PTransform:
-    """PCollection of packets (bytes) → the same, addressed to the journal."""
+    """PCollection of envelopes (bytes) → the same, with the key of the journal."""
     return beam.Map(lambda envelope: (SINGLE_KEY, envelope)).with_output_types(KeyedBytes)
 
 
-def _keyed_step(step: beam.DoFn, *tags: str) -> Any:
+def _keyed_step(step: beam.DoFn, *tags: str) -> beam.PTransform:
     done = beam.ParDo(step).with_output_types(KeyedBytes)
     return done.with_outputs(*tags) if tags else done
 
 
 def contracts_of(view: FeatureView) -> dict[str, Contract]:
-    """What rows of each topic are judged by: the columns that features read, all of a spine's."""
+    """The contract of each topic's rows: the columns that features read, and all columns of the spine."""
     spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key))
     return {
         view.spine.name: spine,
@@ -139,18 +148,38 @@ def decoded(
     index: int | None = None,
     received: int = 0,
 ) -> bytes:
-    """Messages of any topics and partitions as one packet for the journal."""
-    parts, arrived = [], 0
+    """Messages of any topics and partitions as one envelope for the journal.
+
+    Args:
+        contracts: by source.
+        messages: see above.
+        prefix: of the names of topics.
+        index: position in the order of a replay.
+        received: when the messages were received, µs.
+    """
+    micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
         source, partitions = topic.removeprefix(prefix), [some for _, some in group]
         for some, held in zip(partitions, decode_topic(contracts[source], partitions), strict=True):
-            parts.append((source, some[0].partition, some[0].offset, some[-1].offset + 1, len(some), held))
+            micro_batches.append(
+                MicroBatch(
+                    source=source,
+                    partition=some[0].partition,
+                    first=some[0].offset,
+                    next=some[-1].offset + 1,
+                    messages=len(some),
+                    heartbeat=held.heartbeat,
+                    rows=held.rows,
+                    dead_letters=held.dead_letters,
+                    received=received,
+                )
+            )
             arrived = max(arrived, *(each.timestamp for each in some), 0)
-    return micro_batch_envelope(parts, arrived, index, received)
+    return micro_batch_envelope(micro_batches, arrived, index)
 
 
 class DecodeChunks(beam.DoFn):
-    """(number, messages) of a replay → packet."""
+    """(number, messages) of a replay → envelope."""
 
     def __init__(self, view: FeatureView, prefix: str = "") -> None:
         self.view, self.prefix = view, prefix
@@ -163,7 +192,8 @@ class DecodeChunks(beam.DoFn):
 
 
 class DecodeBundles(beam.DoFn):
-    """Message → packets, one for all messages of a bundle; more where these are many, so that a backlog takes many turns."""
+    """Message → envelopes: one for the messages of a bundle, or several if these are many, so that a backlog takes many
+    turns."""
 
     def __init__(self, view: FeatureView, prefix: str = "") -> None:
         self.view, self.prefix = view, prefix
@@ -176,7 +206,7 @@ class DecodeBundles(beam.DoFn):
         self.bytes = self.expanded = 0
 
     def process(self, message: Message) -> Iterator[WindowedValue]:
-        # It says itself when it arrived, perhaps by its producer's clock, which may be wrong, or not at all (−1).
+        # The timestamp may be missing (−1), or from the clock of its producer, which may be wrong.
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         self.bytes += len(message.value)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from deltalake import DeltaTable
 from schemas.errors import StoreError
 from schemas.live import accepted, live_schema, repeats_by
 from schemas.views import FeatureView
-from transforms.records.frame_packets import head_of, unpack
+from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at
@@ -35,6 +34,7 @@ from transforms.storage.delta_tables import (
     commit_attempt,
     data_files,
     delta_schema,
+    open_table,
     read_file,
     retry_commits,
     with_columns,
@@ -42,22 +42,12 @@ from transforms.storage.delta_tables import (
 )
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
+from transforms.streaming.progress import CommitRecord
 from transforms.streaming.replay import sources_of
+from transforms.streaming.step_messages import TurnEntry, TurnFeatures
+from transforms.streaming.time_buckets import StoreSize
 
 COMMIT_KEY = "millrace_live"
-# The entries of a turn's head that its commit records.
-RECORDED = (
-    "turn",
-    "last",
-    "next",
-    "clock",
-    "pending",
-    "oldest_pending",
-    "horizon",
-    "counts",
-    "started",
-    "beginnings",
-)
 # The most dates of feature rows whose ids stay in memory.
 DAYS_CACHED = 8
 
@@ -76,7 +66,7 @@ def application_of(name: str) -> str:
     return f"live/{name}"
 
 
-def last_commit_record(table: DeltaTable | None, app: str) -> dict[str, Any]:
+def last_commit_record(table: DeltaTable | None, app: str) -> Head:
     """The record of the newest commit of `app`: turn, offsets, completeness and so on; empty if there is none.
 
     Any number of other commits, as of a vacuum, may follow it.
@@ -90,6 +80,21 @@ def last_commit_record(table: DeltaTable | None, app: str) -> dict[str, Any]:
         if (record := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
             return dict(json.loads(record))
     return {}
+
+
+def source_record(store: str, name: str) -> CommitRecord | None:
+    """The record of the newest commit of a source's table; None if there is none."""
+    return _record(open_table(source_uri(sources_root(store), name)), name)
+
+
+def features_record(view: FeatureView, store: str) -> CommitRecord | None:
+    """The record of the newest commit of the live feature table; None if there is none."""
+    return _record(open_table(features_live_uri(store, view.name, view.fingerprint)), view.name)
+
+
+def _record(table: DeltaTable | None, name: str) -> CommitRecord | None:
+    record = last_commit_record(table, application_of(name))
+    return CommitRecord.of_json(record) if record else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,9 +113,7 @@ class Writer:
     app: str
     run_id: str
 
-    def append(
-        self, frame: pl.DataFrame, turn: int, record: Mapping[str, Any], fresh: NewRows, always: bool = False
-    ) -> int:
+    def append(self, frame: pl.DataFrame, turn: int, record: Head, fresh: NewRows, always: bool = False) -> int:
         """Commits the rows of `frame` that are not in the table.
 
         Args:
@@ -146,7 +149,7 @@ class Writer:
         table: DeltaTable | None,
         files: Sequence[tuple[DataFile, dict[str, str]]],
         turn: int,
-        record: Mapping[str, Any],
+        record: Head,
     ) -> bool:
         """Commits written files.  Returns False if another job has committed since `table` was opened.
 
@@ -253,78 +256,94 @@ class UnknownIds(NewRows):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _TurnRows:
-    """Rows of some turns: dead letters, accepted rows by source, and feature rows."""
+class CommitStatus:
+    """A commit, for `status.json`.
 
-    dead_letters: list[pl.DataFrame] = dataclasses.field(default_factory=list)
-    accepted: dict[str, list[pl.DataFrame]] = dataclasses.field(default_factory=dict)
-    features: list[pl.DataFrame] = dataclasses.field(default_factory=list)
+    Args:
+        record: what the commit records.
+        journal, shards: size of their state.
+        rows: number of rows that the launch has committed, by table.
+    """
+
+    record: CommitRecord
+    journal: StoreSize
+    shards: StoreSize
+    rows: Mapping[str, int]
+
+    def to_json(self) -> Head:
+        state = {"journal": dataclasses.asdict(self.journal), "shards": dataclasses.asdict(self.shards)}
+        return {**self.record.to_json(), "state": state, "rows": dict(self.rows)}
 
 
 class PendingTurns:
-    """Turns in order, with their feature rows, until they are committed."""
+    """Turns in order, with their feature rows, until they are committed.
+
+    Args:
+        view: the view.
+        store: the folder of the tables.
+        run_id: prefix of file names.
+        table: whether feature rows are written to the table.
+    """
 
     def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True) -> None:
         self.view, self.store, self.run_id, self.table = view, store, run_id, table
-        self.entries: dict[int, bytes] = {}
-        self.features: dict[int, bytes] = {}
+        self.entries: dict[int, TurnEntry] = {}
+        self.features: dict[int, TurnFeatures] = {}
         self.committed = 0
         self._ids = UnknownIds()
         self.rows = {"events": 0, "answered": 0, "letters": 0}
-        self.shards = {"rows": 0, "bytes": 0}  # the state of the shards at the last turn
+        self.shards = StoreSize()  # of the shards at the last turn
 
-    def take(self, envelope: bytes) -> None:
-        head = head_of(envelope)
-        if head["turn"] > self.committed:
-            (self.features if head.get("kind") == "features" else self.entries)[head["turn"]] = envelope
+    def take(self, part: TurnEntry | TurnFeatures | None) -> None:
+        """Adds a part of a turn, unless the turn is committed already; None is ignored."""
+        if part is None or part.turn <= self.committed:
+            return
+        if isinstance(part, TurnFeatures):
+            self.features[part.turn] = part
+        else:
+            self.entries[part.turn] = part
+
+    def envelopes(self) -> list[bytes]:
+        """Everything that is not committed."""
+        entries = [each.to_envelope() for each in self.entries.values()]
+        return entries + [each.to_envelope() for each in self.features.values()]
 
     def whole(self) -> list[int]:
         """The next turns whose feature rows are complete: they can be committed."""
         result = []
-        number = max(self.committed + 1, max((head_of(each)["began"] for each in self.entries.values()), default=0))
-        while number in self.entries and (not head_of(self.entries[number])["questions"] or number in self.features):
+        number = max(self.committed + 1, max((each.began for each in self.entries.values()), default=0))
+        while number in self.entries and (not self.entries[number].spine_rows or number in self.features):
             result.append(number)
             number += 1
         return result
 
-    def commit(self, turns: Sequence[int]) -> dict[str, Any]:
-        """Commits `turns` and drops them.  Returns the record of the commit."""
-        head, rows = self._collect(turns)
-        record = {name: head[name] for name in RECORDED}
-        if rows.dead_letters:
-            self.rows["letters"] += self._dead_letters(pl.concat(rows.dead_letters), record)
+    def commit(self, turns: Sequence[int]) -> CommitStatus:
+        """Commits `turns` and drops them."""
+        entries = [self.entries[number] for number in turns]
+        features = [self.features[number] for number in turns if number in self.features]
+        if features:
+            self.shards = features[-1].state
+        record = entries[-1].record
+        dead_letters = [
+            each.dead_letters for part in zip(entries, map(self.features.get, turns)) for each in part if each
+        ]
+        if any(map(len, dead_letters)):
+            self.rows["letters"] += self._dead_letters(pl.concat(dead_letters), record)
         for name in sources_of(self.view):
-            if name in rows.accepted:
-                self.rows["events"] += self._source(name, pl.concat(rows.accepted[name]), record)
-        if rows.features and self.table:
+            if accepted := [each.accepted[name] for each in entries if name in each.accepted]:
+                self.rows["events"] += self._source(name, pl.concat(accepted), record)
+        if features and self.table:
             uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
             writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
-            self.rows["answered"] += writer.append(pl.concat(rows.features), record["turn"], record, self._ids)
+            rows = pl.concat([each.rows for each in features])
+            self.rows["answered"] += writer.append(rows, record.turn, record.to_json(), self._ids)
         for number in turns:
             del self.entries[number]
             self.features.pop(number, None)
         self.committed = turns[-1]
-        return {**record, "state": {"journal": head["state"], "shards": self.shards}}
+        return CommitStatus(record, entries[-1].state, self.shards, dict(self.rows))
 
-    def _collect(self, turns: Sequence[int]) -> tuple[dict[str, Any], _TurnRows]:
-        """The head of the last turn's entry, and the rows of all `turns`."""
-        rows = _TurnRows()
-        for number in turns:
-            head, frames = unpack(self.entries[number])
-            for name, frame in frames.items():
-                if name == "letters":
-                    rows.dead_letters.append(frame)
-                else:
-                    rows.accepted.setdefault(name.removeprefix("rows:"), []).append(frame)
-            if number in self.features:
-                features_head, frames = unpack(self.features[number])
-                rows.features.append(frames["rows"])
-                if "letters" in frames:  # dead letters of dimensions
-                    rows.dead_letters.append(frames["letters"])
-                self.shards = features_head["state"]
-        return head, rows
-
-    def _dead_letters(self, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
+    def _dead_letters(self, frame: pl.DataFrame, record: CommitRecord) -> int:
         arrived = _time("arrived")
         frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
         writer = Writer(
@@ -333,9 +352,9 @@ class PendingTurns:
             application_of(f"{self.view.name}/letters"),
             self.run_id,
         )
-        return writer.append(frame, record["turn"], record, NewDeadLetters(writer.app))
+        return writer.append(frame, record.turn, record.to_json(), NewDeadLetters(writer.app))
 
-    def _source(self, name: str, frame: pl.DataFrame, record: Mapping[str, Any]) -> int:
+    def _source(self, name: str, frame: pl.DataFrame, record: CommitRecord) -> int:
         source = sources_of(self.view)[name]
         frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
         frame = frame.with_columns(
@@ -347,7 +366,7 @@ class PendingTurns:
             source_uri(sources_root(self.store), name), accepted(self.view, name), application_of(name), self.run_id
         )
         fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
-        return writer.append(frame, record["turn"], record, fresh)
+        return writer.append(frame, record.turn, record.to_json(), fresh)
 
 
 def _time(name: str) -> pl.Expr:

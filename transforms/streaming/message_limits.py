@@ -58,8 +58,8 @@ def _beyond(rule: str, value: str) -> ContractError:
     return ContractError(rule, value, "Send its rows in several messages")
 
 
-# Fields of the tables in Arrow's Message.fbs: a table's first field is at 4 of its vtable, each next one 2 further.  They
-# are read by hand: flatbuffers' own classes take 50 µs a message.
+# Fields of the tables in Arrow's Message.fbs: a table's first field is at 4 of its vtable, each next one 2 further.
+# They are read by hand: flatbuffers' own classes take 50 µs a message.
 _MESSAGE_VERSION, _HEADER_TYPE, _HEADER, _BODY_LENGTH, _CUSTOM_METADATA = 4, 6, 8, 10, 12
 _BATCH_LENGTH, _BUFFERS, _COMPRESSION, _DICTIONARY_DATA = 4, 8, 10, 6
 _SCHEMA, _DICTIONARY_BATCH, _RECORD_BATCH = 1, 2, 3

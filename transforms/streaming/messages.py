@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -42,7 +42,7 @@ _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.D
 
 
 class Message(NamedTuple):
-    """A record of a topic; `timestamp` (µs) is when it arrived there.  One with a reason in `refused` is not decoded."""
+    """A record of a topic; `timestamp` (µs) is when it arrived there.  With a reason in `refused` it is not decoded."""
 
     topic: str
     partition: int
@@ -138,13 +138,13 @@ def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) ->
 def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
     """Returns the greatest time of a partition's heartbeats, and dead letters of heartbeats without a valid time."""
     until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
-    for beat in (each for each in messages if each.key == HEARTBEAT):
-        stamp = int(beat.value) if re.fullmatch(rb"-?\d{1,19}", beat.value) else None
-        if stamp is None or stamp < ALWAYS or (stamp > beat.timestamp + ahead_by and stamp != FOREVER):
+    for message in (each for each in messages if each.key == HEARTBEAT):
+        stamp = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
+        if stamp is None or stamp < ALWAYS or (stamp > message.timestamp + ahead_by and stamp != FOREVER):
             ahead = contract.source.ahead
             rule = f"a heartbeat is an integer, µs since 1970, at most {ahead} ahead of its arrival (ahead)"
-            dead_letters.append(_unreadable(contract, beat, rule))
-        elif stamp != FOREVER or beat is messages[-1]:  # an end counts only if no message follows
+            dead_letters.append(_unreadable(contract, message, rule))
+        elif stamp != FOREVER or message is messages[-1]:  # an end counts only if no message follows
             until.append(stamp)
     return max(until, default=None), dead_letters
 
@@ -227,7 +227,7 @@ def _in_microseconds(table: pa.Table) -> pa.Table:
 
 def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
     counts: list[int] = []
-    rows: list[Any] = []
+    rows: list[object] = []
     for message in messages:
         check_json(message.value)
         value = json.loads(message.value)
@@ -239,10 +239,10 @@ def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
 
 
 def _from_rows(
-    contract: Contract, rows: list[Any], messages: Sequence[Message], counts: Sequence[int] | None = None
+    contract: Contract, rows: list[object], messages: Sequence[Message], counts: Sequence[int] | None = None
 ) -> pl.DataFrame:
     """Rows of messages as a frame.  Every row must have every column that is read: a renamed column is not null."""
-    source, read = contract.source, set(contract.columns)
+    source, read, objects = contract.source, set(contract.columns), []
     for row in rows:
         if not isinstance(row, dict):
             raise ContractError("A message holds an object or a list of them", repr(row)[:100], "")
@@ -250,15 +250,22 @@ def _from_rows(
             missing = next(name for name in contract.columns if name not in row)
             what = f"Source {source.name!r}: every row has the declared column {missing!r}"
             raise ContractError(what, ", ".join(map(str, row)), nearest(missing, map(str, row)))
-    columns = [_column(source, name, dtype, [row.get(name) for row in rows]) for name, dtype in source.schema.items()]
+        objects.append(row)
+    columns = [
+        _column(source, name, dtype, [each.get(name) for each in objects]) for name, dtype in source.schema.items()
+    ]
     return _with_origin(pl.DataFrame(columns), messages, [len(rows)] if counts is None else counts)
 
 
-def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) -> pl.Series:
+def _column(source: Source, name: str, dtype: pl.DataType, values: list[object]) -> pl.Series:
     """Python values as a column of exactly `dtype`; times may be ISO 8601 text."""
     allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
     found = set(map(type, values)) - {type(None)}
-    if found == {datetime} and isinstance(dtype, pl.Datetime) and all(each is None or each.tzinfo for each in values):
+    if (
+        found == {datetime}
+        and isinstance(dtype, pl.Datetime)
+        and all(each.tzinfo for each in values if isinstance(each, datetime))
+    ):
         return pl.Series(name, values, dtype)
     if found == {date} and dtype == pl.Date:
         return pl.Series(name, values, dtype)
@@ -292,7 +299,7 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[Any]) ->
     return series
 
 
-def _avro_rows(contract: Contract, message: Message) -> list[Any]:
+def _avro_rows(contract: Contract, message: Message) -> list[object]:
     try:
         return avro_rows(message.value, contract.source.schema.keys())
     except ContractError:

@@ -1,28 +1,21 @@
-"""Micro-batches: decoded messages of a partition, on their way to the journal; and how rows and cuts are named."""
+"""Micro-batches: the decoded messages of a partition, on their way to the journal."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import polars as pl
 
-from schemas.views import FeatureView
-from transforms.records.frame_packets import pack, unpack
-from transforms.records.row_hashing import UInt64s, combine, hash_column
+from transforms.records.frame_packets import Head, pack, unpack
 from transforms.records.times import FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
-from transforms.streaming.messages import Decoded
-from transforms.streaming.shards import RID
 
-ORIGIN_COLUMNS = ["__partition", "__offset", "__place"]
-# How long a hole in a partition's offsets is waited on before Kafka is asked what is in it, and before it is asked again when
-# a record is (µs).  Every transaction ends in a hole, so the former is what its rows wait for.  Where nobody can be asked, a
-# hole is waited on for the latter.
+# A gap in a partition's offsets is left open for GAP_PATIENCE µs before Kafka is asked what it holds, and for AGAIN µs
+# before it is asked again if there is a record in it.  Every transaction ends with a gap, so its rows wait for the
+# former.  Where nobody can be asked, a gap is left open for the latter.
 GAP_PATIENCE, AGAIN = 100_000, 2_000_000
-# Counts offsets at which nothing was: deleted before they were read, compacted away, or a transaction's own.
+# Counts the offsets without a record: deleted before they were read, compacted away, or a transaction's own.
 SKIPPED = "offsets_skipped"
 # The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
 NextAvailable = Callable[[str, int, int], int]
@@ -30,7 +23,18 @@ NextAvailable = Callable[[str, int, int], int]
 
 @dataclasses.dataclass(eq=False)
 class MicroBatch:
-    """Messages `[first, next)` of one partition, decoded.  `received`: when the journal got it."""
+    """Messages `[first, next)` of one partition, decoded.
+
+    Args:
+        source, partition: of the messages.
+        first: the first offset.
+        next: the offset after the last.
+        messages: number of messages.
+        heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
+        rows: the rows that keep the contract, with their origin.
+        dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
+        received: when the job received the messages, µs; a gap before them is left open from then on.
+    """
 
     source: str
     partition: int
@@ -44,65 +48,48 @@ class MicroBatch:
 
 
 def micro_batch_envelope(
-    parts: Sequence[tuple[str, int, int, int, int, Decoded]],
-    arrived: int,
-    index: int | None = None,
-    received: int = 0,
-    more: Mapping[str, Any] | None = None,
+    micro_batches: Sequence[MicroBatch], arrived: int = 0, index: int | None = None, more: Head | None = None
 ) -> bytes:
-    """Decoded messages of some partitions (source, partition, first, next, messages, what they held) as one packet.
+    """Micro-batches that were received at one time, as one envelope.
 
     Args:
-        parts: see above.
-        arrived: when the last of the messages did, µs.
-        index: place in the order of a replay.
-        came: when Millrace got them, µs; a hole before them is waited on from then.
+        micro_batches: of any partitions.
+        arrived: when the last of their messages arrived, µs.
+        index: position in the order of a replay.
         more: further entries of the head.
     """
     head, frames, rows = [], dict[str, pl.DataFrame](), dict[str, list[pl.DataFrame]]()
-    for i, (source, partition, first, after, messages, held) in enumerate(parts):
-        head.append([source, partition, first, after, messages, held.heartbeat, len(held.rows)])
-        rows.setdefault(source, []).append(held.rows)
-        if len(held.dead_letters):
-            frames[f"{i}l"] = held.dead_letters
-    frames |= {
-        f"r:{source}": pl.concat(some, rechunk=True) for source, some in rows.items()
-    }  # one costs less than many
+    for i, each in enumerate(micro_batches):
+        ranges = [each.source, each.partition, each.first, each.next, each.messages, each.heartbeat, len(each.rows)]
+        head.append(ranges)
+        rows.setdefault(each.source, []).append(each.rows)
+        if len(each.dead_letters):
+            frames[f"{i}l"] = each.dead_letters
+    # One frame per source is encoded faster than one per partition.
+    frames |= {f"r:{source}": pl.concat(some, rechunk=True) for source, some in rows.items()}
+    received = micro_batches[0].received if micro_batches else 0
     return pack(
         {"kind": "micro", "index": index, "arrived": arrived, "came": received, "parts": head, **(more or {})}, frames
     )
 
 
 def micro_batches_of(envelope: bytes) -> list[MicroBatch]:
+    """The micro-batches of `micro_batch_envelope`."""
     head, frames = unpack(envelope)
     none, result, taken = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), [], dict[str, int]()
-    for i, (source, partition, first, after, messages, beat, count) in enumerate(head["parts"]):
+    for i, (source, partition, first, after, messages, heartbeat, count) in enumerate(head["parts"]):
         start = taken.get(source, 0)
         taken[source] = start + count
         rows, dead_letters = frames[f"r:{source}"][start : start + count], frames.get(f"{i}l", none)
-        result.append(MicroBatch(source, partition, first, after, messages, beat, rows, dead_letters, head["came"]))
+        result.append(
+            MicroBatch(source, partition, first, after, messages, heartbeat, rows, dead_letters, head["came"])
+        )
     return result
 
 
 def envelopes_of(waiting: Sequence[MicroBatch]) -> list[bytes]:
-    """Each micro-batch as a packet of its own again."""
-    return [
-        micro_batch_envelope(
-            [
-                (
-                    each.source,
-                    each.partition,
-                    each.first,
-                    each.next,
-                    each.messages,
-                    Decoded(each.rows, each.dead_letters, each.heartbeat),
-                )
-            ],
-            0,
-            received=each.received,
-        )
-        for each in waiting
-    ]
+    """Each micro-batch as an envelope of its own."""
+    return [micro_batch_envelope([each]) for each in waiting]
 
 
 def no_topic(source: str, partition: int, offset: int) -> int:
@@ -117,17 +104,20 @@ def in_order(
     count: Callable[[str, str, int], None],
     next_available: NextAvailable = no_topic,
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """(Micro-batches whose turn it is, in order of offsets; those that wait for one before them.)
+    """Sorts micro-batches into those that can be admitted and those that wait for an earlier one.
 
-    The one before may be on its way still, on a worker that is slow or was frozen.  Or there is none, since Kafka
-    deleted it, compacted it away or keeps the offset to itself (a transaction's end): `next_available` knows.
+    The earlier one may still be on its way, on a worker that is slow or was frozen.  Or there is none, since Kafka
+    deleted it, compacted it away or uses the offset itself (the end of a transaction); `next_available` knows.
 
     Args:
-        inbox: of any partitions, in any order.
-        due: next offset per source and partition.
-        now: a hole that is waited on since `GAP_PATIENCE` is asked about.
-        count: told of (source, what, how many) that came again or were passed over.
-        next_there: see `NextAvailable`.
+        inbox: micro-batches of any partitions, in any order.
+        due: next offset by source and partition.
+        now: µs; a gap that has been open for `GAP_PATIENCE` is looked up.
+        count: called with (source, what, number) of messages that are repeated and of offsets that are skipped.
+        next_available: see `NextAvailable`.
+
+    Returns:
+        The micro-batches that can be admitted, in order of offsets, and the others.
     """
     admitted: list[MicroBatch] = []
     waiting: list[MicroBatch] = []
@@ -152,34 +142,3 @@ def in_order(
         admitted.append(micro_batch)
         expected[micro_batch.source][micro_batch.partition] = micro_batch.next
     return admitted, waiting
-
-
-def known_columns(view: FeatureView, name: str) -> list[str]:
-    """What is kept of a source's rows to tell which of two repeats stays: what ties are broken by."""
-    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_held(name)
-
-
-def row_identity(rows: pl.DataFrame) -> pl.Series:
-    """A row's identity by where it came from."""
-    return pl.Series(
-        RID, combine([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64) if len(rows) else [], pl.Int64
-    )
-
-
-def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
-    """Hash of the rows' content."""
-    if not len(rows):
-        return pl.Series("__digest", [], pl.UInt64)
-    parts: list[UInt64s] = []
-    for name in columns:
-        column = rows[name]
-        if column.dtype.is_float():
-            column = column.cast(pl.Float64).reinterpret(signed=True)
-        parts.append(hash_column(column))
-    return pl.Series("__digest", combine(parts))
-
-
-def cut_of(text: str) -> dict[tuple[str, int], int]:
-    """A cut's text as (source, partition) → next offset."""
-    pairs = (part.rsplit(":", 1) for part in text.split(",") if part)
-    return {(position.rsplit("/", 1)[0], int(position.rsplit("/", 1)[1])): int(offset) for position, offset in pairs}

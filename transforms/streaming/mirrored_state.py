@@ -1,83 +1,94 @@
-"""Objects in memory mirrored in Beam's state: used while their version is the state's, built anew from it where not.
+"""Objects in memory that mirror Beam's state of a key.
 
-So a turn writes what it adds and reads nothing, and another worker, a retry or a restored checkpoint finds all of it.
+A step uses the object in memory if its version is the version in the state, and builds it from the state otherwise.  So
+a turn writes what it adds and reads nothing, and another worker, a retry or a restored checkpoint finds everything.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
 
-from transforms.records.frame_packets import pack, unpack
-from transforms.streaming.journal import Journal
-from transforms.streaming.kafka import Broker
-from transforms.streaming.micro_batches import MicroBatch
-from transforms.streaming.pane_store import SLOTS, Store, slot_contents, take_changes
-from transforms.streaming.shards import Shard
+from transforms.records.frame_packets import Head, pack, unpack
+from transforms.streaming.time_buckets import SLOTS, Store, slot_contents, take_changes
 
-# The one key of what must be one.
-SINGLE_KEY = b"0"
-# Pieces a cell may have before it is written anew as one.
-PIECES = 24
+Held = TypeVar("Held")
+Output = TypeVar("Output")
 KeyedBytes = tuple[bytes, bytes]
+# The key of a step that has only one.
+SINGLE_KEY = b"0"
+# The most pieces of a slot: with more, it is rewritten as one.
+PIECES = 24
 
 
-@dataclasses.dataclass(frozen=True)
-class LiveSettings:
-    """How a live job works.  Times are µs.
+class ValueState(Protocol):
+    """State that holds one value, as Beam passes it to a DoFn."""
 
-    Args:
-        store: where its tables lie.
-        run_id: begins the names of its files.
-        dimensions: folder of the dimensions.
-        shards: parallel shards of keys; one works in the journal's own step, without a way through the runner.
-        keep: how long after the spine's clock a late question is still answered.
-        pace: least time between turns; 0 takes one per packet, at the packet's own time (replay).
-        commit_every: least time between commits.
-        dimension_every: how often dimensions are looked at.
-        prefix: before the names of topics.
-        table: whether answers go to the table.
-        kafka: where messages come from; None: a replay.
-        begin: of a replay, where it begins (`resume.Start` as JSON); None: with nothing.
+    def read(self) -> bytes | None: ...
+    def write(self, value: bytes) -> None: ...
+
+
+class BagState(Protocol):
+    """State that holds a bag of values, as Beam passes it to a DoFn."""
+
+    def read(self) -> Iterable[bytes]: ...
+    def add(self, value: bytes) -> None: ...
+    def clear(self) -> None: ...
+
+
+HEAD_SPEC, BAG_SPEC = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())
+SLOT_SPECS = [BagStateSpec(f"cell_{number}", BytesCoder()) for number in range(SLOTS)]
+StateParam = beam.DoFn.StateParam
+# The slots of a key.
+Slots = Sequence[BagState]
+
+
+def with_slots(method: Callable[..., Output]) -> Callable[..., Output]:
+    """Passes the slots of a key to a DoFn's method as one sequence, its last parameter.
+
+    Beam passes each state as a parameter of its own, and finds out about them by the method's signature.
     """
+    signature = inspect.signature(method)
+    *others, _ = signature.parameters.values()
+    slots = [
+        inspect.Parameter(f"slot_{number}", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=StateParam(spec))
+        for number, spec in enumerate(SLOT_SPECS)
+    ]
+    seen_by_beam = signature.replace(parameters=[*others, *slots])
 
-    store: str
-    run_id: str
-    dimensions: str
-    shards: int = 1
-    keep: int = 3_600_000_000
-    pace: int = 200_000
-    commit_every: int = 10_000_000
-    dimension_every: int = 60_000_000
-    prefix: str = ""
-    table: bool = True
-    kafka: Broker | None = None
-    begin: Mapping[str, Any] | None = None
+    @functools.wraps(method)
+    def call(*args: object, **kwargs: object) -> Output:
+        values = list(seen_by_beam.bind(*args, **kwargs).arguments.values())
+        return method(*values[:-SLOTS], values[-SLOTS:])
+
+    call.__signature__ = seen_by_beam  # type: ignore[attr-defined]
+    return call
 
 
-class Mirror:
-    """Objects in memory by key, each good for one version of its state."""
+class Mirror(Generic[Held]):
+    """Objects in memory by key, each valid for one version of its state."""
 
     def __init__(self) -> None:
-        self._held: dict[bytes, tuple[int, Any]] = {}
+        self._held: dict[bytes, tuple[int, Held]] = {}
 
-    def get(self, key: bytes, version: int, build: Callable[[], Any]) -> Any:
-        """The object, until it is `put` back: one that an error left half changed is not used again."""
+    def get(self, key: bytes, version: int, build: Callable[[], Held]) -> Held:
+        """The object of a key, or a new one.  It must be `put` back: an error may leave it half changed."""
         known = self._held.pop(key, None)
         return known[1] if known is not None and known[0] == version else build()
 
-    def put(self, key: bytes, version: int, value: Any) -> None:
+    def put(self, key: bytes, version: int, value: Held) -> None:
         self._held[key] = (version, value)
 
 
-def load_slots(stores: Mapping[str, Store], slots: Sequence[Any]) -> list[int]:
-    """Fill `stores` from their cells; how many pieces each cell has."""
+def load_slots(stores: Mapping[str, Store], slots: Slots) -> list[int]:
+    """Fills `stores` from their slots.  Returns the number of pieces of each slot."""
     counts = []
     for slot in slots:
         pieces = list(slot.read())
@@ -88,8 +99,8 @@ def load_slots(stores: Mapping[str, Store], slots: Sequence[Any]) -> list[int]:
     return counts
 
 
-def save_slots(stores: Mapping[str, Store], slots: Sequence[Any], counts: list[int]) -> None:
-    """Write what has changed in `stores`: appended, or a cell anew."""
+def save_slots(stores: Mapping[str, Store], slots: Slots, counts: list[int]) -> None:
+    """Writes the changes of `stores`: they are appended to a slot, or it is rewritten.  Updates `counts`."""
     for number, pieces in take_changes(stores).items():
         slot = slots[number]
         if pieces is None or counts[number] + len(pieces) > PIECES:
@@ -101,36 +112,24 @@ def save_slots(stores: Mapping[str, Store], slots: Sequence[Any], counts: list[i
         counts[number] += len(pieces)
 
 
-def read_head(head: Any) -> dict[str, Any]:
+def read_head(head: ValueState) -> Head:
+    """The head of a key's state: a JSON object with at least its version."""
     value = head.read()
     return json.loads(value) if value else {"version": 0}
 
 
-def write_head(head: Any, value: Mapping[str, Any]) -> None:
+def write_head(head: ValueState, value: Head) -> None:
     head.write(json.dumps(value, separators=(",", ":")).encode())
 
 
-@dataclasses.dataclass(eq=False)
-class JournalState:
-    """The journal, what waits for it, and, where there is but one, the shard."""
-
-    journal: Journal
-    shard: Shard | None
-    inbox: list[MicroBatch] = dataclasses.field(default_factory=list)
-    early: dict[int, bytes] = dataclasses.field(default_factory=dict)
-    counts: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def stores(self) -> dict[str, Store]:
-        """All that is kept in cells."""
-        shards = {} if self.shard is None else self.shard.stores
-        return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
-
-
-HEAD_SPEC, BAG_SPEC = ReadModifyWriteStateSpec("head", BytesCoder()), BagStateSpec("bag", BytesCoder())
-SLOT_SPECS = [BagStateSpec(f"cell_{number}", BytesCoder()) for number in range(SLOTS)]
-StateParam = beam.DoFn.StateParam
+def replace_bag(bag: BagState, values: Iterable[bytes]) -> None:
+    """Writes a bag anew."""
+    values = list(values)
+    bag.clear()
+    for value in values:
+        bag.add(value)
 
 
 def assembler(turn: int) -> bytes:
+    """The key of the assembly of a turn: a few turns are assembled in parallel."""
     return str(turn % 4).encode()

@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 from schemas.errors import MismatchError, StoreError
 from schemas.views import FeatureView
+from transforms.records.frame_packets import Head
 from transforms.records.times import FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
@@ -18,9 +18,10 @@ from transforms.streaming.history import Handover
 from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure, topic_of
 from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
 from transforms.streaming.live_features import Sends
-from transforms.streaming.live_tables import application_of, last_commit_record
-from transforms.streaming.mirrored_state import LiveSettings
-from transforms.streaming.recovery import RecoveryPoint, find_recovery_point
+from transforms.streaming.live_settings import LiveSettings
+from transforms.streaming.live_tables import features_record, source_record
+from transforms.streaming.progress import CommitRecord, RecoveryPoint
+from transforms.streaming.recovery import find_recovery_point
 from transforms.streaming.replay import Replay, sources_of
 from transforms.streaming.store_owner import claim
 
@@ -104,29 +105,30 @@ class LiveFeaturesPlan:
         """The settings of the engine.  A replay starts from them; a job on Kafka gets its start as a message."""
         if self.job.replay is None:
             return self.job.settings
-        return dataclasses.replace(self.job.settings, begin=self.start.to_json())
+        return dataclasses.replace(self.job.settings, begin=self.start)
 
     @property
     def due(self) -> dict[str, dict[int, int]]:
         """Per topic, next offset by partition."""
         return self._due(self.start.next)
 
-    def finished_at(self, status: Mapping[str, Any]) -> bool:
+    def finished_at(self, status: Head) -> bool:
         """Whether every message is read and committed, and none follows the ends of the partitions.
 
         Args:
             status: of the last commit; empty before the first.
         """
-        if not status or not status["last"] or int(status["turn"]) <= self.start.turn:
+        record = CommitRecord.of_json(status)
+        if not record.last or record.turn <= self.start.turn:
             return False
-        due = self._due(status["next"])
+        due = self._due(record.next)
         try:
             left = unread(self.job.required_broker(), due)
         except StoreError:  # the next call tries again
             return False
         return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
 
-    def _due(self, offsets: Mapping[str, Mapping[str, int]]) -> dict[str, dict[int, int]]:
+    def _due(self, offsets: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
         return {topic: of_topic(offsets[name]) for name, topic in self.job.topics.items()}
 
 
@@ -172,14 +174,14 @@ class LiveFeaturesFigures:
 
     Args:
         job: the job.
-        record: of the last commit; empty if there was none.
+        record: of the last commit; None if there was none.
         counts: counts of rows by source and by what became of them.
         rows_out: rows of the live feature table.
         commit_version: version of that table; None if there is none.
     """
 
     job: LiveFeaturesJob
-    record: Mapping[str, Any]
+    record: CommitRecord | None
     counts: Mapping[str, Mapping[str, int]]
     rows_out: int
     commit_version: int | None
@@ -189,7 +191,7 @@ class LiveFeaturesFigures:
         """Accepted spine rows that have no feature row, are not rejected and do not wait."""
         counts = self.counts[self.job.view.spine.name]
         rejected = sum(counts.get(reason, 0) for reason in ("repeated", "conflicting", "too_late"))
-        return counts["rows"] - self.rows_out - rejected - (self.record.get("pending") or 0)
+        return counts["rows"] - self.rows_out - rejected - (0 if self.record is None else self.record.pending)
 
     def to_json(self) -> dict[str, object]:
         """For `run.json`."""
@@ -197,8 +199,8 @@ class LiveFeaturesFigures:
             "sources_root": self.job.settings.dimensions,
             "rows_in": sum(each["rows"] for each in self.counts.values()),
             "rows_out": self.rows_out,
-            "pending": self.record.get("pending"),
-            "turns": self.record.get("turn"),
+            "pending": None if self.record is None else self.record.pending,
+            "turns": None if self.record is None else self.record.turn,
             "sources": self.counts,
             "counts": self.counts,
             "table": self.job.table,
@@ -225,36 +227,38 @@ class LiveFeaturesFigures:
             )
 
 
-def live_features_figures(job: LiveFeaturesJob, status: Mapping[str, Any]) -> LiveFeaturesFigures:
+def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFigures:
     """The figures of a job.
 
     Args:
         job: the job.
         status: of the last commit; empty if there was none in this run: then the tables have the record.
     """
-    answers = open_table(job.table)
-    tables = {name: open_table(source_uri(sources_root(job.settings.store), name)) for name in job.topics}
-    records = {name: last_commit_record(table, application_of(name)) for name, table in tables.items()}
-    record = status
-    if not record:
-        committed = [last_commit_record(answers, application_of(job.view.name)), *records.values()]
-        record = max(committed, key=lambda each: each.get("turn", 0))
+    store, features = job.settings.store, open_table(job.table)
+    records = {name: source_record(store, name) for name in job.topics}
+    if status:
+        record: CommitRecord | None = CommitRecord.of_json(status)
+    else:
+        committed = [features_record(job.view, store), *records.values()]
+        record = max((each for each in committed if each is not None), key=lambda each: each.turn, default=None)
     counts: dict[str, dict[str, int]] = {}
-    for name, table in tables.items():
-        history = int(records[name].get("next", {}).get(name, {}).get(str(HISTORY), 0))
+    for name, own in records.items():
+        table = open_table(source_uri(sources_root(store), name))
+        history = 0 if own is None else own.next_of(name).get(HISTORY, 0)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
-        counts[name] = {**record.get("counts", {}).get(name, {}), "rows": rows - history, "history": history}
+        known = {} if record is None else record.counts_of(name)
+        counts[name] = {**known, "rows": rows - history, "history": history}
     if job.replay is None:
         for name, messages in unread_messages(job, record).items():
             counts[name]["unread"] = messages
-    rows_out = 0 if answers is None else sum(file.rows for file in data_files(answers))
-    return LiveFeaturesFigures(job, record, counts, rows_out, None if answers is None else answers.version())
+    rows_out = 0 if features is None else sum(file.rows for file in data_files(features))
+    return LiveFeaturesFigures(job, record, counts, rows_out, None if features is None else features.version())
 
 
-def unread_messages(job: LiveFeaturesJob, record: Mapping[str, Any]) -> dict[str, int]:
+def unread_messages(job: LiveFeaturesJob, record: CommitRecord | None) -> dict[str, int]:
     """Messages after those of a commit, by source; empty if the broker cannot be reached."""
     broker, result = job.required_broker(), dict[str, int]()
-    due = {topic: of_topic(record.get("next", {}).get(name, {})) for name, topic in job.topics.items()}
+    due = {topic: of_topic({} if record is None else record.next_of(name)) for name, topic in job.topics.items()}
     with contextlib.suppress(StoreError):
         check_reachable("The broker", "--bootstrap", broker.bootstrap)
         left = unread(broker, due)

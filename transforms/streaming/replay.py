@@ -1,7 +1,7 @@
 """Files as a stream: the messages that producers would have sent, in order of arrival, in one Python process.
 
-No broker, no Java: the same messages, the same steps after them.  Rows arrive when they became known, or later by a
-seeded random delay.
+It needs no broker and no Java, and the steps after the messages are those of a live job.  Rows arrive when they became
+known, or later by a seeded random delay.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class Replay:
     """How files become messages.
 
     Args:
-        root: folder of the sources' files.
-        start, end: rows known in `[start, end)` µs are sent.
-        partitions: of every topic.
-        disorder: rows arrive up to this much after they became known (µs, uniform, `seed`ed).
-        chunk: messages that arrive within this long (µs) come together, as a poll of a broker would give them.
-        rows: most rows a message holds.
-        format: "arrow" or "json" (one row a message).
+        root: the folder of the sources' files.
+        start, end: rows that were known in `[start, end)` µs are sent.
+        partitions: number of partitions of every topic.
+        disorder: rows arrive up to this much (µs) after they became known; the delay is uniform.
+        seed: of the delays.
+        chunk: messages that arrive within this long (µs) are received together, as from one poll of a broker.
+        rows: the most rows of a message.
+        format: "arrow" or "json" (one row per message).
     """
 
     root: str
@@ -52,12 +53,12 @@ class Replay:
 
 
 def sources_of(view: FeatureView) -> dict[str, Source]:
-    """Everything a live view listens to: the spine and its events."""
+    """The sources whose messages a live view reads: the spine and its events."""
     return {view.spine.name: view.spine, **view.events}
 
 
 def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
-    """The messages, chunk by chunk; at last each partition says that it has told everything."""
+    """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
     frames = {}
     for name, source in sources_of(view).items():
         contract = Contract(source, tuple(source.schema))
@@ -68,9 +69,36 @@ def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
 def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
     random = np.random.default_rng(replay.seed)
-    streams = []
-    for name, frame in frames.items():
-        source = sources_of(view)[name]
+    topics = [_Topic.of(sources_of(view)[name], frame, replay, random) for name, frame in frames.items()]
+    numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
+    for number in numbers.tolist():
+        start = number * replay.chunk
+        messages = [message for topic in topics for message in topic.messages(start, start + replay.chunk, replay)]
+        messages.sort(key=lambda each: each.timestamp)
+        yield messages
+    yield [topic.end(partition) for topic in topics for partition in range(replay.partitions)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Topic:
+    """The rows of one source in order of arrival.
+
+    Args:
+        name: of the topic, which is the source's.
+        frame: the rows.
+        arrived: when each row arrives, µs.
+        partition: of each row.
+        offsets: the next offset by partition.
+    """
+
+    name: str
+    frame: pl.DataFrame
+    arrived: Ints
+    partition: Ints
+    offsets: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Source, frame: pl.DataFrame, replay: Replay, random: np.random.Generator) -> _Topic:
         known = _known(source, frame)
         inside = (known >= replay.start) & (known < replay.end)
         frame, known = frame.filter(pl.Series(inside)), known[inside]
@@ -79,46 +107,33 @@ def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Rep
         keyed = frame[first] if not frame[first].dtype.is_float() else pl.Series(np.arange(len(frame)))
         partition = (mix(hash_column(keyed)) % np.uint64(replay.partitions)).astype(np.int64) if len(frame) else known
         order = np.argsort(arrived, kind="stable")
-        streams.append((name, frame[order], arrived[order], partition[order]))
-    offsets: dict[tuple[str, int], int] = {}
-    numbers = np.unique(np.concatenate([arrived // replay.chunk for _, _, arrived, _ in streams]))
-    for number in numbers.tolist():
-        messages: list[Message] = []
-        for name, frame, arrived, partition in streams:
-            lo, hi = np.searchsorted(arrived, [number * replay.chunk, (number + 1) * replay.chunk])
-            for each in range(replay.partitions) if hi > lo else ():
-                rows = lo + np.flatnonzero(partition[lo:hi] == each)
-                messages += _messages(name, each, frame, arrived, rows, offsets, replay)
-        messages.sort(key=lambda each: each.timestamp)
-        yield messages
-    yield [
-        Message(name, each, offsets.get((name, each), 0), int(arrived.max(initial=0)), *heartbeat(FOREVER))
-        for name, _, arrived, _ in streams
-        for each in range(replay.partitions)
-    ]
+        return cls(source.name, frame[order], arrived[order], partition[order])
 
+    def messages(self, start: int, end: int, replay: Replay) -> Iterator[Message]:
+        """The messages of rows that arrive in `[start, end)` µs, partition by partition."""
+        low, high = np.searchsorted(self.arrived, [start, end])
+        for partition in range(replay.partitions) if high > low else ():
+            rows = low + np.flatnonzero(self.partition[low:high] == partition)
+            yield from self._messages(partition, rows, replay)
 
-def _messages(
-    topic: str,
-    partition: int,
-    frame: pl.DataFrame,
-    arrived: Ints,
-    rows: Ints,
-    offsets: dict[tuple[str, int], int],
-    replay: Replay,
-) -> Iterator[Message]:
-    step = 1 if replay.format == "json" else replay.rows
-    values = to_json(frame[rows]) if replay.format == "json" and len(rows) else []
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        value = values[start] if values else to_arrow(frame[some])
-        offset = offsets.get((topic, partition), 0)
-        offsets[topic, partition] = offset + 1
-        yield Message(topic, partition, offset, int(arrived[some[-1]]), None, value)
+    def _messages(self, partition: int, rows: Ints, replay: Replay) -> Iterator[Message]:
+        step = 1 if replay.format == "json" else replay.rows
+        values = to_json(self.frame[rows]) if replay.format == "json" and len(rows) else []
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            value = values[start] if values else to_arrow(self.frame[some])
+            offset = self.offsets.get(partition, 0)
+            self.offsets[partition] = offset + 1
+            yield Message(self.name, partition, offset, int(self.arrived[some[-1]]), None, value)
+
+    def end(self, partition: int) -> Message:
+        """The heartbeat after which nothing follows on a partition."""
+        arrived = int(self.arrived.max(initial=0))
+        return Message(self.name, partition, self.offsets.get(partition, 0), arrived, *heartbeat(FOREVER))
 
 
 def _known(source: Source, frame: pl.DataFrame) -> Ints:
-    """When each row became known; of rows whose stamp is not plausible, when the row before them did."""
+    """When each row became known (µs); a row with an implausible time became known with the row before it."""
     limits = Contract(source, ())
     moment = frame[str(source.time)].to_physical()
     plausible = moment.is_not_null() & (moment >= limits.earliest) & (moment < 2**52)

@@ -1,11 +1,11 @@
-"""The keyed steps after the journal: shards answer, parts are put together, turns are committed."""
+"""The keyed steps after the journal: shards compute features, the features of a turn are assembled, and committed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import apache_beam as beam
 import polars as pl
@@ -14,124 +14,160 @@ from apache_beam.metrics import Metrics
 from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
-from transforms.records.frame_packets import head_of, pack, unpack
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import now_us
+from transforms.streaming.groups import groups_of
 from transforms.streaming.live_dimensions import Dimensions
+from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.mirrored_state import (
     BAG_SPEC,
     HEAD_SPEC,
     SINGLE_KEY,
-    SLOT_SPECS,
+    BagState,
     KeyedBytes,
-    LiveSettings,
     Mirror,
+    Slots,
     StateParam,
+    ValueState,
     assembler,
     load_slots,
     read_head,
+    replace_bag,
     save_slots,
+    with_slots,
     write_head,
 )
-from transforms.streaming.shards import Shard, assemble, groups_of, versions_text
-from transforms.streaming.wake_ups import unset_timer
+from transforms.streaming.shards import Shard, assemble, versions_text
+from transforms.streaming.step_messages import (
+    ReadySpineRows,
+    ShardFeatures,
+    ShardInput,
+    TurnEntry,
+    TurnFeatures,
+    assembly_input_of,
+    commit_input_of,
+)
+from transforms.streaming.time_buckets import StoreSize
+from transforms.streaming.wake_ups import Timer, unset_timer
+
+
+@dataclasses.dataclass(eq=False)
+class ShardState:
+    """What the step of a shard holds in memory.
+
+    Args:
+        shard: the shard.
+        counts: number of pieces of each slot.
+        early: inputs that arrived before an earlier one, by their number.
+    """
+
+    shard: Shard
+    counts: list[int]
+    early: dict[int, ShardInput]
 
 
 class ShardDoFn(beam.DoFn):
-    """(shard, turn's packet) → (assembler, answers).  Packets are applied in the order of their numbers."""
+    """(shard, its input) → (assembler, features).  Inputs are applied in the order of their numbers."""
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.rows = Metrics.distribution("millrace.live", "shard_rows")
 
     def setup(self) -> None:
-        self.mirror = Mirror()
+        self.mirror = Mirror[ShardState]()
 
+    @with_slots
     def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        c0: Any = StateParam(SLOT_SPECS[0]),
-        c1: Any = StateParam(SLOT_SPECS[1]),
-        c2: Any = StateParam(SLOT_SPECS[2]),
-        c3: Any = StateParam(SLOT_SPECS[3]),
-        c4: Any = StateParam(SLOT_SPECS[4]),
-        c5: Any = StateParam(SLOT_SPECS[5]),
-        c6: Any = StateParam(SLOT_SPECS[6]),
-        c7: Any = StateParam(SLOT_SPECS[7]),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        slots: Slots = (),
     ) -> Iterator[KeyedBytes]:
         key, envelope = element
-        slots = (c0, c1, c2, c3, c4, c5, c6, c7)
         state = read_head(head)
 
-        def build() -> tuple[Shard, list[int], dict[int, bytes]]:
+        def build() -> ShardState:
             shard = Shard(self.view, int(key), self.live.shards)
-            return shard, load_slots(shard.stores, slots), {head_of(each)["number"]: each for each in bag.read()}
+            inputs = map(ShardInput.of_envelope, bag.read())
+            return ShardState(shard, load_slots(shard.stores, slots), {each.number: each for each in inputs})
 
-        shard, counts, early = self.mirror.get(key, state["version"], build)
-        due = state.get("due", 0)
-        early[head_of(envelope)["number"]] = envelope
-        held_back = len(early) > 1 or due not in early
-        while due in early:
-            turn, frames = unpack(early.pop(due))
-            answer = shard.apply(turn, frames)
-            if answer is not None:
-                yield assembler(turn["turn"]), answer
+        held = self.mirror.get(key, state["version"], build)
+        due, given = state.get("due", 0), ShardInput.of_envelope(envelope)
+        held.early[given.number] = given
+        in_turn = list(held.early) == [due]
+        while due in held.early:
+            features = held.shard.apply(held.early.pop(due))
+            if features is not None:
+                yield assembler(features.turn), features.to_envelope()
             due += 1
-        early = {number: each for number, each in early.items() if number >= due}
-        if held_back:
-            bag.clear()
-            for each in early.values():
-                bag.add(each)
-        save_slots(shard.stores, slots, counts)
+        held.early = {number: each for number, each in held.early.items() if number >= due}
+        if not in_turn:
+            replace_bag(bag, (each.to_envelope() for each in held.early.values()))
+        save_slots(held.shard.stores, slots, held.counts)
         state.update(version=state["version"] + 1, due=due)
         write_head(head, state)
-        self.mirror.put(key, state["version"], (shard, counts, early))
-        self.rows.update(sum(len(store) for store in shard.stores.values()))
+        self.mirror.put(key, state["version"], held)
+        self.rows.update(sum(len(store) for store in held.shard.stores.values()))
+
+
+@dataclasses.dataclass(eq=False)
+class TurnParts:
+    """What has arrived of a turn that is assembled: its spine rows, and the features of its shards."""
+
+    spine_rows: ReadySpineRows | None = None
+    features: list[ShardFeatures] = dataclasses.field(default_factory=list)
+
+    def add(self, part: ReadySpineRows | ShardFeatures) -> None:
+        if isinstance(part, ReadySpineRows):
+            self.spine_rows = part
+        else:
+            self.features.append(part)
+
+    @property
+    def complete(self) -> bool:
+        return self.spine_rows is not None and len(self.features) == self.spine_rows.shards
+
+    def envelopes(self) -> list[bytes]:
+        spine_rows = [] if self.spine_rows is None else [self.spine_rows.to_envelope()]
+        return [*spine_rows, *(each.to_envelope() for each in self.features)]
 
 
 class AssembleDoFn(beam.DoFn):
-    """A turn's questions and the shards' parts → its answers, once all are there; also as a packet for the tables."""
+    """A turn's spine rows and the features of its shards → its feature rows, once all have arrived."""
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.pending = Metrics.gauge("millrace.live", "turns_to_assemble")
 
     def setup(self) -> None:
-        self.mirror = Mirror()
+        self.mirror = Mirror[dict[int, TurnParts]]()
         self.groups = groups_of(self.view)
         kept = f"{self.live.store}/dimensions"
         self.dimensions = Dimensions(self.view, self.live.dimensions, kept, self.live.dimension_every)
 
     def process(
-        self, element: KeyedBytes, head: Any = StateParam(HEAD_SPEC), bag: Any = StateParam(BAG_SPEC)
+        self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
     ) -> Iterator[pvalue.TaggedOutput]:
         key, envelope = element
         state = read_head(head)
 
-        def build() -> dict[int, list[bytes]]:
-            turns: dict[int, list[bytes]] = {}
-            for each in bag.read():
-                turns.setdefault(head_of(each)["turn"], []).append(each)
+        def build() -> dict[int, TurnParts]:
+            turns: dict[int, TurnParts] = {}
+            for part in map(assembly_input_of, bag.read()):
+                turns.setdefault(part.turn, TurnParts()).add(part)
             return turns
 
         turns = self.mirror.get(key, state["version"], build)
-        number = head_of(envelope)["turn"]
-        parts = turns.setdefault(number, [])
-        parts.append(envelope)
-        heads = [head_of(each) for each in parts]
-        wanted = next((each["parts"] for each in heads if "parts" in each), None)
-        if wanted is not None and len(parts) == wanted + 1:
-            asked = next(each for each, one in zip(parts, heads, strict=True) if "parts" in one)
-            yield pvalue.TaggedOutput(
-                "answers", (SINGLE_KEY, self.compute_features(asked, [each for each in parts if each is not asked]))
-            )
-            del turns[number]
-            bag.clear()
-            for each in (each for some in turns.values() for each in some):
-                bag.add(each)
+        part = assembly_input_of(envelope)
+        parts = turns.setdefault(part.turn, TurnParts())
+        parts.add(part)
+        if parts.spine_rows is not None and parts.complete:
+            features = self.compute_features(parts.spine_rows, parts.features)
+            yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
+            del turns[part.turn]
+            replace_bag(bag, (each for some in turns.values() for each in some.envelopes()))
         else:
             bag.add(envelope)
         state["version"] += 1
@@ -139,78 +175,68 @@ class AssembleDoFn(beam.DoFn):
         self.mirror.put(key, state["version"], turns)
         self.pending.set(len(turns))
 
-    def compute_features(self, asked: bytes, parts: Sequence[bytes]) -> bytes:
-        head, frames = unpack(asked)
-        spine_rows = frames["questions"]
+    def compute_features(self, ready: ReadySpineRows, parts: Sequence[ShardFeatures]) -> TurnFeatures:
+        """The feature rows of a turn from what its shards computed."""
         self.dimensions.refresh()
-        features = assemble(self.view, self.groups, spine_rows, parts, self.dimensions.frames)
+        features = assemble(self.view, self.groups, ready.rows, parts, self.dimensions.frames)
         moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         rows = features.with_columns(
             row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
             pl.col(self.view.time).dt.date().alias("date"),
-            pl.lit(head["cut"]).alias("__cut"),
-            *(spine_rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
+            pl.lit(ready.cut).alias("__cut"),
+            *(ready.rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
             moment.alias("__answered"),
             pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
         )
-        shard_states = [head_of(each)["state"] for each in parts]
-        state = {name: sum(each[name] for each in shard_states) for name in ("rows", "bytes")}
-        dead_letters = self.dimensions.take_dead_letters()
-        dimension_frames = {"letters": dead_letters} if len(dead_letters) else {}
-        return pack(
-            {"kind": "features", "turn": head["turn"], "state": state, "letters": len(dead_letters)},
-            {"rows": rows, **dimension_frames},
-        )
+        state = sum((each.state for each in parts), StoreSize())
+        return TurnFeatures(ready.turn, state, rows, self.dimensions.take_dead_letters())
 
 
 NEVER = unset_timer()
 
 
 class CommitDoFn(beam.DoFn):
-    """Entries and answers of turns → commits.  One key: turns in order, an interval at a time."""
+    """Entries and feature rows of turns → commits: turns in order, an interval at a time.  There is one key."""
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
         self.committed = Metrics.counter("millrace.live", "rows_committed")
 
     def setup(self) -> None:
-        self.mirror = Mirror()
+        self.mirror = Mirror[PendingTurns]()
         self.since = time.monotonic_ns() // 1000
 
     def process(
         self,
         element: KeyedBytes,
-        head: Any = StateParam(HEAD_SPEC),
-        bag: Any = StateParam(BAG_SPEC),
-        never: Any = beam.DoFn.TimerParam(NEVER),
+        head: ValueState = StateParam(HEAD_SPEC),
+        bag: BagState = StateParam(BAG_SPEC),
+        never: Timer = beam.DoFn.TimerParam(NEVER),
     ) -> Iterator[KeyedBytes]:
         key, envelope = element
         state = read_head(head)
 
         def build() -> PendingTurns:
-            ledger = PendingTurns(self.view, self.live.store, self.live.run_id, self.live.table)
-            ledger.committed = state.get("committed", 0)
-            ledger.rows.update(state.get("rows", {}))
-            for each in bag.read():
-                ledger.take(each)
-            return ledger
+            pending = PendingTurns(self.view, self.live.store, self.live.run_id, self.live.table)
+            pending.committed = state.get("committed", 0)
+            pending.rows.update(state.get("rows", {}))
+            for part in map(commit_input_of, bag.read()):
+                pending.take(part)
+            return pending
 
-        ledger = self.mirror.get(key, state["version"], build)
-        if head_of(envelope).get("kind") != "tick":
+        pending, part = self.mirror.get(key, state["version"], build), commit_input_of(envelope)
+        if isinstance(part, TurnEntry | TurnFeatures):
             bag.add(envelope)
-            ledger.take(envelope)
-        turns = ledger.whole()
-        now = time.monotonic_ns() // 1000
-        if turns and (now - self.since >= self.live.commit_every or head_of(ledger.entries[turns[-1]])["last"]):
-            summary = ledger.commit(turns)
+            pending.take(part)
+        turns, now = pending.whole(), time.monotonic_ns() // 1000
+        if turns and (now - self.since >= self.live.commit_every or pending.entries[turns[-1]].record.last):
+            status = pending.commit(turns)
             self.since = now
-            bag.clear()
-            for each in (*ledger.entries.values(), *ledger.features.values()):
-                bag.add(each)
-            yield SINGLE_KEY, json.dumps({**summary, "rows": ledger.rows}).encode()
-        state.update(version=state["version"] + 1, committed=ledger.committed, rows=ledger.rows)
+            replace_bag(bag, pending.envelopes())
+            yield SINGLE_KEY, json.dumps(status.to_json()).encode()
+        state.update(version=state["version"] + 1, committed=pending.committed, rows=pending.rows)
         write_head(head, state)
-        self.mirror.put(key, state["version"], ledger)
+        self.mirror.put(key, state["version"], pending)
 
     @on_timer(NEVER)
     def on_never(self) -> None:

@@ -1,167 +1,35 @@
-"""A shard holds the events of its keys and answers the questions about them; the parts of an answer are put together again.
+"""Shards: each holds the events of some keys and computes the features of their spine rows.
 
-Features that read one source by one key make a group.  Events and questions go to the shard that the hash of their
-group's key names, so every question meets all events of its keys in one place, and the kernel of the batch pipeline does
-the rest.
+A spine row meets all events of its keys in the shard of these keys, where the kernel of the batch engine computes the
+features.  `assemble` joins the features of a spine row's groups.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from schemas.errors import DefinitionError
-from schemas.expressions import columns_of
-from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
-from schemas.features import Derived, Latest, Trailing
-from schemas.live import repeats_by
-from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import KernelTables, compute, feature_columns, with_derived
-from transforms.records.frame_packets import Frames, pack, unpack
-from transforms.records.row_hashing import UInt64s
+from schemas.views import FeatureView
+from transforms.features.kernel import KernelTables, compute, feature_columns
 from transforms.records.times import ALWAYS
-from transforms.streaming.lifetime_store import Kind, LifetimeStore, by_kind
-from transforms.streaming.pane_store import SLOTS, Store, TimeBuckets, key_hashes, size_of
-
-Bools = npt.NDArray[np.bool_]
-RID = "__rid"
-MINUTE = 60_000_000
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """Features over one source by one key.
-
-    Args:
-        source: the source's name.
-        keys: (column of the spine, column of the source).
-        features: Trailing and Latest.
-        reach: longest look-back, µs; of all history for any other `kind` than "none".
-        kind: what is kept of events that have left the panes; if anything, the features have one condition.
-    """
-
-    source: str
-    keys: tuple[tuple[str, str], ...]
-    features: tuple[Trailing | Latest, ...]
-    reach: int
-    kind: Kind = "none"
-
-    @property
-    def spine_columns(self) -> tuple[str, ...]:
-        return tuple(spine for spine, _ in self.keys)
-
-    @property
-    def source_columns(self) -> tuple[str, ...]:
-        return tuple(column for _, column in self.keys)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of its features' columns."""
-        return [name for feature in self.features for name in column_names(feature)]
-
-
-def groups_of(view: FeatureView) -> tuple[Group, ...]:
-    """The view's groups.
-
-    Raises:
-        DefinitionError: a key that is known only once other sources were read.
-    """
-    found: dict[tuple[GroupKey, Kind], list[Trailing | Latest]] = {}
-    for feature in view.features:
-        if isinstance(feature, Trailing | Latest):
-            for kind, part in by_kind(feature):
-                key = group_key(part)
-                # Features of bounded windows share the same stored events, whatever their conditions.
-                key = dataclasses.replace(key, where=None) if kind == "none" else key
-                found.setdefault((key, kind), []).append(part)
-    early = {*view.spine.schema, *(name for name, _ in _early(view))}
-    for key, _ in found:
-        late = [spine for spine, _ in key.keys if spine not in early]
-        if late:
-            raise DefinitionError(
-                f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
-                f"{late[0]!r}, by which {key.source!r} is read",
-                "Put the column into the spine, or compute this view in batch",
-            )
-    return tuple(
-        Group(key.source, key.keys, tuple(features), max(_lengths(features)), kind)
-        for (key, kind), features in found.items()
-    )
-
-
-def held_back(view: FeatureView, source: str) -> int:
-    """How long shards hold each event of a source as it is, µs: until it is so much older than any question that may come.
-
-    An event that is compacted cannot be taken back, so it waits until no repeat of it is looked for any more.
-    """
-    return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
-
-
-def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
-    return [length or 0 for feature in features for length in window_lengths(feature)]
-
-
-def _early(view: FeatureView) -> list[tuple[str, Derived]]:
-    """Derived columns that need nothing but the spine, in order."""
-    known, result = set(view.spine.schema), []
-    for feature in view.features:
-        if isinstance(feature, Derived):
-            ready = {name for name, expr in feature.columns.items() if set(columns_of(expr)) <= known}
-            result += [(name, Derived(**{name: feature.columns[name]})) for name in feature.columns if name in ready]
-            known |= ready
-    return result
-
-
-def with_group_keys(view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame) -> pl.DataFrame:
-    """Questions with those derived columns by which groups are keyed."""
-    wanted = {name for group in groups for name in group.spine_columns} - set(view.spine.schema)
-    if not wanted:
-        return spine_rows
-    for _, feature in _early(view):
-        spine_rows = with_derived(view, feature, spine_rows)
-    return spine_rows
-
-
-def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
-    return (hashes >> np.uint64(33)).astype(np.int64) % shards
-
-
-def route_events(groups: Sequence[Group], source: str, rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which of the source's rows it needs: those with a key of its own, in any group."""
-    wanted = [np.zeros(len(rows), np.bool_) for _ in range(shards)]
-    for keys in {group.source_columns for group in groups if group.source == source}:
-        owner = shard_of(key_hashes(rows, keys), shards)
-        nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
-        owner = np.where(nulls, -1, owner)  # a null key matches nothing
-        for number in range(shards):
-            wanted[number] |= owner == number
-    return wanted
-
-
-def route_compacted(group: Group, reduced: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which rows of what is kept of a group's older events are of its keys."""
-    owner = shard_of(key_hashes(reduced, group.source_columns), shards)
-    return [owner == number for number in range(shards)]
-
-
-def route_spine_rows(groups: Sequence[Group], spine_rows: pl.DataFrame, shards: int) -> list[Bools]:
-    """Per shard which questions have a group it answers."""
-    wanted = [np.zeros(len(spine_rows), np.bool_) for _ in range(shards)]
-    for keys in {group.spine_columns for group in groups}:
-        owner = shard_of(key_hashes(spine_rows, keys), shards)
-        for number in range(shards):
-            wanted[number] |= owner == number
-    return wanted
+from transforms.streaming.groups import Group, groups_of, held_back
+from transforms.streaming.lifetime_store import LifetimeStore
+from transforms.streaming.routing import shard_of
+from transforms.streaming.row_origin import RID
+from transforms.streaming.step_messages import ShardFeatures, ShardInput
+from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, size_of
 
 
 class Shard:
-    """What one shard knows, and its answers.  Turns are to be applied in order."""
+    """The events of one shard's keys, and the features that are computed from them.  Inputs are applied in order.
+
+    Args:
+        view: the view.
+        number: of the shard.
+        shards: how many there are.
+    """
 
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
@@ -181,30 +49,33 @@ class Shard:
     def stores(self) -> dict[str, Store]:
         return {**self.buckets, **{f"compacted {i}": store for i, store in self.compacted.items()}}
 
-    def apply(self, head: Mapping[str, Any], frames: Frames) -> bytes | None:
-        """Take a turn's events in, answer its questions, forget what no window can reach any more."""
+    def apply(self, given: ShardInput) -> ShardFeatures | None:
+        """Adds a turn's events, computes the features of its spine rows, and evicts what no window can reach.
+
+        Returns:
+            The features; None if the turn has no spine rows for this shard.
+        """
+        tables, features = given.tables, None
         for name, store in self.buckets.items():
-            if f"retract:{name}" in frames:
-                store.drop(RID, frames[f"retract:{name}"][RID].to_numpy())
-            if f"rows:{name}" in frames:
-                store.add(frames[f"rows:{name}"])
-            if f"old:{name}" in frames:
-                self._compact(name, [frames[f"old:{name}"]])
+            if name in tables.replaced:
+                store.drop(RID, tables.replaced[name].to_numpy())
+            if name in tables.rows:
+                store.add(tables.rows[name])
+            if name in tables.old:
+                self._compact(name, [tables.old[name]])
         for i, compacted in self.compacted.items():
-            if f"compacted:{i}" in frames:
-                compacted.add(frames[f"compacted:{i}"])
-        envelope = None
-        if "questions" in frames:
-            parts = self.compute_features(frames["questions"])
-            head_out = {"turn": head["turn"], "shard": self.number, "state": size_of(self.stores)}
-            envelope = pack(head_out, {str(i): part for i, part in parts.items()})
+            if i in tables.compacted:
+                compacted.add(tables.compacted[i])
+        if tables.spine_rows is not None:
+            columns = self.compute_features(tables.spine_rows)
+            features = ShardFeatures(given.turn, self.number, size_of(self.stores.values()), columns)
         for name, store in self.buckets.items():
-            if left := store.evict(head["horizon"] - self.held_back[name]):
+            if left := store.evict(given.horizon - self.held_back[name]):
                 self._compact(name, left)
-        return envelope
+        return features
 
     def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
-        """Keep what windows without a beginning need of events that every question still to come may see."""
+        """Keeps what lifetime windows need of events that the windows of all later spine rows contain."""
         groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
         if groups:
             rows = pl.concat(frames)
@@ -214,7 +85,7 @@ class Shard:
                 compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
-        """Per group, the columns of the questions whose key is this shard's, with their `__position`."""
+        """By number of a group, its features of the spine rows whose key is this shard's, with their `__position`."""
         hashes = {keys: key_hashes(spine_rows, keys) for keys in {group.spine_columns for group in self.groups}}
         result = {}
         for i, group in enumerate(self.groups):
@@ -249,22 +120,23 @@ def assemble(
     view: FeatureView,
     groups: Sequence[Group],
     spine_rows: pl.DataFrame,
-    answers: Sequence[bytes],
+    parts: Sequence[ShardFeatures],
     dimensions: Mapping[str, pl.DataFrame],
 ) -> pl.DataFrame:
-    """All features of a turn's questions from the shards' parts: context and features, as `kernels.compute` gives."""
-    parts: dict[str, list[pl.DataFrame]] = {}
-    for answer in answers:
-        for name, part in unpack(answer)[1].items():
-            parts.setdefault(name, []).append(part)
+    """All features of a turn's spine rows from what the shards computed, as `kernel.compute` returns them."""
+    by_group: dict[int, list[pl.DataFrame]] = {}
+    for part in parts:
+        for group, some in part.columns.items():
+            by_group.setdefault(group, []).append(some)
     columns: dict[str, pl.Series] = {}
-    for some in parts.values():
-        whole = (pl.concat(some) if len(some) > 1 else some[0]).sort("__position")
+    for frames in by_group.values():
+        whole = (pl.concat(frames) if len(frames) > 1 else frames[0]).sort("__position")
         if len(whole) != len(spine_rows):
-            raise AssertionError(f"{len(whole)} answers to {len(spine_rows)} questions")
+            raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
     return compute(view, spine_rows, KernelTables(dimensions, columns=columns))
 
 
 def versions_text(versions: Mapping[str, str]) -> str:
+    """The versions of dimensions, by name, as JSON."""
     return json.dumps(dict(sorted(versions.items())), separators=(",", ":"))

@@ -10,10 +10,10 @@ Offsets are only valid in their own stream: the flags of a replay decide its off
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -22,18 +22,73 @@ from apache_beam.io.filesystems import FileSystems
 from schemas.errors import StoreError
 from schemas.live import repeats_by
 from schemas.views import FeatureView
+from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
-from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.live_tables import application_of, source_record
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (with its own offsets, accepted rows and feature rows)"
 
 
-def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """The owner of a live store.
+
+    Args:
+        view: name of the view.
+        fingerprint: of the view.
+        sources: what decides which rows are accepted, by source.
+        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+    """
+
+    view: str
+    fingerprint: str
+    sources: Mapping[str, CheckedColumns]
+    stream: Mapping[str, object] | None = None
+
+    @classmethod
+    def of(cls, view: FeatureView, stream: Mapping[str, object] | None) -> Owner:
+        sources = {
+            name: CheckedColumns(tuple(sorted(contract.columns)), tuple(sorted(repeats_by(view, name))))
+            for name, contract in contracts_of(view).items()
+        }
+        return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream))
+
+    def after(self, known: Owner) -> Owner:
+        """This owner, with what an earlier job noted of other sources and of the stream."""
+        stream = known.stream if self.stream is None else self.stream
+        return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream)
+
+    def to_text(self) -> str:
+        sources = {name: dataclasses.asdict(each) for name, each in self.sources.items()}
+        stream = {} if self.stream is None else {"stream": self.stream}
+        note = {"view": self.view, "fingerprint": self.fingerprint, "sources": sources, **stream}
+        return json.dumps(note, indent=2) + "\n"
+
+    @classmethod
+    def of_text(cls, text: bytes) -> Owner:
+        """The owner of `to_text`."""
+        note: Head = json.loads(text)
+        sources = {
+            name: CheckedColumns(tuple(each["columns"]), tuple(each["repeats_by"]))
+            for name, each in note["sources"].items()
+        }
+        return cls(note["view"], note["fingerprint"], sources, note.get("stream"))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedColumns:
+    """The columns of a source whose values are checked, and those that identify repeated rows."""
+
+    columns: tuple[str, ...]
+    repeats_by: tuple[str, ...]
+
+
+def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = None) -> None:
     """Writes the owner of a store, or checks that it is this view and stream.
 
     Args:
@@ -45,9 +100,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None
         StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
             another stream.  Nothing was written.
     """
-    mine = _note(view)
-    if stream is not None:
-        mine["stream"] = dict(stream)
+    mine = Owner.of(view, stream)
     known = _read(store)
     if known is None:
         _check_tables(view, store)
@@ -55,37 +108,26 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, Any] | None = None
             os.makedirs(store, exist_ok=True)
             try:
                 with open(os.path.join(store, OWNER), "x") as handle:
-                    handle.write(json.dumps(mine, indent=2) + "\n")
+                    handle.write(mine.to_text())
                 return
             except FileExistsError:  # another job started at the same moment
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
         _check_stream(view, store, mine, known)
-        mine = {**known, **mine, "sources": {**known["sources"], **mine["sources"]}}
+        mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer((json.dumps(mine, indent=2) + "\n").encode()))
+        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
-def _note(view: FeatureView) -> dict[str, Any]:
-    return {
-        "view": view.name,
-        "fingerprint": view.fingerprint,
-        "sources": {
-            name: {"columns": sorted(contract.columns), "repeats_by": sorted(repeats_by(view, name))}
-            for name, contract in contracts_of(view).items()
-        },
-    }
-
-
-def _read(store: str) -> dict[str, Any] | None:
+def _read(store: str) -> Owner | None:
     path = FileSystems.join(store, OWNER)
     if not FileSystems.exists(path):
         return None
     with FileSystems.open(path, compression_type="uncompressed") as handle:
         try:
-            return dict(json.loads(handle.read()))
-        except ValueError:
+            return Owner.of_text(handle.read())
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreError(
                 "The owner of a live store is written down as JSON",
                 f"{path} is not JSON",
@@ -93,19 +135,19 @@ def _read(store: str) -> dict[str, Any] | None:
             ) from None
 
 
-def _check_note(view: FeatureView, store: str, mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    if known["view"] != view.name:
-        _refuse_view(view, store, str(known["view"]), FileSystems.join(store, OWNER))
-    for name, each in mine["sources"].items():
-        before = known["sources"].get(name, each)
+def _check_note(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
+    if known.view != view.name:
+        _refuse_view(view, store, known.view, FileSystems.join(store, OWNER))
+    for name, each in mine.sources.items():
+        before = known.sources.get(name, each)
         if before == each:
             continue
-        other = sorted(set(each["columns"]) ^ set(before["columns"])) or ["the columns that identify repeated rows"]
+        other = sorted(set(each.columns) ^ set(before.columns)) or ["the columns that identify repeated rows"]
         _refuse_rows(view, store, name, f"only one of the two reads {', '.join(other)}")
 
 
-def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    before, now = known.get("stream"), mine.get("stream")
+def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
+    before, now = known.stream, mine.stream
     if before is None or now is None or before == now or not _has_read(view, store):
         return
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
@@ -119,11 +161,8 @@ def _check_stream(view: FeatureView, store: str, mine: Mapping[str, Any], known:
 
 def _has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
-    records = (
-        last_commit_record(open_table(source_uri(sources_root(store), name)), application_of(name))
-        for name in contracts_of(view)
-    )
-    return any(of_topic(offsets) for each in records for offsets in each.get("next", {}).values())
+    records = [source_record(store, name) for name in contracts_of(view)]
+    return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
 
 
 def _check_tables(view: FeatureView, store: str) -> None:

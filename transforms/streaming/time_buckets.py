@@ -7,8 +7,9 @@ reads all rows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ SLOTS = 8
 # The most buckets that rows added at once are split into.  Rows of more buckets are put into wider ones: otherwise a
 # job that catches up would split them into very small parts.
 SPREAD = 8
+MINUTE = 60_000_000
 
 
 def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
@@ -239,6 +241,17 @@ def slot_contents(stores: Mapping[str, Store], slot: int) -> list[tuple[str, int
     return [(name, *piece) for name, store in stores.items() for piece in store.slot(slot)]
 
 
-def size_of(stores: Mapping[str, Store]) -> dict[str, int]:
-    """Number of rows of the stores, and their bytes in memory."""
-    return {"rows": sum(map(len, stores.values())), "bytes": sum(store.bytes for store in stores.values())}
+@dataclasses.dataclass(frozen=True)
+class StoreSize:
+    """Number of rows of some stores, and their bytes in memory."""
+
+    rows: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: StoreSize) -> StoreSize:
+        return StoreSize(self.rows + other.rows, self.bytes + other.bytes)
+
+
+def size_of(stores: Iterable[Store]) -> StoreSize:
+    stores = list(stores)
+    return StoreSize(sum(map(len, stores)), sum(store.bytes for store in stores))

@@ -1,0 +1,142 @@
+"""The files of a source as history of a live job: its rows in the order of time, checked and counted as batch does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from schemas.errors import ContractError
+from schemas.live import repeats_by
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.block_inputs import distinct, joined
+from transforms.records.times import ALWAYS, day_number, days_in, midnight, now_us
+from transforms.sources.contracts import Contract
+from transforms.sources.dead_letters import as_message_dead_letters
+from transforms.sources.inventory import Slice, files_of, survey, version_of
+from transforms.sources.reader import CHUNK_ROWS, Repeats, repeats_of, stream_slices, without_repeats
+from transforms.storage.paths import source_uri
+from transforms.streaming.beginnings import HISTORY
+from transforms.streaming.replay import sources_of
+
+
+class Piece(NamedTuple):
+    """Rows of some days.
+
+    Args:
+        rows: in the order of time; for a source with `unique`, with `__counted` and `__instead`.
+        dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
+    """
+
+    rows: pl.DataFrame
+    dead_letters: pl.DataFrame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HistoryFiles:
+    """The files of a source.
+
+    Args:
+        view: the view.
+        source: the source.
+        contract: of its rows.
+        slices: its row groups.
+        version: of the source: a Delta table's version, or a digest of its files.
+    """
+
+    view: FeatureView
+    source: Source
+    contract: Contract
+    slices: tuple[Slice, ...]
+    version: str
+
+    @classmethod
+    def of(cls, view: FeatureView, root: str, name: str) -> HistoryFiles:
+        """The files of the source `name` under the folder `root`."""
+        source = sources_of(view)[name]
+        if source is view.spine:
+            contract = Contract(source, tuple(source.schema), tuple(view.key), now_us())
+        else:
+            contract = Contract(
+                source, tuple(view.columns_read(name)), now=now_us(), ordering=view.columns_ordering(name)
+            )
+        version = version_of(root, source)
+        others = tuple(column for column in source.schema if column not in contract.columns)
+        try:
+            contract, slices = survey(root, dataclasses.replace(contract, ordering=others), version)
+        except ContractError:  # columns that no feature needs may be missing, as in batch
+            contract, slices = survey(root, contract, version)
+        return cls(view, source, contract, tuple(slices), _version_text(root, source, version, slices))
+
+    @property
+    def end(self) -> int:
+        """The time after its last plausible one, µs; ALWAYS if there is none."""
+        inside = [each.high for each in self.slices if self.contract.earliest <= each.high < self.contract.latest]
+        return max(inside) + 1 if inside else ALWAYS
+
+    def pieces(self, low: int, high: int) -> Iterator[Piece]:
+        """The rows that were known in `[low, high)` µs, some days at a time, in order."""
+        repeats = repeats_of(self.contract, self.slices) if self.source.unique else None
+        for begin, end in self._spans(low, high):
+            some = [each for each in self.slices if each.high >= begin and each.low < end]
+            own = (ALWAYS if begin == low and low <= self.contract.earliest else begin, end)
+            read = joined(stream_slices(self.contract, some, begin, end, own=own))
+            yield Piece(self._counted(read.frame, repeats), self._dead_letters(read.dead_letters))
+
+    def _spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """Parts of `[low, high)` that begin and end between days and have at most `CHUNK_ROWS` rows, or are one day."""
+        floor = day_number(max(low, self.contract.earliest))
+        days = np.zeros(max(days_in(high) - floor, 0) + 1)
+        for each in self.slices:  # it is assumed that its rows are spread evenly
+            if each.high >= midnight(floor) and each.low < high:
+                first, last = day_number(each.low) - floor, day_number(each.high) - floor
+                first, last = max(first, 0), min(last + 1, len(days) - 1)
+                share = each.rows / (day_number(each.high) - day_number(each.low) + 1)
+                days[first] += share
+                days[last] -= share
+        begin, rows = low, 0.0
+        for number, more in enumerate(np.cumsum(days)[:-1].tolist()):
+            if rows and rows + more > CHUNK_ROWS:
+                yield begin, midnight(floor + number)
+                begin, rows = midnight(floor + number), 0.0
+            rows += more
+        yield begin, high
+
+    def _counted(self, rows: pl.DataFrame, repeats: Repeats | None) -> pl.DataFrame:
+        """Rows in order; for a source with `unique`, whether each counts."""
+        source, time = self.source, str(self.source.time)
+        rows = rows.with_columns(
+            pl.lit(None, dtype).alias(name) for name, dtype in source.schema.items() if name not in rows.columns
+        ).select(source.schema.keys())
+        rows = rows.sort(list(dict.fromkeys([time, *source.tie_order])), maintain_order=True)
+        by = repeats_by(self.view, source.name)
+        if not by:
+            return rows
+        numbered = rows.with_row_index("__number")
+        if source is self.view.spine:
+            kept = distinct(numbered.select(*source.schema, "__number"), [*by])[0]
+        else:
+            checked = numbered.select(*self.view.columns_held(source.name), "__number")
+            kept = without_repeats(source, checked, None if repeats is None else repeats.first)
+        return numbered.with_columns(
+            pl.col("__number").is_in(kept["__number"].implode()).alias("__counted"),
+            pl.lit(None, pl.Int64).alias("__instead"),
+        ).drop("__number")
+
+    def _dead_letters(self, dead_letters: pl.DataFrame) -> pl.DataFrame:
+        return as_message_dead_letters(dead_letters, HISTORY, (each.path for each in self.slices), self.version)
+
+
+def _version_text(root: str, source: Source, version: int | None, slices: Sequence[Slice]) -> str:
+    """A Delta table's version, or a digest of the names and states of the files."""
+    if version is not None:
+        return f"version {version}"
+    stamps = {each.path: each.stamp for each in slices}
+    folder = len(source_uri(root, source.name))
+    listed = [f"{path[folder:]} {stamps.get(path, '')}" for path in files_of(root, source)]
+    return f"files {hashlib.sha256(chr(10).join(listed).encode()).hexdigest()[:16]}"

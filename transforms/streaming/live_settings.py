@@ -1,0 +1,41 @@
+"""The settings of the live engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transforms.streaming.kafka import Broker
+from transforms.streaming.progress import RecoveryPoint
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveSettings:
+    """How a live job works.  Times are µs.
+
+    Args:
+        store: the folder of the tables.
+        run_id: prefix of file names.
+        dimensions: the folder of the dimensions.
+        shards: parallel shards of keys; a single one runs in the journal's step, without a way through the runner.
+        keep: for how long after the watermark of the spine features are still computed for late spine rows.
+        pace: minimum interval between turns; 0: each envelope is a turn, at the envelope's own time (replay).
+        commit_every: minimum interval between commits.
+        dimension_every: minimum interval between reads of the dimensions.
+        prefix: prefix of topic names.
+        table: whether feature rows are written to the table.
+        kafka: the broker of the messages; None: a replay.
+        begin: where a replay begins; None: with an empty store.
+    """
+
+    store: str
+    run_id: str
+    dimensions: str
+    shards: int = 1
+    keep: int = 3_600_000_000
+    pace: int = 200_000
+    commit_every: int = 10_000_000
+    dimension_every: int = 60_000_000
+    prefix: str = ""
+    table: bool = True
+    kafka: Broker | None = None
+    begin: RecoveryPoint | None = None

@@ -1,0 +1,99 @@
+"""Routing: which rows of a turn each shard gets.
+
+The hash of a group's key names the shard of the group's events and spine rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from schemas.views import FeatureView
+from transforms.records.row_hashing import UInt64s
+from transforms.streaming.groups import Group, with_group_keys
+from transforms.streaming.step_messages import ShardTables
+from transforms.streaming.time_buckets import key_hashes
+
+Bools = npt.NDArray[np.bool_]
+
+
+class TurnRouting:
+    """The rows of one turn, by shard.
+
+    Args:
+        view: the view.
+        groups: its groups.
+        shards: number of shards.
+    """
+
+    def __init__(self, view: FeatureView, groups: Sequence[Group], shards: int) -> None:
+        self.view, self.groups = view, groups
+        self.tables = [ShardTables() for _ in range(shards)]
+
+    def add_events(self, source: str, rows: pl.DataFrame) -> None:
+        """Adds new events."""
+        for tables, mine in self._events_by_shard(source, rows):
+            tables.rows[source] = mine
+
+    def add_old_events(self, source: str, rows: pl.DataFrame) -> None:
+        """Adds events that a shard keeps only in compacted form."""
+        for tables, mine in self._events_by_shard(source, rows):
+            tables.old[source] = mine
+
+    def add_replaced(self, source: str, identities: pl.Series) -> None:
+        """Adds identities of events that no longer count.  Every shard gets them, as it is not known who has them."""
+        for tables in self.tables:
+            tables.replaced[source] = identities
+
+    def add_compacted(self, number: int, events: pl.DataFrame) -> None:
+        """Adds compacted events of a group."""
+        owner = shard_of(key_hashes(events, self.groups[number].source_columns), len(self.tables))
+        for shard, tables in enumerate(self.tables):
+            mine = owner == shard
+            if mine.any():
+                tables.compacted[number] = events.filter(pl.Series(mine))
+
+    def add_spine_rows(self, rows: pl.DataFrame) -> int:
+        """Adds spine rows whose features are to be computed.
+
+        Returns:
+            Number of shards that compute some of them.
+        """
+        rows = with_group_keys(self.view, self.groups, rows)
+        owners = [
+            shard_of(key_hashes(rows, keys), len(self.tables)) for keys in {each.spine_columns for each in self.groups}
+        ]
+        columns = dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)])
+        sent = rows.select(pl.int_range(pl.len(), dtype=pl.Int64).alias("__position"), *columns)
+        shards = 0
+        for shard, tables in enumerate(self.tables):
+            mine = np.any([owner == shard for owner in owners], axis=0)
+            if mine.any():
+                tables.spine_rows = sent.filter(pl.Series(mine))
+                shards += 1
+        return shards
+
+    def _events_by_shard(self, source: str, rows: pl.DataFrame) -> Iterator[tuple[ShardTables, pl.DataFrame]]:
+        """The tables of each shard that needs some of the rows, with these rows."""
+        for tables, mine in zip(self.tables, self._owners(source, rows), strict=True):
+            if mine.any():
+                yield tables, rows if mine.all() else rows.filter(pl.Series(mine))
+
+    def _owners(self, source: str, rows: pl.DataFrame) -> list[Bools]:
+        """By shard, which events of a source it needs: those with a key of its own, in any group."""
+        wanted = [np.zeros(len(rows), np.bool_) for _ in self.tables]
+        for keys in {group.source_columns for group in self.groups if group.source == source}:
+            owner = shard_of(key_hashes(rows, keys), len(self.tables))
+            nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
+            owner = np.where(nulls, -1, owner)  # a null key matches nothing
+            for shard, mine in enumerate(wanted):
+                mine |= owner == shard
+        return wanted
+
+
+def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
+    """The number of the shard of each key hash."""
+    return (hashes >> np.uint64(33)).astype(np.int64) % shards

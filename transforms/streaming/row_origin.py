@@ -1,0 +1,60 @@
+"""The origin of a live row: partition, offset and position in its message, and what is derived from them.
+
+A row's identity is a hash of its origin.  A *cut* is the next offset of every partition at one turn of the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from transforms.records.row_hashing import UInt64s, combine, hash_column
+
+# Columns of a row's origin, and the column of its identity.
+ORIGIN_COLUMNS = ["__partition", "__offset", "__place"]
+RID = "__rid"
+
+
+def row_identity(rows: pl.DataFrame) -> pl.Series:
+    """The identities of rows, from the columns of their origin."""
+    return pl.Series(
+        RID, combine([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64) if len(rows) else [], pl.Int64
+    )
+
+
+def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """Hash of the rows' content."""
+    if not len(rows):
+        return pl.Series("__digest", [], pl.UInt64)
+    parts: list[UInt64s] = []
+    for name in columns:
+        column = rows[name]
+        if column.dtype.is_float():
+            column = column.cast(pl.Float64).reinterpret(signed=True)
+        parts.append(hash_column(column))
+    return pl.Series("__digest", combine(parts))
+
+
+def cut_text(offsets: Mapping[str, Mapping[int, int]]) -> str:
+    """Next offset by source and partition as text: `source/partition:offset`, in order, separated by commas.
+
+    >>> cut_text({"sales": {1: 5, 0: 7}})
+    'sales/0:7,sales/1:5'
+    """
+    return ",".join(
+        f"{name}/{partition}:{offsets[name][partition]}"
+        for name in sorted(offsets)
+        for partition in sorted(offsets[name])
+    )
+
+
+def cut_of(text: str) -> dict[tuple[str, int], int]:
+    """The text of a cut as (source, partition) → next offset.
+
+    >>> cut_of("sales/0:7,sales/1:5")
+    {('sales', 0): 7, ('sales', 1): 5}
+    """
+    pairs = (part.rsplit(":", 1) for part in text.split(",") if part)
+    return {(position.rsplit("/", 1)[0], int(position.rsplit("/", 1)[1])): int(offset) for position, offset in pairs}

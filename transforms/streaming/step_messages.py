@@ -1,0 +1,252 @@
+"""What the steps of the live engine send each other, and the one place that turns it into bytes.
+
+    start, micro-batches → journal → ShardInput → shard → ShardFeatures ─┐
+                              │    → ReadySpineRows ─────────────────────┴→ assembly → TurnFeatures ─┐
+                              └────→ TurnEntry ──────────────────────────────────────────────────────┴→ commit
+
+Steps that share a process pass these objects as they are.  Between processes, and in checkpointed state, an object is
+an envelope (see `frame_packets`).  Checkpoints hold envelopes of earlier versions, so the names in envelopes stay, also
+where they are older than the names of the attributes.  Micro-batches are in `micro_batches`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import polars as pl
+
+from transforms.records.frame_packets import Frames, head_of, pack, unpack
+from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
+from transforms.streaming.progress import CommitRecord, RecoveryPoint
+from transforms.streaming.row_origin import RID
+from transforms.streaming.time_buckets import StoreSize
+
+# The names of a few frames: spine rows, rows of a table, and dead letters.
+_SPINE_ROWS, _ROWS, _DEAD_LETTERS = "questions", "rows", "letters"
+# The entry of a turn that has nothing to commit: it lets a commit happen whose interval has passed.
+TICK = pack({"kind": "tick", "turn": 0})
+
+
+def start_envelope(start: RecoveryPoint) -> bytes:
+    """The first message to the journal: where it continues."""
+    return pack({"kind": "start", "index": None, "start": start.to_json()})
+
+
+def start_of(envelope: bytes) -> RecoveryPoint | None:
+    """The recovery point in an envelope for the journal; None if it holds micro-batches."""
+    head = head_of(envelope)
+    return RecoveryPoint.of_json(head["start"]) if head["kind"] == "start" else None
+
+
+@dataclasses.dataclass(eq=False)
+class ShardTables:
+    """The rows that one turn sends to one shard.
+
+    Args:
+        rows: new events by source.
+        replaced: by source, identities of events that a repeat replaces since it was known earlier.
+        old: by source, events of lifetime windows that the shard keeps only in compacted form.
+        compacted: compacted events by number of their group.
+        spine_rows: spine rows whose features are to be computed: `__position`, time and the keys of the groups.
+    """
+
+    rows: dict[str, pl.DataFrame] = dataclasses.field(default_factory=dict)
+    replaced: dict[str, pl.Series] = dataclasses.field(default_factory=dict)
+    old: dict[str, pl.DataFrame] = dataclasses.field(default_factory=dict)
+    compacted: dict[int, pl.DataFrame] = dataclasses.field(default_factory=dict)
+    spine_rows: pl.DataFrame | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.rows or self.replaced or self.old or self.compacted) and self.spine_rows is None
+
+    def to_frames(self) -> Frames:
+        spine_rows = {} if self.spine_rows is None else {_SPINE_ROWS: self.spine_rows}
+        return {
+            **_prefixed("rows", self.rows),
+            **_prefixed("retract", {name: each.to_frame(RID) for name, each in self.replaced.items()}),
+            **_prefixed("old", self.old),
+            **_prefixed("compacted", {str(group): each for group, each in self.compacted.items()}),
+            **spine_rows,
+        }
+
+    @classmethod
+    def of_frames(cls, frames: Frames) -> ShardTables:
+        return cls(
+            rows=_without_prefix("rows", frames),
+            replaced={name: each[RID] for name, each in _without_prefix("retract", frames).items()},
+            old=_without_prefix("old", frames),
+            compacted={int(group): each for group, each in _without_prefix("compacted", frames).items()},
+            spine_rows=frames.get(_SPINE_ROWS),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardInput:
+    """One turn for one shard.
+
+    Args:
+        turn: number of the turn.
+        number: of this input among those of the shard, which are applied in this order.
+        horizon: no window that is still needed begins before this time (µs) minus its length.
+        tables: the rows.
+    """
+
+    turn: int
+    number: int
+    horizon: int
+    tables: ShardTables
+
+    def to_envelope(self) -> bytes:
+        head = {"turn": self.turn, "number": self.number, "horizon": self.horizon}
+        return pack(head, self.tables.to_frames())
+
+    @classmethod
+    def of_envelope(cls, envelope: bytes) -> ShardInput:
+        head, frames = unpack(envelope)
+        return cls(head["turn"], head["number"], head["horizon"], ShardTables.of_frames(frames))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShardFeatures:
+    """What one shard computed in one turn.
+
+    Args:
+        turn: number of the turn.
+        shard: number of the shard.
+        state: size of the shard's state.
+        columns: by number of a group, its features and the `__position` of their spine rows.
+    """
+
+    turn: int
+    shard: int
+    state: StoreSize
+    columns: Mapping[int, pl.DataFrame]
+
+    def to_envelope(self) -> bytes:
+        head = {"turn": self.turn, "shard": self.shard, "state": dataclasses.asdict(self.state)}
+        return pack(head, {str(group): each for group, each in self.columns.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadySpineRows:
+    """The spine rows of one turn whose sources are complete.
+
+    Args:
+        turn: number of the turn.
+        shards: number of shards that compute features of them.
+        cut: what the turn could see (see `row_origin.cut_of`).
+        rows: the spine's columns, `row_id`, the origin, `__late` and `__cold`, in the order of `__position`.
+    """
+
+    turn: int
+    shards: int
+    cut: str
+    rows: pl.DataFrame
+
+    def to_envelope(self) -> bytes:
+        return pack({"turn": self.turn, "parts": self.shards, "cut": self.cut}, {_SPINE_ROWS: self.rows})
+
+
+def assembly_input_of(envelope: bytes) -> ReadySpineRows | ShardFeatures:
+    """What an envelope for the assembly holds."""
+    head, frames = unpack(envelope)
+    if "parts" in head:
+        return ReadySpineRows(head["turn"], head["parts"], head["cut"], frames[_SPINE_ROWS])
+    columns = {int(group): each for group, each in frames.items()}
+    return ShardFeatures(head["turn"], head["shard"], StoreSize(**head["state"]), columns)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TurnEntry:
+    """What one turn accepted, for the tables.
+
+    Args:
+        record: what a commit says of the job after this turn.
+        began: number of the first turn of the launch that made it.
+        spine_rows: number of spine rows whose features the turn computes.
+        state: size of the journal's state.
+        accepted: accepted rows by source.
+        dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
+    """
+
+    record: CommitRecord
+    began: int
+    spine_rows: int
+    state: StoreSize
+    accepted: Mapping[str, pl.DataFrame]
+    dead_letters: pl.DataFrame
+
+    @property
+    def turn(self) -> int:
+        return self.record.turn
+
+    def to_envelope(self) -> bytes:
+        head = {
+            **self.record.to_json(),
+            "began": self.began,
+            "questions": self.spine_rows,
+            "letters": len(self.dead_letters),
+            "state": dataclasses.asdict(self.state),
+        }
+        return pack(head, {**_prefixed("rows", self.accepted), **_dead_letter_frames(self.dead_letters)})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TurnFeatures:
+    """The feature rows of one turn.
+
+    Args:
+        turn: number of the turn.
+        state: size of the state of the shards that computed them.
+        rows: with the columns of `schemas.live.live_schema`.
+        dead_letters: about dimensions, with the columns `MESSAGE_DEAD_LETTERS`.
+    """
+
+    turn: int
+    state: StoreSize
+    rows: pl.DataFrame
+    dead_letters: pl.DataFrame
+
+    def to_envelope(self) -> bytes:
+        state, letters = dataclasses.asdict(self.state), len(self.dead_letters)
+        head = {"kind": "features", "turn": self.turn, "state": state, "letters": letters}
+        return pack(head, {_ROWS: self.rows, **_dead_letter_frames(self.dead_letters)})
+
+
+def commit_input_of(envelope: bytes) -> TurnEntry | TurnFeatures | None:
+    """What an envelope for the commits holds; None for `TICK`."""
+    head, frames = unpack(envelope)
+    kind = head.get("kind")
+    if kind == "tick":
+        return None
+    dead_letters = frames.get(_DEAD_LETTERS, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
+    if kind == "features":
+        return TurnFeatures(head["turn"], StoreSize(**head["state"]), frames[_ROWS], dead_letters)
+    return TurnEntry(
+        CommitRecord.of_json(head),
+        head["began"],
+        head["questions"],
+        StoreSize(**head["state"]),
+        _without_prefix("rows", frames),
+        dead_letters,
+    )
+
+
+def dead_letters_in(envelope: bytes) -> pl.DataFrame | None:
+    """The dead letters of an envelope for the commits; None if there are none.  Other frames are not decoded then."""
+    return unpack(envelope)[1][_DEAD_LETTERS] if head_of(envelope).get("letters") else None
+
+
+def _prefixed(prefix: str, frames: Mapping[str, pl.DataFrame]) -> Frames:
+    return {f"{prefix}:{name}": each for name, each in frames.items()}
+
+
+def _without_prefix(prefix: str, frames: Frames) -> Frames:
+    start = f"{prefix}:"
+    return {name.removeprefix(start): each for name, each in frames.items() if name.startswith(start)}
+
+
+def _dead_letter_frames(dead_letters: pl.DataFrame) -> Frames:
+    return {_DEAD_LETTERS: dead_letters} if len(dead_letters) else {}
