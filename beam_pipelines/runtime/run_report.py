@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
-
-import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import TestOptions
+from typing import TYPE_CHECKING, Any
 
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from schemas import errors
 from schemas.errors import MillraceError
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
+
+if TYPE_CHECKING:
+    import apache_beam as beam
 
 log = logging.getLogger("millrace")
 
@@ -180,6 +180,8 @@ def execute(pipeline: beam.Pipeline) -> Any:
         MillraceError: a step raised it, on whatever worker.
         Translated: the flags contain `--dry_run`.
     """
+    from apache_beam.options.pipeline_options import TestOptions  # commands without a pipeline do not import Beam
+
     result = None
     try:
         result = pipeline.run()

@@ -12,6 +12,7 @@ import pyarrow as pa
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.utils.windowed_value import WindowedValue
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import StoreError, nearest
 from schemas.views import FeatureView
 from transforms.records.times import FOREVER
