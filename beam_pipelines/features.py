@@ -2,218 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import sys
-import time
 import uuid
 from collections.abc import Sequence
-from datetime import date
 from typing import TypeVar
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 
-from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
+from beam_pipelines.runtime.features_arguments import Options, parse
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.plan_text import prepared_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
 from beam_pipelines.runtime.trained_models import models_trained_on
-from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
-from schemas.loading import Definition, load_definition
 from transforms.features.history_snapshots import HistorySnapshots
 from transforms.features.manifest_store import WriteManifest
-from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
-from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
+from transforms.features.preparation import PreparedRun, prepare_features
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.listing import unchanged
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
-from transforms.storage.delta_tables import (
-    CommitFiles,
-    CommitTarget,
-    Committed,
-    WriteFiles,
-    WriteTable,
-    data_files,
-    newest_version,
-    open_table,
-)
-from transforms.storage.paths import dead_letters_uri, features_uri
-from transforms.validation.publish_check import AlsoChecked, PublishCheck, PublishRules, Validate, make_check
+from transforms.storage.delta_tables import CommitTarget, Committed, data_files, newest_version, open_table
+from transforms.storage.file_systems import FileSystems
+from transforms.storage.paths import dead_letters_uri
+from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
+from transforms.validation.publish_check import AlsoChecked, PublishCheck, Validate, make_check
 from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
 Written = TypeVar("Written")
-PLANS = {"auto": None, "slices": False, "shuffle": True}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """The options of one run. `now` is in µs since 1970: rows with later times are rejected."""
-
-    definition: Definition
-    store: str
-    sources: str
-    run_id: str
-    start: date | None
-    end: date | None
-    full: bool
-    refresh: bool
-    block_rows: int
-    shuffled: bool | None
-    key_shards: int | None
-    broadcast_mb: float
-    rules: PublishRules | None
-    verify: VerifyFlags
-    now: int
-    beam_args: tuple[str, ...]
-
-    @property
-    def table(self) -> str:
-        return features_uri(self.store, self.definition.view.name, self.definition.view.fingerprint)
-
-    @property
-    def request(self) -> FeaturesRequest:
-        """The request that prepares the run."""
-        return FeaturesRequest(
-            view=self.definition.view,
-            store=self.store,
-            table=self.table,
-            sources=self.sources,
-            now=self.now,
-            start=self.start,
-            end=self.end,
-            full=self.full,
-            refresh=self.refresh,
-            block_rows=self.block_rows,
-            shuffled=self.shuffled,
-            key_shards=self.key_shards,
-            broadcast_bytes=self.broadcast_mb * 1e6,
-        )
-
-    @property
-    def folder(self) -> str:
-        """Folder of the run's report."""
-        return FileSystems.join(self.store, "runs", self.run_id)
-
-
-def parse(
-    argv: Sequence[str],
-    command: str = "features",
-    purpose: str = "Compute a view's features and commit them to its table.",
-) -> Options:
-    """Parses the flags of `features`, which are also those of `plan`.
-
-    Raises:
-        DefinitionError: a flag or the definition is invalid.
-    """
-    arguments = Arguments(f"millrace {command}", purpose)
-    arguments.add_interval("questions")
-    arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    add_choice_of_dates(arguments)
-    add_division_of_work(arguments)
-    add_checks(arguments)
-    flags, rest = arguments.parse(argv)
-    definition = load_definition(flags.definition)
-    return Options(
-        definition=definition,
-        store=flags.store,
-        sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id,
-        start=flags.start,
-        end=flags.end,
-        full=flags.full,
-        refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1),
-        shuffled=PLANS[flags.plan],
-        key_shards=flags.key_shards,
-        broadcast_mb=flags.broadcast_mb,
-        rules=publish_rules(flags, definition),
-        verify=VerifyFlags(flags.verify, flags.verify_share),
-        now=time.time_ns() // 1000,
-        beam_args=tuple(rest),
-    )
-
-
-def add_choice_of_dates(arguments: Arguments) -> None:
-    """Adds the flags that decide which dates are computed."""
-    arguments.add_argument("--full", action="store_true", help="compute every date again")
-    arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
-
-
-def add_division_of_work(arguments: Arguments) -> None:
-    """Adds the flags that decide how the work is divided."""
-    arguments.add_argument(
-        "--block_rows",
-        type=int,
-        default=BLOCK_ROWS,
-        help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
-    )
-    arguments.add_argument(
-        "--plan",
-        choices=PLANS,
-        default="auto",
-        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks "
-        "(default: whichever reads less)",
-    )
-    arguments.add_argument(
-        "--key_shards",
-        type=shards,
-        default=None,
-        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
-    )
-    arguments.add_argument(
-        "--broadcast_mb",
-        type=float,
-        default=BROADCAST_BYTES / 1e6,
-        help="a larger dimension is not held by every worker but read past by each block "
-        f"(default {BROADCAST_BYTES / 1e6:g})",
-    )
-
-
-def add_checks(arguments: Arguments) -> None:
-    """Adds the flags that decide what is checked before the commit, and `--streaming`."""
-    arguments.add_argument(
-        "--statistics",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep statistics with the commit, check them against the schema, and dead rows against their most "
-        "(default: yes)",
-    )
-    arguments.add_argument(
-        "--streaming",
-        action="store_true",
-        help="compute the same features live, from topics or a replay; has flags of its own",
-    )
-    add_verification(arguments)
-    arguments.add_validation()
-
-
-def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishRules | None:
-    """Returns the rules of the publish check; None if `--no-statistics` turned it off."""
-    if not flags.statistics:
-        return None
-    schema = flags.schema or definition.schema_path
-    return PublishRules(schema, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction)
-
-
-def shards(text: str) -> int | None:
-    """A number of parts; None for "auto"."""
-    if text == "auto":
-        return None
-    if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MOST_SHARDS}")
-    return int(text)
 
 
 def prepare(options: Options) -> PreparedRun:
     """Decides what the run computes; see `transforms.features.preparation`."""
-    return prepare_features(options.request)
+    return prepare_features(options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -226,7 +52,7 @@ class Targets:
 
     @staticmethod
     def of(options: Options, work: PreparedRun) -> Targets:
-        view, plan, uri = options.definition.view, work.required_plan, dead_letters_uri(options.store, "features")
+        view, plan, uri = options.view, work.required_plan, dead_letters_uri(options.store, "features")
         metadata = {
             "pipeline": "features",
             "view": view.name,
@@ -260,7 +86,7 @@ class Computed:
 
 def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
-    view, targets = options.definition.view, Targets.of(options, work)
+    view, targets = options.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     files = computed.features | "Write" >> WriteFiles(targets.features.uri, targets.features.run_id)
@@ -285,7 +111,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
 
 def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
     """Adds the steps from blocks to feature rows, with the lifetime snapshots that their windows need."""
-    view, plan = options.definition.view, work.required_plan
+    view, plan = options.view, work.required_plan
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     if not work.chains:
         return Computed(*(blocks | "Features" >> TrailingFeatures(view, plan, copies=work.copies)))
@@ -328,7 +154,7 @@ def verification(options: Options, work: PreparedRun) -> Verification | None:
     amount = options.verify.amount(options.now, work.everything)
     if amount is None:
         return None
-    view, inventory = options.definition.view, work.required_inventory
+    view, inventory = options.view, work.required_inventory
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
     return Verification(view, contracts, inventory.slices, amount, options.run_id)
 
@@ -371,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
             run.update(nothing_to_do(work))
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in prepared_lines(options.definition.view, work):
+            for line in prepared_lines(options.view, work):
                 log.info(line)
             pipeline = batch_pipeline(options.beam_args)
             build(pipeline, options, work)
@@ -379,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
             run.update(read_json(FileSystems.join(options.folder, "account.json")))
         table = open_table(options.table)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
-        run.update({"table": options.table, "table_rows": rows, "fingerprint": options.definition.view.fingerprint})
+        run.update({"table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint})
     return 0
 
 

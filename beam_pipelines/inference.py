@@ -26,14 +26,8 @@ from transforms.models.scoring import Score
 from transforms.records.record_batches import batch as to_batch
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
-from transforms.storage.delta_tables import (
-    CommitTarget,
-    Committed,
-    DataFile,
-    ReadTable,
-    WriteFiles,
-    commit,
-)
+from transforms.storage.delta_tables import CommitTarget, Committed, DataFile, commit
+from transforms.storage.table_transforms import ReadTable, WriteFiles
 from transforms.storage.tfrecord_io import (
     ReadExamples,
     TFRecordFile,

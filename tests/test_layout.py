@@ -404,6 +404,44 @@ def test_an_import_within_the_plan_passes(path: str, source: str) -> None:
     assert faults(source, path) == []
 
 
+def imported_at_once(module: str) -> set[str]:
+    """The modules of ours that come in with a module; those that a function imports are left out."""
+    found: set[str] = set()
+    left = [module]
+    while left:
+        name = left.pop()
+        path = ROOT / (name.replace(".", "/") + ".py")
+        path = path if path.exists() else path.with_suffix("") / "__init__.py"
+        if name in found or not path.exists():
+            continue
+        found.add(name)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        for _, imports in imported(top, str(path.relative_to(ROOT))):
+            left += [imports, imports.rpartition(".")[0]]
+    return found
+
+
+CODER = "transforms.records.record_batch_coder"
+BUILDERS = [
+    str(path.relative_to(ROOT))
+    for folder in ("transforms", "beam_pipelines")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if re.search(r"RecordBatch", path.read_text(encoding="utf-8"))
+    and re.search(r"^(import|from) apache_beam", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("path", BUILDERS)
+def test_what_builds_steps_over_record_batches_registers_their_coder(path: str) -> None:
+    assert CODER in imported_at_once(path.removesuffix(".py").replace("/", "."))
+
+
+def test_steps_over_record_batches_are_found() -> None:
+    assert {"transforms/storage/table_transforms.py", "transforms/features/trailing_features.py"} <= set(BUILDERS)
+    assert CODER not in imported_at_once("transforms.records.record_batches")
+
+
 def test_schemas_comes_in_under_half_a_second_and_alone() -> None:
     subprocess.run([sys.executable, "-m", "compileall", "-q", "schemas"], cwd=ROOT, check=True)
     program = (

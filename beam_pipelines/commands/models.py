@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.run_report import read_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
-from transforms.training.publish_model import PENDING, REPORT, failed_gates, register_model
+from transforms.storage.file_systems import FileSystems
 
 
 def _arguments(command: str, text: str, why: bool = False) -> Arguments:
@@ -101,6 +99,9 @@ def rollback(argv: Sequence[str]) -> int:
 
 def register(argv: Sequence[str]) -> int:
     """Register a model that was trained while the registry could not be reached."""
+    # The others of these commands need neither Beam nor XGBoost.
+    from transforms.training.publish_model import PENDING, REPORT, failed_gates, register_model
+
     arguments = _arguments("register", register.__doc__ or "")
     arguments.add_argument("run", help="the run that trained it")
     flags = arguments.parse_all(argv)

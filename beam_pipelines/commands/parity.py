@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import Run, read_json, write_json
@@ -26,6 +24,7 @@ from transforms.lineage.prediction_parity import Rescored, rescore
 from transforms.models.registry import registry_uri
 from transforms.records.value_text import shown
 from transforms.storage.delta_tables import open_table
+from transforms.storage.file_systems import FileSystems
 
 NO_BATCH = {
     "batch": None,

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
-
-from beam_pipelines import features
-from beam_pipelines.features import Options
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines
+from beam_pipelines.runtime.features_arguments import Options, parse
+from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines, steps
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, reading
 from transforms.features.plan import FeaturePlan
-from transforms.features.preparation import PreparedRun
+from transforms.features.preparation import PreparedRun, prepare_features
 from transforms.records.times import as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 
@@ -28,11 +23,9 @@ MOST_LINES = 40
 
 def main(argv: Sequence[str]) -> int:
     """Prints the plan. Returns 0 whether or not there is anything to compute."""
-    options = features.parse(
-        argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing."
-    )
-    work = features.prepare(options)
-    view = options.definition.view
+    options = parse(argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing.")
+    work = prepare_features(options)
+    view = options.view
     inventory = take_inventory(view, options.sources, options.now)
     state = "not there yet" if work.base is None else f"version {work.base}"
     print(wrapped(f"view {view.name}, fingerprint {view.fingerprint}, of {options.definition.path}", 0, hanging=2))
@@ -55,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         for line in prepared_lines(view, work):
             print(wrapped(line, hanging=2))
         print("\nBeam steps")
-        for step, inside in steps(options, work).items():
+        for step, inside in steps(work, checked=options.rules is not None).items():
             print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
     for note in work.stale.notes:
         print("\n" + wrapped(f"note: {note}", 0, hanging=2))
@@ -190,28 +183,6 @@ def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[st
         else:
             result.append((day, day, names))
     return result
-
-
-def steps(options: Options, work: PreparedRun) -> Mapping[str, list[str]]:
-    """Labels of the graph's steps, with those right below them."""
-    pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions([]))
-    features.build(pipeline, options, work)
-    found: dict[str, list[str]] = {}
-
-    class Labels(PipelineVisitor):
-        def enter_composite_transform(self, node: AppliedPTransform) -> None:
-            self.visit_transform(node)
-
-        def visit_transform(self, node: AppliedPTransform) -> None:
-            parts = node.full_label.split("/")
-            if parts[0] and len(parts) <= 2:
-                inside = found.setdefault(parts[0], [])
-                # The inside of Beam's own steps is not shown.
-                if len(parts) == 2 and not type(node.parent.transform).__module__.startswith("apache_beam"):
-                    inside.append(parts[1])
-
-    pipeline.visit(Labels())
-    return found
 
 
 if __name__ == "__main__":

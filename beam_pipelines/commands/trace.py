@@ -9,7 +9,6 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 from deltalake.schema import PrimitiveType
 
 from beam_pipelines.commands.trace_live import print_scored, print_seen
@@ -35,6 +34,7 @@ from transforms.records.times import as_date
 from transforms.records.value_text import shown
 from transforms.storage.delta_log import root_of as root_of_uri
 from transforms.storage.delta_tables import open_table, table_root
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import MANIFEST, features_live_uri, path_in_store
 
 DAYS_SHOWN = 8

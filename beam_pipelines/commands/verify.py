@@ -8,8 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-from apache_beam.io.filesystems import FileSystems
-
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import Run
@@ -19,6 +17,7 @@ from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import data_files, open_table
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri
 from transforms.verification.check import ROWS, Amount, Verification, Verified
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from beam_pipelines.runtime.terminal import many
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
-from transforms.features.history_snapshots import Chain, Segment
+from transforms.features.lifetime_snapshots import Chain, Segment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
 from transforms.features.preparation import PreparedRun
@@ -65,6 +65,38 @@ def _history(chains: Sequence[Chain], segments: Sequence[Segment]) -> Iterator[s
             f'windows over all history ("all", "forever"): {name} is summarised from {", ".join(beginnings)} on; '
             f"slices of {many(rows, 'row')} are read for it, beside those of the blocks"
         )
+
+
+def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
+    """Labels of the steps that `features.build` makes, with those right below them.
+
+    They are listed here because building the graph imports Beam; a test compares the list with the graph.
+
+    Args:
+        checked: whether there is a publish check.
+    """
+    shuffled = work.required_plan.shuffled
+    history: dict[str, tuple[str, ...]] = {
+        "Segments": (),
+        "History": ("Spread", "Summarise", "Gather", "Merge", "Remove"),
+    }
+    routed = ("Slices", "Spread", "Route", "Gather", "Compute", "Letters", "Tallies")
+    return {
+        "Blocks": (),
+        **(history if work.chains else {}),
+        "Features": routed if shuffled else ("Compute",),
+        **({"AllLetters": (), "AllTallies": ()} if work.chains else {}),
+        "Tally": (),
+        "Write": ("Files", "Gather"),
+        "Conserve": (),
+        "Verify": (),
+        "AfterVerify": (),
+        "DeadLetters": ("Write", "CommitFiles"),
+        "AfterLetters": (),
+        **({"Statistics": ("Describe", "Proto"), "Validate": ("Check",)} if checked else {}),
+        "Commit": ("Commit",),
+        "Account": (),
+    }
 
 
 def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:

@@ -10,17 +10,18 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-
-import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import TestOptions
-from apache_beam.runners.runner import PipelineResult
+from typing import TYPE_CHECKING
 
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.records.frame_packets import Head
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
+
+if TYPE_CHECKING:
+    import apache_beam as beam
+    from apache_beam.runners.runner import PipelineResult
 
 log = logging.getLogger("millrace")
 
@@ -180,6 +181,8 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
         MillraceError: a step raised it, on whatever worker.
         Translated: the flags contain `--dry_run`.
     """
+    from apache_beam.options.pipeline_options import TestOptions  # commands without a pipeline do not import Beam
+
     result = None
     try:
         result = pipeline.run()

@@ -20,7 +20,7 @@ from schemas.views import lifetime_sources
 from tests.support import oracles
 from tests.support.without_beam import outputs_of
 from transforms.features import key_partitions, plan, routed_dimensions
-from transforms.features.history_snapshots import Chain, Segment, chains, segments
+from transforms.features.lifetime_snapshots import Chain, Segment, chains, segments
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import reader
 from transforms.sources.dead_letters import DEAD_LETTERS

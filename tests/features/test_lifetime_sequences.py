@@ -35,8 +35,8 @@ from schemas.errors import DataError
 from schemas.loading import Definition
 from tests.support import oracles
 from tests.support.without_beam import outputs_of, perform
-from transforms.features.history_snapshots import lifetime_groups, read_summary
 from transforms.features.kernel import KernelTables, compute
+from transforms.features.lifetime_snapshots import lifetime_groups, read_summary
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
 from transforms.features.source_digests import examine

@@ -26,18 +26,15 @@ from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.delta_tables import (
-    CommitFiles,
     CommitTarget,
     Committed,
     DataFile,
-    ReadTable,
-    WriteFiles,
-    WriteTable,
     data_files,
     days_between,
     open_table,
     read_group,
 )
+from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
 
 NOW = (datetime(2024, 6, 1, tzinfo=UTC) - EPOCH) // MICROSECOND
 SCHEMA = pa.schema([("n", pa.int64()), ("date", pa.date32())])

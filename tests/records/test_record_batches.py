@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.records.record_batches import RecordBatchCoder, batch, frame, table
+from transforms.records.record_batch_coder import RecordBatchCoder
+from transforms.records.record_batches import batch, frame, table
 
 SCHEMA = pa.schema(
     [
@@ -63,7 +64,7 @@ def test_a_slice_is_as_small_as_its_rows() -> None:
 FINDS_THE_CODER = """
 import pyarrow as pa
 from apache_beam.coders import typecoders
-from transforms.records.record_batches import RecordBatchCoder
+from transforms.records.record_batch_coder import RecordBatchCoder
 
 found = typecoders.registry.get_coder(pa.RecordBatch)
 assert isinstance(found, RecordBatchCoder), found

@@ -15,7 +15,8 @@ from beam_pipelines import features
 from beam_pipelines.features import Options
 from schemas import FeatureView
 from transforms.features.column_reuse import Copies
-from transforms.features.history_snapshots import Chain, Segment, SnapshotFiles, Summarise, merge_in_order, remove_parts
+from transforms.features.history_snapshots import Summarise, merge_in_order, remove_parts
+from transforms.features.lifetime_snapshots import Chain, Segment, SnapshotFiles
 from transforms.features.manifest_store import WriteManifest
 from transforms.features.plan import FeaturePlan
 from transforms.features.preparation import PreparedRun

@@ -17,7 +17,8 @@ from apache_beam.pvalue import AsSingleton
 from beam_pipelines.runtime.run_report import execute
 from schemas.errors import AnomalyError, ContractError, DefinitionError
 from transforms.sources.tallies import SourceTally
-from transforms.storage.delta_tables import CommitFiles, CommitTarget, Committed, WriteFiles, newest_version
+from transforms.storage.delta_tables import CommitTarget, Committed, newest_version
+from transforms.storage.table_transforms import CommitFiles, WriteFiles
 from transforms.validation.publish_check import (
     AlsoChecked,
     PublishCheck,

@@ -11,139 +11,32 @@ them share one chain, so that no event enters a summary twice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam import pvalue
-from apache_beam.io.filesystems import FileSystems
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import StoreError
-from schemas.feature_groups import EventFeature, HistoryKey, group_key
-from schemas.features import is_lifetime
-from schemas.views import FeatureView, lifetime_sources
+from schemas.views import FeatureView
 from transforms.features.block_inputs import BlockInput, deduplicate_events
-from transforms.features.lifetime_summaries import Summary, merge, summarise
+from transforms.features.lifetime_snapshots import (
+    FOLDER,
+    Chain,
+    Part,
+    Segment,
+    SnapshotFiles,
+    lifetime_groups,
+    read_summary,
+    write_summary,
+)
+from transforms.features.lifetime_summaries import merge, summarise
 from transforms.features.plan import Block, FeaturePlan
-from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.dead_letters import dead_letters_batch
-from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK_ROWS, read_slices
-from transforms.storage.delta_tables import write_aside
-
-FOLDER = "_summaries"
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A span of time `[start, end)` in µs to summarise.
-
-    Args:
-        accounts: whether its events are accounted for nowhere else.
-        digests: whether its events are digested by day.
-    """
-
-    index: int
-    start: int
-    end: int
-    accounts: bool
-    digests: bool
-    events: Mapping[str, tuple[Slice, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The summaries of everything before `until` µs: file name per group, in the order of `lifetime_groups`."""
-
-    until: int
-    files: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """The time `[start, end)` in µs, summarised without gaps.
-
-    Args:
-        base: the snapshot it starts from; None: it starts with the first event there is.
-        wanted: the times (µs) at which it writes the summary of everything before.
-    """
-
-    base: Snapshot | None
-    end: int
-    wanted: tuple[int, ...]
-
-    @property
-    def start(self) -> int:
-        return ALWAYS if self.base is None else self.base.until
-
-
-# A summarised segment: its start and end, and the files of its summaries.
-Part = tuple[int, int, tuple[str, ...]]
-# Per time (µs) the files of the summaries of everything before it.
-SnapshotFiles = Mapping[int, tuple[str, ...]]
-
-
-def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
-    """The features of each history that some lifetime window sees, in the order of a snapshot's files."""
-    groups: dict[HistoryKey, list[EventFeature]] = {}
-    for feature in view.features:
-        if isinstance(feature, EventFeature):
-            groups.setdefault(group_key(feature).history, []).append(feature)
-    return {key: tuple(group) for key, group in groups.items() if any(map(is_lifetime, group))}
-
-
-def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Chain, ...]:
-    """Plans how the summaries before every block are made.
-
-    Chains do not overlap. A range continues the chain of the range before it, through the time between them, unless its
-    snapshot is later than that.
-
-    Args:
-        found: per start of a range, the newest usable snapshot before it.
-    """
-    made: list[Chain] = []
-    for first, last in plan.ranges:
-        wanted = (*(block.start for block in plan.blocks if first <= block.start < last), last)
-        base = found.get(first)
-        if made and (base is None or base.until <= made[-1].end):
-            made[-1] = dataclasses.replace(made[-1], end=last, wanted=(*made[-1].wanted, *wanted))
-        else:
-            made.append(Chain(base, last, wanted))
-    return tuple(made)
-
-
-def segments(
-    view: FeatureView,
-    plan: FeaturePlan,
-    over: Sequence[Chain],
-    slices: Mapping[str, Sequence[Slice]],
-    timeless: Mapping[str, Sequence[Slice]],
-) -> tuple[Segment, ...]:
-    """Divides each chain into segments, at the starts and ends of blocks and ranges."""
-    sources = lifetime_sources(view)
-    result: list[Segment] = []
-    for chain in over:
-        cuts = sorted({chain.start, *chain.wanted})
-        for low, high in itertools.pairwise(cuts):
-            before = high <= plan.start
-            inside = {
-                name: tuple(
-                    dict.fromkeys(
-                        [
-                            *(each for each in slices[name] if each.low < high and each.high >= low),
-                            *(timeless.get(name, ()) if low == ALWAYS else ()),
-                        ]
-                    )
-                )
-                for name in sources
-            }
-            result.append(Segment(len(result), low, high, before and plan.dates is None, before, inside))
-    return tuple(result)
+from transforms.sources.reader import read_slices
+from transforms.storage.file_systems import FileSystems
 
 
 @dataclasses.dataclass(eq=False)
@@ -248,58 +141,3 @@ def remove_parts(parts: Iterable[Part], snapshots: SnapshotFiles, uri: str) -> N
     """Deletes the summaries of segments after the merged ones have been written."""
     paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])
-
-
-def left_for_later(snapshots: SnapshotFiles) -> dict[int, tuple[str, ...]]:
-    """Returns the summaries that later runs may start from.
-
-    They reach until a midnight, because history is digested by day.
-    """
-    return {until: files for until, files in sorted(snapshots.items()) if until == midnight(day_number(until))}
-
-
-def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
-    """Returns the first candidate whose files all exist."""
-    for until, files in candidates:
-        if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
-            return Snapshot(until, tuple(files))
-    return None
-
-
-def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
-    """Writes a summary and returns the name of its file.
-
-    The name ends with a digest of the content, so that a later launch under the same run id never overwrites a file
-    that a manifest names with other content.
-    """
-    sink = io.BytesIO()
-    summary.write_parquet(sink, compression="lz4")
-    content = sink.getvalue()
-    file = f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
-    write_aside(FileSystems.join(uri, FOLDER), file, pa.py_buffer(content))
-    return file
-
-
-def read_summary(uri: str, name: str) -> pl.DataFrame:
-    with FileSystems.open(FileSystems.join(uri, FOLDER, name)) as handle:
-        return pl.read_parquet(io.BytesIO(handle.read()))
-
-
-def stream_summaries(
-    view: FeatureView, uri: str, block: Block, files: SnapshotFiles
-) -> Iterator[tuple[HistoryKey, pl.DataFrame]]:
-    """Like `load_summaries`, but yields a few rows at a time, each with the key of its summary."""
-    for key, file in zip(lifetime_groups(view), files[block.start], strict=True):
-        with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
-            read = pq.ParquetFile(handle)
-            yield key, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
-            for batch in read.iter_batches(CHUNK_ROWS):
-                yield key, pl.from_arrow(batch)  # type: ignore[misc]
-
-
-def load_summaries(view: FeatureView, uri: str, block: Block, files: SnapshotFiles) -> dict[HistoryKey, Summary]:
-    """The summaries of everything before the block."""
-    return {
-        key: Summary(read_summary(uri, file), block.start)
-        for key, file in zip(lifetime_groups(view), files[block.start], strict=True)
-    }

@@ -7,19 +7,19 @@ import logging
 from collections.abc import Mapping
 
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.features.column_reuse import OlderTable, description_after
-from transforms.features.history_snapshots import SnapshotFiles, left_for_later
+from transforms.features.lifetime_snapshots import SnapshotFiles, left_for_later
 from transforms.features.manifest import EMPTY, Manifest, continued, outdated
 from transforms.features.source_digests import Current
 from transforms.features.staleness import advance
 from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import folders
 
 log = logging.getLogger("millrace.features")

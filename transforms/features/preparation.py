@@ -15,9 +15,10 @@ from deltalake import DeltaTable
 
 from schemas.durations import DAY
 from schemas.errors import StoreError
+from schemas.loading import Definition
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.column_reuse import Copies, find_copies
-from transforms.features.history_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
+from transforms.features.lifetime_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
 from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
@@ -26,6 +27,7 @@ from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table
+from transforms.storage.paths import features_uri
 
 Ranges = list[tuple[int, int]]
 
@@ -35,9 +37,8 @@ class FeaturesRequest:
     """Which features to compute, from what, and how the work may be divided.
 
     Args:
-        view: of the features.
+        definition: the view's.
         store: its address.
-        table: address of the feature table.
         sources: folder of the sources.
         now: µs since 1970; rows stamped later are not known yet.
         start: first day to compute; None: the first there is.
@@ -50,9 +51,8 @@ class FeaturesRequest:
         broadcast_bytes: a larger dimension is read by each block instead of being sent to every worker.
     """
 
-    view: FeatureView
+    definition: Definition
     store: str
-    table: str
     sources: str
     now: int
     start: date | None
@@ -63,6 +63,15 @@ class FeaturesRequest:
     shuffled: bool | None
     key_shards: int | None
     broadcast_bytes: float
+
+    @property
+    def view(self) -> FeatureView:
+        return self.definition.view
+
+    @property
+    def table(self) -> str:
+        """Address of the feature table."""
+        return features_uri(self.store, self.view.name, self.view.fingerprint)
 
     @property
     def bounded(self) -> bool:

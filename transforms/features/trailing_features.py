@@ -26,9 +26,9 @@ from transforms.features.block_inputs import (
     stream_events,
 )
 from transforms.features.column_reuse import Copies
-from transforms.features.history_snapshots import SnapshotFiles, load_summaries, stream_summaries
 from transforms.features.kernel import KernelTables, kernel_pool
 from transforms.features.key_partitions import KeyedEvents
+from transforms.features.lifetime_snapshots import SnapshotFiles, load_summaries, stream_summaries
 from transforms.features.plan import Block, FeaturePlan
 from transforms.features.routed_dimensions import account
 from transforms.features.shuffle import SPINE, Route, received, received_read, routes

@@ -14,6 +14,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.live import ORIGIN, live_schema, scorable
 from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, MessageRange

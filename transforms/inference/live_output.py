@@ -19,6 +19,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.transforms.userstate import on_timer
 from deltalake import DeltaTable
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.live import live_predictions
 from schemas.views import FeatureView
 from transforms.inference.live_input import source_of

@@ -12,31 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.features.block_inputs import dimension_rows, distinct
-from transforms.lineage.feature_parity import (
-    NEVER,
-    Bools,
-    Ints,
-    VisibleRows,
-    _computed,
-    _read,
-    letters_of,
-    of_questions,
-    pending,
-    questions_of,
-    refused,
-    shown_at,
-)
+from transforms.lineage.feature_parity import _computed, letters_of, of_questions, pending, questions_of, refused
+from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, shown_at
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
@@ -211,7 +199,7 @@ class Sides:
     def asked(self) -> pl.DataFrame:
         """Live's accepted questions, of every place, with `row_id`."""
         view = self.view
-        rows = _read(view, self.store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], None, None)
+        rows = read_accepted(view, self.store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], None, None)
         return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
     def started(self, name: str, live: pl.DataFrame) -> int:
@@ -230,7 +218,7 @@ class Sides:
         view, repeats = self.view, list(repeats_by(self.view, name))
         columns = list(dict.fromkeys([*view.columns_held(name), *repeats]))
         extra = ["__counted", "__instead"] if repeats else []
-        live = _read(view, self.store, name, [*columns, *ORIGIN_COLUMNS, *extra], None, None)
+        live = read_accepted(view, self.store, name, [*columns, *ORIGIN_COLUMNS, *extra], None, None)
         started = self.started(name, live)
         shown = shown_at(name, live, self.cuts)
         gone = np.full(len(live), NEVER, np.int64)

@@ -15,26 +15,21 @@ from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
-from schemas.live import accepted, repeats_by
-from schemas.views import FeatureView, lifetime_sources, reached_from
+from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
+from transforms.lineage.visible_rows import NEVER, Bools, Ints, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
-from transforms.records.times import days_in
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
 from transforms.streaming.live_tables import application_of, last_commit_record, read_answers
-from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-NEVER = 2**62
 EXAMPLES = 3
 # Answers computed at a time.
 ROWS_AT_ONCE = 500_000
@@ -79,27 +74,6 @@ class Parity:
         return sum(each.differing for each in self.features.values())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class VisibleRows:
-    """A source's rows, and by the order of cuts: the first that shows each, and the first that no longer does."""
-
-    rows: pl.DataFrame
-    moments: Ints
-    shown: Ints
-    gone: Ints
-
-    def at(self, cut: int, low: int, high: int) -> pl.DataFrame:
-        """Rows of time `[low, high)` that count as of `cut`."""
-        return self.rows.filter(
-            pl.Series((self.shown <= cut) & (self.gone > cut) & (self.moments >= low) & (self.moments < high))
-        )
-
-    @property
-    def latest(self) -> Ints:
-        """The last cut at which each row's standing changed."""
-        return np.maximum(self.shown, np.where(self.gone < NEVER, self.gone, 0))
-
-
 def check(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
     """Compare the live answers to questions of `[start, end)` with batch.
 
@@ -132,7 +106,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
 
 def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
     """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
-    rows = _read(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
+    rows = read_accepted(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
     return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
@@ -199,7 +173,7 @@ def _check_some(
     first, last = days.min(), days.max()
     assert isinstance(first, date)
     assert isinstance(last, date)
-    spine = _read(
+    spine = read_accepted(
         view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], first, last + timedelta(days=1)
     ).unique(ORIGIN_COLUMNS)
     asked = answers.select(*ORIGIN_COLUMNS, "__cut").join(spine, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
@@ -233,47 +207,6 @@ def _check_some(
         compared.changed_later += int(later.sum())
         changed |= later
     result.changed_later += int(changed.sum())
-
-
-def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> VisibleRows:
-    """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
-    source = view.events[name]
-    back = None if name in lifetime_sources(view) else first - timedelta(days=days_in(view.reach(name)) + 1)
-    extra = ["__counted", "__instead"] if repeats_by(view, name) else []
-    rows = _read(view, store, name, [*view.columns_held(name), *ORIGIN_COLUMNS, *extra], back, last + timedelta(days=1))
-    shown = shown_at(name, rows, cuts)
-    gone = np.full(len(rows), NEVER, np.int64)
-    if repeats_by(view, name):
-        replacing = _read(view, store, name, [*ORIGIN_COLUMNS, "__instead"], None, None).filter(
-            pl.col("__instead").is_not_null()
-        )
-        at = (
-            pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)})
-            .group_by(RID)
-            .agg(pl.col("gone").min())
-        )
-        gone = (
-            rows.select(row_identity(rows))
-            .join(at, on=RID, how="left", maintain_order="left")["gone"]
-            .fill_null(NEVER)
-            .to_numpy()
-        )
-        counted = rows["__counted"].to_numpy()
-        rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
-    moments = rows[str(source.time)].to_physical().to_numpy()
-    return VisibleRows(rows.select(view.columns_held(name)), moments, shown, gone)
-
-
-def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
-    """Place of the first cut that shows each row; `len(cuts)` for those that came after the last."""
-    result = np.zeros(len(rows), np.int64)
-    parsed = [cut_of(text) for text in cuts]
-    partitions, offsets = rows["__partition"].to_numpy(), rows["__offset"].to_numpy()
-    for partition in np.unique(partitions).tolist():
-        until = np.array([cut.get((source, partition), 0) for cut in parsed], np.int64)
-        mine = partitions == partition
-        result[mine] = np.searchsorted(until, offsets[mine], "right")
-    return result
 
 
 def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
@@ -313,16 +246,3 @@ def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.Data
     for row in np.flatnonzero(wrong)[: max(EXAMPLES - len(result.examples), 0)].tolist():
         spine_row = {key: answers[key][row] for key in (*view.key, view.time, "__cut")}
         result.examples.append({**spine_row, "live": live[row], "batch": batch[name][row]})
-
-
-def _read(
-    view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None
-) -> pl.DataFrame:
-    """Columns of a source's accepted rows of the dates `[start, end)`."""
-    table = open_table(source_uri(sources_root(store), name))
-    files = [] if table is None else data_files(table, start, end)
-    schema = accepted(view, name)
-    empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    return pl.concat(
-        [empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)]
-    )

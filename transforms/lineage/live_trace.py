@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.views import FeatureView, reached_from
-from transforms.lineage.feature_parity import seen_of
+from transforms.lineage.visible_rows import seen_of
 from transforms.storage.delta_tables import open_table
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.row_origin import cut_of
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from datetime import date, timedelta
 
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.lineage.feature_parity import NEVER, VisibleRows, seen_of
+from transforms.lineage.visible_rows import NEVER, VisibleRows, seen_of
 from transforms.records.record_batches import frame
 from transforms.sources.contracts import Contract
 from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of

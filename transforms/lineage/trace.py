@@ -8,7 +8,6 @@ from datetime import UTC, date, datetime
 from typing import Any, cast
 
 import polars as pl
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import DataError, DefinitionError, StoreError
@@ -20,6 +19,7 @@ from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, table_root
 from transforms.storage.feature_tables import open_feature_table
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import tables_below
 from transforms.storage.vacuum import files_below
 

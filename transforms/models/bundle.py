@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from schemas.errors import StoreError
 from transforms.models.encoders import Fitted
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 FORMAT = 1

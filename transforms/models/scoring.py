@@ -15,6 +15,7 @@ import pyarrow as pa
 from apache_beam.ml.inference import base
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import MismatchError, StoreError
 from schemas.tables import predictions, scores
 from transforms.models.bundle import Bundle, digest_of, load

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from schemas.errors import DataError
-from transforms.records.record_batches import RecordBatchCoder, frame
+from transforms.records.record_batches import frame, from_ipc, to_ipc
 from transforms.records.row_hashing import combine, hash_column
 
 Ints = npt.NDArray[np.int64]
-_CODER = RecordBatchCoder()
 
 
 def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
@@ -78,7 +76,7 @@ class DiskPartitions:
 
     def _write(self, file: object, part: int, rows: pl.DataFrame) -> None:
         (batch,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
-        data = _CODER.encode(batch)
+        data = to_ipc(batch, "lz4")
         file.write(data)  # type: ignore[attr-defined]
         self._positions[part].append((self._end, len(data)))
         self._end += len(data)
@@ -99,4 +97,4 @@ class DiskPartitions:
         with open(self._path, "rb") as file:
             for start, length in self._positions[part]:
                 file.seek(start)
-                yield frame(_CODER.decode(pa.py_buffer(file.read(length))))
+                yield frame(from_ipc(file.read(length)))

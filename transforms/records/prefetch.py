@@ -11,6 +11,7 @@ import apache_beam as beam
 from apache_beam import pvalue
 from apache_beam.transforms.window import GlobalWindows
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from transforms.records.garbage_collection import freeze_imports
 
 Read = TypeVar("Read")

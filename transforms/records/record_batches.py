@@ -1,4 +1,4 @@
-"""RecordBatches as Beam elements: their coder, and conversions to and from Polars.
+"""RecordBatches: their encoding as Arrow IPC, and conversions to and from Polars.
 
 Every module that reads Arrow or Parquet imports this one, and with it `pyarrow_hotfix`: pyarrow before 14.0.1 runs code
 that the schema of a message or a file names (CVE-2023-47248).  tests/sources/test_crafted_files.py holds this.
@@ -9,30 +9,6 @@ from __future__ import annotations
 import polars as pl
 import pyarrow as pa
 import pyarrow_hotfix  # noqa: F401
-from apache_beam import coders
-from apache_beam.coders import typecoders
-
-
-class RecordBatchCoder(coders.Coder):
-    """Encodes only the slice, as Arrow IPC with lz4. Pickling would write the whole parent buffer."""
-
-    def encode(self, value: pa.RecordBatch) -> bytes:
-        return to_ipc(value, "lz4")
-
-    def decode(self, encoded: bytes) -> pa.RecordBatch:
-        return from_ipc(encoded)
-
-    def is_deterministic(self) -> bool:
-        return True
-
-    def estimate_size(self, value: pa.RecordBatch) -> int:
-        return int(value.nbytes)
-
-    def to_type_hint(self) -> type:
-        return pa.RecordBatch
-
-
-typecoders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
 
 def to_ipc(value: pa.RecordBatch, compression: str) -> bytes:

@@ -14,7 +14,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import ContractError, DataError
@@ -25,6 +24,7 @@ from transforms.sources.contracts import Contract, Partitions, fits
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri
 
 # Primitive types of Delta tables.

@@ -15,9 +15,8 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
-from apache_beam.io.filesystems import FileSystems
-
 from schemas.errors import ContractError, DataError
+from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace")
 LOG = "_delta_log"

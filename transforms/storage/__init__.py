@@ -21,14 +21,10 @@ if TYPE_CHECKING:
     )
     from transforms.storage.delta_tables import (
         COMMIT_ATTEMPTS,
-        CommitFiles,
         CommitTarget,
         Committed,
         CommittedMeanwhile,
         DataFile,
-        ReadTable,
-        WriteFiles,
-        WriteTable,
         WrittenFiles,
         add_action,
         append_commit,
@@ -52,6 +48,7 @@ if TYPE_CHECKING:
     )
     from transforms.storage.durable import publish, sync_folders, write_file
     from transforms.storage.feature_tables import open_feature_table
+    from transforms.storage.file_systems import FileSystems
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
@@ -69,6 +66,7 @@ if TYPE_CHECKING:
         tables_below,
     )
     from transforms.storage.run_markers import MARKER, remove_marker, running_runs, write_marker
+    from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped
     from transforms.storage.tfrecord_io import (
         ReadExamples,

@@ -17,11 +17,11 @@ from datetime import date
 from typing import Any
 from urllib.parse import unquote
 
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from schemas.errors import ConflictError, StoreError
+from transforms.storage.file_systems import FileSystems
 
 LOG = "_delta_log"
 

@@ -17,11 +17,9 @@ from datetime import date, timedelta
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable, Field, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.schema import PrimitiveType
@@ -33,6 +31,7 @@ from transforms.records.times import as_date
 from transforms.storage import durable
 from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
 _TYPES = {
@@ -150,10 +149,9 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
             f"{file.path}: {_in_a_line(error)}",
             "Restore the file, or recompute its date with --full",
         ) from None
-    days = pa.DictionaryArray.from_arrays(
-        pa.nulls(content.num_rows, pa.int32()).fill_null(0), pa.array([file.date], pa.date32())
-    )
-    content = content.append_column("date", days.dictionary_decode())
+    # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
+    days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
+    content = content.append_column("date", days)
     return content if columns is None else content.select(columns)
 
 
@@ -188,22 +186,6 @@ def with_every_column(parts: Sequence[pa.Table]) -> list[pa.Table]:
         return pa.table({name: part[name] if name in there else pa.nulls(len(part), types[name]) for name in names})
 
     return [part if part.column_names == names else completed(part) for part in parts]
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class ReadTable(beam.PTransform):
-    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
-
-    files: tuple[DataFile, ...]
-    columns: tuple[str, ...] | None = None
-
-    def expand(self, begin: beam.PBegin) -> beam.PCollection:
-        columns = None if self.columns is None else list(self.columns)
-        return (
-            begin
-            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
-            | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
-        )
 
 
 def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None) -> WrittenFiles:
@@ -307,54 +289,6 @@ class CommitTarget:
     base: int | None = None
     extra: Mapping[str, str] | None = None
     metadata: Mapping[str, str] | None = None
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteFiles(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of (DataFile, partition values)."""
-
-    uri: str
-    run_id: str
-    extra: Mapping[str, str] | None = None
-
-    def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        return (
-            batches
-            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra)
-            | "Gather" >> beam.combiners.ToList()
-        )
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class CommitFiles(beam.PTransform):
-    """PCollection of one list of written files → PCollection[Committed] of one element.
-
-    `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
-    """
-
-    target: CommitTarget
-    prepare: Callable[..., dict[str, str]] | None = None
-    side: tuple[Any, ...] = ()
-
-    def expand(self, files: beam.PCollection) -> beam.PCollection:
-        step = functools.partial(commit, self.target, prepare=self.prepare)
-        return files | "Commit" >> beam.Map(
-            lambda written, *side: step(written, side=side), *self.side
-        ).with_output_types(Committed)
-
-
-@dataclasses.dataclass(eq=False)  # Beam sets the label
-class WriteTable(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
-
-    Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
-    """
-
-    target: CommitTarget
-
-    def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
-        return files | CommitFiles(self.target)
 
 
 class CommittedMeanwhile(Exception):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import MillraceError, MismatchError, StoreError
 from transforms.storage.delta_tables import open_table
+from transforms.storage.file_systems import FileSystems
 
 
 def open_feature_table(

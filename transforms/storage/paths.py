@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from apache_beam.io.filesystems import FileSystems
-
 from transforms.storage.delta_log import root_of, versions
+from transforms.storage.file_systems import FileSystems
 
 BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.file_systems import FileSystems
 
 MARKER = "started.json"
 

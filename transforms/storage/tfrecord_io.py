@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.io.filesystems import FileSystems
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import ContractError, StoreError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.durable import rename

@@ -16,11 +16,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 
-from apache_beam.io.filesystems import FileSystems
-
 from schemas.errors import StoreError
 from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
 from transforms.storage.delta_tables import open_table, paths_of, table_root
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
 from transforms.storage.paths import MANIFEST, path_in_store, tables_below
 from transforms.storage.run_markers import MARKER, RunMarker

@@ -14,6 +14,7 @@ from apache_beam.transforms.window import BoundedWindow
 from apache_beam.utils.timestamp import Timestamp
 from apache_beam.utils.windowed_value import WindowedValue
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import StoreError, nearest
 from schemas.views import FeatureView
 from transforms.records.times import FOREVER

@@ -11,6 +11,7 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import StoreError
 from schemas.splits import LABEL
 from transforms.records.record_batches import batch, frame

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transforms.validation.publish_check import (
         AlsoChecked,
         PublishCheck,
-        PublishRules,
         Validate,
         committed_statistics,
         make_check,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         read_statistics,
         statistics_path,
     )
+    from transforms.validation.publish_rules import PublishRules
     from transforms.validation.statistics import Statistics, describe, described, nothing, proto, view_columns
     from transforms.validation.tfdv_schema import (
         Anomaly,

@@ -13,13 +13,14 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
 from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import Committed, write_aside
+from transforms.storage.file_systems import FileSystems
+from transforms.validation.publish_rules import PublishRules
 from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate
 
 log = logging.getLogger("millrace.validation")
@@ -28,16 +29,6 @@ log = logging.getLogger("millrace.validation")
 FOLDER = "_statistics"
 HISTORY = 1000
 _SHOWN = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishRules:
-    """What the user asked for.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be there."""
-
-    schema: str
-    required: bool = False
-    allow_anomalies: bool = False
-    max_dead_fraction: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import polars as pl
 import pyarrow as pa
 from tensorflow_metadata.proto.v0 import statistics_pb2 as pb
 
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.views import FeatureView
 from transforms.features.kernel import kernel_pool
 from transforms.records.row_hashing import hash_column

@@ -4,13 +4,19 @@ import hashlib
 import re
 from pathlib import Path
 
+import apache_beam as beam
 import polars as pl
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from beam_pipelines import cli, features
 from beam_pipelines.commands.plan import main, reasons
+from beam_pipelines.runtime.features_arguments import Options
+from beam_pipelines.runtime.plan_text import steps
 from schemas.errors import DefinitionError
 from tests.support import shop
+from transforms.features.preparation import PreparedRun
 
 Out = pytest.CaptureFixture[str]
 
@@ -89,6 +95,47 @@ def test_the_plan_asked_for_is_shown(case: list[str], capsys: Out) -> None:
     out = capsys.readouterr().out
     assert re.search(r"\d\d? blocks, each slice is read once", out)
     assert "Gather" in section(out, "Beam steps")
+
+
+def graph_steps(options: Options, work: PreparedRun) -> dict[str, tuple[str, ...]]:
+    """Labels of the graph's steps, with those right below them; the inside of Beam's own steps is left out."""
+    pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions([]))
+    features.build(pipeline, options, work)
+    found: dict[str, list[str]] = {}
+
+    class Labels(PipelineVisitor):
+        def enter_composite_transform(self, node: AppliedPTransform) -> None:
+            self.visit_transform(node)
+
+        def visit_transform(self, node: AppliedPTransform) -> None:
+            parts = node.full_label.split("/")
+            if parts[0] and len(parts) <= 2:
+                inside = found.setdefault(parts[0], [])
+                if len(parts) == 2 and not type(node.parent.transform).__module__.startswith("apache_beam"):
+                    inside.append(parts[1])
+
+    pipeline.visit(Labels())
+    return {label: tuple(inside) for label, inside in found.items()}
+
+
+@pytest.mark.parametrize("windows", ['over="3d"', 'over=("3d", "all")'], ids=["3d", "all"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--no-statistics",
+        "--verify 0",
+        "--key_shards 3",
+        "--plan shuffle --block_rows 100",
+        "--plan shuffle --no-statistics",
+    ],
+)
+def test_the_steps_shown_are_those_of_the_graph(tmp_path: Path, windows: str, flags: str) -> None:
+    definition = shop.write(tmp_path, 300, shop.DEFINITION.replace('over="3d"', windows))
+    options = features.parse(["--definition", str(definition), "--store", str(tmp_path), *flags.split()])
+    work = features.prepare(options)
+    shown = steps(work, checked=options.rules is not None)
+    assert list(shown.items()) == list(graph_steps(options, work).items())
 
 
 def test_a_changed_dimension_is_a_note(tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:

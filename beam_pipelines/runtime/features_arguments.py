@@ -1,0 +1,150 @@
+"""Flags of `features`, which are also those of `plan`.  Nothing here imports Beam."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
+from schemas.loading import Definition, load_definition
+from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
+from transforms.features.preparation import FeaturesRequest
+from transforms.storage.file_systems import FileSystems
+from transforms.validation.publish_rules import PublishRules
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options(FeaturesRequest):
+    """The options of one run: what to compute, and how to run and check it.
+
+    Args:
+        run_id: id of the run, which commits once.
+        rules: what the publish check is to check; None: there is none.
+        verify: how many rows are verified before the commit.
+        beam_args: flags for Beam.
+    """
+
+    run_id: str
+    rules: PublishRules | None
+    verify: VerifyFlags
+    beam_args: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Folder of the run's report."""
+        return FileSystems.join(self.store, "runs", self.run_id)
+
+
+PLANS = {"auto": None, "slices": False, "shuffle": True}
+
+
+def parse(
+    argv: Sequence[str],
+    command: str = "features",
+    purpose: str = "Compute a view's features and commit them to its table.",
+) -> Options:
+    """Parses the flags of `features`, which are also those of `plan`.
+
+    Raises:
+        DefinitionError: a flag or the definition is invalid.
+    """
+    arguments = Arguments(f"millrace {command}", purpose)
+    arguments.add_interval("questions")
+    arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
+    add_choice_of_dates(arguments)
+    add_division_of_work(arguments)
+    add_checks(arguments)
+    flags, rest = arguments.parse(argv)
+    definition = load_definition(flags.definition)
+    return Options(
+        definition=definition,
+        store=flags.store,
+        sources=flags.sources or FileSystems.join(flags.store, "sources"),
+        run_id=flags.run_id,
+        start=flags.start,
+        end=flags.end,
+        full=flags.full,
+        refresh=flags.refresh,
+        block_rows=max(flags.block_rows, 1),
+        shuffled=PLANS[flags.plan],
+        key_shards=flags.key_shards,
+        broadcast_bytes=flags.broadcast_mb * 1e6,
+        rules=publish_rules(flags, definition),
+        verify=VerifyFlags(flags.verify, flags.verify_share),
+        now=time.time_ns() // 1000,
+        beam_args=tuple(rest),
+    )
+
+
+def add_choice_of_dates(arguments: Arguments) -> None:
+    """Adds the flags that decide which dates are computed."""
+    arguments.add_argument("--full", action="store_true", help="compute every date again")
+    arguments.add_argument("--refresh", action="store_true", help="count dates as stale whose dimensions have changed")
+
+
+def add_division_of_work(arguments: Arguments) -> None:
+    """Adds the flags that decide how the work is divided."""
+    arguments.add_argument(
+        "--block_rows",
+        type=int,
+        default=BLOCK_ROWS,
+        help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
+    )
+    arguments.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="auto",
+        help="slices: each block reads what it needs; shuffle: rows are sent to their blocks "
+        "(default: whichever reads less)",
+    )
+    arguments.add_argument(
+        "--key_shards",
+        type=shards,
+        default=None,
+        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
+    )
+    arguments.add_argument(
+        "--broadcast_mb",
+        type=float,
+        default=BROADCAST_BYTES / 1e6,
+        help="a larger dimension is not held by every worker but read past by each block "
+        f"(default {BROADCAST_BYTES / 1e6:g})",
+    )
+
+
+def add_checks(arguments: Arguments) -> None:
+    """Adds the flags that decide what is checked before the commit, and `--streaming`."""
+    arguments.add_argument(
+        "--statistics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep statistics with the commit, check them against the schema, and dead rows against their most "
+        "(default: yes)",
+    )
+    arguments.add_argument(
+        "--streaming",
+        action="store_true",
+        help="compute the same features live, from topics or a replay; has flags of its own",
+    )
+    add_verification(arguments)
+    arguments.add_validation()
+
+
+def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishRules | None:
+    """Returns the rules of the publish check; None if `--no-statistics` turned it off."""
+    if not flags.statistics:
+        return None
+    schema = flags.schema or definition.schema_path
+    return PublishRules(schema, flags.schema is not None, flags.allow_anomalies, flags.max_dead_fraction)
+
+
+def shards(text: str) -> int | None:
+    """A number of parts; None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MOST_SHARDS}")
+    return int(text)

@@ -1,0 +1,86 @@
+"""PTransforms over Delta tables: read data files, write them, and make them visible by one final commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
+from transforms.storage.delta_tables import (
+    CommitTarget,
+    Committed,
+    DataFile,
+    commit,
+    groups,
+    read_group,
+    write_files,
+)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class ReadTable(beam.PTransform):
+    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
+
+    files: tuple[DataFile, ...]
+    columns: tuple[str, ...] | None = None
+
+    def expand(self, begin: beam.PBegin) -> beam.PCollection:
+        columns = None if self.columns is None else list(self.columns)
+        return (
+            begin
+            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
+            | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
+        )
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteFiles(beam.PTransform):
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of (DataFile, partition values)."""
+
+    uri: str
+    run_id: str
+    extra: Mapping[str, str] | None = None
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return (
+            batches
+            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra)
+            | "Gather" >> beam.combiners.ToList()
+        )
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class CommitFiles(beam.PTransform):
+    """PCollection of one list of written files → PCollection[Committed] of one element.
+
+    `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
+    """
+
+    target: CommitTarget
+    prepare: Callable[..., dict[str, str]] | None = None
+    side: tuple[Any, ...] = ()
+
+    def expand(self, files: beam.PCollection) -> beam.PCollection:
+        step = functools.partial(commit, self.target, prepare=self.prepare)
+        return files | "Commit" >> beam.Map(
+            lambda written, *side: step(written, side=side), *self.side
+        ).with_output_types(Committed)
+
+
+@dataclasses.dataclass(eq=False)  # Beam sets the label
+class WriteTable(beam.PTransform):
+    """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
+
+    Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
+    """
+
+    target: CommitTarget
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
+        return files | CommitFiles(self.target)
