@@ -18,6 +18,7 @@ REQUIRES = [
     "polars-hash>=0.9.3,<1",
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
+    "pyyaml>=6,<7",
     "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
     "sqlalchemy>=2,<3",  # MLflow's, whose errors the registry tells as ours
@@ -36,7 +37,6 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
-        "pyyaml>=6",
         "scikit-learn>=1.4",
         "xxhash>=3",
     ],
