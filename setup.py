@@ -19,6 +19,7 @@ REQUIRES = [
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
     "pyarrow-hotfix>=0.6,<1",  # pyarrow before 14.0.1 runs code that an Arrow or Parquet file names (CVE-2023-47248)
+    "pyyaml>=6,<7",
     "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
     "sqlalchemy>=2,<3",  # MLflow's, whose errors the registry tells as ours
@@ -37,7 +38,6 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
-        "pyyaml>=6",
         "scikit-learn>=1.4",
         "xxhash>=3",
     ],

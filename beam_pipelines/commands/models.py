@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -65,13 +65,16 @@ def models(argv: Sequence[str]) -> int:
             )
         print(name)
         print(columns(("version", "alias", "registered (UTC)", "run", "gates", "test metrics"), rows, "version"))
-        for entry in registry.history(name)[-5:]:
-            before = f" after version {entry['before']}" if entry["before"] else ""
-            print(
-                f"  {entry['at'][:16].replace('T', ' ')}  version {entry['version']} champion{before}: "
-                f"{entry['why']} ({entry['who']})"
-            )
+        for entry in registry.records(name):
+            print(f"  {entry['at'][:16].replace('T', ' ')}  {_told(entry)}: {entry['why']} ({entry['who']})")
     return 0
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """What a record of the alias says happened."""
+    if entry["before"] == entry["version"]:
+        return f"version {entry['version']} was champion already"
+    return f"version {entry['version']} champion" + (f" after version {entry['before']}" if entry["before"] else "")
 
 
 def promote(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 FORMAT = 1
+# MLflow's description of a model, and the one loader module that it may name.
+MLMODEL, LOADER = "MLmodel", "transforms.serving"
 _REQUIRED = ("model", "objective", "classes", "fingerprint", "view", "key", "time", "inputs")
 _RESTORE = "Restore the file from a backup, or train and register the model again"
 
@@ -94,6 +97,7 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     Raises:
         StoreError: a file is missing or was altered; the message has both digests.
     """
+    check_mlmodel(folder)
     text = read_bytes(folder, MANIFEST)
     if digest is not None:
         check_digest(folder, MANIFEST, text, digest)
@@ -116,7 +120,15 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     for name, expected in files.items():
         check_digest(folder, name, contents[name], expected)
     booster, encoders = contents.pop(BOOSTER), contents.pop(ENCODERS)
-    return Bundle(booster, Fitted.from_json(encoders.decode()), manifest, contents)
+    if missing := [name for name in _REQUIRED if name not in manifest]:
+        value = f"{folder}/{MANIFEST} without {', '.join(missing)}"
+        raise StoreError(f"A model's manifest has {', '.join(_REQUIRED)}", value, _RESTORE)
+    try:
+        fitted = Fitted.from_json(encoders.decode())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        value = f"{folder}/{ENCODERS}: {error!r}"
+        raise StoreError("A model's encoders are as Millrace writes them", value, _RESTORE) from None
+    return Bundle(booster, fitted, manifest, contents)
 
 
 def digest_of(folder: str | Path) -> str:
@@ -130,10 +142,45 @@ def check_digest(folder: str | Path, name: str, content: bytes, expected: str) -
         raise StoreError("A model's files are as they were saved", value, _RESTORE)
 
 
+def check_mlmodel(folder: str | Path) -> None:
+    """Refuse an `MLmodel` that makes MLflow run other code than Millrace's loader.  There need not be one.
+
+    Nothing is imported: the file is parsed as plain YAML.
+
+    Raises:
+        StoreError: it names another loader, or code or data to load; or it cannot be read.
+    """
+    path = FileSystems.join(str(folder), MLMODEL)
+    if not (FileSystems.exists(path) if "://" in path else os.path.lexists(path)):
+        return
+    import yaml
+
+    rule, fix = f"MLflow loads a model of Millrace with {LOADER}, and with no other code", "Register the model again"
+    try:
+        found = yaml.safe_load(read_bytes(folder, MLMODEL))
+        flavor = found["flavors"].get("python_function", {})
+        foreign = sorted(set(found["flavors"]) - {"millrace", "python_function"})
+        keys = sorted(set(flavor) - {"loader_module", "python_version"})
+        loader = flavor.get("loader_module", LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        value = f"{path}: {(str(error).splitlines() or [repr(error)])[0]}"
+        raise StoreError(f"{MLMODEL} describes a model of MLflow", value, fix) from None
+    if loader != LOADER or keys or foreign:
+        named = f"loader_module {loader!r}" if loader != LOADER else ", ".join(map(str, [*keys, *foreign]))
+        raise StoreError(rule, f"{path} with {named}", fix)
+
+
 def read_bytes(folder: str | Path, name: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        StoreError: it cannot be read, or is not a regular file.
+    """
     path = FileSystems.join(str(folder), name)
     try:
         if "://" not in path:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would be waited for
+                raise OSError("it is not a regular file")
             return Path(path).read_bytes()
         with FileSystems.open(path, "application/octet-stream") as handle:
             return bytes(handle.read())

@@ -15,40 +15,48 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pyarrow as pa
+
 from schemas.errors import StoreError
 from schemas.tables import scores
-from transforms.models.bundle import FORMAT, Bundle, check_digest, digest_of, load, read_bytes, save
+from transforms.models.bundle import (
+    FORMAT,
+    LOADER,
+    MLMODEL,
+    Bundle,
+    check_digest,
+    check_mlmodel,
+    digest_of,
+    load,
+    read_bytes,
+    save,
+)
+from transforms.models.champion_moves import CHAMPION, RETURN, ROLLBACK, ChampionMoves, only_move
+from transforms.models.registry_address import (
+    artifacts_folder,
+    checked,
+    file_uri,
+    follow_move,
+    registry_uri,
+    relative_address,
+    require_sqlite,
+    shown,
+    sqlite_path,
+    sqlite_uri,
+)
+from transforms.storage.delta_tables import write_aside
 from transforms.storage.paths import MANIFEST
 
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
 
-CHAMPION = "champion"
-# Prefix of a rollback's reason.
-ROLLBACK = "rollback: "
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
 _MODEL_FOLDER = "model"  # of a run's artifacts
 _EXAMPLE, _REQUEST = "input_example.json", "serving_input_example.json"
-
-
-def registry_uri(store: str, uri: str | None = None) -> str:
-    """The tracking URI to use: `uri`, or SQLite under `<store>/registry`.
-
-    Raises:
-        StoreError: the store is not a local folder, and SQLite needs one.
-    """
-    if uri:
-        return uri
-    if "://" in store:
-        raise StoreError(
-            "A registry in SQLite lives on a local disk", store, "Name an MLflow server: --registry https://…"
-        )
-    return f"sqlite:///{os.path.abspath(store)}/registry/mlflow.db"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +85,8 @@ class Registry:
     Every method raises StoreError when the registry cannot be reached.
 
     Args:
-        uri: MLflow tracking URI.  With `sqlite:///…/mlflow.db`, files go to `artifacts/` beside the database.
+        uri: MLflow tracking URI.  With `sqlite:///…/mlflow.db`, files go to `artifacts/` beside the database, and are
+            found there after the folder was moved or copied.
     """
 
     uri: str
@@ -101,10 +110,10 @@ class Registry:
                 return str(done[0].version)
             _log(client, run, record.params, record.metrics)
             if record.artifacts is not None:
-                client.log_artifacts(run.info.run_id, str(record.artifacts))
+                self._store(client, run, str(record.artifacts))
             with tempfile.TemporaryDirectory() as folder:
                 digest = _model_folder(bundle, folder, run.info.run_id, record.example)
-                client.log_artifacts(run.info.run_id, folder, _MODEL_FOLDER)
+                self._store(client, run, folder, _MODEL_FOLDER)
             with _unless_there():
                 client.create_registered_model(bundle.name)
             version = client.create_model_version(
@@ -120,7 +129,10 @@ class Registry:
     def attach(self, name: str, run_id: str, file: str, text: str) -> None:
         """Store `text` as the artifact `file` of a training run, in place of an earlier one."""
         with self.client(write=True) as client:
-            client.log_text(self.run(client, name, run_id, {}).info.run_id, text, file)
+            run = self.run(client, name, run_id, {})
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, file).write_text(text, encoding="utf-8")
+                self._store(client, run, folder)
 
     def champion(self, name: str) -> str | None:
         """The version that has the alias `champion`, or None."""
@@ -155,6 +167,7 @@ class Registry:
             StoreError: no such model or version, no champion, files gone or altered.
         """
         version, folder, expected = self.locate(name, version)
+        check_mlmodel(folder)
         check_digest(folder, MANIFEST, read_bytes(folder, MANIFEST), expected)
         return version, folder
 
@@ -182,7 +195,7 @@ class Registry:
                     repr(str(version)),
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
-            folder = _local(client.get_model_version_download_uri(name, str(version)), self.uri)
+            folder = self._folder(client, name, found)
         if (expected := found.tags.get(DIGEST)) is None:
             value = f"version {version} of {name!r} without the tag {DIGEST}"
             raise StoreError(
@@ -208,51 +221,56 @@ class Registry:
     def promote(self, name: str, version: str | int, why: str, who: str | None = None) -> str | None:
         """Make `version` the champion, record who did it and why, and return the version it replaces.
 
+        A promotion of the present champion is recorded too (see `records`).
+
         Raises:
-            StoreError: no such model or version.
+            StoreError: no such model or version; or another process holds the lock of moves.
         """
-        with self.client() as client:
-            versions = {} if client is None else self._versions(client, name)
-            if client is None or str(version) not in versions:
-                raise StoreError(
-                    f"Model {name!r} has the version to promote",
-                    repr(str(version)),
-                    f"Registered: {', '.join(versions) or 'none'}",
-                )
-            before = self._aliases(client, name).get(CHAMPION)
-            if before != str(version):
-                at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # a tag's name takes no +
-                entry = {"version": str(version), "before": before, "why": why, "who": who or _user()}
-                # The reason is written before the move: a second attempt finds and reuses it, whereas a move without a
-                # reason would stay unexplained.
-                moves = self.history(name)
-                if not moves or (moves[-1]["version"], moves[-1]["before"]) != (str(version), before):
-                    client.set_registered_model_tag(
-                        name, f"{CHAMPION}.{at}", json.dumps(entry, ensure_ascii=False)[:5000]
-                    )
-                client.set_registered_model_alias(name, CHAMPION, str(version))
-            return before
+        with self._moves(name, str(version)) as moves:
+            return moves.promote(str(version), why, who or _user())
+
+    def replace(self, name: str, champion: str | None, version: str, why: str, who: str) -> str | None:
+        """Make `version` the champion if the champion is still `champion`; returns the champion afterwards.
+
+        Raises:
+            StoreError: as `promote`.
+        """
+        with self._moves(name, version) as moves:
+            if moves.champion == champion:
+                moves.promote(version, why, who)
+            return moves.champion
 
     def rollback(self, name: str, why: str, who: str | None = None) -> tuple[str, str]:
         """Make the previous champion the champion again; returns (from, to).  A second call goes back one further.
 
         Raises:
-            StoreError: there was no champion before.
+            StoreError: there was no champion before, or as `promote`.
         """
-        stack: list[str] = []
-        for entry in self.history(name):
-            if entry["why"].startswith(ROLLBACK):
-                stack.pop()
-            else:
-                stack.append(entry["version"])
-        if len(stack) < 2:
+        with self._moves(name) as moves:
+            target = moves.previous()
+            self._require(moves.client, name, target)
+            before = moves.promote(target, f"{ROLLBACK}{why}", who or _user(), RETURN)
+            return str(before), target
+
+    @contextlib.contextmanager
+    def _moves(self, name: str, version: str | None = None) -> Iterator[ChampionMoves]:
+        """The moves of a model's alias, while no other process can move it."""
+        with self.client() as client:
+            if client is None or version is not None:
+                self._require(client, name, version or "")
+            path = sqlite_path(self.uri)
+            with only_move(None if path is None else path.parent):
+                yield ChampionMoves(client, name)
+
+    def _require(self, client: Any, name: str, version: str) -> None:
+        """Refuse a version that is not registered."""
+        versions = {} if client is None else self._versions(client, name)
+        if version not in versions:
             raise StoreError(
-                f"Model {name!r} had a champion before this one",
-                ", ".join(stack) or "none at all",
-                "Name one: millrace promote VERSION --why …",
+                f"Model {name!r} has the version to promote",
+                repr(version),
+                f"Registered: {', '.join(versions) or 'none'}",
             )
-        self.promote(name, stack[-2], f"{ROLLBACK}{why}", who)
-        return stack[-1], stack[-2]
 
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Every version, oldest first: `version`, `champion`, `at` (ms since 1970), `run`, `gates`, `metrics`."""
@@ -274,29 +292,44 @@ class Registry:
             ]
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        """Every promotion, oldest first: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
+        """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
         with self.client() as client:
-            tags = {} if client is None else client.get_registered_model(name).tags
-        marks = sorted(tag for tag in tags if tag.startswith(f"{CHAMPION}."))
-        return [{"at": tag.removeprefix(f"{CHAMPION}."), **json.loads(tags[tag])} for tag in marks]
+            return [] if client is None else ChampionMoves(client, name).moves
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """As `history`, with promotions of a version that was champion already (their `before` is their `version`)."""
+        with self.client() as client:
+            return [] if client is None else ChampionMoves(client, name).records
 
     @contextlib.contextmanager
     def client(self, write: bool = False) -> Iterator[Any]:
         """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
-        path = _sqlite_path(self.uri)
+        path = sqlite_path(checked(self.uri))
         if path is not None:
-            if not path.exists() and not write:
+            if not (there := require_sqlite(path, write)) and not write:
                 yield None
                 return
-            _require_sqlite(path, write)
+            if not there:
+                _make_database(path)
         mlflow = _mlflow()
         from sqlalchemy.exc import SQLAlchemyError  # MLflow does not wrap every error of its database
 
         try:
-            yield _connect(self.uri)
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
+            if path is None:
+                _require_database(self.uri)
+            elif write:
+                follow_move(path)
+            yield _connect(self.uri if path is None else _plain_uri(path))
+        except ModuleNotFoundError as error:
+            raise StoreError(
+                "The driver of a registry's database is installed",
+                f"no module {error.name!r} for {shown(self.uri)}",
+                f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
+                "or name another driver, as mysql+pymysql://…",
+            ) from None
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            value = f"{self.uri}: {text}"
+            value = f"{shown(self.uri)}: {shown(text)}"
             raise StoreError(
                 "The model registry answers", value, "Start it or correct --registry, then run the same command again"
             ) from None
@@ -305,8 +338,8 @@ class Registry:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            path = _sqlite_path(self.uri)
-            position = None if path is None else str(path.parent / "artifacts" / name)
+            path = sqlite_path(self.uri)
+            position = None if path is None else file_uri(path.absolute().parent / "artifacts" / name)
             with _unless_there():
                 client.create_experiment(name, position)
             experiment = client.get_experiment_by_name(name)
@@ -320,6 +353,33 @@ class Registry:
     def _versions(self, client: Any, name: str) -> dict[str, Any]:
         found = client.search_model_versions(f"name='{name}'", max_results=10_000)
         return {str(each.version): each for each in sorted(found, key=lambda each: int(each.version))}
+
+    def _folder(self, client: Any, name: str, found: Any) -> str:
+        """The folder from which `load` reads a version's files."""
+        recorded = client.get_model_version_download_uri(name, str(found.version))
+        path = sqlite_path(self.uri)
+        relative = None if path is None else relative_address(recorded, found.run_id or "")
+        return (
+            _local(recorded, self.uri) if path is None or relative is None else str(path.absolute().parent / relative)
+        )
+
+    def _store(self, client: Any, run: Any, folder: str, within: str = "") -> None:
+        """Store the files in `folder` as artifacts of a run: of a local registry beside its database.
+
+        Raises:
+            StoreError: they cannot be written.
+        """
+        path = sqlite_path(self.uri)
+        experiment = client.get_experiment(run.info.experiment_id)
+        ours = (
+            None if path is None else artifacts_folder(path.absolute(), experiment.artifact_location, experiment.name)
+        )
+        if ours is None:
+            client.log_artifacts(run.info.run_id, folder, within or None)
+            return
+        target = ours / run.info.run_id / "artifacts" / within
+        for file in sorted(Path(folder).iterdir()):
+            write_aside(str(target), file.name, pa.py_buffer(file.read_bytes()))
 
     def _aliases(self, client: Any, name: str) -> dict[str, str]:
         if not client.search_registered_models(f"name='{name}'"):
@@ -356,7 +416,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str
     metadata = {"fingerprint": bundle.fingerprint, "manifest_sha256": digest}
     flavors = {
         "millrace": {"format": FORMAT, "manifest": MANIFEST},
-        "python_function": {"loader_module": "transforms.serving", "python_version": platform.python_version()},
+        "python_function": {"loader_module": LOADER, "python_version": platform.python_version()},
     }
     model = Model(_MODEL_FOLDER, run_id, flavors=flavors, signature=signature, metadata=metadata)
     if example:
@@ -369,7 +429,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str
             "pandas_orient": "split",
             "serving_input_path": _REQUEST,
         }
-    model.save(os.path.join(folder, "MLmodel"))
+    model.save(os.path.join(folder, MLMODEL))
     return digest
 
 
@@ -423,25 +483,45 @@ def _unless_there() -> Iterator[None]:
             raise
 
 
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(unquote(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
+def _plain_uri(path: Path) -> str:
+    """An address of a SQLite file in which nothing is quoted, for MLflow makes the folders of the address as it is written.
+
+    A path with other letters is reached through a link in a temporary folder, which is removed when the process ends.
+    """
+    uri = sqlite_uri(str(path))
+    return uri if unquote(uri) == uri else sqlite_uri(os.path.join(_link(str(path.absolute().parent)), path.name))
 
 
-def _require_sqlite(path: Path, write: bool) -> None:
-    """Refuse a path that cannot be written, or a file that is no database, where MLflow would retry ten times."""
-    fix = "Grant access, restore the file, or name another registry with --registry"
-    try:
-        if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(path if path.exists() else path.parent, os.W_OK):
-                raise PermissionError(f"{path} cannot be written")
-        if path.exists():
-            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-                database.execute("PRAGMA schema_version").fetchone()
-        elif write:
-            _make_database(path)
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError("The model registry is a SQLite file that can be used", f"{path}: {error}", fix) from None
+@functools.lru_cache(64)
+def _link(folder: str) -> str:
+    home = tempfile.TemporaryDirectory(prefix="millrace-registry-")
+    _links.append(home)  # removed by its finaliser
+    link = os.path.join(home.name, "registry")
+    os.symlink(folder, link)
+    return link
+
+
+_links: list[tempfile.TemporaryDirectory[str]] = []
+
+
+_DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+
+
+@functools.lru_cache(16)
+def _require_database(uri: str) -> None:
+    """Connect once to a database that is not SQLite, where MLflow would try for minutes.
+
+    Raises:
+        SQLAlchemyError, ModuleNotFoundError: it does not answer, or its driver is not installed.
+    """
+    if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
+        return
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(
+        uri, connect_args={} if uri.startswith("mssql") else {"connect_timeout": 30}, poolclass=sqlalchemy.NullPool
+    )
+    engine.connect().close()
 
 
 def _make_database(path: Path) -> None:
@@ -451,7 +531,7 @@ def _make_database(path: Path) -> None:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
-        _mlflow().MlflowClient(f"sqlite:///{aside}").search_experiments(max_results=1)
+        _mlflow().MlflowClient(_plain_uri(aside)).search_experiments(max_results=1)
         try:
             os.link(aside, path)
         except FileExistsError:  # another process was first

@@ -185,18 +185,17 @@ def _promote_if_better(registry: Registry, version: str, content: JsonObject, ru
     """Move the alias to `version` if its gates allow; returns the champion, and why it was kept or ""."""
     name = content["model"]
     champion = registry.champion(name)
-    moves = registry.history(name)
-    # A run that was killed during its promotion has recorded a move that was never made.
-    unfinished = bool(moves) and moves[-1]["version"] == version and moves[-1]["before"] == champion
-    moved_before = any(entry["version"] == version for entry in moves)
-    if failed_gates(content) or (moved_before and not unfinished):
+    # An earlier attempt of this run may have promoted the version already.
+    if failed_gates(content) or any(entry["version"] == version for entry in registry.history(name)):
         return champion, ""
     rival = content["rival"]
     # Earlier versions of Millrace let a gate hold that had not been judged, and their runs can still be registered.
     beaten = rival["version"] is None or all(each["judged"] for each in content["gates"] if BEATS in each["gate"])
-    if champion == rival["version"] and beaten:
-        registry.promote(name, version, f"every gate held in run {run_id}", "millrace training")
-        return version, ""
+    if beaten:
+        why = f"every gate held in run {run_id}"
+        champion = registry.replace(name, rival["version"], version, why, "millrace training")
+        if champion == version:
+            return version, ""
     shown = f"version {champion}" if champion else "none"
     return champion, f"the champion is {shown}, which was not compared with: millrace promote {version} --why …"
 

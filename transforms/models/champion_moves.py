@@ -1,0 +1,190 @@
+"""Moves of the alias `champion`: one at a time, each with its record (docs/adr/0014)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import StoreError
+
+__all__ = ["CHAMPION", "ChampionMoves", "only_move"]
+
+log = logging.getLogger("millrace.registry")
+CHAMPION = "champion"
+# Prefix of a rollback's reason.
+ROLLBACK = "rollback: "
+# Kinds of record.  A confirmation names the version that was champion already.  Records of earlier versions of Millrace
+# have neither a kind nor a sequence number.
+PROMOTION, RETURN, CONFIRMATION = "promotion", "rollback", "confirmation"
+LONGEST = 5000  # characters of a tag's value in MLflow
+WAIT = 60.0
+Record = dict[str, Any]
+
+
+@contextlib.contextmanager
+def only_move(folder: Path | None) -> Iterator[None]:
+    """Hold the lock under which the alias of a local registry moves; a registry on a server has none.
+
+    The operating system releases it when the process ends, however it ends.
+
+    Raises:
+        StoreError: another process has held it for a minute, or the folder cannot be written.
+    """
+    if folder is None:
+        yield
+        return
+    path, until = folder / ".champion.lock", time.monotonic() + WAIT
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StoreError("The model registry can be written", f"{path}: {error.strerror}", "Grant access") from None
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise StoreError(
+                        "The champion of a registry is moved by one command at a time",
+                        f"{path} has been held by another for {WAIT:.0f} s",
+                        "Wait for that command to end, or stop it",
+                    ) from None
+                time.sleep(0.02)
+            except OSError as error:  # some network file systems have no locks
+                log.warning("moves of the champion are not locked: %s: %s", path, error.strerror)
+                break
+        yield
+    finally:
+        os.close(file)
+
+
+class ChampionMoves:
+    """The alias `champion` of one registered model, and the records of its moves, which are tags of the model.
+
+    A move is written in three steps: a pending record, the alias, and the record without its mark.  A pending record
+    whose version is champion is a move that happened; any other is one that was cut short, and is removed by the next
+    move.  Whoever moves holds `only_move`.
+
+    Args:
+        client: MLflow's client.
+        name: the registered model.
+    """
+
+    def __init__(self, client: Any, name: str) -> None:
+        self.client, self.name = client, name
+        self.read()
+
+    def read(self) -> None:
+        """Read alias and records."""
+        found = self.client.search_registered_models(f"name='{self.name}'")
+        model = self.client.get_registered_model(self.name) if found else None
+        aliases: Mapping[str, Any] = model.aliases if model else {}
+        self.champion = None if CHAMPION not in aliases else str(aliases[CHAMPION])
+        self.tags: dict[str, Record] = {}
+        for tag, text in (model.tags if model else {}).items():
+            if tag.startswith(f"{CHAMPION}.") and (record := _parsed(tag, text)) is not None:
+                self.tags[tag] = record
+
+    @property
+    def records(self) -> list[Record]:
+        """Records of what happened, in the order in which it happened, with confirmations."""
+        ordered = sorted(self.tags.items(), key=lambda each: (each[1].get("sequence", 0), each[0]))
+        records = [
+            {"at": tag.removeprefix(f"{CHAMPION}."), **record}
+            for tag, record in ordered
+            if not record.get("pending") or record["version"] == self.champion
+        ]
+        # Earlier versions of Millrace had no mark: such a record is of a move cut short if the next move, or now the
+        # alias, still starts where it started.
+        after = [record["before"] for record in records[1:]] + [self.champion]
+        return [
+            {key: value for key, value in record.items() if key != "pending"}
+            for record, then in zip(records, after)
+            if "sequence" in record or then == record["version"] or then != record["before"]
+        ]
+
+    @property
+    def moves(self) -> list[Record]:
+        """Records of moves alone."""
+        return [record for record in self.records if record.get("kind") != CONFIRMATION]
+
+    def promote(self, version: str, why: str, who: str, kind: str = PROMOTION) -> str | None:
+        """Move the alias to `version`, which exists, and return the version that it leaves."""
+        before = self.champion
+        for tag, record in list(self.tags.items()):
+            if record.get("pending"):
+                if record["version"] == before:
+                    self._record(tag, {key: value for key, value in record.items() if key != "pending"})
+                else:
+                    self.client.delete_registered_model_tag(self.name, tag)
+                    del self.tags[tag]
+        sequence = 1 + max((int(each.get("sequence", 0)) for each in self.tags.values()), default=0)
+        record = {"version": version, "before": before, "why": why, "who": who, "sequence": sequence}
+        tag = self._new_tag()
+        if before == version:
+            self._record(tag, {**record, "kind": CONFIRMATION})
+            return before
+        self._record(tag, {**record, "kind": kind, "pending": True})
+        self.client.set_registered_model_alias(self.name, CHAMPION, version)
+        self.champion = version
+        self._record(tag, {**record, "kind": kind})
+        return before
+
+    def previous(self) -> str:
+        """The version that was champion before the present one was promoted.
+
+        Raises:
+            StoreError: there is none.
+        """
+        stack: list[str] = []
+        for record in self.moves:
+            back = record["kind"] == RETURN if "kind" in record else record["why"].startswith(ROLLBACK)
+            if back and record["version"] in stack:
+                del stack[len(stack) - stack[::-1].index(record["version"]) :]
+            else:
+                stack.append(record["version"])
+        if self.champion is not None and stack[-1:] != [self.champion]:  # another tool moved the alias
+            stack.append(self.champion)
+        if len(stack) < 2 or self.champion is None:
+            raise StoreError(
+                f"Model {self.name!r} had a champion before this one",
+                ", ".join(stack) or "none at all",
+                "Name one: millrace promote VERSION --why …",
+            )
+        return stack[-2]
+
+    def _new_tag(self) -> str:
+        """A name that no record has.  Its time is only shown: the sequence number orders."""
+        at = datetime.now(UTC)
+        while (tag := f"{CHAMPION}.{at:%Y-%m-%dT%H:%M:%S.%fZ}") in self.tags:  # a tag's name takes no +
+            at += timedelta(microseconds=1)
+        return tag
+
+    def _record(self, tag: str, record: Record) -> None:
+        record = {**record, "who": record["who"][:200]}
+        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST:
+            record["why"] = record["why"][: len(record["why"]) * 3 // 4] + "…"
+        self.client.set_registered_model_tag(self.name, tag, text)
+        self.tags[tag] = record
+
+
+def _parsed(tag: str, text: str) -> Record | None:
+    """A tag's record; None, with a warning, if something else wrote it."""
+    try:
+        record: Record = json.loads(text)
+        shape = {"version": str, "why": str, "who": str, "before": str | None}
+        if all(isinstance(record[key], kind) for key, kind in shape.items()):
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    log.warning("the tag %s is not a record of a move, and is ignored", tag)
+    return None
