@@ -33,6 +33,7 @@ from schemas.errors import DefinitionError
 from transforms.records.frame_packets import pack
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
+from transforms.streaming.crash_guard import guard_folder
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
@@ -192,7 +193,8 @@ def envelopes_of_topics(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam
     job = plan.job
     start = pack({"kind": "start", "index": None, "start": plan.start.to_json()})
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
-    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix)).with_output_types(bytes)
+    guard = guard_folder(job.settings.store, f"{job.view.name}.features")
+    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard)).with_output_types(bytes)
     # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
     first = pipeline | "Start" >> beam.Create([start]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()

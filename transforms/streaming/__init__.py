@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.crash_guard import CrashGuard, guard_folder
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
