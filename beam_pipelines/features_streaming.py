@@ -32,6 +32,7 @@ from beam_pipelines.runtime.streaming_arguments import Length, StreamingArgument
 from schemas.errors import DefinitionError
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
+from transforms.streaming.crash_guard import guard_folder
 from transforms.streaming.groups import groups_of
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
@@ -191,7 +192,8 @@ def envelopes_of_topics(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam
     """The start of the job, and messages → micro-batches."""
     job = plan.job
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
-    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix)).with_output_types(bytes)
+    guard = guard_folder(job.settings.store, f"{job.view.name}.features")
+    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard)).with_output_types(bytes)
     # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()

@@ -39,6 +39,7 @@ from transforms.inference.live_preparation import (
     prepare_live_inference,
 )
 from transforms.models.registry import CHAMPION, registry_uri
+from transforms.streaming.crash_guard import guard_folder
 from transforms.streaming.kafka import Produce, ReadTopics, set_group_offsets
 
 log = logging.getLogger("millrace.serving")
@@ -112,7 +113,8 @@ def replayed_rows(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCol
 def rows_of_topic(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCollection:
     """Feature rows of the features topic."""
     messages = pipeline | "Topic" >> ReadTopics(plan.broker, (plan.request.topic,), plan.group)
-    decode = DecodeFeatureRows(plan.request.view)
+    guard = guard_folder(plan.request.store, f"{plan.request.view.name}.inference")
+    decode = DecodeFeatureRows(plan.request.view, guard=guard)
     return messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
 
 

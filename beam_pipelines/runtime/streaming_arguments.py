@@ -12,6 +12,7 @@ from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
+from transforms.streaming.kafka_properties import read_properties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,12 @@ class StreamingArguments(Arguments):
             "--expansion_service",
             help="kafka: HOST:PORT of Beam's KafkaIO expansion service (default: Beam fetches one)",
         )
+        self.add_argument(
+            "--kafka_properties",
+            metavar="FILE",
+            help="kafka: properties of Kafka's Java clients (security.protocol, sasl.…, ssl.…), for all clients; "
+            "librdkafka.… for those that are not Java",
+        )
         self.add_argument("--topic_prefix", default="", help="prefix of the names of all topics")
         self.add_argument(
             "--sink",
@@ -114,10 +121,18 @@ class StreamingArguments(Arguments):
             store=flags.store,
             run_id=flags.run_id,
             replaying=replaying,
-            broker=Broker(flags.bootstrap, flags.expansion_service) if flags.bootstrap else None,
+            broker=_broker(flags),
             prefix=flags.topic_prefix,
             sinks=("table", "topic") if sink == "both" else (sink,),
             lengths=lengths,
             beam_args=tuple(rest),
         )
         return options, flags
+
+
+def _broker(flags: argparse.Namespace) -> Broker | None:
+    """The broker of the flags; None if they name none."""
+    if flags.bootstrap is None:
+        return None
+    java = read_properties(flags.kafka_properties) if flags.kafka_properties else {}
+    return Broker(flags.bootstrap, flags.expansion_service, java=java)

@@ -418,6 +418,7 @@ def test_a_feature_row_of_the_year_10000_is_a_dead_letter_and_its_neighbours_are
 
 def test_a_producer_with_a_wrong_clock_does_not_stop_live_inference() -> None:
     step = DecodeFeatureRows(view)
+    step.setup()
     step.start_bundle()
     for stamp in (2**62, -1):
         step.messages = []

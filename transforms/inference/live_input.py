@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -24,6 +25,7 @@ from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
+from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.live_tables import read_answers
 from transforms.streaming.message_limits import read_arrow
 from transforms.streaming.messages import (
@@ -162,10 +164,25 @@ def _dead_letter(source: str, message: Message, field: str, rule: str, position:
 
 
 class DecodeFeatureRows(beam.DoFn):
-    """Message → batches of `scorable(view)`, each with at most `most` messages of a bundle."""
+    """Message → batches of `scorable(view)`, each with at most `most` messages of a bundle.
 
-    def __init__(self, view: FeatureView, most: int = BATCH_MESSAGES, by_row: bool = False) -> None:
-        self.view, self.most, self.by_row = view, most, by_row
+    Args:
+        view: the view of the feature rows.
+        most: messages of a batch.
+        by_row: see `to_score`.
+        guard: folder of the crash guard; None: none.
+    """
+
+    def __init__(
+        self, view: FeatureView, most: int = BATCH_MESSAGES, by_row: bool = False, guard: str | None = None
+    ) -> None:
+        self.view, self.most, self.by_row, self.folder = view, most, by_row, guard
+
+    def setup(self) -> None:
+        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view))
+
+    def teardown(self) -> None:
+        self.guard.close()
 
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
@@ -185,7 +202,13 @@ class DecodeFeatureRows(beam.DoFn):
 
     def _batch(self) -> pa.RecordBatch:
         messages, self.messages, self.expanded = self.messages, [], 0
-        return to_score(self.view, messages, self.by_row)
+        with self.guard.decoding(messages) as judged:
+            return to_score(self.view, judged, self.by_row)
+
+
+def decode_alone(view: FeatureView, message: Message) -> None:
+    """Decodes one message, to see whether the process survives it."""
+    to_score(view, [message])
 
 
 def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterator[Message]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
@@ -498,14 +497,14 @@ def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFi
     """Files of the target's dates, by path."""
     if table is None:
         return {}
-    actions = _actions(table)
+    root, actions = table_root(table), _actions(table)
     wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
     if target.dates is not None:
         wanted["date"] = set(target.dates)
     values = {name: actions[f"partition.{name}"] for name in [*(target.extra or {}), "date"]}
     return {
         path: RemovedFile(path, {name: str(each[i]) for name, each in values.items()}, actions["size_bytes"][i])
-        for i, path in enumerate(map(unquote, actions["path"]))
+        for i, path in enumerate(path_within(root, each) for each in actions["path"])
         if all(values[name][i] in some for name, some in wanted.items())
     }
 

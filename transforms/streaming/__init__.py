@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.crash_guard import CrashGuard, guard_folder
     from transforms.streaming.groups import groups_of
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         topic_of,
     )
     from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
+    from transforms.streaming.kafka_properties import read_properties
     from transforms.streaming.live_dimensions import kept
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
     from transforms.streaming.live_settings import LiveSettings

@@ -18,6 +18,7 @@ import transforms.records.record_batch_coder  # noqa: F401  registers the coder 
 from schemas.errors import StoreError, nearest
 from schemas.views import FeatureView
 from transforms.records.times import FOREVER
+from transforms.streaming.kafka_properties import hidden, java_properties, librdkafka_properties
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import confluent_kafka.admin
 
 Element = TypeVar("Element")
+Client = TypeVar("Client")
 # Topic, key and value of a message that is sent.
 Sent = tuple[str, bytes, bytes]
 # The most ms until the broker acknowledges a message, and the most elements that wait for acknowledgement.
@@ -45,16 +47,39 @@ class Broker:
     Args:
         bootstrap: HOST:PORT.
         expansion: HOST:PORT of Beam's KafkaIO expansion service; None lets Beam fetch and start one.
-        properties: further client properties (security and so on).
+        properties: further properties of librdkafka's clients.
+        java: properties of Kafka's Java clients, security above all, translated for librdkafka (see `kafka_properties`).
+            Some are secret, so they are in no text of the record.
     """
 
     bootstrap: str
     expansion: str | None = None
     properties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    java: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> dict[str, str]:
-        return {**self.properties, "bootstrap.servers": self.bootstrap}
+        """Properties for librdkafka."""
+        return {**librdkafka_properties(self.java), **self.properties, "bootstrap.servers": self.bootstrap}
+
+    @property
+    def java_config(self) -> dict[str, str]:
+        """Properties for Java."""
+        return {**java_properties(self.java), "bootstrap.servers": self.bootstrap}
+
+    def client(self, kind: Callable[[dict[str, str | int | float | bool]], Client], config: Mapping[str, str | int | bool]) -> Client:
+        """A client of librdkafka with further properties.
+
+        Raises:
+            StoreError: it refuses a property; its text has no secret.
+        """
+        from confluent_kafka import KafkaException
+
+        try:
+            return kind({**self.config, **config, "log_level": 0})
+        except (KafkaException, ValueError, TypeError) as error:
+            reason = hidden(str(error.args[0].str() if isinstance(error, KafkaException) else error), self.java)
+            raise StoreError("Kafka's client takes its properties", reason, "Correct --kafka_properties") from None
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -71,18 +96,24 @@ class ReadTopics(beam.PTransform):
     def expand(self, begin: beam.PBegin) -> beam.PCollection:
         config = {
             **COMMITTED,
-            **self.broker.config,
+            **self.broker.java_config,
             "group.id": self.group,
             "auto.offset.reset": "earliest",
             "enable.auto.commit": "false",
         }
-        read = begin | "Read" >> ReadFromKafka(
+        step = ReadFromKafka(
             config,
             list(self.topics),
             with_metadata=True,
             timestamp_policy=ReadFromKafka.processing_time_policy,
             expansion_service=self.broker.expansion,
         )
+        try:
+            read = begin | "Read" >> step
+        except RuntimeError as error:  # of the expansion service, which may quote the properties
+            reason = (hidden(str(error), self.broker.java).splitlines() or ["no word"])[0][:500]
+            fix = "See its log, and correct --expansion_service or --kafka_properties"
+            raise StoreError("The expansion service makes KafkaIO's steps", reason, fix) from None
         return read | "Message" >> beam.Map(_message).with_output_types(Message)
 
 
@@ -157,9 +188,9 @@ class Sender:
     def __init__(self, broker: Broker) -> None:
         from confluent_kafka import Producer
 
-        config = {"enable.idempotence": True, "delivery.timeout.ms": DELIVERY_MS, "log_level": 0}
+        config = {"enable.idempotence": True, "delivery.timeout.ms": DELIVERY_MS}
         self.broker, self.failed = broker, list[str]()
-        self.producer = Producer({**broker.config, **config})
+        self.producer = broker.client(Producer, config)
 
     def send(self, topic: str, key: bytes, value: bytes, partition: int = ANY) -> None:
         """Sends a message; waits while the client's queue is full.
@@ -220,7 +251,7 @@ def ensure(broker: Broker, topics: Sequence[str]) -> None:
     from confluent_kafka.admin import AdminClient
     from confluent_kafka.cimpl import NewTopic
 
-    admin = AdminClient({**broker.config, "log_level": 0})
+    admin = broker.client(AdminClient, {})
     known = _metadata(broker, admin)
     missing = [NewTopic(topic) for topic in topics if topic not in known]
     for topic, made in admin.create_topics(missing).items() if missing else ():
@@ -348,7 +379,8 @@ def _consumer(broker: Broker, group: str) -> confluent_kafka.Consumer:
         raise StoreError(
             "--source kafka needs confluent-kafka", "it is not installed", "pip install 'millrace[live]'"
         ) from None
-    return Consumer({**COMMITTED, **broker.config, "group.id": group, "enable.auto.commit": False, "log_level": 0})
+    isolation = {name: broker.config.get(name, value) for name, value in COMMITTED.items()}
+    return broker.client(Consumer, {**isolation, "group.id": group, "enable.auto.commit": False})
 
 
 def _metadata(

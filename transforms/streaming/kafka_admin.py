@@ -58,7 +58,7 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
         "enable.partition.eof": "true",
         "queued.min.messages": "1",
     }
-    name = repr((broker.bootstrap, sorted(properties.items())))
+    name = repr((broker.bootstrap, sorted(properties.items()), sorted(broker.java.items())))
     with _lock:
         client = _clients.pop(name, None) or _consumer(
             dataclasses.replace(broker, properties=properties), "millrace-look"
@@ -115,7 +115,7 @@ def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient, ConfigResource
 
-    admin = AdminClient({**broker.config, "log_level": 0})
+    admin = broker.client(AdminClient, {})
     configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
     limits = [CLIENT_LIMIT]
     for answer in configurations.values():

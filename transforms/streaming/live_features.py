@@ -6,6 +6,7 @@ Each stateful step is a plain object (`Journal`, `Shard`, `PendingTurns`) whose 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -21,6 +22,7 @@ from schemas.views import FeatureView
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
 from transforms.sources.contracts import Contract
+from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.journal_dofn import JournalDoFn, TimedJournalDoFn
 from transforms.streaming.kafka import (
     Broker,
@@ -178,6 +180,11 @@ def decoded(
     return micro_batch_envelope(micro_batches, arrived, index)
 
 
+def decode_alone(view: FeatureView, prefix: str, message: Message) -> None:
+    """Decodes one message, to see whether the process survives it."""
+    decoded(contracts_of(view), [message], prefix)
+
+
 class DecodeChunks(beam.DoFn):
     """(number, messages) of a replay → envelope."""
 
@@ -193,13 +200,23 @@ class DecodeChunks(beam.DoFn):
 
 class DecodeBundles(beam.DoFn):
     """Message → envelopes: one for the messages of a bundle, or several if these are many, so that a backlog takes many
-    turns."""
+    turns.
 
-    def __init__(self, view: FeatureView, prefix: str = "") -> None:
-        self.view, self.prefix = view, prefix
+    Args:
+        view: whose sources the messages are of.
+        prefix: before the names of topics.
+        guard: folder of the crash guard; None: none.
+    """
+
+    def __init__(self, view: FeatureView, prefix: str = "", guard: str | None = None) -> None:
+        self.view, self.prefix, self.folder = view, prefix, guard
 
     def setup(self) -> None:
         self.contracts = contracts_of(self.view)
+        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix))
+
+    def teardown(self) -> None:
+        self.guard.close()
 
     def start_bundle(self) -> None:
         self.messages: list[Message] = []
@@ -216,6 +233,7 @@ class DecodeBundles(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
-            envelope = decoded(self.contracts, self.messages, self.prefix, received=now_us())
+            with self.guard.decoding(self.messages) as messages:
+                envelope = decoded(self.contracts, messages, self.prefix, received=now_us())
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -1,0 +1,278 @@
+"""Messages that kill the process that decodes them, found after its restart and refused.
+
+A worker notes which messages it decodes in a small file that is mapped into memory, which outlives the process however
+it dies, and clears the note afterwards.  A worker that starts finds the notes of dead ones.  Whether a noted message
+killed its worker or was only being decoded when somebody else did is tried out: it is decoded in a process of its own.
+If that dies too, the message is a dead letter, and the verdict is kept beside the notes.  See ADR 15.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import pickle
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from transforms.streaming.messages import Message, by_partition
+
+log = logging.getLogger("millrace.live")
+# Bytes of a note, and of memory that the trial of a message may take beyond what the process has mapped.
+NOTE_BYTES, TRIAL_MEMORY = 1 << 16, 4 << 30
+# Seconds that a trial may take, start-up included.
+TRIAL_SECONDS = 120.0
+DONE = b"."
+_NOTES, _SUSPECTS, _VERDICTS, _LOCK = "note-", "suspect-", "verdicts", "lock"
+
+
+def guard_folder(store: str, job: str) -> str:
+    """The folder of the notes of a job, on a disk of the machine of the worker.
+
+    Args:
+        store: the folder of the tables; for one in an object store, the folder is a temporary one of the machine.
+        job: names the job among those of the store.
+    """
+    if "://" not in store:
+        return os.path.join(store, "crash_guard", job)
+    name = hashlib.sha256(f"{store} {job}".encode()).hexdigest()[:16]
+    return os.path.join(tempfile.gettempdir(), f"millrace-crash-guard-{os.getuid()}-{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspects:
+    """Messages `[first, last]` of a partition that a worker was decoding when it died, and the file that says so."""
+
+    topic: str
+    partition: int
+    first: int
+    last: int
+    file: str = ""
+
+    def has(self, message: Message) -> bool:
+        same = (message.topic, message.partition) == (self.topic, self.partition)
+        return same and self.first <= message.offset <= self.last
+
+    def is_before(self, message: Message) -> bool:
+        same = (message.topic, message.partition) == (self.topic, self.partition)
+        return same and message.offset >= self.last
+
+
+class CrashGuard:
+    """Notes what a worker decodes, and refuses what has killed one.
+
+    Args:
+        folder: of the notes (see `guard_folder`); None switches the guard off.
+        decode: decodes one message; a function that can be pickled.
+    """
+
+    def __init__(self, folder: str | None, decode: Callable[[Message], object]) -> None:
+        self.trial = Trial(decode)
+        self.suspects = list[Suspects]()
+        self.verdicts = dict[str, str]()
+        self.cleared = set[str]()
+        self.note: mmap.mmap | None = None
+        if folder is None:
+            return
+        try:
+            self._open(Path(folder))
+        except OSError as error:
+            log.warning("no crash guard: %s; a message that kills its worker would do so at every start", error)
+
+    def _open(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():  # whose names are known could be made by others in a temporary folder
+            raise PermissionError(f"{folder} belongs to another user")
+        self.folder = folder
+        with open(
+            folder / _LOCK, "a"
+        ) as lock:  # so that nobody takes a note for that of a dead worker before it is locked
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read_notes()
+            self.path = folder / f"{_NOTES}{uuid.uuid4().hex}"
+            with open(self.path, "w+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # while the worker lives: the memory keeps the file open
+                file.truncate(NOTE_BYTES)
+                self.note = mmap.mmap(file.fileno(), NOTE_BYTES)
+
+    def _read_notes(self) -> None:
+        """Turns the notes of dead workers into suspects; reads all suspects and verdicts."""
+        for path in self.folder.glob(f"{_NOTES}*"):
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its worker lives
+                size = int.from_bytes(file.read(8), "little")
+                noted = json.loads(file.read(size)) if 0 < size < NOTE_BYTES else []
+                for each in noted:
+                    (self.folder / f"{_SUSPECTS}{uuid.uuid4().hex}").write_text(json.dumps(each))
+                path.unlink()
+        for path in self.folder.glob(f"{_SUSPECTS}*"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                topic, partition, first, last = json.loads(path.read_text())
+                self.suspects.append(Suspects(topic, partition, first, last, str(path)))
+        with contextlib.suppress(OSError, ValueError):
+            lines = (self.folder / _VERDICTS).read_text().splitlines()
+            self.verdicts = {each["message"]: each["reason"] for each in map(json.loads, lines)}
+
+    @contextlib.contextmanager
+    def decoding(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
+        """Notes the messages while they are decoded; gives them, with a reason in those that are refused."""
+        judged = [self._judged(each) for each in messages] if self.suspects or self.verdicts else list(messages)
+        if self.note is None:
+            yield judged
+            return
+        ranges = [
+            (topic, number, some[0].offset, some[-1].offset) for (topic, number), some in by_partition(messages).items()
+        ]
+        text = json.dumps(ranges).encode()
+        if len(text) < NOTE_BYTES - 8:
+            self.note[8 : 8 + len(text)] = text
+            self.note[:8] = len(text).to_bytes(8, "little")
+        try:
+            yield judged
+        finally:
+            self.note[:8] = bytes(8)
+
+    def _judged(self, message: Message) -> Message:
+        """The message, with a reason if it kills the process that decodes it."""
+        suspects = [each for each in self.suspects if each.has(message)]
+        if not suspects and not self.verdicts:
+            return message
+        name = _name(message)
+        if suspects and name not in self.verdicts and name not in self.cleared:
+            reason = self.trial.death(message)
+            if reason:
+                self.verdicts[name] = reason
+                with open(self.folder / _VERDICTS, "a") as file:
+                    file.write(json.dumps({"message": name, "reason": reason}) + "\n")
+            else:
+                self.cleared.add(name)
+        for each in [each for each in self.suspects if each.is_before(message)]:
+            self.suspects.remove(each)
+            Path(each.file).unlink(missing_ok=True)
+        if not self.suspects:
+            self.trial.close()
+        return message._replace(refused=self.verdicts[name]) if name in self.verdicts else message
+
+    def close(self) -> None:
+        """Removes the worker's note."""
+        self.trial.close()
+        if self.note is not None:
+            self.note.close()
+            self.path.unlink(missing_ok=True)
+            self.note = None
+
+
+def _name(message: Message) -> str:
+    """Where a message is, with a digest of it: a topic that is made again has other messages at the same offsets."""
+    digest = hashlib.sha256(b"%d %b" % (len(message.key or b""), (message.key or b"") + message.value)).hexdigest()
+    return f"{message.topic}/{message.partition}@{message.offset} {digest}"
+
+
+class Trial:
+    """A process that decodes messages, so that this one does not die of them.  It is started when it is needed.
+
+    Args:
+        decode: decodes one message.
+    """
+
+    def __init__(self, decode: Callable[[Message], object]) -> None:
+        self.decode = decode
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def death(self, message: Message) -> str:
+        """How the process died of the message; nothing if it did not, or could not be started."""
+        place = f"{message.topic}/{message.partition}@{message.offset}"
+        log.warning("%s was being decoded when a worker died: trying it in a process of its own", place)
+        try:
+            if self.child is None:
+                self._start()
+            answer = self._ask(message)
+        except OSError as error:
+            self.close()
+            log.warning("%s could not be tried: %s", place, error)
+            return ""
+        if answer == DONE:
+            return ""
+        assert self.child is not None
+        if answer is None:
+            self.child.kill()
+        code = self.child.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        how = "it takes too long" if answer is None else how
+        self.close()
+        log.warning("%s kills the process that decodes it (%s): it is a dead letter", place, how)
+        return f"a message can be decoded; this one kills the process that does ({how})"
+
+    def _start(self) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "transforms.streaming.crash_guard"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._send(self.decode)
+        if self._answer() != DONE:
+            raise OSError("the process does not start")
+
+    def _ask(self, message: Message) -> bytes | None:
+        self._send(message)
+        return self._answer()
+
+    def _send(self, value: object) -> None:
+        assert self.child is not None
+        assert self.child.stdin is not None
+        pickle.dump(value, self.child.stdin)  # read by `main` alone, from this process
+        self.child.stdin.flush()
+
+    def _answer(self) -> bytes | None:
+        """A byte; none if the process ended, None if it takes too long."""
+        assert self.child is not None
+        assert self.child.stdout is not None
+        ready, _, _ = select.select([self.child.stdout], [], [], TRIAL_SECONDS)
+        return os.read(self.child.stdout.fileno(), 1) if ready else None
+
+    def close(self) -> None:
+        """Ends the process."""
+        child, self.child = self.child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+
+
+def main() -> int:
+    """Decodes messages from standard input, each after the other: the process of a trial."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever is printed is no answer
+    decode = pickle.load(sys.stdin.buffer)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + TRIAL_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    os.write(answers, DONE)
+    while True:
+        try:
+            message = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return 0
+        decode(message)
+        os.write(answers, DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
