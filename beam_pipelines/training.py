@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -24,7 +23,7 @@ from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json
 from schemas import Model
 from schemas.errors import GateError, MillraceError, StoreError
-from schemas.loading import Definition, load_definition
+from schemas.loading import Definition, decoded, load_definition
 from transforms.evaluation.evaluate import Evaluate, Report, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
@@ -46,7 +45,7 @@ from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
 from transforms.training.hyperparameter_search import trials
 from transforms.training.preparation import TrainingRequest, prepare_training
-from transforms.training.publish_model import REPORT, Publication, RunOutcome, failed_gates, publish, rival_of
+from transforms.training.publish_model import BUNDLE, REPORT, Publication, RunOutcome, failed_gates, publish, rival_of
 from transforms.training.trainer import BundleRequest, Study, Train, save_best
 from transforms.training.unseen_categories import unseen
 from transforms.training.xgboost_data import until
@@ -121,7 +120,7 @@ class Options:
 
     @property
     def bundle(self) -> str:
-        return FileSystems.join(self.folder, "model")
+        return FileSystems.join(self.folder, BUNDLE)
 
     @property
     def examples(self) -> str:
@@ -283,7 +282,7 @@ def challenge_of(options: Options) -> Challenge:
 
 def publication(options: Options) -> Publication:
     model = options.model
-    text = Path(options.definition.path).read_text(encoding="utf-8")
+    text = decoded(options.definition.source)
     return Publication(
         model.name, model.metric, model.gates, options.registry, options.run_id, options.folder, {"definition.py": text}
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import io
 import sys
+import sysconfig
+import tokenize
 import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from schemas.errors import DefinitionError, MillraceError
@@ -19,12 +24,18 @@ from schemas.views import FeatureView
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """A loaded definition.  `path` is its file; `model` may be missing where only features are wanted."""
+    """A loaded definition.  `path` is its file; `model` may be missing where only features are wanted.
+
+    `source` is the text that was loaded.  `modules` are the sources of the modules that it imports, installed ones left
+    out, by their path below a folder of imports, as `rates/fees.py`.
+    """
 
     name: str
     path: str
     view: FeatureView
     model: Model | None
+    source: bytes = b""
+    modules: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def schema_path(self) -> str:
@@ -48,7 +59,14 @@ def load_definition(name: str) -> Definition:
     Raises:
         DefinitionError: not found, no `view` in it, or refused by the definition itself.
     """
+    before = set(sys.modules)
     module = _file(Path(name)) if name.endswith(".py") else _module(name)
+    source, modules = _read(str(module.__file__)), neighbours(module, before)
+    if name.endswith(".py"):  # another definition may have other neighbours of these names
+        for path in modules:
+            loaded = module_name(path)
+            if loaded not in before:
+                sys.modules.pop(loaded, None)
     model = getattr(module, "model", None)
     view = getattr(module, "view", None) or getattr(model, "view", None)
     if not isinstance(view, FeatureView) or not isinstance(model, Model | None):
@@ -63,7 +81,131 @@ def load_definition(name: str) -> Definition:
             f"{model.view.name!r} and {view.name!r}",
             "Write model = Model(view, …)",
         )
-    return Definition(name, str(module.__file__), view, model)
+    return Definition(name, str(module.__file__), view, model, source, modules)
+
+
+def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Path) -> Definition:
+    """Load a definition from its recorded text and that of its neighbours, whatever stands in their places now.
+
+    Args:
+        name: what it was loaded by, a module or a file.
+        source: its text.
+        modules: texts of the modules that it imports, by path (see `Definition`).
+        folder: an empty folder, in which they are written.
+
+    Raises:
+        DefinitionError: as `load_definition`; or a path leaves the folder.
+    """
+    own = name.replace(".", "/") + ".py" if not name.endswith(".py") else Path(name).name
+    if not name.endswith(".py") and f"{name.replace('.', '/')}/__init__.py" in modules:
+        own = f"{name.replace('.', '/')}/__init__.py"
+    files = {**modules, own: source}
+    for path, text in files.items():
+        parts = PurePosixPath(path).parts
+        if not parts or not all(part.removesuffix(".py").isidentifier() for part in parts[:-1]) or ".." in parts:
+            raise DefinitionError("The recorded modules of a definition lie in one folder", repr(path), "Restore it")
+        for depth in range(1, len(parts)):  # a package of this name elsewhere must not come first
+            package = folder.joinpath(*parts[:depth])
+            package.mkdir(exist_ok=True)
+            (package / "__init__.py").touch()
+        folder.joinpath(*parts).write_bytes(_encoded(text))
+    names = {module_name(path) for path in modules} | ({name} if not name.endswith(".py") else set())
+    with _imports_from(folder, names):
+        return load_definition(str(folder / own) if name.endswith(".py") else name)
+
+
+def decoded(source: bytes) -> str:
+    """The text of a Python file, in the encoding that it declares."""
+    return source.decode(tokenize.detect_encoding(io.BytesIO(source).readline)[0])
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(tokenize.detect_encoding(io.BytesIO(text.encode()).readline)[0])
+
+
+def module_name(path: str) -> str:
+    """The name of the module that a path below a folder of imports is.
+
+    >>> module_name("rates/fees.py"), module_name("rates/__init__.py")
+    ('rates.fees', 'rates')
+    """
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def neighbours(module: ModuleType, before: Iterable[str] = ()) -> dict[str, bytes]:
+    """The sources of all modules that a definition's module imports, also through others; installed ones are left out.
+
+    Args:
+        module: the definition's.
+        before: names of modules that were imported before it was.
+    """
+    waiting = [name for name in sys.modules if name not in before] + list(_imported_by(module, _read(module.__file__)))
+    found: dict[str, bytes] = {}
+    seen = {module.__name__}
+    while waiting:
+        name = waiting.pop()
+        if name in seen or (each := sys.modules.get(name)) is None:
+            continue
+        seen.add(name)
+        if not _is_of_user(each):
+            continue
+        source = _read(each.__file__)
+        found[name.replace(".", "/") + ("/__init__.py" if hasattr(each, "__path__") else ".py")] = source
+        waiting += _imported_by(each, source)
+    return dict(sorted(found.items()))
+
+
+def _imported_by(module: ModuleType, source: bytes) -> Iterator[str]:
+    """Names of modules, and of packages above them, that a source may import; some name attributes instead."""
+    package = module.__package__ or ""
+    names = [module.__name__]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = f"{above}.{base}".strip(".")
+            names += [f"{base}.{each.name}" for each in node.names]
+    for name in names:
+        parts = name.split(".")
+        yield from (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+
+
+def _is_of_user(module: ModuleType) -> bool:
+    """Whether a module is a Python file that is neither installed nor a part of Millrace."""
+    file = getattr(module, "__file__", None)
+    if not file or not file.endswith(".py") or not Path(file).is_file():
+        return False
+    path = Path(file).resolve()
+    root = Path(__file__).resolve().parents[1]
+    ours = [root / name for name in ("schemas", "transforms", "beam_pipelines")]
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not any(path.is_relative_to(each) for each in (*ours, *installed))
+
+
+def _read(path: str | None) -> bytes:
+    return Path(str(path)).read_bytes()
+
+
+@contextlib.contextmanager
+def _imports_from(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Import from `folder` first; the packages of `names` are imported anew in it, and are as before afterwards."""
+    tops = {name.partition(".")[0] for name in names}
+
+    def taken() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in tops}
+
+    kept = taken()
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        taken()
+        sys.modules.update(kept)
 
 
 def _module(name: str) -> ModuleType:
@@ -82,7 +224,14 @@ def _file(path: Path) -> ModuleType:
 
     def run() -> ModuleType:
         # From its text: byte code kept beside it would be stale when the file is changed twice within a second.
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        folder, writes = str(path.resolve().parent), sys.dont_write_bytecode
+        sys.path.insert(0, folder)  # so that it can import its neighbours, as a script can
+        sys.dont_write_bytecode = True
+        try:
+            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        finally:
+            sys.dont_write_bytecode = writes
+            sys.path.remove(folder)
         return module
 
     return _imported(str(path), run)

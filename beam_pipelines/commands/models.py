@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from beam_pipelines.runtime.arguments import Arguments
-from beam_pipelines.runtime.run_report import read_json
+from beam_pipelines.runtime.arguments import Arguments, identifier
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
@@ -103,21 +103,19 @@ def rollback(argv: Sequence[str]) -> int:
 def register(argv: Sequence[str]) -> int:
     """Register a model that was trained while the registry could not be reached."""
     # The others of these commands need neither Beam nor XGBoost.
-    from transforms.training.publish_model import PENDING, REPORT, failed_gates, register_model
+    from transforms.training.publish_model import failed_gates, register_run
 
     arguments = _arguments("register", register.__doc__ or "")
-    arguments.add_argument("run", help="the run that trained it")
+    arguments.add_argument("run", type=identifier, help="the run that trained it")
     flags = arguments.parse_all(argv)
     folder = FileSystems.join(flags.store, "runs", flags.run)
-    try:
-        content, pending = (read_json(FileSystems.join(folder, name)) for name in (REPORT, PENDING))
-    except OSError as error:
+    if "://" not in folder and not os.path.isdir(folder):
         raise StoreError(
             "A model is trained before it is registered",
-            f"{folder}: {error}",
+            f"no run {flags.run} in {flags.store}",
             f"Run: millrace training --run_id {flags.run}",
-        ) from None
-    done = register_model(content, pending, registry_uri(flags.store, flags.registry), folder)
+        )
+    done = register_run(folder, flags.run, registry_uri(flags.store, flags.registry))
     champion = f"version {done['champion']}" if done["champion"] else "none"
     kept = f" ({done['kept']})" if done["kept"] else ""
     print(f"{done['model']}: version {done['model_version']} is registered; the champion is {champion}{kept}")

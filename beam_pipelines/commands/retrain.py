@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,14 @@ from beam_pipelines.runtime.run_report import Run, execute, read_json
 from beam_pipelines.training import Options, resolve, train_and_test
 from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError
-from schemas.loading import load_definition
+from schemas.loading import load_recorded
 from transforms.evaluation.evaluate import Report, as_json
 from transforms.models.bundle import Bundle, load
 from transforms.models.registry import Registry, registry_uri
+from transforms.storage.delta_log import root_of
 from transforms.storage.delta_tables import write_aside
 from transforms.training.examples import Account
-from transforms.training.preparation import code_digest, constraints_digest
+from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import metrics_of
 
@@ -151,9 +153,11 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         )
     read = manifest["read"]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "definition.py"
-        path.write_text(manifest["definition"]["source"], encoding="utf-8")
-        definition = load_definition(str(path))
+        recorded = manifest["definition"]
+        name = str(recorded["name"])
+        if "modules" not in recorded:  # earlier versions of Millrace kept the one file
+            name = "definition.py"
+        definition = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
         if definition.view.fingerprint != bundle.fingerprint:
             raise MismatchError(
                 "The recorded definition gives the recorded fingerprint",
@@ -164,7 +168,7 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         yield Options(
             definition=definition,
             store=store,
-            sources=read["sources"],
+            sources=sources_folder(manifest, store),
             run_id=run_id,
             features_version=manifest["feature_table"]["version"],
             start=date.fromisoformat(read["start"]) if read["start"] else None,
@@ -179,6 +183,15 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         )
 
 
+def sources_folder(manifest: Mapping[str, Any], store: str) -> str:
+    """The folder of sources that a version was trained on; one within its store is found in `store`."""
+    sources, table = str(manifest["read"]["sources"]), str(manifest["feature_table"]["uri"])
+    if "://" in sources or os.path.isabs(sources):
+        # Earlier versions of Millrace recorded whole paths: <store>/features/<view>/<fingerprint> gives the store.
+        sources = within(root_of(table).rsplit("/", 3)[0], sources)
+    return sources if "://" in sources or os.path.isabs(sources) else FileSystems.join(store, sources)
+
+
 def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
     """Sentences that name what differs from the conditions of the first training.
 
@@ -186,13 +199,16 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
         MismatchError: the label's source, which has no versions, has other files now.
     """
     before = bundle.manifest
-    if provenance["label_table"]["version"] is None and provenance["label_files"] != before["label_files"]:
-        gone = sorted(set(before["label_files"]) ^ set(provenance["label_files"]))
-        raise MismatchError(
-            "The label's source holds the files that the version was trained on",
-            f"{len(gone)} differ, as {gone[0]}",
-            "Restore them; a source that is a Delta table keeps its versions",
-        )
+    if provenance["label_table"]["version"] is None:
+        content = "label_content" in before
+        then, now = _label_files(before, content), _label_files(provenance, content)
+        gone = sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
+        if gone:
+            raise MismatchError(
+                "The label's source holds the files that the version was trained on",
+                f"{len(gone)} differ, as {gone[0]}",
+                "Restore them; a source that is a Delta table keeps its versions",
+            )
     words = []
     if before["code_sha256"] != code_digest():
         words.append(
@@ -203,6 +219,18 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
             f"the installed packages are not those of the version (SHA-256 {before['constraints_sha256'][:12]})"
         )
     return words
+
+
+def _label_files(manifest: Mapping[str, Any], content: bool) -> Mapping[str, str]:
+    """What identifies each file of the label's source, by path: its content, or its size and time of change.
+
+    Earlier versions of Millrace recorded the latter alone.
+    """
+    if content:
+        digests: Mapping[str, str] = manifest["label_content"]
+        return digests
+    pairs = (each.partition(" ") for each in manifest["label_files"])
+    return {relative_to(str(manifest["label_table"]["uri"]), path): stamp for stamp, _, path in pairs}
 
 
 def leave(report: Report, trained: Trained, account: Account, folder: str) -> None:

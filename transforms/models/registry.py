@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import re
 import sqlite3
 import tempfile
 import time
@@ -103,6 +104,9 @@ class Registry:
             record: what else MLflow shows of the run.
         """
         record = record or RunRecord()
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # it names a folder
+            rule = "The name of a registered model is lower-case letters, digits and underscores"
+            raise StoreError(rule, repr(bundle.name), "Train the model again")
         with self.client(write=True) as client:
             run = self.run(client, bundle.name, run_id, {**record.tags, FINGERPRINT: bundle.fingerprint})
             of_this_run = f"name='{bundle.name}' and run_id='{run.info.run_id}'"

@@ -6,17 +6,21 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, StoreError
-from schemas.loading import Definition
+from schemas.loading import Definition, decoded
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
@@ -134,32 +138,72 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
 
 def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> dict[str, Any]:
     """Manifest entries of the label's source and of the splits."""
+    root = source_uri(request.sources, request.model.label.source.name)
+    paths = {each.path for block in plan.blocks for each in block.events}
     return {
+        **({} if version is not None else {"label_content": content_digests(root, paths)}),
         "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
-        "label_table": {"uri": source_uri(request.sources, request.model.label.source.name), "version": version},
+        "label_table": {"uri": root, "version": version},
         "split": plan.split.as_json(),
     }
 
 
 def _provenance_of_run(request: TrainingRequest, cutoff: date) -> dict[str, Any]:
     """Manifest entries of the run's options and definition."""
-    text = Path(request.definition.path).read_bytes()
+    definition = request.definition
     return {
         "read": {
             "start": request.start and str(request.start),
             "cutoff": str(cutoff),
             "now": request.now,
-            "sources": request.sources,
+            "sources": within(request.store, request.sources),
         },
         "cores": request.cores,
         "device": request.device,
         "definition": {
-            "name": request.definition.name,
-            "sha256": hashlib.sha256(text).hexdigest(),
-            "source": text.decode(),
+            "name": definition.name,
+            "sha256": hashlib.sha256(definition.source).hexdigest(),
+            "source": decoded(definition.source),
+            "modules": {path: decoded(source) for path, source in definition.modules.items()},
         },
         "run_id": request.run_id,
     }
+
+
+def within(store: str, folder: str) -> str:
+    """The path of a folder within the store, which may be moved; the folder itself if it lies elsewhere.
+
+    >>> within("/data/store", "/data/store/sources"), within("/data/store", "/lake/raw")
+    ('sources', '/lake/raw')
+    """
+    root = store.rstrip("/") + "/"
+    if "://" not in folder:
+        folder = os.path.abspath(folder)
+    return folder.removeprefix(root).rstrip("/") if folder.startswith(root) else folder
+
+
+def content_digests(root: str, paths: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the content of files, by their path below `root`."""
+
+    def digest(path: str) -> tuple[str, str]:
+        if "://" in path:
+            with FileSystems.open(path, compression_type="uncompressed") as handle:
+                return path, hashlib.file_digest(handle, "sha256").hexdigest()
+        with open(path, "rb") as file:
+            return path, hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            return {relative_to(root, path): value for path, value in pool.map(digest, sorted(paths))}
+    except OSError as error:
+        raise StoreError(
+            "The label's source can be read while it is trained on", str(error), "Run the same command again"
+        ) from None
+
+
+def relative_to(root: str, path: str) -> str:
+    """The part of a file's path below its source's folder."""
+    return path.removeprefix(root.rstrip("/") + "/")
 
 
 def _provenance_of_code() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jinja2
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
@@ -18,7 +19,7 @@ from schemas.errors import StoreError
 from transforms.evaluation.evaluate import Report, as_json
 from transforms.evaluation.gates import BEATS, Rival, fairness, paired, verdicts
 from transforms.evaluation.shap import Explanation
-from transforms.models.bundle import Bundle, load
+from transforms.models.bundle import Bundle, load, read_bytes
 from transforms.models.problem_identity import problem_of, require_same_problem
 from transforms.models.registry import Registry, RunRecord
 from transforms.reports.report import FILE, render
@@ -34,6 +35,8 @@ Json = dict[str, Any]
 JsonObject = Mapping[str, Any]
 # Files of a run's folder: its report as JSON, single rows with their contributions, and what registering needs later.
 REPORT, POINTS, PENDING = "training.json", "explanation.json", "registration.json"
+# The folder of the model within that of its run.
+BUNDLE = "model"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +154,7 @@ def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: s
         MismatchError: the name stands for another problem in the registry.
     """
     registry, name, run_id = Registry(uri), content["model"], pending["run_id"]
-    bundle = load(content["bundle"], pending["digest"])
+    bundle = load(FileSystems.join(folder, BUNDLE), pending["digest"])  # the store may have been moved
     require_same_problem(registry, name, problem_of(bundle.manifest))
     version = _register(registry, bundle, content, pending)
     champion, kept = _promote_if_better(registry, version, content, run_id)
@@ -163,6 +166,78 @@ def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: s
         (metric,) = content["validate"]
         log_trials(registry, name, run_id, metric, [_result(each) for each in content["trials"]])
     return done
+
+
+def register_run(folder: str, run_id: str, uri: str) -> Json:
+    """Register the model that a run left in its folder; see `register_model`, whose result it returns.
+
+    The files of the folder are read and checked whole before the registry is written to.
+
+    Raises:
+        StoreError: a file cannot be read, is not what `publish` writes, or names something outside the run's folder; or
+            the registry cannot be reached.
+        MismatchError: the name stands for another problem in the registry.
+    """
+    content, pending = _recorded(folder, REPORT), _recorded(folder, PENDING)
+    try:
+        _require_own(content, pending, folder, run_id)
+        bundle = load(FileSystems.join(folder, BUNDLE), pending["digest"])
+        if bundle.name != content["model"]:
+            raise ValueError(f"the model is {bundle.name!r}, not {content['model']!r}")
+        render(content, bundle.manifest, _points(folder))
+        _params(bundle.manifest), _metrics(content), _tags(content), content["rival"]["version"]
+        for each in content["trials"]:
+            _result(each)
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StoreError(
+            f"{REPORT} and {PENDING} are as a training run left them",
+            f"{folder}: {reason[:300]}",
+            f"Restore them, or train again: millrace training --run_id {run_id}",
+        ) from None
+    return register_model(content, pending, uri, folder)
+
+
+# What reading damaged JSON as something that it is not can raise.
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, jinja2.TemplateError)
+
+
+def _recorded(folder: str, name: str) -> Json:
+    """A JSON object in a run's folder.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    fix = "Restore the file, or train again"
+    text = read_bytes(folder, name)
+    try:
+        found: Json = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StoreError("The files of a run are JSON objects", f"{folder}/{name}: {reason}", fix) from None
+
+
+def _require_own(content: JsonObject, pending: JsonObject, folder: str, run_id: str) -> None:
+    """Refuse a record of another run, and names of files that leave the run's folder.
+
+    Raises:
+        StoreError: see above.
+    """
+    fix = "Restore registration.json, or train again"
+    if pending["run_id"] != run_id:
+        raise StoreError("A run's folder holds its own record", f"{folder} that of {pending['run_id']!r}", fix)
+    names = [name for name in pending["files"] if name in ("", ".", "..", "model") or "/" in name or "\0" in name]
+    if names:
+        value = f"{names[0]!r} in {folder}/{PENDING}"
+        raise StoreError("A run registers files of its own folder, by their names alone", value, fix)
+    if str(content["bundle"]).rstrip("/").split("/")[-2:] != [run_id, BUNDLE]:
+        value = f"{content['bundle']!r} in {folder}/{REPORT}"
+        raise StoreError(f"A run registers the model in its own folder, {BUNDLE}/", value, fix)
+    if not all(isinstance(text, str) for text in pending["files"].values()):
+        raise StoreError("A run registers files of text", f"others in {folder}/{PENDING}", fix)
 
 
 def _register(registry: Registry, bundle: Bundle, content: JsonObject, pending: JsonObject) -> str:
@@ -227,13 +302,14 @@ def _write(folder: str, files: Mapping[str, str]) -> None:
 
 
 def _points(folder: str) -> Json | None:
-    """Single rows with their contributions, or None if the run wrote none."""
-    try:
-        with FileSystems.open(FileSystems.join(folder, POINTS)) as handle:
-            found: Json = json.loads(handle.read())
-            return found
-    except OSError:
-        return None
+    """Single rows with their contributions, or None if the run wrote none.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    path = FileSystems.join(folder, POINTS)
+    there = FileSystems.exists(path) if "://" in path else os.path.lexists(path)
+    return _recorded(folder, POINTS) if there else None
 
 
 def _rival(rival: Rival, report: Report) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -88,3 +89,29 @@ def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(
     found = json.loads((store / "runs/again/run.json").read_text())
     assert found["same_metrics"]
     assert found["same_model"]
+
+
+def test_the_same_content_is_accepted_and_neighbours_are_kept_with_the_model(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files touched and written anew, a neighbour that is gone, and a store that was moved."""
+    path, sales = store / "definition.py", store / "sources/sales/part.parquet"
+    path.write_text("from rates.fees import DEPTH\n" + shop.DEFINITION.replace('"max_depth": 3', '"max_depth": DEPTH'))
+    (store / "rates").mkdir()
+    (store / "rates/fees.py").write_text("DEPTH = 2\n")
+    assert training.main(flags(store, "first")) == 0
+    shutil.rmtree(store / "rates")
+    path.unlink()
+    content = sales.read_bytes()
+    sales.unlink()
+    sales.write_bytes(content)
+    os.utime(sales, (1, 1))
+    moved = Path(shutil.move(store, store.with_name("moved")))
+    assert cli.main(["retrain", "1", "--store", str(moved), "--run_id", "again"]) == 0
+    found = json.loads((moved / "runs/again/run.json").read_text())
+    assert (found["same_metrics"], found["same_model"]) == (True, True)
+    assert not store.exists()
+    sales = moved / "sources/sales/part.parquet"
+    pl.read_parquet(sales).with_columns(amount=pl.col("amount") + 1).write_parquet(sales)
+    assert cli.main(["retrain", "1", "--store", str(moved)]) == MismatchError.exit_code
+    assert "1 differ, as part.parquet" in capsys.readouterr().err
