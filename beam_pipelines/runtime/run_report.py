@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +14,7 @@ from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_e
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.records.frame_packets import Head
+from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
 
@@ -115,20 +114,15 @@ def _text(value: object) -> str:
 
 
 def write_json(path: str, value: object) -> None:
-    """Write `value` as a JSON file, atomically on a local disk."""
+    """Write `value` as a JSON file; on a local disk at once, and durable when this returns."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     if "://" in path:
         with FileSystems.create(path, mime_type="application/json") as handle:
             handle.write(text.encode())
         return
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".part", "w") as handle:
-            handle.write(text)
-        os.replace(path + ".part", path)
+        durable.write_file(path, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".part")
         raise errors.StoreError(
             "The store can be written",
             f"{path}: {error.strerror}",

@@ -17,6 +17,7 @@ from typing import Any
 
 from schemas.errors import StoreError
 from transforms.models.encoders import Fitted
+from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
@@ -76,9 +77,12 @@ def save(bundle: Bundle, folder: str | Path) -> str:
     manifest = {**bundle.manifest, "format": FORMAT, "files": digests}
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     try:
-        _make_folder(str(folder))
         for name, content in (*files.items(), (MANIFEST, text)):
-            with FileSystems.create(FileSystems.join(str(folder), name), "application/octet-stream") as handle:
+            path = FileSystems.join(str(folder), name)
+            if "://" not in path:
+                durable.write_file(path, content)
+                continue
+            with FileSystems.create(path, "application/octet-stream") as handle:
                 handle.write(content)
     except OSError as error:
         raise StoreError(
@@ -188,11 +192,6 @@ def read_bytes(folder: str | Path, name: str) -> bytes:
         raise StoreError(
             "A model's files can be read", f"{path}: {getattr(error, 'strerror', None) or error}", _RESTORE
         ) from None
-
-
-def _make_folder(folder: str) -> None:
-    if "://" not in folder:
-        os.makedirs(folder, exist_ok=True)
 
 
 def _sha256(content: bytes) -> str:

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import pyarrow as pa
-
 from schemas.errors import StoreError
 from schemas.tables import scores
 from transforms.models.bundle import (
@@ -49,7 +47,7 @@ from transforms.models.registry_address import (
     sqlite_path,
     sqlite_uri,
 )
-from transforms.storage.delta_tables import write_aside
+from transforms.storage import durable
 from transforms.storage.paths import MANIFEST
 
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
@@ -383,7 +381,7 @@ class Registry:
             return
         target = ours / run.info.run_id / "artifacts" / within
         for file in sorted(Path(folder).iterdir()):
-            write_aside(str(target), file.name, pa.py_buffer(file.read_bytes()))
+            durable.write_file(str(target / file.name), file.read_bytes())
 
     def _aliases(self, client: Any, name: str) -> dict[str, str]:
         if not client.search_registered_models(f"name='{name}'"):
@@ -536,12 +534,14 @@ def _make_database(path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
         _mlflow().MlflowClient(_plain_uri(aside)).search_experiments(max_results=1)
+        durable.sync_file(str(aside))
         try:
             os.link(aside, path)
         except FileExistsError:  # another process was first
             pass
         except OSError:  # the disk has no hard links
             os.replace(aside, path)
+        durable.sync_folder(str(path.parent))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(aside)
