@@ -9,6 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from beam_pipelines.runtime.interrupts import as_process
+
 # Command → (module or module:function, purpose).  The module is imported when the command is called: some import
 # TensorFlow or MLflow.
 COMMANDS = {
@@ -51,8 +53,11 @@ USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Run one command and return its exit code; without `argv` it is that of this process."""
+    return as_process(_main, sys.argv[1:]) if argv is None else _main(list(argv))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))

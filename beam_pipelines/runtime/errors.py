@@ -13,7 +13,9 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from beam_pipelines.runtime.interrupts import INTERRUPT, STOPPED
 from schemas import errors
 from schemas.errors import MillraceError, StoreError
 
@@ -53,34 +55,38 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
     def guarded(argv: Sequence[str]) -> int:
         try:
             return main(argv)
-        except Translated as done:
-            print(f"millrace: {done}", flush=True)
-            return 0
-        except MillraceError as error:
-            print(f"millrace: {error}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
-            return error.exit_code
-        except KeyboardInterrupt as error:
-            how = resume_hint(error, argv) or "\n  run the same command again"
-            print(f"millrace: stopped; nothing half-done is visible{how}", file=sys.stderr, flush=True)
-            return 130
-        except Exception as error:
-            if (unreachable := as_store_error(error)) is not None:
-                print(f"millrace: {unreachable}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
-                return unreachable.exit_code
-            if how := resume_hint(error, argv):
-                traceback.print_exc()
-                print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
-                return 70
-            raise
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) or INTERRUPT.came):
+                return told(error, argv)
+            run = getattr(error, "run", None)
+            how = "run the same command again" if run is None else f"to resume run {run.figures['run_id']}: "
+            INTERRUPT.tell(how + ("" if run is None else resume_command(run, argv)))
+            return STOPPED
 
     return guarded
+
+
+def told(error: BaseException, argv: Sequence[str]) -> int:
+    """Print what ended a command; returns the exit code, or raises `error` again if it is of no known kind."""
+    known = error if isinstance(error, MillraceError) else as_store_error(error)
+    if isinstance(error, Translated):
+        print(f"millrace: {error}", flush=True)
+        return 0
+    if known is not None:
+        print(f"millrace: {known}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
+        return known.exit_code
+    if isinstance(error, Exception) and (how := resume_hint(error, argv)):
+        traceback.print_exception(error)
+        print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
+        return 70
+    raise error
 
 
 # Packages whose errors say that an object store, or access to it, failed.
 _OBJECT_STORES = ("apache_beam.io.filesystem", "botocore.", "google.api_core.", "google.auth.", "google.cloud.")
 
 
-def as_store_error(error: Exception) -> StoreError | None:
+def as_store_error(error: BaseException) -> StoreError | None:
     """`error` as one message if a file system of Beam or an object store raised it; None if something else did."""
     if not type(error).__module__.startswith(_OBJECT_STORES):
         return None
@@ -93,6 +99,13 @@ def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
     run = getattr(error, "run", None)
     if run is None:
         return ""
+    where = f": {run.where}" if run.where else ""
+    resume = resume_command(run, argv)
+    return f"\n  in run {run.figures['run_id']} of {run.pipeline}{where}\n  to resume: {resume}"
+
+
+def resume_command(run: Any, argv: Sequence[str]) -> str:
+    """The command that resumes a run."""
     command, run_id = run.pipeline.split()[0], str(run.figures["run_id"])
     words = list(argv[1:] if argv and argv[0] == command else argv)
     kept = [
@@ -100,6 +113,4 @@ def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
         for i, word in enumerate(words)
         if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
     ]
-    where = f": {run.where}" if run.where else ""
-    resume = shlex.join(["millrace", command, *kept, "--run_id", run_id])
-    return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {resume}"
+    return shlex.join(["millrace", command, *kept, "--run_id", run_id])

@@ -49,8 +49,8 @@ class Run:
         self._alone()
         try:
             write_marker(self.folder, self.pipeline, str(self.figures["run_id"]))
-        except MillraceError as error:
-            error.run = self  # type: ignore[attr-defined]
+        except (MillraceError, KeyboardInterrupt) as error:
+            error.run = self  # type: ignore[union-attr]
             raise
         return self
 

@@ -278,3 +278,41 @@ def test_a_champion_that_another_tool_moved_is_left_by_a_rollback(store: Path) -
     with registry.client() as client:
         client.set_registered_model_alias("delay", "champion", "3")
     assert registry.rollback("delay", "not ours") == ("3", "1")
+
+
+@pytest.mark.parametrize(
+    "flavors",
+    [
+        "python_function: {loader_module: os}",
+        "python_function: {loader_module: transforms.serving, code: code}",
+        "python_function: {loader_module: transforms.serving, python_model: model.pkl}",
+        "python_function: {loader_module: transforms.serving}\n  sklearn: {pickled_model: model.pkl}",
+        "python_function: !!python/object/apply:os.system ['touch /tmp/millrace-evil']",
+        "[",
+    ],
+)
+def test_an_mlmodel_with_other_code_is_refused_before_anything_is_loaded(store: Path, flavors: str) -> None:
+    registry = Registry(registry_uri(str(store)))
+    folder = Path(registry.resolve("delay", "2")[1])
+    (folder / "MLmodel").write_text(f"flavors:\n  {flavors}\n")
+    for reading in (lambda: registry.resolve("delay", "2"), lambda: load(folder)):
+        with pytest.raises(StoreError, match="MLmodel"):
+            reading()
+    assert not Path("/tmp/millrace-evil").exists()
+
+
+@pytest.mark.parametrize("name", ["booster.ubj", "encoders.json", "manifest.json", "MLmodel"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "cut"])
+def test_a_model_file_that_is_none_is_refused_at_once(store: Path, name: str, kind: str) -> None:
+    registry = Registry(registry_uri(str(store)))
+    path = Path(registry.resolve("delay", "2")[1]) / name
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(whole[:40])
+    with pytest.raises(StoreError):
+        load(registry.resolve("delay", "2")[1])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +101,79 @@ def test_a_model_trained_without_a_registry_is_registered_later(
     assert run(store, "register", "never") == 4
     with pytest.raises(StoreError):
         registry.rollback("buying", "nothing before")
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a run whose model waits to be registered; tests use copies."""
+    store = tmp_path_factory.mktemp("waiting") / "store"
+    words = ["--definition", str(shop.write(store)), "--store", str(store)]
+    assert features.main([*words, "--run_id", "f"]) == 0
+    (store / "registry").mkdir()
+    (store / "registry" / "mlflow.db").write_text("no database")
+    assert cli.main(["training", *words, "--run_id", "away", "--threads=1"]) == 4
+    shutil.rmtree(store / "registry")
+    return store
+
+
+def _names(path: str) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["files"].update({path: "text"})
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "a path above": ("registration.json", _names("../../../../evil.txt")),
+    "an absolute path": ("registration.json", _names("/tmp/millrace-evil.txt")),
+    "the model's folder": ("registration.json", _names("model")),
+    "another run": ("registration.json", lambda record: record.update(run_id="other")),
+    "no digest": ("registration.json", lambda record: record.pop("digest")),
+    "files that are no text": ("registration.json", lambda record: record.update(files={"a": 1})),
+    "another model's folder": ("training.json", lambda record: record.update(bundle="/etc/model")),
+    "no metrics": ("training.json", lambda record: record.pop("metrics")),
+    "metrics that are no numbers": ("training.json", lambda record: record.update(metrics={"auc": "high"})),
+    "no gates": ("training.json", lambda record: record.update(gates=None)),
+    "trials of nothing": ("training.json", lambda record: record.update(trials=[{}])),
+    "another name": ("training.json", lambda record: record.update(model="other")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_record_that_was_altered_is_refused_before_anything_is_registered(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    store = Path(shutil.copytree(waiting, tmp_path / "store"))
+    name, change = DAMAGE[what]
+    path = store / "runs/away" / name
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    assert run(store, "register", "away") == 4
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (store / "registry").exists()
+    assert not Path("/tmp/millrace-evil.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["training.json", "registration.json", "explanation.json", "model/encoders.json"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "bytes", "list", "deep", "fifo", "folder", "gone"])
+def test_a_damaged_file_of_a_run_has_one_clear_line(
+    waiting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    store = Path(shutil.copytree(waiting, tmp_path / "store"))
+    path = store / "runs/away" / name
+    whole = path.read_bytes()
+    path.unlink()
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "bytes": b"\xff\xfe\x00", "list": b"[]"}
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(contents.get(kind, b"[" * 100_000))
+    code = run(store, "register", "away")
+    err = capsys.readouterr().err
+    if (name, kind) == ("explanation.json", "gone"):  # a report without pictures of single rows
+        assert code == 0
+        return
+    assert code == 4
+    assert "Traceback" not in err
+    assert "json" in err
+    assert not (store / "registry").exists()
