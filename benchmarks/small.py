@@ -6,7 +6,8 @@
 Two made-up cases: 15,000 taxi-like trips over a year, and 1,434 sparse rows over ten months.  Each goes through the
 three pipelines; then its tables are counted, and compared with the same rows written as one Parquet file per table.
 Training is compared with XGBoost alone on the same matrix, and a change of one value with the full run, both timed
-from the first line of `main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and timed.
+from the first line of `main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and
+timed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ view = FeatureView(
 )
 model = Model(
     view, label=Label(tips, on="trip", value=pl.col("tip") > 2, within="1d", absent=0),
-    split=TimeSplit("30d", "30d", embargo="1d"), encode={{"zones_area": encoders.OneHot()}}, params={PARAMS!r}, rounds={ROUNDS}, gates=Gates(),
+    split=TimeSplit("30d", "30d", embargo="1d"), encode={{"zones_area": encoders.OneHot()}},
+    params={PARAMS!r}, rounds={ROUNDS}, gates=Gates(),
 )
 """
 

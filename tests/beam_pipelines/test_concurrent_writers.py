@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from schemas.errors import ConflictError
 from tests.support.loads import Case, content, leftovers, prepared, same
 from tests.support.processes import Process, Zygote
+from tests.support.tables import figures_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -62,7 +62,7 @@ def test_two_loads_of_different_dates_both_commit(case: Case, step: int) -> None
     now, new = content(store, case.table), content(case.after, case.table)
     assert same(now[case.table], new[case.table])
     again = case.load(store, "again")
-    figures = json.loads((store / "runs" / "again" / "run.json").read_text())
+    figures = figures_of(store, "again")
     assert (again.code, figures.get("nothing_to_do")) == (0, "no date is missing or stale"), (
         "each told what it had read"
     )

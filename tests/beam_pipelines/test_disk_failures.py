@@ -4,7 +4,6 @@ later."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import pytest
 
 from tests.support.loads import Case, content, leftovers, prepared, same
 from tests.support.processes import Ended, Zygote
+from tests.support.tables import figures_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NOBODY = 65534
@@ -241,4 +241,4 @@ def test_files_that_may_not_grow_are_a_store_that_cannot_be_written(case: Case, 
             unchanged(case, store)
             goes_on(case, store)
     assert codes == {0, 4}
-    assert json.loads((store / "runs" / "held" / "run.json").read_text())["rows_out"] > 0
+    assert figures_of(store, "held")["rows_out"] > 0

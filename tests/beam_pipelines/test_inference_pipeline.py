@@ -1,7 +1,6 @@
 """`millrace inference` on real files: a real feature table, a real registry, real boosters."""
 
 import dataclasses
-import json
 import os
 import shutil
 from datetime import date
@@ -20,6 +19,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.loading import load_definition
 from schemas.splits import LABEL, LABEL_TIME
 from tests.support.inference_case import DAYS, DEFINITION, feature_rows, train, write_sources
+from tests.support.tables import figures_of
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer, predict
 from transforms.storage.delta_tables import data_files, open_table, read_group
@@ -49,7 +49,7 @@ class House:
         return Registry(registry_uri(str(self.store)))
 
     def account(self, run_id: str) -> dict[str, object]:
-        return json.loads((self.store / "runs" / run_id / "run.json").read_text())
+        return figures_of(self.store, run_id)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ length, and in the milliseconds in which delta-rs commits.  MILLRACE_SEED choose
 from __future__ import annotations
 
 import collections
-import json
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import pytest
 
 from tests.support.loads import Case, content, leftovers, prepared, same
 from tests.support.processes import Zygote
+from tests.support.tables import figures_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEED = int(os.environ.get("MILLRACE_SEED", "1"))
@@ -57,7 +57,7 @@ def killed(case: Case, name: str, number: int, **when: object) -> str:
     run_id = "victim" if number % 2 else "another"
     again = case.load(store, run_id)
     assert again.code == 0, (name, when, again.err)
-    figures = json.loads((store / "runs" / run_id / "run.json").read_text())
+    figures = figures_of(store, run_id)
     expected = new[case.table]
     assert expected is not None
     assert (figures["run_id"], figures["table_rows"]) == (run_id, len(expected))

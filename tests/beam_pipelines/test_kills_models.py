@@ -24,6 +24,7 @@ import pytest
 from tests.support import shop
 from tests.support.loads import leftovers, same
 from tests.support.processes import PIPELINES, Ended, Zygote
+from tests.support.tables import figures_of
 from transforms.models.bundle import load
 from transforms.models.registry import RUN, Registry, registry_uri
 from transforms.storage.delta_log import commits
@@ -128,7 +129,7 @@ def trained_again(case: Case, name: str, number: int, **when: object) -> str:
     run_id = "victim" if number % 3 else "another"
     again = case.train(store, run_id)
     assert again.code == 0, (name, when, again.err)
-    figures = json.loads((store / "runs" / run_id / "run.json").read_text())
+    figures = figures_of(store, run_id)
     expected = {**there, run_id: str(len(there) + (run_id not in there))}
     assert registered(store) == expected
     assert (figures["model_version"], figures["champion"]) == (expected[run_id], expected[run_id]), (name, when)

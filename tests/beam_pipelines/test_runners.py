@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 from pathlib import Path
@@ -18,7 +17,8 @@ from beam_pipelines import features_streaming as streaming
 from beam_pipelines.runtime.errors import guard
 from tests.support import shop
 from tests.support.live_fixtures import Live
-from transforms.storage.delta_tables import data_files, open_table
+from tests.support.tables import figures_of, rows_of
+from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import features_uri, predictions_uri
 from transforms.streaming.preparation import LiveFeaturesPlan, output_topics
 from transforms.streaming.recovery import RecoveryPoint
@@ -46,9 +46,7 @@ def flags(store: Path, run_id: str, *more: str) -> list[str]:
 
 def frame(uri: str, key: str) -> pl.DataFrame:
     """All rows of a Delta table, in the order of their key."""
-    table = open_table(uri)
-    assert table is not None
-    return pl.concat([pl.read_parquet(file.path) for file in data_files(table)]).sort(key)
+    return rows_of(uri).sort(key)
 
 
 def feature_table(store: Path) -> pl.DataFrame:
@@ -159,7 +157,7 @@ def test_prism_computes_the_same_features_to_the_bit(
     found = feature_table(store)
     assert found.height == reference.height == 3000
     assert found.equals(reference.select(found.columns))
-    account = json.loads((store / "runs" / environment / "run.json").read_text())
+    account = figures_of(store, environment)
     assert account["rows_out"] == 3000
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DefinitionError
 from schemas.loading import load_definition
 from tests.support import shop
+from tests.support.tables import figures_of
 from transforms.storage.paths import features_uri
 
 Out = pytest.CaptureFixture[str]
@@ -24,10 +24,6 @@ def run(store: Path, pipeline: str, run_id: str, *flags: str) -> int:
     return main(
         [pipeline, "--definition", str(store / "definition.py"), "--store", str(store), "--run_id", run_id, *flags]
     )
-
-
-def figures(store: Path, run_id: str) -> dict[str, object]:
-    return dict(json.loads((store / "runs" / run_id / "run.json").read_text()))
 
 
 def test_a_run_id_that_another_pipeline_has_used_is_refused(tmp_path: Path, capsys: Out) -> None:
@@ -70,10 +66,10 @@ def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_
         f"sales: 7 rows lie in row groups without any plausible time, so in no date ({folder}/ancient.parquet)" in said
     )
     assert "--full sets them aside" in said
-    assert figures(tmp_path, "some")["set_aside"] == 0
+    assert figures_of(tmp_path, "some")["set_aside"] == 0
     assert run(tmp_path, "features", "whole", "--full") == 0
     assert "without any plausible time" not in capsys.readouterr().err
-    assert figures(tmp_path, "whole")["set_aside"] == 7
+    assert figures_of(tmp_path, "whole")["set_aside"] == 7
     dead_letters = pl.read_delta(str(tmp_path / "dead_letters" / "features"))
     assert (dead_letters["file"] == str(folder / "ancient.parquet")).sum() == 7
 
@@ -96,7 +92,7 @@ def test_a_run_of_two_intervals_answers_for_both_and_not_for_what_lies_between(t
     assert pl.read_delta(uri).sort("visit").equals(before)
     assert run(tmp_path, "features", "second", "--allow_anomalies") == 0
     capsys.readouterr()
-    assert figures(tmp_path, "second")["dates"] == 2
+    assert figures_of(tmp_path, "second")["dates"] == 2
     after = pl.read_delta(uri).sort("visit")
     changed = after.filter(pl.col("shop") == "east")["date"].unique().sort().to_list()
     assert [str(day) for day in changed] == ["2024-01-10", "2024-02-20"]

@@ -23,12 +23,13 @@ from schemas.feature_groups import without_columns
 from schemas.features import Feature
 from schemas.loading import Definition
 from tests.support import shop
+from tests.support.tables import rows_of
 from transforms.features.column_reuse import needed
 from transforms.features.manifest_store import WriteManifest, read_manifest
 from transforms.features.preparation import PreparedRun
 from transforms.features.trailing_features import ComputeBlock
 from transforms.sources.tallies import add_tallies
-from transforms.storage.delta_tables import CommitTarget, commit, data_files, open_table, read_file, write_files
+from transforms.storage.delta_tables import CommitTarget, commit, data_files, open_table, write_files
 
 START, DAYS = datetime(2024, 1, 1, tzinfo=UTC), 10
 NOW = int(datetime(2024, 3, 1, tzinfo=UTC).timestamp() * 1_000_000)
@@ -460,13 +461,7 @@ def test_a_pipeline_backfills_a_changed_view_and_the_plan_says_how(
     uri = re.search(r"table +(\S+)", capsys.readouterr().out)
     assert uri is not None
 
-    def rows() -> pl.DataFrame:
-        table = open_table(uri[1])
-        assert table is not None
-        parts = [pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)]
-        return pl.concat(parts).sort("row_id")
-
-    some = rows()
+    some = rows_of(uri[1]).sort("row_id")
     assert features.main([*flags, "--full"]) == 0
-    assert some.equals(rows())
+    assert some.equals(rows_of(uri[1]).sort("row_id"))
     assert features.main(flags) == 0

@@ -16,6 +16,7 @@ import pytest
 from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan
 from beam_pipelines.commands.trace import trace
+from tests.support.tables import figures_of
 from transforms.features.manifest import OUTDATED, VERSION
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.storage.delta_tables import open_table
@@ -36,7 +37,7 @@ def run(old: Path, *flags: str, view: str = "ever") -> dict[str, Any]:
     name = f"run-{len(list(old.glob('runs/*')))}"
     words = ["--definition", str(old / f"{view}.py"), "--store", str(old), "--run_id", name, "--no-statistics"]
     assert features.main([*words, *flags]) == 0
-    return json.loads((old / "runs" / name / "run.json").read_text())  # type: ignore[no-any-return]
+    return figures_of(old, name)
 
 
 def uri(old: Path, view: str = "ever") -> str:

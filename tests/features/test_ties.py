@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +18,7 @@ from beam_pipelines.commands import parity
 from schemas import FeatureView, Label, load_definition
 from schemas.sources import Source
 from tests.support import oracles
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from tests.support.tables import figures_of, rows_of
 from transforms.storage.paths import features_live_uri
 from transforms.training.labels import attach
 
@@ -124,10 +123,7 @@ def define(root: Path, chosen: Sequence[str], others: bool) -> tuple[str, Featur
 
 
 def read(uri: str) -> pl.DataFrame:
-    table = open_table(uri)
-    assert table is not None
-    whole = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)])
-    return whole.sort("at", "id")
+    return rows_of(uri).sort("at", "id")
 
 
 def batch(root: Path, store: Path, chosen: Sequence[str], others: bool, *flags: str) -> pl.DataFrame:
@@ -236,7 +232,7 @@ def test_rows_are_judged_by_the_columns_that_features_need(
     """`z` is infinite in many rows: it puts them in order, and nobody asked for it."""
     folder, frames = root
     batch(folder, tmp_path, ["kept", "latest", "dim"], False, "--run_id", "r")
-    sources = json.loads((tmp_path / "runs" / "r" / "run.json").read_text())["sources"]
+    sources = figures_of(tmp_path, "r")["sources"]
     assert frames["ev"]["z"].is_infinite().sum() > 0
     assert sources["ev"]["dead"] == 0
     assert sources["once"]["dead"] == 0
@@ -314,7 +310,7 @@ def test_a_table_whose_rows_were_taken_in_another_order_is_not_continued(
         view = load_definition(str(path)).view
         argv = ["--definition", str(path), "--store", str(tmp_path), "--sources", str(folder / "sources")]
         assert features.main([*argv, "--run_id", run_id]) == 0
-        told = json.loads((tmp_path / "runs" / run_id / "run.json").read_text())
+        told = figures_of(tmp_path, run_id)
         return view, read(f"{tmp_path}/features/tied/{view.fingerprint}"), told
 
     first, before, _ = run(HEAD, "first")

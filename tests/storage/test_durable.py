@@ -1,4 +1,5 @@
-"""A commit that was reported survives a power cut: files are flushed before the log names them, the log before a report."""
+"""A commit that was reported survives a power cut: files are flushed before the log names them, the log before a
+report."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from beam_pipelines import cli
-from tests.support.stores import ARCHIVES, Stored, restored, rows_of
+from tests.support.stores import ARCHIVES, Stored, restored
+from tests.support.tables import rows_of
 from transforms.lineage.feature_parity import check
 from transforms.models.bundle import load
 from transforms.storage.delta_tables import open_table

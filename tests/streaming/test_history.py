@@ -31,12 +31,14 @@ from tests.support.live_jobs import Stage, await_, end, slots
 from tests.support.live_lifetime_case import mixed
 from tests.support.live_turns import SOURCES, Killed, delivered, frame, shops
 from tests.support.live_turns import view as everything
+from tests.support.tables import figures_of as figures
+from tests.support.tables import rows_of as read
 from tests.support.turns import Job, JobOptions, unread
 from transforms.lineage.counted_rows import Batch
 from transforms.lineage.difference_causes import compare
 from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming import history_files, recovery
 from transforms.streaming.history import Handover
@@ -46,20 +48,8 @@ from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.row_origin import cut_of
 
 
-def read(uri: str) -> pl.DataFrame:
-    table = open_table(uri)
-    assert table is not None
-    empty = pl.DataFrame(schema=[field.name for field in table.schema().fields])  # a commit may have no rows
-    rows = [pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)]
-    return pl.concat(rows or [empty], how="diagonal")
-
-
 def answers(store: Path, view: FeatureView) -> pl.DataFrame:
     return read(features_live_uri(str(store), view.name, view.fingerprint)).sort("row_id")
-
-
-def figures(store: Path, run_id: str) -> dict[str, Any]:
-    return json.loads((store / "runs" / run_id / "run.json").read_text())  # type: ignore[no-any-return]
 
 
 def as_delta(folder: Path) -> None:

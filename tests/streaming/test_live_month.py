@@ -16,8 +16,8 @@ from examples.flights import data
 from schemas.loading import load_definition
 from tests.support.live_fixtures import Live
 from tests.support.live_jobs import high_marks
+from tests.support.tables import rows_of
 from transforms.lineage.feature_parity import check
-from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.replay import sources_of
@@ -25,12 +25,6 @@ from transforms.streaming.replay import sources_of
 ROOT = Path(__file__).parents[2]
 DEFINITION = "examples.flights.definition"
 START, END, SECONDS = "2013-03-01", "2013-04-01", 40
-
-
-def rows_of(uri: str, columns: list[str]) -> pl.DataFrame:
-    table = open_table(uri)
-    assert table is not None
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, columns))) for file in data_files(table)])
 
 
 @pytest.mark.live

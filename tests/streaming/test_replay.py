@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
 from tests.support import market
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from tests.support.tables import figures_of, rows_of
+from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import UnknownIds
@@ -26,17 +26,7 @@ DAYS = 4
 
 
 def answers(view: FeatureView, store: Path) -> pl.DataFrame:
-    return read(features_live_uri(str(store), view.name, view.fingerprint))
-
-
-def read(uri: str) -> pl.DataFrame:
-    table = open_table(uri)
-    assert table is not None
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)])
-
-
-def figures(store: Path, run_id: str) -> dict[str, Any]:
-    return json.loads((store / "runs" / run_id / "run.json").read_text())  # type: ignore[no-any-return]
+    return rows_of(features_live_uri(str(store), view.name, view.fingerprint))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +60,14 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
     view = load_definition(definition).view
     found = replayed(case, tmp_path, "first", "--chunk", "3h")
     features.main(["--definition", definition, "--store", str(folder), "--run_id", "batch"])
-    batch = read(figures(folder, "batch")["table"])
+    batch = rows_of(figures_of(folder, "batch")["table"])
     columns = [name for name in view.output_schema.names if name != "date"]
     assert found.select(columns).sort("row_id").equals(batch.select(columns).sort("row_id"))
-    counts = figures(tmp_path, "first")["counts"]
+    counts = figures_of(tmp_path, "first")["counts"]
     for name in ("visits", "sales", "stock"):
         assert counts[name].get("dead", 0) + counts[name].get("conflicting", 0) == market.SET_ASIDE[name]
         assert counts[name].get("repeated", 0) == market.REPEATED[name]
-    dead_letters = read(live_dead_letters_uri(str(tmp_path), view.name))
+    dead_letters = rows_of(live_dead_letters_uri(str(tmp_path), view.name))
     assert len(dead_letters) == sum(market.SET_ASIDE.values())  # a dimension's too
     # Every row is in a table, once: accepted or set aside.
     for name, frame in market.spoiled(market.sources()).items():
@@ -88,10 +78,10 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
                 pl.col("source") == name, ~pl.col("rule").str.contains("one key asks")
             ).height == len(frame)
     assert parity.main(["--definition", definition, "--store", str(tmp_path), "--run_id", "parity"]) == 0
-    found_out = figures(tmp_path, "parity")
+    found_out = figures_of(tmp_path, "parity")
     assert found_out["answers_later_arrivals_change"] == 0
     full = found_out["full_batch"]  # the table beside the sources that were replayed
-    assert full["batch"].startswith(figures(folder, "batch")["table"])
+    assert full["batch"].startswith(figures_of(folder, "batch")["table"])
     assert full["answers_compared"] == len(found)
     assert full["values_differing"] == full["unexplained"] == 0
     assert full["answers_that_batch_lacks"] == full["rows_without_an_answer"] == {}
@@ -103,7 +93,7 @@ def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_pat
     assert found["__late"].any()
     assert found["row_id"].n_unique() == len(found)
     assert parity.main(["--definition", case[0], "--store", str(tmp_path), "--run_id", "parity"]) == 0
-    seen = figures(tmp_path, "parity")
+    seen = figures_of(tmp_path, "parity")
     assert seen["values_differing"] == 0
     assert seen["answers_compared"] == len(found)
     assert seen["answers_later_arrivals_change"] > 0
@@ -120,7 +110,7 @@ def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
     monkeypatch.setattr(UnknownIds, "__call__", lambda self, table, frame: fresh(self, table, frame)[1:])
     argv = ["--streaming", "--definition", case[0], "--store", str(tmp_path), "--sources", str(case[1] / "sources")]
     assert guard(features_streaming.main)([*argv, "--run_id", "lossy", "--chunk", "1d", "--end", "2024-03-03"]) == 5
-    assert figures(tmp_path, "lossy")["questions_unaccounted_for"] >= 1
+    assert figures_of(tmp_path, "lossy")["questions_unaccounted_for"] >= 1
     assert "are none of these" in capsys.readouterr().err
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from polars.testing import assert_frame_equal
 from beam_pipelines import features
 from beam_pipelines.features import main
 from tests.support import market
+from tests.support.tables import figures_of
 from transforms.storage.paths import dead_letters_uri, features_uri
 
 
@@ -21,7 +21,7 @@ def run(store: Path, *flags: str, run_id: str | None = None) -> dict[str, Any]:
     path = market.define(store) if not (store / "definition.py").exists() else store / "definition.py"
     name = run_id or f"run-{len(list(store.glob('runs/*')))}"
     assert main(["--definition", str(path), "--store", str(store), "--run_id", name, "--no-statistics", *flags]) == 0
-    return json.loads((store / "runs" / name / "run.json").read_text())  # type: ignore[no-any-return]
+    return figures_of(store, name)
 
 
 def table_of(store: Path) -> str:

@@ -23,6 +23,7 @@ from schemas import FeatureView, load_definition
 from schemas.live import accepted, live_schema
 from tests.support import market
 from tests.support.live_fixtures import Live
+from tests.support.tables import figures_of
 from transforms.lineage.feature_parity import check
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
@@ -187,7 +188,7 @@ class Stage:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def figures(self, run_id: str) -> dict[str, Any]:
-        return json.loads((self.store / "runs" / run_id / "run.json").read_text())  # type: ignore[no-any-return]
+        return figures_of(self.store, run_id)
 
     # -- the books -------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ import polars as pl
 
 from beam_pipelines import cli
 from schemas import FeatureView, load_definition
+from tests.support.tables import figures_of, rows_of
 from tests.support.turns import Job, JobOptions, unread
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, features_uri
 from transforms.streaming.messages import Message
 from transforms.streaming.replay import sources_of
@@ -66,7 +66,7 @@ class Stored:
 
     def run(self, run_id: str) -> dict[str, Any]:
         """What a run said of itself."""
-        return dict(json.loads((self.store / "runs" / run_id / "run.json").read_text()))
+        return figures_of(self.store, run_id)
 
     def features(self, view: str, fingerprint: str) -> pl.DataFrame:
         return rows_of(features_uri(str(self.store), view, fingerprint))
@@ -108,10 +108,3 @@ def restored(name: str, folder: Path) -> Stored:
                         f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (f"{MADE_IN}/{name}", str(target))
                     )
     return Stored(name, target)
-
-
-def rows_of(uri: str) -> pl.DataFrame:
-    """Every row of a table."""
-    table = open_table(uri)
-    assert table is not None, f"no table at {uri}"
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(table)], how="diagonal")

@@ -26,6 +26,7 @@ from tests.support import arithmetic, market, oracles
 from tests.support.features_runs import answers, table_of
 from tests.support.histories import T0, at, histories, many_spine_rows, view
 from tests.support.kernels_case import same
+from tests.support.tables import figures_of
 from transforms.features import block_features
 from transforms.features import kernel as kernels
 from transforms.features.block_features import features_batch
@@ -450,7 +451,7 @@ def run(store: Path, *flags: str, text: str = market.DEFINITION) -> dict[str, An
     name = f"run-{len(list(store.glob('runs/*')))}"
     argv = ["--definition", str(market.define(store, text)), "--store", str(store), "--run_id", name, "--no-statistics"]
     assert features.main([*argv, "--max_dead_fraction", "1", *flags]) == 0
-    return json.loads((store / "runs" / name / "run.json").read_text())  # type: ignore[no-any-return]
+    return figures_of(store, name)
 
 
 def test_a_run_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

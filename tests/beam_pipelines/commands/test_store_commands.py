@@ -16,8 +16,9 @@ from beam_pipelines.runtime.run_report import Run
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import load_definition
 from tests.support import shop
+from tests.support.tables import rows_of
 from transforms.lineage.trace import describe
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import open_table
 from transforms.storage.run_markers import running_runs
 
 Out = pytest.CaptureFixture[str]
@@ -39,12 +40,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-
-
-def rows(uri: str) -> pl.DataFrame:
-    opened = open_table(uri)
-    assert opened is not None
-    return pl.concat([pl.DataFrame(pl.from_arrow(read_file(file))) for file in data_files(opened)])
 
 
 def fingerprint(store: Path) -> str:
@@ -84,7 +79,7 @@ def test_an_empty_store_has_no_tables(tmp_path: Path) -> None:
 
 
 def test_a_row_leads_to_its_commit_its_run_and_what_it_could_see(store: Path, capsys: Out, wide: None) -> None:
-    all_rows = rows(str(store / "features" / "buying" / fingerprint(store)))
+    all_rows = rows_of(str(store / "features" / "buying" / fingerprint(store)))
     row = all_rows.row(1200, named=True)
     flags = ["--store", str(store), "--definition", str(store / "definition.py")]
     assert trace([*flags, "--key", f"visit={row['visit']}"]) == 0
@@ -156,7 +151,7 @@ def test_time_chooses_among_rows_of_one_key(tmp_path: Path, capsys: Out, wide: N
 
 
 def test_a_prediction_leads_to_model_run_features_and_sources(store: Path, capsys: Out, wide: None) -> None:
-    row = rows(str(store / "predictions" / "buying")).row(700, named=True)
+    row = rows_of(str(store / "predictions" / "buying")).row(700, named=True)
     assert trace(["--store", str(store), "--prediction", str(row["prediction_id"])]) == 0
     out = capsys.readouterr().out
     mark = fingerprint(store)
