@@ -207,10 +207,15 @@ def _valid_text(texts: pa.Array) -> pa.Array:
     wide = pa.types.is_large_string(texts.type)
     kind = pa.large_binary() if wide else pa.binary()
     raw = pa.Array.from_buffers(kind, len(texts), texts.buffers(), texts.null_count, texts.offset)
-    found = pl.Series(pl.from_arrow(raw))
-    shown = pl.concat_str(pl.lit(_NOT_UTF8 + "bytes "), pl.col("b").bin.encode("hex"))
-    text = pl.col("b").cast(pl.String, strict=False)
-    return found.to_frame("b").select(pl.coalesce(text, shown)).to_series().to_arrow().cast(pa.large_string())
+    # One by one: only arrays with such bytes come here, and Polars refuses to cast any of their values.
+    return pa.array([_text_of(value) for value in raw.to_pylist()], pa.large_string())
+
+
+def _text_of(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return f"{_NOT_UTF8}bytes {value.hex()}" if value is not None else None
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
