@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import Contract, check_rows, holds
@@ -283,6 +284,16 @@ def test_a_time_beyond_the_years_that_python_knows_is_a_dead_letter(
     assert frame["at"].to_list() == [T0]
     assert dead_letters["row"].to_list() == [0]
     assert "a time is" in dead_letters["rule"][0]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(b"ok", True), (b"\xff", False)])
+def test_columns_are_not_copied_past_a_text_that_breaks_its_rule(tmp_path: Path, value: bytes, expected: bool) -> None:
+    """A view that reads a further column rejects other rows than the view before it."""
+    table = rows({}, {}).to_arrow()
+    texts = with_bytes([b"a", value], pa.string())
+    write(tmp_path, table.set_column(table.column_names.index("k"), "k", texts))
+    assert keep_rules(contract, slices_of(str(tmp_path), contract), ["k"]) is expected
+    assert keep_rules(contract, slices_of(str(tmp_path), contract), [])
 
 
 def test_a_date_beyond_the_years_that_python_knows_is_a_dead_letter(tmp_path: Path) -> None:
