@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import Contract, check_rows, holds
@@ -240,6 +241,71 @@ def test_folders_of_any_name_are_read(tmp_path_factory: pytest.TempPathFactory, 
     root = tmp_path_factory.mktemp("root") / name
     write(root, rows({}))
     assert len(read(root)[0]) == 1
+
+
+def with_bytes(values: list[bytes | None], kind: pa.DataType) -> pa.Array:
+    """A text column of any bytes: what a careless writer makes."""
+    large = pa.types.is_large_string(kind)
+    raw = pa.array(values, pa.large_binary() if large else pa.binary())
+    return pa.Array.from_buffers(kind, len(values), raw.buffers(), raw.null_count)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_that_is_not_utf8_is_a_dead_letter_with_its_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    values = [b"a", b"\xff\xfe", None, "ä".encode(), b"ok\xc3", b""]
+    table = rows(*({"id": i} for i in range(6))).to_arrow()
+    texts = with_bytes(values, pa.string() if pa.types.is_dictionary(kind) else kind)
+    texts = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts
+    write(tmp_path, table.set_column(table.column_names.index("k"), "k", texts))
+    free = Contract(source, tuple(source.schema), (), NOW)
+    good, dead_letters = read(tmp_path, free)
+    assert good.select("id", "k").rows() == [(0, "a"), (2, None), (3, "ä"), (5, "")]
+    assert dead_letters.select("row", "field", "rule", "value").rows() == [
+        (1, "k", "a text is UTF-8", "bytes fffe"),
+        (4, "k", "a text is UTF-8", "bytes 6f6bc3"),
+    ]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("unit", ["ms", "us"])
+@pytest.mark.parametrize(
+    "value", [2**62, -(2**62), 2**63 - 1, -(2**63), 253_402_300_800_000_000, -62_135_596_800_000_001]
+)
+def test_a_time_beyond_the_years_that_python_knows_is_a_dead_letter(
+    tmp_path: Path, value: int, unit: str, statistics: bool
+) -> None:
+    kind = pa.timestamp(unit, "UTC")
+    good = (T0 - EPOCH) // MICROSECOND // (1000 if unit == "ms" else 1)
+    table = rows({}, {}).to_arrow()
+    write(
+        tmp_path, table.set_column(0, "at", pa.array([value, good], pa.int64()).cast(kind)), write_statistics=statistics
+    )
+    frame, dead_letters = read(tmp_path)
+    assert frame["at"].to_list() == [T0]
+    assert dead_letters["row"].to_list() == [0]
+    assert "a time is" in dead_letters["rule"][0]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(b"ok", True), (b"\xff", False)])
+def test_columns_are_not_copied_past_a_text_that_breaks_its_rule(tmp_path: Path, value: bytes, expected: bool) -> None:
+    """A view that reads a further column rejects other rows than the view before it."""
+    table = rows({}, {}).to_arrow()
+    texts = with_bytes([b"a", value], pa.string())
+    write(tmp_path, table.set_column(table.column_names.index("k"), "k", texts))
+    assert keep_rules(contract, slices_of(str(tmp_path), contract), ["k"]) is expected
+    assert keep_rules(contract, slices_of(str(tmp_path), contract), [])
+
+
+def test_a_date_beyond_the_years_that_python_knows_is_a_dead_letter(tmp_path: Path) -> None:
+    of = Source("sales", columns={"due": pl.Datetime("us", "UTC"), "day": pl.Date})
+    times = [0, 253_402_300_800_000_000, 0, -62_135_596_800_000_000, 253_402_300_799_999_999, None]
+    days = [0, 0, 2_932_897, -719_162, 2_932_896, None]
+    table = pa.table({"due": pa.array(times, pa.timestamp("us", "UTC")), "day": pa.array(days, pa.date32())})
+    write(tmp_path, table)
+    good, dead_letters = read(tmp_path, Contract(of, ("due", "day")))
+    assert len(good) == 4
+    assert dead_letters.select("row", "field").rows() == [(1, "due"), (2, "day")]
+    assert set(dead_letters["rule"]) == {"a date lies in the years 1 to 9999"}
 
 
 # Single rows

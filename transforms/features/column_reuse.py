@@ -36,7 +36,7 @@ from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests
 from transforms.sources.inventory import Inventory, Slice, open_parquet
-from transforms.sources.reader import Repeats
+from transforms.sources.reader import Repeats, read_raw
 from transforms.storage.delta_tables import DataFile, read_file
 
 log = logging.getLogger("millrace.features")
@@ -283,7 +283,7 @@ def _alike(
     """Returns the contract of an older view that read or checked other columns.
 
     Returns None if that contract may have accepted other rows. Columns decide about rows in two ways: numbers must be
-    finite, and of repeats at one moment the smallest row is kept.
+    finite, texts UTF-8 and dates within the years 1 to 9999, and of repeats at one moment the smallest row is kept.
     """
     declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
@@ -291,9 +291,20 @@ def _alike(
     if any(name not in declared or str(declared[name]) != dtype for name, dtype in columns):
         return None
     judged = tuple(name for name, _ in columns if name not in ordering)
-    floats = [name for name in {*judged} ^ {*contract.columns} if declared[name].is_float()]
+    others = sorted({*judged} ^ {*contract.columns})
+    floats = [name for name in others if declared[name].is_float()]
+    read = [name for name in others if declared[name] == pl.String or declared[name].is_temporal()]
     then = dataclasses.replace(contract, columns=judged, ordering=tuple(ordering))
-    return then if finite(slices, contract.source, floats) else None
+    return then if finite(slices, contract.source, floats) and keep_rules(contract, slices, read) else None
+
+
+def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[str]) -> bool:
+    """Whether all values of these columns keep the rules of their types. They are read: footers do not say."""
+    narrow = dataclasses.replace(contract, columns=tuple(columns), ordering=(), required=())
+    broken = [condition for name, _, condition in narrow.rules() if name in columns]
+    return not broken or all(
+        not read_raw(narrow, [each]).select(pl.any_horizontal(broken).any()).item() for each in slices
+    )
 
 
 def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:

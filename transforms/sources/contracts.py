@@ -17,6 +17,11 @@ from transforms.sources.dead_letters import ROW_DEAD_LETTERS
 
 # Polars prints times to the year 262 143.
 _PRINTED = 2**62
+# Begins the text that stands for bytes that are not UTF-8.  No text has this character: it is set apart by Unicode.
+_NOT_UTF8 = "\U0010ffff"
+# The years 1 to 9999, which Delta tables and Python's datetime can hold, `[from, to)` in µs and in days since 1970.
+YEARS = (-62_135_596_800_000_000, 253_402_300_800_000_000)
+_YEARS_DAYS = tuple(each // 86_400_000_000 for each in YEARS)
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
@@ -104,6 +109,12 @@ class Contract:
             rules.append((name, "a key is present", pl.col(name).is_null()))
         for name in self.columns:
             dtype = source.schema[name]
+            if dtype == pl.String:
+                rules.append((name, "a text is UTF-8", pl.col(name).str.starts_with(_NOT_UTF8)))
+            if dtype.is_temporal() and name not in (source.time, source.event_time):
+                first, end = _YEARS_DAYS if dtype == pl.Date else YEARS
+                rule = "a date lies in the years 1 to 9999"
+                rules.append((name, rule, ~pl.col(name).to_physical().is_between(first, end, closed="left")))
             if dtype.is_float():
                 rules.append((name, "a number is finite", pl.col(name).is_infinite()))
             if dtype == pl.Float64:
@@ -121,7 +132,7 @@ class Contract:
         self.check(table.schema, file)
         given = {} if self.partitions is None else self.partitions.values.get(file, {})
         inside = [name for name in self.read if name not in given and name in table.schema.names]
-        frame: pl.DataFrame = pl.from_arrow(table.select(inside))  # type: ignore[assignment]
+        frame = readable(pl.DataFrame(pl.from_arrow(_with_valid_text(table.select(inside)))))
         if len(inside) < len(self.read):
             types = {name: self.source.schema[name] for name in self.read if name not in inside}
             values = pl.DataFrame({name: [given.get(name)] for name in types}).cast(types)  # type: ignore[arg-type]
@@ -172,6 +183,49 @@ class Contract:
                     f"{found} in {file}",
                     "Correct the file, or the declaration if it was wrong",
                 )
+
+
+def _with_valid_text(table: pa.Table) -> pa.Table:
+    """`table` with a text in place of bytes that are not UTF-8: `_NOT_UTF8` and the bytes in hexadecimal.
+
+    Neither a Parquet file nor an Arrow message is checked when it is read, and Polars trusts what it is given.
+    """
+    for i, field in enumerate(table.schema):
+        text = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_string(text) or pa.types.is_large_string(text):
+            try:
+                table.column(i).validate(full=True)
+            except pa.ArrowInvalid:
+                chunks = [_valid_text(chunk) for chunk in table.column(i).chunks]
+                table = table.set_column(i, field.name, pa.chunked_array(chunks, pa.large_string()))
+    return table
+
+
+def _valid_text(texts: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(texts.type):
+        return _valid_text(texts.dictionary).take(texts.indices)
+    wide = pa.types.is_large_string(texts.type)
+    kind = pa.large_binary() if wide else pa.binary()
+    raw = pa.Array.from_buffers(kind, len(texts), texts.buffers(), texts.null_count, texts.offset)
+    # One by one: only arrays with such bytes come here, and Polars refuses to cast any of their values.
+    return pa.array([_text_of(value) for value in raw.to_pylist()], pa.large_string())
+
+
+def _text_of(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return f"{_NOT_UTF8}bytes {value.hex()}" if value is not None else None
+
+
+def readable(frame: pl.DataFrame) -> pl.DataFrame:
+    """`frame` with times of ms in µs, those beyond as the furthest there is: a cast of Polars would panic."""
+    wide = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime) and dtype.time_unit == "ms"]
+    most = (2**63 - 1) // 1000
+    return frame.with_columns(
+        (pl.col(name).to_physical().clip(-most, most) * 1000).cast(pl.Datetime("us", frame.schema[name].time_zone))  # type: ignore[attr-defined]
+        for name in wide
+    )
 
 
 def fits(declared: pl.DataType, found: pa.DataType) -> bool:
@@ -251,4 +305,8 @@ def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
     """A column's values as text; of times beyond those that Polars can print, the last that it can."""
     if isinstance(dtype, pl.Datetime):
         return pl.col(name).to_physical().clip(-_PRINTED, _PRINTED).cast(dtype).cast(pl.String)
+    if dtype == pl.Date:
+        return pl.col(name).to_physical().clip(*_YEARS_DAYS).cast(pl.Date).cast(pl.String)
+    if dtype == pl.String:
+        return pl.col(name).str.strip_prefix(_NOT_UTF8)
     return pl.col(name).cast(pl.String)

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
@@ -19,8 +19,8 @@ from deltalake import DeltaTable
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.times import ALWAYS, EPOCH, MICROSECOND, day_number, midnight
-from transforms.sources.contracts import Contract, Partitions, fits
+from transforms.records.times import ALWAYS, day_number, midnight
+from transforms.sources.contracts import Contract, Partitions, fits, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
@@ -298,8 +298,7 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
         if time is not None and time not in file.schema_arrow.names:  # added to a Delta table later
             low, high = ALWAYS, ALWAYS
         elif time is not None:
-            bounds = _bounds(meta, time)
-            low, high = (_epoch(bound) for bound in bounds) if bounds is not None else (ALWAYS, 2**62)
+            low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
             if low < contract.earliest or high >= contract.latest:
                 low, high = _plausible(file, group, time, contract)
         result.append(Slice(path, group, first, meta.num_rows, low, high, stamp))
@@ -309,22 +308,31 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
 
 def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
     """Bounds of a row group's plausible times, where its footer gives none or those of a clock that was wrong."""
-    times = pl.Series(pl.from_arrow(file.read_row_group(group, [time]))[time]).dt.epoch("us")  # type: ignore[index]
+    times = readable(pl.DataFrame(pl.from_arrow(file.read_row_group(group, [time]))))[time].dt.epoch("us")
     times = times.filter((times >= contract.earliest) & (times < contract.latest))
     return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
 
 
-def _bounds(meta: pq.RowGroupMetaData, time: str) -> tuple[datetime, datetime] | None:
+# Of a Parquet timestamp: how many of the unit make a µs, or how many µs make one.
+_UNITS = {"milliseconds": (1000, 1), "microseconds": (1, 1), "nanoseconds": (1, 1000)}
+
+
+def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | None:
+    """The smallest and largest time of a row group in µs, from the footer; None where it does not say.
+
+    As whole numbers: what a writer notes may be beyond what Python's datetime can hold.
+    """
+    meta = file.metadata.row_group(group)
     for i in range(meta.num_columns):
         column = meta.column(i)
         if column.path_in_schema == time and column.is_stats_set and column.statistics.has_min_max:
-            return column.statistics.min, column.statistics.max
+            kind = json.loads(file.schema.column(i).logical_type.to_json())
+            if column.physical_type != "INT64" or kind.get("timeUnit") not in _UNITS:
+                return None
+            times, parts = _UNITS[kind["timeUnit"]]
+            low, high = column.statistics.min_raw, column.statistics.max_raw
+            return low * times // parts, high * times // parts
     return None
-
-
-def _epoch(moment: datetime) -> int:
-    whole = moment.to_pydatetime(warn=False) if hasattr(moment, "to_pydatetime") else moment
-    return ((whole if whole.tzinfo else whole.replace(tzinfo=UTC)).astimezone(UTC) - EPOCH) // MICROSECOND
 
 
 def open_parquet(path: str, source: Source) -> pq.ParquetFile:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS
-from transforms.sources.contracts import Contract, check_rows
+from transforms.sources.contracts import Contract, check_rows, readable
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
 from transforms.sources.inventory import Slice, open_parquet, stamp_of
@@ -204,7 +204,7 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
         return None
     with _whole(contract, piece.path):
         for batch in file.iter_batches(CHUNK_ROWS, [piece.group], [contract.source.time]):
-            moments: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([batch]))  # type: ignore[assignment]
+            moments = readable(pl.DataFrame(pl.from_arrow(batch)))
             found = _plausible(contract, moments[contract.source.time])
             if found is not None:
                 return found
