@@ -14,8 +14,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from beam_pipelines.runtime.protection import protected, without_secrets
 from schemas import errors
-from schemas.errors import MillraceError, StoreError
+from schemas.errors import DefinitionError, MillraceError, StoreError
 
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
 STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
@@ -51,6 +52,14 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
+        try:
+            with protected():
+                return reported(argv)
+        except DefinitionError as error:  # of MILLRACE_UMASK
+            print(f"millrace: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+
+    def reported(argv: Sequence[str]) -> int:
         try:
             return main(argv)
         except Translated as done:
@@ -101,5 +110,5 @@ def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
         if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
     ]
     where = f": {run.where}" if run.where else ""
-    resume = shlex.join(["millrace", command, *kept, "--run_id", run_id])
+    resume = without_secrets(shlex.join(["millrace", command, *kept, "--run_id", run_id]))
     return f"\n  in run {run_id} of {run.pipeline}{where}\n  to resume: {resume}"
