@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from beam_pipelines.runtime.beam_workers import listen_on_loopback
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from beam_pipelines.runtime.protection import printable, terminal_of, without_secrets
 from schemas import errors
@@ -185,6 +186,7 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
     from apache_beam.options.pipeline_options import TestOptions  # commands without a pipeline do not import Beam
 
     result = None
+    listen_on_loopback()
     try:
         result = pipeline.run()
         result.wait_until_finish()
