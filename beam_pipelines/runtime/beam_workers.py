@@ -12,6 +12,7 @@ import functools
 import logging
 import threading
 import types
+from typing import Any
 
 import grpc
 from apache_beam.runners.worker import data_plane, sdk_worker, worker_pool_main
@@ -37,6 +38,26 @@ def quiet_lost_connections() -> None:
     sdk_worker.print = lambda *_, **__: None
     for name in LOGGERS:
         logging.getLogger(f"apache_beam.runners.worker.{name}").addFilter(_is_no_lost_connection)
+
+
+@functools.cache
+def listen_on_loopback() -> None:
+    """Have the workers of the environment LOOPBACK, which run in this process, listen on loopback alone.
+
+    Whoever reaches a worker pool can have it run code.  Beam's listens on all interfaces, as apache/beam pull request
+    10161 (BEAM-8746) wanted it for job services, although its address is announced as that of localhost.
+    """
+    worker_grpc = types.ModuleType("grpc")
+    vars(worker_grpc).update(vars(grpc), server=_loopback_server)
+    worker_pool_main.grpc = worker_grpc
+
+
+def _loopback_server(*arguments: Any, **named: Any) -> grpc.Server:
+    """A gRPC server that listens on loopback where it is asked to listen everywhere."""
+    server = grpc.server(*arguments, **named)
+    listen = server.add_insecure_port
+    server.add_insecure_port = lambda address: listen(address.replace("[::]:", "127.0.0.1:"))
+    return server
 
 
 class WorkerThread(threading.Thread):

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from beam_pipelines.runtime.interrupts import INTERRUPT, STOPPED
+from beam_pipelines.runtime.protection import protected, without_secrets
 from schemas import errors
-from schemas.errors import MillraceError, StoreError
+from schemas.errors import DefinitionError, MillraceError, StoreError
 
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
 STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
@@ -53,6 +54,14 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
+        try:
+            with protected():
+                return reported(argv)
+        except DefinitionError as error:  # of MILLRACE_UMASK
+            print(f"millrace: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+
+    def reported(argv: Sequence[str]) -> int:
         try:
             return main(argv)
         except BaseException as error:
@@ -113,4 +122,4 @@ def resume_command(run: Any, argv: Sequence[str]) -> str:
         for i, word in enumerate(words)
         if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
     ]
-    return shlex.join(["millrace", command, *kept, "--run_id", run_id])
+    return without_secrets(shlex.join(["millrace", command, *kept, "--run_id", run_id]))

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from beam_pipelines.runtime.beam_workers import listen_on_loopback
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
+from beam_pipelines.runtime.protection import printable, terminal_of, without_secrets
 from schemas import errors
 from schemas.errors import MillraceError
 from transforms.records.frame_packets import Head
@@ -115,7 +117,7 @@ def _text(value: object) -> str:
 
 def write_json(path: str, value: object) -> None:
     """Write `value` as a JSON file; on a local disk at once, and durable when this returns."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
+    text = without_secrets(json.dumps(value, indent=2, default=str)) + "\n"
     if "://" in path:
         with FileSystems.create(path, mime_type="application/json") as handle:
             handle.write(text.encode())
@@ -160,9 +162,9 @@ class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
         line = f"{record.name.removeprefix('millrace.')}: {record.getMessage()}"
         try:
             if self.over and record.levelno < logging.WARNING:
-                sys.stderr.write(f"\r\x1b[K{line[:100]}")
+                terminal_of(sys.stderr).write(f"\r\x1b[K{printable(line)[:100]}")
             else:
-                sys.stderr.write(f"{line}\n")
+                terminal_of(sys.stderr).write(f"{printable(line)}\n")
             sys.stderr.flush()
         except (OSError, ValueError):
             pass
@@ -178,6 +180,7 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
     from apache_beam.options.pipeline_options import TestOptions  # commands without a pipeline do not import Beam
 
     result = None
+    listen_on_loopback()
     try:
         result = pipeline.run()
         result.wait_until_finish()
@@ -188,7 +191,7 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
         raise known from None
     finally:
         if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[K")
+            terminal_of(sys.stderr).write("\r\x1b[K")
     if (job := getattr(result, "job", None)) is not None and pipeline.options.view_as(TestOptions).dry_run:
         raise Translated(f"translated {len(job.proto_pipeline.components.transforms)} steps; a dry run submits nothing")
     return result

@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 
 from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.protection import hide
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
-from transforms.streaming.kafka_properties import read_properties
+from transforms.streaming.kafka_properties import read_properties, secrets_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,4 +136,5 @@ def _broker(flags: argparse.Namespace) -> Broker | None:
     if flags.bootstrap is None:
         return None
     java = read_properties(flags.kafka_properties) if flags.kafka_properties else {}
+    hide(secrets_of(java))
     return Broker(flags.bootstrap, flags.expansion_service, java=java)

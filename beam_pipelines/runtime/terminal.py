@@ -6,6 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from beam_pipelines.runtime.protection import printable
+
 
 def terminal_width() -> int:
     """Columns of the terminal; 160 without one."""
@@ -29,6 +31,7 @@ def columns(
         indent: number of spaces before each line.
     """
     width = terminal_width() if width is None else width
+    rows = [[" ".join(printable(slot).split("\n")) for slot in row] for row in rows]
     empty = [i for i in range(1, len(head)) if not any(row[i] for row in rows)]
     head = [name for i, name in enumerate(head) if i not in empty]
     rows = [[slot for i, slot in enumerate(row) if i not in empty] for row in rows]

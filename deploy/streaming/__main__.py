@@ -6,6 +6,7 @@ python -m deploy.streaming
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -17,10 +18,18 @@ from deploy.streaming.prism import Prism
 from deploy.streaming.processes import running
 from deploy.streaming.workers import WorkerPool
 from schemas.errors import MillraceError
+from schemas.permissions import umask
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        mask = umask()
+    except MillraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if mask is not None:
+        os.umask(mask)  # the workers write files of rows
     with tempfile.TemporaryDirectory(prefix="millrace-") as name:
         folder = Path(name)
         broker, expansion, prism, workers = Broker(folder), Expansion(folder), Prism(folder), WorkerPool(folder)

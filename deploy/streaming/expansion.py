@@ -6,8 +6,12 @@ with Expansion(folder) as expansion:
 
 from __future__ import annotations
 
+import logging
+
 from deploy.streaming.processes import Service
-from deploy.streaming.toolchain import POM, java
+from deploy.streaming.toolchain import POM, java, loopback_expansion
+
+log = logging.getLogger("millrace.setup")
 
 
 class Expansion(Service):
@@ -21,10 +25,18 @@ class Expansion(Service):
         return f"localhost:{self.port}"
 
     def command(self) -> list[str]:
-        main = "org.apache.beam.sdk.expansion.service.ExpansionService"
         # On Prism KafkaIO's newer reader waits out its polling timeout, two seconds, once per partition and one after
         # the other: 16 partitions lag by 24 s.  The older one reads in the background: 0.3 s.
         # The workers are this process, so there is nothing to stage; otherwise every expansion would copy the 140 MB
         # of the class path.
         flags = ["--experiments=use_unbounded_sdf_wrapper", "--alsoStartLoopbackWorker", f"--filesToStage={POM}"]
-        return java("expansion", main, str(self.port), *flags, options=["-Xmx1g", "-XX:+UseSerialGC"])
+        options, ours = ["-Xmx1g", "-XX:+UseSerialGC"], loopback_expansion()
+        if ours is not None:
+            return java("expansion", "LoopbackExpansion", str(self.port), *flags, options=options, classes=[ours])
+        log.warning(
+            "the expansion service listens on all interfaces, since javac is missing: whoever reaches port %d can have "
+            "it run code.  Install a JDK (apt-get install openjdk-17-jdk-headless), or close the port",
+            self.port,
+        )
+        main = "org.apache.beam.sdk.expansion.service.ExpansionService"
+        return java("expansion", main, str(self.port), *flags, options=options)

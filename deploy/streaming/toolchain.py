@@ -1,5 +1,8 @@
 """Java class paths and Prism, got once through Maven and Go as they are set up here, then reused.
 
+Prism and Beam's expansion service listen on all interfaces and run what they are sent.  So Prism is built from its
+source with one address changed, and the expansion service is started by a class of ours, `LoopbackExpansion`.
+
     python -m deploy.streaming.toolchain      # get all of it now
 
 They are kept in `$MILLRACE_CACHE`, else in `millrace` below `$XDG_CACHE_HOME` or `~/.cache`.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from schemas.errors import MillraceError
@@ -27,7 +31,14 @@ log = logging.getLogger("millrace.setup")
 POM = Path(__file__).with_name("pom.xml")
 PROFILES = ("broker", "expansion")
 PRISM = "v2.77.0"
-PRISM_MODULE = "github.com/apache/beam/sdks/v2/go/cmd/prism"
+BEAM_MODULE = "github.com/apache/beam/sdks/v2"
+# Where Prism listens: file in the module, what it says, and what it should say.
+LISTENS = "go/pkg/beam/runners/prism/internal/jobservices/server.go"
+EVERYWHERE, ON_LOOPBACK = (
+    'net.Listen("tcp", fmt.Sprintf(":%d", port))',
+    'net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))',
+)
+LOOPBACK_EXPANSION = Path(__file__).with_name("LoopbackExpansion.java")
 # A program, what shows that it works (macOS has a java that only says it is missing), and the way to get it.
 NEEDED = {
     "java": ("-version", "Java 17: apt-get install openjdk-17-jre-headless (or brew install openjdk@17)"),
@@ -68,27 +79,79 @@ def classpath(profile: str) -> str:
 
 
 def prism() -> Path:
-    """The Prism program.
+    """The Prism program, which listens on loopback only.
 
     Raises:
         MissingTool: it is not kept here, and Go is missing or failed.
     """
-    kept = cache() / f"prism-{PRISM}"
+    kept = cache() / f"prism-{PRISM}-loopback"
     if not kept.exists():
         with _lock("prism"):
             if not kept.exists():
                 _require("go")
                 with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-                    env = {**os.environ, "GOBIN": folder, "CGO_ENABLED": "0"}
-                    _get("Prism", "Go", ["go", "install", f"{PRISM_MODULE}@{PRISM}"], env)
-                    (Path(folder) / "prism").replace(kept)
+                    source, built = Path(folder) / "source", Path(folder) / "prism"
+                    _copy_prism(source)
+                    command = ["go", "build", "-C", str(source), "-o", str(built), "./go/cmd/prism"]
+                    _get(
+                        "Prism",
+                        "Go",
+                        command,
+                        {
+                            **os.environ,
+                            "CGO_ENABLED": "0",
+                            "GOFLAGS": f"{os.environ.get('GOFLAGS', '')} -mod=mod".strip(),
+                        },
+                    )
+                    built.replace(kept)
     return kept
 
 
-def java(profile: str, main: str, *arguments: str, options: Sequence[str] = ()) -> list[str]:
-    """The command that runs a Java class."""
+def _copy_prism(source: Path) -> None:
+    """Copies the source of Prism to the folder `source`, with the address that it listens on changed.
+
+    Raises:
+        MissingTool: Go does not get it, or the address is not where it was.
+    """
+    module = json.loads(
+        _get("Prism's source", "Go", ["go", "mod", "download", "-json", f"{BEAM_MODULE}@{PRISM}"], os.environ)
+    )
+    shutil.copytree(Path(module["Dir"]) / "go", source / "go", copy_function=shutil.copyfile)
+    for folder, _, _ in os.walk(source):
+        os.chmod(folder, 0o755)  # the module cache is read-only
+    for name in ("go.mod", "go.sum"):
+        shutil.copyfile(Path(module["Dir"]) / name, source / name)
+    listens = source / LISTENS
+    text = listens.read_text()
+    if text.count(EVERYWHERE) != 1:
+        raise MissingTool(
+            f"Prism {PRISM} listens where it did", f"another {LISTENS}", "Correct deploy/streaming/toolchain.py"
+        )
+    listens.write_text(text.replace(EVERYWHERE, ON_LOOPBACK))
+
+
+def loopback_expansion() -> Path | None:
+    """The folder of our class that starts the expansion service on loopback; None without a Java compiler."""
+    digest = hashlib.sha256(LOOPBACK_EXPANSION.read_bytes() + POM.read_bytes()).hexdigest()[:16]
+    kept = cache() / f"loopback-expansion-{digest}"
+    if not kept.exists() and _works("javac", "-version"):
+        path = classpath("expansion")
+        with _lock("loopback-expansion"):
+            if not kept.exists():
+                with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                    classes = Path(folder) / "classes"
+                    command = ["javac", "-cp", path, "-d", str(classes), str(LOOPBACK_EXPANSION)]
+                    _get("the loopback expansion service", "javac", command)
+                    classes.replace(kept)
+    return kept if kept.exists() else None
+
+
+def java(
+    profile: str, main: str, *arguments: str, options: Sequence[str] = (), classes: Sequence[Path] = ()
+) -> list[str]:
+    """The command that runs a Java class, of the profile's class path or of the folders `classes`."""
     _require("java")
-    return ["java", *options, "-cp", classpath(profile), main, *arguments]
+    return ["java", *options, "-cp", os.pathsep.join([*map(str, classes), classpath(profile)]), main, *arguments]
 
 
 def cache() -> Path:
@@ -113,7 +176,8 @@ def _require(*programs: str) -> None:
         raise MissingTool("The live jobs have Java, Maven and Go", "none on PATH", "; ".join(lacking))
 
 
-def _get(what: str, through: str, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+def _get(what: str, through: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """Runs a command that gets something; returns its output."""
     log.info("getting %s through %s, once", what, through)
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
@@ -122,6 +186,7 @@ def _get(what: str, through: str, command: Sequence[str], env: dict[str, str] | 
         wrong = "".join(f"\n  {line}" for line in ([line for line in said if "ERROR" in line] or said)[:6])
         raise MissingTool(f"{through} gets {what}", wrong, f"Run it to see: {shlex.join(command)}")
     log.info("got %s in %.0f s", what, time.perf_counter() - began)
+    return done.stdout
 
 
 @contextlib.contextmanager
@@ -139,6 +204,7 @@ def main() -> int:
         for profile in PROFILES:
             classpath(profile)
         prism()
+        loopback_expansion()
     except MissingTool as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,17 +14,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import polars as pl
+import psutil
 import pytest
 from apache_beam.io.kafka import ReadFromKafka, WriteToKafka
 from apache_beam.options.pipeline_options import PipelineOptions
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 
+from beam_pipelines.runtime.beam_workers import listen_on_loopback
 from deploy.streaming import toolchain
+from deploy.streaming.expansion import Expansion
 from deploy.streaming.kafka import Broker
 from deploy.streaming.processes import Child, Service, StartError, free_ports, listening
 from tests.support import shop
@@ -201,6 +205,47 @@ def test_kafkaio_reads_and_writes_through_prism(
             assert len(consume(reader, 500)) == 500
     finally:
         result.cancel()
+
+
+def listening_beyond_loopback(process: psutil.Process) -> set[str]:
+    """Addresses other than those of loopback that a process and all it started listen at."""
+    return {
+        f"{each.name()} {connection.laddr.ip}:{connection.laddr.port}"
+        for each in (process, *process.children(recursive=True))
+        for connection in each.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+        and not ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback
+    }
+
+
+@pytest.mark.parametrize("environment", ["LOOPBACK", "EXTERNAL"])
+def test_nothing_of_the_demo_listens_beyond_loopback(
+    live: Live, broker: Broker, topic: Callable[..., str], environment: str
+) -> None:
+    """Not while a job runs either: whoever reaches Prism, the expansion service or a worker can have it run code."""
+    listen_on_loopback()
+    source, sink = topic("in"), topic("out", partitions=1)
+    produce(broker, source, range(100))
+    result = job(live, source, sink, environment)
+    try:
+        with consumer(broker, sink, 1) as reader:
+            assert len(consume(reader, 100, within=90)) == 100
+            for service in (live.broker, live.expansion, live.prism, live.workers):
+                assert service.child is not None
+                assert listening_beyond_loopback(psutil.Process(service.child.pid)) == set()
+            assert listening_beyond_loopback(psutil.Process()) == set()
+    finally:
+        result.cancel()
+
+
+def test_without_a_compiler_the_expansion_service_runs_and_says_where_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deploy.streaming.expansion.loopback_expansion", lambda: None)
+    with caplog.at_level("WARNING", "millrace.setup"):
+        command = Expansion(tmp_path).command()
+    assert "org.apache.beam.sdk.expansion.service.ExpansionService" in command
+    assert "listens on all interfaces, since javac is missing" in caplog.text
 
 
 def test_a_broker_that_stops_and_comes_back_costs_nothing(

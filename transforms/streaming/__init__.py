@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         topic_of,
     )
     from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
-    from transforms.streaming.kafka_properties import read_properties
+    from transforms.streaming.kafka_properties import read_properties, secrets_of
     from transforms.streaming.live_dimensions import kept
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
     from transforms.streaming.live_settings import LiveSettings

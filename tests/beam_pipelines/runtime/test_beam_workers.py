@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import psutil
 import pytest
 from apache_beam.ml.inference import base
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
@@ -130,3 +131,23 @@ def test_beam_still_drops_the_module_resource_with_another_import() -> None:
         if isinstance(node, ast.Try) and any("resource" in ast.unparse(each) for each in node.body)
     )
     assert block == ["resource", "ModelManager"]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_workers_of_this_process_listen_on_loopback(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the change is needed for as long as Beam's own listen everywhere."""
+    monkeypatch.setattr(worker_pool_main, "grpc", grpc)
+    if patched:
+        beam_workers.listen_on_loopback.__wrapped__()
+    address, server = worker_pool_main.BeamFnExternalWorkerPoolServicer.start()
+    try:
+        port = int(address.rpartition(":")[2])
+        (where,) = {
+            each.laddr.ip
+            for each in psutil.Process().net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+        }
+        assert (where in ("127.0.0.1", "::ffff:127.0.0.1")) is patched, where
+        grpc.channel_ready_future(grpc.insecure_channel(address)).result(10)
+    finally:
+        server.stop(None).wait()

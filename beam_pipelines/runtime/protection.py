@@ -1,0 +1,100 @@
+"""What protects a command's user from its data, and its data from other users: escaped output, hidden secrets, a umask.
+
+Data can hold escape sequences that rewrite a terminal, log lines that never were, or text that runs right to left.  So
+whatever a command prints goes through `printable`.  Its files hold rows, and are for its user alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, cast
+
+from schemas.permissions import umask
+
+# Control characters but tab and line feed, and those that change lines or the direction of text.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@'\"]*):[^\s@/'\"]+@", re.IGNORECASE)
+_secrets: set[str] = set()
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Has `printable` hide these texts from now on."""
+    _secrets.update(each for each in secrets if each)
+
+
+def without_secrets(text: str) -> str:
+    """Text without secrets: those of `hide`, and passwords in addresses.
+
+    >>> without_secrets("postgresql://ann:word@host/db")
+    'postgresql://ann:***@host/db'
+    """
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _CREDENTIALS.sub(r"\1:***@", text)
+
+
+def printable(text: str) -> str:
+    r"""Text without secrets and with control characters as escapes; lines stay lines.
+
+    >>> print(printable("a\x1b[2Kb\n\u202ec"))
+    a\x1b[2Kb
+    \u202ec
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        return match[0].encode("unicode_escape").decode()
+
+    return _CONTROLS.sub(escaped, without_secrets(text))
+
+
+class PrintableStream:
+    """A text stream whose text is made printable.
+
+    Args:
+        stream: where it goes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def terminal_of(stream: TextIO) -> TextIO:
+    """The stream itself, for escape sequences of our own."""
+    return stream.stream if isinstance(stream, PrintableStream) else stream
+
+
+@contextlib.contextmanager
+def protected() -> Iterator[None]:
+    """Applies the umask and makes what is printed printable, until the end.
+
+    Raises:
+        DefinitionError: `MILLRACE_UMASK` is no umask.
+    """
+    wanted = umask()
+    before = None if wanted is None else os.umask(wanted)
+    out, error = sys.stdout, sys.stderr
+    if not isinstance(out, PrintableStream):
+        sys.stdout = cast(TextIO, PrintableStream(out))
+    if not isinstance(error, PrintableStream):
+        sys.stderr = cast(TextIO, PrintableStream(error))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, error
+        if before is not None:
+            os.umask(before)
