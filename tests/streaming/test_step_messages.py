@@ -18,6 +18,7 @@ from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.streaming import step_messages
 from transforms.streaming.beginnings import Beginning, Beginnings, LoadedHistory
 from transforms.streaming.completeness import Partition, SourceCompleteness
+from transforms.streaming.journal import JournalCheckpoint
 from transforms.streaming.journal_dofn import JournalDoFn
 from transforms.streaming.live_features import contracts_of, decoded
 from transforms.streaming.live_settings import LiveSettings
@@ -106,6 +107,25 @@ def test_a_record_of_an_earlier_version_has_no_beginnings_and_no_horizon() -> No
     assert CommitRecord.of_json(stored) == dataclasses.replace(
         RECORD, horizon=CommitRecord().horizon, beginnings=Beginnings()
     )
+
+
+def test_a_checkpoint_of_the_journal_has_the_stored_keys() -> None:
+    stored: Head = {
+        "turn": 9,
+        "began": 4,
+        "sent": [3, 5],
+        "clock": COMPLETENESS,
+        "horizon": 30,
+        "counts": {"sales": {"rows": 8}},
+        "next": {"sales": {"-1": 7, "0": 3, "1": 4}},
+        "beginnings": STORED_BEGINNINGS,
+        "first": {"sales": {"0": 12}},
+    }
+    checkpoint = JournalCheckpoint.of_json(stored)
+    assert (checkpoint.next, checkpoint.first) == ({"sales": {-1: 7, 0: 3, 1: 4}}, {"sales": {0: 12}})
+    assert checkpoint.to_json() == stored
+    earlier = {name: each for name, each in stored.items() if name not in ("beginnings", "first")}
+    assert JournalCheckpoint.of_json(earlier) == dataclasses.replace(checkpoint, beginnings=Beginnings(), first={})
 
 
 @pytest.mark.parametrize("features_version", [None, 4])

@@ -25,8 +25,9 @@ class Group:
         source: name of the source.
         keys: pairs of a column of the spine and a column of the source.
         features: Trailing and Latest.
-        reach: the longest window, µs; lifetime windows, of any `kind` but "none", do not count.
-        kind: what is kept of evicted events; if anything is, the features have one condition.
+        reach: the longest bounded window, µs; 0 for lifetime windows.
+        kind: what is kept of evicted events: "none" for bounded windows.  Of any other kind, the features have one
+            condition.
     """
 
     source: str

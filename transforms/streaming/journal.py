@@ -61,7 +61,7 @@ class Turn:
     entry: TurnEntry
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class JournalCheckpoint:
     """The state of a journal apart from its `stores`.
 

@@ -48,8 +48,8 @@ class Broker:
         bootstrap: HOST:PORT.
         expansion: HOST:PORT of Beam's KafkaIO expansion service; None lets Beam fetch and start one.
         properties: further properties of librdkafka's clients.
-        java: properties of Kafka's Java clients, security above all, translated for librdkafka (see `kafka_properties`).
-            Some are secret, so they are in no text of the record.
+        java: properties of Kafka's Java clients, mostly about security; they are translated for librdkafka (see
+            `kafka_properties`).  Some are secret, so they are left out of the text of a `Broker`.
     """
 
     bootstrap: str
