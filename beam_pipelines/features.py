@@ -30,7 +30,7 @@ from transforms.storage.delta_tables import CommitTarget, Committed, data_files,
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
-from transforms.validation.publish_check import AlsoChecked, PublishCheck, Validate, make_check
+from transforms.validation.publish_check import AlsoChecked, CheckedRun, PublishCheck, Validate, make_check
 from transforms.validation.statistics import Statistics, view_columns
 from transforms.verification.check import Verification, Verified, verify_written
 
@@ -136,17 +136,15 @@ def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
     """The check before the commit: statistics against the schema, and the share of dead letters."""
     assert options.rules is not None
     plan = work.required_plan
-    return make_check(
-        options.rules,
-        options.table,
-        work.base,
-        options.run_id,
-        day_of(plan.start),
-        day_of(plan.end - 1),
-        dead_letters_uri(options.store, "features"),
-        f"--definition {options.definition.name} --store {options.store}",
-        tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
+    run = CheckedRun(
+        table=options.table,
+        base=work.base,
+        run_id=options.run_id,
+        ranges=tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
+        dead_letters=dead_letters_uri(options.store, "features"),
+        command=f"--definition {options.definition.name} --store {options.store}",
     )
+    return make_check(options.rules, run)
 
 
 def verification(options: Options, work: PreparedRun) -> Verification | None:

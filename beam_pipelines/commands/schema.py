@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import date
-from typing import Any
+
+from tensorflow_metadata.proto.v0.schema_pb2 import Schema
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
@@ -146,7 +148,7 @@ def update(options: Options) -> int:
 ACTIONS = {"infer": infer, "check": check, "update": update}
 
 
-def chosen(options: Options) -> tuple[str, Any, Any]:
+def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
     """What statistics are meant, these, and those to measure drift from.
 
     Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those of
@@ -169,7 +171,7 @@ def chosen(options: Options) -> tuple[str, Any, Any]:
     return f"run {run_id}, {account['interval']}", statistics, previous
 
 
-def statistics_of_rows(options: Options) -> Any:
+def statistics_of_rows(options: Options) -> DatasetFeatureStatisticsList:
     """Statistics of the table's rows in the interval.
 
     Raises:
@@ -178,7 +180,7 @@ def statistics_of_rows(options: Options) -> Any:
     return statistics_of_files(options, files_of(options))
 
 
-def statistics_of_pieces(options: Options) -> list[Any]:
+def statistics_of_pieces(options: Options) -> list[DatasetFeatureStatisticsList]:
     """Statistics of the newest whole intervals of `every` days, at most `PIECES`, oldest first."""
     pieces: dict[int, list[DataFile]] = {}
     files = files_of(options)
@@ -202,7 +204,7 @@ def files_of(options: Options) -> list[DataFile]:
     return files
 
 
-def statistics_of_files(options: Options, files: Sequence[DataFile]) -> Any:
+def statistics_of_files(options: Options, files: Sequence[DataFile]) -> DatasetFeatureStatisticsList:
     """Statistics of the files' rows."""
     columns = view_columns(options.definition.view)
     total = nothing(columns)
@@ -211,7 +213,7 @@ def statistics_of_files(options: Options, files: Sequence[DataFile]) -> Any:
     return proto(total)
 
 
-def read(options: Options) -> Any:
+def read(options: Options) -> Schema:
     """The schema as it stands.
 
     Raises:

@@ -93,6 +93,7 @@ def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
         "AfterVerify": (),
         "DeadLetters": ("Write", "CommitFiles"),
         "AfterLetters": (),
+        "SourcesUnchanged": (),
         **({"Statistics": ("Describe", "Proto"), "Validate": ("Check",)} if checked else {}),
         "Commit": ("Commit",),
         "Account": (),

@@ -21,6 +21,7 @@ from transforms.storage.delta_tables import CommitTarget, Committed, newest_vers
 from transforms.storage.table_transforms import CommitFiles, WriteFiles
 from transforms.validation.publish_check import (
     AlsoChecked,
+    CheckedRun,
     PublishCheck,
     PublishRules,
     Validate,
@@ -220,9 +221,9 @@ class Shop:
 
     def check(self, run_id: str, day: date, **rules: object) -> PublishCheck:
         asked = PublishRules(str(self.schema), **rules)  # type: ignore[arg-type]
-        return make_check(
-            asked, self.table, newest_version(self.table), run_id, day, day, "out/dead", "--definition d --store s"
-        )
+        version = newest_version(self.table)
+        run = CheckedRun(self.table, version, run_id, ((day, day),), "out/dead", "--definition d --store s")
+        return make_check(asked, run)
 
     def run(self, run_id: str, batch: pa.RecordBatch, day: date = DAY, dead: int = 0, **rules: object) -> None:
         check = self.check(run_id, day, **rules)

@@ -12,6 +12,7 @@ from transforms.public_names import import_when_used
 if TYPE_CHECKING:
     from transforms.validation.publish_check import (
         AlsoChecked,
+        CheckedRun,
         PublishCheck,
         Validate,
         committed_statistics,

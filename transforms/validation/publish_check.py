@@ -1,4 +1,4 @@
-"""Before features are committed: are they what the use case's schema says, and were few enough rows set aside?"""
+"""The check before features are committed: their statistics against the schema, and the share of rejected rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from datetime import date, timedelta
-from typing import Any
+from typing import TypedDict, cast
 
 import apache_beam as beam
 import pyarrow as pa
 from deltalake import DeltaTable
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
 
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
 from transforms.sources.tallies import SourceTally
@@ -31,71 +32,143 @@ HISTORY = 1000
 _SHOWN = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishCheck:
-    """All that the last step needs to judge a run, resolved at launch.
+class StatisticsCommit(TypedDict, total=False):
+    """The metadata of a commit that names its statistics: the run that left them, and its first and last day (ISO)."""
+
+    version: int
+    run_id: str
+    statistics: str
+    statistics_first: str
+    statistics_last: str
+    statistics_previous: str
+    allow_anomalies: str
+    anomalies: str
+
+
+class Account(TypedDict):
+    """What a run stores beside its statistics.
 
     Args:
-        rules: what the user asked for.
-        schema: text of the schema; None where there is none, and nothing is checked.
-        table, run_id: whose statistics these are.
-        first, last: the run's days, both included.
-        previous: serialised statistics of the interval before, to measure drift from, left by the run `before`.
-        letters: the table of dead letters.
-        command: "--definition … --store …", for messages.
-        ranges: the runs of neighbouring days, both ends included, where there are gaps between first and last.
+        previous: id of the run whose statistics drift was measured from; "" if there was none.
+        anomalies: the fields of each `Anomaly`.
     """
 
-    rules: PublishRules
-    schema: str | None
-    table: str
     run_id: str
-    first: date
-    last: date
-    previous: bytes | None
-    before: str
+    interval: str
+    previous: str
+    anomalies: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedRun:
+    """The run that is checked.
+
+    Args:
+        table: the table that it is about to commit to.
+        base: the table's version at launch; None where there is no table.
+        run_id: its id.
+        ranges: its days, as ranges of neighbouring days, both ends included.
+        dead_letters: the table of its dead letters.
+        command: "--definition … --store …", for messages.
+    """
+
+    table: str
+    base: int | None
+    run_id: str
+    ranges: tuple[tuple[date, date], ...]
     dead_letters: str
     command: str
-    ranges: tuple[tuple[date, date], ...] = ()
+
+    @property
+    def first(self) -> date:
+        return self.ranges[0][0]
+
+    @property
+    def last(self) -> date:
+        return self.ranges[-1][1]
 
     @property
     def interval(self) -> str:
-        ranges = self.ranges or ((self.first, self.last),)
-        rest = f" and {len(ranges) - _SHOWN} more" if len(ranges) > _SHOWN else ""
-        return ", ".join(f"[{first}, {last + timedelta(days=1)})" for first, last in ranges[:_SHOWN]) + rest
+        """The ranges in words, for messages."""
+        rest = f" and {len(self.ranges) - _SHOWN} more" if len(self.ranges) > _SHOWN else ""
+        return ", ".join(f"[{first}, {last + timedelta(days=1)})" for first, last in self.ranges[:_SHOWN]) + rest
 
 
-def make_check(
-    rules: PublishRules,
-    table: str,
-    base: int | None,
-    run_id: str,
-    first: date,
-    last: date,
-    dead_letters: str,
-    command: str,
-    ranges: tuple[tuple[date, date], ...] = (),
-) -> PublishCheck:
+@dataclasses.dataclass(frozen=True)
+class PublishCheck:
+    """The check of a run, resolved at launch.
+
+    Args:
+        rules: what the user asked for.
+        run: the run that is checked.
+        schema: text of the schema; None: there is none, and nothing is checked.
+        before: id of the run from which drift is measured; "" if there is none.
+        previous: the serialised statistics of that run.
+    """
+
+    rules: PublishRules
+    run: CheckedRun
+    schema: str | None
+    before: str
+    previous: bytes | None
+
+    def anomalies(self, statistics: DatasetFeatureStatisticsList) -> tuple[Anomaly, ...]:
+        """Where the statistics break the schema."""
+        if self.schema is None:
+            return ()
+        previous = None if self.previous is None else parse_statistics(self.previous)
+        return validate(statistics, parse_schema(self.schema, self.rules.schema), previous, self.run.interval)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckOutcome:
+    """The outcome of a check, in the two forms in which it is stored."""
+
+    check: PublishCheck
+    anomalies: tuple[Anomaly, ...]
+
+    @property
+    def account(self) -> Account:
+        """The file beside the statistics."""
+        return {
+            "run_id": self.check.run.run_id,
+            "interval": self.check.run.interval,
+            "previous": self.check.before,
+            "anomalies": [dataclasses.asdict(each) for each in self.anomalies],
+        }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the commit."""
+        run, anomalies = self.check.run, self.account["anomalies"][:_SHOWN]
+        allowed = {"allow_anomalies": "true", "anomalies": json.dumps(anomalies, ensure_ascii=False)}
+        return {
+            "statistics": f"{FOLDER}/{run.run_id}.pb",
+            "statistics_first": run.first.isoformat(),
+            "statistics_last": run.last.isoformat(),
+            "statistics_previous": self.check.before,
+            **(allowed if self.check.rules.allow_anomalies else {}),
+        }
+
+
+def make_check(rules: PublishRules, run: CheckedRun) -> PublishCheck:
     """Read the schema and the previous statistics.
 
     The statistics of a run are those of all its rows, whatever the gaps between its days; drift is measured from the
     interval that ended before the first of them.
 
-    Args:
-        base: the table's version at launch; None where there is no table.
-
     Raises:
         DefinitionError: the schema cannot be read.
     """
     schema = read_schema(rules.schema, rules.required)
-    before, previous = previous_statistics(table, base, first, run_id) if schema is not None else ("", None)
     if schema is None:
         log.info(
             "no %s: statistics are kept, nothing is checked (millrace schema infer %s writes one)",
             rules.schema,
-            command,
+            run.command,
         )
-    return PublishCheck(rules, schema, table, run_id, first, last, previous, before, dead_letters, command, ranges)
+        return PublishCheck(rules, run, None, "", None)
+    return PublishCheck(rules, run, schema, *previous_statistics(run.table, run.base, run.first, run.run_id))
 
 
 def read_schema(path: str, required: bool) -> str | None:
@@ -117,7 +190,7 @@ def statistics_path(table: str, run_id: str) -> str:
     return FileSystems.join(table, FOLDER, f"{run_id}.pb")
 
 
-def read_statistics(path: str) -> Any:
+def read_statistics(path: str) -> DatasetFeatureStatisticsList:
     """Statistics that `check_statistics` wrote.
 
     Raises:
@@ -132,15 +205,19 @@ def read_statistics(path: str) -> Any:
         ) from None
 
 
-def committed_statistics(table: str, version: int | None) -> list[dict[str, Any]]:
-    """Commits up to `version` that name their statistics, newest first: what their metadata says."""
+def committed_statistics(table: str, version: int | None) -> list[StatisticsCommit]:
+    """The commits up to `version` that name their statistics, newest first."""
     if version is None:
         return []
-    return [entry for entry in itertools.islice(commits(table, version), HISTORY) if entry.get("statistics")]
+    newest = itertools.islice(commits(table, version), HISTORY)
+    return [cast(StatisticsCommit, entry) for entry in newest if entry.get("statistics")]
 
 
 def previous_statistics(table: str, version: int | None, first: date, run_id: str) -> tuple[str, bytes | None]:
-    """The run to compare with, and its statistics: the last interval that ended before `first`; else the newest other commit."""
+    """The run to compare with ("": none), and its statistics.
+
+    It is the run of the last interval that ended before `first`, or else that of the newest other commit.
+    """
     commits = [entry for entry in committed_statistics(table, version) if entry.get("run_id") != run_id]
     earlier = [entry for entry in commits if entry["statistics_last"] < first.isoformat()]
     chosen = max(earlier, key=lambda entry: (entry["statistics_last"], entry["version"]), default=None) or next(
@@ -156,11 +233,16 @@ def previous_statistics(table: str, version: int | None, first: date, run_id: st
         return "", None
 
 
-def read_account(table: str, run_id: str) -> dict[str, Any]:
-    """What a run left beside its statistics: its interval, the run it was compared with, its anomalies."""
+def read_account(table: str, run_id: str) -> Account:
+    """The account that a run stored beside its statistics.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
     try:
         with FileSystems.open(FileSystems.join(table, FOLDER, f"{run_id}.json")) as handle:
-            return json.loads(handle.read())
+            account: Account = json.loads(handle.read())
+            return account
     except Exception as error:  # Beam's file systems raise what they like
         raise StoreError(
             "A run's account of its statistics can be read",
@@ -173,11 +255,12 @@ def read_account(table: str, run_id: str) -> dict[str, Any]:
 class Validate(beam.PTransform):
     """PCollection of one `DatasetFeatureStatisticsList` → PCollection of one dict: metadata for the commit that may follow.
 
-    Anomalies, or too many dead rows, fail the step and the run.  A commit that takes the dict as a side input waits for it.
+    Anomalies, or too many rejected rows, fail the step and the run. A commit that takes the dict as a side input waits for
+    it.
 
     Args:
         tallies: per source, as a side input.
-        letters: the dead letters' commit, as a side input: they can be looked at whatever is found.
+        dead_letters: their commit, as a side input, so that they can be read whatever the check finds.
     """
 
     check: PublishCheck
@@ -190,72 +273,80 @@ class Validate(beam.PTransform):
 
 @dataclasses.dataclass(frozen=True)
 class AlsoChecked:
-    """`prepare` of a `CommitFiles` whose last side input is what `Validate` found: its own metadata and that."""
+    """`prepare` of a `CommitFiles` whose last side input is the output of `Validate`: its own metadata and that one."""
 
     prepare: Callable[..., Mapping[str, str]]
 
-    def __call__(self, table: DeltaTable | None, *side: Any) -> dict[str, str]:
+    def __call__(self, table: DeltaTable | None, *side: object) -> dict[str, str]:
         *own, checked = side
-        return {**self.prepare(table, *own), **checked}
+        return {**self.prepare(table, *own), **cast(Mapping[str, str], checked)}
 
 
 def check_statistics(
-    statistics: Any, check: PublishCheck, tallies: Mapping[str, SourceTally], dead_letters: Committed | None = None
+    statistics: DatasetFeatureStatisticsList,
+    check: PublishCheck,
+    tallies: Mapping[str, SourceTally],
+    dead_letters: Committed | None = None,
 ) -> dict[str, str]:
-    """What to keep with the commit, if there may be one.  Statistics and account are written whatever is found.
+    """Check the rejected rows and the statistics; returns metadata for the commit.
+
+    Statistics and account are stored whatever the statistics are.
+
+    Args:
+        dead_letters: their commit, which the check waits for.
 
     Raises:
-        ContractError: too many rows of a source were set aside.
+        ContractError: too many rows of a source were rejected.
         AnomalyError: the statistics break the schema and this was not allowed.
     """
     check_dead(check, tallies)
-    found: tuple[Anomaly, ...] = ()
-    if check.schema is not None:
-        previous = None if check.previous is None else parse_statistics(check.previous)
-        found = validate(statistics, parse_schema(check.schema, check.rules.schema), previous, check.interval)
-    anomalies = [dataclasses.asdict(each) for each in found]
-    account = {"run_id": check.run_id, "interval": check.interval, "previous": check.before, "anomalies": anomalies}
-    folder = FileSystems.join(check.table, FOLDER)
-    write_aside(
-        folder, f"{check.run_id}.json", pa.py_buffer(json.dumps(account, ensure_ascii=False, indent=2).encode())
-    )
-    write_aside(folder, f"{check.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
-    if found and not check.rules.allow_anomalies:
-        raise anomaly_error(check, found)
-    if found:
-        log.warning("allowed in %s: %s", check.interval, _listed(found))
-    metadata = {
-        "statistics": f"{FOLDER}/{check.run_id}.pb",
-        "statistics_first": check.first.isoformat(),
-        "statistics_last": check.last.isoformat(),
-        "statistics_previous": check.before,
-    }
-    if check.rules.allow_anomalies:
-        metadata |= {"allow_anomalies": "true", "anomalies": json.dumps(anomalies[:_SHOWN], ensure_ascii=False)}
-    return metadata
+    outcome = CheckOutcome(check, check.anomalies(statistics))
+    store_outcome(outcome, statistics)
+    if outcome.anomalies and not check.rules.allow_anomalies:
+        raise anomaly_error(check, outcome.anomalies)
+    if outcome.anomalies:
+        log.warning("allowed in %s: %s", check.run.interval, _listed(outcome.anomalies))
+    return outcome.metadata
+
+
+def store_outcome(outcome: CheckOutcome, statistics: DatasetFeatureStatisticsList) -> None:
+    """Store the account and the statistics of a run beside its table."""
+    run = outcome.check.run
+    folder = FileSystems.join(run.table, FOLDER)
+    account = json.dumps(outcome.account, ensure_ascii=False, indent=2)
+    write_aside(folder, f"{run.run_id}.json", pa.py_buffer(account.encode()))
+    write_aside(folder, f"{run.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
 
 
 def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
-    """Refuse a run that set aside more of a source than allowed."""
+    """Refuse a run that rejected more of a source than allowed.
+
+    Raises:
+        ContractError: it rejected more.
+    """
     most = check.rules.max_dead_fraction
     for tally in tallies.values():
-        if tally.dead > most * tally.read:
-            raise ContractError(
-                f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
-                f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {tally.dead / tally.read:.3g}, in {check.interval}",
-                f"Nothing was committed; {check.dead_letters} holds the rows and the rules they broke.  Mend the source, or run again with --max_dead_fraction {tally.dead / tally.read + 0.0005:.3f}",
-            )
+        if tally.dead <= most * tally.read:
+            continue
+        fraction = tally.dead / tally.read
+        raise ContractError(
+            f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
+            f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {fraction:.3g}, in {check.run.interval}",
+            f"Nothing was committed; {check.run.dead_letters} holds the rows and the rules they broke.  Mend the source, "
+            f"or run again with --max_dead_fraction {fraction + 0.0005:.3f}",
+        )
 
 
 def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyError:
-    """What stops a run whose statistics break the schema: `--schema` is named where it was given."""
+    """The error of a run whose statistics break the schema. It names `--schema` where that was given."""
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
     where = f" --schema {check.rules.schema}" if check.rules.required else ""
     return AnomalyError(
-        f"The features of {check.interval} keep {check.rules.schema}",
+        f"The features of {check.run.interval} keep {check.rules.schema}",
         f"{count}: {_listed(found)}",
         "Nothing was committed.  If the data is right, let the schema follow it: "
-        f"millrace schema update {check.command}{where} --run_id {check.run_id}; to publish as it is, run again with --allow_anomalies",
+        f"millrace schema update {check.run.command}{where} --run_id {check.run.run_id}; to publish as it is, "
+        "run again with --allow_anomalies",
     )
 
 

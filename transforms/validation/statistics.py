@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -176,7 +175,7 @@ class Describe(beam.CombineFn):
         return accumulator
 
 
-def proto(description: Description) -> Any:
+def proto(description: Description) -> pb.DatasetFeatureStatisticsList:
     """The description as a `DatasetFeatureStatisticsList` of one dataset."""
     result = pb.DatasetFeatureStatisticsList()
     dataset = result.datasets.add(num_examples=description.rows)
@@ -192,7 +191,7 @@ def proto(description: Description) -> Any:
     return result
 
 
-def _write_common(common: Any, column: NumericSketch | StringSketch) -> None:
+def _write_common(common: pb.CommonStatistics, column: NumericSketch | StringSketch) -> None:
     present = column.rows - column.missing
     common.num_missing, common.num_non_missing = column.missing, present
     if not present:
@@ -204,7 +203,7 @@ def _write_common(common: Any, column: NumericSketch | StringSketch) -> None:
         common.num_values_histogram.buckets.add(low_value=1, high_value=1, sample_count=present / BUCKETS)
 
 
-def _write_numbers(stats: Any, column: NumericSketch) -> None:
+def _write_numbers(stats: pb.NumericStatistics, column: NumericSketch) -> None:
     _write_common(stats.common_stats, column)
     if column.rows == column.missing:
         return
@@ -240,7 +239,7 @@ def equal_counts(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats,
     return bounds, np.repeat(np.diff(below, prepend=0) / share, share)
 
 
-def _write_strings(stats: Any, column: StringSketch) -> None:
+def _write_strings(stats: pb.StringStatistics, column: StringSketch) -> None:
     _write_common(stats.common_stats, column)
     if not column.values:
         return

@@ -19,7 +19,16 @@ from typing import Any
 
 import pyarrow as pa
 from google.protobuf import text_format
-from tensorflow_metadata.proto.v0 import anomalies_pb2, schema_pb2, statistics_pb2
+from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
+from tensorflow_metadata.proto.v0.schema_pb2 import (
+    BYTES,
+    Feature,
+    HistogramSelection,
+    InfinityNorm,
+    JensenShannonDivergence,
+    Schema,
+)
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
 
 from schemas.errors import DefinitionError
 
@@ -70,7 +79,9 @@ def tfdv() -> Any:
     return sys.modules[_LIBRARY].validation
 
 
-def infer_schema(statistics: Any, columns: pa.Schema, pieces: Sequence[Any] = ()) -> Any:
+def infer_schema(
+    statistics: DatasetFeatureStatisticsList, columns: pa.Schema, pieces: Sequence[DatasetFeatureStatisticsList] = ()
+) -> Schema:
     """What the statistics look like as a schema.
 
     Args:
@@ -80,7 +91,7 @@ def infer_schema(statistics: Any, columns: pa.Schema, pieces: Sequence[Any] = ()
             moves all the way (the weekday, from day to day) gets no bound.
     """
     serialised = tfdv().InferSchema(_dataset(statistics), CATEGORIES, True)
-    schema = _completed(schema_pb2.Schema.FromString(serialised), columns, set())
+    schema = _completed(Schema.FromString(serialised), columns, set())
     pairs = [measured(schema, now, before) for before, now in itertools.pairwise(pieces)]
     for feature in schema.feature if pairs else ():
         bound = max(MARGIN * max(pair.get(feature.name, 0.0) for pair in pairs), LEAST_DRIFT)
@@ -91,11 +102,16 @@ def infer_schema(statistics: Any, columns: pa.Schema, pieces: Sequence[Any] = ()
     return schema
 
 
-def update_schema(schema: Any, statistics: Any, columns: pa.Schema, previous: Any = None) -> Any:
+def update_schema(
+    schema: Schema,
+    statistics: DatasetFeatureStatisticsList,
+    columns: pa.Schema,
+    previous: DatasetFeatureStatisticsList | None = None,
+) -> Schema:
     """The schema, changed as little as makes the statistics keep it, bounds on drift from `previous` included."""
     known = {feature.name for feature in schema.feature}
     serialised = tfdv().UpdateSchema(schema.SerializeToString(), _dataset(statistics), CATEGORIES)
-    updated = _completed(schema_pb2.Schema.FromString(serialised), columns, known)
+    updated = _completed(Schema.FromString(serialised), columns, known)
     moved = {} if previous is None else measured(updated, statistics, previous)
     for feature in updated.feature:
         if feature.name in known & set(moved) and moved[feature.name] > _bound(feature).threshold:
@@ -103,13 +119,15 @@ def update_schema(schema: Any, statistics: Any, columns: pa.Schema, previous: An
     return updated
 
 
-def measured(schema: Any, statistics: Any, previous: Any) -> dict[str, float]:
+def measured(
+    schema: Schema, statistics: DatasetFeatureStatisticsList, previous: DatasetFeatureStatisticsList
+) -> dict[str, float]:
     """How far each feature moved, of those whose drift the schema bounds."""
     found = _anomalies(schema, statistics, previous).drift_skew_info
     return {".".join(each.path.step): max(drift.value for drift in each.drift_measurements) for each in found}
 
 
-def _completed(schema: Any, columns: pa.Schema, known: set[str]) -> Any:
+def _completed(schema: Schema, columns: pa.Schema, known: set[str]) -> Schema:
     """The schema, its features that are not `known` free of chance bounds and with one on drift."""
     for feature in schema.feature:
         if feature.name in known:
@@ -117,18 +135,18 @@ def _completed(schema: Any, columns: pa.Schema, known: set[str]) -> Any:
         if feature.name in columns.names and not pa.types.is_boolean(columns.field(feature.name).type):
             feature.ClearField("bool_domain")
         _bound(feature).threshold = DRIFT
-        if feature.type != schema_pb2.BYTES:
+        if feature.type != BYTES:
             # Over equal widths, TFDV's default, one outlier moves everything else into one bucket: 0.98 where nothing
             # else changed, and 1.0 where a column that was mostly 0 is all 0.  Over quantiles: 0.10 and 0.01.
-            feature.drift_comparator.jensen_shannon_divergence.source.type = schema_pb2.HistogramSelection.QUANTILES
+            feature.drift_comparator.jensen_shannon_divergence.source.type = HistogramSelection.QUANTILES
     return schema
 
 
-def _bound(feature: Any) -> Any:
+def _bound(feature: Feature) -> InfinityNorm | JensenShannonDivergence:
     drift = feature.drift_comparator
     if drift.HasField("infinity_norm"):  # somebody may have chosen it for a number
         return drift.infinity_norm
-    return drift.infinity_norm if feature.type == schema_pb2.BYTES else drift.jensen_shannon_divergence
+    return drift.infinity_norm if feature.type == BYTES else drift.jensen_shannon_divergence
 
 
 def _up(value: float) -> float:
@@ -136,7 +154,12 @@ def _up(value: float) -> float:
     return min(math.ceil(value * 100) / 100, 1.0)
 
 
-def validate(statistics: Any, schema: Any, previous: Any = None, interval: str = "") -> tuple[Anomaly, ...]:
+def validate(
+    statistics: DatasetFeatureStatisticsList,
+    schema: Schema,
+    previous: DatasetFeatureStatisticsList | None = None,
+    interval: str = "",
+) -> tuple[Anomaly, ...]:
     """Where the statistics break the schema; against `previous` statistics where it bounds drift."""
     found = _anomalies(schema, statistics, previous)
     result = [
@@ -144,7 +167,7 @@ def validate(statistics: Any, schema: Any, previous: Any = None, interval: str =
         for name, info in sorted(found.anomaly_info.items())
         for reason in info.reason
         # Values of a table are single: its shape is lost exactly when rows miss it, which is told by itself.
-        if reason.type != anomalies_pb2.AnomalyInfo.INVALID_FEATURE_SHAPE or len(info.reason) == 1
+        if reason.type != AnomalyInfo.INVALID_FEATURE_SHAPE or len(info.reason) == 1
     ]
     result += [
         Anomaly("(rows)", reason.short_description, _cut(reason.description), interval)
@@ -155,12 +178,14 @@ def validate(statistics: Any, schema: Any, previous: Any = None, interval: str =
     return tuple(result)
 
 
-def _anomalies(schema: Any, statistics: Any, previous: Any) -> Any:
+def _anomalies(
+    schema: Schema, statistics: DatasetFeatureStatisticsList, previous: DatasetFeatureStatisticsList | None
+) -> Anomalies:
     before = b"" if previous is None else _dataset(previous)
     serialised = tfdv().ValidateFeatureStatistics(
         _dataset(statistics), schema.SerializeToString(), b"", before, b"", b"", b"", b"", False
     )
-    return anomalies_pb2.Anomalies.FromString(serialised)
+    return Anomalies.FromString(serialised)
 
 
 def _cut(text: str) -> str:
@@ -168,19 +193,19 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
-def _dataset(statistics: Any) -> bytes:
+def _dataset(statistics: DatasetFeatureStatisticsList) -> bytes:
     (only,) = statistics.datasets
     return only.SerializeToString()
 
 
-def parse_schema(text: str, path: str = "schema.pbtxt") -> Any:
+def parse_schema(text: str, path: str = "schema.pbtxt") -> Schema:
     """The schema that a `schema.pbtxt` spells out.
 
     Raises:
         DefinitionError: the text is not one.
     """
     try:
-        return text_format.Parse(text, schema_pb2.Schema())
+        return text_format.Parse(text, Schema())
     except text_format.ParseError as error:
         raise DefinitionError(
             f"{path} is a TensorFlow Metadata Schema",
@@ -189,7 +214,7 @@ def parse_schema(text: str, path: str = "schema.pbtxt") -> Any:
         ) from None
 
 
-def schema_text(schema: Any) -> str:
+def schema_text(schema: Schema) -> str:
     """The schema as text to keep and review."""
     return HEADER + text_format.MessageToString(schema, as_utf8=True)
 
@@ -200,6 +225,6 @@ HEADER = """\
 """
 
 
-def parse_statistics(content: bytes) -> Any:
+def parse_statistics(content: bytes) -> DatasetFeatureStatisticsList:
     """The `DatasetFeatureStatisticsList` that was serialised."""
-    return statistics_pb2.DatasetFeatureStatisticsList.FromString(content)
+    return DatasetFeatureStatisticsList.FromString(content)

@@ -15,7 +15,7 @@ from tests.support import shop
 from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_tables import newest_version
 from transforms.storage.paths import features_uri
-from transforms.validation.publish_check import PublishRules, check_statistics, make_check
+from transforms.validation.publish_check import CheckedRun, PublishRules, check_statistics, make_check
 from transforms.validation.statistics import describe, proto, view_columns
 from transforms.validation.tfdv_schema import parse_schema
 
@@ -65,16 +65,9 @@ def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
         shop=pl.when(pl.col("visit") % 50 == 0).then(pl.lit("east")).otherwise("shop"), age=pl.col("age") + 40
     )
     (rows,) = found.select(columns.names).with_columns(pl.col("shop")).to_arrow().combine_chunks().to_batches()
-    check = make_check(
-        PublishRules(str(path)),
-        table,
-        newest_version(table),
-        run_id,
-        date(2024, 3, 1),
-        date(2024, 3, 2),
-        "dead",
-        "--definition d --store s",
-    )
+    ranges = ((date(2024, 3, 1), date(2024, 3, 2)),)
+    run = CheckedRun(table, newest_version(table), run_id, ranges, "dead", "--definition d --store s")
+    check = make_check(PublishRules(str(path)), run)
     with pytest.raises(AnomalyError) as caught:
         check_statistics(proto(describe(rows, columns)), check, {"visits": SourceTally("visits", 1, 1)})
     return caught.value
