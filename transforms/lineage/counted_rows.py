@@ -363,7 +363,9 @@ class Sides:
         far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
         forgotten = undecided["__first"].fill_null(NEVER).to_numpy() < far
         otherwise = np.where(replaced, _CODE[LATE], np.where(forgotten, _CODE[REPEAT], _CODE[TWICE]))
-        cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
+        # A row of history from before what live remembers would have made no difference.
+        own = (theirs == 0) | (forgotten & ~replaced & (theirs == _CODE[HISTORY]))
+        cause[undecided["__row"].to_numpy()] = np.where(own, otherwise, theirs)
 
     def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
         """Why batch lacks the questions of some live answers."""
