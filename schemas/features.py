@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
@@ -91,7 +90,7 @@ class Derived:
             name: in_64_bits(expr, known, bounds, rounded=kept[name].is_float()) for name, expr in self.columns.items()
         }
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         """What decides the values of the feature `name`, as JSON."""
         return {"derived": canonical(self.columns[name])}
 
@@ -224,7 +223,7 @@ class Trailing:
             return stored(self.source.schema[statistic.column], statistic.name)
         return pl.Float32()
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         each = next(each for each in self.statistics if each.name == name)
         used = [] if each.column == "*" else [each.column]
         return {
@@ -297,7 +296,7 @@ class Latest:
         _fitting_keys(self, known)
         return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
         return {
             "latest": [column, self.length],
@@ -355,7 +354,7 @@ class Lookup:
         _fitting_keys(self, known)
         return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
         return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
 
@@ -444,7 +443,7 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
             )
 
 
-def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:
+def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, object]:
     source = feature.source
     where = None if feature.where is None else canonical(feature.where)
     where_arithmetic = {} if feature.where is None or not _condition(feature).changed else {"arithmetic": ARITHMETIC}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import date, datetime, timedelta
-from typing import Any
 
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError
@@ -52,13 +51,13 @@ class Split:
             "test": (self.test_start, self.cutoff),
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """What a model records of it."""
         times = {
             name: getattr(self, name)
             for name in ("train_end", "validate_start", "validate_end", "test_start", "cutoff")
         }
-        result: dict[str, Any] = {name: value.isoformat() for name, value in times.items() if value is not None}
+        result: dict[str, object] = {name: value.isoformat() for name, value in times.items() if value is not None}
         if self.groups is not None:
             result["groups"] = {**dataclasses.asdict(self.groups), "by": list(self.groups.by)}
         if self.folds:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -266,7 +265,7 @@ class FeatureView:
                 if not isinstance(feature, Derived)
                 else feature.columns
             ):
-                meaning: dict[str, Any] = {
+                meaning: dict[str, object] = {
                     "kernel": KERNEL_VERSION,
                     "type": str(self.columns[name]),
                     **feature.meaning(name),
@@ -337,7 +336,7 @@ def _plain(dtype: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(dtype) else dtype
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
@@ -139,11 +138,11 @@ def _has_sources(view: FeatureView, root: str) -> bool:
     return all(one or other for one, other in zip(found[::2], found[1::2], strict=True))
 
 
-def example(view: FeatureView, told: Mapping[str, Any]) -> str:
+def example(view: FeatureView, difference: Mapping[str, object]) -> str:
     """One difference in words."""
-    dtype = view.columns[told["feature"]]
-    about = ", ".join(f"{name} = {shown(told[name], view.spine.schema[name])}" for name in (*view.key, view.time))
-    return f"{told['feature']} of {about}: {shown(told['live'], dtype)} live, {shown(told['batch'], dtype)} batch"
+    dtype = view.columns[str(difference["feature"])]
+    about = ", ".join(f"{name} = {shown(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time))
+    return f"{difference['feature']} of {about}: {shown(difference['live'], dtype)} live, {shown(difference['batch'], dtype)} batch"
 
 
 def full_figures(full: Full) -> dict[str, object]:

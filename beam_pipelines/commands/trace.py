@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ def trace(argv: Sequence[str]) -> int:
     return 0
 
 
-def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> None:
+def _trace_row(flags: argparse.Namespace, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
     table = view_table(flags.store, view, position="features_live" if flags.live else "features")
     key = key_of(view, flags.key)
@@ -94,7 +95,7 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
     _print_origin(origin(view, table, file, row), definition, flags)
 
 
-def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
+def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
     view, row = definition.view, found.row
     asked = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
     print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
@@ -163,7 +164,9 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             )
 
 
-def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
+def _trace_prediction(
+    flags: argparse.Namespace, definition: Definition | None, model: str | None, day: date | None
+) -> None:
     where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
     entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
@@ -244,7 +247,7 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_feature_row(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: Mapping[str, Any]) -> None:
     """Which answer a live prediction was made from, and where that came from if the store holds it."""
     view = definition.view
     print("\nthe answer that was scored")
@@ -257,7 +260,7 @@ def _print_feature_row(flags: Any, definition: Definition, row: Mapping[str, Any
     _print_origin(origin(view, table, *found[0]), definition, flags)
 
 
-def _print_scored(flags: Any, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
     """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
     uri, _, version = features.rpartition("@")
     table = None

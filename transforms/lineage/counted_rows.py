@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +45,16 @@ CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, L
 UNEXPLAINED = "unexplained"
 _CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
 _N = "__number"
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
 
 
-def memo(method: Any) -> Any:
+def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Result]:
     """A method of one name, whose results the object keeps."""
 
     @functools.wraps(method)
-    def kept_by(self: Any, name: str) -> Any:
-        held = self.__dict__.setdefault(f"_{method.__name__}", {})
+    def kept_by(self: Owner, name: str) -> Result:
+        held: dict[str, Result] = self.__dict__.setdefault(f"_{method.__name__}", {})
         if name not in held:
             held[name] = method(self, name)
         return held[name]

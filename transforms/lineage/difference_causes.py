@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -40,7 +39,7 @@ class Difference:
 
     values: int = 0
     answers: int = 0
-    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,10 +19,10 @@ import polars as pl
 from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
-from transforms.lineage.visible_rows import NEVER, Bools, Ints, read_accepted, seen_of
+from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
@@ -44,7 +43,7 @@ class Compared:
     nulls_batch: int = 0
     differing: int = 0
     changed_later: int = 0
-    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -142,16 +141,16 @@ def pending(view: FeatureView, store: str) -> int:
     return int(newest.get("pending") or 0)
 
 
-def cuts_of(files: Sequence[Any]) -> list[str]:
+def cuts_of(files: Sequence[DataFile]) -> list[str]:
     """The distinct cuts of the answers in some files, in their order."""
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files]
     texts = pl.concat(parts)["__cut"].unique().to_list() if parts else []
     return sorted(texts, key=lambda text: sum(cut_of(text).values()))
 
 
-def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
+def _by_dates(files: Sequence[DataFile]) -> Iterator[list[DataFile]]:
     """Files in groups of whole dates of about `ROWS_AT_ONCE` rows."""
-    group: list[Any] = []
+    group: list[DataFile] = []
     for file in files:
         if group and file.date != group[-1].date and sum(each.rows for each in group) >= ROWS_AT_ONCE:
             yield group
@@ -209,7 +208,7 @@ def _check_some(
     result.changed_later += int(changed.sum())
 
 
-def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
+def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bools:
     """Questions before whose time an event lies whose standing changed after their cut."""
     result = np.zeros(len(moments), np.bool_)
     for each in seen:

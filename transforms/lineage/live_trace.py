@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 import polars as pl
@@ -30,7 +31,7 @@ class Visible:
     source: str
     table: str | None
     cut: Mapping[int, int]
-    days: tuple[tuple[Any, int], ...]
+    days: tuple[tuple[date, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Vi
         uri = source_uri(sources_root(store), name)
         table = uri if open_table(uri) is not None else None
         offsets = {partition: offset for (source, partition), offset in sorted(cut.items()) if source == name}
-        days: tuple[tuple[Any, int], ...] = ()
+        days: tuple[tuple[date, int], ...] = ()
         if name in view.events and table is not None:
             seen = seen_of(view, store, name, [row["__cut"]], row["date"], row["date"])
             times = seen.at(0, reached_from(view, name, at), at)[str(view.events[name].time)]

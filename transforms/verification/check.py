@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -61,10 +60,10 @@ class Amount:
 class Difference:
     """A value that is not the one computed plainly; `row` holds the spine row's key and time."""
 
-    row: Mapping[str, Any]
+    row: Mapping[str, object]
     feature: str
-    published: Any
-    recomputed: Any
+    published: object
+    recomputed: object
 
     def __str__(self) -> str:
         row = ", ".join(f"{name}={value}" for name, value in self.row.items())
@@ -96,7 +95,7 @@ class Verified:
         )
 
     @property
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """As JSON."""
         return {
             "rows": self.rows,
@@ -262,5 +261,5 @@ def differ(left: pl.Series, right: pl.Series) -> pl.Series:
     return left.ne_missing(right)
 
 
-def _row(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(view: FeatureView, row: Mapping[str, object]) -> dict[str, object]:
     return {name: row[name] for name in (*view.key, view.time)}

@@ -123,7 +123,7 @@ def _windowed(
     placed = seen[source.event_time or str(source.time)].to_physical().to_numpy()
     key = seen["__key"].to_numpy()
 
-    def window(row: int, length: int | None) -> Any:
+    def window(row: int, length: int | None) -> npt.NDArray[np.int64]:
         """Places of the events in `[t − length, t)` that were known before t."""
         t = moments[row]
         first, last = np.searchsorted(key, of_row[row], "left"), np.searchsorted(key, of_row[row], "right")

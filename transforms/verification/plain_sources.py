@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -278,7 +277,7 @@ def _any_within(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -
 def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is null."""
     types, names = contract.source.schema, file.schema_arrow.names
-    given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
+    given: Mapping[str, object] = {} if contract.partitions is None else contract.partitions.types
     if contract.partitions is not None:  # a column that was removed from a Delta table may be in its older files
         names = [name for name in names if name in contract.partitions.columns]
     there = [name for name in columns if name in contract.columns or name in names or name in given]
