@@ -213,8 +213,9 @@ class FeatureView:
     def columns_ordering(self, source: str) -> tuple[str, ...]:
         """Further columns of `source` that decide which of several rows a feature takes, in declared order.
 
-        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do not tell
-        apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by them.
+        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do
+        not tell apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by
+        them.
         """
         declared = self.sources[source]
         if declared is self.spine:  # all of its columns are read anyway

@@ -1,5 +1,5 @@
-"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and held
-against the full batch table, with the cause of every difference."""
+"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and
+held against the full batch table, with the cause of every difference."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments.add_argument(
         "--batch_store",
-        help="store of the batch feature table to compare with as well, its sources beside it; without a table its values are "
-        "computed from them (default: --store if it has the table, else the store to which the last live job's --sources belong)",
+        help="store of the batch feature table to compare with as well, its sources beside it; without a table "
+        "its values are "
+        "computed from them (default: --store if it has the table, else the store to which the last live job's "
+        "--sources belong)",
     )
     arguments.add_argument(
         "--sources", help="folder of the batch table's sources (default: beside it, in <batch_store>/sources)"
@@ -81,7 +83,8 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
         name, worst = max(found.features.items(), key=lambda item: item[1].differing)
         raise MismatchError(
             "Live and batch agree to the last bit",
-            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as {example(view, {**worst.examples[0], 'feature': name})}",
+            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as "
+            f"{example(view, {**worst.examples[0], 'feature': name})}",
             "Please report it, with run.json",
         )
     if found.unaccounted:
@@ -93,7 +96,8 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
     if scored is not None and (scored.differing or scored.doubled or scored.stray):
         raise MismatchError(
             "Live predictions are a batch job's, one for each answer",
-            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
+            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no "
+            f"answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
             "Please report it, with run.json",
         )
     if full is not None and full.unexplained:
@@ -104,7 +108,8 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
         raise MismatchError(
             f"What differs from the full batch table ({full.batch}) comes from a known cause",
             value,
-            "If its sources changed since it was computed, run: millrace features; else please report it, with run.json",
+            "If its sources changed since it was computed, run: millrace features; else please report it, with "
+            "run.json",
         )
 
 
@@ -217,10 +222,12 @@ def table(view: FeatureView, found: Parity) -> str:
     """A line per feature, and where values differ an example."""
     width = max(map(len, found.features))
     lines = [
-        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"
+        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  "
+        f"{'changed later':>13}"
     ]
     lines += [
-        f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  {each.differing:>10,}  {each.changed_later:>13,}"
+        f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  "
+        f"{each.differing:>10,}  {each.changed_later:>13,}"
         for name, each in found.features.items()
     ]
     lines += [

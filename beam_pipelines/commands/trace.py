@@ -110,7 +110,8 @@ def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespa
     if found.commit:
         print(
             wrapped(
-                f"committed as version {found.commit['version']} {_when(found.commit)} by run {found.commit.get('run_id')}",
+                f"committed as version {found.commit['version']} {_when(found.commit)} by run "
+                f"{found.commit.get('run_id')}",
                 hanging=2,
             )
         )
@@ -148,7 +149,9 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             total = sum(digest for _, _, digest in each.days) % 2**64
             print(
                 wrapped(
-                    f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)",
+                    f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, "
+                    f"{many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} "
+                    "(--days lists them)",
                     hanging=2,
                 )
             )
@@ -160,7 +163,8 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             print(wrapped(f"{path}  {since} (stamp {stamp})", 4, hanging=2))
         if len(each.files) > DAYS_SHOWN:
             print(
-                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, {sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
+                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, "
+                f"{sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
             )
 
 
@@ -182,7 +186,8 @@ def _trace_prediction(
     if entry:
         print(
             wrapped(
-                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
+                f"committed as version {entry['version']} {_when(entry)} by run "
+                f"{entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
                 hanging=2,
             )
         )
@@ -195,13 +200,15 @@ def _trace_prediction(
     )
     print(
         wrapped(
-            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split {', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
+            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split "
+            f"{', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
             hanging=2,
         )
     )
     print(
         wrapped(
-            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint {manifest['fingerprint']}",
+            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint "
+            f"{manifest['fingerprint']}",
             hanging=2,
         )
     )

@@ -1,4 +1,6 @@
-"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the other does not."""
+"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the
+other does not.
+"""
 
 from __future__ import annotations
 
@@ -320,7 +322,8 @@ class Sides:
                 if field in rows.columns:
                     exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
             result[exact & (early | (cause == REJECTED))] = _CODE[cause]
-            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are left.
+            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are
+            # left.
             rest = result == _CODE[unknown]
             if 0 < rest.sum() <= len(told) - exact.sum():
                 result[rest] = _CODE[cause]

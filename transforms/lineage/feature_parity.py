@@ -1,9 +1,10 @@
 """Batch and live agree to the bit: every live answer computed again, from exactly the events that it could see.
 
 An answer's cut names, per partition, the offset it saw up to.  Cuts grow, so they have an order, and every event has a
-first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing known
-before a question came after its cut, the answer over everything is the answer over the cut, and one computation serves
-all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would change.
+first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing
+known before a question came after its cut, the answer over everything is the answer over the cut, and one computation
+serves all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would
+change.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
 
 
 def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
-    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
+    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as
+    history is none.
+    """
     rows = read_accepted(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
     return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))

@@ -243,7 +243,8 @@ def _since(path: str, stamp: str) -> str:
 def find_prediction(
     store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
 ) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
-    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live` ones are meant.
+    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live`
+    ones are meant.
 
     Raises:
         DataError: no such prediction.

@@ -41,8 +41,8 @@ class Amount:
 
     Args:
         rows: at most so many; None: all.
-        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each lifetime
-            group; None: as long as it takes.
+        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each
+            lifetime group; None: as long as it takes.
         began: when the run began, µs since 1970.
     """
 
@@ -115,7 +115,8 @@ class Verified:
         if self.differing:
             raise MismatchError(
                 what,
-                f"{self.differing:,} of {self.values:,} values of {self.rows:,} rows differ: {'; '.join(map(str, self.examples))}",
+                f"{self.differing:,} of {self.values:,} values of {self.rows:,} rows differ: "
+                f"{'; '.join(map(str, self.examples))}",
                 fix,
             )
 
@@ -154,8 +155,8 @@ class Verification:
         return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
     def _affordable(self, files: Sequence[DataFile]) -> tuple[int, list[DataFile], list[DataFile], bool]:
-        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped): what
-        the time allows by estimate, and at least one row."""
+        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped):
+        what the time allows by estimate, and at least one row."""
         rows, seconds = int(self.amount.rows or 1), self.amount.seconds
         most, each = max(rows // ROWS_PER_FILE, 1), SECONDS_PER_VALUE * len(self.view.columns)
         chosen, starts = choose_files(files, most, self.run_id)

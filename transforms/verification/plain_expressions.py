@@ -1,7 +1,7 @@
 """Expressions of a definition evaluated one operation at a time, arithmetic in the widest types.
 
-What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64, whatever
-the width of the columns.  All else reads values as they are.
+What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64,
+whatever the width of the columns.  All else reads values as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import polars as pl
 
 from schemas.expressions import Node
 
-# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with these names.
+# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with
+# these names.
 _WHOLE = {
     "Plus",
     "Minus",
@@ -151,7 +152,9 @@ def _reading(node: Node) -> list[Node]:
 
 
 def _over(node: Node, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals: bool) -> Node:
-    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of `inputs`."""
+    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of
+    `inputs`.
+    """
 
     def operand(child: Node) -> Node:
         if _expression(child).meta.root_names():

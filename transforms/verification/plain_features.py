@@ -24,8 +24,8 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
     Args:
         spine: the spine source's columns.
-        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the promised
-            bits allow (see `plain_statistics`).
+        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the
+            promised bits allow (see `plain_statistics`).
     """
     frame, moments = spine, spine[view.time].to_physical().to_numpy()
     waiting: Waiting = []
