@@ -101,7 +101,11 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
             "Please report it, with run.json",
         )
     if full is not None and full.unexplained:
-        value = f"{full.unexplained} values or rows do not: {full.only_live.get(UNEXPLAINED, 0)} answers that batch lacks, {full.only_batch.get(UNEXPLAINED, 0)} rows that live lacks"
+        only_live, only_batch = full.only_live.get(UNEXPLAINED, 0), full.only_batch.get(UNEXPLAINED, 0)
+        value = (
+            f"{full.unexplained} values or rows do not: {only_live} answers that batch lacks, "
+            f"{only_batch} rows that live lacks"
+        )
         for name, each in full.causes.items():
             if name.startswith(UNEXPLAINED):
                 value += f"; {each.values} values ({name}), such as {example(view, each.examples[0])}"
@@ -147,7 +151,8 @@ def example(view: FeatureView, difference: Mapping[str, object]) -> str:
     """One difference in words."""
     dtype = view.columns[str(difference["feature"])]
     about = ", ".join(f"{name} = {shown(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time))
-    return f"{difference['feature']} of {about}: {shown(difference['live'], dtype)} live, {shown(difference['batch'], dtype)} batch"
+    live, batch = (shown(difference[side], dtype) for side in ("live", "batch"))
+    return f"{difference['feature']} of {about}: {live} live, {batch} batch"
 
 
 def full_figures(full: Full) -> dict[str, object]:

@@ -116,7 +116,10 @@ def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespa
             )
         )
     if found.outdated:
-        text = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        text = (
+            "its windows over all history may be wrong: it was written by a version that could count events twice or "
+            "too early; millrace features recomputes it"
+        )
         print(wrapped(text, hanging=2))
     if "__cut" in row:
         print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)

@@ -80,7 +80,7 @@ class Batch:
 
     @classmethod
     def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
-        """Of a store's table and its sources, or those in the folder `root`.  Without a store there are sources alone."""
+        """The table of a store with its sources, or those in the folder `root`; without a store, sources alone."""
         assert store is not None or root is not None
         table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
         return cls(view, root or sources_root(str(store)), table)
@@ -179,7 +179,7 @@ class Aligned:
         return VisibleRows(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
 
     def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
-        """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
+        """The rows of `[low, high)` that live sees at `cut`, with the differences of the `active` causes applied."""
         live = (self.shown <= cut) & (self.gone > cut)
         late = (self.shown < NEVER) & (self.shown > cut)
         cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)

@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 500_000
 
 @dataclasses.dataclass
 class Compared:
-    """One feature: values compared, nulls on each side, values that differ, and those that later arrivals would change."""
+    """One feature: values compared, nulls on each side, values that differ or that later arrivals would change."""
 
     rows: int = 0
     nulls_live: int = 0

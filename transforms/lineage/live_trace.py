@@ -1,4 +1,4 @@
-"""Where a live answer came from: its question, and what it could see of each source, read from its cut and the tables."""
+"""The origin of a live feature row: its spine row, and the rows of each source that its cut shows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Visible:
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """The version of a dimension that an answer used, and where that version is kept; None if it is not there any more."""
+    """The version of a dimension that a feature row used, and its file; None if the file is gone."""
 
     source: str
     version: str

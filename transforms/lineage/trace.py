@@ -144,7 +144,7 @@ def view_table(store: str, view: FeatureView, version: int | None = None, positi
 def find_rows(
     table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None
 ) -> list[tuple[DataFile, dict[str, Any]]]:
-    """Rows with these values, with the file that each is in; of other dates' files nothing is read if `day` is given."""
+    """Rows with these values, each with its file.  With `day`, files of other dates are not read."""
     found = []
     columns = list(dict.fromkeys(conditions))
     for file in data_files(table):

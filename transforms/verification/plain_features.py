@@ -57,7 +57,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows' keys under the names and in the types of the source's; a key that its type does not hold is null."""
+    """The spine rows' keys with the names and types of the source's; a key that its type does not hold is null."""
     types = feature.source.schema
     return pl.DataFrame([frame[left].cast(types[right], strict=False).alias(right) for left, right in feature.keys])
 
