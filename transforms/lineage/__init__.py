@@ -1,8 +1,8 @@
 """Where a row comes from, and whether live and batch agree.
 
-`find_rows` and `find_prediction` find a row in a store; `origin` follows it back to the sources, commits and models that it
-was made from.  `check` (parity) computes every live feature row again from exactly the events that it could see, and compares
-it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
+`find_rows` and `find_prediction` find a row in a store; `origin` follows it back to the sources, commits and models
+that it was made from.  `check` (parity) computes every live feature row again from exactly the events that it could
+see, and compares it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
 """
 
 from typing import TYPE_CHECKING
