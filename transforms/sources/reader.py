@@ -137,6 +137,7 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
             rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
             yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
             first += len(rows)
+    _complete(contract, piece.path, first - piece.first, piece.rows)
     _unchanged(contract, piece.path, piece.stamp or None)
 
 
@@ -157,6 +158,7 @@ def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | No
     file = open_parquet(path, contract.source)
     with _whole(contract, path):
         table = file.read_row_groups(groups, list(contract.read))
+    _complete(contract, path, table.num_rows, sum(file.metadata.row_group(each).num_rows for each in groups))
     _unchanged(contract, path, stamp)
     return contract.cast(table, path)
 
@@ -167,6 +169,12 @@ def _whole(contract: Contract, path: str) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         raise not_whole(contract.source, path, error) from None
+
+
+def _complete(contract: Contract, path: str, found: int, rows: int) -> None:
+    if found != rows:
+        error = ValueError(f"{found:,} rows where its footer says {rows:,}")
+        raise not_whole(contract.source, path, error)
 
 
 def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
