@@ -204,7 +204,7 @@ def test_an_erasure_that_is_killed_is_completed_by_the_same_command(delta: bool,
     store.run()
     arguments = ["erase", "orders", *store.flags, "--where", WHERE]
     kills = 0
-    for step in range(0, 400, 7):
+    for step in (0, 4, 15, 40, 10_000):
         done = subprocess.run(
             [sys.executable, "-c", KILLED, str(step), *arguments],
             capture_output=True,
@@ -216,7 +216,7 @@ def test_an_erasure_that_is_killed_is_completed_by_the_same_command(delta: bool,
             assert done.returncode == 0, done.stderr
             break
         kills += 1
-    assert kills >= 3
+    assert kills >= 2
     (record,) = erasures(str(store.store))
     assert record.finished is not None
     assert len(record.row_ids) == 6
