@@ -20,6 +20,7 @@ from schemas.durations import instant
 from schemas.errors import DataError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.features.manifest_store import read_manifest
+from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures
 from transforms.lineage.trace import (
     Origin,
     VisibleSource,
@@ -71,19 +72,32 @@ def trace(argv: Sequence[str]) -> int:
 
 def _trace_row(flags: argparse.Namespace, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
-    table = view_table(flags.store, view, position="features_live" if flags.live else "features")
     key = key_of(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
+    erased = erased_row(flags.store, view, {**key, **exact}) if exact else None
+    try:
+        table = view_table(flags.store, view, position="features_live" if flags.live else "features")
+    except StoreError:
+        if erased is None:
+            raise
+        _print_erased(erased, "row")
+        return
     found = find_rows(table, {**key, **exact}, None if moment is None else moment.date())
+    if not found and erased is not None:
+        _print_erased(erased, "row")
+        return
     if not found:
+        fix = "See its dates with: millrace tables"
+        if not exact and any(each.source == view.spine.name for each in erasures(flags.store)):
+            fix += f". Rows of {view.spine.name} were erased: an exact --time tells whether this was one of them"
         value = ", ".join(
             f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
         )
         raise DataError(
             "The row is in the feature table",
             f"{value}: not in version {table.version()} of {table_root(table)}",
-            "See its dates with: millrace tables",
+            fix,
         )
     found.sort(key=lambda each: each[1][view.time])
     if len(found) > 1:
@@ -93,6 +107,10 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
         print()
     file, row = found[-1]
     _print_origin(origin(view, table, file, row), definition, flags)
+
+
+def _print_erased(record: ErasureRecord, what: str) -> None:
+    print(f"this {what} was erased on {record.at[:10]} ({record.at}, erasure {record.erasure_id})")
 
 
 def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
@@ -174,7 +192,14 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
 def _trace_prediction(
     flags: argparse.Namespace, definition: Definition | None, model: str | None, day: date | None
 ) -> None:
-    where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+    try:
+        where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+    except DataError:
+        erased = erasure_of(flags.store, prediction_ids=[flags.prediction])
+        if erased is None:
+            raise
+        _print_erased(erased, "prediction")
+        return
     entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")

@@ -17,6 +17,13 @@ from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.loading import Definition
 from schemas.views import FeatureView, lifetime_sources
+from transforms.features.carried_dead_letters import (
+    CarriedDeadLetters,
+    Carrying,
+    carry,
+    dimensions_changed,
+    read_dimensions,
+)
 from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
@@ -27,7 +34,7 @@ from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.delta_tables import open_table
-from transforms.storage.paths import features_uri
+from transforms.storage.paths import dead_letters_uri, features_uri
 
 Ranges = list[tuple[int, int]]
 
@@ -94,6 +101,7 @@ class PreparedRun:
         segments: of the history that is summarised for windows without a beginning.
         chains: of those segments, each with the snapshot it starts from.
         outdated: days of the table that an older version wrote, and whose values may be wrong.
+        carried: dead letters of days that the run does not compute.
     """
 
     plan: FeaturePlan | None
@@ -106,6 +114,7 @@ class PreparedRun:
     segments: tuple[Segment, ...] = ()
     chains: tuple[Chain, ...] = ()
     outdated: tuple[int, ...] = ()
+    carried: CarriedDeadLetters = dataclasses.field(default_factory=CarriedDeadLetters)
 
     @property
     def required_plan(self) -> FeaturePlan:
@@ -141,13 +150,16 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     current = examine(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
     stale = _with_notes(stale, old_days, ranges, inventory, everything)
+    carried = CarriedDeadLetters()
+    if not everything:
+        carried = carried_dead_letters(request, inventory, manifest, current, ranges)
     if not ranges:
-        return PreparedRun(None, stale, current, base)
+        return PreparedRun(None, stale, current, base, carried=carried)
     snapshots = _snapshots(request, manifest, current, ranges) if lifetime_sources(view) else {}
     older = [] if request.full else older_tables(request.store, view)
     copies = find_copies(view, inventory, current, older, days_within(ranges))
     plan = _plan(request, inventory, current, ranges, everything)
-    prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything)
+    prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything, carried=carried)
     if not lifetime_sources(view):
         return prepared
     history = chains(plan, snapshots)
@@ -158,6 +170,17 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
         chains=history,
         outdated=tuple(old_days),
     )
+
+
+def carried_dead_letters(
+    request: FeaturesRequest, inventory: Inventory, manifest: Manifest, current: Current, ranges: Ranges
+) -> CarriedDeadLetters:
+    """Returns the dead letters of days outside the ranges, as the run leaves them."""
+    dimensions = None
+    if not ranges and dimensions_changed(request.view, manifest, current):  # with ranges, the first block reads them
+        dimensions = read_dimensions(request.view, inventory, request.broadcast_bytes)
+    uri = dead_letters_uri(request.store, "features")
+    return carry(Carrying(request.view, uri, inventory, manifest, current), ranges, dimensions)
 
 
 def _stale_ranges(

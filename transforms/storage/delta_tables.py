@@ -120,9 +120,24 @@ def paths_of(table: DeltaTable) -> list[str]:
     return sorted(FileSystems.join(root, path_within(root, path)) for path in _actions(table)["path"])
 
 
-def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
-    """The files of the table's dates in `[start, end)`, in order of date and path."""
+def data_files(
+    table: DeltaTable,
+    start: date | None = None,
+    end: date | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> list[DataFile]:
+    """The files of the table's dates in `[start, end)`, in order of date and path.
+
+    Args:
+        extra: wanted values of further partition columns (see `CommitTarget`).
+    """
     root, actions = table_root(table), _actions(table)
+    rows = [
+        i
+        for i in range(len(actions["path"]))
+        if all(actions[f"partition.{k}"][i] == v for k, v in (extra or {}).items())
+    ]
+    actions = {name: [values[i] for i in rows] for name, values in actions.items()}
     files = [
         DataFile(FileSystems.join(root, path_within(root, path)), day, rows, size)
         for path, day, rows, size in zip(
@@ -279,6 +294,7 @@ class CommitTarget:
         base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
         extra: fixed values of further partition columns, standing before `date`.
         metadata: kept with the commit.
+        shared: dates that every run replaces: the last one to commit wins, and none is refused for them.
     """
 
     uri: str
@@ -288,6 +304,12 @@ class CommitTarget:
     base: int | None = None
     extra: Mapping[str, str] | None = None
     metadata: Mapping[str, str] | None = None
+    shared: tuple[date, ...] = ()
+
+    def judged(self, files: Mapping[str, RemovedFile]) -> set[str]:
+        """Of the files of the target's dates, those that no other run may change."""
+        shared = {day.isoformat() for day in self.shared}
+        return {path for path, file in files.items() if file.partition_values["date"] not in shared}
 
 
 class CommittedMeanwhile(Exception):
@@ -438,8 +460,9 @@ class _Replacement:
             if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
                 return self._made_before(made)
             now = _held(table, target)
-            if now.keys() != self.before.keys():
-                gone, new = self.before.keys() - now.keys(), now.keys() - self.before.keys()
+            before, judged = target.judged(self.before), target.judged(now)
+            if judged != before:
+                gone, new = before - judged, judged - before
                 raise conflict(target.uri, target.base, table.version(), gone, new)
             dates = target.dates
             if "://" in address_of(target.uri):
