@@ -128,8 +128,8 @@ class Arguments(argparse.ArgumentParser):
 def require_usable_path(flag: str, text: str | None) -> None:
     """Refuse a path that a library below would take for another one, before anything is written.
 
-    delta-rs decodes `%20` in a path, reads a backslash as a slash, and takes no control characters; neither libraries nor logs take bytes that are
-    not UTF-8.
+    delta-rs decodes `%20` in a path, reads a backslash as a slash, and takes no control characters; neither libraries
+    nor logs take bytes that are not UTF-8.
 
     Raises:
         DefinitionError: see above.

@@ -1,4 +1,5 @@
-"""Ctrl-C in training and batch inference: one line and exit code 130 at any moment, and nothing half-done is visible."""
+"""Ctrl-C in training and batch inference: one line and exit code 130 at any moment, and nothing half-done is
+visible."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ ENTRY = "import sys; from beam_pipelines.cli import main; sys.exit(main())"
 
 
 def interrupted(words: list[str], until: object) -> tuple[int, str]:
-    """Start `millrace WORDS`, send SIGINT after a delay in seconds or once a path exists; returns exit code and stderr."""
+    """Start `millrace WORDS`, send SIGINT after a delay in seconds or once a path exists; returns exit code and
+    stderr."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", ENTRY, *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)

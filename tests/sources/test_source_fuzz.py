@@ -21,7 +21,7 @@ from schemas import Source
 from schemas.errors import MillraceError
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey
-from transforms.sources.reader import read_slices, repeats_of, stream_slices
+from transforms.sources.reader import ReadOptions, read_slices, repeats_of, stream_slices
 
 COLUMNS = {
     "i8": pl.Int8,
@@ -51,8 +51,8 @@ def account(root: Path) -> str:
     """
     try:
         found, slices = survey(str(root), contract)
-        whole = read_slices(found, slices, numbered=len(slices) == 1, span=(-(2**62), 2**62))
-        parts = list(stream_slices(found, slices, chunk=5, span=(-(2**62), 2**62)))
+        whole = read_slices(found, slices, ReadOptions(numbered=len(slices) == 1, span=(-(2**62), 2**62)))
+        parts = list(stream_slices(found, slices, ReadOptions(span=(-(2**62), 2**62)), chunk=5))
         repeats_of(found, slices)
     except MillraceError as error:
         return one_message(error)

@@ -22,7 +22,7 @@ from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import Contract, check_rows, holds
 from transforms.sources.inventory import slices_of
-from transforms.sources.reader import _raw, read_slices, repeats_of, without_repeats
+from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
 T0 = datetime(2020, 1, 1, tzinfo=UTC)
@@ -51,7 +51,7 @@ def write(root: Path, frame: pl.DataFrame | pa.Table, file: str = "part-0", grou
 
 
 def read(root: Path, of: Contract = contract, **options: Any) -> tuple[pl.DataFrame, pl.DataFrame]:
-    result = read_slices(of, slices_of(str(root), of), **options)
+    result = read_slices(of, slices_of(str(root), of), ReadOptions(**options))
     return result.frame, result.dead_letters
 
 
@@ -492,7 +492,10 @@ def test_a_letter_of_a_row_group_without_any_plausible_time_is_always(tmp_path: 
 def test_numbered_rows_are_those_of_the_file(tmp_path: Path) -> None:
     write(tmp_path, rows(*({"id": i, "k": None if i == 4 else "a"} for i in range(8))), group=3)
     second = slices_of(str(tmp_path), contract)[1]
-    assert read_slices(contract, [second], numbered=True).frame.select("id", "__row").rows() == [(3, 3), (5, 5)]
+    assert read_slices(contract, [second], ReadOptions(numbered=True)).frame.select("id", "__row").rows() == [
+        (3, 3),
+        (5, 5),
+    ]
 
 
 # Repeats

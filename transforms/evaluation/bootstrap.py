@@ -127,9 +127,10 @@ def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) ->
 def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Key of each row's bin: [rows], or [kinds, rows] of a multi-class model.
 
-    A binary model's key is twice the score's bin plus the label.  A regression's key is the leading bits of the error.  A
-    multi-class model has three kinds: twice the bin of the true class's score plus whether that class was predicted; the
-    pair of true and predicted class; and, by class, twice the coarse bin of its score plus whether it is the true class.
+    A binary model's key is twice the score's bin plus the label.  A regression's key is the leading bits of the error.
+    A multi-class model has three kinds: twice the bin of the true class's score plus whether that class was predicted;
+    the pair of true and predicted class; and, by class, twice the coarse bin of its score plus whether it is the true
+    class.
     """
     if objective == "binary:logistic":
         return _odds(scores) * 2 + (label > 0)

@@ -65,8 +65,9 @@ class Report:
         slices: metrics by value of each declared slice, the largest first.
         auc_error: greatest error of the overall AUC that is due to binning.
         intervals: 95 % interval of each metric; empty without row ids.
-        details: JSON values by objective.  A binary model has rates by threshold, calibration, and the points of curves;
-            a multi-class model has each class's metrics and the confusion matrix; a regression has quantiles of the error.
+        details: JSON values by objective.  A binary model has rates by threshold, calibration, and the points of
+            curves; a multi-class model has each class's metrics and the confusion matrix; a regression has quantiles of
+            the error.
         replicates: metrics per bootstrap replicate, for paired differences.
     """
 

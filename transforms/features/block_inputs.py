@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import polars as pl
 
@@ -15,7 +14,7 @@ from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import add
 from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import Read, locate, read_slices, stream_slices, without_repeats
+from transforms.sources.reader import Read, ReadOptions, locate, read_slices, stream_slices, without_repeats
 from transforms.sources.tallies import AS_EVENTS, SourceTally
 
 ONE_ROW = "one key has one row (the smallest was kept)"
@@ -35,7 +34,7 @@ def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput
     """The block's spine rows without repeats, sorted by time and key."""
     # A spine that is a source of events too is digested as that, once.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
-    reads = stream_slices(plan.spine, block.spine, block.start, block.end, own=block.own, span=span)
+    reads = stream_slices(plan.spine, block.spine, ReadOptions(block.start, block.end, own=block.own, span=span))
     return deduplicate_spine(view, plan, block, joined(reads))
 
 
@@ -63,21 +62,27 @@ def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -
 
     Dead letters and tallies are those of the events that the block owns.
     """
-    return deduplicate_events(view, plan, block, name, read_slices(**_within_reach(view, plan, block, name)))
+    return deduplicate_events(
+        view,
+        plan,
+        block,
+        name,
+        read_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name)),
+    )
 
 
 def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[Read]:
     """Like `read_events`, but in chunks and with repeats."""
-    return stream_slices(**_within_reach(view, plan, block, name))
+    return stream_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name))
 
 
-def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> dict[str, Any]:
+def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> ReadOptions:
     """What to read of `name` for a block."""
     contract, span = plan.contracts[name], block.spans.get(name)
     # The dead letters of the spine are emitted where it is read as the spine.
     own = (0, 0) if contract is plan.spine else block.owns(name)
     low = min(block.start - view.reach(name), block.owns(name)[0], span[0] if span else block.start)
-    return {"contract": contract, "slices": block.events[name], "low": low, "high": block.end, "own": own, "span": span}
+    return ReadOptions(low, block.end, own=own, span=span)
 
 
 def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: Read) -> BlockInput:

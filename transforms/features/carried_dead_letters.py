@@ -27,7 +27,7 @@ from transforms.records.record_batches import batch
 from transforms.records.times import as_date, days_within, midnight
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED, concat_dead_letters, dated_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import locate, read_slices, stream_slices
+from transforms.sources.reader import ReadOptions, locate, read_slices, stream_slices
 from transforms.storage.delta_tables import data_files, open_table, read_group
 
 
@@ -154,7 +154,9 @@ def _conflicts(state: Carrying, dropped: pl.DataFrame, changed: Sequence[str]) -
     for (day,) in dropped.filter(pl.col("rule") == ONE_QUESTION).select("date").unique().iter_rows():
         low, high = midnight(day), midnight(day) + DAY
         near = [each for each in slices if each.low < high and each.high >= low]
-        _, conflicts = distinct(joined(stream_slices(spine, near, low, high)).frame, (view.time, *view.key))
+        _, conflicts = distinct(
+            joined(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
+        )
         parts.append(locate(spine, near, conflicts, view.key, ONE_QUESTION))
     return concat_dead_letters(parts).filter(pl.col("file").is_in(list(changed)))
 

@@ -17,7 +17,7 @@ from transforms.records.record_batches import frame, from_ipc, to_ipc
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, dead_letters_batch
 from transforms.sources.inventory import Slice
-from transforms.sources.reader import CHUNK_ROWS, Read, stream_slices
+from transforms.sources.reader import CHUNK_ROWS, Read, ReadOptions, stream_slices
 from transforms.sources.tallies import SourceTally
 
 SPINE = ""
@@ -53,7 +53,7 @@ class Route(PrefetchDoFn):
         contract = plan.spine if name == spine else plan.contracts[name]
         spans = [block.spans[name] for block in plan.blocks if name in block.spans]
         span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-        reads = stream_slices(contract, [piece], span=span)
+        reads = stream_slices(contract, [piece], ReadOptions(span=span))
         return list(reads) if piece.rows <= CHUNK_ROWS else reads
 
     def _routed(self, name: str, reads: Iterable[Read]) -> Iterator[Routed | pvalue.TaggedOutput]:

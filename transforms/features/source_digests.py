@@ -17,7 +17,7 @@ from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
 from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import Repeats, read_slices, repeats_of, stream_slices
+from transforms.sources.reader import ReadOptions, Repeats, read_slices, repeats_of, stream_slices
 
 _MASK = 2**64 - 1
 # Days back of a window over all history.
@@ -112,7 +112,7 @@ def digests_now(
     parts = []
     for each, low, high in unread:
         own = None if each.path in changed else (0, 0)
-        read = read_slices(contract, [each], own=own, span=(midnight(low), midnight(high + 1)))
+        read = read_slices(contract, [each], ReadOptions(own=own, span=(midnight(low), midnight(high + 1))))
         parts.append(read.digests)
         if dead_letters is not None and len(read.dead_letters):
             dead_letters.append(read.dead_letters)

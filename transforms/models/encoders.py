@@ -33,7 +33,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 _FORMAT, _WHOLE_FORMAT = 1, 2
 # float32 has every whole number up to this one; beyond it, neighbours become equal.
 EXACT = 1 << 24
-# The range of integers that one and two float32 columns represent as their sum; three represent any (see `columns_needed`).
+# The range of integers that one and two float32 columns represent as their sum; three represent any (see
+# `columns_needed`).
 _PARTS = ((1, 1 << 24), (2, 1 << 48))
 
 
@@ -45,9 +46,9 @@ class Encoding:
         input: column of the feature table.
         type: its Arrow type.
         encoder: the declared encoder; None passes a number through.
-        state: the fitted state, as JSON values.  For integers beyond 2^24, `base` is an integer that is subtracted before
-            the conversion to a float, or `whole` says that boundaries are integers.  `columns` is the number of float32
-            columns whose sum is a value that is passed through or imputed.
+        state: the fitted state, as JSON values.  For integers beyond 2^24, `base` is an integer that is subtracted
+            before the conversion to a float, or `whole` says that boundaries are integers.  `columns` is the number of
+            float32 columns whose sum is a value that is passed through or imputed.
     """
 
     input: str
@@ -134,7 +135,8 @@ class Encoding:
     def _number(self, values: Floats) -> Floats:
         encoder, state = self.encoder, self.state
         if isinstance(encoder, encoders.Standardize | encoders.MinMax | encoders.Robust):
-            # `rest` extends a double's offset: a mean of 53 bits is not exact enough for values that lie close together.
+            # `rest` extends a double's offset: a mean of 53 bits is not exact enough for values that lie close
+            # together.
             scaled: Floats = (values - state["offset"] - state.get("rest", 0.0)) / state["scale"]
             return scaled
         if isinstance(encoder, encoders.Bucketize):
@@ -182,7 +184,8 @@ class Fitted:
     def apply(self, batch: pa.RecordBatch) -> Matrix:
         """Encode a batch as the model's matrix: float32, C-contiguous, [rows, len(names)].
 
-        A missing value is NaN, and so is a number beyond float32.  A row's values depend only on that row, to the last bit.
+        A missing value is NaN, and so is a number beyond float32.  A row's values depend only on that row, to the last
+        bit.
 
         Raises:
             MismatchError: an input is not in `batch`, or has another type.
@@ -276,8 +279,8 @@ def integers(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
 def columns_needed(least: int, greatest: int) -> int:
     """How many float32 columns represent x − least exactly for every integer from `least` to `greatest`.
 
-    A float32 has 24 bits.  Its remainder of a number below 2^48 is at most 2^23.  Its remainder of a number of 64 bits is
-    at most 2^40, of which a second float32 leaves at most 2^16.
+    A float32 has 24 bits.  Its remainder of a number below 2^48 is at most 2^23.  Its remainder of a number of 64 bits
+    is at most 2^40, of which a second float32 leaves at most 2^16.
     """
     return next((count for count, bound in _PARTS if greatest - least <= bound), 3)
 

@@ -1,4 +1,5 @@
-"""The prediction problem of a registered model.  A name has one problem, whatever features and parameters its versions have."""
+"""The prediction problem of a registered model.  A name has one problem, whatever features and parameters its versions
+have."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ log = logging.getLogger("millrace.training")
 
 
 def problem_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The problem in a manifest, as flat JSON values; manifests of earlier versions of Millrace have only a part of it."""
+    """The problem in a manifest, as flat JSON values; manifests of earlier versions of Millrace have only a part of
+    it."""
     if "problem" in manifest:
         return dict(manifest["problem"])
     known = {name: manifest[name] for name in ("view", "key", "time", "objective") if name in manifest}

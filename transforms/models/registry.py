@@ -294,7 +294,8 @@ class Registry:
             ]
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`, `who`."""
+        """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`,
+        `who`."""
         with self.client() as client:
             return [] if client is None else ChampionMoves(client, name).moves
 
@@ -486,7 +487,8 @@ def _unless_there() -> Iterator[None]:
 
 
 def _plain_uri(path: Path) -> str:
-    """An address of a SQLite file in which nothing is quoted, for MLflow makes the folders of the address as it is written.
+    """An address of a SQLite file in which nothing is quoted, for MLflow makes the folders of the address as it is
+    written.
 
     A path with other letters is reached through a link in a temporary folder, which is removed when the process ends.
     """

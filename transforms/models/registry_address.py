@@ -91,7 +91,8 @@ def shown(uri: str) -> str:
 
 
 def file_uri(path: Path) -> str:
-    """The address of a folder as MLflow takes it: a plain path, or a quoted `file:` address where it would be misread."""
+    """The address of a folder as MLflow takes it: a plain path, or a quoted `file:` address where it would be
+    misread."""
     text = str(path)
     return text if re.fullmatch(r"[\w./ -]*", text, re.ASCII) else path.as_uri()
 

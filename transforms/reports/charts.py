@@ -1,7 +1,8 @@
 """Charts as paths of SVG that stretches, with words beside it in HTML: readable at any width, in light and dark.
 
-A plot is a square of 1000 units that is stretched to the space available.  Strokes keep their width, and a dot is a line
-of length 0 with round ends, so neither is distorted.  Colours come from the page's style; `charts.html.j2` writes the SVG.
+A plot is a square of 1000 units that is stretched to the space available.  Strokes keep their width, and a dot is a
+line of length 0 with round ends, so neither is distorted.  Colours come from the page's style; `charts.html.j2` writes
+the SVG.
 """
 
 from __future__ import annotations

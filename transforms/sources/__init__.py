@@ -1,10 +1,10 @@
 """The tables that users bring: their contracts, their files, reading them, and an account of every row.
 
-`take_inventory` lists the files of a view's sources, refuses what is neither read nor passed over, and reads the Parquet
-footers.  `unchanged` checks at the end that the files are still those that were listed.  `read_slices` reads the row groups and columns that are
-needed, checks each row against the contract of its source, and returns three things: the good rows, the bad ones as dead
-letters, and a `SourceTally` that counts each row in exactly one place.  `Digests` of the rows of each day show which days
-have changed since an earlier run.
+`take_inventory` lists the files of a view's sources, refuses what is neither read nor passed over, and reads the
+Parquet footers.  `unchanged` checks at the end that the files are still those that were listed.  `read_slices` reads
+the row groups and columns that are needed, checks each row against the contract of its source, and returns three
+things: the good rows, the bad ones as dead letters, and a `SourceTally` that counts each row in exactly one place.
+`Digests` of the rows of each day show which days have changed since an earlier run.
 """
 
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transforms.sources.reader import (
         CHUNK_ROWS,
         Read,
+        ReadOptions,
         Repeats,
         locate,
         read_raw,

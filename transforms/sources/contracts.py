@@ -203,7 +203,8 @@ class Contract:
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:
-    """Columns of a file for Polars: without notes of the writer, and times of any zone as UTC, which is how they are kept."""
+    """Columns of a file for Polars: without notes of the writer, and times of any zone as UTC, which is how they are
+    kept."""
     columns: dict[str, pa.ChunkedArray] = {}
     for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
         zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
@@ -285,10 +286,12 @@ def holds(declared: pl.DataType, found: pa.DataType) -> bool:
 
 
 def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split rows into those that keep the contract (NaN turned to null, −0.0 to 0.0) and dead letters with the first rule broken.
+    """Split rows into those that keep the contract (NaN turned to null, −0.0 to 0.0) and dead letters with the first
+    rule broken.
 
     Returns:
-        (rows that keep it, letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible time in µs or null).
+        (rows that keep it, letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible time
+        in µs or null).
     """
     rules = contract.rules()
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]

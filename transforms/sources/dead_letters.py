@@ -41,8 +41,8 @@ DEAD_LETTERS = pa.schema(
 )
 
 # Rows of messages, and refused spine rows. `place` is the row's position in the message, −1 for the whole message.
-# `arrived`: µs since 1970. For a row of a file (see `as_message_dead_letters`) `partition` is negative, `offset` is its row
-# in the file, and `place` is the number of the file.
+# `arrived`: µs since 1970. For a row of a file (see `as_message_dead_letters`) `partition` is negative, `offset` is its
+# row in the file, and `place` is the number of the file.
 MESSAGE_DEAD_LETTERS = {
     "source": pl.String,
     "partition": pl.Int32,

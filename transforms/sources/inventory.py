@@ -46,8 +46,8 @@ _ARROW = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A row group of a file: its first row's number in the file, rows, bounds of its times in µs (both inclusive), and the
-    file's stamp, which changes with its content."""
+    """A row group of a file: its first row's number in the file, rows, bounds of its times in µs (both inclusive), and
+    the file's stamp, which changes with its content."""
 
     path: str
     group: int
@@ -181,8 +181,8 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
-    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta table,
-    whose log says which files belong to a version."""
+    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
+    table, whose log says which files belong to a version."""
 
     contract: Contract
     slices: tuple[Slice, ...]
@@ -255,7 +255,8 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
         raise ContractError(
             f"{what}: the files of a Delta table hold its rows and no others",
             f"deletion vectors in {uri}",
-            "Have its owner rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and delta.enableDeletionVectors=false",
+            "Have its owner rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and "
+            "delta.enableDeletionVectors=false",
         )
     columns = [name for name in table.metadata().partition_columns if name in contract.read]
     if contract.source.time in columns:
@@ -380,8 +381,8 @@ def _metadata(file: Any) -> pq.FileMetaData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name, and
-    the files of the sources that are not Delta tables."""
+    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name,
+    and the files of the sources that are not Delta tables."""
 
     spine: Contract
     contracts: Mapping[str, Contract]
@@ -392,7 +393,8 @@ class Inventory:
         return self.spine if source == self.spine.source.name else self.contracts[source]
 
     def timeless(self, source: str) -> tuple[Slice, ...]:
-        """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted for."""
+        """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted
+        for."""
         contract = self.contract(source)
         return tuple(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
@@ -408,7 +410,8 @@ class Inventory:
                 rows, paths = sum(each.rows for each in lost), sorted({each.path for each in lost})
                 more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
                 result.append(
-                    f"{name}: {rows:,} rows lie in row groups without any plausible time, so in no date ({paths[0]}{more}); --full sets them aside"
+                    f"{name}: {rows:,} rows lie in row groups without any plausible time, so in no date "
+                    f"({paths[0]}{more}); --full sets them aside"
                 )
         return tuple(result)
 

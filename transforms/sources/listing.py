@@ -71,7 +71,8 @@ Passed = TypeVar("Passed")
 
 
 def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
-    """Returns `passed` if every source still has the files that a run listed when it began; names those that were added.
+    """Returns `passed` if every source still has the files that a run listed when it began; names those that were
+    added.
 
     Raises:
         DataError: see `Listing.check_unchanged`.

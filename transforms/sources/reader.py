@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from schemas.errors import ContractError
 from schemas.sources import Source
-from transforms.records.times import ALWAYS
+from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import UNREADABLE, Contract, as_frame, check_rows, not_whole, readable
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
@@ -39,22 +39,31 @@ class Read:
     digests: Digests = dataclasses.field(default_factory=dict)
 
 
-def read_slices(
-    contract: Contract,
-    slices: Sequence[Slice],
-    low: int = ALWAYS,
-    high: int = 2**62,
-    own: tuple[int, int] | None = None,
-    numbered: bool = False,
-    span: tuple[int, int] | None = None,
-) -> Read:
-    """Rows of `slices` known in `[low, high)` µs, judged; repeats by `unique` are still there.
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """What to read of slices.
 
     Args:
-        own: `[from, to)` µs whose dead letters are wanted (None: all).  A letter without a plausible time belongs to the
-            first plausible time of its row group, so that exactly one of the runs or blocks that read the group owns it.
-        numbered: add `__row`, the row's number in its file (of a single slice).
+        low, high: only rows known in `[low, high)` µs.
+        own: `[from, to)` µs whose dead letters are wanted (None: all).  A letter without a plausible time belongs to
+            the first plausible time of its row group, so that exactly one of the runs or blocks that read the group
+            owns it.
         span: `[from, to)` µs whose rows, good or bad, are digested by day.
+        numbered: add `__row`, the row's number in its file (of a single slice).
+    """
+
+    low: int = ALWAYS
+    high: int = FOREVER
+    own: tuple[int, int] | None = None
+    span: tuple[int, int] | None = None
+    numbered: bool = False
+
+
+EVERYTHING = ReadOptions()
+
+
+def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOptions = EVERYTHING) -> Read:
+    """Rows of `slices`, checked against the contract; repeats by `unique` are still there.
 
     Raises:
         ContractError: a file cannot be read as declared.
@@ -66,16 +75,13 @@ def read_slices(
         return Read(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
     whole = pl.concat(parts)
     owners = _owners(contract, slices, whole)
-    return _checked(contract, slices, whole, owners, (low, high), own, numbered, span)
+    return _checked(contract, slices, whole, owners, options)
 
 
 def stream_slices(
     contract: Contract,
     slices: Sequence[Slice],
-    low: int = ALWAYS,
-    high: int = 2**62,
-    own: tuple[int, int] | None = None,
-    span: tuple[int, int] | None = None,
+    options: ReadOptions = EVERYTHING,
     chunk: int = CHUNK_ROWS,
 ) -> Iterator[Read]:
     """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the files' row groups.
@@ -86,16 +92,16 @@ def stream_slices(
     held: list[Slice] = []
     for each in _in_files(slices):
         if held and sum(one.rows for one in held) + each.rows > chunk:
-            yield read_slices(contract, held, low, high, own, span=span)
+            yield read_slices(contract, held, options)
             held = []
         if each.rows <= chunk:
             held.append(each)
             continue
         owner = functools.cache(functools.partial(_first_plausible, contract, each))
         for piece, whole in _pieces(contract, each, chunk):
-            yield _checked(contract, [piece], whole, lambda _, first=owner: first(), (low, high), own, False, span)  # type: ignore[misc]
+            yield _checked(contract, [piece], whole, lambda _, first=owner: first(), options)  # type: ignore[misc]
     if held or not slices:
-        yield read_slices(contract, held, low, high, own, span=span)
+        yield read_slices(contract, held, options)
 
 
 def _checked(
@@ -103,14 +109,10 @@ def _checked(
     slices: Sequence[Slice],
     whole: pl.DataFrame,
     owners: Owners,
-    window: tuple[int, int],
-    own: tuple[int, int] | None,
-    numbered: bool,
-    span: tuple[int, int] | None,
+    options: ReadOptions,
 ) -> Read:
-    low, high = window
-    digests = {} if span is None else day_digests(contract, whole, *span)
-    if numbered:
+    digests = {} if options.span is None else day_digests(contract, whole, *options.span)
+    if options.numbered:
         whole = whole.with_columns(
             pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
         )
@@ -120,12 +122,12 @@ def _checked(
         if len(dead_letters)
         else pl.DataFrame(schema=SOURCE_DEAD_LETTERS)
     )
-    if own is not None:
-        dead_letters = dead_letters.filter(pl.col("time").is_between(*own, closed="left"))
+    if options.own is not None:
+        dead_letters = dead_letters.filter(pl.col("time").is_between(*options.own, closed="left"))
     if contract.source.time is not None:
         moment = pl.col(contract.source.time).to_physical()
-        if low > ALWAYS or high < 2**62:
-            frame = frame.filter((moment >= low) & (moment < high))
+        if options.low > ALWAYS or options.high < FOREVER:
+            frame = frame.filter((moment >= options.low) & (moment < options.high))
     return Read(frame, dead_letters, digests)
 
 
@@ -230,7 +232,8 @@ def _in_files(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
-    """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible row."""
+    """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible
+    row."""
     slices = _in_files(slices)
     ends = np.cumsum([each.rows for each in slices])
     position = dead_letters["place"].to_numpy()
@@ -261,8 +264,8 @@ class Repeats:
 def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     """The repeats among a source's rows.
 
-    Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any value
-    repeats.  All of the source is read: a value may repeat one of any age, and footers do not tell which.
+    Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any
+    value repeats.  All of the source is read: a value may repeat one of any age, and footers do not tell which.
     """
     source = contract.source
     unique = list(source.unique or ())
@@ -332,7 +335,7 @@ def locate(
     """Dead letters for every occurrence of `rows` in their files."""
     parts = []
     for each in slices if len(rows) else ():
-        found = read_slices(contract, [each], numbered=True).frame.join(
+        found = read_slices(contract, [each], ReadOptions(numbered=True)).frame.join(
             rows, on=rows.columns, how="semi", nulls_equal=True
         )
         value = pl.concat_str([pl.col(name).cast(pl.String).fill_null("null") for name in key], separator=", ")

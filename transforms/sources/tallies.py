@@ -17,8 +17,8 @@ AS_EVENTS = " (as events)"
 class SourceTally:
     """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
-    The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the `outside`
-    rows are within reach of none. `digests` are the digests by day, where a block was asked to compute them.
+    The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the
+    `outside` rows are within reach of none. `digests` are the digests by day, where a block was asked to compute them.
     """
 
     source: str
@@ -65,7 +65,8 @@ def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str
     if lost or answered != tallies.get(spine, SourceTally(spine)).used:
         raise DataError(
             "Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
-            f"{answered} answers to {tallies.get(spine, SourceTally(spine)).used} questions; {lost or 'accounts balance'}",
+            f"{answered} answers to {tallies.get(spine, SourceTally(spine)).used} questions; "
+            f"{lost or 'accounts balance'}",
             "Nothing was committed; a source may have changed while it was read: run the same command again",
         )
     return files

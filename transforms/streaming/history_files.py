@@ -19,7 +19,7 @@ from transforms.records.times import ALWAYS, day_number, days_in, midnight, now_
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import as_message_dead_letters
 from transforms.sources.inventory import Slice, files_of, survey, version_of
-from transforms.sources.reader import CHUNK_ROWS, Repeats, repeats_of, stream_slices, without_repeats
+from transforms.sources.reader import CHUNK_ROWS, ReadOptions, Repeats, repeats_of, stream_slices, without_repeats
 from transforms.storage.paths import source_uri
 from transforms.streaming.beginnings import HISTORY
 from transforms.streaming.replay import sources_of
@@ -85,7 +85,7 @@ class HistoryFiles:
         for begin, end in self._spans(low, high):
             some = [each for each in self.slices if each.high >= begin and each.low < end]
             own = (ALWAYS if begin == low and low <= self.contract.earliest else begin, end)
-            read = joined(stream_slices(self.contract, some, begin, end, own=own))
+            read = joined(stream_slices(self.contract, some, ReadOptions(begin, end, own=own)))
             yield Piece(self._counted(read.frame, repeats), self._dead_letters(read.dead_letters))
 
     def _spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:

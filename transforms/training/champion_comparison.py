@@ -1,4 +1,5 @@
-"""Evaluation of the champion on a challenger's test rows, if need be with its own feature table's rows of the same times."""
+"""Evaluation of the champion on a challenger's test rows, if need be with its own feature table's rows of the same
+times."""
 
 from __future__ import annotations
 

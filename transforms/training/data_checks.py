@@ -40,8 +40,8 @@ class Findings:
     """What the checks of a run's data found.
 
     Args:
-        drift: distance, 0 … 1, of each column of the training split from the champion's: the Jensen–Shannon divergence of
-            numbers, the greatest change of a value's share of strings; empty without a champion.
+        drift: distance, 0 … 1, of each column of the training split from the champion's: the Jensen–Shannon divergence
+            of numbers, the greatest change of a value's share of strings; empty without a champion.
         skew: the same distance of the test split from the training split.
         champion: version whose training data were compared.
         warnings: sentences, each naming an input.
@@ -193,13 +193,13 @@ class Suspect:
             labels = {each.least for each in self.levels.values()}
             if len(labels) > 1 and all(each.least == each.most for each in self.levels.values()):
                 return (
-                    f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label only. "
-                    f"{fix}"
+                    f"Input {name!r} gives the label away: each of its {len(self.levels)} values goes with one label "
+                    f"only. {fix}"
                 )
             if (explained := self.explained) > MOST:
                 return (
-                    f"Input {name!r} all but gives the label away: {explained:.0%} of the label's variance lies between "
-                    f"its {len(self.levels)} values. {fix}"
+                    f"Input {name!r} all but gives the label away: {explained:.0%} of the label's variance lies "
+                    f"between its {len(self.levels)} values. {fix}"
                 )
         return None
 

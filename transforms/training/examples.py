@@ -26,7 +26,7 @@ from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice, survey_files
 from transforms.sources.listing import Listing, unchanged
-from transforms.sources.reader import read_slices, repeats_of, without_repeats
+from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
@@ -222,7 +222,7 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     rows = frame(read_group(block.files, [*known, *joined]))
     low = midnight(block.files[0].date)
     high = midnight(block.files[-1].date) + DAY + microseconds(model.label.within)
-    events = read_slices(plan.contract, block.events, low, high).frame
+    events = read_slices(plan.contract, block.events, ReadOptions(low, high)).frame
     events = without_repeats(model.label.source, events, plan.repeats)
     labelled = labels.attach(rows, events, model.label, model.view.time)
     parts, counts = labels.examples(labelled, model.label, plan.split, model.view.time)

@@ -1,4 +1,5 @@
-"""Fitting of encoders on the training split, by a Beam combiner whose result does not depend on the order of merging."""
+"""Fitting of encoders on the training split, by a Beam combiner whose result does not depend on the order of
+merging."""
 
 from __future__ import annotations
 
@@ -138,8 +139,8 @@ class Ranks:
     Args:
         moments: least and greatest integer.
         bins: histogram of the integers as doubles.
-        whole: histogram of the integers themselves; None once it would have to round them, which depends on their number
-            and not on the order of merging.
+        whole: histogram of the integers themselves; None once it would have to round them, which depends on their
+            number and not on the order of merging.
     """
 
     moments: Moments
@@ -270,7 +271,8 @@ def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
 
 
 def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> dict[str, Any]:
-    """The state of an integer input with values beyond 2^24: an integer is subtracted before the conversion to a float."""
+    """The state of an integer input with values beyond 2^24: an integer is subtracted before the conversion to a
+    float."""
     if isinstance(encoder, encoders.Standardize) and isinstance(part, Moments):
         return _around(part.exact_mean, part.deviation)
     if isinstance(encoder, encoders.MinMax):

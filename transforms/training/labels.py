@@ -48,9 +48,9 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     """Add `__label` (float64), `__label_time` and `__came`, whether a label was received, to `rows`.
 
     The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
-    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If there
-    is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and `__label_time`
-    is `t + within`.
+    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If
+    there is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and
+    `__label_time` is `t + within`.
 
     Args:
         rows: rows with the label's spine columns and `time`; their order is kept.
