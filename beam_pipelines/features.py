@@ -26,6 +26,7 @@ from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.listing import unchanged
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import CommitTarget, Committed, data_files, newest_version, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
@@ -62,7 +63,14 @@ class Targets:
         if work.copies is not None:
             metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
         features = CommitTarget(
-            options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata
+            options.table,
+            view.output_schema,
+            plan.dates,
+            options.run_id,
+            work.base,
+            None,
+            metadata,
+            work.partition_days,
         )
         # A run that its dead letters stopped has committed them, and their rows may have been corrected before the run
         # is resumed. So every launch commits its dead letters under its own id.
@@ -70,6 +78,7 @@ class Targets:
         dead_letters = CommitTarget(
             uri, DEAD_LETTERS, plan.dates, launch, newest_version(uri), {"view": view.name}, metadata
         )
+        dead_letters = dataclasses.replace(dead_letters, days=partition_days(uri, open_table(uri), 0, None))
         manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
         return Targets(features, dead_letters, manifest)
 
@@ -89,7 +98,8 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     view, targets = options.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
-    files = computed.features | "Write" >> WriteFiles(targets.features.uri, targets.features.run_id)
+    write = WriteFiles(targets.features.uri, targets.features.run_id, days=targets.features.days)
+    files = computed.features | "Write" >> write
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
     verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
     counted = counted | "AfterVerify" >> beam.Map(first_of, verified)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         CommittedMeanwhile,
         DataFile,
         WrittenFiles,
-        add_action,
+        add_actions,
         append_commit,
         commit,
         commit_attempt,
