@@ -9,8 +9,8 @@ from typing import Any
 import polars as pl
 from polars.testing import assert_frame_equal
 
-from beam_pipelines import features
 from beam_pipelines.features import main
+from schemas.loading import load_definition
 from tests.support import market
 from tests.support.tables import figures_of
 from transforms.storage.paths import dead_letters_uri, features_uri
@@ -25,7 +25,7 @@ def run(store: Path, *flags: str, run_id: str | None = None) -> dict[str, Any]:
 
 
 def table_of(store: Path) -> str:
-    view = features.load_definition(str(store / "definition.py")).view
+    view = load_definition(str(store / "definition.py")).view
     return features_uri(str(store), view.name, view.fingerprint)
 
 
