@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         write_aside,
         write_files,
     )
-    from transforms.storage.durable import publish, sync_folders, write_file
+    from transforms.storage.durable import publish, sync_file, sync_folder, sync_folders, write_file
     from transforms.storage.feature_tables import open_feature_table
     from transforms.storage.file_systems import FileSystems
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint

@@ -144,7 +144,7 @@ def data_files(table: DeltaTable, start: date | None = None, end: date | None = 
     """The table's dates in `[start, end)`, file by file, in order of date and path.
 
     Raises:
-        StoreError, DataError: a file of several dates cannot be read.
+        StoreError: a file's path leaves the table.
     """
     root, actions = table_root(table), _actions(table)
     spans = date_spans.days_of(table) > 1
@@ -156,13 +156,20 @@ def data_files(table: DeltaTable, start: date | None = None, end: date | None = 
         if (start is not None and high < start) or (end is not None and low >= end):
             continue
         path = FileSystems.join(root, path_within(root, path))
-        parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
+        try:
+            parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
+        except StoreError:  # whoever reads the file is told
+            parts = [DataFile(path, low, rows, size, whole=rows, until=high)]
         files += [each for each in parts if (start is None or each.date >= start) and (end is None or each.date < end)]
     return sorted(files, key=lambda file: (file.date, file.path, file.start))
 
 
 def _dates_in(path: str, size: int) -> list[DataFile]:
-    """The dates of a file that has several."""
+    """The dates of a file that has several.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
     return _parts(path, date_spans.read_segments(path), size)
 
 
