@@ -7,9 +7,11 @@ import importlib
 import sys
 import uuid
 from collections.abc import Sequence
+from datetime import date
 from typing import TypeVar
 
 import apache_beam as beam
+import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.errors import guard
@@ -23,11 +25,19 @@ from transforms.features.manifest_store import WriteManifest
 from transforms.features.preparation import PreparedRun, prepare_features
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
-from transforms.sources.dead_letters import DEAD_LETTERS
+from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED
 from transforms.sources.listing import unchanged
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
 from transforms.storage.date_spans import partition_days
-from transforms.storage.delta_tables import CommitTarget, Committed, data_files, newest_version, open_table
+from transforms.storage.delta_tables import (
+    CommitTarget,
+    Committed,
+    commit,
+    data_files,
+    newest_version,
+    open_table,
+    write_files,
+)
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
@@ -53,7 +63,7 @@ class Targets:
 
     @staticmethod
     def of(options: Options, work: PreparedRun) -> Targets:
-        view, plan, uri = options.view, work.required_plan, dead_letters_uri(options.store, "features")
+        view, plan = options.view, work.required_plan
         metadata = {
             "pipeline": "features",
             "view": view.name,
@@ -72,15 +82,31 @@ class Targets:
             metadata,
             work.partition_days,
         )
-        # A run that its dead letters stopped has committed them, and their rows may have been corrected before the run
-        # is resumed. So every launch commits its dead letters under its own id.
-        launch = f"{options.run_id}-{uuid.uuid4().hex[:6]}"
-        dead_letters = CommitTarget(
-            uri, DEAD_LETTERS, plan.dates, launch, newest_version(uri), {"view": view.name}, metadata
-        )
-        dead_letters = dataclasses.replace(dead_letters, days=partition_days(uri, open_table(uri), 0, None))
+        dead_letters = dead_letters_target(options, work, plan.dates, metadata)
         manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
         return Targets(features, dead_letters, manifest)
+
+
+def dead_letters_target(
+    options: Options, work: PreparedRun, days: tuple[date, ...] | None, metadata: dict[str, str]
+) -> CommitTarget:
+    """The commit of the dead letters of `days` (None: of all) and of the days that `work.carried` replaces.
+
+    A run that its dead letters stopped has committed them, and their rows may have been corrected before the run is
+    resumed. So every launch commits its dead letters under its own id.
+    """
+    uri, carried = dead_letters_uri(options.store, "features"), work.carried
+    return CommitTarget(
+        uri=uri,
+        schema=DEAD_LETTERS,
+        dates=None if days is None else tuple(sorted({*days, *carried.dates})),
+        run_id=f"{options.run_id}-{uuid.uuid4().hex[:6]}",
+        base=newest_version(uri) if days is None else carried.version,
+        extra={"view": options.view.name},
+        metadata=metadata,
+        days=partition_days(uri, open_table(uri), 0, None),
+        shared=(UNDATED,),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +129,10 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
     verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
     counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
-    rejected = AsSingleton(computed.dead_letters | "DeadLetters" >> WriteTable(targets.dead_letters))
+    carried = pipeline | "Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
+    carried.element_type = pa.RecordBatch
+    dead_letters = (computed.dead_letters, carried) | "WithCarried" >> beam.Flatten()
+    rejected = AsSingleton(dead_letters | "DeadLetters" >> WriteTable(targets.dead_letters))
     # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
     # would not be computed again for their dead letters.
     counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
@@ -116,7 +145,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
         checked = AsSingleton(statistics | "Validate" >> Validate(publish_check(options, work), tallied, rejected))
         committed = counted | "Commit" >> CommitFiles(targets.features, AlsoChecked(manifest), (*sides, checked))
     account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account)
+    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account, len(work.carried.rows))
 
 
 def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
@@ -168,16 +197,25 @@ def verification(options: Options, work: PreparedRun) -> Verification | None:
 
 
 def write_account(
-    committed: Committed, tallies: dict[str, SourceTally], buried: Committed, verified: Verified | None, path: str
+    committed: Committed,
+    tallies: dict[str, SourceTally],
+    buried: Committed,
+    verified: Verified | None,
+    path: str,
+    carried: int = 0,
 ) -> None:
-    """Writes the run's figures where the launcher, on whatever machine, finds them."""
+    """Writes the run's figures where the launcher, on whatever machine, finds them.
+
+    Args:
+        carried: dead letters among those committed that are of days that the run did not compute.
+    """
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(
         path,
         {
             "rows_in": sum(each.read for each in tallies.values()),
             "rows_out": committed.rows,
-            "set_aside": buried.rows,
+            "set_aside": buried.rows - carried,
             "sources": {name: tally.counts for name, tally in tallies.items()},
             "files": committed.files,
             "dates": len(committed.dates),
@@ -202,6 +240,7 @@ def main(argv: Sequence[str]) -> int:
         if work.outdated:
             warn_of_outdated_models(run, options, work)
         if work.plan is None:
+            commit_carried(options, work)
             run.update(nothing_to_do(work))
         else:
             run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
@@ -215,6 +254,17 @@ def main(argv: Sequence[str]) -> int:
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
         run.update({"table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint})
     return 0
+
+
+def commit_carried(options: Options, work: PreparedRun) -> None:
+    """Commits the dead letters that have changed, of a run that computes no day."""
+    carried, view = work.carried, options.view
+    if not carried.dates:
+        return
+    metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint}
+    target = dead_letters_target(options, work, (), metadata)
+    commit(target, write_files(carried.batch, target.uri, target.run_id, target.extra, target.days))
+    log.info("dead letters of %d dates outside the run's days are as the files are now", len(carried.dates))
 
 
 def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> None:

@@ -1,9 +1,9 @@
 """Arithmetic in 64 bits: what `Derived`, `where` and labels compute, whatever the width of the columns.
 
-Polars computes in the types of the columns, where Int32 · Int32 and UInt32 − 10 wrap.  Here every sum, difference, product,
-quotient and power of integers is that of the integers themselves, null where int64 cannot hold it; and those of floats are
-computed in float64.  Only what can differ from Polars is written anew, decided from types and bounds: 60 times an hour cannot
-leave Int32.
+Polars computes in the types of the columns, where Int32 · Int32 and UInt32 − 10 wrap.  Here every sum, difference,
+product, quotient and power of integers is that of the integers themselves, null where int64 cannot hold it; and those
+of floats are computed in float64.  Only what can differ from Polars is written anew, decided from types and bounds: 60
+times an hour cannot leave Int32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Bounds = tuple[int, int]
 Tree = dict[str, Any]
 
 INT64: Bounds = (-(2**63), 2**63 - 1)
-# Int64 columns are taken to lie within these when it is decided whether a feature's meaning has changed: a sum of four fits.
+# Int64 columns are taken to lie within these when it is decided whether a feature's meaning has changed: a sum of four
+# fits.
 USUAL: Bounds = (-(2**61), 2**61 - 1)
 # Rows and different values of a window.
 COUNTED: Bounds = (0, 2**48)
@@ -72,8 +73,8 @@ _RANGES: dict[str, Bounds] = {
     "Hash": (0, 2**64 - 1),
 }
 
-# How a value compares with the one that Polars computes in the columns' types: equal; equal once it is rounded to float32;
-# or perhaps another one.
+# How a value compares with the one that Polars computes in the columns' types: equal; equal once it is rounded to
+# float32; or perhaps another one.
 EQUAL, ROUNDED, DIFFERS = 0, 1, 2
 
 
@@ -239,8 +240,8 @@ class _Visit:
     def _quotient(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
         """A quotient by a constant, its floor, or what remains.
 
-        Polars multiplies by the constant's inverse, which rounds twice, unless there is but one row: then it divides.  So the
-        same row had other bits alone than in company.  Divided by a column it is a quotient always.
+        Polars multiplies by the constant's inverse, which rounds twice, unless there is but one row: then it divides.
+        So the same row had other bits alone than in company.  Divided by a column it is a quotient always.
         """
         over, under = (node_expression(_cast(part.wide, "Float64")) for part in parts)
         column = serialised(over.is_not_null().cast(pl.Float64) * under)

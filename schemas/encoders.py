@@ -1,4 +1,6 @@
-"""Encoders a model declares for its inputs.  They are fitted on the training split and saved with the model; see `transforms/models/encoders.py`."""
+"""Encoders a model declares for its inputs.  They are fitted on the training split and saved with the model; see
+`transforms/models/encoders.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def _require(condition: bool, rule: str, value: object, fix: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ordinal:
-    """Category to its rank by falling count (ties by name), 0 upwards; unseen categories share the last code, null stays missing."""
+    """Category to its rank by falling count (ties by name), 0 upwards; unseen categories share the last code, null
+    stays missing.
+    """
 
     max_size: int = 10_000
     min_count: int = 1

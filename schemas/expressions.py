@@ -35,6 +35,8 @@ _REASONS = {
     "Gather": "reads another row",
     "Len": "counts the rows of a batch",
 }
+# A part of an expression as Polars serialises it to JSON; its form is documented nowhere.
+Node = Any
 
 
 def canonical(expr: pl.Expr) -> str:
@@ -97,12 +99,12 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
         ) from None
 
 
-def serialised(expr: pl.Expr) -> Any:
+def serialised(expr: pl.Expr) -> Node:
     """The expression as Polars serialises it."""
     return json.loads(expr.meta.serialize(format="json"))
 
 
-def _offences(node: Any) -> Iterator[tuple[str, str]]:
+def _offences(node: Node) -> Iterator[tuple[str, str]]:
     """Each part of a serialised expression that looks beyond its row, innermost first."""
     if isinstance(node, str):
         yield node, _REASONS.get(node, "is not known to be row-local")
@@ -125,7 +127,7 @@ def _offences(node: Any) -> Iterator[tuple[str, str]]:
         yield from _function_offences(node)
 
 
-def _function_offences(node: Any) -> Iterator[tuple[str, str]]:
+def _function_offences(node: Node) -> Iterator[tuple[str, str]]:
     path = function_names(node["Function"]["function"])
     if path[0] in _FUNCTIONS:
         yield _text(node), _FUNCTIONS[path[0]]
@@ -141,7 +143,7 @@ def _function_offences(node: Any) -> Iterator[tuple[str, str]]:
                 yield _text(node), "depends on other rows of the batch"
 
 
-def function_names(function: Any) -> list[str]:
+def function_names(function: Node) -> list[str]:
     """`{"ListExpr": {"Sample": …}}` as its names, outermost first."""
     if isinstance(function, str):
         return [function]
@@ -151,7 +153,7 @@ def function_names(function: Any) -> list[str]:
     return []
 
 
-def children_of(kind: str, body: Any) -> Iterator[Any]:
+def children_of(kind: str, body: Node) -> Iterator[Node]:
     """The parts of a serialised expression that are expressions."""
     if kind == "Function":
         yield from body["input"]
@@ -161,12 +163,12 @@ def children_of(kind: str, body: Any) -> Iterator[Any]:
         yield from (value for key, value in body.items() if key not in ("op", "dtype", "options"))
 
 
-def node_expression(node: Any) -> pl.Expr:
+def node_expression(node: Node) -> pl.Expr:
     """The expression of `serialised`."""
     return pl.Expr.deserialize(io.StringIO(json.dumps(node)), format="json")
 
 
-def _text(node: Any) -> str:
+def _text(node: Node) -> str:
     try:
         return str(node_expression(node))
     except Exception:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
@@ -86,12 +85,14 @@ class Derived:
     def computed(
         self, known: Mapping[str, pl.DataType], bounds: Mapping[str, Bounds], kept: Mapping[str, pl.DataType]
     ) -> dict[str, Arithmetic]:
-        """Its expressions as they are computed, given the columns `known` above it, and the types under which they are `kept`."""
+        """Its expressions as they are computed, given the columns `known` above it, and the types under which they are
+        `kept`.
+        """
         return {
             name: in_64_bits(expr, known, bounds, rounded=kept[name].is_float()) for name, expr in self.columns.items()
         }
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         """What decides the values of the feature `name`, as JSON."""
         return {"derived": canonical(self.columns[name])}
 
@@ -111,8 +112,9 @@ class Statistic:
 class Trailing:
     """Statistics of a source's events per key over `[t − W, t)`, to the microsecond.
 
-    Nulls and NaN are not values.  An empty window has `count` (and `n_unique`) 0 and null for the rest; `std` and `var` use n − 1
-    (null for one value); quantiles interpolate linearly (type 7 of Hyndman & Fan 1996); a null key matches nothing.
+    Nulls and NaN are not values.  An empty window has `count` (and `n_unique`) 0 and null for the rest; `std` and `var`
+    use n − 1 (null for one value); quantiles interpolate linearly (type 7 of Hyndman & Fan 1996); a null key matches
+    nothing.
 
     Args:
         source: events; rows with `time < t` count.
@@ -224,7 +226,7 @@ class Trailing:
             return stored(self.source.schema[statistic.column], statistic.name)
         return pl.Float32()
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         each = next(each for each in self.statistics if each.name == name)
         used = [] if each.column == "*" else [each.column]
         return {
@@ -233,7 +235,9 @@ class Trailing:
         }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see `breaks_ties`)."""
+        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see
+        `breaks_ties`).
+        """
         return any(
             breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED, known)
             for each in self.statistics
@@ -250,7 +254,8 @@ class Latest:
         source: events.
         by: key columns, as in `Trailing`.
         columns: the columns to take.
-        max_age: an event older than this is not used; required, so that a source that has stopped is seen to have stopped.
+        max_age: an event older than this is not used; required, so that a source that has stopped is seen to have
+            stopped.
         where: row-local condition on events; needs `name`.
         name: replaces the source's name in `{source}_{column}`.
     """
@@ -297,7 +302,7 @@ class Latest:
         _fitting_keys(self, known)
         return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
         return {
             "latest": [column, self.length],
@@ -305,7 +310,9 @@ class Latest:
         }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see `breaks_ties`)."""
+        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see
+        `breaks_ties`).
+        """
         return any(breaks_ties(self, [column], ordered=True, known=known) for column in self.columns)
 
 
@@ -355,12 +362,14 @@ class Lookup:
         _fitting_keys(self, known)
         return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
 
-    def meaning(self, name: str) -> dict[str, Any]:
+    def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
         return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows of a key is taken that are alike in `known` columns."""
+        """Whether some value of it depends on which of several rows of a key is taken that are alike in `known`
+        columns.
+        """
         return not set(self.columns) <= {*known, *(key for _, key in self.keys)}
 
 
@@ -444,7 +453,7 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
             )
 
 
-def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, Any]:
+def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) -> dict[str, object]:
     source = feature.source
     where = None if feature.where is None else canonical(feature.where)
     where_arithmetic = {} if feature.where is None or not _condition(feature).changed else {"arithmetic": ARITHMETIC}
@@ -466,11 +475,11 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:
-    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken that are alike
-    in `known` columns.
+    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken that
+    are alike in `known` columns.
 
-    Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics take one.
-    What the rows have in common by then cannot depend on which it is.
+    Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics
+    take one. What the rows have in common by then cannot depend on which it is.
     """
     source, keys = feature.source, {column for _, column in feature.keys}
     repeats = False

@@ -27,8 +27,8 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
-# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes the
-# plain means over those that occur, each against all others.
+# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes
+# the plain means over those that occur, each against all others.
 _BEYOND = {
     "binary:logistic": ("calibration_error", "precision", "recall"),
     "multi:softprob": ("macro_auc", "macro_precision", "macro_recall"),
@@ -93,13 +93,14 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Trials over a space: `{"max_depth": [4, 6, 8], "eta": (0.02, 0.3)}` (a list of choices, or bounds, sampled in log when both are above 0).
+    """Trials over a space: `{"max_depth": [4, 6, 8], "eta": (0.02, 0.3)}` (a list of choices, or bounds, sampled in log
+    when both are above 0).
 
     Args:
         trials: how many.
         space: XGBoost parameter to choices or bounds.
-        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials of few rounds, of which
-            one in `factor` goes on with `factor` times the rounds, until one is left.
+        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials of few rounds, of
+            which one in `factor` goes on with `factor` times the rounds, until one is left.
         seed: decides every trial.
         factor: of halving.
     """
@@ -150,8 +151,8 @@ class Gates:
         max_gap: metric to the most by which a slice may be worse than the whole; a slice fails when its gap is above by
             more than chance explains, that is with its whole 95 % interval.
         min_slice_rows: smaller slices and groups are shown, not judged.
-        margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 % interval
-            of the paired difference.  Where the two cannot be compared the champion stays.
+        margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 %
+            interval of the paired difference.  Where the two cannot be compared the champion stays.
         protected: columns whose values must be treated alike; they are slices too.
         max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
             (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
@@ -217,7 +218,8 @@ class Model:
         search: trials over parameters; None trains once.
         gates: what it must show.
         seed: XGBoost's seed.
-        name: names the registered model and its tables; default the view's name.  One name is one problem (see `problem`).
+        name: names the registered model and its tables; default the view's name.  One name is one problem (see
+            `problem`).
     """
 
     view: FeatureView
@@ -298,7 +300,8 @@ class Model:
             size = getattr(encoder, "max_size", getattr(encoder, "buckets", 0))
             if size > 1 << 24:
                 raise DefinitionError(
-                    f"{what}: {type(encoder).__name__} numbers at most 2^24 categories or buckets, which float32 tells apart",
+                    f"{what}: {type(encoder).__name__} numbers at most 2^24 categories or buckets, which float32 "
+                    "tells apart",
                     f"{column!r}: {size}",
                     "Lower it",
                 )

@@ -124,14 +124,17 @@ class Source:
 
     @property
     def tie_order(self) -> tuple[str, ...]:
-        """The columns that put rows in order which nothing else tells apart: `order`, then all declared ones as declared.
+        """The columns that put rows in order which nothing else tells apart: `order`, then all declared ones as
+        declared.
 
         A null comes first, NaN is null and −0.0 is 0.0; strings are compared by their bytes, false is before true.
         """
         return tuple(dict.fromkeys([*(self.order or ()), *self.schema]))
 
     def ties(self, columns: Iterable[str]) -> list[str]:
-        """`tie_order` as far as `columns` go, those of a frame: rows that they do not tell apart are alike to its reader."""
+        """`tie_order` as far as `columns` go, those of a frame: rows that they do not tell apart are alike to its
+        reader.
+        """
         known = set(columns)
         return [name for name in self.tie_order if name in known]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import date, datetime, timedelta
-from typing import Any
 
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError
@@ -19,7 +18,9 @@ LABEL = "__label"
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One fold of a rolling origin, UTC: learns from `[−∞, train_end)` and is judged by `[validate_start, validate_end)`."""
+    """One fold of a rolling origin, UTC: learns from `[−∞, train_end)` and is judged by `[validate_start,
+    validate_end)`.
+    """
 
     train_end: datetime
     validate_start: datetime
@@ -28,7 +29,8 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Resolved bounds, UTC: train `[−∞, train_end)`, validate `[validate_start, validate_end)`, test `[test_start, cutoff)`.
+    """Resolved bounds, UTC: train `[−∞, train_end)`, validate `[validate_start, validate_end)`, test `[test_start,
+    cutoff)`.
 
     Args:
         groups: divides rows instead of the bounds, which then are all of time before the cutoff.
@@ -52,13 +54,13 @@ class Split:
             "test": (self.test_start, self.cutoff),
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """What a model records of it."""
         times = {
             name: getattr(self, name)
             for name in ("train_end", "validate_start", "validate_end", "test_start", "cutoff")
         }
-        result: dict[str, Any] = {name: value.isoformat() for name, value in times.items() if value is not None}
+        result: dict[str, object] = {name: value.isoformat() for name, value in times.items() if value is not None}
         if self.groups is not None:
             result["groups"] = {**dataclasses.asdict(self.groups), "by": list(self.groups.by)}
         if self.folds:
@@ -111,8 +113,8 @@ class TimeSplit:
 class RollingOrigin:
     """Cross-validation in order of time: the origin rolls forward, each fold learns from all before it.
 
-    A trial's metric is its mean over the folds.  The last fold is `TimeSplit(validate, test, embargo)`, on which the model
-    that is kept is trained; each earlier one is judged by the `validate` before, `embargo` apart.
+    A trial's metric is its mean over the folds.  The last fold is `TimeSplit(validate, test, embargo)`, on which the
+    model that is kept is trained; each earlier one is judged by the `validate` before, `embargo` apart.
 
     Args:
         folds: how many, at least 2.

@@ -1,4 +1,6 @@
-"""Arrow schemas of the tables Millrace writes beside the feature tables (those follow their view: `FeatureView.output_schema`)."""
+"""Arrow schemas of the tables Millrace writes beside the feature tables (those follow their view:
+`FeatureView.output_schema`).
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -214,8 +213,9 @@ class FeatureView:
     def columns_ordering(self, source: str) -> tuple[str, ...]:
         """Further columns of `source` that decide which of several rows a feature takes, in declared order.
 
-        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do not tell
-        apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by them.
+        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do
+        not tell apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by
+        them.
         """
         declared = self.sources[source]
         if declared is self.spine:  # all of its columns are read anyway
@@ -266,7 +266,7 @@ class FeatureView:
                 if not isinstance(feature, Derived)
                 else feature.columns
             ):
-                meaning: dict[str, Any] = {
+                meaning: dict[str, object] = {
                     "kernel": KERNEL_VERSION,
                     "type": str(self.columns[name]),
                     **feature.meaning(name),
@@ -337,7 +337,7 @@ def _plain(dtype: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_large_string(dtype) else dtype
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 

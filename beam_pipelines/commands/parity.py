@@ -1,5 +1,5 @@
-"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and held
-against the full batch table, with the cause of every difference."""
+"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and
+held against the full batch table, with the cause of every difference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
@@ -41,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments.add_argument(
         "--batch_store",
-        help="store of the batch feature table to compare with as well, its sources beside it; without a table its values are "
-        "computed from them (default: --store if it has the table, else the store to which the last live job's --sources belong)",
+        help="store of the batch feature table to compare with as well, its sources beside it; without a table "
+        "its values are "
+        "computed from them (default: --store if it has the table, else the store to which the last live job's "
+        "--sources belong)",
     )
     arguments.add_argument(
         "--sources", help="folder of the batch table's sources (default: beside it, in <batch_store>/sources)"
@@ -82,7 +83,8 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
         name, worst = max(found.features.items(), key=lambda item: item[1].differing)
         raise MismatchError(
             "Live and batch agree to the last bit",
-            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as {example(view, {**worst.examples[0], 'feature': name})}",
+            f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as "
+            f"{example(view, {**worst.examples[0], 'feature': name})}",
             "Please report it, with run.json",
         )
     if found.unaccounted:
@@ -94,18 +96,24 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
     if scored is not None and (scored.differing or scored.doubled or scored.stray):
         raise MismatchError(
             "Live predictions are a batch job's, one for each answer",
-            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
+            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no "
+            f"answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
             "Please report it, with run.json",
         )
     if full is not None and full.unexplained:
-        value = f"{full.unexplained} values or rows do not: {full.only_live.get(UNEXPLAINED, 0)} answers that batch lacks, {full.only_batch.get(UNEXPLAINED, 0)} rows that live lacks"
+        only_live, only_batch = full.only_live.get(UNEXPLAINED, 0), full.only_batch.get(UNEXPLAINED, 0)
+        value = (
+            f"{full.unexplained} values or rows do not: {only_live} answers that batch lacks, "
+            f"{only_batch} rows that live lacks"
+        )
         for name, each in full.causes.items():
             if name.startswith(UNEXPLAINED):
                 value += f"; {each.values} values ({name}), such as {example(view, each.examples[0])}"
         raise MismatchError(
             f"What differs from the full batch table ({full.batch}) comes from a known cause",
             value,
-            "If its sources changed since it was computed, run: millrace features; else please report it, with run.json",
+            "If its sources changed since it was computed, run: millrace features; else please report it, with "
+            "run.json",
         )
 
 
@@ -139,11 +147,12 @@ def _has_sources(view: FeatureView, root: str) -> bool:
     return all(one or other for one, other in zip(found[::2], found[1::2], strict=True))
 
 
-def example(view: FeatureView, told: Mapping[str, Any]) -> str:
+def example(view: FeatureView, difference: Mapping[str, object]) -> str:
     """One difference in words."""
-    dtype = view.columns[told["feature"]]
-    about = ", ".join(f"{name} = {shown(told[name], view.spine.schema[name])}" for name in (*view.key, view.time))
-    return f"{told['feature']} of {about}: {shown(told['live'], dtype)} live, {shown(told['batch'], dtype)} batch"
+    dtype = view.columns[str(difference["feature"])]
+    about = ", ".join(f"{name} = {shown(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time))
+    live, batch = (shown(difference[side], dtype) for side in ("live", "batch"))
+    return f"{difference['feature']} of {about}: {live} live, {batch} batch"
 
 
 def full_figures(full: Full) -> dict[str, object]:
@@ -218,10 +227,12 @@ def table(view: FeatureView, found: Parity) -> str:
     """A line per feature, and where values differ an example."""
     width = max(map(len, found.features))
     lines = [
-        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  {'changed later':>13}"
+        f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  "
+        f"{'changed later':>13}"
     ]
     lines += [
-        f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  {each.differing:>10,}  {each.changed_later:>13,}"
+        f"  {name:<{width}}  {each.rows:>10,}  {each.nulls_live:>10,}  {each.nulls_batch:>10,}  "
+        f"{each.differing:>10,}  {each.changed_later:>13,}"
         for name, each in found.features.items()
     ]
     lines += [

@@ -68,7 +68,8 @@ def parse(action: str, argv: Sequence[str]) -> Options:
         arguments.add_argument(
             "--every",
             default="1d",
-            help="the interval that a run loads: bounds on drift are set by how far such intervals lie apart (default 1d)",
+            help="the interval that a run loads: bounds on drift are set by how far such intervals lie apart "
+            "(default 1d)",
         )
         arguments.add_argument("--force", action="store_true", help="write over a schema that is there")
     flags, rest = arguments.parse(argv)
@@ -151,8 +152,8 @@ ACTIONS = {"infer": infer, "check": check, "update": update}
 def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
     """What statistics are meant, these, and those to measure drift from.
 
-    Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those of
-    the newest commit; else, where commits have none, of all rows.
+    Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those
+    of the newest commit; else, where commits have none, of all rows.
     """
     if options.start or options.end:
         return f"rows of [{options.start or '…'}, {options.end or '…'})", statistics_of_rows(options), None
@@ -197,7 +198,8 @@ def files_of(options: Options) -> list[DataFile]:
     files = [] if table is None else data_files(table, options.start, options.end)
     if not files:
         raise DataError(
-            f"The feature table of {options.definition.view.name!r} has rows{' in the interval' if options.start or options.end else ''}",
+            f"The feature table of {options.definition.view.name!r} has "
+            f"rows{' in the interval' if options.start or options.end else ''}",
             "none",
             f"Compute them first: millrace features {options.command}",
         )
@@ -259,7 +261,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `infer`, `check` or `update`; its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            "usage: millrace schema ACTION --definition … --store … [--schema FILE] [--run_id RUN] [--start …] [--end …]\n"
+            "usage: millrace schema ACTION --definition … --store … [--schema FILE] [--run_id RUN] [--start …] "
+            "[--end …]\n"
         )
         print("\n".join(f"  {name:<8}{action.__doc__}" for name, action in ACTIONS.items()))
         return 0 if argv else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from schemas.durations import instant
 from schemas.errors import DataError, StoreError
 from schemas.loading import Definition, load_definition
 from transforms.features.manifest_store import read_manifest
+from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures
 from transforms.lineage.trace import (
     Origin,
     VisibleSource,
@@ -68,21 +70,34 @@ def trace(argv: Sequence[str]) -> int:
     return 0
 
 
-def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> None:
+def _trace_row(flags: argparse.Namespace, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
-    table = view_table(flags.store, view, position="features_live" if flags.live else "features")
     key = key_of(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
+    erased = erased_row(flags.store, view, {**key, **exact}) if exact else None
+    try:
+        table = view_table(flags.store, view, position="features_live" if flags.live else "features")
+    except StoreError:
+        if erased is None:
+            raise
+        _print_erased(erased, "row")
+        return
     found = find_rows(table, {**key, **exact}, None if moment is None else moment.date())
+    if not found and erased is not None:
+        _print_erased(erased, "row")
+        return
     if not found:
+        fix = "See its dates with: millrace tables"
+        if not exact and any(each.source == view.spine.name for each in erasures(flags.store)):
+            fix += f". Rows of {view.spine.name} were erased: an exact --time tells whether this was one of them"
         value = ", ".join(
             f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
         )
         raise DataError(
             "The row is in the feature table",
             f"{value}: not in version {table.version()} of {table_root(table)}",
-            "See its dates with: millrace tables",
+            fix,
         )
     found.sort(key=lambda each: each[1][view.time])
     if len(found) > 1:
@@ -94,7 +109,11 @@ def _trace_row(flags: Any, definition: Definition, moment: datetime | None) -> N
     _print_origin(origin(view, table, file, row), definition, flags)
 
 
-def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
+def _print_erased(record: ErasureRecord, what: str) -> None:
+    print(f"this {what} was erased on {record.at[:10]} ({record.at}, erasure {record.erasure_id})")
+
+
+def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
     view, row = definition.view, found.row
     asked = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
     print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
@@ -109,12 +128,16 @@ def _print_origin(found: Origin, definition: Definition, flags: Any) -> None:
     if found.commit:
         print(
             wrapped(
-                f"committed as version {found.commit['version']} {_when(found.commit)} by run {found.commit.get('run_id')}",
+                f"committed as version {found.commit['version']} {_when(found.commit)} by run "
+                f"{found.commit.get('run_id')}",
                 hanging=2,
             )
         )
     if found.outdated:
-        text = "its windows over all history may be wrong: it was written by a version that could count events twice or too early; millrace features recomputes it"
+        text = (
+            "its windows over all history may be wrong: it was written by a version that could count events twice or "
+            "too early; millrace features recomputes it"
+        )
         print(wrapped(text, hanging=2))
     if "__cut" in row:
         print_seen(view, flags.store, row, flags.days, DAYS_SHOWN)
@@ -147,7 +170,9 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             total = sum(digest for _, _, digest in each.days) % 2**64
             print(
                 wrapped(
-                    f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, {many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} (--days lists them)",
+                    f"{each.source}: {as_date(each.days[0][0])} to {as_date(each.days[-1][0])}, "
+                    f"{many(rows, 'row')} in {many(len(each.days), 'day')}, digests add up to {total:016x} "
+                    "(--days lists them)",
                     hanging=2,
                 )
             )
@@ -159,12 +184,22 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             print(wrapped(f"{path}  {since} (stamp {stamp})", 4, hanging=2))
         if len(each.files) > DAYS_SHOWN:
             print(
-                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, {sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
+                f"    and {many(len(each.files) - DAYS_SHOWN, 'more file')}, "
+                f"{sum(since != 'unchanged' for _, _, since in each.files[DAYS_SHOWN:])} of them changed or gone since"
             )
 
 
-def _trace_prediction(flags: Any, definition: Definition | None, model: str | None, day: date | None) -> None:
-    where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+def _trace_prediction(
+    flags: argparse.Namespace, definition: Definition | None, model: str | None, day: date | None
+) -> None:
+    try:
+        where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
+    except DataError:
+        erased = erasure_of(flags.store, prediction_ids=[flags.prediction])
+        if erased is None:
+            raise
+        _print_erased(erased, "prediction")
+        return
     entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")
@@ -179,7 +214,8 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
     if entry:
         print(
             wrapped(
-                f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
+                f"committed as version {entry['version']} {_when(entry)} by run "
+                f"{entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
                 hanging=2,
             )
         )
@@ -192,13 +228,15 @@ def _trace_prediction(flags: Any, definition: Definition | None, model: str | No
     )
     print(
         wrapped(
-            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split {', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
+            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split "
+            f"{', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
             hanging=2,
         )
     )
     print(
         wrapped(
-            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint {manifest['fingerprint']}",
+            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint "
+            f"{manifest['fingerprint']}",
             hanging=2,
         )
     )
@@ -244,7 +282,7 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_feature_row(flags: Any, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: Mapping[str, Any]) -> None:
     """Which answer a live prediction was made from, and where that came from if the store holds it."""
     view = definition.view
     print("\nthe answer that was scored")
@@ -257,7 +295,7 @@ def _print_feature_row(flags: Any, definition: Definition, row: Mapping[str, Any
     _print_origin(origin(view, table, *found[0]), definition, flags)
 
 
-def _print_scored(flags: Any, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
     """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
     uri, _, version = features.rpartition("@")
     table = None

@@ -51,7 +51,8 @@ def _print_visible(each: Visible, days: bool, most: int) -> None:
     total = sum(count for _, count in each.days)
     if len(each.days) > most and not days:
         print(
-            f"    {each.days[0][0]} to {each.days[-1][0]}, {many(total, 'row')} in {many(len(each.days), 'day')} (--days lists them)"
+            f"    {each.days[0][0]} to {each.days[-1][0]}, {many(total, 'row')} in {many(len(each.days), 'day')} "
+            "(--days lists them)"
         )
     else:
         for day, count in each.days:

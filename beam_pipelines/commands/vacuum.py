@@ -28,7 +28,8 @@ def vacuum(argv: Sequence[str]) -> int:
     arguments.add_argument(
         "--retention",
         default="7d",
-        help="how long replaced versions stay readable (default 7d); those that a registered model was trained on always do",
+        help="how long replaced versions stay readable (default 7d); those that a registered model was trained "
+        "on always do",
     )
     arguments.add_argument("--dry_run", action="store_true", help="list what would go, remove nothing")
     arguments.add_argument("--force", action="store_true", help="allow --older_than under an hour")
@@ -79,7 +80,8 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: VacuumRule
     for run in rules.at_work:
         print(
             wrapped(
-                f"kept: files of run {run.run_id} ({run.pipeline}), started {run.started:%Y-%m-%d %H:%M} UTC and not ended",
+                f"kept: files of run {run.run_id} ({run.pipeline}), started {run.started:%Y-%m-%d %H:%M} UTC and "
+                "not ended",
                 0,
                 hanging=2,
             )

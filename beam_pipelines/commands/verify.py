@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     kind = "--live " if flags.live else ""
     found.require_equal(
         "Published rows are what the definition says, computed plainly from all rows of the sources",
-        "If it is not the sources that have changed since (millrace plan says which dates are stale), please report it, "
+        "If it is not the sources that have changed since (millrace plan says which dates are stale), please "
+        "report it, "
         f"with run.json: millrace verify {kind}--run_id {flags.run_id}",
     )
     return 0

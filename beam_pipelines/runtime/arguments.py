@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 import uuid
 from collections.abc import Sequence
 from datetime import date, timedelta
@@ -102,6 +104,8 @@ class Arguments(argparse.ArgumentParser):
         start, end = getattr(namespace, "start", None), getattr(namespace, "end", None)
         if start is not None and end is not None and start >= end:
             self.error(f"--start {start} comes before --end {end}; the end is the day after the last")
+        for name in ("store", "sources", "definition", "batch_store", "output_tfrecord", "input_tfrecord"):
+            require_usable_path(name, getattr(namespace, name, None))
         namespace.store = local_path(usable_address("--store", namespace.store, rest))
         if getattr(namespace, "sources", None):
             namespace.sources = usable_address("--sources", namespace.sources, rest)
@@ -119,6 +123,25 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
+
+
+def require_usable_path(flag: str, text: str | None) -> None:
+    """Refuse a path that a library below would take for another one, before anything is written.
+
+    delta-rs decodes `%20` in a path, reads a backslash as a slash, and takes no control characters; neither libraries nor logs take bytes that are
+    not UTF-8.
+
+    Raises:
+        DefinitionError: see above.
+    """
+    if text is None:
+        return
+    rule, fix = f"The path that --{flag} names can be written down", "Rename the folder"
+    if any(not letter.isprintable() for letter in text):
+        shown = text.encode("unicode_escape", "surrogatepass").decode()
+        raise DefinitionError(rule, f"{shown}, with characters that cannot be printed", fix)
+    if "://" not in text and (found := re.search(r"%[0-9A-Fa-f]{2}|\\", os.path.abspath(text))):
+        raise DefinitionError(rule, f"{text}, in which {found[0]} stands for another letter", fix)
 
 
 def _edits(a: str, b: str) -> int:

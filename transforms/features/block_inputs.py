@@ -19,6 +19,7 @@ from transforms.sources.reader import Read, locate, read_slices, stream_slices, 
 from transforms.sources.tallies import AS_EVENTS, SourceTally
 
 ONE_ROW = "one key has one row (the smallest was kept)"
+ONE_QUESTION = "one key asks one question at one time (the smallest row was kept)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,8 +49,8 @@ def joined(reads: Iterable[Read]) -> Read:
 def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: Read) -> BlockInput:
     """The spine rows in `read` without repeats. Contradictory rows become dead letters."""
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
-    rule = "one key asks one question at one time (the smallest row was kept)"
-    dead_letters = concat_dead_letters([read.dead_letters, locate(plan.spine, block.spine, conflicts, view.key, rule)])
+    conflicting = locate(plan.spine, block.spine, conflicts, view.key, ONE_QUESTION)
+    dead_letters = concat_dead_letters([read.dead_letters, conflicting])
     total = len(read.frame) + len(read.dead_letters)
     tally = SourceTally(
         view.spine.name, total, len(spine), 0, total - len(spine) - len(dead_letters), len(dead_letters), read.digests
@@ -106,7 +107,7 @@ def label(plan: FeaturePlan, name: str) -> str:
 
 
 def read_dimension(view: FeatureView, plan: FeaturePlan, name: str) -> BlockInput:
-    """Reads a dimension, one row per key of each `Lookup`. Its dead letters are dated at the start of the interval."""
+    """Reads a dimension, one row per key of each `Lookup`. Its dead letters have no time."""
     contract, slices = plan.contracts[name], plan.dimensions[name]
     read = read_slices(contract, slices)
     frame = dimension_rows(contract, read.frame)
@@ -115,9 +116,7 @@ def read_dimension(view: FeatureView, plan: FeaturePlan, name: str) -> BlockInpu
     # A row that loses for one Lookup may serve another with other keys, so it stays in the frame, after the winner.
     return BlockInput(
         frame,
-        *tally_dimension(
-            plan, name, len(read.frame) + len(read.dead_letters), used, [read.dead_letters, *dead_letters]
-        ),
+        *tally_dimension(name, len(read.frame) + len(read.dead_letters), used, [read.dead_letters, *dead_letters]),
     )
 
 
@@ -156,13 +155,16 @@ def contradictions(
 
 
 def tally_dimension(
-    plan: FeaturePlan, name: str, total: int, used: int, dead_letters: Sequence[pl.DataFrame]
+    name: str, total: int, used: int, dead_letters: Sequence[pl.DataFrame]
 ) -> tuple[pl.DataFrame, SourceTally]:
-    """A dimension's dead letters, dated at the start of the interval, and the tally of its `total` rows."""
+    """A dimension's dead letters, without a time, and the tally of its `total` rows.
+
+    Every run reads all of a dimension, so a dead letter dated by the run would be there once per run.
+    """
     dead = (
         concat_dead_letters(dead_letters)
         .unique(["file", "row"], keep="first", maintain_order=True)
-        .with_columns(pl.lit(plan.start, pl.Int64).alias("time"))
+        .with_columns(pl.lit(0, pl.Int64).alias("time"))
     )
     return dead, SourceTally(name, total, used, 0, total - used - len(dead), len(dead))
 

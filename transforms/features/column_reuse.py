@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
+from pyarrow.parquet import Statistics
 
 from schemas.durations import instant
 from schemas.errors import ContractError, StoreError
@@ -323,7 +324,7 @@ def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> b
     return True
 
 
-def _bounded(statistics: Any, rows: int) -> bool:
+def _bounded(statistics: Statistics, rows: int) -> bool:
     if not statistics.has_min_max:
         return bool(statistics.has_null_count and statistics.null_count == rows)
     return bool(abs(statistics.min) < _LARGEST and abs(statistics.max) < _LARGEST)

@@ -15,7 +15,7 @@ import polars as pl
 
 from schemas.durations import DAY
 from schemas.errors import DataError
-from schemas.views import FeatureView
+from schemas.views import FeatureView, lifetime_sources
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Inventory, Slice, take_inventory
@@ -207,6 +207,8 @@ def _time_blocks(
     """Returns the blocks of all ranges, without key shards."""
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
+    if not options.digest:  # a first run digests whatever lies in its interval
+        events = {name: within_sight(view, inventory, name, *inventory.extent) for name in events}
     blocks: list[Block] = []
     for first, last in ranges:
         cuts = _cuts(_overlapping(spine, first, last), events, first, last, options.block_rows)
@@ -231,6 +233,14 @@ def _time_blocks(
     if blocks and options.everything:
         blocks[0] = _with_timeless_rows(view, inventory, blocks[0])
     return blocks
+
+
+def within_sight(view: FeatureView, inventory: Inventory, name: str, start: int, end: int) -> tuple[Slice, ...]:
+    """The row groups of `name` that the windows of spine rows in `[start, end)` µs can see, by whole days."""
+    if start >= end:
+        return ()
+    low = ALWAYS if name in lifetime_sources(view) else midnight(day_number(start - view.reach(name)))
+    return _overlapping(inventory.slices[name], low, end)
 
 
 def _digested_spans(

@@ -17,6 +17,13 @@ from schemas.durations import DAY
 from schemas.errors import StoreError
 from schemas.loading import Definition
 from schemas.views import FeatureView, lifetime_sources
+from transforms.features.carried_dead_letters import (
+    CarriedDeadLetters,
+    Carrying,
+    carry,
+    dimensions_changed,
+    read_dimensions,
+)
 from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
@@ -28,7 +35,7 @@ from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import open_table
-from transforms.storage.paths import features_uri
+from transforms.storage.paths import dead_letters_uri, features_uri
 
 Ranges = list[tuple[int, int]]
 
@@ -96,6 +103,7 @@ class PreparedRun:
         chains: of those segments, each with the snapshot it starts from.
         outdated: days of the table that an older version wrote, and whose values may be wrong.
         partition_days: how many days a partition of the feature table spans.
+        carried: dead letters of days that the run does not compute.
     """
 
     plan: FeaturePlan | None
@@ -109,6 +117,7 @@ class PreparedRun:
     chains: tuple[Chain, ...] = ()
     outdated: tuple[int, ...] = ()
     partition_days: int = 1
+    carried: CarriedDeadLetters = dataclasses.field(default_factory=CarriedDeadLetters)
 
     @property
     def required_plan(self) -> FeaturePlan:
@@ -144,8 +153,11 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     current = examine(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
     stale = _with_notes(stale, old_days, ranges, inventory, everything)
+    carried = CarriedDeadLetters()
+    if not everything:
+        carried = carried_dead_letters(request, inventory, manifest, current, ranges)
     if not ranges:
-        return PreparedRun(None, stale, current, base)
+        return PreparedRun(None, stale, current, base, carried=carried)
     snapshots = _snapshots(request, manifest, current, ranges) if lifetime_sources(view) else {}
     older = [] if request.full else older_tables(request.store, view)
     copies = find_copies(view, inventory, current, older, days_within(ranges))
@@ -155,7 +167,9 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     days = partition_days(
         request.table, table, rows, (as_date(day_number(low)), as_date(day_number(max(high - 1, low))))
     )
-    prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything, partition_days=days)
+    prepared = PreparedRun(
+        plan, stale, current, base, copies, inventory, everything, partition_days=days, carried=carried
+    )
     if not lifetime_sources(view):
         return prepared
     history = chains(plan, snapshots)
@@ -166,6 +180,17 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
         chains=history,
         outdated=tuple(old_days),
     )
+
+
+def carried_dead_letters(
+    request: FeaturesRequest, inventory: Inventory, manifest: Manifest, current: Current, ranges: Ranges
+) -> CarriedDeadLetters:
+    """Returns the dead letters of days outside the ranges, as the run leaves them."""
+    dimensions = None
+    if not ranges and dimensions_changed(request.view, manifest, current):  # with ranges, the first block reads them
+        dimensions = read_dimensions(request.view, inventory, request.broadcast_bytes)
+    uri = dead_letters_uri(request.store, "features")
+    return carry(Carrying(request.view, uri, inventory, manifest, current), ranges, dimensions)
 
 
 def _stale_ranges(

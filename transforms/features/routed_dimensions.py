@@ -64,4 +64,4 @@ def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BL
                 dead_letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
     used = rows - (len(pl.concat(refused).unique()) if refused else 0)
     nothing = pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.columns})
-    return BlockInput(nothing, *tally_dimension(plan, name, total, used, dead_letters))
+    return BlockInput(nothing, *tally_dimension(name, total, used, dead_letters))

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import polars as pl
 
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.manifest import VERSION, Manifest, read_anew
@@ -14,6 +15,7 @@ from transforms.records.row_hashing import combine, hash_column, hash_text
 from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
+from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Inventory, Slice
 from transforms.sources.reader import Repeats, read_slices, repeats_of, stream_slices
 
@@ -34,6 +36,7 @@ class Current:
         digests: by day, if `digested`; then they cover all days.
         whole: per source the last day that is entirely before the run's clock. Of a later day some rows may have been
             rejected that the next run accepts, so it does not count as covered.
+        dead_letters: of all rows of the time sources' files that are new or have changed, of `SOURCE_DEAD_LETTERS`.
         looked: rows that were read for digests (`DIGESTED`) and to find repeats (`REPEATS`), per source.
     """
 
@@ -44,6 +47,7 @@ class Current:
     whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
     digested: bool = False
     looked: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    dead_letters: pl.DataFrame = dataclasses.field(default_factory=lambda: concat_dead_letters([]))
 
 
 def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
@@ -53,8 +57,10 @@ def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) 
         everything: digest all files, whatever the manifest knows of them.
     """
     known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
-    files, digests, repeats, dimensions, whole = {}, {}, {}, {}, {}
+    files, repeats, dimensions, whole = {}, {}, {}, {}
+    digests: dict[str, Digests] = {}
     looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
+    dead_letters: list[pl.DataFrame] = []
     for name, slices in inventory.slices.items():
         contract = inventory.contract(name)
         files[name] = _spans(slices, contract)
@@ -66,11 +72,13 @@ def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) 
             repeats[name] = repeats_of(contract, slices)
             looked[REPEATS][name] = sum(each.rows for each in slices)
         whole[name] = day_number(contract.latest) - 1
-        digests[name] = digests_now(name, contract, slices, files[name], known) if manifest.dates else {}
+        digests[name] = {}
         if manifest.dates:
+            digests[name] = digests_now(name, contract, slices, files[name], known, dead_letters)
             unread = _unread(name, slices, files[name], known)[1]
             looked[DIGESTED][name] = sum(each.rows for each, _, _ in unread)
-    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates), looked)
+    found = concat_dead_letters(dead_letters).unique(["file", "row"], keep="first", maintain_order=True)
+    return Current(files, digests, repeats, dimensions, whole, bool(manifest.dates), looked, found)
 
 
 def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
@@ -86,16 +94,36 @@ def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, 
 
 
 def digests_now(
-    name: str, contract: Contract, slices: Sequence[Slice], now: Mapping[str, tuple[str, int, int]], manifest: Manifest
+    name: str,
+    contract: Contract,
+    slices: Sequence[Slice],
+    now: Mapping[str, tuple[str, int, int]],
+    manifest: Manifest,
+    dead_letters: list[pl.DataFrame] | None = None,
 ) -> Digests:
-    """Digests of a source by day; what has not changed since `manifest` is taken from there."""
-    known = manifest.digests.get(name, {})
+    """Digests of a source by day; what has not changed since `manifest` is taken from there.
+
+    Args:
+        dead_letters: those of the files that are new or have changed are added, some perhaps twice.
+    """
+    known, before = manifest.digests.get(name, {}), manifest.files.get(name, {})
     days, unread = _unread(name, slices, now, manifest)
-    parts = [
-        read_slices(contract, [each], own=(0, 0), span=(midnight(low), midnight(high + 1))).digests
-        for each, low, high in unread
-    ]
+    changed = {path for path in now if dead_letters is not None and before.get(path, ("",))[0] != now[path][0]}
+    parts = []
+    for each, low, high in unread:
+        own = None if each.path in changed else (0, 0)
+        read = read_slices(contract, [each], own=own, span=(midnight(low), midnight(high + 1)))
+        parts.append(read.digests)
+        if dead_letters is not None and len(read.dead_letters):
+            dead_letters.append(read.dead_letters)
+    if dead_letters is not None:
+        timeless = [each for each in slices if each.path in changed and _timeless(contract, each)]
+        dead_letters += [read_slices(contract, [each]).dead_letters for each in timeless]
     return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+
+
+def _timeless(contract: Contract, each: Slice) -> bool:
+    return each.high < contract.earliest or each.low >= contract.latest
 
 
 def _unread(

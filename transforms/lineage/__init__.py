@@ -1,8 +1,9 @@
 """Where a row comes from, and whether live and batch agree.
 
-`find_rows` and `find_prediction` find a row in a store; `origin` follows it back to the sources, commits and models that it
-was made from.  `check` (parity) computes every live feature row again from exactly the events that it could see, and compares
-it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
+`find_rows` and `find_prediction` find a row in a store; `origin` follows it back to the sources, commits and models
+that it was made from.  `check` (parity) computes every live feature row again from exactly the events that it could
+see, and compares it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
+`Erasure` removes rows of a source and all that was made from them.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from transforms.public_names import import_when_used
 if TYPE_CHECKING:
     from transforms.lineage.counted_rows import UNEXPLAINED, Batch
     from transforms.lineage.difference_causes import Full, compare
+    from transforms.lineage.erasure import Condition, Erasure, holding
+    from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures, now_text
     from transforms.lineage.feature_parity import Parity, check
     from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
     from transforms.lineage.live_verification import verify_live

@@ -1,13 +1,15 @@
-"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the other does not."""
+"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the
+other does not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +47,16 @@ CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, L
 UNEXPLAINED = "unexplained"
 _CODE = {cause: number for number, cause in enumerate(CAUSES, 1)}
 _N = "__number"
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
 
 
-def memo(method: Any) -> Any:
+def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Result]:
     """A method of one name, whose results the object keeps."""
 
     @functools.wraps(method)
-    def kept_by(self: Any, name: str) -> Any:
-        held = self.__dict__.setdefault(f"_{method.__name__}", {})
+    def kept_by(self: Owner, name: str) -> Result:
+        held: dict[str, Result] = self.__dict__.setdefault(f"_{method.__name__}", {})
         if name not in held:
             held[name] = method(self, name)
         return held[name]
@@ -76,7 +80,7 @@ class Batch:
 
     @classmethod
     def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
-        """Of a store's table and its sources, or those in the folder `root`.  Without a store there are sources alone."""
+        """The table of a store with its sources, or those in the folder `root`; without a store, sources alone."""
         assert store is not None or root is not None
         table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
         return cls(view, root or sources_root(str(store)), table)
@@ -175,7 +179,7 @@ class Aligned:
         return VisibleRows(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
 
     def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
-        """What counts of the times `[low, high)`: what live sees at `cut`, with the differences of some causes applied."""
+        """The rows of `[low, high)` that live sees at `cut`, with the differences of the `active` causes applied."""
         live = (self.shown <= cut) & (self.gone > cut)
         late = (self.shown < NEVER) & (self.shown > cut)
         cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
@@ -318,7 +322,8 @@ class Sides:
                 if field in rows.columns:
                     exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
             result[exact & (early | (cause == REJECTED))] = _CODE[cause]
-            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are left.
+            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are
+            # left.
             rest = result == _CODE[unknown]
             if 0 < rest.sum() <= len(told) - exact.sum():
                 result[rest] = _CODE[cause]
@@ -363,7 +368,9 @@ class Sides:
         far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
         forgotten = undecided["__first"].fill_null(NEVER).to_numpy() < far
         otherwise = np.where(replaced, _CODE[LATE], np.where(forgotten, _CODE[REPEAT], _CODE[TWICE]))
-        cause[undecided["__row"].to_numpy()] = np.where(theirs > 0, theirs, otherwise)
+        # A row of history from before what live remembers would have made no difference.
+        own = (theirs == 0) | (forgotten & ~replaced & (theirs == _CODE[HISTORY]))
+        cause[undecided["__row"].to_numpy()] = np.where(own, otherwise, theirs)
 
     def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
         """Why batch lacks the questions of some live answers."""

@@ -1,9 +1,10 @@
 """Live answers beside the full batch table: every difference of a bit, and what it comes from.
 
-A live answer could see the rows that had arrived by its cut; the batch table sees every row that its sources hold now.  Both
-sets of rows are laid side by side by content, and each row that only one of them counts gets a cause.  Which causes a
-difference comes from is then computed, never guessed: over live's rows the kernel must give live's bits, over those with all
-causes applied the batch table's; a cause is named when leaving it out gives other bits than the batch table's.
+A live answer could see the rows that had arrived by its cut; the batch table sees every row that its sources hold now.
+Both sets of rows are laid side by side by content, and each row that only one of them counts gets a cause.  Which
+causes a difference comes from is then computed, never guessed: over live's rows the kernel must give live's bits, over
+those with all causes applied the batch table's; a cause is named when leaving it out gives other bits than the batch
+table's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -40,7 +40,7 @@ class Difference:
 
     values: int = 0
     answers: int = 0
-    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -126,7 +126,9 @@ def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
 
 
 def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
-    """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's rows."""
+    """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's
+    rows.
+    """
     view, variant = sides.view, _Variants(sides, answers, versions)
     touched: dict[str, set[int]] = {}
     for name in view.columns:
@@ -152,7 +154,9 @@ def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataF
 
 
 def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
-    """Of each of some rows, the causes, as bits, that give batch's value together and without any of which it does not come."""
+    """Of each of some rows, the causes, as bits, that give batch's value together and without any of which it does not
+    come.
+    """
     needed = np.where(rows, variant.all, 0).astype(np.int64)
     for number in reversed(range(len(variant.causes))):
         bit = 1 << number
@@ -179,7 +183,8 @@ class _Variants:
         theirs = pl.DataFrame(
             {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
         )
-        # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other came.
+        # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other
+        # came.
         positions = pl.int_range(pl.len()).alias("__at")
         other = theirs.with_columns(positions).join(
             self.live.with_columns(positions), on=[*content, "__at"], how="anti", nulls_equal=True

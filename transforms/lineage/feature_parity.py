@@ -1,18 +1,18 @@
 """Batch and live agree to the bit: every live answer computed again, from exactly the events that it could see.
 
 An answer's cut names, per partition, the offset it saw up to.  Cuts grow, so they have an order, and every event has a
-first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing known
-before a question came after its cut, the answer over everything is the answer over the cut, and one computation serves
-all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would change.
+first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing
+known before a question came after its cut, the answer over everything is the answer over the cut, and one computation
+serves all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would
+change.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,10 +20,10 @@ import polars as pl
 from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
-from transforms.lineage.visible_rows import NEVER, Bools, Ints, read_accepted, seen_of
+from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
@@ -37,14 +37,14 @@ ROWS_AT_ONCE = 500_000
 
 @dataclasses.dataclass
 class Compared:
-    """One feature: values compared, nulls on each side, values that differ, and those that later arrivals would change."""
+    """One feature: values compared, nulls on each side, values that differ or that later arrivals would change."""
 
     rows: int = 0
     nulls_live: int = 0
     nulls_batch: int = 0
     differing: int = 0
     changed_later: int = 0
-    examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    examples: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -105,7 +105,9 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
 
 
 def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
-    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as history is none."""
+    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as
+    history is none.
+    """
     rows = read_accepted(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
     return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
@@ -142,16 +144,16 @@ def pending(view: FeatureView, store: str) -> int:
     return int(newest.get("pending") or 0)
 
 
-def cuts_of(files: Sequence[Any]) -> list[str]:
+def cuts_of(files: Sequence[DataFile]) -> list[str]:
     """The distinct cuts of the answers in some files, in their order."""
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files]
     texts = pl.concat(parts)["__cut"].unique().to_list() if parts else []
     return sorted(texts, key=lambda text: sum(cut_of(text).values()))
 
 
-def _by_dates(files: Sequence[Any]) -> Iterator[list[Any]]:
+def _by_dates(files: Sequence[DataFile]) -> Iterator[list[DataFile]]:
     """Files in groups of whole dates of about `ROWS_AT_ONCE` rows."""
-    group: list[Any] = []
+    group: list[DataFile] = []
     for file in files:
         if group and file.date != group[-1].date and sum(each.rows for each in group) >= ROWS_AT_ONCE:
             yield group
@@ -209,7 +211,7 @@ def _check_some(
     result.changed_later += int(changed.sum())
 
 
-def disturbed_by(seen: Any, moments: Ints, cuts: Ints) -> Bools:
+def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bools:
     """Questions before whose time an event lies whose standing changed after their cut."""
     result = np.zeros(len(moments), np.bool_)
     for each in seen:

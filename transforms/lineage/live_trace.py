@@ -1,10 +1,11 @@
-"""Where a live answer came from: its question, and what it could see of each source, read from its cut and the tables."""
+"""The origin of a live feature row: its spine row, and the rows of each source that its cut shows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 import polars as pl
@@ -30,12 +31,12 @@ class Visible:
     source: str
     table: str | None
     cut: Mapping[int, int]
-    days: tuple[tuple[Any, int], ...]
+    days: tuple[tuple[date, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """The version of a dimension that an answer used, and where that version is kept; None if it is not there any more."""
+    """The version of a dimension that a feature row used, and its file; None if the file is gone."""
 
     source: str
     version: str
@@ -51,7 +52,7 @@ def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Vi
         uri = source_uri(sources_root(store), name)
         table = uri if open_table(uri) is not None else None
         offsets = {partition: offset for (source, partition), offset in sorted(cut.items()) if source == name}
-        days: tuple[tuple[Any, int], ...] = ()
+        days: tuple[tuple[date, int], ...] = ()
         if name in view.events and table is not None:
             seen = seen_of(view, store, name, [row["__cut"]], row["date"], row["date"])
             times = seen.at(0, reached_from(view, name, at), at)[str(view.events[name].time)]

@@ -1,6 +1,7 @@
 """Live answers computed again plainly, each from the rows that its cut shows.
 
-Only which rows an answer could see is decided as `parity` decides it; what is computed from them shares nothing with it.
+Only which rows an answer could see is decided as `parity` decides it; what is computed from them shares nothing with
+it.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def view_table(store: str, view: FeatureView, version: int | None = None, positi
 def find_rows(
     table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None
 ) -> list[tuple[DataFile, dict[str, Any]]]:
-    """Rows with these values, with the file that each is in; of other dates' files nothing is read if `day` is given."""
+    """Rows with these values, each with its file.  With `day`, files of other dates are not read."""
     found = []
     columns = list(dict.fromkeys(conditions))
     for file in data_files(table):
@@ -243,7 +243,8 @@ def _since(path: str, stamp: str) -> str:
 def find_prediction(
     store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
 ) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
-    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live` ones are meant.
+    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live`
+    ones are meant.
 
     Raises:
         DataError: no such prediction.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.models.bundle import Bundle, digest_of, load, save
+    from transforms.models.bundle import Bundle, digest_of, load, read_bytes, save
     from transforms.models.encoders import (
         EXACT,
         Encoding,

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         LIVE_DEAD_LETTERS,
         MESSAGE_DEAD_LETTERS,
         SOURCE_DEAD_LETTERS,
+        UNDATED,
         as_message_dead_letters,
         concat_dead_letters,
+        dated_dead_letters,
         dead_letters_batch,
         message_dead_letters,
     )

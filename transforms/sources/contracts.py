@@ -25,6 +25,20 @@ _YEARS_DAYS = tuple(each // 86_400_000_000 for each in YEARS)
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
+# What Arrow raises when it reads bytes that are no Parquet, or whose footer contradicts them.
+UNREADABLE = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
+
+
+def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
+    """The refusal of a file that cannot be read."""
+    reason = (str(error).splitlines() or ["unreadable"])[0]
+    return ContractError(
+        f"Source {source.name!r}: every file is whole Parquet",
+        f"{path}: {reason}",
+        "Write the file again (aside, then rename), or remove it",
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partitions:
     """Columns of a Delta table that its log tells and a file may not hold.
@@ -132,17 +146,20 @@ class Contract:
         self.check(table.schema, file)
         given = {} if self.partitions is None else self.partitions.values.get(file, {})
         inside = [name for name in self.read if name not in given and name in table.schema.names]
-        frame = readable(pl.DataFrame(pl.from_arrow(_with_valid_text(table.select(inside)))))
-        if len(inside) < len(self.read):
-            types = {name: self.source.schema[name] for name in self.read if name not in inside}
-            values = pl.DataFrame({name: [given.get(name)] for name in types}).cast(types)  # type: ignore[arg-type]
-            frame = pl.DataFrame(
-                {
-                    name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows)
-                    for name in self.read
-                }
-            )
-        return frame.cast({name: self.source.schema[name] for name in self.read})
+        try:
+            frame = readable(as_frame(table.select(inside)))
+            if len(inside) < len(self.read):
+                types = {name: self.source.schema[name] for name in self.read if name not in inside}
+                values = pl.DataFrame({name: [given.get(name)] for name in types}).cast(types)  # type: ignore[arg-type]
+                frame = pl.DataFrame(
+                    {
+                        name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows)
+                        for name in self.read
+                    }
+                )
+            return frame.cast({name: self.source.schema[name] for name in self.read})
+        except (*UNREADABLE, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise not_whole(self.source, file, error) from None
 
     def check(self, schema: pa.Schema, file: str) -> None:
         """Refuse a file whose columns do not hold what is declared; columns not declared are ignored."""
@@ -183,6 +200,17 @@ class Contract:
                     f"{found} in {file}",
                     "Correct the file, or the declaration if it was wrong",
                 )
+
+
+def as_frame(table: pa.Table) -> pl.DataFrame:
+    """Columns of a file for Polars: without notes of the writer, and times of any zone as UTC, which is how they are kept."""
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
+        zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
+        columns[name] = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+    if not columns:
+        return pl.DataFrame()
+    return pl.DataFrame(pl.from_arrow(pa.table(columns)))
 
 
 def _with_valid_text(table: pa.Table) -> pa.Table:

@@ -8,6 +8,7 @@ partition and offset of its message (`MESSAGE_DEAD_LETTERS`) and is stored in th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import date
 
 import polars as pl
 import pyarrow as pa
@@ -68,19 +69,28 @@ LIVE_DEAD_LETTERS = pa.schema(
 )
 
 
+# The date of dead letters that have no time: of dimensions, and of row groups without any plausible time.
+UNDATED = date(1970, 1, 1)
+
+
 def concat_dead_letters(dead_letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Concatenates the dead letters of several reads."""
     return pl.concat([pl.DataFrame(schema=SOURCE_DEAD_LETTERS), *dead_letters])
 
 
 def dead_letters_batch(view: FeatureView, dead_letters: Sequence[pl.DataFrame]) -> pa.RecordBatch:
-    """Dead letters as a RecordBatch of `DEAD_LETTERS`. Those without a time are dated 1970-01-01."""
-    date = pl.col("time").clip(0).cast(pl.Datetime("us")).dt.date().alias("date")
-    return batch(
+    """Dead letters as a RecordBatch of `DEAD_LETTERS`."""
+    return batch(dated_dead_letters(view, dead_letters), DEAD_LETTERS)
+
+
+def dated_dead_letters(view: FeatureView, dead_letters: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Dead letters with the columns of `DEAD_LETTERS`. Those without a time are dated `UNDATED`."""
+    day = pl.col("time").clip(0).cast(pl.Datetime("us")).dt.date().alias("date")
+    return (
         concat_dead_letters(dead_letters)
-        .with_columns(date, pl.lit(view.name).alias("view"))
-        .sort("date", "source", "file", "row"),
-        DEAD_LETTERS,
+        .with_columns(day, pl.lit(view.name).alias("view"))
+        .select(DEAD_LETTERS.names)
+        .sort("date", "source", "file", "row")
     )
 
 

@@ -20,7 +20,7 @@ from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import Contract, Partitions, fits, readable
+from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
@@ -216,7 +216,8 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
     try:
         parts = list(file_pool().map(lambda path: _slices(path, contract), paths))
     except ContractError:
-        _of_one_type(contract, paths)
+        with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
+            _of_one_type(contract, paths)
         raise
     return Surveyed(contract, tuple(each for part in parts for each in part), listing)
 
@@ -288,6 +289,13 @@ def _deleted(table: DeltaTable) -> bool:
 
 
 def _slices(path: str, contract: Contract) -> list[Slice]:
+    try:
+        return _slices_of(path, contract)
+    except UNREADABLE as error:
+        raise not_whole(contract.source, path, error) from None
+
+
+def _slices_of(path: str, contract: Contract) -> list[Slice]:
     file, stamp = open_parquet(path, contract.source), stamp_of(path)
     contract.check(file.schema_arrow, path)
     time = contract.source.time
@@ -308,7 +316,7 @@ def _slices(path: str, contract: Contract) -> list[Slice]:
 
 def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
     """Bounds of a row group's plausible times, where its footer gives none or those of a clock that was wrong."""
-    times = readable(pl.DataFrame(pl.from_arrow(file.read_row_group(group, [time]))))[time].dt.epoch("us")
+    times = readable(as_frame(file.read_row_group(group, [time])))[time].dt.epoch("us")
     times = times.filter((times >= contract.earliest) & (times < contract.latest))
     return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
 
@@ -348,7 +356,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()))
             raise
-    except (OSError, pa.ArrowException, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None

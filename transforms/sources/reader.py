@@ -15,7 +15,7 @@ import pyarrow as pa
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS
-from transforms.sources.contracts import Contract, check_rows, readable
+from transforms.sources.contracts import UNREADABLE, Contract, as_frame, check_rows, not_whole, readable
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
 from transforms.sources.inventory import Slice, open_parquet, stamp_of
@@ -137,6 +137,7 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
             rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
             yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
             first += len(rows)
+    _complete(contract, piece.path, first - piece.first, piece.rows)
     _unchanged(contract, piece.path, piece.stamp or None)
 
 
@@ -157,6 +158,7 @@ def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | No
     file = open_parquet(path, contract.source)
     with _whole(contract, path):
         table = file.read_row_groups(groups, list(contract.read))
+    _complete(contract, path, table.num_rows, sum(file.metadata.row_group(each).num_rows for each in groups))
     _unchanged(contract, path, stamp)
     return contract.cast(table, path)
 
@@ -165,12 +167,14 @@ def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | No
 def _whole(contract: Contract, path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ContractError(
-            f"Source {contract.source.name!r}: every file is whole Parquet",
-            f"{path}: {str(error).splitlines()[0]}",
-            "Write the file again, or remove it",
-        ) from None
+    except UNREADABLE as error:
+        raise not_whole(contract.source, path, error) from None
+
+
+def _complete(contract: Contract, path: str, found: int, rows: int) -> None:
+    if found != rows:
+        error = ValueError(f"{found:,} rows where its footer says {rows:,}")
+        raise not_whole(contract.source, path, error)
 
 
 def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
@@ -204,7 +208,7 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
         return None
     with _whole(contract, piece.path):
         for batch in file.iter_batches(CHUNK_ROWS, [piece.group], [contract.source.time]):
-            moments = readable(pl.DataFrame(pl.from_arrow(batch)))
+            moments = readable(as_frame(pa.Table.from_batches([batch])))
             found = _plausible(contract, moments[contract.source.time])
             if found is not None:
                 return found

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
         sources_root,
         tables_below,
     )
-    from transforms.storage.run_markers import MARKER, remove_marker, running_runs, write_marker
+    from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.run_markers import MARKER, RunMarker, remove_marker, running_runs, write_marker
     from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped
     from transforms.storage.tfrecord_io import (
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
         publish_tfrecord_files,
     )
     from transforms.storage.vacuum import (
+        TEMPORARY_FILE,
         VacuumRules,
         Waste,
         at_work,

@@ -92,8 +92,37 @@ def segments_of_days(days: npt.NDArray[np.int32]) -> list[Segment]:
 
 def with_segments(content: pa.Table, segments: Sequence[Segment]) -> pa.Table:
     """`content`, whose footer will tell its segments."""
-    told = json.dumps([[each.day, each.rows, each.origin] for each in segments], separators=(",", ":"))
-    return content.replace_schema_metadata({_FOOTER: told.encode()})
+    return content.replace_schema_metadata({_FOOTER: _told(segments)})
+
+
+def schema_with_segments(schema: pa.Schema, segments: Sequence[Segment]) -> pa.Schema:
+    """`schema`, with which a file tells its segments."""
+    return schema.with_metadata({**(schema.metadata or {}), _FOOTER: _told(segments)})
+
+
+def _told(segments: Sequence[Segment]) -> bytes:
+    return json.dumps([[each.day, each.rows, each.origin] for each in segments], separators=(",", ":")).encode()
+
+
+def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path: str) -> list[Segment]:
+    """The segments of the file at `path` within its table without the rows that are `gone`.
+
+    Those that lost none keep their origin; of the others, the new file is the origin.
+
+    Raises:
+        DataError: the file has other rows.
+    """
+    if (told := sum(each.rows for each in segments)) != len(gone):
+        raise _other_rows(path, f"{told} rows by its footer, and {len(gone)} in it")
+    found, start = [], 0
+    for each in segments:
+        lost = int(gone[start : start + each.rows].sum())
+        start += each.rows
+        if not lost:
+            found.append(dataclasses.replace(each, origin=each.origin or path))
+        elif lost < each.rows:
+            found.append(Segment(each.day, each.rows - lost))
+    return found
 
 
 def read_segments(path: str) -> tuple[Segment, ...]:

@@ -140,20 +140,31 @@ def paths_of(table: DeltaTable) -> list[str]:
     return sorted(FileSystems.join(root, path_within(root, path)) for path in _actions(table)["path"])
 
 
-def data_files(table: DeltaTable, start: date | None = None, end: date | None = None) -> list[DataFile]:
+def data_files(
+    table: DeltaTable,
+    start: date | None = None,
+    end: date | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> list[DataFile]:
     """The table's dates in `[start, end)`, file by file, in order of date and path.
+
+    Args:
+        extra: wanted values of further partition columns (see `CommitTarget`).
 
     Raises:
         StoreError: a file's path leaves the table.
     """
     root, actions = table_root(table), _actions(table)
+    wanted = [(actions[f"partition.{name}"], value) for name, value in (extra or {}).items()]
     spans = date_spans.days_of(table) > 1
     lows, highs = (actions.get(name, []) for name in (("min.date", "max.date") if spans else ("partition.date",) * 2))
     files: list[DataFile] = []
-    for path, low, high, rows, size in zip(
-        actions["path"], lows, highs, actions["num_records"], actions["size_bytes"], strict=True
+    for i, (path, low, high, rows, size) in enumerate(
+        zip(actions["path"], lows, highs, actions["num_records"], actions["size_bytes"], strict=True)
     ):
         if (start is not None and high < start) or (end is not None and low >= end):
+            continue
+        if any(values[i] != value for values, value in wanted):
             continue
         path = FileSystems.join(root, path_within(root, path))
         try:
@@ -384,6 +395,7 @@ class CommitTarget:
         extra: fixed values of further partition columns, standing before `date`.
         metadata: kept with the commit.
         days: how many days a partition of the table spans, if it is new.
+        shared: dates that every run replaces: the last one to commit wins, and none is refused for them.
     """
 
     uri: str
@@ -394,6 +406,11 @@ class CommitTarget:
     extra: Mapping[str, str] | None = None
     metadata: Mapping[str, str] | None = None
     days: int = 1
+    shared: tuple[date, ...] = ()
+
+    def judged(self, contents: frozenset[tuple[str, date]]) -> frozenset[tuple[str, date]]:
+        """Of what a table has of the target's dates (see `_contents`), what no other run may change."""
+        return frozenset(each for each in contents if each[1] not in self.shared)
 
 
 class CommittedMeanwhile(Exception):
@@ -542,8 +559,9 @@ class _Replacement:
                 # A repeated transaction is accepted, so the log of this snapshot is searched before the commit.
                 if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
                     return self._made_before(made)
-                if (now := _contents(table, target)) != self.before:
-                    raise conflict(target.uri, target.base, table.version(), self.before - now, now - self.before)
+                before, now = target.judged(self.before), target.judged(_contents(table, target))
+                if now != before:
+                    raise conflict(target.uri, target.base, table.version(), before - now, now - before)
             held, dates = _held(table, target), target.dates
             if "://" in address_of(target.uri) and table is not None:
                 days = {path: date.fromisoformat(file.partition_values["date"]) for path, file in held.items()}
@@ -774,17 +792,19 @@ def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFi
 
 def _contents(table: DeltaTable | None, target: CommitTarget) -> frozenset[tuple[str, date]]:
     """What the table has of the target's dates: each date with the file in which its rows were first committed."""
-    held = _held(table, target)
-    if table is None or target.dates is None or date_spans.days_of(table) == 1:
+    held, mine = _held(table, target), None if target.dates is None else set(target.dates)
+    if table is None or date_spans.days_of(table) == 1 or (mine is None and not target.shared):
         return frozenset((path, file.dates[0]) for path, file in held.items())
-    root, mine = address_of(target.uri), set(target.dates)
-    return frozenset(
-        (part.origin or path, part.date)
-        for path, file in held.items()
-        if any(file.dates[0] <= day <= file.dates[1] for day in mine)
-        for part in _dates_in(FileSystems.join(root, path), file.bytes)
-        if part.date in mine
-    )
+    root, found = address_of(target.uri), set[tuple[str, date]]()
+    for path, file in held.items():
+        if mine is None or any(file.dates[0] <= day <= file.dates[1] for day in mine):
+            try:
+                parts = _dates_in(FileSystems.join(root, path), file.bytes)
+            except StoreError:  # gone, which is a change; or spoiled, and whoever keeps rows of it is told
+                found.add((path, file.dates[0]))
+                continue
+            found.update((part.origin or path, part.date) for part in parts if mine is None or part.date in mine)
+    return frozenset(found)
 
 
 def _actions(table: DeltaTable) -> dict[str, list[Any]]:

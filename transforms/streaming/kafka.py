@@ -67,7 +67,9 @@ class Broker:
         """Properties for Java."""
         return {**java_properties(self.java), "bootstrap.servers": self.bootstrap}
 
-    def client(self, kind: Callable[[dict[str, str | int | float | bool]], Client], config: Mapping[str, str | int | bool]) -> Client:
+    def client(
+        self, kind: Callable[[dict[str, str | int | float | bool]], Client], config: Mapping[str, str | int | bool]
+    ) -> Client:
         """A client of librdkafka with further properties.
 
         Raises:

@@ -26,8 +26,16 @@ if TYPE_CHECKING:
     from transforms.training.fit_encoders import Fit, declared
     from transforms.training.float32_checks import lost_digits
     from transforms.training.hyperparameter_search import trials
-    from transforms.training.preparation import TrainingRequest, code_digest, constraints_digest, prepare_training
+    from transforms.training.preparation import (
+        TrainingRequest,
+        code_digest,
+        constraints_digest,
+        prepare_training,
+        relative_to,
+        within,
+    )
     from transforms.training.publish_model import (
+        BUNDLE,
         PENDING,
         REPORT,
         Publication,
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
         failed_gates,
         publish,
         register_model,
+        register_run,
         rival_of,
     )
     from transforms.training.trainer import BundleRequest, Study, Train, Trained, save_best

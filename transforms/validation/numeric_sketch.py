@@ -33,7 +33,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 # Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
 MOST_ROWS = 1 << 24
 FEW = BUCKETS // 16
-# `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its square of 2^−298.
+# `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its
+# square of 2^−298.
 _SUM, _SQUARE = UNIT - 149, 2 * (UNIT - 149)
 # Integers up to here are float32s and doubles alike.
 _WHOLE = 1 << 24

@@ -253,10 +253,11 @@ def read_account(table: str, run_id: str) -> Account:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class Validate(beam.PTransform):
-    """PCollection of one `DatasetFeatureStatisticsList` → PCollection of one dict: metadata for the commit that may follow.
+    """PCollection of one `DatasetFeatureStatisticsList` → PCollection of one dict: metadata for the commit that may
+    follow.
 
-    Anomalies, or too many rejected rows, fail the step and the run. A commit that takes the dict as a side input waits for
-    it.
+    Anomalies, or too many rejected rows, fail the step and the run. A commit that takes the dict as a side input waits
+    for it.
 
     Args:
         tallies: per source, as a side input.
@@ -331,8 +332,10 @@ def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
         fraction = tally.dead / tally.read
         raise ContractError(
             f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
-            f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {fraction:.3g}, in {check.run.interval}",
-            f"Nothing was committed; {check.run.dead_letters} holds the rows and the rules they broke.  Mend the source, "
+            f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {fraction:.3g}, in "
+            f"{check.run.interval}",
+            f"Nothing was committed; {check.run.dead_letters} holds the rows and the rules they broke.  Mend the "
+            "source, "
             f"or run again with --max_dead_fraction {fraction + 0.0005:.3f}",
         )
 

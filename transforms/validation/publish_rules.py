@@ -1,4 +1,4 @@
-"""What a user asked of the publish check.  Commands that run nothing need this alone, without TFDV's protos and Beam."""
+"""The options of the publish check, for commands that need neither TFDV's protos nor Beam."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class StringSketch:
     Args:
         rows, missing: how many rows, and nulls among them.
         bytes: total length.
-        levels: `value`, `count` per distinct value, rising by value.  Past `LEVELS` only those of the least hashes: which
-            and how often is the same for every order of merging, and the number of distinct values follows from how
-            close the hashes lie (± 1 %; k minimum values, Bar-Yossef et al. 2002).
+        levels: `value`, `count` per distinct value, rising by value.  Past `LEVELS` only those of the least hashes:
+            which and how often is the same for every order of merging, and the number of distinct values follows from
+            how close the hashes lie (± 1 %; k minimum values, Bar-Yossef et al. 2002).
         partial: whether values were left out.
     """
 
@@ -120,7 +120,9 @@ def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
 
 
 def view_columns(view: FeatureView) -> pa.Schema:
-    """The columns of a view's table that are described: its features and what stands beside them, not the key, the time or ids."""
+    """The columns of a view's table that are described: its features and what stands beside them, not the key, the time
+    or ids.
+    """
     beside = [name for name in view.context if name not in (*view.key, view.time)]
     return described(view.output_schema, [*beside, *view.feature_names])
 
@@ -219,7 +221,9 @@ def _write_numbers(stats: pb.NumericStatistics, column: NumericSketch) -> None:
 
 
 def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Ints]:
-    """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a cell as its mean does."""
+    """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a cell as its mean
+    does.
+    """
     if column.least == column.greatest:
         return np.array([column.least, column.greatest]), np.array([column.values])
     bounds = np.linspace(column.least, column.greatest, buckets + 1)
@@ -230,7 +234,9 @@ def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats,
 
 
 def equal_counts(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
-    """Bounds [buckets + 1] at quantiles and counts [buckets]; buckets that end at one value share what it holds, as TFDV has it."""
+    """Bounds [buckets + 1] at quantiles and counts [buckets]; buckets that end at one value share what it holds, as
+    TFDV has it.
+    """
     ranks = -(-np.arange(buckets + 1) * column.values // buckets) - 1
     bounds = column.ranked(np.maximum(ranks, 0))
     ends, share = np.unique(bounds[1:], return_counts=True)

@@ -32,8 +32,8 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from schemas.errors import DefinitionError
 
-# How far a feature may move between intervals, where nothing was measured: Jensen–Shannon divergence of numbers, greatest
-# change of a value's share of strings, both from 0 to 1.
+# How far a feature may move between intervals, where nothing was measured: Jensen–Shannon divergence of numbers,
+# greatest change of a value's share of strings, both from 0 to 1.
 DRIFT = 0.5
 # Where it was measured: so many times the most it moved, and never less than the least.
 MARGIN, LEAST_DRIFT = 1.5, 0.1

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -42,8 +41,8 @@ class Amount:
 
     Args:
         rows: at most so many; None: all.
-        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each lifetime
-            group; None: as long as it takes.
+        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each
+            lifetime group; None: as long as it takes.
         began: when the run began, µs since 1970.
     """
 
@@ -61,10 +60,10 @@ class Amount:
 class Difference:
     """A value that is not the one computed plainly; `row` holds the spine row's key and time."""
 
-    row: Mapping[str, Any]
+    row: Mapping[str, object]
     feature: str
-    published: Any
-    recomputed: Any
+    published: object
+    recomputed: object
 
     def __str__(self) -> str:
         row = ", ".join(f"{name}={value}" for name, value in self.row.items())
@@ -96,7 +95,7 @@ class Verified:
         )
 
     @property
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """As JSON."""
         return {
             "rows": self.rows,
@@ -116,7 +115,8 @@ class Verified:
         if self.differing:
             raise MismatchError(
                 what,
-                f"{self.differing:,} of {self.values:,} values of {self.rows:,} rows differ: {'; '.join(map(str, self.examples))}",
+                f"{self.differing:,} of {self.values:,} values of {self.rows:,} rows differ: "
+                f"{'; '.join(map(str, self.examples))}",
                 fix,
             )
 
@@ -155,8 +155,8 @@ class Verification:
         return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
     def _affordable(self, files: Sequence[DataFile]) -> tuple[int, list[DataFile], list[DataFile], bool]:
-        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped): what
-        the time allows by estimate, and at least one row."""
+        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped):
+        what the time allows by estimate, and at least one row."""
         rows, seconds = int(self.amount.rows or 1), self.amount.seconds
         most, each = max(rows // ROWS_PER_FILE, 1), SECONDS_PER_VALUE * len(self.view.columns)
         chosen, starts = choose_files(files, most, self.run_id)
@@ -262,5 +262,5 @@ def differ(left: pl.Series, right: pl.Series) -> pl.Series:
     return left.ne_missing(right)
 
 
-def _row(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(view: FeatureView, row: Mapping[str, object]) -> dict[str, object]:
     return {name: row[name] for name in (*view.key, view.time)}

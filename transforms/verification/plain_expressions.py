@@ -1,19 +1,21 @@
 """Expressions of a definition evaluated one operation at a time, arithmetic in the widest types.
 
-What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64, whatever
-the width of the columns.  All else reads values as they are.
+What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64,
+whatever the width of the columns.  All else reads values as they are.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with these names.
+from schemas.expressions import Node
+
+# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with
+# these names.
 _WHOLE = {
     "Plus",
     "Minus",
@@ -55,7 +57,7 @@ def stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
     return result.set(~result.is_finite().fill_null(True), None) if dtype.is_float() else result
 
 
-def _value(node: Any, frame: pl.DataFrame) -> pl.Series:
+def _value(node: Node, frame: pl.DataFrame) -> pl.Series:
     ((kind, body),) = node.items()
     if kind == "Column":
         return frame[body]
@@ -74,7 +76,7 @@ def _value(node: Any, frame: pl.DataFrame) -> pl.Series:
         return _made(over, {name: each.cast(types[name], strict=False) for name, each in inputs.items()}, len(frame))
 
 
-def _computation(node: Any) -> str | None:
+def _computation(node: Node) -> str | None:
     """Which arithmetic `node` does, if any."""
     ((kind, body),) = node.items()
     if kind == "BinaryExpr":
@@ -88,7 +90,7 @@ def _computation(node: Any) -> str | None:
     return name if name in _WHOLE | _OTHER else None
 
 
-def _computed(what: str, node: Any, inputs: dict[str, pl.Series], height: int) -> pl.Series:
+def _computed(what: str, node: Node, inputs: dict[str, pl.Series], height: int) -> pl.Series:
     if what == "TrueDivide" and all(each.dtype.is_numeric() for each in inputs.values()):
         return _quotient(*inputs.values())
     wide = {name: _wide(each, whole=what in _WHOLE) for name, each in inputs.items()}
@@ -103,7 +105,7 @@ def _computed(what: str, node: Any, inputs: dict[str, pl.Series], height: int) -
     return result.cast(pl.Int64, strict=False)
 
 
-def _made(node: Any, inputs: dict[str, pl.Series], height: int) -> pl.Series:
+def _made(node: Node, inputs: dict[str, pl.Series], height: int) -> pl.Series:
     rows = pl.Series("__height", [0]).new_from_index(0, height)
     operands = pl.DataFrame([rows, *(series.alias(name) for name, series in inputs.items())])
     return operands.select(_expression(node).alias("_")).to_series()
@@ -130,12 +132,12 @@ def _wide(values: pl.Series, whole: bool) -> pl.Series:
     return values.cast(pl.List(wide) if isinstance(dtype, pl.List) else wide)
 
 
-def _narrow(node: Any, frame: pl.DataFrame) -> pl.DataType:
+def _narrow(node: Node, frame: pl.DataFrame) -> pl.DataType:
     """The type that Polars itself gives a part of an expression."""
     return frame.clear().select(_expression(node).alias("_")).to_series().dtype
 
 
-def _operands(node: Any) -> list[Any]:
+def _operands(node: Node) -> list[Node]:
     """The parts of an operation that it computes from."""
     ((kind, body),) = node.items()
     if kind == "Function":
@@ -144,15 +146,17 @@ def _operands(node: Any) -> list[Any]:
     return [body[name] for name in names.get(kind, ())]
 
 
-def _reading(node: Any) -> list[Any]:
+def _reading(node: Node) -> list[Node]:
     """Those that read columns; literals keep their own way of meeting a column's type."""
     return [child for child in _operands(node) if _expression(child).meta.root_names()]
 
 
-def _over(node: Any, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals: bool) -> Any:
-    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of `inputs`."""
+def _over(node: Node, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals: bool) -> Node:
+    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of
+    `inputs`.
+    """
 
-    def operand(child: Any) -> Any:
+    def operand(child: Node) -> Node:
         if _expression(child).meta.root_names():
             value = _value(child, frame)
         elif literals:
@@ -176,5 +180,5 @@ def _over(node: Any, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals
     return node
 
 
-def _expression(node: Any) -> pl.Expr:
+def _expression(node: Node) -> pl.Expr:
     return pl.Expr.deserialize(io.StringIO(json.dumps(node)), format="json")

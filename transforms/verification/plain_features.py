@@ -24,8 +24,8 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
     Args:
         spine: the spine source's columns.
-        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the promised
-            bits allow (see `plain_statistics`).
+        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the
+            promised bits allow (see `plain_statistics`).
     """
     frame, moments = spine, spine[view.time].to_physical().to_numpy()
     waiting: Waiting = []
@@ -57,7 +57,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows' keys under the names and in the types of the source's; a key that its type does not hold is null."""
+    """The spine rows' keys with the names and types of the source's; a key that its type does not hold is null."""
     types = feature.source.schema
     return pl.DataFrame([frame[left].cast(types[right], strict=False).alias(right) for left, right in feature.keys])
 
@@ -123,7 +123,7 @@ def _windowed(
     placed = seen[source.event_time or str(source.time)].to_physical().to_numpy()
     key = seen["__key"].to_numpy()
 
-    def window(row: int, length: int | None) -> Any:
+    def window(row: int, length: int | None) -> npt.NDArray[np.int64]:
         """Places of the events in `[t − length, t)` that were known before t."""
         t = moments[row]
         first, last = np.searchsorted(key, of_row[row], "left"), np.searchsorted(key, of_row[row], "right")

@@ -1,13 +1,13 @@
 """Sources read plainly: every row group is looked at, and the rows that the sampled spine rows can see are kept.
 
-A first look at a row group reads its times alone; where none is within reach of a sampled row, the other columns are left.
+A first look at a row group reads its times alone; where none is within reach of a sampled row, the other columns are
+left.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,8 +124,8 @@ def identity(view: FeatureView, source: Source) -> tuple[str, ...]:
 
 
 def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted], tied: bool) -> pl.DataFrame:
-    """The good rows of a source that `wanted` can see, each once, in order of place, and of `order` and all declared columns
-    where `tied` rows must be told apart.
+    """The good rows of a source that `wanted` can see, each once, in order of place, and of `order` and all declared
+    columns where `tied` rows must be told apart.
 
     Raises:
         TooManyRows: more than `tables.most`.
@@ -158,7 +158,9 @@ def spine_rows(view: FeatureView, tables: Tables, asked: pl.DataFrame) -> pl.Dat
 
 
 def dimension_rows(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:
-    """The row of a dimension for each of `values`, by name the same as `keys`: of several the smallest by all declared columns."""
+    """The row of a dimension for each of `values`, by name the same as `keys`: of several the smallest by all declared
+    columns.
+    """
     contract = tables.contracts[name]
     columns = list(contract.source.schema)
     wanted = values.drop_nulls().unique()
@@ -195,8 +197,8 @@ def _seen(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> pl.D
 def _each_once(
     contract: Contract, tables: Tables, kept: pl.DataFrame, once: Sequence[str], wanted: Sequence[Wanted]
 ) -> pl.DataFrame:
-    """`kept` without repeats: of all the source's rows of one identity the first known stays, and of those of one moment
-    the smallest by `order` and all declared columns.  It may have another key, or lie before every window."""
+    """`kept` without repeats: of all the source's rows of one identity the first known stays, and of those of one
+    moment the smallest by `order` and all declared columns.  It may have another key, or lie before every window."""
     source, names = contract.source, list(once)
     values = kept.select(names).unique()
     # With the time in the identity, repeats are of the very moments of the rows that are kept.
@@ -276,9 +278,11 @@ def _any_within(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -
 
 
 def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is null."""
+    """Columns of a row group in declared types; a declared column that the view does not need may be missing, and is
+    null.
+    """
     types, names = contract.source.schema, file.schema_arrow.names
-    given: Mapping[str, Any] = {} if contract.partitions is None else contract.partitions.types
+    given: Mapping[str, object] = {} if contract.partitions is None else contract.partitions.types
     if contract.partitions is not None:  # a column that was removed from a Delta table may be in its older files
         names = [name for name in names if name in contract.partitions.columns]
     there = [name for name in columns if name in contract.columns or name in names or name in given]

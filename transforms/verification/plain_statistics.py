@@ -65,7 +65,7 @@ def rounded(exact: Fraction, stat: str) -> float:
 
 
 def variances_allowed(exact: Fraction, stat: str) -> tuple[np.float32, np.float32]:
-    """Least and largest float32 that a variance (or its root) of 40 good bits can round to: nearly always one number."""
+    """Least and largest float32 that a variance (or its root) of 40 good bits can round to; mostly one number."""
     with np.errstate(over="ignore"):
         return (
             np.float32(rounded(exact * (1 - _VARIANCE), stat)),

@@ -104,7 +104,7 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
 
 
 def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequence[str], run_id: str) -> pl.DataFrame:
-    """One row whose features over all history have values, of the first such of a range: what they saw came before it."""
+    """One of a range's first rows whose features over all history have values, which come from before the range."""
     start = starts[int(hash_text(run_id)) % len(starts)]
     filled = [
         pl.col(name).cast(pl.Int64) > 0 if view.columns[name].is_integer() else pl.col(name).is_not_null()

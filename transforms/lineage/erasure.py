@@ -1,0 +1,464 @@
+"""Removes rows of a source, and everything in the store that was made from them, for good.
+
+What the next runs make again is removed whole: feature tables that read the source, with all their versions, lifetime
+summaries, digests and statistics, and the dead letters of the source. Of what they do not make again, only the rows
+themselves and those that could see them are removed: predictions, accepted rows and feature rows of live jobs. Files of
+older versions are deleted. The source comes last, so that an erasure that was interrupted finds the same rows again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import DefinitionError, StoreError, nearest
+from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.loading import Definition
+from schemas.sources import Source
+from schemas.views import FeatureView
+from transforms.features.manifest_store import read_manifest
+from transforms.records.row_hashing import row_ids
+from transforms.sources.contracts import Contract
+from transforms.sources.inventory import files_of, open_parquet, survey
+from transforms.storage.delta_log import versions
+from transforms.storage.delta_tables import open_table, write_aside
+from transforms.storage.paths import folders, path_in_store, source_uri, sources_root, tables_below
+from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
+from transforms.storage.run_markers import MARKER, RunMarker
+from transforms.storage.vacuum import TEMPORARY_FILE, files_below
+
+# Columns of a predictions table that do not name the spine row.
+_OF_PREDICTIONS = {"row_id", "prediction_id", "model", "model_version", "arm", "fingerprint", "date"}
+# What a run of this pipeline leaves that shows rows; its figures stay.
+_FIGURES = {"run.json", "account.json", MARKER}
+_UNREGISTERED = {"model", "registration.json", "training.json"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Condition:
+    """Rows of a source that are to be erased.
+
+    Args:
+        source: their source.
+        text: the condition, in SQL as Polars has it.
+    """
+
+    source: Source
+    text: str
+
+    @functools.cached_property
+    def expression(self) -> pl.Expr:
+        """
+        Raises:
+            DefinitionError: the text is no condition, or names a column that the source does not declare, or none.
+        """
+        example = "Write it in SQL: --where \"customer = 'c17' AND placed_at < '2024-01-01'\""
+        schema = self.source.schema
+        try:
+            expression = pl.sql_expr(self.text)
+            names = expression.meta.root_names()
+        except pl.exceptions.PolarsError as error:
+            reason = (str(error).splitlines() or ["it cannot be parsed"])[0]
+            raise DefinitionError("--where is a condition on one row", f"{self.text!r}: {reason}", example) from None
+        unknown = [name for name in names if name not in schema]
+        if unknown:
+            raise DefinitionError(
+                f"--where names columns that source {self.source.name!r} declares: {', '.join(schema)}",
+                repr(unknown[0]),
+                nearest(unknown[0], schema),
+            )
+        if not names:
+            raise DefinitionError("--where names a column", repr(self.text), example)
+        try:
+            kind = pl.DataFrame(schema=schema).select(expression.alias("_")).schema["_"]
+        except pl.exceptions.PolarsError as error:
+            reason = (str(error).splitlines() or ["types do not fit"])[0]
+            raise DefinitionError("--where fits the columns' types", f"{self.text!r}: {reason}", example) from None
+        if kind != pl.Boolean:
+            raise DefinitionError("--where is true or false for a row", f"{self.text!r}, which is {kind}", example)
+        return expression
+
+    @property
+    def columns(self) -> list[str]:
+        return self.expression.meta.root_names()
+
+    def of(self, rows: pl.DataFrame) -> pl.Series:
+        """Whether each row is to be erased; where the condition is null it is not."""
+        found = rows.select(self.expression.fill_null(False).alias("_"))["_"]
+        return found if len(found) == len(rows) else pl.Series([bool(found[0])]).new_from_index(0, len(rows))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SourceFiles:
+    """Where a source lies: its folder, whether that is a Delta table, its files, and the contract to read them by."""
+
+    folder: str
+    delta: bool
+    paths: tuple[str, ...]
+    contract: Contract
+
+    def matches(self, condition: Condition, group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        """Whether each row of a row group is to be erased."""
+        return condition.of(self.rows(group, path, condition.columns)).to_numpy()
+
+    def rows(self, group: pa.Table, path: str, columns: Sequence[str]) -> pl.DataFrame:
+        contract = dataclasses.replace(self.contract, columns=tuple(columns), ordering=())
+        return contract.cast(group, path)
+
+    def open(self, path: str) -> pq.ParquetFile:
+        return open_parquet(path, self.contract.source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Erasure:
+    """What is to be erased, and where.
+
+    Args:
+        definition: that declares the source.
+        condition: the rows.
+        store: its folder.
+        roots: folders of sources; the store's own is always one.
+        run_id: names the files that are written.
+    """
+
+    definition: Definition
+    condition: Condition
+    store: str
+    roots: tuple[str, ...]
+    run_id: str
+
+    @property
+    def source(self) -> Source:
+        return self.condition.source
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"pipeline": "erase", "run_id": self.run_id}
+
+    @functools.cached_property
+    def places(self) -> list[SourceFiles]:
+        """Where the source lies."""
+        found = []
+        for root in dict.fromkeys([*self.roots, sources_root(self.store)]):
+            folder = source_uri(root, self.source.name)
+            delta = bool(versions(folder))
+            if not delta and not os.path.isdir(folder) and not os.path.isfile(f"{folder}.parquet"):
+                continue
+            contract, _ = survey(root, Contract(self.source, tuple(self.condition.columns)))
+            found.append(SourceFiles(folder, delta, tuple(files_of(root, self.source)), contract))
+        if not found:
+            value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
+            raise StoreError("The source is in the store", value, "Name its folder with --sources")
+        return found
+
+    @functools.cached_property
+    def erased(self) -> pl.DataFrame:
+        """The rows to erase, with the columns that all places have."""
+        parts = []
+        for place in self.places:
+            for path in place.paths:
+                file = place.open(path)
+                given = {} if place.contract.partitions is None else place.contract.partitions.types
+                there = {*file.schema_arrow.names, *given}
+                columns = [name for name in self.source.schema if name in there]
+                for number in range(file.num_row_groups):
+                    group = file.read_row_group(number)
+                    hit = place.matches(self.condition, group, path)
+                    if hit.any():
+                        parts.append(place.rows(group, path, columns).filter(pl.Series(hit)))
+        return pl.concat([pl.DataFrame(schema=self.source.schema), *parts], how="diagonal").unique()
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows that match, by file of the source."""
+        counts = {}
+        for place in self.places:
+            matches = functools.partial(place.matches, self.condition)
+            for path in place.paths:
+                if count := matching_rows(place.open(path), path, matches):
+                    counts[path] = count
+        return counts
+
+    # What is affected.
+
+    @functools.cached_property
+    def feature_tables(self) -> list[str]:
+        """Feature tables, as paths within the store, that read the source, or of which that is not known."""
+        return [name for name in self._tables("features") if self._reads(name)]
+
+    def _reads(self, name: str) -> bool:
+        try:
+            table = open_table(self._uri(name))
+            files = {} if table is None else read_manifest(table).files
+        except StoreError:
+            return True
+        return not files or self.source.name in files
+
+    def _tables(self, position: str) -> list[str]:
+        return [name for name in tables_below(self.store) if name.split("/")[0] == position]
+
+    def _uri(self, name: str) -> str:
+        return os.path.join(self.store, *name.split("/"))
+
+    def affected_models(self, every: Mapping[str, Mapping[str, object]]) -> list[str]:
+        """Of the models' manifests, by name and version, those of models that were trained on the source."""
+        # The folder of its run has the manifest of a registered model, too.
+        registered = {each.get("run_id") for name, each in every.items() if not name.startswith("run ")}
+        return [
+            name
+            for name, manifest in every.items()
+            if self._trained(manifest) and not (name.startswith("run ") and manifest.get("run_id") in registered)
+        ]
+
+    def _trained(self, manifest: Mapping[str, object]) -> bool:
+        table, label, sources = (manifest.get(each) or {} for each in ("feature_table", "label_table", "sources"))
+        assert isinstance(table, Mapping)
+        assert isinstance(label, Mapping)
+        assert isinstance(sources, Mapping)
+        if not table or self.source.name in sources:
+            return True
+        return (
+            path_in_store(str(table.get("uri"))) in self.feature_tables
+            or str(label.get("uri", "")).rstrip("/").rsplit("/", 1)[-1] == self.source.name
+        )
+
+    # Removing. Each of these can be repeated.
+
+    def erase_features(self) -> int:
+        """Removes the feature tables with all their versions, summaries, statistics and manifests."""
+        for name in self.feature_tables:
+            folder = self._uri(name)
+            # Renamed first: from then on there is no table, whatever of it is left after a kill.
+            aside = os.path.join(os.path.dirname(folder), f".erasing-{os.path.basename(folder)}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+        for (view,) in folders(os.path.join(self.store, "features"), 1):
+            for each in os.scandir(os.path.join(self.store, "features", view)):
+                if each.name.startswith(".erasing-"):
+                    shutil.rmtree(each.path)
+        return len(self.feature_tables)
+
+    def erase_dead_letters(self) -> int:
+        """Removes the dead letters of the source, and those of messages with feature rows."""
+        names = {self.source.name, *(f"{view}.features" for view in self._views())}
+
+        def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+            return pl.Series(pl.from_arrow(group["source"])).is_in(list(names)).to_numpy()
+
+        return sum(self._rewrite(name, matches) for name in self._tables("dead_letters"))
+
+    def _views(self) -> set[str]:
+        live = self._tables("features_live")
+        return {self.definition.view.name, *(name.split("/")[1] for name in (*live, *self.feature_tables))}
+
+    def erase_live_features(self) -> int:
+        """Removes live feature rows of the erased rows, and those that could see one of them."""
+        count = 0
+        for name in self._tables("features_live"):
+            view = self.definition.view if name.split("/")[1] == self.definition.view.name else None
+            matches = functools.partial(self._live_matches, view)
+            count += self._rewrite(name, matches)
+        return count
+
+    def _live_matches(self, view: FeatureView | None, group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        rows: pl.DataFrame = pl.from_arrow(group)  # type: ignore[assignment]
+        if view is None:  # of a definition that is not at hand: what its rows could see is not known
+            return np.ones(len(rows), np.bool_)
+        seen = could_see(view, self.source, self.erased, rows)
+        return (seen | rows["row_id"].is_in(self.row_ids.to_list())).to_numpy()
+
+    @functools.cached_property
+    def row_ids(self) -> pl.Series:
+        """Ids of the feature rows of the erased rows, if the source is the spine."""
+        view = self.definition.view
+        names = [*view.key, view.time]
+        if self.source.name != view.spine.name or any(name not in self.erased.columns for name in names):
+            return pl.Series("row_id", [], pl.Int64)
+        return row_ids(view.name, [self.erased[name] for name in names])
+
+    def erase_predictions(self) -> tuple[int, set[int]]:
+        """Removes predictions for the erased rows; how many, and their ids."""
+        count, ids = 0, set[int]()
+        for name in (*self._tables("predictions"), *self._tables("predictions_live")):
+
+            def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+                rows: pl.DataFrame = pl.from_arrow(group)  # type: ignore[assignment]
+                hit = self._predicted(rows)
+                ids.update(rows["prediction_id"].filter(hit).to_list())
+                return hit.to_numpy()
+
+            count += self._rewrite(name, matches)
+        return count, ids
+
+    def _predicted(self, rows: pl.DataFrame) -> pl.Series:
+        """Whether each prediction is for an erased row: by its id, and by key and time, whatever the view."""
+        names = [
+            name
+            for name in rows.columns
+            if name not in _OF_PREDICTIONS and not name.startswith(("score", "__")) and name != "scored_at"
+        ]
+        hit = rows["row_id"].is_in(self.row_ids.to_list())
+        if str(self.source.time) not in names or not {*names} <= {*self.erased.columns}:
+            return hit
+        wanted = self.erased.select(names).unique().cast({name: rows.schema[name] for name in names})
+        found = rows.select(names).with_row_index("#").join(wanted, on=names, how="semi")["#"]
+        return hit | pl.Series(np.isin(np.arange(len(rows)), found.to_numpy()))
+
+    def _rewrite(self, name: str, matches: object) -> int:
+        uri = self._uri(name)
+        count = rewrite_delta(uri, matches, self.metadata)  # type: ignore[arg-type]
+        purge(uri)
+        return count
+
+    def erase_examples(self, unaffected_runs: Collection[str]) -> int:
+        """Removes the training examples of every run that is not known to have been trained on something else."""
+        count = 0
+        for model, run in folders(os.path.join(self.store, "examples"), 2):
+            if run not in unaffected_runs:
+                count += sum(1 for _ in files_below(os.path.join(self.store, "examples", model, run)))
+                shutil.rmtree(os.path.join(self.store, "examples", model, run))
+        return count
+
+    def erase_runs(self, registered_runs: Collection[str], unaffected_runs: Collection[str]) -> int:
+        """Removes what runs have left that shows rows: reports, trials, examples of differences."""
+        count = 0
+        for (run,) in folders(os.path.join(self.store, "runs"), 1):
+            if run == self.run_id or run in unaffected_runs:
+                continue
+            folder = os.path.join(self.store, "runs", run)
+            pipeline = pipeline_of(folder)
+            keep = set(_FIGURES)
+            if pipeline in ("training", "retrain", None) and run not in registered_runs:
+                keep |= _UNREGISTERED
+            if pipeline in ("parity", "verify"):
+                keep = {MARKER}
+            elif pipeline not in ("training", "retrain", None):
+                continue
+            for each in os.scandir(folder):
+                if each.name not in keep:
+                    count += 1
+                    shutil.rmtree(each.path) if each.is_dir() else os.remove(each.path)
+        return count
+
+    def erase_from_registry(self, model_folders: Collection[str]) -> int:
+        """Removes example rows and reports of registered models; the models themselves stay as they are."""
+        count = 0
+        for folder in model_folders:
+            example = {"input_example.json": (), "serving_input_example.json": ("dataframe_split",)}
+            for name, inside in example.items():
+                path = os.path.join(folder, name)
+                if not os.path.isfile(path):
+                    continue
+                with open(path, encoding="utf-8") as handle:
+                    content = json.load(handle)
+                rows = functools.reduce(lambda held, key: held[key], inside, content)
+                if rows["data"]:
+                    rows["data"], count = [], count + 1
+                    write_aside(folder, name, pa.py_buffer(json.dumps(content).encode()))
+            above = os.path.dirname(folder.rstrip("/"))
+            for name in ("report.html", "report.json"):
+                path = os.path.join(above, name)
+                if os.path.isfile(path) and os.path.getsize(path) != len(_REMOVED[name]):
+                    write_aside(above, name, pa.py_buffer(_REMOVED[name]))
+                    count += 1
+        return count
+
+    def erase_source(self) -> int:
+        """Removes the rows from the files of the source, and what it had of older versions."""
+        count = 0
+        for place in self.places:
+            matches = functools.partial(place.matches, self.condition)
+            if place.delta:
+                count += rewrite_delta(place.folder, matches, self.metadata, place.open)
+                purge(place.folder)
+                continue
+            for path in place.paths:
+                if matching_rows(place.open(path), path, matches):
+                    count += write_without(place.open(path), path, matches, path)[1]
+            for file in files_below(place.folder):
+                if TEMPORARY_FILE.fullmatch(os.path.basename(file.path)):
+                    os.remove(file.path)
+        return count
+
+    def unread_files(self) -> list[str]:
+        """Files beside those of the source that no command reads, and that this one does not change."""
+        return sorted(
+            file.path
+            for place in self.places
+            if not place.delta
+            for file in files_below(place.folder)
+            if file.path not in place.paths
+        )
+
+
+_REMOVED = {
+    "report.html": b"<!doctype html><title>Report</title><p>This report showed values of rows that were erased.\n",
+    "report.json": b'{"removed": "this report showed values of rows that were erased"}\n',
+}
+
+
+def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.DataFrame) -> pl.Series:
+    """Whether each feature row could see one of the erased rows: of the same key, within the window's length.
+
+    A row for which that cannot be told, because the table lacks a key's column, counts as one that could.
+    """
+    seen = pl.Series(np.zeros(len(rows), np.bool_))
+    moment = rows[view.time].to_physical()
+    for feature in view.features:
+        if isinstance(feature, Derived) or feature.source.name != source.name:
+            continue
+        mine, theirs = [spine for spine, _ in feature.keys], [column for _, column in feature.keys]
+        if not {*mine} <= {*rows.columns} or not {*theirs} <= {*erased.columns}:
+            return pl.Series(np.ones(len(rows), np.bool_))
+        times = [pl.lit(0).alias("#from"), pl.lit(2**62).alias("#to")]
+        if source.time is not None:
+            at = pl.col(source.time).to_physical()
+            times = [at.min().alias("#from"), at.max().alias("#to")]
+        spans = erased.group_by(theirs).agg(times)
+        length = _length(feature)
+        joined = (
+            rows.select(mine)
+            .with_columns(moment.alias("#at"))
+            .join(spans, left_on=mine, right_on=theirs, how="left", maintain_order="left")
+        )
+        until = pl.col("#to") + length if length is not None else pl.lit(2**62)
+        if isinstance(feature, Lookup):
+            hit = joined["#from"].is_not_null()
+        else:
+            hit = joined.select((pl.col("#at") >= pl.col("#from")) & (pl.col("#at") <= until)).to_series()
+        seen |= hit.fill_null(False)
+    return seen
+
+
+def _length(feature: Trailing | Latest | Lookup) -> int | None:
+    """The longest window of a feature in µs; None: without a beginning."""
+    if isinstance(feature, Trailing):
+        lengths = [each.length for each in feature.statistics]
+        return None if None in lengths else max(each for each in lengths if each is not None)
+    return feature.length if isinstance(feature, Latest) else None
+
+
+def pipeline_of(folder: str) -> str | None:
+    """The pipeline of a run, by its figures; None if it left none."""
+    try:
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as handle:
+            return str(json.load(handle)["pipeline"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def holding(markers: Sequence[RunMarker], host: str) -> Iterator[RunMarker]:
+    """Runs that may be at work: their launcher lives, or cannot be seen from here, or its job runs elsewhere."""
+    for each in markers:
+        if each.launcher_lives or each.host != host or each.pipeline.endswith("--streaming"):
+            yield each

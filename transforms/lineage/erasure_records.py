@@ -1,0 +1,99 @@
+"""What was erased, without what it was: the ids of rows and predictions, counts, and when. `trace` asks it.
+
+An id is a hash that nothing else in the store holds any more; neither the condition nor a value is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import StoreError
+from schemas.views import FeatureView
+from transforms.records.row_hashing import row_ids as ids_of
+from transforms.storage.delta_tables import write_aside
+
+FOLDER = "erasures"
+
+
+@dataclasses.dataclass(frozen=True)
+class ErasureRecord:
+    """An erasure.
+
+    Args:
+        erasure_id: the run that began it.
+        source: the source that the rows were in.
+        started: when, in UTC as ISO 8601.
+        finished: when; None: it was interrupted, and is completed by the same command.
+        row_ids: of feature rows.
+        prediction_ids: of predictions.
+        counts: rows and files removed, by what they were in.
+        models: names and versions of the models that were trained on the rows.
+    """
+
+    erasure_id: str
+    source: str
+    started: str
+    finished: str | None = None
+    row_ids: tuple[int, ...] = ()
+    prediction_ids: tuple[int, ...] = ()
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+    @property
+    def at(self) -> str:
+        """When the rows were erased."""
+        return self.finished or self.started
+
+    def write(self, store: str) -> None:
+        content = json.dumps(dataclasses.asdict(self), indent=1)
+        write_aside(os.path.join(store, FOLDER), f"{self.erasure_id}.json", pa.py_buffer(content.encode()))
+
+
+def now_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def erasures(store: str) -> Iterator[ErasureRecord]:
+    """Every erasure of a store, the newest last.
+
+    Raises:
+        StoreError: a record cannot be read.
+    """
+    folder = os.path.join(store, FOLDER)
+    found = []
+    for name in os.listdir(folder) if "://" not in store and os.path.isdir(folder) else ():
+        if name.startswith(".") or not name.endswith(".json"):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            with open(path, encoding="utf-8") as handle:
+                raw = json.load(handle)
+            ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
+            found.append(ErasureRecord(**{**raw, **ids}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StoreError("The record of an erasure can be read", f"{path}: {error}", "Restore the file") from None
+    yield from sorted(found, key=lambda each: each.started)
+
+
+def erasure_of(store: str, row_ids: Collection[int] = (), prediction_ids: Collection[int] = ()) -> ErasureRecord | None:
+    """The last erasure of one of these rows or predictions."""
+    rows, predictions, last = set(row_ids), set(prediction_ids), None
+    for each in erasures(store):
+        if rows & set(each.row_ids) or predictions & set(each.prediction_ids):
+            last = each
+    return last
+
+
+def erased_row(store: str, view: FeatureView, values: Mapping[str, Any]) -> ErasureRecord | None:
+    """The last erasure of the feature row with these values of the key's columns and the time."""
+    names = [*view.key, view.time]
+    columns = [pl.Series(name, [values[name]]).cast(view.spine.schema[name]) for name in names]
+    return erasure_of(store, row_ids=ids_of(view.name, columns).to_list())
