@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,8 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +40,7 @@ from transforms.storage.delta_tables import (
     read_group,
     write_files,
 )
+from transforms.storage.rewriting import purge, rewrite_delta
 
 SCHEMA = pa.schema([("n", pa.int64()), ("x", pa.float64()), ("s", pa.string()), ("date", pa.date32())])
 FIRST = date(2024, 1, 1)
@@ -324,6 +328,97 @@ def test_rows_that_a_file_has_lost_are_missing_under_their_own_date(uri: str) ->
     assert read_group(files[1:3]).num_rows == 6
 
 
+def erase(uri: str, run: str, remainder: int, among: date | None = None) -> int:
+    """Erases the rows whose number leaves this remainder, divided by three (of one date)."""
+
+    def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        found = pl.DataFrame(pl.from_arrow(group))
+        hit = found["n"] % 3 == remainder
+        if among is not None:
+            hit &= found["date"] == among if "date" in found.columns else pl.Series([f"date={among}/" in path])
+        return hit.to_numpy()
+
+    count = rewrite_delta(uri, matches, {"pipeline": "erase", "run_id": run})
+    purge(uri)
+    return count
+
+
+def test_rows_are_erased_from_files_of_several_dates(uri: str) -> None:
+    put(uri, rows({0: 3, 1: 1, 2: 5, 25: 4}), None, "first", 10)
+    put(uri, rows({1: 2}, 1), (day(1),), "second", 10)
+    before, other = bits(uri), max(paths(uri))
+    assert erase(uri, "erase-1", 0, day(2)) == 2
+    assert bits(uri) == {**before, day(2): [row for row in before[day(2)] if row[0] % 3 != 0]}
+    assert other in paths(uri), "a file without such rows stays as it is"
+    assert {str(path) for path in Path(uri).rglob("*.parquet")} == paths(uri)
+    table = open_table(uri)
+    assert table is not None
+    made = {file.date: commit_of(table, file)["run_id"] for file in data_files(table)}
+    assert made == {day(0): "first", day(1): "second", day(2): "erase-1", day(25): "first"}
+    assert dates_of(table) == (day(0), day(25)), "the log still tells between which dates a file lies"
+    told = [json.loads(line["add"]["stats"]) for line in log(uri) if "add" in line]
+    assert {name for each in told for name in each} <= {"numRecords", "minValues", "maxValues"}
+    assert erase(uri, "erase-2", 0, day(2)) == 0
+    with pytest.raises(ConflictError, match="2024-01-03 changed since version 0"):
+        put(uri, rows({2: 5}), (day(2),), "third", 10, base=0)
+    put(uri, rows({2: 5}), (day(2),), "fourth", 10)
+    assert bits(uri) == before
+    for remainder in range(3):
+        erase(uri, f"erase-{remainder + 3}", remainder)
+    assert bits(uri) == {}
+    assert paths(uri) == set()
+    put(uri, rows({0: 3}), (day(0),), "fifth", 10)
+    assert bits(uri) == expected({0: 3})
+
+
+def log(uri: str) -> list[dict[str, Any]]:
+    files = sorted(Path(uri, "_delta_log").glob("*.json"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("first", [date(1970, 1, 2), date(2024, 1, 1)], ids=["same span", "another span"])
+@pytest.mark.parametrize("known", [None, 0], ids=["new table", "table"])
+def test_a_date_that_every_run_replaces_refuses_none(uri: str, first: date, known: int | None) -> None:
+    """Dead letters of rows without a time are dated 1970-01-01, in whatever file and span that date lies."""
+    undated, days = date(1970, 1, 1), [first + timedelta(days=number) for number in range(4)]
+
+    def letters(*dates: date, seed: int) -> pa.RecordBatch:
+        made = [{"n": seed * 10 + i, "x": 0.0, "s": None, "date": each} for i, each in enumerate(dates)]
+        return pa.RecordBatch.from_pylist(made, SCHEMA)
+
+    def run(name: str, dates: tuple[date, ...] | None, seed: int, base: int | None) -> None:
+        put(
+            uri,
+            letters(undated, *(dates or days), seed=seed),
+            dates and (undated, *dates),
+            name,
+            10_000,
+            base=base,
+            shared=(undated,),
+            extra={"view": "a"},
+            schema=schema,
+        )
+
+    schema = pa.schema([*SCHEMA, ("view", pa.string())])
+    if known is not None:
+        run("zeroth", None, 0, None)
+    run("first", (days[0],), 1, known)
+    run("second", (days[1],), 2, known)
+    table = open_table(uri)
+    assert table is not None
+    held = {file.date: read_file(file)["n"].to_pylist() for file in data_files(table, extra={"view": "a"})}
+    rest = {} if known is None else {days[2]: [3], days[3]: [4]}
+    assert held == {undated: [20], days[0]: [11], days[1]: [21], **rest}
+    assert data_files(table, extra={"view": "b"}) == []
+    with pytest.raises(ConflictError, match=f"{days[0]} changed since"):
+        run("third", (days[0],), 3, known)
+    if known is not None:
+        with pytest.raises(ConflictError, match=f"{days[0]}, {days[1]} changed since"):
+            run("fourth", None, 4, known)
+    run("fifth", None, 5, newest_version(uri))
+    assert [file.date for file in data_files(open_table(uri))] == [undated, *days]  # type: ignore[arg-type]
+
+
 class Table(RuleBasedStateMachine):
     """Random runs against a dictionary of dates; every version stays what it was."""
 
@@ -332,7 +427,7 @@ class Table(RuleBasedStateMachine):
         self.folder = tempfile.mkdtemp()
         self.uri = f"{self.folder}/table"
         self.model: dict[date, list[tuple[int, bytes, str | None]]] = {}
-        self.versions: list[dict[date, list[tuple[int, bytes, str | None]]]] = []
+        self.versions: list[dict[date, list[tuple[int, bytes, str | None]]] | None] = []
         self.runs = 0
 
     @initialize(
@@ -356,6 +451,22 @@ class Table(RuleBasedStateMachine):
     def every_date(self, counts: dict[int, int], batches: int) -> None:
         self.load(counts, None, batches)
 
+    @rule(remainder=st.integers(0, 2), number=st.none() | st.integers(0, 25))
+    def rows_go(self, remainder: int, number: int | None) -> None:
+        """Rows are erased; what older versions had of them is gone."""
+        self.runs += 1
+        among = None if number is None else day(number)
+        kept = {
+            each: [row for row in held if row[0] % 3 != remainder or among not in (None, each)]
+            for each, held in self.model.items()
+        }
+        count = erase(self.uri, f"run-{self.runs}", remainder, among)
+        assert count == sum(map(len, self.model.values())) - sum(map(len, kept.values()))
+        self.model = {each: held for each, held in kept.items() if held}
+        if self.versions:
+            newest = [self.model] if count else self.versions[-1:]
+            self.versions = [*([None] * (len(self.versions) - (not count))), *newest]
+
     def load(self, counts: dict[int, int], numbers: set[int] | None, batches: int, other: int | None = None) -> None:
         self.runs += 1
         run, batch = f"run-{self.runs}", rows(counts, self.runs)
@@ -378,7 +489,8 @@ class Table(RuleBasedStateMachine):
         if self.versions:
             assert bits(self.uri) == self.model
             older = self.runs % len(self.versions)
-            assert bits(self.uri, older) == self.versions[older]
+            if self.versions[older] is not None:
+                assert bits(self.uri, older) == self.versions[older]
 
     def teardown(self) -> None:
         date_spans.FILE_ROWS = self.rows_before
