@@ -38,6 +38,7 @@ from transforms.training.examples import (
     MakeExamples,
     add_accounts,
     checked,
+    delete_files,
     read_shard,
     shards_to_judge,
 )
@@ -305,7 +306,7 @@ def main(argv: Sequence[str]) -> int:
         report = read_json(FileSystems.join(options.folder, REPORT))
         run.update(figures(report))
         if not options.keep_examples:
-            FileSystems.delete([options.examples])
+            delete_files([options.examples])
     if failed := failed_gates(report):
         raise GateError(
             f"Version {report['model_version']} of {report['model']} passes its gates to become champion",

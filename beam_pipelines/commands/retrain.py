@@ -31,7 +31,7 @@ from transforms.models.bundle import Bundle, load
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_log import root_of
 from transforms.storage.delta_tables import write_aside
-from transforms.training.examples import Account
+from transforms.training.examples import Account, delete_files
 from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import metrics_of
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         found = compared(bundle, options, metrics_of(registry, name, version))
         same = {"same_metrics": not found.apart, "same_model": found.same_model}
         run.update({"model": name, "version": version, **found.metrics, **same})
-        FileSystems.delete([options.examples])
+        delete_files([options.examples])
     found.require_same(f"Version {version} of {name}", differences)
     return 0
 

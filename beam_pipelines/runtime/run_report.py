@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from beam_pipelines.runtime.beam_workers import listen_on_loopback
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from beam_pipelines.runtime.protection import printable, terminal_of, without_secrets
 from schemas import errors
@@ -177,7 +176,10 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
         MillraceError: a step raised it, on whatever worker.
         Translated: the flags contain `--dry_run`.
     """
-    from apache_beam.options.pipeline_options import TestOptions  # commands without a pipeline do not import Beam
+    # Commands without a pipeline do not import Beam.
+    from apache_beam.options.pipeline_options import TestOptions
+
+    from beam_pipelines.runtime.beam_workers import listen_on_loopback
 
     result = None
     listen_on_loopback()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MakeExamples,
         add_accounts,
         checked,
+        delete_files,
         read_shard,
         shards_to_judge,
     )

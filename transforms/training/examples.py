@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 
@@ -349,15 +352,26 @@ def checked(account: Account, plan: ExamplePlan) -> Account:
     keep = {each.path for each in account.shards} | {
         each.path.replace(".parquet", ".tfrecord.gz") for each in account.shards
     }
-    stale = [
-        each.path
-        for match in FileSystems.match([f"{plan.folder}/*"])
-        for each in match.metadata_list
-        if each.path not in keep
-    ]
-    if stale:
-        FileSystems.delete(stale)
+    if "://" in plan.folder:
+        found = [each.path for match in FileSystems.match([f"{plan.folder}/*"]) for each in match.metadata_list]
+    else:  # Beam would read brackets in the folder's name as a pattern
+        found = [entry.path for entry in os.scandir(plan.folder)] if os.path.isdir(plan.folder) else []
+    if stale := [path for path in found if path not in keep]:
+        delete_files(stale)
     return account
+
+
+def delete_files(paths: Sequence[str]) -> None:
+    """Delete files, and folders with what is in them, at addresses of any kind."""
+    remote = [path for path in paths if "://" in path]
+    if remote:
+        FileSystems.delete(remote)
+    for path in set(paths) - set(remote):
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
 
 def _midnight(day: date) -> datetime:
