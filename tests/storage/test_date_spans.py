@@ -419,6 +419,20 @@ def test_a_date_that_every_run_replaces_refuses_none(uri: str, first: date, know
     assert [file.date for file in data_files(open_table(uri))] == [undated, *days]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("days", [1, 100])
+def test_a_date_that_another_run_left_with_the_same_rows_refuses_none_that_compares(uri: str, days: int) -> None:
+    put(uri, rows({0: 1, 1: 1}), None, "first", days)
+    put(uri, rows({0: 2, 1: 2}, 1), (day(0), day(1)), "second", days, base=0)
+    with pytest.raises(ConflictError, match="2024-01-01, 2024-01-02 changed since version 0"):
+        put(uri, rows({0: 2, 1: 2}, 1), (day(0), day(1)), "third", days, base=0)
+    with pytest.raises(ConflictError, match="2024-01-01, 2024-01-02 changed since version 0"):
+        put(uri, rows({0: 2, 1: 3}, 1), (day(0), day(1)), "fourth", days, base=0, compares=True)
+    with pytest.raises(ConflictError, match="2024-01-01, 2024-01-02 changed since version 0"):
+        put(uri, rows({0: 2}, 1), (day(0), day(1)), "fifth", days, base=0, compares=True)
+    put(uri, rows({0: 2, 1: 2, 2: 1}, 1), (day(0), day(1), day(2)), "sixth", days, base=0, compares=True)
+    assert bits(uri) == expected({0: 2, 1: 2, 2: 1}, 1)
+
+
 class Table(RuleBasedStateMachine):
     """Random runs against a dictionary of dates; every version stays what it was."""
 
