@@ -28,6 +28,7 @@ from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED
 from transforms.sources.listing import unchanged
 from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import (
     CommitTarget,
     Committed,
@@ -72,7 +73,14 @@ class Targets:
         if work.copies is not None:
             metadata |= {"copied_from": f"{work.copies.uri}@{work.copies.version}"}
         features = CommitTarget(
-            options.table, view.output_schema, plan.dates, options.run_id, work.base, None, metadata
+            options.table,
+            view.output_schema,
+            plan.dates,
+            options.run_id,
+            work.base,
+            None,
+            metadata,
+            work.partition_days,
         )
         dead_letters = dead_letters_target(options, work, plan.dates, metadata)
         manifest = WriteManifest(view, options.table, options.run_id, plan.ranges, work.current, plan.dates is None)
@@ -96,7 +104,9 @@ def dead_letters_target(
         base=newest_version(uri) if days is None else carried.version,
         extra={"view": options.view.name},
         metadata=metadata,
+        days=partition_days(uri, open_table(uri), 0, None),
         shared=(UNDATED,),
+        compares=True,  # runs that see the same files find the same dead letters, also of days of another run
     )
 
 
@@ -115,7 +125,8 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     view, targets = options.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
-    files = computed.features | "Write" >> WriteFiles(targets.features.uri, targets.features.run_id)
+    write = WriteFiles(targets.features.uri, targets.features.run_id, days=targets.features.days)
+    files = computed.features | "Write" >> write
     counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
     verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
     counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
@@ -253,7 +264,7 @@ def commit_carried(options: Options, work: PreparedRun) -> None:
         return
     metadata = {"pipeline": "features", "view": view.name, "fingerprint": view.fingerprint}
     target = dead_letters_target(options, work, (), metadata)
-    commit(target, write_files(carried.batch, target.uri, target.run_id, target.extra))
+    commit(target, write_files(carried.batch, target.uri, target.run_id, target.extra, target.days))
     log.info("dead letters of %d dates outside the run's days are as the files are now", len(carried.dates))
 
 

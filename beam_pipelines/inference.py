@@ -139,7 +139,7 @@ def sink(options: Options, plan: InferencePlan) -> beam.PTransform:
     """Predictions to files that nobody sees yet."""
     if options.output_tfrecord:
         return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
-    return WriteFiles(plan.target.uri, plan.target.run_id)
+    return WriteFiles(plan.target.uri, plan.target.run_id, days=plan.target.days)
 
 
 def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) -> pa.RecordBatch:
@@ -185,22 +185,20 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
 
 def _total(files: Written) -> int:
     """Rows in `files`, each file once: equal rows written twice are one file, and so one answer."""
-    each_once = {
-        file.path: file.rows for file in (each if isinstance(each, TFRecordFile) else each[0] for each in files)
-    }
-    return sum(each_once.values())
+    return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
 def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
-    figures: dict[str, Any] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": len(files)}
+    count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
+    figures: dict[str, Any] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
     if prefix:
         publish_tfrecord_files(files, prefix)  # type: ignore[arg-type]
     else:
         dates = tuple(sorted({file.date for file, _ in files}))  # type: ignore[misc]
         target = target if target.dates is not None else dataclasses.replace(target, dates=dates)
         committed: Committed = commit(target, files)  # type: ignore[arg-type]
-        figures |= {"dates": len(dates), "commit_version": committed.version}
+        figures |= {"dates": len(dates), "commit_version": committed.version, "files": committed.files}
     write_json(account, figures)
 
 

@@ -107,11 +107,12 @@ def check(outputs: Mapping[str, Path]) -> Figures:
 
 
 def _table(uri: str) -> pl.DataFrame:
-    from transforms.storage.delta_tables import data_files, open_table
+    from transforms.records.record_batches import frame
+    from transforms.storage.delta_tables import data_files, open_table, read_group
 
     table = open_table(uri)
     assert table is not None, uri
-    return pl.concat(pl.read_parquet(file.path) for file in data_files(table))
+    return frame(read_group(data_files(table)))
 
 
 def _different(ours: pl.Series, theirs: pl.Series) -> pl.Series:

@@ -96,7 +96,7 @@ def test_an_interval_replaces_exactly_its_dates(house: House) -> None:
     assert predictions(house.store).equals(before)
     table = open_table(predictions_uri(str(house.store), "orders"))
     assert table is not None
-    names = {str(file.date): Path(file.path).name.split("-")[0] for file in data_files(table)}
+    names = {str(file.date): Path(file.origin or file.path).name.split("-")[0] for file in data_files(table)}
     assert names == {f"2024-01-0{d}": "some" if d in (2, 3) else "all" for d in range(1, DAYS + 1)}
     assert (
         house.account("some")["rows_out"]

@@ -43,6 +43,7 @@ from transforms.features.source_digests import examine
 from transforms.features.staleness import usable_snapshots
 from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
+from transforms.storage import date_spans
 from transforms.storage.delta_tables import open_table
 
 START, DAYS = datetime(2024, 1, 1, tzinfo=UTC), 10
@@ -175,6 +176,7 @@ class Sequences(RuleBasedStateMachine):
         self.town: list[dict[int, int]] = [{1: 2}]
         self.known: list[dict[int, int]] = [{}, {}]  # per view and day, the dimension that it was computed with
         self.numbers, self.launched = 0, 0
+        self.sizes = date_spans.SPAN_ROWS, date_spans.FILE_ROWS, date_spans.FEW_FILES
         (self.root / "definition.py").write_text(
             DEFINITION + "view = FeatureView('ever', asks, key='id', features=EVER)\n"
         )
@@ -186,10 +188,17 @@ class Sequences(RuleBasedStateMachine):
             self.write(source, "0", [])
 
     def teardown(self) -> None:
+        date_spans.SPAN_ROWS, date_spans.FILE_ROWS, date_spans.FEW_FILES = self.sizes
         shutil.rmtree(self.root)
 
-    @initialize(paid=st.lists(payments, max_size=8), asked=st.sets(days, min_size=1, max_size=6))
-    def begin(self, paid: list[Row], asked: set[int]) -> None:
+    @initialize(
+        paid=st.lists(payments, max_size=8),
+        asked=st.sets(days, min_size=1, max_size=6),
+        sizes=st.tuples(st.integers(1, 12), st.integers(2, 30), st.integers(0, 3)),
+    )
+    def begin(self, paid: list[Row], asked: set[int], sizes: tuple[int, int, int]) -> None:
+        # Partitions of one date, of some and of all; several files in one; merged at once or later.
+        date_spans.SPAN_ROWS, date_spans.FILE_ROWS, date_spans.FEW_FILES = sizes
         self.change(("late rows", paid))
         self.change(("days with questions", asked))
 

@@ -86,10 +86,11 @@ def perform(options: Options) -> PreparedRun:
     if work.plan is None:
         return work
     made = outputs_of(view, work.plan, options.table, work.segments, work.chains, work.copies)
-    files = [file for each in made.features for file in write_files(each, options.table, options.run_id)]
+    days = work.partition_days
+    files = [file for each in made.features for file in write_files(each, options.table, options.run_id, None, days)]
     manifest = WriteManifest(
         view, options.table, options.run_id, work.plan.ranges, work.current, work.plan.dates is None
     )
-    target = CommitTarget(options.table, view.output_schema, work.plan.dates, options.run_id, work.base)
+    target = CommitTarget(options.table, view.output_schema, work.plan.dates, options.run_id, work.base, days=days)
     commit(target, conserve(files, made.tallies, view.spine.name), manifest, (made.tallies, made.carried))
     return work

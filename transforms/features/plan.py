@@ -23,8 +23,9 @@ from transforms.sources.reader import repeats_of
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 800_000
-# Reading a row this often still costs less than sending it once.
+# Reading a row this often still costs less than sending it once; and reading so many rows less than preparing to send.
 MOST_READS = 6.0
+FEW_ROWS = 200_000
 # A block that reads more than so many times its own rows is cut by key hash; a part holds one time the rows of a block.
 MOST_BLOCKS = 3
 MOST_SHARDS = 1000
@@ -178,7 +179,9 @@ def plan_blocks(
         repeats: per source, the rows that are kept of its repeats.
     """
     blocks = _time_blocks(view, inventory, ranges, options)
-    shuffled = in_vain(view, blocks) > MOST_READS if options.shuffled is None else options.shuffled
+    shuffled = options.shuffled
+    if shuffled is None:
+        shuffled = sum(map(_rows, blocks)) > FEW_ROWS and in_vain(view, blocks) > MOST_READS
     dimensions = {name: inventory.slices[name] for name in view.dimensions}
     return FeaturePlan(
         ranges=tuple(ranges),

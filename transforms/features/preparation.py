@@ -28,11 +28,12 @@ from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
+from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks, rows_within
 from transforms.features.source_digests import Current, examine
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
-from transforms.records.times import ALWAYS, FOREVER, as_date, days_within, midnight
+from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
+from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import dead_letters_uri, features_uri
 
@@ -101,6 +102,7 @@ class PreparedRun:
         segments: of the history that is summarised for windows without a beginning.
         chains: of those segments, each with the snapshot it starts from.
         outdated: days of the table that an older version wrote, and whose values may be wrong.
+        partition_days: how many days a partition of the feature table spans.
         carried: dead letters of days that the run does not compute.
     """
 
@@ -114,6 +116,7 @@ class PreparedRun:
     segments: tuple[Segment, ...] = ()
     chains: tuple[Chain, ...] = ()
     outdated: tuple[int, ...] = ()
+    partition_days: int = 1
     carried: CarriedDeadLetters = dataclasses.field(default_factory=CarriedDeadLetters)
 
     @property
@@ -159,7 +162,14 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     older = [] if request.full else older_tables(request.store, view)
     copies = find_copies(view, inventory, current, older, days_within(ranges))
     plan = _plan(request, inventory, current, ranges, everything)
-    prepared = PreparedRun(plan, stale, current, base, copies, inventory, everything, carried=carried)
+    low, high = plan.reached
+    rows = rows_within(inventory.slices[view.spine.name], low, high)
+    days = partition_days(
+        request.table, table, rows, (as_date(day_number(low)), as_date(day_number(max(high - 1, low))))
+    )
+    prepared = PreparedRun(
+        plan, stale, current, base, copies, inventory, everything, partition_days=days, carried=carried
+    )
     if not lifetime_sources(view):
         return prepared
     history = chains(plan, snapshots)

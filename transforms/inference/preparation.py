@@ -19,6 +19,7 @@ from transforms.inference.champion_model import check_model
 from transforms.models.bundle import Bundle, digest_of, load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, columns_read
+from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import CommitTarget, DataFile, data_files, days_between, delta_schema, open_table
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.paths import features_uri, predictions_uri
@@ -104,7 +105,11 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
         "fingerprint": bundle.fingerprint,
         "features": features,
     }
-    target = CommitTarget(uri, written, dates, request.run_id, base, None, metadata)
+    days = 1  # of rows from TFRecord files nothing is known before they are read
+    if files and not request.output_tfrecord:
+        span = files[0].date, files[-1].date
+        days = partition_days(uri, open_table(uri), sum(file.rows for file in files), span)
+    target = CommitTarget(uri, written, dates, request.run_id, base, None, metadata, days)
     return InferencePlan(model, bundle, schema, files, paths, features, target)
 
 

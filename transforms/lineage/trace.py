@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 from deltalake import DeltaTable
@@ -17,7 +17,7 @@ from transforms.features.manifest_store import read_manifest
 from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
 from transforms.storage.delta_log import commit_at, commits, file_actions
-from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, table_root
+from transforms.storage.delta_tables import DataFile, data_files, dates_of, open_table, read_file, table_root
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import tables_below
@@ -58,7 +58,7 @@ def _table(store: str, name: str) -> TableSummary:
     if table is None:
         return TableSummary(name, None, None, None, None, 0, 0, "", "", None)
     actions = pl.DataFrame(table.get_add_actions(flatten=True))
-    dates = actions["partition.date"] if "partition.date" in actions.columns else pl.Series([], dtype=pl.Date)
+    first, last_date = dates_of(table) or (None, None)
     last = commit_at(table_root(table), table.version())
     parts = name.split("/")
     print_of = parts[2] if len(parts) == 3 else str(last.get("fingerprint", ""))
@@ -66,8 +66,8 @@ def _table(store: str, name: str) -> TableSummary:
     return TableSummary(
         name,
         int(table.version()),
-        cast(date | None, dates.min()),
-        cast(date | None, dates.max()),
+        first,
+        last_date,
         int(actions["num_records"].sum()),
         int(actions["size_bytes"].sum()),
         len(actions),
@@ -272,9 +272,13 @@ def find_prediction(
 
 
 def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:
-    """What the commit that added the file says of itself; empty if the log no longer tells."""
+    """What the commit of these rows says of itself; empty if the log no longer tells.
+
+    Rows that were copied into a file of another run belong to the commit of the file that they come from.
+    """
     uri = table_root(table)
-    inside, run_id = file.path[len(uri) + 1 :], file.path.rsplit("/", 1)[-1].rsplit("-", 1)[0]
+    inside = file.origin or file.path[len(uri) + 1 :]
+    run_id = inside.rsplit("/", 1)[-1].rsplit("-", 1)[0]
     for entry in commits(uri, table.version()):
         if entry.get("run_id") == run_id and inside in file_actions(uri, entry["version"])[0]:
             return entry

@@ -61,7 +61,7 @@ def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str
         DataError: a row is missing or counted twice. Nothing is committed then.
     """
     lost = [tally for tally in tallies.values() if not tally.conserved]
-    answered = sum(file.rows for file, _ in {file.path: (file, values) for file, values in files}.values())
+    answered = sum(file.rows for file in {file for file, _ in files})
     if lost or answered != tallies.get(spine, SourceTally(spine)).used:
         raise DataError(
             "Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",

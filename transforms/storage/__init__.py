@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.storage.date_spans import partition_days
     from transforms.storage.delta_log import (
         commit_at,
         commits,
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
         CommittedMeanwhile,
         DataFile,
         WrittenFiles,
-        add_action,
+        add_actions,
         append_commit,
         commit,
         commit_attempt,
         data_files,
+        dates_of,
         days_between,
         delta_schema,
         file_pool,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 from urllib.parse import unquote
@@ -143,11 +143,14 @@ def _copied(uri: str, action: AddAction) -> AddAction:
     return dataclasses.replace(action, path=path)
 
 
-def conflict(uri: str, base: int | None, version: int, gone: set[str], new: set[str]) -> ConflictError:
-    """The refusal of a run whose dates others changed since `base`: files `gone` and `new`, whose names tell dates and runs."""
-    names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in new}
+def conflict(
+    uri: str, base: int | None, version: int, gone: Iterable[tuple[str, date]], new: Iterable[tuple[str, date]]
+) -> ConflictError:
+    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name tells its run."""
+    gone, new = list(gone), list(new)
+    names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path, _ in new}
     names = names or {str(each.get("run_id")) for each in commits(uri, version) if each["version"] > (base or 0)}
-    days = {part.removeprefix("date=") for path in gone | new for part in path.split("/") if part.startswith("date=")}
+    days = {day.isoformat() for _, day in (*gone, *new)}
     since = "there was no table" if base is None else f"version {base}"
     return ConflictError(
         f"Nobody else changes the dates of a run while it works on {uri}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +29,9 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction, crea
 
 from schemas.errors import ConflictError, StoreError
 from transforms.records.record_batches import batch
-from transforms.records.times import as_date
-from transforms.storage import durable
+from transforms.records.times import as_date, as_number
+from transforms.storage import date_spans, durable
+from transforms.storage.date_spans import Segment
 from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 from transforms.storage.file_systems import FileSystems
@@ -59,17 +63,33 @@ def file_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 
 
+Day = date  # a name that a field called `date` does not hide
+
+
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-    """A Parquet file of a table: full path, its partition values, rows and bytes."""
+    """The rows of one date in a Parquet file of a table.
+
+    Args:
+        path: of the file.
+        rows, bytes: of this date.
+        start: of a file with several dates (`date_spans`), the number of the first row.
+        whole: of such a file, all its rows; 0: the file has one date, and no `date` column.
+        until: the last date, if the rows are those of several dates of the file.
+        origin: where another file held the rows when they were first committed, its path within the table.
+    """
 
     path: str
     date: date
     rows: int
     bytes: int
+    start: int = 0
+    whole: int = 0
+    origin: str = ""
+    until: Day | None = None
 
 
-# What `write_files` returns: each file with the values of its partition columns.
+# What `write_files` returns: each date of each file with the values of the file's partition columns.
 WrittenFiles = list[tuple[DataFile, dict[str, str]]]
 Result = TypeVar("Result")
 
@@ -126,30 +146,66 @@ def data_files(
     end: date | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> list[DataFile]:
-    """The files of the table's dates in `[start, end)`, in order of date and path.
+    """The table's dates in `[start, end)`, file by file, in order of date and path.
 
     Args:
         extra: wanted values of further partition columns (see `CommitTarget`).
+
+    Raises:
+        StoreError: a file's path leaves the table.
     """
     root, actions = table_root(table), _actions(table)
-    rows = [
-        i
-        for i in range(len(actions["path"]))
-        if all(actions[f"partition.{k}"][i] == v for k, v in (extra or {}).items())
+    wanted = [(actions[f"partition.{name}"], value) for name, value in (extra or {}).items()]
+    spans = date_spans.days_of(table) > 1
+    lows, highs = (actions.get(name, []) for name in (("min.date", "max.date") if spans else ("partition.date",) * 2))
+    files: list[DataFile] = []
+    for i, (path, low, high, rows, size) in enumerate(
+        zip(actions["path"], lows, highs, actions["num_records"], actions["size_bytes"], strict=True)
+    ):
+        if (start is not None and high < start) or (end is not None and low >= end):
+            continue
+        if any(values[i] != value for values, value in wanted):
+            continue
+        path = FileSystems.join(root, path_within(root, path))
+        try:
+            parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
+        except StoreError:  # whoever reads the file is told
+            parts = [DataFile(path, low, rows, size, whole=rows, until=high)]
+        files += [each for each in parts if (start is None or each.date >= start) and (end is None or each.date < end)]
+    return sorted(files, key=lambda file: (file.date, file.path, file.start))
+
+
+def _dates_in(path: str, size: int) -> list[DataFile]:
+    """The dates of a file that has several.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    return _parts(path, date_spans.read_segments(path), size)
+
+
+def _parts(path: str, segments: Sequence[Segment], size: int) -> list[DataFile]:
+    whole = sum(each.rows for each in segments)
+    starts = itertools.accumulate((each.rows for each in segments), initial=0)
+    return [
+        DataFile(path, as_date(each.day), each.rows, size * each.rows // max(whole, 1), start, whole, each.origin)
+        for each, start in zip(segments, starts, strict=False)
     ]
-    actions = {name: [values[i] for i in rows] for name, values in actions.items()}
-    files = [
-        DataFile(FileSystems.join(root, path_within(root, path)), day, rows, size)
-        for path, day, rows, size in zip(
-            actions["path"], actions["partition.date"], actions["num_records"], actions["size_bytes"], strict=True
-        )
-        if (start is None or day >= start) and (end is None or day < end)
-    ]
-    return sorted(files, key=lambda file: (file.date, file.path))
+
+
+def dates_of(table: DeltaTable) -> tuple[date, date] | None:
+    """The first and the last date of the table, from its log alone; None: it has no files."""
+    actions = _actions(table)
+    days = [each for name in ("partition.date", "min.date", "max.date") for each in actions.get(name, []) if each]
+    return (min(days), max(days)) if days else None
 
 
 def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
-    """A data file's `columns` (None: all) with its `date`."""
+    """The `columns` (None: all) of a data file's rows with their `date`."""
+    if file.whole:
+        dates = file.date, file.until or file.date
+        shared = date_spans.read_dates(file.path, columns, (file.start, file.rows), dates)
+        return shared if columns is None else shared.select(columns)
     wanted = None if columns is None else [name for name in columns if name != "date"]
     try:
         if "://" in file.path:
@@ -158,15 +214,24 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
         else:
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
     except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
-        raise StoreError(
-            "A committed data file can be read",
-            f"{file.path}: {_in_a_line(error)}",
-            "Restore the file, or recompute its date with --full",
-        ) from None
+        raise date_spans.unreadable(file.path, error) from None
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
     content = content.append_column("date", days)
     return content if columns is None else content.select(columns)
+
+
+def joined_files(files: Iterable[DataFile]) -> list[DataFile]:
+    """`files`, where neighbouring dates of one file are read at once: the first one's date stands for them."""
+    found: list[DataFile] = []
+    for file in files:
+        last = found[-1] if found else None
+        if last is not None and file.whole and last.path == file.path and last.start + last.rows == file.start:
+            rows, size = last.rows + file.rows, last.bytes + file.bytes
+            found[-1] = dataclasses.replace(last, rows=rows, bytes=size, until=file.until or file.date)
+        else:
+            found.append(file)
+    return found
 
 
 def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
@@ -183,7 +248,7 @@ def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[D
 
 def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
     """The rows of `files` as one batch; a column that some of the files do not have is null there."""
-    parts = list(file_pool().map(lambda file: read_file(file, columns), files))
+    parts = list(file_pool().map(lambda file: read_file(file, columns), joined_files(files)))
     whole = pa.concat_tables(with_every_column(parts))
     return batch(whole, whole.schema)
 
@@ -202,44 +267,79 @@ def with_every_column(parts: Sequence[pa.Table]) -> list[pa.Table]:
     return [part if part.column_names == names else completed(part) for part in parts]
 
 
-def write_files(rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None) -> WrittenFiles:
-    """Write the batch as one Parquet file per date under `uri`, invisible until committed.
+def write_files(
+    rows: pa.RecordBatch, uri: str, run_id: str, extra: Mapping[str, str] | None = None, days: int = 1
+) -> WrittenFiles:
+    """Write the batch as one Parquet file per date under `uri`, or per span of `days`, invisible until committed.
 
     Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
     Each is written aside, flushed and renamed: no reader meets half a file, and a commit names durable files only.
+
+    Returns: each date of each file, with the values of the file's partition columns.
     """
     content = pa.Table.from_batches([rows])
-    days = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
-    if len(days) and (days[1:] < days[:-1]).any():
-        content = content.sort_by("date")
-        days = content["date"].cast(pa.int32()).to_numpy()
-    starts = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0])] if len(days) else []
-    content = content.drop([name for name in ("date", *(extra or {})) if name in content.schema.names])
+    numbers = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
+    if len(numbers) and (numbers[1:] < numbers[:-1]).any():
+        content = content.take(pa.array(np.argsort(numbers, kind="stable")))
+        numbers = content["date"].cast(pa.int32()).to_numpy()
+    content = content.drop([name for name in (extra or {}) if name in content.schema.names])
+
+    def write(part: tuple[int, int]) -> tuple[WrittenFiles, tuple[str, str] | None]:
+        start, stop = part
+        segments = date_spans.segments_of_days(numbers[start:stop])
+        return _write_file(content.slice(start, stop - start), segments, FilePlace(uri, run_id, extra or {}, days))
+
+    written = list(file_pool().map(write, date_spans.cuts(numbers, days, None if days > 1 else len(numbers))))
+    with _writing(uri):
+        durable.publish([aside for _, aside in written if aside is not None])
+    return [each for parts, _ in written for each in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePlace:
+    """Where a data file goes: table, run, values of partition columns beside `date`, and days of a partition."""
+
+    uri: str
+    run_id: str
+    extra: Mapping[str, str]
+    days: int
+
+
+def _write_file(
+    content: pa.Table, segments: Sequence[Segment], place: FilePlace
+) -> tuple[WrittenFiles, tuple[str, str] | None]:
+    """Writes rows of one date, or of one span, under a hidden name: what it holds, and (hidden path, path)."""
+    first = segments[0].day
+    if place.days == 1:
+        values = {**place.extra, "date": as_date(first).isoformat()}
+        content, folders = content.drop(["date"]), [f"{key}={value}" for key, value in values.items()]
+    else:
+        values = dict(place.extra)
+        content = date_spans.with_segments(content, segments)
+        folders = [f"{key}={value}" for key, value in values.items()]
+        if not folders:  # Polars takes a folder of a partitioned table for a partition
+            folders.append(date_spans.folder_of(date_spans.span_of(first, place.days), place.days))
     strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
     # Bounds help readers to skip keys and times; of a day's floats they tell nothing and cost a tenth of the writing.
     bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
-
-    def write(start: int, stop: int) -> tuple[tuple[DataFile, dict[str, str]], str | None]:
-        day = as_date(int(days[start]))
-        values = {**(extra or {}), "date": day.isoformat()}
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            content.slice(start, stop - start),
-            sink,
-            compression="snappy",  # on floats, which hardly shrink, a third quicker than LZ4
-            use_dictionary=strings,
-            write_statistics=bounded,
-        )
-        buffer = sink.getvalue()
-        name = f"{run_id}-{hashlib.sha256(buffer).hexdigest()[:16]}.parquet"
-        folder = FileSystems.join(uri, *(f"{key}={value}" for key, value in values.items()))
-        aside = _put_aside(folder, name, buffer)
-        return (DataFile(FileSystems.join(folder, name), day, stop - start, buffer.size), values), aside
-
-    written = list(file_pool().map(write, starts, [*starts[1:], len(days)])) if starts else []
-    with _writing(uri):
-        durable.publish([(aside, file.path) for (file, _), aside in written if aside is not None])
-    return [each for each, _ in written]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        content,
+        sink,
+        # On floats, which hardly shrink, Snappy is a third quicker than LZ4; small tables are to be small.
+        compression="snappy" if place.days == 1 else "zstd",
+        use_dictionary=[*strings, "date"] if place.days > 1 else strings,
+        write_statistics=bounded,
+    )
+    buffer = sink.getvalue()
+    name = f"{place.run_id}-{hashlib.sha256(buffer).hexdigest()[:16]}.parquet"
+    folder = FileSystems.join(place.uri, *folders)
+    aside, path = _put_aside(folder, name, buffer), FileSystems.join(folder, name)
+    if place.days == 1:
+        files = [DataFile(path, as_date(first), content.num_rows, buffer.size)]
+    else:
+        files = _parts(path, segments, buffer.size)
+    return [(file, values) for file in files], None if aside is None else (aside, path)
 
 
 def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
@@ -294,7 +394,9 @@ class CommitTarget:
         base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
         extra: fixed values of further partition columns, standing before `date`.
         metadata: kept with the commit.
+        days: how many days a partition of the table spans, if it is new.
         shared: dates that every run replaces: the last one to commit wins, and none is refused for them.
+        compares: whether a date that another run has replaced with the very rows of this run is no reason to refuse.
     """
 
     uri: str
@@ -304,12 +406,13 @@ class CommitTarget:
     base: int | None = None
     extra: Mapping[str, str] | None = None
     metadata: Mapping[str, str] | None = None
+    days: int = 1
     shared: tuple[date, ...] = ()
+    compares: bool = False
 
-    def judged(self, files: Mapping[str, RemovedFile]) -> set[str]:
-        """Of the files of the target's dates, those that no other run may change."""
-        shared = {day.isoformat() for day in self.shared}
-        return {path for path, file in files.items() if file.partition_values["date"] not in shared}
+    def judged(self, contents: frozenset[tuple[str, date]]) -> frozenset[tuple[str, date]]:
+        """Of what a table has of the target's dates (see `_contents`), what no other run may change."""
+        return frozenset(each for each in contents if each[1] not in self.shared)
 
 
 class CommittedMeanwhile(Exception):
@@ -368,7 +471,7 @@ def append_commit(
         OSError, DeltaError: the store cannot be written.
     """
     if "://" not in address_of(uri):
-        entry = dataclasses.replace(entry, configuration=TABLE_CONFIGURATION)
+        entry = dataclasses.replace(entry, configuration={**TABLE_CONFIGURATION, **entry.configuration})
         return append_entry(uri, table, entry)
     properties = CommitProperties(
         custom_metadata=dict(entry.metadata),
@@ -419,9 +522,9 @@ def commit(
             ", ".join(strays[:5]),
             "This is a defect of Millrace: please report it",
         )
-    unique = {file.path: (file, values) for file, values in written}
+    unique = {file: (file, values) for file, values in written}
     base = None if target.base is None else open_table(target.uri, target.base)
-    replacement = _Replacement(target, tuple(unique.values()), _held(base, target), prepare, tuple(side))
+    replacement = _Replacement(target, tuple(unique.values()), _contents(base, target), prepare, tuple(side))
     return retry_commits(
         target.uri,
         replacement.attempt,
@@ -435,11 +538,11 @@ def commit(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Replacement:
-    """A commit of `files` that replaces the files `before`, by path, of the target's dates."""
+    """A commit of `files` that replaces the rows of the target's dates, which were `before` (see `_contents`)."""
 
     target: CommitTarget
     files: tuple[tuple[DataFile, dict[str, str]], ...]
-    before: Mapping[str, RemovedFile]
+    before: frozenset[tuple[str, date]]
     prepare: Callable[..., dict[str, str]] | None
     side: tuple[Any, ...]
 
@@ -449,40 +552,58 @@ class _Replacement:
         Raises:
             CommittedMeanwhile: another writer committed since `table` was opened.
             ConflictError: another run has changed the dates since `target.base`.
+            DataError: rows of other dates cannot be kept, because a file of them has lost some.
         """
         target = self.target
         with commit_attempt(target.uri, table, "Check access and free space, then run the same command again"):
             entry = self._entry(table)
-            if table is None:
-                entry = dataclasses.replace(entry, schema=delta_schema(target.schema))
-                return self._committed(append_commit(target.uri, None, entry), fresh=True)
-            # A repeated transaction is accepted, so the log of this snapshot is searched before the commit.
-            if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
-                return self._made_before(made)
-            now = _held(table, target)
-            before, judged = target.judged(self.before), target.judged(now)
-            if judged != before:
-                gone, new = before - judged, judged - before
-                raise conflict(target.uri, target.base, table.version(), gone, new)
-            dates = target.dates
-            if "://" in address_of(target.uri):
-                days = {path: date.fromisoformat(file.partition_values["date"]) for path, file in now.items()}
-                added, dates = remaining(target.uri, entry.added, dates, days)
-                nothing = not added and (not now or dates == ())
-                entry = dataclasses.replace(entry, added=added)
+            if table is not None:
+                # A repeated transaction is accepted, so the log of this snapshot is searched before the commit.
+                if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
+                    return self._made_before(made)
+                before, now = target.judged(self.before), target.judged(_contents(table, target))
+                if now != before and not (target.compares and self._has_same_rows(table, before ^ now)):
+                    raise conflict(target.uri, target.base, table.version(), before - now, now - before)
+            held, dates = _held(table, target), target.dates
+            if "://" in address_of(target.uri) and table is not None:
+                days = {path: date.fromisoformat(file.partition_values["date"]) for path, file in held.items()}
+                added, dates = remaining(target.uri, self._actions(self.files), dates, days)
+                nothing, written = not added and (not held or dates == ()), list(self.files)
             else:
+                layout = _Layout(target, table, held)
+                written = layout.arranged(self.files)
                 # A file's name tells its run and content: an earlier launch of the same run may have committed it.
-                wanted = {action.path for action in entry.added}
+                wanted = {action.path: action for action in self._actions(written)}
+                added = [action for path, action in wanted.items() if path not in held]
+                removed = [held[path] for path in layout.replaced if path not in wanted]
+                nothing = table is not None and not added and not removed
+                entry = dataclasses.replace(entry, removed=removed, partition_by=layout.partition_by)
+            if nothing:  # there is nothing to commit, or this run has committed it
+                assert table is not None
+                return self._made_before(version_of_run(target.uri, target.run_id, table.version()))
+            entry = dataclasses.replace(entry, added=added)
+            if table is None:
                 entry = dataclasses.replace(
                     entry,
-                    added=[action for action in entry.added if action.path not in now],
-                    removed=[file for path, file in now.items() if path not in wanted],
+                    schema=delta_schema(target.schema),
+                    configuration=date_spans.configuration(target.days),
                 )
-                nothing = not entry.added and not entry.removed
-            if nothing:  # there is nothing to commit, or this run has committed it
-                return self._made_before(version_of_run(target.uri, target.run_id, table.version()))
-            version = append_commit(target.uri, table, entry, overwrites=True, filters=_filters(target, dates))
-            return self._committed(version, fresh=True)
+            version = append_commit(
+                target.uri, table, entry, overwrites=table is not None, filters=_filters(target, dates)
+            )
+            self._remove_rewritten({file.path for file, _ in written}, version)
+            return self._committed(version, True, len({file.path for file, _ in written}))
+
+    def _has_same_rows(self, table: DeltaTable, changed: Iterable[tuple[str, date]]) -> bool:
+        """Whether the table has the rows of this commit on the dates that have changed."""
+        days = {day for _, day in changed}
+        theirs = [file for file in data_files(table, extra=self.target.extra) if file.date in days]
+        mine = [file for file, _ in self.files if file.date in days]
+        left, right = (pl.DataFrame(pl.from_arrow(read_group(each))) if each else None for each in (mine, theirs))
+        if left is None or right is None:
+            return left is right
+        names = sorted(left.columns)
+        return names == sorted(right.columns) and left.select(names).sort(names).equals(right.select(names).sort(names))
 
     def _entry(self, table: DeltaTable | None) -> LogEntry:
         prepared = {} if self.prepare is None else self.prepare(table, *self.side)
@@ -490,22 +611,164 @@ class _Replacement:
             partition_by=[*(self.target.extra or {}), "date"],
             metadata={**(self.target.metadata or {}), **prepared, "run_id": self.target.run_id},
             application=(self.target.run_id, 1),
-            added=[add_action(self.target.uri, file, values) for file, values in self.files],
         )
+
+    def _actions(self, files: Iterable[tuple[DataFile, dict[str, str]]]) -> list[AddAction]:
+        return add_actions(self.target.uri, files)
 
     def _made_before(self, version: int) -> Committed:
         sync_log(self.target.uri)
-        return self._committed(version, fresh=False)
+        return self._committed(version, False, len({file.path for file, _ in self.files}))
 
-    def _committed(self, version: int, fresh: bool) -> Committed:
+    def _remove_rewritten(self, wanted: set[str], version: int) -> None:
+        """Removes the files whose rows the commit holds in others, unless an older version names them."""
+        rewritten = {file.path for file, _ in self.files} - wanted
+        if rewritten and commits_since(self.target.uri, self.target.run_id, None, version - 1) is None:
+            for path in rewritten:
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+    def _committed(self, version: int, fresh: bool, count: int) -> Committed:
         files = [file for file, _ in self.files]
         dates = tuple(sorted({file.date for file in files}))
-        return Committed(version, sum(file.rows for file in files), len(files), dates, fresh)
+        return Committed(version, sum(file.rows for file in files), count, dates, fresh)
 
 
-def add_action(uri: str, file: DataFile, values: dict[str, str]) -> AddAction:
-    stats = json.dumps({"numRecords": file.rows})
-    return AddAction(file.path[len(uri.rstrip("/")) + 1 :], file.bytes, values, 0, True, stats)
+class _Layout:
+    """How the rows of a commit lie in files of the table's partitions.
+
+    A file that holds other dates too is written again, with their rows copied as they are.  So are small files of the
+    same span once the table has many files, since otherwise each run of one date would add one.
+    """
+
+    def __init__(self, target: CommitTarget, table: DeltaTable | None, held: Mapping[str, RemovedFile]) -> None:
+        self.target, self.held = target, held
+        self.days = target.days if table is None else date_spans.days_of(table)
+        self.partition_by = [*(target.extra or {}), *(["date"] if self.days == 1 else [])]
+        self.replaced: list[str] = [] if self.days > 1 and target.dates is not None else list(held)
+        self.place = FilePlace(target.uri, target.run_id, target.extra or {}, self.days)
+        rows = sum(file.rows for file in held.values())
+        self.crowded = len(held) >= date_spans.FEW_FILES + rows // date_spans.SPAN_ROWS
+
+    def arranged(self, files: Sequence[tuple[DataFile, dict[str, str]]]) -> WrittenFiles:
+        """The files to commit for the rows of `files`; `replaced` are then the paths of those that they replace."""
+        if self.days == 1:
+            fitting = [each for each in files if not each[0].whole]
+            rest = [file for file, _ in files if file.whole]
+            return [*fitting, *self._write([(file, "") for file in rest])]
+        spans: dict[int, list[tuple[DataFile, dict[str, str]]]] = {}
+        for each in files:
+            spans.setdefault(self._span(each[0].date), []).append(each)
+        mine = None if self.target.dates is None else set(self.target.dates)
+        held: dict[int, list[str]] = {}
+        for path in self.held if mine is not None else ():
+            first = self.held[path].dates[0]
+            held.setdefault(self._span(first), []).append(path)
+        written: WrittenFiles = []
+        for span in sorted({*spans, *({self._span(day) for day in mine} & held.keys() if mine is not None else ())}):
+            written += self._arranged_span(spans.get(span, []), held.get(span, []), mine or set())
+        return written
+
+    def _span(self, day: date) -> int:
+        return date_spans.span_of(as_number(day), self.days)
+
+    def _arranged_span(
+        self, files: list[tuple[DataFile, dict[str, str]]], paths: list[str], mine: set[date]
+    ) -> WrittenFiles:
+        parts = {path: self._parts(path) for path in paths}
+        small = [path for path in paths if self.held[path].rows < date_spans.FILE_ROWS]
+        changed = [path for path in paths if any(part.date in mine for part in parts[path])]
+        if not files and not changed:
+            return []
+        touched = [path for path in paths if path in changed or (self.crowded and path in small)]
+        self.replaced += touched
+        for path in touched:
+            if any(part.date not in mine for part in parts[path]):
+                self._require_rows(path)
+        kept = [(part, part.origin or path) for path in touched for part in parts[path] if part.date not in mine]
+        rows: dict[str, int] = {}
+        for file, _ in files:
+            rows[file.path] = rows.get(file.path, 0) + file.rows
+        # A file that another layout was written for may reach into other spans.
+        fitting = {file.path for file, _ in files if file.whole == rows[file.path]}
+        alone = len(rows) == 1 and not kept
+        as_is = {path for path in fitting if alone or rows[path] >= date_spans.FILE_ROWS // 2}
+        rest = [(file, "") for file, _ in files if file.path not in as_is]
+        return [*(each for each in files if each[0].path in as_is), *self._write([*rest, *kept])]
+
+    def _parts(self, path: str) -> list[DataFile]:
+        return _dates_in(FileSystems.join(address_of(self.target.uri), path), self.held[path].bytes)
+
+    def _require_rows(self, path: str) -> None:
+        where = FileSystems.join(address_of(self.target.uri), path)
+        date_spans.require_rows(where, self.held[path].rows, date_spans.read_segments(where))
+
+    def _write(self, parts: Sequence[tuple[DataFile, str]]) -> WrittenFiles:
+        """Writes rows of files, each with its origin, as files of this layout.
+
+        Raises:
+            DataError: rows were lost.
+        """
+        if not parts:
+            return []
+        ordered = sorted(parts, key=lambda each: (each[0].date, each[1], each[0].path, each[0].start))
+        names = [name for name in self.target.schema.names if name not in (self.target.extra or {})]
+        tables = with_every_column([_typed(read_file(file), self.target.schema) for file, _ in ordered])
+        content = pa.concat_tables(tables)
+        content = content.select([name for name in names if name in content.column_names]).combine_chunks()
+        segments: list[Segment] = []
+        for file, origin in ordered:
+            day = as_number(file.date)
+            if segments and (segments[-1].day, segments[-1].origin) == (day, origin):
+                segments[-1] = dataclasses.replace(segments[-1], rows=segments[-1].rows + file.rows)
+            else:
+                segments.append(Segment(day, file.rows, origin))
+        date_spans.require_days(self.target.uri, content, segments)
+        bounds = [0, *itertools.accumulate(each.rows for each in segments)]
+        numbers = content["date"].cast(pa.int32()).to_numpy()
+        written: list[tuple[WrittenFiles, tuple[str, str] | None]] = []
+        for start, stop in date_spans.cuts(numbers, self.days, None if self.days > 1 else len(numbers)):
+            some = segments[bisect.bisect_left(bounds, start) : bisect.bisect_left(bounds, stop)]
+            written.append(_write_file(content.slice(start, stop - start), some, self.place))
+        for files, aside in written:
+            if aside is not None and self.days > 1:
+                date_spans.require_rows(
+                    aside[0],
+                    sum(file.rows for file, _ in files),
+                    [Segment(as_number(file.date), file.rows) for file, _ in files],
+                )
+        with _writing(self.target.uri):
+            durable.publish([aside for _, aside in written if aside is not None])
+        return [each for files, _ in written for each in files]
+
+
+def _typed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`rows` in the types of `schema`: other programs write strings of other widths."""
+    for i, name in enumerate(rows.column_names):
+        kind = schema.field(name).type if name in schema.names else rows.schema.field(i).type
+        if rows.schema.field(i).type != kind:
+            rows = rows.set_column(i, name, rows.column(i).cast(kind))
+    return rows
+
+
+def add_actions(uri: str, files: Iterable[tuple[DataFile, dict[str, str]]]) -> list[AddAction]:
+    """The log's actions that add written files, each once."""
+    found: dict[str, list[tuple[DataFile, dict[str, str]]]] = {}
+    for each in files:
+        found.setdefault(each[0].path, []).append(each)
+    actions = []
+    for path, parts in found.items():
+        (first, values), rows = parts[0], sum(file.rows for file, _ in parts)
+        stats: dict[str, object] = {"numRecords": rows}
+        if first.whole:
+            stats = date_spans.stats_of([Segment(as_number(file.date), file.rows) for file, _ in parts])
+            if rows != first.whole:
+                raise StoreError(
+                    "A file is committed with all its dates", path, "This is a defect of Millrace: please report it"
+                )
+        size = os.path.getsize(path) if first.whole else first.bytes
+        actions.append(AddAction(path[len(uri.rstrip("/")) + 1 :], size, values, 0, True, json.dumps(stats)))
+    return actions
 
 
 def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Any:
@@ -517,25 +780,52 @@ def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Any:
 
 
 def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFile]:
-    """Files of the target's dates, by path."""
+    """Files by path: those of the target's dates, or, of a table with spans, all that have its partition values."""
     if table is None:
         return {}
-    root, actions = table_root(table), _actions(table)
+    root, actions, spans = table_root(table), _actions(table), date_spans.days_of(table) > 1
     wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
-    if target.dates is not None:
+    if target.dates is not None and not spans:
         wanted["date"] = set(target.dates)
-    values = {name: actions[f"partition.{name}"] for name in [*(target.extra or {}), "date"]}
+    names = [*(target.extra or {}), *([] if spans else ["date"])]
+    values = {name: actions[f"partition.{name}"] for name in names}
+    lows, highs = (actions.get(name, []) for name in (("min.date", "max.date") if spans else ("partition.date",) * 2))
     return {
-        path: RemovedFile(path, {name: str(each[i]) for name, each in values.items()}, actions["size_bytes"][i])
+        path: RemovedFile(
+            path,
+            {name: str(each[i]) for name, each in values.items()},
+            actions["size_bytes"][i],
+            actions["num_records"][i],
+            (lows[i], highs[i]),
+        )
         for i, path in enumerate(path_within(root, each) for each in actions["path"])
         if all(values[name][i] in some for name, some in wanted.items())
     }
 
 
+def _contents(table: DeltaTable | None, target: CommitTarget) -> frozenset[tuple[str, date]]:
+    """What the table has of the target's dates: each date with the file in which its rows were first committed."""
+    held, mine = _held(table, target), None if target.dates is None else set(target.dates)
+    if table is None or date_spans.days_of(table) == 1 or (mine is None and not target.shared):
+        return frozenset((path, file.dates[0]) for path, file in held.items())
+    root, found = address_of(target.uri), set[tuple[str, date]]()
+    for path, file in held.items():
+        if mine is None or any(file.dates[0] <= day <= file.dates[1] for day in mine):
+            try:
+                parts = _dates_in(FileSystems.join(root, path), file.bytes)
+            except StoreError:  # gone, which is a change; or spoiled, and whoever keeps rows of it is told
+                found.add((path, file.dates[0]))
+                continue
+            found.update((part.origin or path, part.date) for part in parts if mine is None or part.date in mine)
+    return frozenset(found)
+
+
 def _actions(table: DeltaTable) -> dict[str, list[Any]]:
     """Path, partition, rows and bytes of every file, by delta-rs's names (pyarrow 10 cannot take its tables)."""
     known = pl.DataFrame(table.get_add_actions(flatten=True))
-    return known.select("path", "num_records", "size_bytes", pl.col(r"^partition\..*$")).to_dict(as_series=False)
+    return known.select("path", "num_records", "size_bytes", pl.col(r"^(partition\..*|(min|max)\.date)$")).to_dict(
+        as_series=False
+    )
 
 
 def delta_schema(schema: pa.Schema) -> Schema:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,11 +41,13 @@ _KEPT = "/=:@!$&'()*+,;~"
 
 @dataclasses.dataclass(frozen=True)
 class RemovedFile:
-    """A data file that a commit removes: path within the table, partition values, bytes."""
+    """A data file that a commit removes: path within the table, partition values, bytes, rows, first and last date."""
 
     path: str
     partition_values: Mapping[str, str]
     bytes: int
+    rows: int
+    dates: tuple[date, date]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

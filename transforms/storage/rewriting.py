@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from urllib.parse import unquote
 
 import numpy as np
@@ -22,8 +23,17 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction, CommitProperties
 
 from schemas.errors import StoreError
-from transforms.storage.delta_log import LOG, root_of, versions
-from transforms.storage.delta_tables import commit_attempt, open_table, paths_of
+from transforms.storage.date_spans import (
+    days_of,
+    kept_segments,
+    read_segments,
+    require_rows,
+    schema_with_segments,
+    stats_of,
+)
+from transforms.storage.delta_log import LOG, path_within, root_of, versions
+from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
+from transforms.storage.log_entries import LogEntry, RemovedFile
 
 # Rows of a row group and the file's path → whether each of them is removed.
 Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
@@ -40,8 +50,13 @@ def _groups(file: pq.ParquetFile) -> Iterable[pa.Table]:
         yield file.read_row_group(number)
 
 
-def write_without(file: pq.ParquetFile, path: str, matches: Matches, target: str) -> tuple[int, int]:
+def write_without(
+    file: pq.ParquetFile, path: str, matches: Matches, target: str, schema: pa.Schema | None = None
+) -> tuple[int, int]:
     """Writes the rows of a file that do not match to `target`, aside and renamed.
+
+    Args:
+        schema: the file's, with the metadata that it is to have; None: as it is.
 
     Returns:
         Rows that stayed and rows that were removed.
@@ -55,7 +70,7 @@ def write_without(file: pq.ParquetFile, path: str, matches: Matches, target: str
     stayed = removed = 0
     codec = file.metadata.row_group(0).column(0).compression if file.num_row_groups else "SNAPPY"
     try:
-        with pq.ParquetWriter(aside, file.schema_arrow, compression=codec) as writer:
+        with pq.ParquetWriter(aside, schema or file.schema_arrow, compression=codec) as writer:
             for group in _groups(file):
                 gone = matches(group, path)
                 kept = group.filter(pa.array(~gone))
@@ -87,6 +102,8 @@ def rewrite_delta(
     table = open_table(uri)
     if table is None:
         return 0
+    if days_of(table) > 1:
+        return _rewrite_spans(table, matches, metadata, opened)
     root, actions = root_of(table.table_uri), pl.DataFrame(table.get_add_actions(flatten=True))
     rows = actions.to_dicts()
     counts = {row["path"]: matching_rows(opened(p), p, matches) for row in rows for p in [_path(root, row["path"])]}
@@ -113,6 +130,48 @@ def rewrite_delta(
             os.remove(target)
     _commit(table, adds, partitions, sorted(map(str, touched)), metadata)
     return sum(counts.values())
+
+
+def _rewrite_spans(
+    table: DeltaTable, matches: Matches, metadata: Mapping[str, str], opened: Callable[[str], pq.ParquetFile]
+) -> int:
+    """`rewrite_delta` of a table whose files have several dates: files without such rows stay as they are."""
+    root, partitions = root_of(table.table_uri), list(table.metadata().partition_columns)
+    added: list[AddAction] = []
+    removed: list[RemovedFile] = []
+    count = 0
+    for row in pl.DataFrame(table.get_add_actions(flatten=True)).to_dicts():
+        inside = path_within(root, row["path"])
+        path = os.path.join(root, inside)
+        file = opened(path)
+        hits = [matches(group, path) for group in _groups(file)]
+        if not any(hit.any() for hit in hits):
+            continue
+        gone = np.concatenate(hits)
+        count += int(gone.sum())
+        values = {name: str(row[f"partition.{name}"]) for name in partitions}
+        removed.append(RemovedFile(inside, values, row["size_bytes"], row["num_records"], _bounds(row)))
+        segments = kept_segments(read_segments(path), gone, inside)
+        if not segments:
+            continue
+        name = os.path.join(os.path.dirname(inside), f"{metadata['run_id']}-{uuid.uuid4().hex[:16]}.parquet")
+        target = os.path.join(root, name)
+        write_without(file, path, matches, target, schema_with_segments(file.schema_arrow, segments))
+        require_rows(target, len(gone) - int(gone.sum()), segments)
+        added.append(AddAction(name, os.path.getsize(target), values, 0, True, json.dumps(stats_of(segments))))
+    if removed:
+        entry = LogEntry(partitions, dict(metadata), (metadata["run_id"], 1), added, removed)
+        _append(table, entry)
+    return count
+
+
+def _bounds(row: Mapping[str, date]) -> tuple[date, date]:
+    return row["min.date"], row["max.date"]
+
+
+def _append(table: DeltaTable, entry: LogEntry) -> None:
+    with commit_attempt(table.table_uri, table, FIX):
+        append_commit(root_of(table.table_uri), table, entry, overwrites=True)
 
 
 def _commit(
@@ -161,15 +220,18 @@ def purge(uri: str) -> int:
 
 
 def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
-    """Takes from the log what it tells of rows: statistics, predicates, and files of other partitions than dates."""
-    folder = os.path.join(root, LOG)
+    """Takes from the log what it tells of rows: statistics, predicates, and files of other partitions than dates.
+
+    Of a table whose files have several dates, it tells between which dates each lies, as paths do of other tables.
+    """
+    folder, dates = os.path.join(root, LOG), days_of(table) > 1
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
     for version in versions(root):
         path = os.path.join(folder, f"{version:020}.json")
         with open(path, encoding="utf-8") as handle:
             before = handle.read()
         lines = [line for line in before.splitlines() if line.strip()]
-        after = [each for line in lines if (each := _scrubbed(line, root, None if ours else needed)) is not None]
+        after = [each for line in lines if (each := _scrubbed(line, root, None if ours else needed, dates)) is not None]
         if after != lines:
             aside = f"{path}.tmp"
             with open(aside, "w", encoding="utf-8") as handle:
@@ -185,8 +247,13 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
                 os.remove(os.path.join(folder, name))
 
 
-def _scrubbed(line: str, root: str, needed: set[str] | None) -> str | None:
-    """A line of the log without what it tells of rows; None: it is left out. `needed`: None for a table of Millrace."""
+def _scrubbed(line: str, root: str, needed: set[str] | None, dates: bool) -> str | None:
+    """A line of the log without what it tells of rows; None: it is left out.
+
+    Args:
+        needed: files of the newest version; None for a table of Millrace.
+        dates: whether bounds of `date` stay.
+    """
     action = json.loads(line)
     ((kind, body),) = action.items()
     if needed is not None:
@@ -195,7 +262,11 @@ def _scrubbed(line: str, root: str, needed: set[str] | None) -> str | None:
         if kind == "commitInfo" and body.get("operationParameters", {}).pop("predicate", None) is not None:
             return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
     stats = json.loads(body["stats"]) if kind in ("add", "remove") and body.get("stats") else {}
-    if set(stats) <= {"numRecords"}:
+    kept: dict[str, object] = {"numRecords": stats.get("numRecords")}
+    if dates:
+        bounds = {name: stats[name]["date"] for name in ("minValues", "maxValues") if "date" in (stats.get(name) or {})}
+        kept |= {name: {"date": value} for name, value in bounds.items()}
+    if not stats or stats == kept:
         return line
-    body["stats"] = json.dumps({"numRecords": stats.get("numRecords")})
+    body["stats"] = json.dumps(kept)
     return json.dumps(action, separators=(",", ":"), ensure_ascii=False)

@@ -45,11 +45,12 @@ class WriteFiles(beam.PTransform):
     uri: str
     run_id: str
     extra: Mapping[str, str] | None = None
+    days: int = 1
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
         return (
             batches
-            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra)
+            | "Files" >> beam.FlatMap(write_files, self.uri, self.run_id, self.extra, self.days)
             | "Gather" >> beam.combiners.ToList()
         )
 
@@ -82,5 +83,6 @@ class WriteTable(beam.PTransform):
     target: CommitTarget
 
     def expand(self, batches: beam.PCollection) -> beam.PCollection:
-        files = batches | "Write" >> WriteFiles(self.target.uri, self.target.run_id, self.target.extra)
+        target = self.target
+        files = batches | "Write" >> WriteFiles(target.uri, target.run_id, target.extra, target.days)
         return files | CommitFiles(self.target)

@@ -29,7 +29,7 @@ from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
     CommittedMeanwhile,
     DataFile,
-    add_action,
+    add_actions,
     append_commit,
     commit_attempt,
     data_files,
@@ -164,7 +164,7 @@ class Writer:
             partition_by=["date"],
             metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
             application=(self.app, version),
-            added=[add_action(self.uri, file, values) for file, values in files],
+            added=add_actions(self.uri, files),
             schema=None if known >= {field.name for field in schema.fields} else with_columns(table, schema),
         )
         fix = "Check access and free space; no row is lost, the job continues from its last commit"

@@ -193,7 +193,7 @@ def counted(function):
     return call
 
 os.replace, os.remove, os.rename, os.link = map(counted, (os.replace, os.remove, os.rename, os.link))
-rewriting._commit = counted(rewriting._commit)
+rewriting._commit, rewriting._append = map(counted, (rewriting._commit, rewriting._append))
 sys.exit(main(sys.argv[2:]))
 """
 
