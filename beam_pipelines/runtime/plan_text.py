@@ -91,6 +91,8 @@ def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
         "Conserve": (),
         "Verify": (),
         "AfterVerify": (),
+        "Carried": (),
+        "WithCarried": (),
         "DeadLetters": ("Write", "CommitFiles"),
         "AfterLetters": (),
         "SourcesUnchanged": (),

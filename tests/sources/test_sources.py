@@ -305,7 +305,7 @@ def test_a_date_beyond_the_years_that_python_knows_is_a_dead_letter(tmp_path: Pa
     good, dead_letters = read(tmp_path, Contract(of, ("due", "day")))
     assert len(good) == 4
     assert dead_letters.select("row", "field").rows() == [(1, "due"), (2, "day")]
-    assert set(dead_letters["rule"]) == {"a date lies in the years 1 to 9999"}
+    assert set(dead_letters["rule"]) == {"a time is in the years 1 to 9999"}
 
 
 # Single rows

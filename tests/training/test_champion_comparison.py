@@ -160,7 +160,13 @@ def test_a_run_of_an_earlier_version_that_was_not_judged_is_registered_without_t
     shutil.copytree(folder, third)
     gates = [{**each, "judged": "champion" not in each["gate"]} for each in found["gates"]]
     assert all(each["holds"] for each in gates)
-    old = {**found, "gates": gates, "rival": {"version": "1", "metrics": None, "reason": "it reads other features"}}
+    bundle = str(third / "model")
+    old = {
+        **found,
+        "bundle": bundle,
+        "gates": gates,
+        "rival": {"version": "1", "metrics": None, "reason": "it reads other features"},
+    }
     (third / "training.json").write_text(json.dumps(old))
     pending = json.loads((third / "registration.json").read_text())
     (third / "registration.json").write_text(json.dumps({**pending, "run_id": "third"}))

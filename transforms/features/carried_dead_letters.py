@@ -1,10 +1,10 @@
 """Dead letters of days that a run does not compute.
 
-A block emits the dead letters of the rows that it owns, by day. Other rows belong to no day that a run computes: those of
-dimensions, those without a plausible time, and events of days without spine rows. Their dead letters are followed by file.
-Those of files that are as they were stay, those of files that have changed are found again, and those of files that are
-gone are dropped. The table holds after each run what the first run of a new store would have written: the dead letters of
-every row group that has a row which some window can see, or a row without a plausible time.
+A block emits the dead letters of the rows that it owns, by day. Other rows belong to no day that a run computes: those
+of dimensions, those without a plausible time, and events of days without spine rows. Their dead letters are followed by
+file. Those of files that are as they were stay, those of files that have changed are found again, and those of files
+that are gone are dropped. The table holds after each run what the first run of a new store would have written: the dead
+letters of every row group that has a row which some window can see, or a row without a plausible time.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def carry(
 
 
 def _conflicts(state: Carrying, dropped: pl.DataFrame, changed: Sequence[str]) -> pl.DataFrame:
-    """Contradictory spine rows in `changed` files, on the days of which there were some: found by reading these days."""
+    """Contradictory spine rows in `changed` files, on the days of which there were some: found by reading these
+    days."""
     view, spine = state.view, state.inventory.spine
     slices = state.inventory.slices[view.spine.name]
     parts = []
@@ -171,7 +172,7 @@ def _different_dates(before: pl.DataFrame, after: pl.DataFrame) -> set[date]:
 
 def _table(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Dead letters with the columns of `DEAD_LETTERS`."""
-    empty: pl.DataFrame = pl.from_arrow(DEAD_LETTERS.empty_table())  # type: ignore[assignment]
+    empty: pl.DataFrame = pl.from_arrow(pa.Table.from_batches([], DEAD_LETTERS))  # type: ignore[assignment]
     return pl.concat([empty, *(part.select(empty.columns) for part in parts)])
 
 

@@ -127,7 +127,7 @@ class Contract:
                 rules.append((name, "a text is UTF-8", pl.col(name).str.starts_with(_NOT_UTF8)))
             if dtype.is_temporal() and name not in (source.time, source.event_time):
                 first, end = _YEARS_DAYS if dtype == pl.Date else YEARS
-                rule = "a date lies in the years 1 to 9999"
+                rule = "a time is in the years 1 to 9999"
                 rules.append((name, rule, ~pl.col(name).to_physical().is_between(first, end, closed="left")))
             if dtype.is_float():
                 rules.append((name, "a number is finite", pl.col(name).is_infinite()))

@@ -1,8 +1,8 @@
 """Everything that a store holds: Delta tables and their log, TFRecord files, paths, run markers, vacuum.
 
 Workers write the rows of a batch to data files (`WriteFiles`), which no reader sees.  One last step adds all files of
-the run to the table's log in one commit (`CommitFiles`); from then on `data_files` lists them and `read_file` reads them.
-`paths` knows where each table of a store is.  Vacuum deletes files that no commit and no kept version names.
+the run to the table's log in one commit (`CommitFiles`); from then on `data_files` lists them and `read_file` reads
+them. `paths` knows where each table of a store is.  Vacuum deletes files that no commit and no kept version names.
 """
 
 from typing import TYPE_CHECKING

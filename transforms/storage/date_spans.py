@@ -1,9 +1,9 @@
 """Tables whose data files hold rows of several dates.
 
-A table of few rows a date has one partition per span of days instead of one per date.  The length of its spans is chosen
-when the table is made, from its rows, and kept in the table's properties; a table without the property has one partition
-per date.  Its files have a `date` column, their rows are sorted by it, and the footer says which rows are of which date
-(`Segment`).  For readers each date is a `DataFile` of its own: a part of a file.
+A table of few rows a date has one partition per span of days instead of one per date.  The length of its spans is
+chosen when the table is made, from its rows, and kept in the table's properties; a table without the property has one
+partition per date.  Its files have a `date` column, their rows are sorted by it, and the footer says which rows are of
+which date (`Segment`).  For readers each date is a `DataFile` of its own: a part of a file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def folder_of(span: int, days: int) -> str:
 
 
 def cuts(days: npt.NDArray[np.int32], span: int, most: int | None = None) -> list[tuple[int, int]]:
-    """`[start, stop)` of each file of rows with these days, sorted: of one span, and cut at `most` rows between dates."""
+    """`[start, stop)` of each file of rows with these days, sorted: of one span, and cut at `most` rows between
+    dates."""
     most = FILE_ROWS if most is None else most
     bounds = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0]), len(days)] if len(days) else [0]
     files: list[tuple[int, int]] = []

@@ -1,7 +1,7 @@
 """A Delta table's commits as its log tells them.
 
-`DeltaTable.history` numbers commits from the handle's own version downwards, whatever came since: on a handle of an older
-version every number is wrong.  So the log is read here, commit by commit, newest first.
+`DeltaTable.history` numbers commits from the handle's own version downwards, whatever came since: on a handle of an
+older version every number is wrong.  So the log is read here, commit by commit, newest first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ LOG = "_delta_log"
 
 
 def root_of(uri: str) -> str:
-    """A table's address as Beam's file systems take it; delta-rs writes a folder's as URIs are, with %20 for a space."""
+    """A table's address as Beam's file systems take it; delta-rs writes a folder's as URIs are, with %20 for a
+    space."""
     uri = uri.rstrip("/")
     return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
@@ -36,7 +37,8 @@ def path_within(root: str, logged: str) -> str:
     """A data file's path within its table, from the path that the log has for it, which is percent-encoded.
 
     Raises:
-        StoreError: the path leaves the table.  Whoever can write a log could have any file of the machine read otherwise,
+        StoreError: the path leaves the table.  Whoever can write a log could have any file of the machine read
+        otherwise,
             and `vacuum` could be made to delete it.
     """
     path = unquote(logged)
@@ -114,9 +116,9 @@ def remaining(
 ) -> tuple[list[Any], tuple[date, ...] | None]:
     """What is left of a commit of `actions` over `dates`, where the table has the files `now` there.
 
-    A file's name tells its run and content, so those of an earlier launch of the same run may be there already.  Dates that
-    are as they should be are left alone; where only some files of a date are there, they are added as copies, since a commit
-    cannot replace a file by itself.
+    A file's name tells its run and content, so those of an earlier launch of the same run may be there already.  Dates
+    that are as they should be are left alone; where only some files of a date are there, they are added as copies,
+    since a commit cannot replace a file by itself.
     """
     if not any(action.path in now for action in actions):
         return list(actions), dates
@@ -146,7 +148,8 @@ def _copied(uri: str, action: AddAction) -> AddAction:
 def conflict(
     uri: str, base: int | None, version: int, gone: Iterable[tuple[str, date]], new: Iterable[tuple[str, date]]
 ) -> ConflictError:
-    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name tells its run."""
+    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name tells its
+    run."""
     gone, new = list(gone), list(new)
     names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path, _ in new}
     names = names or {str(each.get("run_id")) for each in commits(uri, version) if each["version"] > (base or 0)}
@@ -154,7 +157,8 @@ def conflict(
     since = "there was no table" if base is None else f"version {base}"
     return ConflictError(
         f"Nobody else changes the dates of a run while it works on {uri}",
-        f"{_some(sorted(days))} changed since {since}; it has version {version} now, written by run {_some(sorted(names))}",
+        f"{_some(sorted(days))} changed since {since}; it has version {version} now, written by run "
+        f"{_some(sorted(names))}",
         "Another run won: run the same command again to build on its result",
     )
 

@@ -52,8 +52,8 @@ _TYPES = {
 READ_ROWS = 250_000
 # By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
 TABLE_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
-# A commit is attempted 20 times if other writers interfere. The waits between the attempts are at most 0.02, 0.04, … 2 s, and
-# about 15 s in all on average.
+# A commit is attempted 20 times if other writers interfere. The waits between the attempts are at most 0.02, 0.04, … 2
+# s, and about 15 s in all on average.
 COMMIT_ATTEMPTS, FIRST_BACKOFF, LONGEST_BACKOFF = 20, 0.02, 2.0
 
 
@@ -272,8 +272,9 @@ def write_files(
 ) -> WrittenFiles:
     """Write the batch as one Parquet file per date under `uri`, or per span of `days`, invisible until committed.
 
-    Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never does.
-    Each is written aside, flushed and renamed: no reader meets half a file, and a commit names durable files only.
+    Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never
+    does. Each is written aside, flushed and renamed: no reader meets half a file, and a commit names durable files
+    only.
 
     Returns: each date of each file, with the values of the file's partition columns.
     """
@@ -389,7 +390,8 @@ class CommitTarget:
     Args:
         uri: the table.
         schema: its Arrow schema, partition columns included.
-        dates: every date this run answers for; rows of another date are refused.  None: all dates, the table is replaced.
+        dates: every date this run answers for; rows of another date are refused.  None: all dates, the table is
+            replaced.
         run_id: identifies the run in file names and in the log.
         base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
         extra: fixed values of further partition columns, standing before `date`.
@@ -512,7 +514,8 @@ def commit(
     """Replaces the rows of the target's dates with the files `written`, in one atomic commit.
 
     Raises:
-        ConflictError: another run has changed the dates since `target.base`, or too many writers commit at the same time.
+        ConflictError: another run has changed the dates since `target.base`, or too many writers commit at the same
+        time.
         StoreError: a row has another date, or the store cannot be written.
     """
     strays = sorted({file.date.isoformat() for file, _ in written} - {day.isoformat() for day in target.dates or ()})

@@ -21,7 +21,8 @@ TABLE_DEPTHS = {
 
 
 def tables_below(store: str) -> list[str]:
-    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit yet."""
+    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit
+    yet."""
     return [
         f"{position}/{'/'.join(parts)}"
         for position, depth in TABLE_DEPTHS.items()

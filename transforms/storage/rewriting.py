@@ -1,7 +1,7 @@
 """Rows removed from Parquet files and Delta tables for good: files are written again without them, older ones deleted.
 
-A table keeps its versions' commits. Files that its newest version does not name are deleted, so older versions cannot be
-read any more, and its log keeps no statistics of strings. Every step can be repeated after a kill.
+A table keeps its versions' commits. Files that its newest version does not name are deleted, so older versions cannot
+be read any more, and its log keeps no statistics of strings. Every step can be repeated after a kill.
 """
 
 from __future__ import annotations

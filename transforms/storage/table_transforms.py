@@ -24,7 +24,8 @@ from transforms.storage.delta_tables import (
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class ReadTable(beam.PTransform):
-    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an element."""
+    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an
+    element."""
 
     files: tuple[DataFile, ...]
     columns: tuple[str, ...] | None = None

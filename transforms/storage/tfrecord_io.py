@@ -121,7 +121,8 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def _decoder(schema: pa.Schema) -> Any:
-    """tfx_bsl's decoder keeps state while it decodes: two threads in one of them got each other's rows.  One a reader."""
+    """tfx_bsl's decoder keeps state while it decodes: two threads in one of them got each other's rows.  One a
+    reader."""
     from tensorflow_metadata.proto.v0 import schema_pb2
     from tfx_bsl.coders import example_coder
 
@@ -218,7 +219,8 @@ def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class WriteTFRecordFiles(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for `publish_tfrecord_files`."""
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for
+    `publish_tfrecord_files`."""
 
     prefix: str
     run_id: str

@@ -1,8 +1,9 @@
 """What a store no longer needs: files that no commit named, and files that no kept version names.
 
-Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work, and is
-in no version that readers may still ask for: the newest, those younger than the retention, those a model was trained on.
-All of that is known from the log, so nothing goes from a table whose log is lost or cannot be read as it was written.
+Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work,
+and is in no version that readers may still ask for: the newest, those younger than the retention, those a model was
+trained on. All of that is known from the log, so nothing goes from a table whose log is lost or cannot be read as it
+was written.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class StoredFile:
 
 @dataclasses.dataclass(frozen=True)
 class Waste:
-    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics`, `summary`, or `mark` (of a
-    run that was killed)."""
+    """A file that may go, and why: `orphan`, `expired`, `aside` (half-written), `manifest`, `statistics`, `summary`, or
+    `mark` (of a run that was killed)."""
 
     file: StoredFile
     table: str
@@ -113,7 +114,8 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     """Files of one table that may go.
 
     Raises:
-        StoreError: the log is lost, or it or a version that must stay cannot be read; nothing can be said to be unneeded
+        StoreError: the log is lost, or it or a version that must stay cannot be read; nothing can be said to be
+        unneeded
             then.
     """
     uri = FileSystems.join(store, *table.split("/"))
@@ -152,6 +154,8 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
         else:
             run = name.rsplit("-", 1)[0]
             kind = "orphan" if DATA_FILE.fullmatch(name) and run not in unproven and not reported(run) else None
+        if kind == "aside" and rules.at_work:
+            kind = None  # its name does not tell whose it is
         if kind is not None and age >= rules.orphans:
             found.append(Waste(file, table, kind))
     return found
@@ -168,7 +172,8 @@ def require_unfinished(uri: str, files: Iterable[StoredFile], rules: VacuumRules
         raise StoreError(
             "Files are removed from a table only where its log can be read",
             f"{uri} has no log and {len(others):,} data files, as {others[0].path}",
-            f"Restore {LOG} from a backup; if no run ever committed to this table, delete its folder. Nothing was removed",
+            f"Restore {LOG} from a backup; if no run ever committed to this table, delete its folder. "
+            "Nothing was removed",
         )
 
 
@@ -232,7 +237,8 @@ def _of_first_runs(store: str, rules: VacuumRules) -> set[str]:
 
 
 def waste_of_runs(store: str, rules: VacuumRules) -> list[Waste]:
-    """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left no model."""
+    """Half-written files of runs, examples and registry, marks of runs that were killed, and examples of runs that left
+    no model."""
     found = []
     ended: dict[str, bool] = {}
     first = _of_first_runs(store, rules) if rules.unfinished else set()
@@ -255,7 +261,8 @@ def waste_of_runs(store: str, rules: VacuumRules) -> list[Waste]:
 
 @dataclasses.dataclass(frozen=True)
 class _Retained:
-    """Versions that stay readable: `young` ones, from the one that the retention began with, and older `pinned` ones."""
+    """Versions that stay readable: `young` ones, from the one that the retention began with, and older `pinned`
+    ones."""
 
     young: tuple[int, ...]
     pinned: tuple[int, ...]
@@ -301,7 +308,8 @@ def _paths_at(uri: str, version: int | None) -> set[str] | None:
 
 
 def _named(uri: str, kept: _Retained) -> tuple[set[str], set[str]]:
-    """(Manifests that kept versions need, runs that committed).  A version's manifest is the last one named up to it."""
+    """(Manifests that kept versions need, runs that committed).  A version's manifest is the last one named up to
+    it."""
     manifests: set[str] = set()
     runs: set[str] = set()
     without = {*kept.young, *kept.pinned}
