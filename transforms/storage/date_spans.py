@@ -18,11 +18,13 @@ from datetime import date
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from schemas.errors import DataError, StoreError
+from transforms.records.record_batches import batch  # noqa: F401 (it imports pyarrow_hotfix)
 from transforms.records.times import as_date, as_number
 from transforms.storage.delta_log import root_of
 
@@ -143,7 +145,7 @@ def read_segments(path: str) -> tuple[Segment, ...]:
 def _segments(path: str, _changed: int, _bytes: int) -> tuple[Segment, ...]:
     told = (pq.read_metadata(path).metadata or {}).get(_FOOTER)
     if told is None:  # another program has written the file again
-        days = pq.ParquetFile(path).read(["date"], use_threads=False)["date"].cast(pa.int32()).to_numpy()
+        days = _day_numbers(pq.ParquetFile(path).read(["date"], use_threads=False))
         bounds = [0, *(np.flatnonzero(np.diff(days)) + 1), len(days)] if len(days) else []
         return tuple(Segment(int(days[low]), int(high - low)) for low, high in itertools.pairwise(bounds))
     return tuple(Segment(int(day), int(rows), str(origin)) for day, rows, origin in json.loads(told))
@@ -172,7 +174,7 @@ def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> N
         DataError: they have others.
     """
     expected = np.repeat([each.day for each in segments], [each.rows for each in segments])
-    found = content["date"].cast(pa.int32()).to_numpy()
+    found = _day_numbers(content)
     if len(found) != len(expected) or (found != expected).any():
         counts = f"{len(found)} rows of {len(np.unique(found))} dates"
         raise _other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
@@ -218,7 +220,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
     before, after = start == 0 or days[start - 1] <= first, stop >= len(days) or days[stop] >= last
     if stop <= len(days) and rows and days[start] == first and days[stop - 1] == last and before and after:
         return content.slice(start, rows)
-    found = content.filter(pa.array((days >= first) & (days <= last)))
+    found = content.filter(pl.Series((days >= first) & (days <= last)).to_arrow())
     if found.num_rows > rows:
         raise _other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
     return found
@@ -230,7 +232,7 @@ def _decoded(
 ) -> tuple[pa.Table, npt.NDArray[np.int32]]:
     wanted = None if columns is None else list(dict.fromkeys([*columns, "date"]))
     content = pq.ParquetFile(path).read(wanted, use_threads=False).replace_schema_metadata(None)
-    return content, content["date"].cast(pa.int32()).to_numpy()
+    return content, _day_numbers(content)
 
 
 def stats_of(segments: Sequence[Segment]) -> dict[str, object]:
@@ -259,3 +261,10 @@ def partition_days(uri: str, table: DeltaTable | None, rows: int, dates: tuple[d
 def configuration(days: int) -> Mapping[str, str]:
     """Properties of a new table with such spans: bounds of dates are known from the log, of no other column."""
     return {} if days == 1 else {PROPERTY: str(days), "delta.dataSkippingStatsColumns": "date"}
+
+
+def _day_numbers(content: pa.Table) -> npt.NDArray[np.int32]:
+    """Days since 1970 of the rows.  By Polars: pyarrow's own conversion imports pandas."""
+    dates = pl.from_arrow(content["date"])
+    assert isinstance(dates, pl.Series)
+    return dates.to_physical().to_numpy()
