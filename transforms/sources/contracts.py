@@ -207,7 +207,7 @@ def as_frame(table: pa.Table) -> pl.DataFrame:
     kept."""
     columns: dict[str, pa.ChunkedArray] = {}
     for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
-        zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
+        zoned = pa.types.is_timestamp(column.type) and column.type.tz not in (None, "UTC")  # a cast imports pandas
         columns[name] = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
     if not columns:
         return pl.DataFrame()
