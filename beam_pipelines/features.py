@@ -200,7 +200,7 @@ def verification(options: Options, work: PreparedRun) -> Verification | None:
 def write_account(
     committed: Committed,
     tallies: dict[str, SourceTally],
-    buried: Committed,
+    rejected: Committed,
     verified: Verified | None,
     path: str,
     carried: int = 0,
@@ -216,7 +216,7 @@ def write_account(
         {
             "rows_in": sum(each.read for each in tallies.values()),
             "rows_out": committed.rows,
-            "set_aside": buried.rows - carried,
+            "set_aside": rejected.rows - carried,
             "sources": {name: tally.counts for name, tally in tallies.items()},
             "files": committed.files,
             "dates": len(committed.dates),

@@ -21,6 +21,7 @@ from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, MessageRange
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, now_us
+from transforms.sources.contracts import IN_YEARS
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
@@ -146,7 +147,7 @@ def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int
         if pa.types.is_temporal(field.type):
             beyond = out_of_calendar(pl.Series(pl.from_arrow(rows[field.name])))
             for position in beyond.arg_true().to_list():
-                broken.setdefault(position, (field.name, "a time is in the years 1 to 9999"))
+                broken.setdefault(position, (field.name, IN_YEARS))
     for name in (*view.key, view.time, "row_id", "date"):
         column = rows[name]
         if column.null_count:

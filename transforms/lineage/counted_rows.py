@@ -20,7 +20,7 @@ from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.features.block_inputs import dimension_rows, distinct
 from transforms.lineage.feature_parity import _computed, letters_of, of_questions, pending, questions_of, refused
-from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, shown_at
+from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, replaced_at, shown_at
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
@@ -29,7 +29,7 @@ from transforms.storage.delta_tables import data_files, open_table, read_file, t
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.live_tables import application_of, last_commit_record
-from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
+from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # In the order in which they are applied where none of several is needed by itself.
 LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
@@ -228,18 +228,7 @@ class Sides:
         gone = np.full(len(live), NEVER, np.int64)
         counted = np.ones(len(live), np.bool_)
         if repeats:
-            replaced = (
-                pl.DataFrame({RID: live["__instead"], "__gone": shown})
-                .drop_nulls(RID)
-                .group_by(RID)
-                .agg(pl.col("__gone").min())
-            )
-            gone = (
-                live.select(row_identity(live))
-                .join(replaced, on=RID, how="left", maintain_order="left")["__gone"]
-                .fill_null(NEVER)
-                .to_numpy()
-            )
+            gone = replaced_at(live, live["__instead"], shown)
             counted = live["__counted"].to_numpy()
         ours = live.select(columns).with_columns(
             pl.Series("__shown", shown),

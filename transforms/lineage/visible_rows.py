@@ -61,17 +61,7 @@ def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first
         replacing = read_accepted(view, store, name, [*ORIGIN_COLUMNS, "__instead"], None, None).filter(
             pl.col("__instead").is_not_null()
         )
-        at = (
-            pl.DataFrame({RID: replacing["__instead"], "gone": shown_at(name, replacing, cuts)})
-            .group_by(RID)
-            .agg(pl.col("gone").min())
-        )
-        gone = (
-            rows.select(row_identity(rows))
-            .join(at, on=RID, how="left", maintain_order="left")["gone"]
-            .fill_null(NEVER)
-            .to_numpy()
-        )
+        gone = replaced_at(rows, replacing["__instead"], shown_at(name, replacing, cuts))
         counted = rows["__counted"].to_numpy()
         rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
     moments = rows[str(source.time)].to_physical().to_numpy()
@@ -101,3 +91,15 @@ def read_accepted(
     return pl.concat(
         [empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)]
     )
+
+
+def replaced_at(rows: pl.DataFrame, replaced: pl.Series, shown: Ints) -> Ints:
+    """The first cut at which each row no longer counts, since a row that repeats it does; `NEVER` if there is none.
+
+    Args:
+        replaced: identities of rows that other rows replace; null for a row that replaces none.
+        shown: the first cut that shows each of those other rows.
+    """
+    at = pl.DataFrame({RID: replaced, "gone": shown}).drop_nulls(RID).group_by(RID).agg(pl.col("gone").min())
+    found = rows.select(row_identity(rows)).join(at, on=RID, how="left", maintain_order="left")["gone"]
+    return found.fill_null(NEVER).to_numpy()

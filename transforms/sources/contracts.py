@@ -22,6 +22,7 @@ _NOT_UTF8 = "\U0010ffff"
 # The years 1 to 9999, which Delta tables and Python's datetime can hold, `[from, to)` in µs and in days since 1970.
 YEARS = (-62_135_596_800_000_000, 253_402_300_800_000_000)
 _YEARS_DAYS = tuple(each // 86_400_000_000 for each in YEARS)
+IN_YEARS = "a time is in the years 1 to 9999"
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
@@ -126,9 +127,7 @@ class Contract:
             if dtype == pl.String:
                 rules.append((name, "a text is UTF-8", pl.col(name).str.starts_with(_NOT_UTF8)))
             if dtype.is_temporal() and name not in (source.time, source.event_time):
-                first, end = _YEARS_DAYS if dtype == pl.Date else YEARS
-                rule = "a time is in the years 1 to 9999"
-                rules.append((name, rule, ~pl.col(name).to_physical().is_between(first, end, closed="left")))
+                rules.append((name, IN_YEARS, outside_years(pl.col(name), dtype)))
             if dtype.is_float():
                 rules.append((name, "a number is finite", pl.col(name).is_infinite()))
             if dtype == pl.Float64:
@@ -341,3 +340,9 @@ def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
     if dtype == pl.String:
         return pl.col(name).str.strip_prefix(_NOT_UTF8)
     return pl.col(name).cast(pl.String)
+
+
+def outside_years(times: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Whether each date or time (µs) is outside the years 1 to 9999; null for null."""
+    first, end = _YEARS_DAYS if dtype == pl.Date else YEARS
+    return ~times.to_physical().is_between(first, end, closed="left")

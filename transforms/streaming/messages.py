@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,8 @@ import pyarrow as pa
 from schemas.durations import microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
-from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
-from transforms.sources.contracts import Contract, check_rows
+from transforms.records.times import ALWAYS, FOREVER
+from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
 from transforms.streaming.message_limits import LIMITS, check_arrow, check_json, read_arrow
@@ -29,12 +29,6 @@ HEARTBEAT = b"__heartbeat"
 # Columns beside the source's own: the origin of a row.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _ARROW = b"\xff\xff\xff\xff"
-# The times that Python, ISO 8601 and Delta have: the years 1 to 9999, in µs since 1970.
-CALENDAR = tuple(
-    (each - EPOCH) // MICROSECOND
-    for each in (datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, UTC))
-)
-_DAY = 86_400_000_000
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
 ANY_ERROR = (Exception, pl.exceptions.PanicException)
@@ -367,16 +361,17 @@ def _beyond_calendar(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFra
         if dtype.is_temporal() and len(rows):
             beyond = out_of_calendar(rows[name])
             if beyond.any():
-                rule, value = "a time is in the years 1 to 9999", pl.col(name).to_physical().cast(pl.String)
-                dead_letters.append(message_dead_letters(contract.source.name, rows.filter(beyond), name, rule, value))
+                value = pl.col(name).to_physical().cast(pl.String)
+                dead_letters.append(
+                    message_dead_letters(contract.source.name, rows.filter(beyond), name, IN_YEARS, value)
+                )
                 rows = rows.filter(~beyond)
     return rows, dead_letters
 
 
 def out_of_calendar(times: pl.Series) -> pl.Series:
     """Whether each date or time (µs) is outside the years 1 to 9999; False for null."""
-    low, high = (each // _DAY if times.dtype == pl.Date else each for each in CALENDAR)
-    return ~times.to_physical().is_between(low, high).fill_null(True)
+    return pl.select(outside_years(pl.lit(times), times.dtype).fill_null(False)).to_series()
 
 
 # Bytes after decompression that the messages of one micro-batch take in at most and one message more.
