@@ -21,6 +21,7 @@ from beam_pipelines.runtime.errors import recovered
 from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
 from transforms.records.frame_packets import Head
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread
 from transforms.streaming.micro_batches import SKIPPED
@@ -333,7 +334,6 @@ def write_status(commit: tuple[bytes, bytes], path: str) -> None:
 def read_status(path: str) -> Head:
     """Read the run's status; it is empty before the first commit."""
     try:
-        with open(path) as handle:
-            return dict(json.load(handle))
-    except (OSError, ValueError):
+        return parse_object(read_regular(path))
+    except (OSError, *DAMAGE):
         return {}

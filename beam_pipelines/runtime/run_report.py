@@ -18,6 +18,7 @@ from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import MARKER, remove_marker, write_marker
+from transforms.storage.stored_json import read_object
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -132,9 +133,13 @@ def write_json(path: str, value: object) -> None:
 
 
 def read_json(path: str) -> Head:
-    """Read a JSON file."""
-    with FileSystems.open(path) as handle:
-        return json.loads(handle.read())
+    """Read the JSON object of a file.
+
+    Raises:
+        StoreError: it cannot be read, or holds something else.
+    """
+    rule, fix = "A file of a run is a JSON object", "Restore the file, or run again under another --run_id"
+    return read_object(path, rule, fix)
 
 
 def progress() -> None:

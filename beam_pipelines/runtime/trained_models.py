@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from beam_pipelines.runtime.run_report import log, read_json
-from schemas.errors import MillraceError, StoreError
+from schemas.errors import MillraceError
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.stored_json import read_object
 from transforms.storage.vacuum import pins_of
 
 
@@ -45,14 +45,8 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
     runs = Path(store, "runs")  # their registry may be another one, or was unreachable
     for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
         with reading(f"the model of run {path.parts[-3]}"):
-            try:
-                found.setdefault(f"run {path.parts[-3]}", json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise StoreError(
-                    "The manifest of a trained model can be read",
-                    f"{path}: {error}",
-                    "Restore it, or delete its run's folder",
-                ) from None
+            rule, fix = "The manifest of a trained model can be read", "Restore it, or delete its run's folder"
+            found.setdefault(f"run {path.parts[-3]}", read_object(str(path), rule, fix))
     return found
 
 

@@ -11,6 +11,7 @@ from schemas.errors import StoreError
 from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
 from transforms.sources.day_digests import Digests
+from transforms.storage.stored_json import DAMAGE, reason_of
 
 # Manifests of version 1 have no version. They may name lifetime summaries that contain events twice or too early, days
 # that were computed from such summaries, and digests of rows that no longer existed when they were last read.
@@ -84,9 +85,9 @@ class Manifest:
                 raw.get("about", {}),
                 int(raw.get("version", 1)),
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except DAMAGE as error:
             raise StoreError(
-                "A feature table's manifest can be read", f"{type(error).__name__}: {error}", "Recompute with --full"
+                "A feature table's manifest can be read", reason_of(error), "Recompute with --full"
             ) from None
 
 

@@ -21,6 +21,7 @@ from transforms.storage.delta_log import commit_at, metadata_of
 from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import folders
+from transforms.storage.stored_json import read_regular, understood
 
 log = logging.getLogger("millrace.features")
 
@@ -37,13 +38,8 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
     if table is None or name is None:
         return EMPTY
     path = FileSystems.join(table_root(table), FOLDER, name)
-    try:
-        with FileSystems.open(path) as handle:
-            return Manifest.from_json(handle.read().decode())
-    except OSError as error:
-        raise StoreError(
-            "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
-        ) from None
+    with understood("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+        return Manifest.from_json(read_regular(path).decode())
 
 
 def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:

@@ -35,6 +35,7 @@ from transforms.storage.delta_tables import open_table, write_aside
 from transforms.storage.paths import folders, path_in_store, source_uri, sources_root, tables_below
 from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER, RunMarker
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
 
 # Columns of a predictions table that do not name the spine row.
@@ -359,10 +360,11 @@ class Erasure:
                 path = os.path.join(folder, name)
                 if not os.path.isfile(path):
                     continue
-                with open(path, encoding="utf-8") as handle:
-                    content = json.load(handle)
-                rows = functools.reduce(lambda held, key: held[key], inside, content)
-                if rows["data"]:
+                with understood("The example rows of a model can be read", path, "Restore or delete the file"):
+                    content = parse_object(read_regular(path))
+                    rows = functools.reduce(lambda held, key: held[key], inside, content)
+                    found = bool(rows["data"])
+                if found:
                     rows["data"], count = [], count + 1
                     write_aside(folder, name, pa.py_buffer(json.dumps(content).encode()))
             above = os.path.dirname(folder.rstrip("/"))
@@ -451,9 +453,8 @@ def _length(feature: Trailing | Latest | Lookup) -> int | None:
 def pipeline_of(folder: str) -> str | None:
     """The pipeline of a run, by its figures; None if it left none."""
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as handle:
-            return str(json.load(handle)["pipeline"])
-    except (OSError, ValueError, KeyError):
+        return str(parse_object(read_regular(os.path.join(folder, "run.json")))["pipeline"])
+    except (OSError, *DAMAGE):
         return None
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids as ids_of
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.stored_json import parse_object, read_regular, understood
 
 FOLDER = "erasures"
 
@@ -47,6 +47,13 @@ class ErasureRecord:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     models: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        """Raises ValueError if a field has another type than it is declared with."""
+        texts = (self.erasure_id, self.source, self.started, *self.models, self.finished or "")
+        numbers = (*self.row_ids, *self.prediction_ids, *dict(self.counts).values())
+        if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
+            raise ValueError("a field has another type")
+
     @property
     def at(self) -> str:
         """When the rows were erased."""
@@ -73,13 +80,12 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
         if name.startswith(".") or not name.endswith(".json"):
             continue
         path = os.path.join(folder, name)
-        try:
-            with open(path, encoding="utf-8") as handle:
-                raw = json.load(handle)
+        with understood("The record of an erasure can be read", path):
+            raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
-            found.append(ErasureRecord(**{**raw, **ids}))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StoreError("The record of an erasure can be read", f"{path}: {error}", "Restore the file") from None
+            record = ErasureRecord(**{**raw, **ids})
+            record.check()
+            found.append(record)
     yield from sorted(found, key=lambda each: each.started)
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transforms.models.encoders import Fitted
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, reason_of
 
 FORMAT = 1
 # MLflow's description of a model, and the one loader module that it may name.
@@ -106,10 +106,10 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     if digest is not None:
         check_digest(folder, MANIFEST, text, digest)
     try:
-        manifest = json.loads(text)
+        manifest = parse_object(text)
         files = {name: str(entry["sha256"]) for name, entry in manifest.pop("files").items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        value = f"{folder}/{MANIFEST}: {error!r}"
+    except DAMAGE as error:
+        value = f"{folder}/{MANIFEST}: {reason_of(error)}"
         raise StoreError("A model's manifest is JSON that lists its files", value, _RESTORE) from None
     if (
         manifest.pop("format", None) != FORMAT
@@ -129,8 +129,8 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
         raise StoreError(f"A model's manifest has {', '.join(_REQUIRED)}", value, _RESTORE)
     try:
         fitted = Fitted.from_json(encoders.decode())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        value = f"{folder}/{ENCODERS}: {error!r}"
+    except DAMAGE as error:
+        value = f"{folder}/{ENCODERS}: {reason_of(error)}"
         raise StoreError("A model's encoders are as Millrace writes them", value, _RESTORE) from None
     return Bundle(booster, fitted, manifest, contents)
 
@@ -166,7 +166,7 @@ def check_mlmodel(folder: str | Path) -> None:
         foreign = sorted(set(found["flavors"]) - {"millrace", "python_function"})
         keys = sorted(set(flavor) - {"loader_module", "python_version"})
         loader = flavor.get("loader_module", LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, *DAMAGE) as error:
         value = f"{path}: {(str(error).splitlines() or [repr(error)])[0]}"
         raise StoreError(f"{MLMODEL} describes a model of MLflow", value, fix) from None
     if loader != LOADER or keys or foreign:
@@ -182,12 +182,7 @@ def read_bytes(folder: str | Path, name: str) -> bytes:
     """
     path = FileSystems.join(str(folder), name)
     try:
-        if "://" not in path:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would be waited for
-                raise OSError("it is not a regular file")
-            return Path(path).read_bytes()
-        with FileSystems.open(path, "application/octet-stream") as handle:
-            return bytes(handle.read())
+        return read_regular(path)
     except OSError as error:
         raise StoreError(
             "A model's files can be read", f"{path}: {getattr(error, 'strerror', None) or error}", _RESTORE

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import StoreError
+from transforms.storage.stored_json import DAMAGE, parse_object
 
 __all__ = ["CHAMPION", "ChampionMoves", "only_move"]
 
@@ -180,11 +181,11 @@ class ChampionMoves:
 def _parsed(tag: str, text: str) -> Record | None:
     """A tag's record; None, with a warning, if something else wrote it."""
     try:
-        record: Record = json.loads(text)
+        record: Record = parse_object(text)
         shape = {"version": str, "why": str, "who": str, "before": str | None}
         if all(isinstance(record[key], kind) for key, kind in shape.items()):
             return record
-    except (ValueError, KeyError, TypeError):
+    except DAMAGE:
         pass
     log.warning("the tag %s is not a record of a move, and is ignored", tag)
     return None

@@ -12,6 +12,7 @@ from schemas.errors import MillraceError, MismatchError
 from transforms.models.bundle import read_bytes
 from transforms.models.registry import Registry
 from transforms.storage.paths import MANIFEST
+from transforms.storage.stored_json import DAMAGE, parse_object
 
 log = logging.getLogger("millrace.training")
 
@@ -44,8 +45,8 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any])
         version = versions[-1]
     try:
         _, folder = registry.resolve(name, version)
-        theirs = problem_of(json.loads(read_bytes(folder, MANIFEST)))
-    except (MillraceError, ValueError) as error:
+        theirs = problem_of(parse_object(read_bytes(folder, MANIFEST)))
+    except (MillraceError, *DAMAGE) as error:
         log.warning("whether version %s of %r predicts the same is not known: %s", version, name, error)
         return
     apart = [part for part in mine if part in theirs and mine[part] != theirs[part] and not part.endswith("_shown")]

@@ -22,6 +22,7 @@ from deltalake.transaction import AddAction
 
 from schemas.errors import ConflictError, StoreError
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.stored_json import read_regular
 
 LOG = "_delta_log"
 
@@ -179,12 +180,7 @@ def file_actions(uri: str, version: int) -> tuple[set[str], set[str]]:
 def _actions(uri: str, version: int, kind: str) -> Iterator[dict[str, Any]]:
     path = FileSystems.join(root_of(uri), LOG, f"{version:020}.json")
     try:
-        if "://" not in path:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-        else:
-            with FileSystems.open(path, "application/octet-stream") as file:
-                text = file.read().decode()
+        text = read_regular(path).decode()
         # A line is an object of one member.
         yield from (json.loads(line)[kind] for line in text.splitlines() if line.startswith(f'{{"{kind}":'))
     except (OSError, ValueError) as error:

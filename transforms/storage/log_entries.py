@@ -29,6 +29,7 @@ from deltalake.transaction import AddAction
 
 from transforms.storage.delta_log import LOG, root_of, versions
 from transforms.storage.durable import make_folders, sync_ancestors, sync_folder, write_file
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 
 log = logging.getLogger("millrace.storage")
 
@@ -185,6 +186,6 @@ def write_checkpoint(uri: str, version: int) -> None:
 def _newest_checkpoint(folder: Path) -> int:
     """The version of the checkpoint that the log names; 0: none."""
     try:
-        return int(json.loads((folder / "_last_checkpoint").read_bytes())["version"])
-    except (OSError, ValueError, KeyError):
+        return int(parse_object(read_regular(str(folder / "_last_checkpoint")))["version"])
+    except (OSError, *DAMAGE):
         return 0

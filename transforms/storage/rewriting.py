@@ -34,6 +34,7 @@ from transforms.storage.date_spans import (
 from transforms.storage.delta_log import LOG, path_within, root_of, versions
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
 from transforms.storage.log_entries import LogEntry, RemovedFile
+from transforms.storage.stored_json import read_regular, understood
 
 # Rows of a row group and the file's path → whether each of them is removed.
 Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
@@ -228,10 +229,10 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
     for version in versions(root):
         path = os.path.join(folder, f"{version:020}.json")
-        with open(path, encoding="utf-8") as handle:
-            before = handle.read()
-        lines = [line for line in before.splitlines() if line.strip()]
-        after = [each for line in lines if (each := _scrubbed(line, root, None if ours else needed, dates)) is not None]
+        with understood("A table's log can be read", path):
+            lines = [line for line in read_regular(path).decode().splitlines() if line.strip()]
+            scrubbed = [_scrubbed(line, root, None if ours else needed, dates) for line in lines]
+        after = [each for each in scrubbed if each is not None]
         if after != lines:
             aside = f"{path}.tmp"
             with open(aside, "w", encoding="utf-8") as handle:

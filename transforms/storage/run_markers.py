@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 
-from schemas.errors import StoreError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.stored_json import parse_object, read_regular, understood
 
 MARKER = "started.json"
 
@@ -91,13 +91,12 @@ def _markers(folder: str) -> Iterator[str]:
 
 
 def _read(path: str) -> RunMarker:
-    try:
-        with FileSystems.open(path, "application/octet-stream") as file:
-            entry = json.loads(file.read())
-        return RunMarker(
-            entry["run_id"], entry["pipeline"], datetime.fromisoformat(entry["started"]), entry["host"], entry["pid"]
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(
-            "The mark of a run can be read", f"{path}: {error!r}", "If that run has ended, delete the file"
-        ) from None
+    with understood("The mark of a run can be read", path, "If that run has ended, delete the file"):
+        entry = parse_object(read_regular(path))
+        names = [entry[name] for name in ("run_id", "pipeline", "host")]
+        if not all(isinstance(name, str) for name in names) or not isinstance(entry["pid"], int):
+            raise ValueError("names of another type than text, or no process")
+        started = datetime.fromisoformat(entry["started"])
+        if started.tzinfo is None:
+            raise ValueError(f"the start {started} has no time zone")
+        return RunMarker(names[0], names[1], started, names[2], entry["pid"])

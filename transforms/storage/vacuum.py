@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from transforms.storage.file_systems import FileSystems
 from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
 from transforms.storage.paths import MANIFEST, path_in_store, tables_below
 from transforms.storage.run_markers import MARKER, RunMarker
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
 # Files as Millrace names them: `<run>-<digest>.parquet`, and what it or delta-rs writes aside before a rename.
@@ -206,9 +206,8 @@ def runs_without_counts(uri: str) -> set[str]:
 def _reported_later(store: str, run: str, newest: int) -> bool:
     """Whether the run says that it committed a version which the log does not have any more."""
     try:
-        with FileSystems.open(FileSystems.join(store, "runs", run, "run.json")) as handle:
-            version = json.loads(handle.read()).get("commit_version")
-    except (OSError, ValueError, AttributeError):
+        version = parse_object(read_regular(FileSystems.join(store, "runs", run, "run.json"))).get("commit_version")
+    except (OSError, *DAMAGE):
         return False
     return isinstance(version, int) and version > newest
 
@@ -327,16 +326,11 @@ def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
     named: set[str] = set()
     for name in manifests:
         path = FileSystems.join(uri, MANIFESTS, name)
-        try:
-            with FileSystems.open(path) as handle:
-                snapshots = json.loads(handle.read()).get("snapshots", {})
-            named |= {file for files, _ in snapshots.values() for file in files}
-        except FileNotFoundError:
+        if "://" not in path and not os.path.lexists(path):
             continue  # somebody removed it: then no run can ask for what it named
-        except (OSError, ValueError, AttributeError) as error:
-            raise StoreError(
-                "A feature table's manifest can be read", f"{path}: {error}", "Restore it, or recompute with --full"
-            ) from None
+        with understood("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+            snapshots = parse_object(read_regular(path)).get("snapshots", {})
+            named |= {str(file) for files, _ in snapshots.values() for file in files}
     return named
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
-from schemas.errors import MillraceError
+from schemas.errors import MillraceError, StoreError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.block_inputs import contradictions, dimension_rows
@@ -27,6 +27,7 @@ from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dea
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.stored_json import parse_object, read_regular, understood
 
 log = logging.getLogger("millrace.live")
 # File, beside a dimension's versions, that names the version in use.
@@ -116,8 +117,8 @@ class Dimensions:
         path = FileSystems.join(self.kept, name, SERVING)
         if not FileSystems.exists(path):
             return False
-        with FileSystems.open(path, compression_type="uncompressed") as handle:
-            version = str(json.loads(handle.read())["version"])
+        with understood("A live job's note of a dimension can be read", path, "Restore it, or remove it"):
+            version = str(parse_object(read_regular(path))["version"])
         frame = kept(self.kept, name, version)
         schema = self.view.dimensions[name].schema
         if dict(frame.schema) != {column: schema[column] for column in self.view.columns_read(name)}:
@@ -141,7 +142,8 @@ def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
 
 def kept(folder: str, name: str, version: str) -> pl.DataFrame:
     """The content of a version of a dimension."""
-    with FileSystems.open(
-        FileSystems.join(folder, name, f"{version}.arrow"), compression_type="uncompressed"
-    ) as handle:
-        return pl.read_ipc(io.BytesIO(handle.read()))
+    path = FileSystems.join(folder, name, f"{version}.arrow")
+    try:
+        return pl.read_ipc(io.BytesIO(read_regular(path)))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StoreError("A kept version of a dimension can be read", f"{path}: {error}", "Restore the file") from None

@@ -37,11 +37,13 @@ from transforms.storage.delta_tables import (
     open_table,
     read_file,
     retry_commits,
+    table_root,
     with_columns,
     write_files,
 )
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
+from transforms.storage.stored_json import parse_object, understood
 from transforms.streaming.progress import CommitRecord
 from transforms.streaming.replay import sources_of
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
@@ -78,7 +80,8 @@ def last_commit_record(table: DeltaTable | None, app: str) -> Head:
         return {}
     for version in range(table.version(), -1, -1):
         if (record := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
-            return dict(json.loads(record))
+            with understood("A live table's log can be read", table_root(table)):
+                return parse_object(record)
     return {}
 
 

@@ -26,6 +26,7 @@ from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
+from transforms.storage.stored_json import parse_object, read_regular, understood
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
@@ -72,7 +73,7 @@ class Owner:
     @classmethod
     def of_text(cls, text: bytes) -> Owner:
         """The owner of `to_text`."""
-        note: Head = json.loads(text)
+        note: Head = parse_object(text)
         sources = {
             name: CheckedColumns(tuple(each["columns"]), tuple(each["repeats_by"]))
             for name, each in note["sources"].items()
@@ -124,15 +125,9 @@ def _read(store: str) -> Owner | None:
     path = FileSystems.join(store, OWNER)
     if not FileSystems.exists(path):
         return None
-    with FileSystems.open(path, compression_type="uncompressed") as handle:
-        try:
-            return Owner.of_text(handle.read())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StoreError(
-                "The owner of a live store is written down as JSON",
-                f"{path} is not JSON",
-                "Remove that file: the tables show the owner too",
-            ) from None
+    fix = "Remove that file: the tables show the owner too"
+    with understood("The owner of a live store is written down as JSON", path, fix):
+        return Owner.of_text(read_regular(path))
 
 
 def _check_note(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:

@@ -24,6 +24,7 @@ from transforms.models.problem_identity import problem_of, require_same_problem
 from transforms.models.registry import Registry, RunRecord
 from transforms.reports.report import FILE, render
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.stored_json import DAMAGE, parse_object, reason_of
 from transforms.training.data_checks import Findings
 from transforms.training.examples import Account
 from transforms.training.hyperparameter_search import Result, Trial
@@ -199,7 +200,7 @@ def register_run(folder: str, run_id: str, uri: str) -> Json:
 
 
 # What reading damaged JSON as something that it is not can raise.
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, jinja2.TemplateError)
+_DAMAGE = (*DAMAGE, jinja2.TemplateError)
 
 
 def _recorded(folder: str, name: str) -> Json:
@@ -211,13 +212,10 @@ def _recorded(folder: str, name: str) -> Json:
     fix = "Restore the file, or train again"
     text = read_bytes(folder, name)
     try:
-        found: Json = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-        return found
+        return parse_object(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError("The files of a run are JSON objects", f"{folder}/{name}: {reason}", fix) from None
+        value = f"{folder}/{name}: {reason_of(error)}"
+        raise StoreError("The files of a run are JSON objects", value, fix) from None
 
 
 def _require_own(content: JsonObject, pending: JsonObject, folder: str, run_id: str) -> None:

@@ -21,6 +21,7 @@ from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import Committed, write_aside
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.stored_json import parse_object, read_regular, reason_of
 from transforms.validation.publish_rules import PublishRules
 from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate
 
@@ -173,14 +174,18 @@ def make_check(rules: PublishRules, run: CheckedRun) -> PublishCheck:
 
 def read_schema(path: str, required: bool) -> str | None:
     """The schema's text, checked to be one; None where there is no file and none is `required`."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         if required:
             raise DefinitionError(
                 "--schema names a schema.pbtxt", path, "No such file; millrace schema infer writes one"
             )
         return None
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    rule = "--schema names a text file" if required else "The schema beside a definition is a text file"
+    try:
+        text = read_regular(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise DefinitionError(rule, f"{path}: {reason}", "Write a fresh one: millrace schema infer --force") from None
     parse_schema(text, path)
     return text
 
@@ -197,8 +202,7 @@ def read_statistics(path: str) -> DatasetFeatureStatisticsList:
         StoreError: they cannot be read.
     """
     try:
-        with FileSystems.open(path) as handle:
-            return parse_statistics(handle.read())
+        return parse_statistics(read_regular(path))
     except Exception as error:  # Beam's file systems raise what they like
         raise StoreError(
             "A run's statistics can be read", f"{path}: {error}", "See the runs with: millrace tables"
@@ -240,13 +244,17 @@ def read_account(table: str, run_id: str) -> Account:
         StoreError: it cannot be read.
     """
     try:
-        with FileSystems.open(FileSystems.join(table, FOLDER, f"{run_id}.json")) as handle:
-            account: Account = json.loads(handle.read())
-            return account
+        account = parse_object(read_regular(FileSystems.join(table, FOLDER, f"{run_id}.json")))
+        return {
+            "run_id": run_id,
+            "interval": str(account["interval"]),
+            "previous": str(account["previous"]),
+            "anomalies": list(account["anomalies"]),
+        }
     except Exception as error:  # Beam's file systems raise what they like
         raise StoreError(
             "A run's account of its statistics can be read",
-            f"run {run_id}: {error}",
+            f"run {run_id}: {reason_of(error)}",
             "See the runs with: millrace tables",
         ) from None
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 from google.protobuf import text_format
+from google.protobuf.message import DecodeError
 from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.schema_pb2 import (
     BYTES,
@@ -226,5 +227,15 @@ HEADER = """\
 
 
 def parse_statistics(content: bytes) -> DatasetFeatureStatisticsList:
-    """The `DatasetFeatureStatisticsList` that was serialised."""
-    return DatasetFeatureStatisticsList.FromString(content)
+    """The `DatasetFeatureStatisticsList` that was serialised.
+
+    Raises:
+        ValueError: something else was.
+    """
+    try:
+        found = DatasetFeatureStatisticsList.FromString(content)
+    except DecodeError as error:
+        raise ValueError(f"no statistics ({error})") from None
+    if len(found.datasets) != 1:
+        raise ValueError(f"statistics of {len(found.datasets)} datasets")
+    return found
