@@ -12,7 +12,6 @@ from typing import Any
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
@@ -27,6 +26,7 @@ from transforms.records.record_batches import batch as to_batch
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import CommitTarget, Committed, DataFile, commit
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.table_transforms import ReadTable, WriteFiles
 from transforms.storage.tfrecord_io import (
     ReadExamples,

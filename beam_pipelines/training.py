@@ -14,7 +14,6 @@ from datetime import date
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.arguments import Arguments, day
@@ -30,6 +29,7 @@ from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, Score
+from transforms.storage.file_systems import FileSystems
 from transforms.training.champion_comparison import Challenge, Compare
 from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
 from transforms.training.examples import (

@@ -86,6 +86,9 @@ ENTRY_POINTS = {"examples/flights/run.py", "examples/flights/stream.py"}
 SCHEMAS_THIRD_PARTY = {"pyarrow", "polars"}
 # TFDV decides which Python and which glibc Millrace runs on; one file knows it.
 TFDV_FILES = {"transforms/validation/tfdv_schema.py"}
+# Beam's file systems stand behind a class that looks at a local disk without Beam; the other file sets their options.
+FILE_SYSTEMS = "apache_beam.io.filesystems"
+FILE_SYSTEM_FILES = {"transforms/storage/file_systems.py", "beam_pipelines/runtime/addresses.py"}
 
 PACKAGE_EXTRAS = {"live", "examples"}  # tests and benchmarks may use them all
 # What a module comes with, where the name does not say it; the last two are what Beam itself stands on.
@@ -230,6 +233,8 @@ def faults(source: str, path: str) -> list[str]:
             found.append(f"{here}; schemas/ may import only {', '.join(sorted(SCHEMAS_THIRD_PARTY))}")
         if other == "tensorflow_data_validation" and top in PACKAGES and path not in TFDV_FILES:
             found.append(f"{here}; TFDV stays behind {', '.join(sorted(TFDV_FILES))}")
+        if within(name, FILE_SYSTEMS) and top in PACKAGES and path not in FILE_SYSTEM_FILES:
+            found.append(f"{here}; Beam's file systems stay behind transforms/storage/file_systems.py")
         if other in ELSEWHERE.get(path, ()):
             continue
         distribution = DISTRIBUTION.get(other, other.replace("_", "-").lower())
@@ -349,6 +354,11 @@ def test_a_package_comes_in_without_its_modules() -> None:
             "transforms/streaming/live_tables.py",
             "from transforms.storage import delta_tables as t\nt._paths()",
             "begins with _ stays in its package",
+        ),
+        (
+            "transforms/training/trainer.py",
+            "from apache_beam.io.filesystems import FileSystems",
+            "stay behind transforms/storage/file_systems.py",
         ),
         ("beam_pipelines/training.py", "from beam_pipelines import features", "the pipelines meet only in"),
         ("beam_pipelines/training.py", "from .inference import build", "the pipelines meet only in"),

@@ -8,8 +8,6 @@ import socket
 import uuid
 from collections.abc import Mapping, Sequence
 
-from apache_beam.io.filesystems import FileSystems
-
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.run_report import Run
 from beam_pipelines.runtime.terminal import many, wrapped
@@ -20,6 +18,7 @@ from schemas.sources import Source
 from transforms.lineage.erasure import Condition, Erasure, holding
 from transforms.lineage.erasure_records import ErasureRecord, erasures, now_text
 from transforms.models.registry import Registry, registry_uri
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import running_runs
 
 BEYOND = (

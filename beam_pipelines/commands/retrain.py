@@ -15,7 +15,6 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.arguments import Arguments
@@ -31,6 +30,7 @@ from transforms.models.bundle import Bundle, load
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_log import root_of
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.training.examples import Account, delete_files
 from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
 from transforms.training.trainer import Trained

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler
 
@@ -28,6 +27,7 @@ from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel
 from transforms.models.bundle import Bundle
 from transforms.models.registry import CHAMPION, Registry
 from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
+from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace.serving")
 # The most swaps and refusals that a worker reports.

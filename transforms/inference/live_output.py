@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 from apache_beam.transforms.userstate import on_timer
 from deltalake import DeltaTable
@@ -31,6 +30,7 @@ from transforms.records.record_batches import frame
 from transforms.records.times import FOREVER, now_us
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS, MESSAGE_DEAD_LETTERS
 from transforms.storage.delta_tables import open_table
+from transforms.storage.file_systems import FileSystems
 from transforms.streaming.kafka import MESSAGE_ROWS, Broker, dead_letter_messages
 from transforms.streaming.kafka_admin import FirstAvailable
 from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import IO, Any
+from io import BufferedIOBase
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apache_beam.io import filesystems
+    from apache_beam.io.filesystem import MatchResult
 
 # Beam decompresses files with these suffixes unless it is told not to.
 _COMPRESSED = (".bz2", ".deflate", ".gz", ".lzma", ".xz", ".zst", ".zstd")
@@ -37,11 +42,11 @@ class FileSystems:
         return os.path.exists(path) if _is_local(path) else bool(_beam().exists(path))
 
     @staticmethod
-    def open(path: str, mime_type: str = "application/octet-stream", compression_type: str = "auto") -> IO[bytes]:
+    def open(path: str, mime_type: str = "application/octet-stream", compression_type: str = "auto") -> BufferedIOBase:
         """The file, to be read.  Files with a suffix such as `.gz` are decompressed unless told otherwise."""
         if _is_local(path) and (compression_type == "uncompressed" or not path.lower().endswith(_COMPRESSED)):
             return open(path, "rb")
-        handle: IO[bytes] = _beam().open(path, mime_type, compression_type)
+        handle: BufferedIOBase = _beam().open(path, mime_type, compression_type)
         return handle
 
     @staticmethod
@@ -51,9 +56,9 @@ class FileSystems:
         return handle
 
     @staticmethod
-    def match(patterns: Sequence[str]) -> list[Any]:
+    def match(patterns: Sequence[str]) -> list[MatchResult]:
         """Beam's `MatchResult` of each pattern: `*` does not match a slash, `**` does."""
-        found: list[Any] = _beam().match(list(patterns))
+        found: list[MatchResult] = _beam().match(list(patterns))
         return found
 
     @staticmethod
@@ -73,7 +78,7 @@ def _is_local(path: str) -> bool:
     return "://" not in path
 
 
-def _beam() -> Any:
+def _beam() -> type[filesystems.FileSystems]:
     from apache_beam.io import filesystems
 
     return filesystems.FileSystems

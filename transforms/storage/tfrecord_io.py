@@ -20,12 +20,12 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from apache_beam.io.filesystems import FileSystems
 
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import ContractError, StoreError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.durable import rename
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.tfrecord_codec import gzipped
 
 BATCH_ROWS = 1 << 15

@@ -15,7 +15,6 @@ import time
 
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from schemas.errors import MillraceError, StoreError
@@ -27,6 +26,7 @@ from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dea
 from transforms.sources.inventory import survey
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, understood
 
 log = logging.getLogger("millrace.live")

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 import polars as pl
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from schemas.errors import StoreError
 from schemas.live import repeats_by
@@ -25,6 +24,7 @@ from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
 from transforms.storage.stored_json import parse_object, read_regular, understood
 from transforms.streaming.beginnings import of_topic

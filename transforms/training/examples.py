@@ -13,7 +13,6 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystems import FileSystems
 
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas import Model
@@ -28,6 +27,7 @@ from transforms.sources.inventory import Slice, survey_files
 from transforms.sources.listing import Listing, unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
 from transforms.training.labels import Counts

@@ -14,7 +14,6 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
 from deltalake import DeltaTable
 
 from schemas import Model
@@ -26,6 +25,7 @@ from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import data_files
 from transforms.storage.feature_tables import open_feature_table
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri, source_uri
 from transforms.training.examples import ExamplePlan, ExampleRequest, plan_examples
 from transforms.training.hyperparameter_search import trials

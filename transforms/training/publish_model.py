@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 
 from schemas import Gates
 from schemas.errors import StoreError
@@ -24,6 +23,7 @@ from transforms.models.problem_identity import problem_of, require_same_problem
 from transforms.models.registry import Registry, RunRecord
 from transforms.reports.report import FILE, render
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import DAMAGE, parse_object, reason_of
 from transforms.training.data_checks import Findings
 from transforms.training.examples import Account

@@ -13,7 +13,6 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
@@ -23,6 +22,7 @@ from schemas.splits import Split
 from transforms.models.bundle import Bundle, save
 from transforms.models.encoders import Fitted
 from transforms.storage.delta_tables import write_aside
+from transforms.storage.file_systems import FileSystems
 from transforms.training.data_checks import bundle_files
 from transforms.training.examples import Account
 from transforms.training.hyperparameter_search import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
