@@ -194,18 +194,18 @@ test)
     ;;
 stream)
     shift
-    [ -f examples/flights/stream.py ] || die "the live job is not built yet: examples/flights/stream.py is missing"
+    [ -f deploy/flights/live.py ] || die "the live job is not built yet: deploy/flights/live.py is missing"
     activate
     lacking=$(missing_for_live 2>&1)
     [ -z "$lacking" ] || say "no Kafka and Prism here; missing:" $'\n'"$lacking"
-    exec python -m examples.flights.stream "$@"
+    exec python -m deploy.flights.live "$@"
     ;;
 [!-]*)
     die "no command '$1'; there are test, stream, setup and help." "Flags of the main job begin with a dash: ./run_local.sh --help"
     ;;
 *)
-    [ -f examples/flights/run.py ] || die "the main job is not here: examples/flights/run.py is missing"
+    [ -f deploy/flights/batch.py ] || die "the main job is not here: deploy/flights/batch.py is missing"
     activate
-    exec python -m examples.flights.run "$@"
+    exec python -m deploy.flights.batch "$@"
     ;;
 esac

@@ -80,8 +80,8 @@ MAY_IMPORT = {
     "deploy": {"schemas", "deploy"},
     "docs": {"docs"},  # it reads the code, and runs none of it
 }
-# A use case's entry points run pipelines; its definition and its data never do.
-ENTRY_POINTS = {"examples/flights/run.py", "examples/flights/stream.py"}
+# A demonstration runs pipelines on an example; the example's definition and its data never do.
+DEMONSTRATIONS = "deploy/flights/"
 # `schemas` says what data looks like, and needs no more than this to say it.
 SCHEMAS_THIRD_PARTY = {"pyarrow", "polars"}
 # TFDV decides which Python and which glibc Millrace runs on; one file knows it.
@@ -213,7 +213,7 @@ def faults(source: str, path: str) -> list[str]:
         here = f"{path}:{line}: imports {name}"
         if other in OURS:
             allowed = MAY_IMPORT.get(top, set(OURS)) | (
-                {"beam_pipelines", "deploy", "transforms"} if path in ENTRY_POINTS else set()
+                {"beam_pipelines", "transforms", "examples"} if path.startswith(DEMONSTRATIONS) else set()
             )
             theirs = package_of(name)
             if other not in allowed:
@@ -402,9 +402,9 @@ def test_an_import_against_the_plan_is_found(path: str, source: str, fault: str)
         ("beam_pipelines/cli.py", "from beam_pipelines import features, inference, training"),
         ("beam_pipelines/features.py", "import_module('beam_pipelines.features_streaming')"),
         ("beam_pipelines/commands/plan.py", "from beam_pipelines import features\nfrom .trace import trace"),
-        ("examples/flights/run.py", "from beam_pipelines import features"),
+        ("deploy/flights/batch.py", "from beam_pipelines import features"),
         (
-            "examples/flights/stream.py",
+            "deploy/flights/live.py",
             "from deploy.streaming.kafka import Broker\nfrom transforms.models.registry import Registry",
         ),
         ("tests/test_schemas.py", "import sklearn.metrics\nimport schemas\nfrom tests.support import shop"),

@@ -3,10 +3,10 @@
     python -m deploy.streaming.producer --definition examples.flights.definition --sources out/store/sources \\
         --bootstrap 127.0.0.1:9092 --start 2013-03-01 --end 2013-04-01 --speed 30000
 
-A topic per source, made when missing.  A message is an Arrow IPC stream of the rows that became known since the one
-before, its timestamp the simulated moment.  Rows of one first column go to one partition; `--share 6,3,1,0` makes four
-uneven ones, the last without rows.  Twice a second each partition says by a heartbeat how far it has told everything.
-Progress is written to the file `--status`, as JSON.
+Each source has a topic, which is made if it is missing.  A message is an Arrow IPC stream of the rows that became known
+since the one before, and its timestamp is the simulated time.  Rows with one value in the first column go to one
+partition; `--share 6,3,1,0` makes four uneven partitions, the last without rows.  Twice a second each partition gets a
+heartbeat, the time up to which everything has been sent.  Progress is written to the file `--status`, as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from schemas.sources import Source
 
 Ints = npt.NDArray[np.int64]
 HEARTBEAT = b"__heartbeat"
-FOREVER = 2**62  # what a partition says last: nothing more will come
+FOREVER = 2**62  # the last heartbeat of a partition: nothing follows
 # Wall seconds between looks at the clock, and between heartbeats of a partition.
 TICK, BEAT = 0.05, 0.5
 
@@ -83,7 +83,7 @@ def read(source: Source, root: Path, topic: str, start: int, end: int, share: Se
 
 
 def news(stream: Stream, partition: int, until: int, most: int) -> Iterator[tuple[bytes, int]]:
-    """(value, µs) of the messages that tell what became known before `until`."""
+    """(value, µs) of the messages with the rows that became known before `until`."""
     frame, known = stream.frames[partition], stream.known[partition]
     end = int(np.searchsorted(known, until, side="left"))
     while (begin := stream.sent[partition]) < end:
@@ -177,14 +177,14 @@ class Pace:
 
 def replay(streams: Sequence[Stream], sender: Sender, pace: Pace, status: Path | None) -> None:
     """Send every row and heartbeat at the given pace, and write progress to the file `status`."""
-    began = said = time.monotonic()
+    began = reported = time.monotonic()
     now = pace.start
     while now < pace.end:
         now = pace.after(time.monotonic() - began, now)
         for stream in streams:
             send_until(stream, sender, now, pace)
-        if status is not None and time.monotonic() - said > 0.5:
-            said = time.monotonic()
+        if status is not None and time.monotonic() - reported > 0.5:
+            reported = time.monotonic()
             report(streams, now, False, status)
         if pace.speed and now < pace.end:
             time.sleep(TICK)
@@ -208,7 +208,7 @@ def send_until(stream: Stream, sender: Sender, now: int, pace: Pace) -> None:
 
 def report(streams: Sequence[Stream], now: int, done: bool, status: Path) -> None:
     sent = {stream.source.name: stream.sent for stream in streams}
-    told: dict[str, Any] = {
+    progress: dict[str, Any] = {
         "time": now,
         "done": done,
         "rows": sum(map(sum, sent.values())),
@@ -216,7 +216,7 @@ def report(streams: Sequence[Stream], now: int, done: bool, status: Path) -> Non
         "sent": sent,
     }
     part = status.with_suffix(".part")
-    part.write_text(json.dumps(told))
+    part.write_text(json.dumps(progress))
     os.replace(part, status)
 
 
@@ -226,7 +226,8 @@ def sources(definition: str) -> Mapping[str, Source]:
     return {view.spine.name: view.spine, **view.events}
 
 
-def micro_batches_of(day: str) -> int:
+def _midnight(day: str) -> int:
+    """The beginning of a UTC day, µs since 1970."""
     return int(datetime.combine(date.fromisoformat(day), datetime.min.time(), UTC).timestamp()) * 1_000_000
 
 
@@ -238,8 +239,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sources", required=True, type=Path, help="folder of the sources' Parquet files")
     parser.add_argument("--bootstrap", required=True, help="HOST:PORT of a broker")
     parser.add_argument("--topic_prefix", default="", help="before the name of every topic")
-    parser.add_argument("--start", required=True, type=micro_batches_of, help="first UTC day")
-    parser.add_argument("--end", required=True, type=micro_batches_of, help="the UTC day after the last")
+    parser.add_argument("--start", required=True, type=_midnight, help="first UTC day")
+    parser.add_argument("--end", required=True, type=_midnight, help="the UTC day after the last")
     parser.add_argument(
         "--speed", type=float, default=0, help="simulated seconds per second (default 0: as fast as it goes)"
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from examples.flights import stream
+from deploy.flights import live
+from deploy.flights.progress_table import ProgressTable
 from transforms.records.times import FOREVER
 
 TOLD = {
@@ -24,10 +25,10 @@ def test_the_live_table_fits_its_terminal_and_its_figures_stand_below_their_name
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     watch: Any = SimpleNamespace(
-        answered=range(1_028_456), predicted=dict.fromkeys(range(999)), version_since={"1": 1.0, "12": 2.0}
+        computed=range(1_028_456), predicted=dict.fromkeys(range(999)), version_since={"1": 1.0, "12": 2.0}
     )
-    table = stream.Table()
-    table({"time": 0, "rows": 0}, {}, 0, SimpleNamespace(answered=(), predicted={}, version_since={}), None, True)
+    table = ProgressTable()
+    table({"time": 0, "rows": 0}, {}, 0, SimpleNamespace(computed=(), predicted={}, version_since={}), None, True)
     table({"time": 1362873660000000, "rows": 12_345_678}, TOLD, 1_028_456, watch, 12.34, True)
     table({"time": FOREVER, "rows": 12_345_678}, TOLD, 1_028_456, watch, None, True)
     head, nothing, amid, end = capsys.readouterr().out.splitlines()
@@ -44,7 +45,7 @@ def test_the_live_table_fits_its_terminal_and_its_figures_stand_below_their_name
 def test_a_month_in_one_process_is_answered_and_is_what_batch_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert stream.main(["--embedded", "--features_only", "--month", "2013-02", "--out", str(tmp_path)]) == 0
+    assert live.main(["--embedded", "--features_only", "--month", "2013-02", "--out", str(tmp_path)]) == 0
     (found,) = (tmp_path / "stream").glob("*/run.json")
     figures = json.loads(found.read_text())
     assert figures["mode"] == "replay in one process"
