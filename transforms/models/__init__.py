@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Matrix,
         column_of,
         columns_needed,
+        distinguished,
         integers,
         is_whole,
         numbers,
