@@ -27,7 +27,7 @@ from transforms.evaluation.evaluate import Evaluate, Report, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
-from transforms.models.registry import Registry, registry_uri
+from transforms.models.registry import Registry, preparing_database, registry_uri
 from transforms.models.scoring import Pinned, Score
 from transforms.storage.file_systems import FileSystems
 from transforms.training.champion_comparison import Challenge, Compare
@@ -302,7 +302,8 @@ def main(argv: Sequence[str]) -> int:
         plan, provenance = resolve(options)
         pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan, provenance)
-        execute(pipeline)
+        with preparing_database(options.registry):
+            execute(pipeline)
         report = read_json(FileSystems.join(options.folder, REPORT))
         run.update(figures(report))
         if not options.keep_examples:

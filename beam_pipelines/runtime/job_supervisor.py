@@ -16,7 +16,7 @@ import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
-from beam_pipelines.runtime.beam_workers import listen_on_loopback, quiet_lost_connections
+from beam_pipelines.runtime.beam_workers import end_bundles_at_once, listen_on_loopback, quiet_lost_connections
 from beam_pipelines.runtime.errors import recovered
 from beam_pipelines.runtime.run_report import write_json
 from schemas.errors import StoreError
@@ -50,9 +50,10 @@ def check_connections(broker: Broker, options: PipelineOptions) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Handle SIGTERM as Ctrl-C, and leave it to the launcher to report a lost runner."""
+    """Handle SIGTERM as Ctrl-C, and set up the workers of this process (see `beam_workers`)."""
     quiet_lost_connections()
     listen_on_loopback()
+    end_bundles_at_once()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

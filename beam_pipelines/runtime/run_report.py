@@ -184,10 +184,11 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
     # Commands without a pipeline do not import Beam.
     from apache_beam.options.pipeline_options import TestOptions
 
-    from beam_pipelines.runtime.beam_workers import listen_on_loopback
+    from beam_pipelines.runtime.beam_workers import end_bundles_at_once, listen_on_loopback
 
     result = None
     listen_on_loopback()
+    end_bundles_at_once()
     try:
         result = pipeline.run()
         result.wait_until_finish()

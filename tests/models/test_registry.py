@@ -16,7 +16,7 @@ import pytest
 from schemas.errors import StoreError
 from tests.support.trained_models import trained
 from transforms.models.bundle import Bundle, digest_of, load, save
-from transforms.models.registry import Registry, RunRecord, registry_uri
+from transforms.models.registry import Registry, RunRecord, preparing_database, registry_uri
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
 
@@ -307,3 +307,16 @@ def test_a_server_that_proxies_files_does_as_sqlite_does(tmp_path: Path) -> None
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+
+
+def test_a_database_is_made_once_per_process_and_written_only_when_it_is_needed(tmp_path: Path) -> None:
+    with preparing_database(registry_uri(str(tmp_path))):
+        pass
+    assert not list(tmp_path.iterdir())
+    for store in ("one", "two"):
+        with Registry(registry_uri(str(tmp_path / store))).client(write=True) as client:
+            assert [each.name for each in client.search_experiments()] == ["Default"]
+        assert os.listdir(tmp_path / store / "registry") == ["mlflow.db"]
+    # They even hold the same moment of creation.
+    one, two = ((tmp_path / store / "registry" / "mlflow.db").read_bytes() for store in ("one", "two"))
+    assert one == two

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tempfile
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,46 @@ def test_tensorflow_reads_what_was_written(path: Path, rows: list[dict[str, Any]
     path.write_bytes(b"".join(tfrecord_codec.gzipped(content)))
     found = [parsed(record.numpy()) for record in tf.data.TFRecordDataset(str(path), "GZIP")]
     assert found == [{name: stored(value) for name, value in each.items() if value is not None} for each in rows]
+
+
+KINDS = {
+    pa.float32(): st.floats(width=32, allow_nan=False),
+    pa.int64(): st.one_of(st.integers(0, 300), st.integers(-(2**63), 2**63 - 1)),
+    pa.int16(): st.integers(0, 300),
+    pa.large_string(): st.one_of(st.text(max_size=3), st.just("y" * 200)),
+    pa.dictionary(pa.int8(), pa.string()): st.sampled_from(["", "one", "three"]),
+}
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_bytes_are_those_of_tensorflow(data: st.DataObject) -> None:
+    """Of any columns, in TensorFlow's order of names; rows are written a few at a time."""
+    import tensorflow as tf
+
+    long = data.draw(st.lists(st.sampled_from([0, 1, 90, 130]), min_size=1, max_size=4))
+    names = [f"{i}{'x' * length}" for i, length in enumerate(long)]
+    kinds = [data.draw(st.sampled_from(list(KINDS))) for _ in names]
+    rows = data.draw(st.lists(st.tuples(*(st.one_of(st.none(), KINDS[kind]) for kind in kinds)), max_size=9))
+    columns = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(kinds)]
+    expected = []
+    for row in rows:
+        example = tf.train.Example(features=tf.train.Features())  # which is written even if it is empty
+        for name, kind, value in zip(names, kinds, row, strict=True):
+            feature = example.features.feature[name] if value is not None else None
+            if isinstance(value, str):
+                feature.bytes_list.value.append(value.encode())
+            elif pa.types.is_floating(kind) and feature is not None:
+                feature.float_list.value.append(value)
+            elif feature is not None:
+                feature.int64_list.value.append(value)
+        expected.append(example.SerializeToString(deterministic=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfrecord_codec, "CACHED_ROWS", 4)
+        content = tfrecord_codec.records(pa.RecordBatch.from_arrays(columns, names))
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        assert [record.numpy() for record in tf.data.TFRecordDataset(file.name)] == expected
 
 
 def test_many_rows_make_several_members_and_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,14 @@ def test_numbers_are_counted_and_summed_without_rounding(values: list[float | No
         np.testing.assert_allclose(found.ranked(np.arange(len(known))), exact, rtol=2**-9, atol=2.0**-135)
 
 
+@given(st.lists(st.none() | st.integers(-3, 300) | st.integers(-(1 << 24), 1 << 24), max_size=60))
+def test_integers_that_are_counted_by_value_give_what_the_same_floats_give(values: list[int | None]) -> None:
+    """Whether they lie close together, which decides how they are counted, or not."""
+    floats = NumericSketch.of(pa.array(values, pa.float32()))
+    for kind in (pa.int32(), pa.int64()):
+        assert NumericSketch.of(pa.array(values, kind)) == floats
+
+
 def test_a_slice_counts_only_its_rows() -> None:
     column = pa.array([1.0, None, 2.0, None, 3.0], pa.float32()).slice(2, 2)
     found = NumericSketch.of(column)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Matrix,
         column_of,
         columns_needed,
+        distinguished,
         integers,
         is_whole,
         numbers,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from transforms.models.mlflow_pyfunc import load_pyfunc
     from transforms.models.problem_identity import problem_of, require_same_problem
-    from transforms.models.registry import CHAMPION, RUN, Registry, RunRecord, registry_uri
+    from transforms.models.registry import CHAMPION, RUN, Registry, RunRecord, preparing_database, registry_uri
     from transforms.models.scoring import (
         ARM,
         Pinned,

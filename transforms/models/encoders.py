@@ -302,14 +302,17 @@ def _missing_unless_finite(values: Floats) -> Floats:
 
 def texts(column: pa.Array) -> pa.Array:
     """A column as categories: strings unchanged, other types as text; NaN becomes null."""
-    if pa.types.is_string(column.type):
-        return column
+    return column if pa.types.is_string(column.type) else distinguished(column).cast(pa.string())
+
+
+def distinguished(column: pa.Array) -> pa.Array:
+    """A column of values that are equal where their texts are: of 0.0 and -0.0 only one, and null instead of NaN."""
     if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.int64())
+        return column.cast(pa.int64())
     if pa.types.is_floating(column.type):
         values = column.to_numpy(zero_copy_only=False) + 0.0
-        column = pa.array(values, mask=np.isnan(values))
-    return column.cast(pa.string())
+        return pa.array(values, mask=np.isnan(values))
+    return column
 
 
 def _codes(column: pa.Array, categories: pa.Array) -> Matrix:

@@ -14,8 +14,10 @@ import platform
 import re
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -308,12 +310,10 @@ class Registry:
     def client(self, write: bool = False) -> Iterator[Any]:
         """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
         path = sqlite_path(checked(self.uri))
-        if path is not None:
-            if not (there := require_sqlite(path, write)) and not write:
-                yield None
-                return
-            if not there:
-                _make_database(path)
+        there = path is not None and require_sqlite(path, write)
+        if path is not None and not there and not write:
+            yield None
+            return
         mlflow = _mlflow()
         from sqlalchemy.exc import SQLAlchemyError  # MLflow does not wrap every error of its database
 
@@ -321,6 +321,8 @@ class Registry:
             if path is None:
                 _require_database(self.uri)
             elif write:
+                if not there:
+                    _make_database(path)
                 follow_move(path)
             yield _connect(self.uri if path is None else _plain_uri(path))
         except ModuleNotFoundError as error:
@@ -528,14 +530,14 @@ def _require_database(uri: str) -> None:
     engine.connect().close()
 
 
-def _make_database(path: Path) -> None:
-    """Create MLflow's tables in a temporary file first.
+_making, _made = threading.Lock(), list[bytes]()
 
-    Its migrations are not one transaction, and MLflow refuses a database whose migration was interrupted.
-    """
+
+def _make_database(path: Path) -> None:
+    """Write MLflow's tables under a temporary name first: the file is there whole, or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
-        _mlflow().MlflowClient(_plain_uri(aside)).search_experiments(max_results=1)
+        aside.write_bytes(_empty_database())
         durable.sync_file(str(aside))
         try:
             os.link(aside, path)
@@ -547,6 +549,30 @@ def _make_database(path: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(aside)
+
+
+def _empty_database() -> bytes:
+    """A database with MLflow's tables.  Making it takes a second or two, so it is made once per process."""
+    with _making:
+        if not _made:
+            with tempfile.TemporaryDirectory(prefix="millrace-registry-") as folder:
+                path = Path(folder, "mlflow.db")
+                # MLflow refuses a database in which its migrations, which are not one transaction, were interrupted.
+                _mlflow().MlflowClient(_plain_uri(path)).search_experiments(max_results=1)
+                _made.append(path.read_bytes())
+        return _made[0]
+
+
+@contextlib.contextmanager
+def preparing_database(uri: str) -> Iterator[None]:
+    """Make what a SQLite registry that does not exist yet will need, beside other work; nothing is written to it."""
+    path = sqlite_path(uri)
+    if path is None or os.path.exists(path):  # which raises no error
+        yield
+        return
+    with ThreadPoolExecutor(1, "registry") as pool:
+        pool.submit(_empty_database)  # an error comes again when the database is needed
+        yield
 
 
 def _local(uri: str, tracking_uri: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from schemas import Model
 from schemas.splits import LABEL
 from transforms.evaluation.gates import Verdict
-from transforms.models.encoders import Encoding, column_of, numbers, texts
+from transforms.models.encoders import Encoding, column_of, distinguished, numbers
 from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
 from transforms.training.examples import schema_of
 from transforms.training.fit_encoders import declared
@@ -33,6 +33,7 @@ FEW, LEAST_ROWS = 20, 5
 # It also does if more than this share of the label's variance lies between its values.
 MOST = 0.8
 _SMALL = 1 << 24
+_FIRST = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,22 +163,23 @@ class Suspect:
 
     rows: int
     equal: int
-    levels: Mapping[str, Level] | None
+    levels: Mapping[Any, Level] | None
 
     @classmethod
     def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
         strings = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         values = None if strings or pa.types.is_temporal(column.type) else numbers(column)
-        rows = pl.DataFrame({"x": pl.from_arrow(texts(column)), "y": label.cast(pl.Float64)}).drop_nulls()
+        rows = pl.DataFrame({"x": pl.from_arrow(distinguished(column)), "y": label.cast(pl.Float64)}).drop_nulls()
         equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
-        if rows["x"].n_unique() > FEW:
+        # Most inputs have more values than `FEW` among their first rows.
+        if rows["x"].head(_FIRST).n_unique() > FEW or rows["x"].n_unique() > FEW:
             return cls(len(rows), equal, None)
         groups = rows.group_by("x").agg("y")
         parts = zip(groups["x"].to_list(), groups["y"], strict=True)
         return cls(len(rows), equal, {x: Level.of(labels.to_numpy()) for x, labels in parts})
 
     def __add__(self, other: Suspect) -> Suspect:
-        levels: dict[str, Level] | None = None
+        levels: dict[Any, Level] | None = None
         if self.levels is not None and other.levels is not None:
             levels = dict(self.levels)
             for value, level in other.levels.items():

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,8 @@ import psutil
 import pytest
 from apache_beam.ml.inference import base
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
-from apache_beam.runners.worker import data_plane, sdk_worker, worker_pool_main
+from apache_beam.runners.worker import data_plane, sdk_worker, statesampler, worker_pool_main
+from apache_beam.utils.counters import CounterFactory
 
 from beam_pipelines.runtime import beam_workers
 
@@ -151,3 +153,25 @@ def test_the_workers_of_this_process_listen_on_loopback(patched: bool, monkeypat
         grpc.channel_ready_future(grpc.insecure_channel(address)).result(10)
     finally:
         server.stop(None).wait()
+
+
+def seconds_to_end(after: float) -> float:
+    """How long a bundle of `after` seconds waits for the thread that samples its steps."""
+    sampler = statesampler.StateSampler("bundle", CounterFactory())
+    sampler.start()
+    time.sleep(after)
+    start = time.perf_counter()
+    sampler.stop()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_bundle_ends_when_its_work_does(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the change is needed for as long as a bundle of Beam's own waits for its sampler."""
+    init = statesampler.StateSampler.__init__
+    monkeypatch.setattr(init, "__defaults__", (statesampler.DEFAULT_SAMPLING_PERIOD_MS,))
+    if patched:
+        beam_workers.end_bundles_at_once.__wrapped__()
+    # Beam's sampler wakes after 373 and 450 ms.
+    waits = [seconds_to_end(0.38) for _ in range(5)]
+    assert min(waits) <= beam_workers.SAMPLING_MS / 1000 + 0.005 if patched else max(waits) > 0.03, waits
