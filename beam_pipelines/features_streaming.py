@@ -175,7 +175,9 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> None:
     """The graph: messages → micro-batches → feature rows → topics and tables."""
-    envelopes = replayed_envelopes(pipeline, plan) if options.replaying else envelopes_of_topics(pipeline, plan)
+    envelopes = (
+        replayed_envelopes(pipeline, plan) if options.replaying else envelopes_of_topics(pipeline, options, plan)
+    )
     commits = envelopes | "Live" >> LiveFeatures(plan.job.view, plan.settings, plan.sends)
     _ = commits | "Status" >> beam.Map(write_status, options.status)
 
@@ -188,12 +190,12 @@ def replayed_envelopes(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam.
     return chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
 
 
-def envelopes_of_topics(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam.PCollection:
+def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> beam.PCollection:
     """The start of the job, and messages → micro-batches."""
     job = plan.job
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     guard = guard_folder(job.settings.store, f"{job.view.name}.features")
-    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard)).with_output_types(bytes)
+    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
     # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()

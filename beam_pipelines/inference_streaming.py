@@ -90,7 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveInferenceRequest]:
 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferencePlan) -> None:
     """The graph: messages → batches of feature rows → predictions → topic → table."""
-    rows = replayed_rows(pipeline, plan) if options.replaying else rows_of_topic(pipeline, plan)
+    rows = replayed_rows(pipeline, plan) if options.replaying else rows_of_topic(pipeline, options, plan)
     predictions = rows | "Score" >> RunInference(ChampionHandler(plan.serving)).with_output_types(pa.RecordBatch)
     if "topic" in options.sinks:
         predictions = predictions | "Publish" >> Produce(plan.broker, plan.outlet.messages)
@@ -110,11 +110,11 @@ def replayed_rows(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCol
     return messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
 
 
-def rows_of_topic(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCollection:
+def rows_of_topic(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferencePlan) -> beam.PCollection:
     """Feature rows of the features topic."""
     messages = pipeline | "Topic" >> ReadTopics(plan.broker, (plan.request.topic,), plan.group)
     guard = guard_folder(plan.request.store, f"{plan.request.view.name}.inference")
-    decode = DecodeFeatureRows(plan.request.view, guard=guard)
+    decode = DecodeFeatureRows(plan.request.view, guard=guard, limits=options.limits)
     return messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
 
 

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from typing import NoReturn
 
@@ -189,6 +189,21 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1")
     return value
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers between two bounds.
+
+    >>> whole(1, 9)("4")
+    4
+    """
+
+    def parsed(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parsed
 
 
 def next_day(value: date) -> date:

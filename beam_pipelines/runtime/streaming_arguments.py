@@ -7,13 +7,22 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, whole
 from beam_pipelines.runtime.protection import hide
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_properties import read_properties, secrets_of
+from transforms.streaming.message_limits import LIMITS, MessageLimits
+
+# Flag → its default, its greatest value, and what it counts.  Python's own stack bounds the depth.
+LIMIT_FLAGS = {
+    "max_message_rows": (LIMITS.rows, 2**31 - 1, "rows"),
+    "max_message_mb": (LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
+    "max_message_columns": (LIMITS.columns, 1_000_000, "columns"),
+    "max_message_depth": (LIMITS.depth, 500, "levels of nested JSON, or of an Avro schema,"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +48,7 @@ class StreamingOptions:
         prefix: the prefix of the names of all topics.
         sinks: "table", "topic" or both.
         lengths: µs by the name of the flag.
+        limits: what a message may hold.
         beam_args: the flags for Beam.
     """
 
@@ -50,6 +60,7 @@ class StreamingOptions:
     prefix: str
     sinks: tuple[str, ...]
     lengths: Mapping[str, int]
+    limits: MessageLimits
     beam_args: tuple[str, ...]
 
     @property
@@ -94,6 +105,9 @@ class StreamingArguments(Arguments):
             choices=("table", "topic", "both"),
             help=f"where {results} go (default: both with kafka, table with replay)",
         )
+        for flag, (default, most, what) in LIMIT_FLAGS.items():
+            text = f"kafka: a message with more {what} is a dead letter (default {default:,})"
+            self.add_argument(f"--{flag}", type=whole(1, most), default=default, metavar="N", help=text)
         for each in self.lengths:
             self.add_argument(f"--{each.name}", default=each.default, help=f"{each.help} (default {each.default})")
 
@@ -126,6 +140,12 @@ class StreamingArguments(Arguments):
             prefix=flags.topic_prefix,
             sinks=("table", "topic") if sink == "both" else (sink,),
             lengths=lengths,
+            limits=MessageLimits(
+                rows=flags.max_message_rows,
+                expanded_bytes=flags.max_message_mb << 20,
+                columns=flags.max_message_columns,
+                depth=flags.max_message_depth,
+            ),
             beam_args=tuple(rest),
         )
         return options, flags

@@ -23,9 +23,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beam_pipelines import features_streaming, inference_streaming
 from schemas import FeatureView, Source, Trailing
-from schemas.errors import ContractError
+from schemas.errors import ContractError, DefinitionError
 from schemas.live import live_schema
+from tests.support import shop
 from tests.support.crafted import running_code, with_schema
 from transforms.inference.live_input import DecodeFeatureRows, to_score
 from transforms.inference.live_records import BatchOrigin
@@ -34,6 +36,7 @@ from transforms.streaming.avro_messages import avro_rows, check_avro
 from transforms.streaming.live_features import DecodeBundles
 from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, json_depth, read_arrow
 from transforms.streaming.messages import Decoded, Message, decode, from_arrow, to_arrow
+from transforms.streaming.micro_batches import micro_batches_of
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
 ARRIVED = int(NOW.timestamp() * 1e6)
@@ -444,6 +447,47 @@ def test_many_messages_that_each_keep_the_limits_do_not_meet_in_one_micro_batch(
     for offset in range(3):
         made = list(step.process(message(value, offset)))
         assert len(made) == 1
+
+
+@pytest.mark.parametrize("pipeline", [features_streaming, inference_streaming])
+def test_the_limits_are_flags_of_both_live_jobs(pipeline: Any, tmp_path: Path, capsys: Any) -> None:
+    definition, values = str(shop.write(tmp_path, 10)), {"rows": 2, "mb": 3, "columns": 4, "depth": 5}
+    broker = ["--source=kafka", "--bootstrap=localhost:1", "--without_history"]
+    flags = ["--streaming", "--definition", definition, "--store", str(tmp_path / "live"), *broker]
+    if pipeline is inference_streaming:
+        flags.remove("--without_history")
+    options, _ = pipeline.parse([*flags, *(f"--max_message_{name}={value}" for name, value in values.items())])
+    assert options.limits == MessageLimits(2, 3 << 20, 4, 5)
+    assert pipeline.parse(flags)[0].limits == LIMITS
+    for bad in ("0", "-1", "x", "1e3", "99999999999999999999"):
+        with pytest.raises(DefinitionError, match="is not a whole number from 1 to"):
+            pipeline.parse([*flags, f"--max_message_rows={bad}"])
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (MessageLimits(rows=2), "at most 2 rows"),
+        (MessageLimits(expanded_bytes=50), "at most 50 bytes"),
+        (MessageLimits(columns=2), "at most 2 columns"),
+    ],
+)
+def test_both_live_jobs_decode_within_the_limits_that_they_are_given(limits: MessageLimits, words: str) -> None:
+    decoding = DecodeBundles(view, limits=limits)
+    scoring = DecodeFeatureRows(view, limits=limits)
+    values = (to_arrow(pl.concat([GOOD] * 3)), to_arrow(feature_rows(3)))
+    for step, value in zip((decoding, scoring), values, strict=True):
+        step.setup()
+        step.start_bundle()
+        assert not list(step.process(message(value, 7, f"{view.fingerprint}:1".encode())))
+        (made,) = step.finish_bundle()
+        if step is decoding:
+            found = micro_batches_of(made.value)[0].dead_letters
+        else:
+            found = BatchOrigin.of(made.value).dead_letters
+        (dead_letter,) = found.rows(named=True)
+        assert dead_letter["offset"] == 7
+        assert words in dead_letter["rule"]
 
 
 @given(

@@ -289,8 +289,8 @@ def files_read(store: Path) -> dict[str, set[str]]:
         said = run(*argv)
         one_message(said)
         shutil.rmtree(place)
-        found[name] = {each for each in read & kept} | {
-            each for each in kept if "_delta_log" in each or each.endswith("parquet") and "/date=" in each
+        found[name] = (read & kept) | {
+            each for each in kept if "_delta_log" in each or (each.endswith("parquet") and "/date=" in each)
         }
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -12,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from schemas.errors import StoreError
 from schemas.feature_groups import EventFeature, HistoryKey, group_key
 from schemas.features import is_lifetime
 from schemas.views import FeatureView, lifetime_sources
@@ -22,7 +24,9 @@ from transforms.sources.inventory import Slice
 from transforms.sources.reader import CHUNK_ROWS
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.stored_json import read_regular, reason_of, understood
 
+_RULE, _FIX = "A summary of all history can be read", "Restore it, or recompute with --full"
 FOLDER = "_summaries"
 
 
@@ -166,8 +170,18 @@ def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
 
 
 def read_summary(uri: str, name: str) -> pl.DataFrame:
-    with FileSystems.open(FileSystems.join(uri, FOLDER, name)) as handle:
-        return pl.read_parquet(io.BytesIO(handle.read()))
+    with _summary_read(FileSystems.join(uri, FOLDER, name)) as path:
+        return pl.read_parquet(io.BytesIO(read_regular(path)))
+
+
+@contextlib.contextmanager
+def _summary_read(path: str) -> Iterator[str]:
+    """Turns an error of reading a summary into one that names it."""
+    try:
+        with understood(_RULE, path, _FIX):
+            yield path
+    except (pl.exceptions.PolarsError, pa.ArrowException, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+        raise StoreError(_RULE, f"{path}: {reason_of(error)}", _FIX) from None
 
 
 def stream_summaries(
@@ -175,7 +189,8 @@ def stream_summaries(
 ) -> Iterator[tuple[HistoryKey, pl.DataFrame]]:
     """Like `load_summaries`, but yields a few rows at a time, each with the key of its summary."""
     for key, file in zip(lifetime_groups(view), files[block.start], strict=True):
-        with FileSystems.open(FileSystems.join(uri, FOLDER, file), compression_type="uncompressed") as handle:
+        path = FileSystems.join(uri, FOLDER, file)
+        with _summary_read(path), FileSystems.open(path, compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
             yield key, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
             for batch in read.iter_batches(CHUNK_ROWS):

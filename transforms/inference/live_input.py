@@ -28,7 +28,7 @@ from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.live_tables import read_answers
-from transforms.streaming.message_limits import read_arrow
+from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
 from transforms.streaming.messages import (
     ANY_ERROR,
     EXPANDED_BYTES,
@@ -56,13 +56,16 @@ def source_of(view: FeatureView) -> str:
     return f"{view.name}.features"
 
 
-def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = False) -> pa.RecordBatch:
+def to_score(
+    view: FeatureView, messages: Iterable[Message], by_row: bool = False, limits: MessageLimits = LIMITS
+) -> pa.RecordBatch:
     """Messages of any partitions as one batch of `scorable(view)`, with its `BatchOrigin` in the metadata.
 
     Args:
         view: the view of the feature rows.
         messages: from the features topic.
         by_row: offsets count rows (a replayed table), not messages.
+        limits: what a message may hold.
     """
     source, tables, dead_letters, ranges = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
     for (_, partition), some in by_partition(messages).items():
@@ -75,7 +78,7 @@ def to_score(view: FeatureView, messages: Iterable[Message], by_row: bool = Fals
                 continue
             heartbeat = None  # an end counts only if no message follows
             try:
-                found = _feature_rows(view, message)
+                found = _feature_rows(view, message, limits)
             except ANY_ERROR as error:
                 reason = (str(error).splitlines() or [repr(error)])[0][:300]
                 dead_letters.append(_dead_letter(source, message, "", reason))
@@ -100,7 +103,7 @@ def _heartbeat_time(message: Message) -> int | None:
     return time if time is None or ALWAYS <= time <= -ALWAYS else None
 
 
-def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
+def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) -> pa.Table:
     """Rows of a message with the columns of `scorable(view)`, checked.
 
     Raises:
@@ -127,7 +130,7 @@ def _feature_rows(view: FeatureView, message: Message) -> pa.Table:
             if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
                 raise ValueError(f"an answer's column {field.name!r} is {field.type}, this one's {found}")
 
-    table = read_arrow(message.value, {field.name for field in wanted}, check)
+    table = read_arrow(message.value, {field.name for field in wanted}, check, limits)
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
     origin = (message.partition, message.offset, None, message.timestamp)
     for field, value in zip(ORIGIN, origin, strict=True):
@@ -172,15 +175,21 @@ class DecodeFeatureRows(beam.DoFn):
         most: messages of a batch.
         by_row: see `to_score`.
         guard: folder of the crash guard; None: none.
+        limits: what a message may hold.
     """
 
     def __init__(
-        self, view: FeatureView, most: int = BATCH_MESSAGES, by_row: bool = False, guard: str | None = None
+        self,
+        view: FeatureView,
+        most: int = BATCH_MESSAGES,
+        by_row: bool = False,
+        guard: str | None = None,
+        limits: MessageLimits = LIMITS,
     ) -> None:
-        self.view, self.most, self.by_row, self.folder = view, most, by_row, guard
+        self.view, self.most, self.by_row, self.folder, self.limits = view, most, by_row, guard, limits
 
     def setup(self) -> None:
-        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view))
+        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.limits))
 
     def teardown(self) -> None:
         self.guard.close()
@@ -193,7 +202,7 @@ class DecodeFeatureRows(beam.DoFn):
         # The timestamp may be missing (−1), or from the clock of its producer, which may be wrong.
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
-        self.expanded += expanded_size(message)
+        self.expanded += expanded_size(message, self.limits)
         if len(self.messages) >= self.most or self.expanded >= EXPANDED_BYTES:
             yield self._batch()
 
@@ -204,12 +213,12 @@ class DecodeFeatureRows(beam.DoFn):
     def _batch(self) -> pa.RecordBatch:
         messages, self.messages, self.expanded = self.messages, [], 0
         with self.guard.decoding(messages) as judged:
-            return to_score(self.view, judged, self.by_row)
+            return to_score(self.view, judged, self.by_row, self.limits)
 
 
-def decode_alone(view: FeatureView, message: Message) -> None:
+def decode_alone(view: FeatureView, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    to_score(view, [message])
+    to_score(view, [message], limits=limits)
 
 
 def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterator[Message]:

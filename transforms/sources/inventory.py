@@ -24,7 +24,7 @@ from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_fr
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
-from transforms.storage.file_systems import FileSystems
+from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.paths import source_uri
 
 # Primitive types of Delta tables.
@@ -348,6 +348,8 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     """A Parquet file of `source`, local or on any Beam filesystem."""
 
     def opened() -> Any:
+        if "://" not in path:
+            require_regular(path)
         return path if "://" not in path else FileSystems.open(path, compression_type="uncompressed")
 
     try:

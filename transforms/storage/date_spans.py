@@ -27,6 +27,8 @@ from schemas.errors import DataError, StoreError
 from transforms.records.record_batches import batch  # noqa: F401 (it imports pyarrow_hotfix)
 from transforms.records.times import as_date, as_number
 from transforms.storage.delta_log import root_of
+from transforms.storage.file_systems import require_regular
+from transforms.storage.stored_json import DAMAGE
 
 PROPERTY = "millrace.partitionDays"
 # Rows that a partition should have at least, and rows above which a file is cut between two dates.
@@ -36,6 +38,8 @@ FEW_FILES = 5
 MOST_DAYS = 10_000
 # Decoded files that stay in memory, since their dates are read one by one.
 FILES_CACHED = 4
+# What reading a damaged Parquet file can raise; RuntimeError: of pyarrow_hotfix.
+UNREADABLE = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
 _FOOTER = b"millrace.segments"
 
 
@@ -137,12 +141,13 @@ def read_segments(path: str) -> tuple[Segment, ...]:
     try:
         status = os.stat(path)
         return _segments(path, status.st_mtime_ns, status.st_size)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
 
 
 @functools.lru_cache(100_000)
 def _segments(path: str, _changed: int, _bytes: int) -> tuple[Segment, ...]:
+    require_regular(path)
     told = (pq.read_metadata(path).metadata or {}).get(_FOOTER)
     if told is None:  # another program has written the file again
         days = _day_numbers(pq.ParquetFile(path).read(["date"], use_threads=False))
@@ -161,8 +166,9 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
     if (told := sum(each.rows for each in segments)) != rows:
         raise _other_rows(path, f"{told} rows by its footer, and {rows} by the table's log")
     try:
+        require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
     require_days(path, content, segments)
 
@@ -212,7 +218,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         status = os.stat(path)
         wanted = None if columns is None else tuple(columns)
         content, days = _decoded(path, wanted, status.st_mtime_ns, status.st_size)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
     start, rows = place
     first, last = map(as_number, dates)
@@ -231,6 +237,7 @@ def _decoded(
     path: str, columns: tuple[str, ...] | None, _changed: int, _bytes: int
 ) -> tuple[pa.Table, npt.NDArray[np.int32]]:
     wanted = None if columns is None else list(dict.fromkeys([*columns, "date"]))
+    require_regular(path)
     content = pq.ParquetFile(path).read(wanted, use_threads=False).replace_schema_metadata(None)
     return content, _day_numbers(content)
 

@@ -34,7 +34,7 @@ from transforms.storage import date_spans, durable
 from transforms.storage.date_spans import Segment
 from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
-from transforms.storage.file_systems import FileSystems
+from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
 _TYPES = {
@@ -212,8 +212,9 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
             with FileSystems.open(file.path) as handle:
                 content = pq.read_table(handle, columns=wanted)
         else:
+            require_regular(file.path)
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except date_spans.UNREADABLE as error:
         raise date_spans.unreadable(file.path, error) from None
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()

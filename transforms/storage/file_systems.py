@@ -6,6 +6,7 @@ Importing Beam takes more than a second.  A command that looks at a store on a l
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from io import BufferedIOBase
 from typing import IO, TYPE_CHECKING
@@ -45,7 +46,7 @@ class FileSystems:
     def open(path: str, mime_type: str = "application/octet-stream", compression_type: str = "auto") -> BufferedIOBase:
         """The file, to be read.  Files with a suffix such as `.gz` are decompressed unless told otherwise."""
         if _is_local(path) and (compression_type == "uncompressed" or not path.lower().endswith(_COMPRESSED)):
-            return open(path, "rb")
+            return open_regular(path)
         handle: BufferedIOBase = _beam().open(path, mime_type, compression_type)
         return handle
 
@@ -72,6 +73,29 @@ class FileSystems:
     @staticmethod
     def delete(paths: Sequence[str]) -> None:
         _beam().delete(list(paths))
+
+
+def require_regular(path: str) -> None:
+    """Refuses what is no file: a FIFO would be waited for, and some devices never end.  Links are followed.
+
+    Raises:
+        OSError: see above, or there is nothing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(None, "it is not a regular file")
+
+
+def open_regular(path: str) -> BufferedIOBase:
+    """A file of this machine, to be read.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # so that a FIFO is not waited for
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(None, "it is not a regular file")
+    return os.fdopen(handle, "rb")
 
 
 def _is_local(path: str) -> bool:

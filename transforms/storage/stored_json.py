@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import stat
 from collections.abc import Iterator
 from typing import Any
 
 from schemas.errors import MillraceError, StoreError
-from transforms.storage.file_systems import FileSystems
+from transforms.storage.file_systems import FileSystems, open_regular
 
 # What taking damaged JSON for what it should be can raise.
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -30,10 +28,7 @@ def read_regular(path: str) -> bytes:
     if "://" in path:
         with FileSystems.open(path, compression_type="uncompressed") as remote:
             return bytes(remote.read())
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError("it is not a regular file")
+    with open_regular(path) as file:
         return file.read()
 
 

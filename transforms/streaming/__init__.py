@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         last_commit_record,
         read_answers,
     )
-    from transforms.streaming.message_limits import read_arrow
+    from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
     from transforms.streaming.messages import (
         ANY_ERROR,
         EXPANDED_BYTES,

@@ -33,6 +33,7 @@ from transforms.streaming.kafka import (
     topic_of,
 )
 from transforms.streaming.live_settings import LiveSettings
+from transforms.streaming.message_limits import LIMITS, MessageLimits
 from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
@@ -149,6 +150,7 @@ def decoded(
     prefix: str = "",
     index: int | None = None,
     received: int = 0,
+    limits: MessageLimits = LIMITS,
 ) -> bytes:
     """Messages of any topics and partitions as one envelope for the journal.
 
@@ -158,11 +160,12 @@ def decoded(
         prefix: of the names of topics.
         index: position in the order of a replay.
         received: when the messages were received, µs.
+        limits: what a message may hold.
     """
     micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
         source, partitions = topic.removeprefix(prefix), [some for _, some in group]
-        for some, held in zip(partitions, decode_topic(contracts[source], partitions), strict=True):
+        for some, held in zip(partitions, decode_topic(contracts[source], partitions, limits), strict=True):
             micro_batches.append(
                 MicroBatch(
                     source=source,
@@ -180,9 +183,9 @@ def decoded(
     return micro_batch_envelope(micro_batches, arrived, index)
 
 
-def decode_alone(view: FeatureView, prefix: str, message: Message) -> None:
+def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decoded(contracts_of(view), [message], prefix)
+    decoded(contracts_of(view), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
@@ -206,14 +209,17 @@ class DecodeBundles(beam.DoFn):
         view: whose sources the messages are of.
         prefix: before the names of topics.
         guard: folder of the crash guard; None: none.
+        limits: what a message may hold.
     """
 
-    def __init__(self, view: FeatureView, prefix: str = "", guard: str | None = None) -> None:
-        self.view, self.prefix, self.folder = view, prefix, guard
+    def __init__(
+        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = LIMITS
+    ) -> None:
+        self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
 
     def setup(self) -> None:
         self.contracts = contracts_of(self.view)
-        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix))
+        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix, self.limits))
 
     def teardown(self) -> None:
         self.guard.close()
@@ -227,13 +233,13 @@ class DecodeBundles(beam.DoFn):
         now = now_us()
         self.messages.append(message if 0 < message.timestamp <= now else message._replace(timestamp=now))
         self.bytes += len(message.value)
-        self.expanded += expanded_size(message)
+        self.expanded += expanded_size(message, self.limits)
         if self.bytes >= ENVELOPE_BYTES or self.expanded >= EXPANDED_BYTES:
             yield from self.finish_bundle()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             with self.guard.decoding(self.messages) as messages:
-                envelope = decoded(self.contracts, messages, self.prefix, received=now_us())
+                envelope = decoded(self.contracts, messages, self.prefix, None, now_us(), self.limits)
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -23,7 +23,7 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
-from transforms.streaming.message_limits import LIMITS, check_arrow, check_json, read_arrow
+from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, read_arrow
 
 HEARTBEAT = b"__heartbeat"
 # Columns beside the source's own: the origin of a row.
@@ -102,16 +102,18 @@ def heartbeat(until: int) -> tuple[bytes, bytes]:
     return HEARTBEAT, str(until).encode()
 
 
-def decode(contract: Contract, messages: Sequence[Message]) -> Decoded:
+def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = LIMITS) -> Decoded:
     """The rows of one partition's messages that keep the contract, and dead letters of the rest."""
-    (decoded,) = decode_topic(contract, [messages])
+    (decoded,) = decode_topic(contract, [messages], limits)
     return decoded
 
 
-def decode_topic(contract: Contract, partitions: Sequence[Sequence[Message]]) -> list[Decoded]:
+def decode_topic(
+    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = LIMITS
+) -> list[Decoded]:
     """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
-    frames, dead_letters = _frames(contract, rows)
+    frames, dead_letters = _frames(contract, rows, limits)
     whole = pl.concat(frames) if frames else _empty(contract.source)
     kept, broken = check_rows(contract, whole)
     if len(broken):
@@ -147,36 +149,38 @@ def _empty(source: Source) -> pl.DataFrame:
     return pl.DataFrame(schema={**source.schema, **ORIGIN})
 
 
-def _frames(contract: Contract, messages: Sequence[Message]) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
+def _frames(
+    contract: Contract, messages: Sequence[Message], limits: MessageLimits
+) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
     """Frames of the readable messages, and dead letters of the others."""
     frames, dead_letters = [], []
     for together, group in itertools.groupby(messages, _together):
         some = list(group)
         if together is not None and len(some) > 1:
             with contextlib.suppress(*ANY_ERROR):  # all at once; if that fails, one by one
-                frames.append(together(contract, some))
+                frames.append(together(contract, some, limits))
                 continue
         for message in some:
             try:
-                frames.append(_one(contract, message))
+                frames.append(_one(contract, message, limits))
             except ANY_ERROR as error:
                 reason = str(error).strip().splitlines()
                 dead_letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
     return frames, dead_letters
 
 
-def _one(contract: Contract, message: Message) -> pl.DataFrame:
+def _one(contract: Contract, message: Message, limits: MessageLimits) -> pl.DataFrame:
     if message.refused:
         raise ContractError(message.refused)
     together = _together(message)
     if together is not None:
-        return together(contract, [message])
+        return together(contract, [message], limits)
     if message.value[:4] == MAGIC:
-        return _from_rows(contract, _avro_rows(contract, message), [message])
+        return _from_rows(contract, _avro_rows(contract, message, limits), [message])
     raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
 
 
-def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.DataFrame] | None:
+def _together(message: Message) -> Callable[[Contract, Sequence[Message], MessageLimits], pl.DataFrame] | None:
     """The function that reads several messages of this format at once; None if they are read one by one."""
     if message.refused:
         return None
@@ -185,11 +189,12 @@ def _together(message: Message) -> Callable[[Contract, Sequence[Message]], pl.Da
     return _from_arrow if message.value[:4] == _ARROW else None
 
 
-def _from_arrow(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+def _from_arrow(contract: Contract, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
     tables: list[pa.Table] = []
     for message in messages:
         place = f"{message.topic}/{message.partition}@{message.offset}"
-        table = read_arrow(message.value, contract.source.schema.keys(), lambda schema: contract.check(schema, place))  # noqa: B023
+        declared = contract.source.schema.keys()
+        table = read_arrow(message.value, declared, lambda schema: contract.check(schema, place), limits)  # noqa: B023
         tables.append(table)
     parts = []
     for _, some in itertools.groupby(tables, lambda table: table.schema):
@@ -219,14 +224,14 @@ def _in_microseconds(table: pa.Table) -> pa.Table:
     return table
 
 
-def _from_json(contract: Contract, messages: Sequence[Message]) -> pl.DataFrame:
+def _from_json(contract: Contract, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
     counts: list[int] = []
     rows: list[object] = []
     for message in messages:
-        check_json(message.value)
+        check_json(message.value, limits)
         value = json.loads(message.value)
         some = value if isinstance(value, list) else [value]
-        LIMITS.check_rows(len(some))
+        limits.check_rows(len(some))
         rows += some
         counts.append(len(some))
     return _from_rows(contract, rows, messages, counts)
@@ -293,9 +298,9 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
     return series
 
 
-def _avro_rows(contract: Contract, message: Message) -> list[object]:
+def _avro_rows(contract: Contract, message: Message, limits: MessageLimits) -> list[object]:
     try:
-        return avro_rows(message.value, contract.source.schema.keys())
+        return avro_rows(message.value, contract.source.schema.keys(), limits)
     except ContractError:
         raise
     except Exception as error:  # fastavro may raise any error on bytes that are not Avro
@@ -378,14 +383,14 @@ def out_of_calendar(times: pl.Series) -> pl.Series:
 EXPANDED_BYTES = 64 << 20
 
 
-def expanded_size(message: Message) -> int:
+def expanded_size(message: Message, limits: MessageLimits = LIMITS) -> int:
     """Bytes that the value of a message expands to, about; 0 if it will be refused."""
     try:
         if message.value[:4] == _ARROW:
-            return check_arrow(message.value)
+            return check_arrow(message.value, limits)
         if message.value[:1] in (b"{", b"["):
-            return check_json(message.value)
-        return check_avro(message.value) if message.value[:4] == MAGIC else len(message.value)
+            return check_json(message.value, limits)
+        return check_avro(message.value, limits) if message.value[:4] == MAGIC else len(message.value)
     except Exception:  # decoding it meets the same error
         return 0
 

@@ -26,8 +26,9 @@ from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slice, survey_files
 from transforms.sources.listing import Listing, unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
+from transforms.storage.date_spans import UNREADABLE
 from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
-from transforms.storage.file_systems import FileSystems
+from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
 from transforms.training.labels import Counts
@@ -272,8 +273,9 @@ def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Ite
             with FileSystems.open(shard.path, compression_type="uncompressed") as handle:
                 yield from _row_groups(pq.ParquetFile(pa.BufferReader(handle.read())), columns)
         else:
+            require_regular(shard.path)
             yield from _row_groups(pq.ParquetFile(shard.path), columns)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise StoreError(
             "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
