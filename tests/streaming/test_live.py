@@ -11,12 +11,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from schemas import DefinitionError, Derived, FeatureView, Lookup, Source, Trailing
+from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Source, Trailing
 from tests.support import histories
-from tests.support.live_turns import audit, events, run, shops, spine_rows, stream
-from tests.support.turns import Job, JobOptions
+from tests.support.live_turns import SOURCES, VALUES, audit, events, placed, run, sales, shops, spine_rows, stream
+from tests.support.turns import Job, JobOptions, unread
 from transforms.streaming.groups import groups_of
+from transforms.streaming.journal import Turn
 from transforms.streaming.messages import Message, to_arrow
+
+numbered = Source("numbered", columns={"n": pl.Int32, "g": pl.Int32})
 
 
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
@@ -33,18 +36,115 @@ def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
         audit(folder, chunks, job)
 
 
-def test_a_key_known_only_after_a_look_up_is_refused() -> None:
-    keyed = FeatureView(
-        "v",
-        spine_rows,
-        key="id",
-        features=[
-            Lookup(shops, by="k", columns="name"),
-            Trailing(events, by={"shops_name": "s"}, over="1m", stats={"v": "sum"}),
-        ],
-    )
-    with pytest.raises(DefinitionError, match="keys come from the spine's columns"):
-        groups_of(keyed)
+def test_a_key_known_only_after_events_were_read_is_refused() -> None:
+    features = [
+        Trailing(events, by="k", over="1m", stats={"n": "max"}),
+        Derived(most=(pl.col("events_by_k_n_max_1m") + 1).cast(pl.Int64)),
+        Lookup(numbered, by={"most": "n"}, columns="g"),
+    ]
+    for key in ("most", "numbered_g"):
+        other = Trailing(events, by={key: "g"}, over="1m", stats={"v": "sum"}, name="other")
+        with pytest.raises(DefinitionError, match="keys come from the spine's columns") as refused:
+            groups_of(FeatureView("v", spine_rows, key="id", features=[*features, other]))
+        assert repr(key) in str(refused.value)
+
+
+def test_a_derived_with_the_name_of_a_key_is_the_key_if_it_has_its_values() -> None:
+    above = Trailing(events, by="g", over="1m", stats={"v": "sum"}, name="above")
+    below = Trailing(events, by={"g": "k"}, over="1m", stats={"v": "sum"}, name="below")
+    text = Derived(g=pl.col("g").cast(pl.String))
+    with pytest.raises(DefinitionError, match="'g', by which 'events' is read"):
+        groups_of(FeatureView("v", spine_rows, key="id", features=[text, below]))
+    groups_of(FeatureView("v", spine_rows, key="id", features=[above, text]))
+    below = Trailing(events, by="g", over="1m", stats={"v": "sum"}, name="below")
+    for same in (pl.col("g"), pl.col("g").cast(pl.Int64)):
+        (group,) = groups_of(FeatureView("v", spine_rows, key="id", features=[above, Derived(g=same), below]))
+        assert group.spine_columns == ("g",)
+
+
+def test_what_a_key_is_derived_from_is_as_a_derived_above_it_has_it() -> None:
+    """Float32 holds no odd number above 16,777,216: the key would be another one live than in batch."""
+    features = [
+        Derived(y=pl.col("g").cast(pl.Float32)),
+        Derived(odd=(pl.col("y") % 2).cast(pl.Int64)),
+        Trailing(events, by={"odd": "g"}, over="1m", stats={"v": "sum"}),
+    ]
+    groups_of(FeatureView("v", spine_rows, key="id", features=features))
+    hidden = Derived(g=pl.col("g").cast(pl.Float32))
+    odd = Derived(odd=(pl.col("g") % 2).cast(pl.Int64))
+    with pytest.raises(DefinitionError, match="'odd', by which 'events' is read"):
+        groups_of(FeatureView("v", spine_rows, key="id", features=[hidden, odd, features[2]]))
+
+
+looked_up = FeatureView(
+    "looked_up",
+    spine_rows,
+    key="id",
+    features=[
+        Trailing(placed, by="k", over="10s", stats={"v": ("sum", "last"), "*": "count"}),
+        Lookup(shops, by="k", columns=("size", "name", "rate")),
+        Derived(pair=pl.col("shops_size") - pl.col("g"), g=pl.col("g"), double=pl.col("x") * 2),
+        Lookup(numbered, by={"pair": "n"}, columns="g", name="second"),
+        Trailing(events, by={"shops_size": "g"}, over=("10s", "1m"), stats={"v": ("mean", "last"), "*": "count"}),
+        Trailing(events, by={"shops_name": "k", "g": "g"}, over="1m", stats={"v": "sum"}, name="pairs"),
+        Trailing(sales, by={"shops_name": "k"}, over="1m", stats={"v": ("sum", "first")}),
+        Latest(events, by={"second_g": "g"}, columns=("v", "s"), max_age="20s", name="latest"),
+        Trailing(spine_rows, by="k", over="10s", stats={"x": "mean"}, name="crowd"),
+    ],
+)
+
+
+def dimension_versions(random: Random, folder: Path) -> None:
+    """Other shops and numbers than before."""
+    keys = [key for key in VALUES["k"] if key is not None]
+    columns = {"size": [1, 2, -5, None], "name": [*keys, None], "rate": [0.1, 2.5]}
+    rows = {"k": keys, **{name: random.choices(some, k=len(keys)) for name, some in columns.items()}}
+    made = {"shops": pl.DataFrame(rows, schema=shops.schema)}
+    some = random.sample(range(-8, 8), 10)
+    made["numbered"] = pl.DataFrame({"n": some, "g": random.choices([1, 2, -5, None], k=10)}, schema=numbered.schema)
+    for name, frame in made.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        frame.write_parquet(folder / name / "aside")
+        (folder / name / "aside").rename(folder / name / "s.parquet")
+
+
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+@given(seed=st.integers(0, 2**32))
+def test_keys_are_looked_up_in_the_version_that_the_feature_row_names(seed: int) -> None:
+    """The dimensions change while the job runs, and it is killed meanwhile."""
+    random = Random(seed)
+    chunks = stream(random)
+    begin = {name: {0: 0, 1: 0} for name in SOURCES}
+    with tempfile.TemporaryDirectory() as path:
+        store, dimensions = Path(path), Path(path, "in")
+        dimension_versions(random, dimensions)
+
+        class Changing(Job):
+            """The dimensions change between the journal, which looks keys up, and the assembly."""
+
+            def _pass_on(self, turn: Turn) -> None:
+                if random.random() < 0.5:
+                    dimension_versions(random, dimensions)
+                super()._pass_on(turn)
+
+        def launched(number: int) -> Job:
+            job = Changing(looked_up, store, dimensions, begin, JobOptions(f"r{number}", shards=random.choice([1, 3])))
+            assert job.journal.dimensions is not None
+            job.journal.dimensions.every = 0
+            return job
+
+        job = launched(0)
+        for number, chunk in enumerate(chunks):
+            job.take(unread(chunk, job.start))
+            if random.random() < 0.2:
+                job.commit()
+            if random.random() < 0.1:
+                job = launched(number)
+                for earlier in chunks[: number + 1]:
+                    if again := unread(earlier, job.start):
+                        job.take(again)
+        job.commit()
+        audit(path, chunks, job)
 
 
 def test_a_key_derived_from_the_spine_is_routed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import polars as pl
@@ -85,6 +87,62 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
     assert full["answers_compared"] == len(found)
     assert full["values_differing"] == full["unexplained"] == 0
     assert full["answers_that_batch_lacks"] == full["rows_without_an_answer"] == {}
+
+
+LOOKED_UP = """
+import polars as pl
+from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
+
+visits = Source("visits", time="at", columns={"visit": pl.Int64, "shop": pl.String})
+sales = Source("sales", time="at", lateness="1m", columns={"region": pl.Int32, "band": pl.Int64, "price": pl.Float64})
+shops = Source("shops", columns={"shop": pl.String, "region": pl.Int32})
+regions = Source("regions", columns={"region": pl.Int32, "size": pl.Int64})
+view = FeatureView("vw", spine=visits, key="visit", features=[
+    Lookup(shops, by="shop", columns="region"),
+    Lookup(regions, by={"shops_region": "region"}, columns="size"),
+    Derived(band=pl.col("regions_size") % 3),
+    Trailing(sales, by={"shops_region": "region"}, over=("1h", "all"), stats={"price": ("mean", "count")}),
+    Latest(sales, by={"shops_region": "region", "band": "band"}, columns="price", max_age="3h", name="last"),
+])
+"""
+
+
+@pytest.mark.parametrize("shards", ["1", "3"])
+def test_keys_from_a_lookup_give_the_table_of_the_batch_pipeline(tmp_path: Path, shards: str) -> None:
+    random, folder = Random(7), tmp_path / "batch"
+    definition = tmp_path / "definition.py"
+    definition.write_text(LOOKED_UP)
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    names = [f"s{number}" for number in range(9)]
+    moments = [start + timedelta(seconds=random.randrange(2 * 86_400)) for _ in range(900)]
+    tables = {
+        "visits": {
+            "at": moments[:300],
+            "visit": range(300),
+            "shop": [random.choice([*names, None]) for _ in range(300)],
+        },
+        "sales": {
+            "at": moments[300:],
+            "region": [random.randrange(5) for _ in range(600)],
+            "band": [random.randrange(3) for _ in range(600)],
+            "price": [random.randrange(10**5) / 100 for _ in range(600)],
+        },
+        "shops": {"shop": names[:8], "region": [random.randrange(6) for _ in range(8)]},
+        "regions": {"region": range(5), "size": [random.randrange(100) for _ in range(5)]},
+    }
+    view = load_definition(str(definition)).view
+    for name, rows in tables.items():
+        (folder / "sources" / name).mkdir(parents=True)
+        source = view.sources.get(name, view.spine)
+        pl.DataFrame(rows, schema=source.schema).write_parquet(folder / "sources" / name / "a.parquet")
+    found = replayed((str(definition), folder), tmp_path / "live", "first", "--chunk", "1h", "--shards", shards)
+    assert features.main(["--definition", str(definition), "--store", str(folder), "--run_id", "batch"]) == 0
+    batch = rows_of(figures_of(folder, "batch")["table"])
+    columns = [name for name in view.output_schema.names if name != "date"]
+    assert found.select(columns).sort("row_id").equals(batch.select(columns).sort("row_id"))
+    assert batch.select(pl.col(list(view.columns)).drop_nulls().n_unique() > 1).row(0) == (True,) * len(view.columns)
+    assert parity.main(["--definition", str(definition), "--store", str(tmp_path / "live"), "--run_id", "parity"]) == 0
+    assert figures_of(tmp_path / "live", "parity")["full_batch"]["values_differing"] == 0
 
 
 def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from transforms.lineage.feature_parity import check
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
+from transforms.streaming.live_dimensions import kept
 from transforms.streaming.live_tables import Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of, row_identity
@@ -241,7 +243,9 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
     """A few answers by scanning every row that their cut shows."""
     for answer in answers.iter_rows(named=True):
         cut = cut_of(answer["__cut"])
-        tables: dict[str, pl.DataFrame] = {"shops": pl.read_parquet(f"{folder}/in/shops/s.parquet")}
+        versions = json.loads(answer["__dimensions"])
+        assert versions.keys() == view.dimensions.keys()
+        tables = {name: kept(f"{folder}/dimensions", name, version) for name, version in versions.items()}
         for name in SOURCES:
             rows = read(f"{sources_root(folder)}/{name}")
             seen = [row["__offset"] < cut.get((name, row["__partition"]), 0) for row in rows.iter_rows(named=True)]

@@ -51,6 +51,10 @@ class Job:
         self.ledger = PendingTurns(view, str(store), run_id)
         self.assemble = AssembleDoFn(view, self.live)
         self.assemble.setup()
+        if self.journal.keys.dimensions:
+            looked_up = AssembleDoFn(view, self.live)  # of the journal's process
+            looked_up.setup()
+            self.journal.dimensions = looked_up.dimensions
         self.contracts = contracts_of(view)
         self.now = 0
         start = start or find_recovery_point(view, str(store), begin)

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
     from transforms.features.column_reuse import Copies, reading
     from transforms.features.history_snapshots import HistorySnapshots
-    from transforms.features.kernel import KernelTables, compute, computing, feature_columns, kernel_pool, with_derived
+    from transforms.features.kernel import (
+        KernelTables,
+        compute,
+        computing,
+        feature_columns,
+        kernel_pool,
+        looked_up,
+        with_derived,
+    )
     from transforms.features.lifetime_snapshots import Chain, Segment
     from transforms.features.lifetime_summaries import Summary, merge, summarise
     from transforms.features.long_windows import LONG, firsts_and_lasts

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import polars as pl
 
 from schemas.errors import DefinitionError
-from schemas.expressions import columns_of
+from schemas.expressions import columns_of, dtype_of
 from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
-from schemas.features import Derived, Latest, Trailing
+from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import with_derived
+from transforms.features.kernel import looked_up, with_derived
 from transforms.streaming.lifetime_store import Kind, by_kind
 
 
@@ -54,7 +54,7 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     """The view's groups.
 
     Raises:
-        DefinitionError: a key comes from a source that has to be read first.
+        DefinitionError: a key needs events.
     """
     found: dict[tuple[GroupKey, Kind], list[Trailing | Latest]] = {}
     for feature in view.features:
@@ -64,15 +64,7 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
                 # Features of bounded windows share the same stored events, whatever their conditions.
                 key = dataclasses.replace(key, where=None) if kind == "none" else key
                 found.setdefault((key, kind), []).append(part)
-    early = {*view.spine.schema, *(name for name, _ in _early(view))}
-    for key, _ in found:
-        late = [spine for spine, _ in key.keys if spine not in early]
-        if late:
-            raise DefinitionError(
-                f"View {view.name!r}, live: keys come from the spine's columns, or are Derived from those alone",
-                f"{late[0]!r}, by which {key.source!r} is read",
-                "Put the column into the spine, or compute this view in batch",
-            )
+    GroupKeys.of(view)
     return tuple(
         Group(key.source, key.keys, tuple(features), max(_lengths(features)), kind)
         for (key, kind), features in found.items()
@@ -91,22 +83,93 @@ def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
     return [length or 0 for feature in features for length in window_lengths(feature)]
 
 
-def _early(view: FeatureView) -> list[tuple[str, Derived]]:
-    """Derived columns that only read the spine, in order."""
-    known, result = set(view.spine.schema), []
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupKeys:
+    """How the keys of a view's groups are computed from its spine rows.
+
+    Args:
+        view: the view.
+        steps: the features that give keys, or columns that these are made of, in order.  A Derived has these columns
+            alone.
+    """
+
+    view: FeatureView
+    steps: tuple[Derived | Lookup, ...]
+
+    @classmethod
+    def of(cls, view: FeatureView) -> GroupKeys:
+        """
+        Raises:
+            DefinitionError: a key needs events.
+        """
+        read: dict[str, Sequence[str]] = dict.fromkeys(view.spine.schema, ())
+        known, wanted = set(read), list[str]()
+        for feature in view.features:
+            if isinstance(feature, Trailing | Latest):
+                for name, _ in feature.keys:
+                    if name not in known:
+                        raise DefinitionError(
+                            f"View {view.name!r}, live: keys come from the spine's columns, a Lookup, or are Derived "
+                            "from those alone",
+                            f"{name!r}, by which {feature.source.name!r} is read",
+                            "Put the column into the spine, under a name of its own, or compute this view in batch",
+                        )
+                    wanted.append(name)
+                continue
+            made = _read_by(feature)
+            hidden = {name for name in made if name in read and not _same_values(view, feature, name)}
+            known = (known | {name for name, some in made.items() if known.issuperset(some)}) - hidden
+            read = {**made, **read}
+        needed = set[str]()
+        while wanted:
+            name = wanted.pop()
+            if name not in needed:
+                needed.add(name)
+                wanted += read[name]
+        return cls(view, tuple(_steps(view, needed - view.spine.schema.keys())))
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The dimensions that give keys: a spine row is looked up in them before it is routed."""
+        return tuple(dict.fromkeys(each.source.name for each in self.steps if isinstance(each, Lookup)))
+
+    def added_to(self, spine_rows: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+        """Spine rows with the columns that are keys.
+
+        Args:
+            spine_rows: the spine's columns.
+            dimensions: by name; at least `self.dimensions`.
+        """
+        for step in self.steps:
+            if isinstance(step, Derived):
+                spine_rows = with_derived(self.view, step, spine_rows)
+            else:
+                spine_rows = spine_rows.with_columns(looked_up(step, spine_rows, dimensions[step.source.name]))
+        return spine_rows
+
+
+def _read_by(feature: Derived | Lookup) -> dict[str, Sequence[str]]:
+    """The columns of a feature, each with those that it is made of."""
+    if isinstance(feature, Derived):
+        return {name: columns_of(expr) for name, expr in feature.columns.items()}
+    keys = tuple(spine for spine, _ in feature.keys)
+    return dict.fromkeys(column_names(feature), keys)
+
+
+def _same_values(view: FeatureView, feature: Derived | Lookup, name: str) -> bool:
+    """Whether a Derived with the name of a spine's column, which it hides from those below it, has the same values."""
+    assert isinstance(feature, Derived)
+    before, after = view.spine.schema[name], dtype_of(feature.columns[name], view.spine.schema, name)
+    if before.is_integer():
+        return before != pl.UInt64 and after in (before, pl.Int64)
+    return before == after == view.columns[name]
+
+
+def _steps(view: FeatureView, names: Set[str]) -> Iterator[Derived | Lookup]:
+    """The features that make these columns, in order; of a Derived those columns alone."""
     for feature in view.features:
         if isinstance(feature, Derived):
-            ready = {name for name, expr in feature.columns.items() if set(columns_of(expr)) <= known}
-            result += [(name, Derived(**{name: feature.columns[name]})) for name in feature.columns if name in ready]
-            known |= ready
-    return result
-
-
-def with_group_keys(view: FeatureView, groups: Sequence[Group], spine_rows: pl.DataFrame) -> pl.DataFrame:
-    """Spine rows with the derived columns that are keys of groups."""
-    wanted = {name for group in groups for name in group.spine_columns} - set(view.spine.schema)
-    if not wanted:
-        return spine_rows
-    for _, feature in _early(view):
-        spine_rows = with_derived(view, feature, spine_rows)
-    return spine_rows
+            if some := {name: expr for name, expr in feature.columns.items() if name in names}:
+                yield Derived(**some)
+        elif isinstance(feature, Lookup) and not names.isdisjoint(column_names(feature)):
+            yield feature

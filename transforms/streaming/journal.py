@@ -22,7 +22,8 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
-from transforms.streaming.groups import groups_of, held_back
+from transforms.streaming.groups import GroupKeys, groups_of, held_back
+from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.messages import ORIGIN
 from transforms.streaming.micro_batches import MicroBatch, NextAvailable, in_order, no_topic
 from transforms.streaming.pending_spine_rows import PendingSpineRows
@@ -129,6 +130,8 @@ class Journal:
         self.view, self.shards, self.keep = view, shards, keep
         self.next_available: NextAvailable = no_topic
         self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
+        self.keys = GroupKeys.of(view)
+        self.dimensions: Dimensions | None = None  # needed if some key comes from a Lookup
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
         self.completeness = Completeness({name: CompletenessRule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
@@ -342,11 +345,19 @@ class Journal:
         return rows.filter(reached)
 
     def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
-        """Sends spine rows that can be computed to the shards.  Returns them for the assembly."""
-        shards = routing.add_spine_rows(ready)
+        """Sends spine rows that can be computed to the shards.  Returns them for the assembly.
+
+        Where keys come from dimensions, the assembly looks up in the same versions of these.
+        """
+        frames, versions = dict[str, pl.DataFrame](), None
+        if self.keys.dimensions:
+            assert self.dimensions is not None
+            self.dimensions.refresh()
+            frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
+        shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
         cold = pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)
         rows = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN, cold.alias("__cold"))
-        return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows)
+        return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
 
     def _output(
         self,
@@ -356,6 +367,9 @@ class Journal:
         dead_letters: pl.DataFrame | None = None,
     ) -> Turn:
         spine_rows = None if ready is None else self._route_spine_rows(ready, routing)
+        rejected = [_no_dead_letters() if dead_letters is None else dead_letters]
+        if self.dimensions is not None:
+            rejected.append(self.dimensions.take_dead_letters())
         shards = {}
         for number, each in enumerate(routing.tables):
             if not each.empty or self.turn_number % HORIZON_EVERY == 0:
@@ -367,7 +381,7 @@ class Journal:
             spine_rows=0 if ready is None else len(ready),
             state=size_of(self.stores.values()),
             accepted=accepted or {},
-            dead_letters=_no_dead_letters() if dead_letters is None else dead_letters,
+            dead_letters=pl.concat(rejected),
         )
         return Turn(self.turn_number, shards, spine_rows, entry)
 

@@ -138,6 +138,8 @@ class JournalDoFn(beam.DoFn):
 
         def build() -> JournalState:
             journal = Journal(self.view, self.live.shards, self.live.keep)
+            if journal.keys.dimensions:
+                journal.dimensions = self.assembly.dimensions
             if self.live.kafka is not None:
                 journal.next_available = FirstAvailable(self.live.kafka, self.live.prefix)
             if "journal" in state:

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import time
+from collections.abc import Mapping
 
 import polars as pl
 import pyarrow as pa
@@ -83,6 +84,13 @@ class Dimensions:
         if name in self.versions and version != self.versions[name]:
             log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
+
+    def use(self, versions: Mapping[str, str]) -> None:
+        """Takes certain versions, which are stored, as the current ones."""
+        for name, version in versions.items():
+            if self.versions.get(name) != version:
+                self.frames[name], self.versions[name] = kept(self.kept, name, version), version
+                self._stamps.pop(name, None)
 
     def take_dead_letters(self) -> pl.DataFrame:
         """Dead letters of the versions that were read since the last call.

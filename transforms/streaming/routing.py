@@ -13,7 +13,7 @@ import polars as pl
 
 from schemas.views import FeatureView
 from transforms.records.row_hashing import UInt64s
-from transforms.streaming.groups import Group, with_group_keys
+from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
 from transforms.streaming.time_buckets import key_hashes
 
@@ -57,12 +57,11 @@ class TurnRouting:
                 tables.compacted[number] = events.filter(pl.Series(mine))
 
     def add_spine_rows(self, rows: pl.DataFrame) -> int:
-        """Adds spine rows whose features are to be computed.
+        """Adds spine rows whose features are to be computed, with the keys of the groups (see `GroupKeys`).
 
         Returns:
             Number of shards that compute some of them.
         """
-        rows = with_group_keys(self.view, self.groups, rows)
         owners = [
             shard_of(key_hashes(rows, keys), len(self.tables)) for keys in {each.spine_columns for each in self.groups}
         ]

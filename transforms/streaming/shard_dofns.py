@@ -177,7 +177,10 @@ class AssembleDoFn(beam.DoFn):
 
     def compute_features(self, ready: ReadySpineRows, parts: Sequence[ShardFeatures]) -> TurnFeatures:
         """The feature rows of a turn from what its shards computed."""
-        self.dimensions.refresh()
+        if ready.dimensions is None:
+            self.dimensions.refresh()
+        else:
+            self.dimensions.use(ready.dimensions)
         features = assemble(self.view, self.groups, ready.rows, parts, self.dimensions.frames)
         moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         rows = features.with_columns(

@@ -138,22 +138,26 @@ class ReadySpineRows:
         shards: number of shards that compute features of them.
         cut: what the turn could see (see `row_origin.cut_of`).
         rows: the spine's columns, `row_id`, the origin, `__late` and `__cold`, in the order of `__position`.
+        dimensions: the versions by which keys were looked up, by dimension; None: no key comes from a dimension.
     """
 
     turn: int
     shards: int
     cut: str
     rows: pl.DataFrame
+    dimensions: Mapping[str, str] | None = None
 
     def to_envelope(self) -> bytes:
-        return pack({"turn": self.turn, "parts": self.shards, "cut": self.cut}, {_SPINE_ROWS: self.rows})
+        versions = {} if self.dimensions is None else {"dimensions": dict(self.dimensions)}
+        head = {"turn": self.turn, "parts": self.shards, "cut": self.cut, **versions}
+        return pack(head, {_SPINE_ROWS: self.rows})
 
 
 def assembly_input_of(envelope: bytes) -> ReadySpineRows | ShardFeatures:
     """What an envelope for the assembly holds."""
     head, frames = unpack(envelope)
     if "parts" in head:
-        return ReadySpineRows(head["turn"], head["parts"], head["cut"], frames[_SPINE_ROWS])
+        return ReadySpineRows(head["turn"], head["parts"], head["cut"], frames[_SPINE_ROWS], head.get("dimensions"))
     columns = {int(group): each for group, each in frames.items()}
     return ShardFeatures(head["turn"], head["shard"], StoreSize(**head["state"]), columns)
 
