@@ -34,6 +34,7 @@ COMMANDS = {
         "follow a feature row or a prediction back to what it was made from",
     ),
     "vacuum": ("beam_pipelines.commands.vacuum:vacuum", "remove files that no commit names and no kept version needs"),
+    "compact": ("beam_pipelines.commands.compact:compact", "merge small files of tables, also while live jobs run"),
     "erase": ("beam_pipelines.commands.erase", "remove rows of a source and all that was made from them, for good"),
     "models": ("beam_pipelines.commands.models:models", "list registered models, their metrics, the champion, and why"),
     "promote": ("beam_pipelines.commands.models:promote", "make a version the champion, with a reason"),

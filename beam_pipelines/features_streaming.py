@@ -27,6 +27,7 @@ from beam_pipelines.runtime.job_supervisor import (
     warn_of_loss,
     write_status,
 )
+from beam_pipelines.runtime.live_compaction import FEATURES_TABLES, compacting
 from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments, StreamingOptions
 from schemas.errors import DefinitionError
@@ -50,6 +51,7 @@ from transforms.streaming.step_messages import start_envelope
 LENGTHS = (
     Length("pace", "200ms", "minimum interval between micro-batches"),
     Length("commit_every", "10s", "minimum interval between commits"),
+    Length("compact_every", "1m", "kafka: interval between compactions of the job's tables; 0s: never"),
     Length("keep", "1h", "features are still computed for spine rows that arrive up to this late"),
     Length("dimension_every", "60s", "interval between reads of the dimensions"),
     Length("chunk", "1h", "replay: rows that arrive within this interval are sent together"),
@@ -230,7 +232,8 @@ def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
-    with stopped_by_signals():
+    compaction = compacting(options.store, FEATURES_TABLES, options.lengths["compact_every"])
+    with stopped_by_signals(), compaction:
         while launch(options, prepare_live_features(job), pipeline_options):
             pass
 

@@ -27,6 +27,7 @@ from beam_pipelines.runtime.job_supervisor import (
     warn_of_loss,
     write_status,
 )
+from beam_pipelines.runtime.live_compaction import PREDICTIONS_TABLES, compacting
 from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments, StreamingOptions
 from transforms.inference.champion_model import ChampionHandler, close_all
@@ -46,6 +47,7 @@ log = logging.getLogger("millrace.serving")
 LENGTHS = (
     Length("poll", "5s", "interval between reads of the alias; a new version takes over without a restart", zero=False),
     Length("commit_every", "10s", "minimum interval between commits"),
+    Length("compact_every", "1m", "kafka: interval between compactions of the job's tables; 0s: never"),
     Length("pace", "0s", "replay: time between messages"),
 )
 
@@ -148,7 +150,8 @@ def run_live(options: StreamingOptions, request: LiveInferenceRequest) -> LiveIn
     assert options.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(options.broker, pipeline_options)
-    with stopped_by_signals():
+    compaction = compacting(options.store, PREDICTIONS_TABLES, options.lengths["compact_every"])
+    with stopped_by_signals(), compaction:
         while True:
             plan = prepare_live_inference(request)
             if not launch(options, plan, pipeline_options):

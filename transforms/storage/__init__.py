@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
     from transforms.storage.date_spans import UNREADABLE, partition_days
     from transforms.storage.delta_log import (
         commit_at,

@@ -177,6 +177,17 @@ def file_actions(uri: str, version: int) -> tuple[set[str], set[str]]:
     return added, removed
 
 
+# In a commit's metadata: it only merged files, and Millrace did it.
+COMPACTION = "compaction"
+
+
+def merged_files(uri: str, version: int) -> set[str]:
+    """Paths of the files that the commit merged into others, relative to the table; none if it is no compaction."""
+    if COMPACTION not in commit_at(uri, version):
+        return set()
+    return file_actions(uri, version)[1]
+
+
 def _actions(uri: str, version: int, kind: str) -> Iterator[dict[str, Any]]:
     path = FileSystems.join(root_of(uri), LOG, f"{version:020}.json")
     try:

@@ -61,6 +61,7 @@ class LogEntry:
         metadata: kept with the commit.
         application: id and version of the application's transaction.
         configuration: properties of a new table.
+        changes_rows: False if the added files have the rows of the removed ones.
     """
 
     partition_by: Sequence[str]
@@ -70,6 +71,7 @@ class LogEntry:
     removed: Sequence[RemovedFile] = ()
     schema: Schema | None = None
     configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    changes_rows: bool = True
 
 
 def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
@@ -106,7 +108,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
     yield {
         "commitInfo": {
             "timestamp": now,
-            "operation": "CREATE TABLE" if table is None else "WRITE",
+            "operation": "CREATE TABLE" if table is None else "WRITE" if entry.changes_rows else "OPTIMIZE",
             "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
             "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
             **entry.metadata,
@@ -122,7 +124,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
             "remove": {
                 "path": quote(file.path, safe=_KEPT),
                 "deletionTimestamp": now,
-                "dataChange": True,
+                "dataChange": entry.changes_rows,
                 "extendedFileMetadata": True,
                 "partitionValues": dict(file.partition_values),
                 "size": file.bytes,
@@ -135,7 +137,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
                 "partitionValues": dict(action.partition_values),
                 "size": action.size,
                 "modificationTime": now,
-                "dataChange": True,
+                "dataChange": entry.changes_rows,
                 "stats": action.stats,
             }
         }

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 
 from schemas.errors import StoreError
-from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, versions
+from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, merged_files, versions
 from transforms.storage.delta_tables import open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
@@ -127,6 +127,7 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     unproven = runs_without_counts(uri)
     kept = _retained(uri, table, rules)
     needed, once = _paths(uri, kept)
+    merged = set[str]().union(*(merged_files(uri, version) for version in versions(uri)))
     manifests, runs = _named(uri, kept)
     summaries = _summaries(uri, manifests)
     newest = max(versions(uri), default=0)
@@ -149,8 +150,8 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
         elif not name.endswith(".parquet") or inside in needed:
             kind = None
         elif inside in once:
-            # Whose rows a source's owner may want back is not ours to say.
-            kind = "expired" if not table.startswith("sources/") else None
+            # Whose rows a source's owner may want back is not ours to say; other files have those of merged ones.
+            kind = "expired" if inside in merged or not table.startswith("sources/") else None
         else:
             run = name.rsplit("-", 1)[0]
             kind = "orphan" if DATA_FILE.fullmatch(name) and run not in unproven and not reported(run) else None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnknownIds,
         Writer,
         application_of,
+        is_of_live_job,
         last_commit_record,
         read_answers,
     )

@@ -68,6 +68,13 @@ def application_of(name: str) -> str:
     return f"live/{name}"
 
 
+def is_of_live_job(store: str, name: str) -> bool:
+    """Whether a live job has committed to the table of this source ("sources/orders")."""
+    source = name.split("/")[-1]
+    table = open_table(source_uri(sources_root(store), source))
+    return table is not None and table.transaction_version(application_of(source)) is not None
+
+
 def last_commit_record(table: DeltaTable | None, app: str) -> Head:
     """The record of the newest commit of `app`: turn, offsets, completeness and so on; empty if there is none.
 
