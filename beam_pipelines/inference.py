@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import apache_beam as beam
@@ -18,7 +17,7 @@ from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
 from schemas.errors import ContractError, DataError, DefinitionError
-from schemas.loading import Definition, load_definition
+from schemas.loading import load_definition
 from transforms.inference.preparation import InferencePlan, InferenceRequest, prepare_inference
 from transforms.models.registry import registry_uri
 from transforms.models.scoring import Score
@@ -39,35 +38,16 @@ Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """What one run of the inference pipeline does."""
+class Options(InferenceRequest):
+    """The options of one run: what to score, and how to run it.
 
-    definition: Definition
-    store: str
-    registry: str
-    run_id: str
-    start: date | None
-    end: date | None
-    model_version: str | None
-    input_tfrecord: str | None
-    output_tfrecord: str | None
+    Args:
+        threads: XGBoost threads in each worker; 0: one for each core.
+        beam_args: flags for Beam.
+    """
+
     threads: int
     beam_args: tuple[str, ...]
-
-    @property
-    def request(self) -> InferenceRequest:
-        """What the library needs to know of the options to prepare the run."""
-        return InferenceRequest(
-            definition=self.definition,
-            store=self.store,
-            registry=self.registry,
-            run_id=self.run_id,
-            start=self.start,
-            end=self.end,
-            model_version=self.model_version,
-            input_tfrecord=self.input_tfrecord,
-            output_tfrecord=self.output_tfrecord,
-        )
 
     @property
     def folder(self) -> str:
@@ -111,7 +91,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 def plan_inference(options: Options) -> InferencePlan:
     """Which model scores which rows; see `transforms.inference.preparation`."""
-    return prepare_inference(options.request)
+    return prepare_inference(options)
 
 
 def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import apache_beam as beam
@@ -20,9 +19,8 @@ from beam_pipelines.runtime.arguments import Arguments, day
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json
-from schemas import Model
 from schemas.errors import GateError, MillraceError, StoreError
-from schemas.loading import Definition, decoded, load_definition
+from schemas.loading import decoded, load_definition
 from transforms.evaluation.evaluate import Evaluate, Report, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
@@ -33,7 +31,6 @@ from transforms.storage.file_systems import FileSystems
 from transforms.training.champion_comparison import Challenge, Compare
 from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
 from transforms.training.examples import (
-    FOLDER,
     ExamplePlan,
     MakeExamples,
     add_accounts,
@@ -56,63 +53,16 @@ log = logging.getLogger("millrace.training")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """Options of one run of the training pipeline.
+class Options(TrainingRequest):
+    """The options of one run: what to train, and how to run it.
 
     Args:
-        definition: the model's definition.
-        store: folder of tables, examples and runs.
-        sources: folder of the label's source.
-        run_id: id of the run, which registers one version.
-        features_version: version of the feature table; None means the newest.
-        start: first day of features to use; None means the first of the table.
-        cutoff: the day before which everything is known; None means the day after the feature table's last.
         registry: MLflow tracking URI.
-        cores: cores that the trials of one worker share.
-        device: XGBoost's device, cpu or cuda.
-        keep_examples: whether TFRecord and Parquet examples stay after the run.
-        now: µs since 1970; rows stamped later are not known yet.
         beam_args: flags for Beam.
-        label_version: version of the label's source, if that is a Delta table; None means the newest.
     """
 
-    definition: Definition
-    store: str
-    sources: str
-    run_id: str
-    features_version: int | None
-    start: date | None
-    cutoff: date | None
     registry: str
-    cores: int
-    device: str
-    keep_examples: bool
-    now: int
     beam_args: tuple[str, ...]
-    label_version: int | None = None
-
-    @property
-    def model(self) -> Model:
-        return self.definition.require_model()
-
-    @property
-    def request(self) -> TrainingRequest:
-        """The options that prepare the run."""
-        return TrainingRequest(
-            definition=self.definition,
-            store=self.store,
-            sources=self.sources,
-            examples=self.examples,
-            run_id=self.run_id,
-            features_version=self.features_version,
-            label_version=self.label_version,
-            start=self.start,
-            cutoff=self.cutoff,
-            now=self.now,
-            cores=self.cores,
-            device=self.device,
-            keep_examples=self.keep_examples,
-        )
 
     @property
     def folder(self) -> str:
@@ -122,10 +72,6 @@ class Options:
     @property
     def bundle(self) -> str:
         return FileSystems.join(self.folder, BUNDLE)
-
-    @property
-    def examples(self) -> str:
-        return FileSystems.join(self.store, FOLDER, self.model.name, self.run_id)
 
 
 def _arguments() -> Arguments:
@@ -178,6 +124,7 @@ def parse(argv: Sequence[str]) -> Options:
         keep_examples=flags.keep_examples,
         now=time.time_ns() // 1000,
         beam_args=tuple(rest),
+        label_version=None,
     )
 
 
@@ -291,7 +238,7 @@ def publication(options: Options) -> Publication:
 
 def resolve(options: Options) -> tuple[ExamplePlan, dict[str, Any]]:
     """Fix the versions that the run reads; see `transforms.training.preparation.prepare_training`."""
-    return prepare_training(options.request)
+    return prepare_training(options)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
-"""parity: every live answer computed again in batch, over exactly the events that it could see, and scored again; and
-held against the full batch table, with the cause of every difference."""
+"""parity: computes every live feature row again in batch, over exactly the events that it could see, and scores it
+again.  It also compares the rows with the full batch table, and names the cause of every difference.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ NO_BATCH = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when no value differs."""
-    arguments = Arguments("millrace parity", "Compute live answers again in batch and compare them to the bit.")
-    arguments.add_interval("questions")
+    """Runs the command; 0 if no value differs."""
+    arguments = Arguments("millrace parity", "Compute live feature rows again in batch, and compare them bit by bit.")
+    arguments.add_interval("spine rows")
     arguments.add_argument(
         "--registry", help="MLflow tracking URI, if there are predictions (default: SQLite in <store>/registry)"
     )
@@ -55,29 +56,30 @@ def main(argv: Sequence[str]) -> int:
     definition = load_definition(flags.definition)
     view = definition.view
     side = batch_side(view, flags)
-    said: list[str] = []
+    lines: list[str] = []
     with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
         found = check(view, flags.store, flags.start, flags.end)
         run.update(figures(found))
-        said.append(table(view, found))
+        lines.append(table(view, found))
         scored = rescored(definition, flags)
         if scored is not None:
-            run.update({"predictions": dataclasses.asdict(scored)})
-            said.append(text_of(scored))
+            run.update({"predictions": scored.as_json()})
+            lines.append(text_of(scored))
         full = None if side is None else compare(view, flags.store, side, flags.start, flags.end)
         run.update({"full_batch": NO_BATCH if full is None else full_figures(full)})
-        said.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
+        lines.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
     if flags.json:
         write_json(flags.json, run.figures)
-    print("\n".join(said), flush=True)
-    judge(view, found, scored, full)
+    print("\n".join(lines), flush=True)
+    require_agreement(view, found, scored, full)
     return 0
 
 
-def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full | None) -> None:
-    """
+def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None, full: Full | None) -> None:
+    """Checks the results.
+
     Raises:
-        MismatchError: something differs that may not.
+        MismatchError: live and batch differ where they must not.
     """
     if found.differing:
         name, worst = max(found.features.items(), key=lambda item: item[1].differing)
@@ -89,21 +91,21 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
         )
     if found.unaccounted:
         raise MismatchError(
-            "Every question that a live job took in is answered, set aside or waits",
+            "Every spine row that a live job accepted is computed, rejected or pending",
             f"{found.unaccounted} are none of these",
             "Please report it, with run.json and the job's",
         )
     if scored is not None and (scored.differing or scored.doubled or scored.stray):
         raise MismatchError(
-            "Live predictions are a batch job's, one for each answer",
+            "Live predictions equal a batch job's, one for each feature row",
             f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no "
-            f"answer{'; such as ' + scored.examples[0] if scored.examples else ''}",
+            f"feature row{'; such as ' + scored.examples[0] if scored.examples else ''}",
             "Please report it, with run.json",
         )
     if full is not None and full.unexplained:
         only_live, only_batch = full.only_live.get(UNEXPLAINED, 0), full.only_batch.get(UNEXPLAINED, 0)
         value = (
-            f"{full.unexplained} values or rows do not: {only_live} answers that batch lacks, "
+            f"{full.unexplained} values or rows do not: {only_live} feature rows that batch lacks, "
             f"{only_batch} rows that live lacks"
         )
         for name, each in full.causes.items():
@@ -118,13 +120,13 @@ def judge(view: FeatureView, found: Parity, scored: Rescored | None, full: Full 
 
 
 def batch_side(view: FeatureView, flags: argparse.Namespace) -> Batch | None:
-    """The batch table, or sources, that a live store's answers are compared with; None: not known."""
+    """The batch table, or the sources, to compare a live store's feature rows with; None if there is none."""
     if flags.batch_store or flags.sources:
         return Batch.of(view, flags.batch_store, flags.sources)
     if open_table(FileSystems.join(flags.store, "features", view.name, view.fingerprint)) is not None:
         return Batch.of(view, flags.store)
     root = _last_sources(flags.store)
-    if root is None or not _has_sources(view, root):  # a job that reads topics may find its dimensions alone there
+    if root is None or not _has_sources(view, root):  # there may be dimensions only
         return None
     return Batch.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
 
@@ -156,37 +158,40 @@ def example(view: FeatureView, difference: Mapping[str, object]) -> str:
 
 
 def full_figures(full: Full) -> dict[str, object]:
-    """What came of comparing with the full table, as JSON."""
+    """The result of the comparison with the full table, as in `run.json`, with keys older than the names here."""
     return {
         "batch": full.batch,
-        "answers_compared": full.answers,
+        "answers_compared": full.feature_rows,
         "values_compared": full.values,
         "values_differing": full.differing,
         "unexplained": full.unexplained,
-        "causes": {name: dataclasses.asdict(each) for name, each in full.causes.items()},
+        "causes": {name: each.as_json() for name, each in full.causes.items()},
         "answers_that_batch_lacks": full.only_live,
         "rows_without_an_answer": full.only_batch,
-        "rows_that_wait": full.waiting,
+        "rows_that_wait": full.pending,
         "answers_of_dates_not_computed": full.not_computed,
     }
 
 
 def full_table(view: FeatureView, full: Full) -> str:
-    """A line per cause."""
+    """A line for each cause."""
     lines = [f"\nagainst the full batch table ({full.batch})"]
-    lines.append(f"  {full.answers:,} answers, {full.values:,} values, {full.differing:,} differ")
+    lines.append(f"  {full.feature_rows:,} feature rows, {full.values:,} values, {full.differing:,} differ")
     rows = [
-        (name, f"{each.values:,}", f"{each.answers:,}", example(view, each.examples[0]))
+        (name, f"{each.values:,}", f"{each.feature_rows:,}", example(view, each.examples[0]))
         for name, each in sorted(full.causes.items(), key=lambda item: -item[1].values)
     ]
     if rows:
-        lines.append(columns(("cause", "values", "answers", "such as"), rows, ("values", "answers")))
-    for what, counts in (("answers that batch lacks", full.only_live), ("rows without an answer", full.only_batch)):
+        lines.append(columns(("cause", "values", "rows", "such as"), rows, ("values", "rows")))
+    for what, counts in (
+        ("feature rows that batch lacks", full.only_live),
+        ("batch rows without a live feature row", full.only_batch),
+    ):
         lines += [f"  {what}: {number:,} ({cause})" for cause, number in sorted(counts.items())]
-    if full.waiting:
-        lines.append(f"  questions that wait: {full.waiting:,}")
+    if full.pending:
+        lines.append(f"  pending spine rows: {full.pending:,}")
     if full.not_computed:
-        lines.append(f"  answers of dates that the batch table lacks: {full.not_computed:,}")
+        lines.append(f"  feature rows of dates that the batch table lacks: {full.not_computed:,}")
     return "\n".join(lines)
 
 
@@ -200,31 +205,32 @@ def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | No
 
 
 def text_of(scored: Rescored) -> str:
-    """A line of the predictions."""
+    """The line about predictions."""
     versions = ", ".join(f"{rows:,} by version {version}" for version, rows in scored.compared.items()) or "none"
     return (
-        f"  predictions: {versions}; {scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no answer, "
-        f"{scored.otherwise} of an answer told otherwise, {scored.missing} answers without one (yet)"
+        f"  predictions: {versions}; {scored.differing} differ, {scored.doubled} doubled, "
+        f"{scored.stray} without a feature row, {scored.other_cut} of a feature row with another cut in the table; "
+        f"{scored.missing} feature rows have none (yet)"
     )
 
 
 def figures(found: Parity) -> dict[str, object]:
-    """The result as JSON."""
+    """The result as in `run.json`, with keys older than the names here."""
     return {
-        "answers_compared": found.answers,
+        "answers_compared": found.feature_rows,
         "values_compared": sum(each.rows for each in found.features.values()),
         "values_differing": found.differing,
         "cuts": found.cuts,
         "answers_with_later_arrivals": found.by_cut,
         "answers_later_arrivals_change": found.changed_later,
-        "questions_unanswered": found.unanswered,
+        "questions_unanswered": found.uncomputed,
         "questions_unaccounted_for": found.unaccounted,
         "features": {name: dataclasses.asdict(each) for name, each in found.features.items()},
     }
 
 
 def table(view: FeatureView, found: Parity) -> str:
-    """A line per feature, and where values differ an example."""
+    """A line for each feature, and examples of values that differ."""
     width = max(map(len, found.features))
     lines = [
         f"  {'feature':<{width}}  {'rows':>10}  {'null live':>10}  {'null batch':>10}  {'differing':>10}  "
@@ -236,9 +242,9 @@ def table(view: FeatureView, found: Parity) -> str:
         for name, each in found.features.items()
     ]
     lines += [
-        f"  {example(view, {**told, 'feature': name})}, cut {told['__cut']}"
+        f"  {example(view, {**difference, 'feature': name})}, cut {difference['__cut']}"
         for name, each in found.features.items()
-        for told in each.examples
+        for difference in each.examples
     ]
     return "\n".join(lines)
 

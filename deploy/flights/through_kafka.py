@@ -63,15 +63,15 @@ def _create_topics(case: Case, broker: Broker) -> tuple[str, str]:
 def _pipelines(case: Case, flags: Sequence[str]) -> dict[str, Child]:
     """The live jobs, not started: features, and inference if there is a model."""
 
-    def pipeline(name: str, *own: str) -> Child:
-        command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", name, *flags, *own]
-        return Child(command, case.folder / f"{name}.log", cwd=ROOT, grace=20)
+    def pipeline(name: str, run_id: str, *own: str) -> Child:
+        command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", run_id, *flags, *own]
+        return Child(command, case.folder / f"{run_id}.log", cwd=ROOT, grace=20)
 
     # What the sources hold from before the month is the job's history.
     history = ["--sources", str(case.store / "sources"), "--start", case.start]
-    children = {"live": pipeline("live", *history, "--commit_every=2s")}
+    children = {"live": pipeline("features", "live", *history, "--commit_every=2s")}
     if case.first:
-        children["inference"] = pipeline("inference", *case.registry, "--poll=1s", "--commit_every=2s")
+        children["inference"] = pipeline("inference", "inference", *case.registry, "--poll=1s", "--commit_every=2s")
     return children
 
 

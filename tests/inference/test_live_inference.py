@@ -337,7 +337,7 @@ def alter(house: House, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
 
 
 def test_scored_again_by_a_batch_job_nothing_differs(scored: House) -> None:
-    assert rescored(scored) == Rescored(answers=ROWS, predictions=ROWS, compared={"1": ROWS})
+    assert rescored(scored) == Rescored(feature_rows=ROWS, predictions=ROWS, compared={"1": ROWS})
 
 
 def test_a_score_with_one_other_bit_is_found(scored: House) -> None:

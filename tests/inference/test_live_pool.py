@@ -168,7 +168,7 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
         end(scores, 60)
     assert "questions unaccounted for  0" in said
     found = check(view, str(store))
-    assert (found.answers, found.differing, found.unanswered) == (ROWS, 0, 0)
+    assert (found.feature_rows, found.differing, found.uncomputed) == (ROWS, 0, 0)
     table = open_table(str(store / "predictions_live" / "orders"))
     assert table is not None
     predicted = pl.DataFrame(pl.from_arrow(read_group(data_files(table)))).sort("row_id")

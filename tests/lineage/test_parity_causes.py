@@ -69,7 +69,7 @@ def batch(folder: Path, frames: Frames) -> Path:
 def compared(folder: Path, sent: Frames, held: Frames, **how: Any) -> Full:
     view, store = live(folder, sent, **how)
     full = compare(view, str(store), Batch.of(view, str(batch(folder, held))))
-    assert full.answers
+    assert full.feature_rows
     return full
 
 
@@ -90,9 +90,9 @@ def test_the_same_rows_in_order_differ_in_nothing(tmp_path: Path) -> None:
     spoiled = market.spoiled(market.sources(80))
     full = compared(tmp_path, spoiled, spoiled)
     assert named(full) == set(), full
-    assert full.answers == 80
+    assert full.feature_rows == 80
     assert full.values == 80 * len(market.load(tmp_path).columns)
-    assert full.waiting == full.not_computed == full.unexplained == 0
+    assert full.pending == full.not_computed == full.unexplained == 0
 
 
 def test_rows_that_arrive_after_the_cut_are_late(tmp_path: Path, frames: Frames) -> None:
@@ -114,7 +114,7 @@ def test_a_job_that_never_had_the_rows_before_its_start(tmp_path: Path, frames: 
     full = compared(tmp_path, frames, frames, start=start)
     assert named(full) == {HISTORY}, full
     assert full.differing > 10
-    assert full.answers < 80
+    assert full.feature_rows < 80
     assert not full.only_batch  # what was asked before the job began is no difference
 
 

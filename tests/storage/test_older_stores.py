@@ -190,7 +190,7 @@ def test_a_live_store_goes_on_from_its_tables(live: Stored) -> None:
     kept = found.join(stored, on="row_id", how="semi").select(stored.columns)
     same(kept, stored, "row_id")
     checked = check(live.view(), str(live.store))
-    assert (checked.answers, checked.differing) == (len(found), 0)
+    assert (checked.feature_rows, checked.differing) == (len(found), 0)
     live.millrace("inference", "--streaming", "--run_id", "went-on")
     live.millrace("parity")
     for row in (stored.row(0, named=True), found.join(stored, on="row_id", how="anti").row(0, named=True)):

@@ -311,7 +311,7 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
         assert checked.differing == 0, {
             name: each.examples for name, each in checked.features.items() if each.differing
         }
-        assert checked.answers == len(found)
+        assert checked.feature_rows == len(found)
         assert checked.unaccounted == 0
         assert not found["__cold"].any()
         for name in view.events:
@@ -324,7 +324,7 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
         lay(Path(folder) / "all", {name: pl.concat([old[name], new[name]]) for name in frames})
         lay(Path(folder) / "all", {"shops": pl.read_parquet(root / "shops")})
         full = compare(view, str(store), Batch.of(view, None, str(Path(folder) / "all")))
-        assert full.answers == len(found)
+        assert full.feature_rows == len(found)
         assert full.unexplained == 0, full
         if in_order:
             assert set(full.causes) <= {"repeat beyond memory"}, full
@@ -487,7 +487,7 @@ def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_p
     tell([(501, 461.0)], reads=[(462, 1)], once=[(1, 7), (462, 462)])  # known earlier than all of them
     tell.answers()
     checked = check(view, str(tell.store))
-    assert checked.answers == 5
+    assert checked.feature_rows == 5
     assert checked.differing == 0, {name: each.examples for name, each in checked.features.items() if each.differing}
     rows = read(str(tell.store / "sources" / "once"))
     assert rows["__instead"].drop_nulls().n_unique() == 2
@@ -630,7 +630,7 @@ def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> Non
     assert check(stage.view, str(stage.store)).differing == 0
     market.write(tmp_path / "all", market.sources())
     full = compare(stage.view, str(stage.store), Batch.of(stage.view, None, str(tmp_path / "all" / "sources")))
-    assert full.answers == len(asked)
+    assert full.feature_rows == len(asked)
     assert (full.differing, full.unexplained) == (0, 0), full
     assert stage.figures("two")["questions_unaccounted_for"] == 0
 

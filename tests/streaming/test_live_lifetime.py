@@ -286,7 +286,7 @@ def test_a_restart_without_a_checkpoint_compacts_the_tables_again(
             assert sum(map(len, held)) == 3 * (1 + 2)  # of three keys a summary, the first and the last row
     assert len(tell.answers()) == 20
     found = check(ever, str(tmp_path))
-    assert (found.answers, found.differing, found.changed_later) == (20, 0, 0)
+    assert (found.feature_rows, found.differing, found.changed_later) == (20, 0, 0)
 
 
 def test_state_is_bounded_by_keys_and_what_is_open(tmp_path: Path) -> None:

@@ -124,6 +124,6 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     assert answers["row_id"].n_unique() == len(answers) == sum(spine)
     assert not answers["__late"].any()
     found = check(view, str(store))
-    assert found.answers == len(answers)
+    assert found.feature_rows == len(answers)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
     print(f"{sum(each.rows for each in found.features.values()):,} values, {found.cuts} cuts: 0 differ")

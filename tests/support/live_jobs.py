@@ -245,7 +245,7 @@ class Stage:
         assert asked.sort(ids).equals(answers.select(ids).sort(ids))
         found = check(self.view, str(self.store))
         assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
-        assert found.answers == len(answers)
+        assert found.feature_rows == len(answers)
         told = {row for value in self.on_topic(self.outputs[0]) for row in pl.read_ipc_stream(value)["row_id"]}
         assert told == set(answers["row_id"]), f"{len(told)} rows on the topic, {len(answers)} in the table"
         spoken = {

@@ -226,7 +226,7 @@ def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
     assert answers["row_id"].n_unique() == len(answers)
     found = check(view, folder)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
-    assert found.answers == len(answers)
+    assert found.feature_rows == len(answers)
     against_oracle(view, folder, answers.head(4))
 
 

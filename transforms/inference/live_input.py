@@ -27,7 +27,7 @@ from transforms.storage.delta_log import commit_at, file_actions, versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.crash_guard import CrashGuard
-from transforms.streaming.live_tables import read_answers
+from transforms.streaming.live_tables import read_feature_rows
 from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
 from transforms.streaming.messages import (
     ANY_ERROR,
@@ -239,7 +239,7 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
             arrived = int(commit_at(uri, version).get("timestamp", 0)) * 1000
             for path in sorted(file_actions(uri, version)[0] & files.keys()):
                 if offset + files[path].rows > due:
-                    rows = batch(read_answers(view, files[path]), live_schema(view))
+                    rows = batch(read_feature_rows(view, files[path]), live_schema(view))
                     for start in range(max(due - offset, 0), rows.num_rows, MESSAGE_ROWS):
                         part = to_arrow(rows.slice(start, MESSAGE_ROWS))
                         yield Message(topic, 0, offset + start, arrived, f"{view.fingerprint}:replay".encode(), part)

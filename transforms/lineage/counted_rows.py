@@ -1,5 +1,5 @@
-"""A live store's rows and a batch job's sources side by side: which rows each counts, and why one counts a row that the
-other does not.
+"""Aligns the rows of a live store with those of a batch job's sources: which rows each side counts, and why a row
+counts on one side alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from deltalake import DeltaTable
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.features.block_inputs import dimension_rows, distinct
-from transforms.lineage.feature_parity import _computed, letters_of, of_questions, pending, questions_of, refused
+from transforms.lineage.feature_parity import (
+    _computed,
+    about_spine_rows,
+    accepted_spine_rows,
+    pending,
+    rejected_spine_rows,
+    topic_dead_letters,
+)
 from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, replaced_at, shown_at
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
@@ -31,7 +38,7 @@ from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
-# In the order in which they are applied where none of several is needed by itself.
+# In the order in which they are applied, for a difference that any of several would explain.
 LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
     "late row",
     "history",
@@ -41,7 +48,7 @@ LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
     "row rejected by one side only",
     "dimension version",
 )
-# What explains nothing, though a value may come from it.
+# These explain nothing: they are faults, though a value may differ by them.
 LOST, TWICE = "row that live never had", "repeat that live should have known"
 CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST, TWICE)
 UNEXPLAINED = "unexplained"
@@ -52,7 +59,7 @@ Result = TypeVar("Result")
 
 
 def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Result]:
-    """A method of one name, whose results the object keeps."""
+    """Makes a method of a source's name keep its results in the object."""
 
     @functools.wraps(method)
     def kept_by(self: Owner, name: str) -> Result:
@@ -69,9 +76,9 @@ class Batch:
     """The batch side.
 
     Args:
-        view: whose.
-        root: folder of its sources.
-        table: its feature table; None: values are computed from the sources.
+        view: the view that both sides compute.
+        root: folder of the sources.
+        table: the feature table; None: values are computed from the sources.
     """
 
     view: FeatureView
@@ -97,7 +104,7 @@ class Batch:
 
     @memo
     def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """(Rows of a source that keep the contract, with `kept`: whether they count; the others.)"""
+        """The rows of a source that keep the contract, with `__kept`, whether they count; and the others."""
         contract, slices = self.inventory.contract(name), self.inventory.slices[name]
         raw = read_raw(contract, slices)
         good, dead_letters = check_rows(contract, raw)
@@ -118,7 +125,7 @@ class Batch:
 
     @functools.cached_property
     def spine(self) -> pl.DataFrame:
-        """Its questions, each once, with `row_id`."""
+        """The spine rows, each once, with `row_id`."""
         rows = self.rows(self.view.spine.name)[0].filter("__kept").drop("__kept")
         return rows.with_columns(row_ids(self.view.name, [rows[name] for name in (*self.view.key, self.view.time)]))
 
@@ -131,7 +138,7 @@ class Batch:
         return result
 
     def values(self, first: date, last: date) -> pl.DataFrame:
-        """Its features of questions of the dates `[first, last]`."""
+        """The features of the spine rows of the dates `[first, last]`."""
         columns = ["row_id", self.view.time, *self.view.columns]
         if self.table is not None:
             files = data_files(self.table, first, last + timedelta(days=1))
@@ -141,14 +148,14 @@ class Batch:
             )
             return pl.concat([empty, *parts])
         day = pl.col(self.view.time).dt.date()
-        asked = self.spine.filter((day >= first) & (day <= last))
+        spine_rows = self.spine.filter((day >= first) & (day <= last))
         tables = {name: self.rows(name)[0].filter("__kept").drop("__kept") for name in self.view.events}
-        found = _computed(self.view, asked, {**tables}, self.dimensions)
-        made = found.with_columns(asked["row_id"])
-        return made.with_columns(asked[self.view.time]).select(list(dict.fromkeys(columns)))
+        found = _computed(self.view, spine_rows, {**tables}, self.dimensions)
+        made = found.with_columns(spine_rows["row_id"])
+        return made.with_columns(spine_rows[self.view.time]).select(list(dict.fromkeys(columns)))
 
     def dates(self) -> set[date]:
-        """Those of which it has rows."""
+        """The dates of which it has rows."""
         if self.table is not None:
             return {file.date for file in data_files(self.table)}
         return set(self.spine[self.view.time].dt.date().unique())
@@ -161,9 +168,9 @@ class Aligned:
     Args:
         rows: the columns that features read.
         moments: their times, µs.
-        shown, gone: as in `VisibleRows`; of rows that live does not count, never and at once.
+        shown, gone: as in `VisibleRows`; a row that live does not count is never shown.
         batch: whether batch counts them.
-        cause: number of the cause, where the sides differ for another reason than the time of arrival.
+        cause: number of the cause, where the sides differ by more than the time of arrival.
     """
 
     rows: pl.DataFrame
@@ -189,7 +196,7 @@ class Aligned:
 
 
 class Sides:
-    """Both sides' rows, read when they are needed and then kept."""
+    """The rows of both sides.  They are read when they are needed, and then kept."""
 
     def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
         self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
@@ -197,11 +204,11 @@ class Sides:
 
     @functools.cached_property
     def dead_letters(self) -> pl.DataFrame:
-        return letters_of(self.view, self.store)
+        return topic_dead_letters(self.view, self.store)
 
     @functools.cached_property
-    def asked(self) -> pl.DataFrame:
-        """Live's accepted questions, of every place, with `row_id`."""
+    def spine_rows(self) -> pl.DataFrame:
+        """The spine rows that live accepted, from the topic or as history, with `row_id`."""
         view = self.view
         rows = read_accepted(view, self.store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], None, None)
         return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
@@ -209,8 +216,8 @@ class Sides:
     def started(self, name: str, live: pl.DataFrame) -> int:
         """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
         table = open_table(source_uri(sources_root(self.store), name))
-        told = last_commit_record(table, application_of(name)) if table is not None else {}
-        begin = (told.get("started") or {}).get(name)
+        record = last_commit_record(table, application_of(name)) if table is not None else {}
+        begin = (record.get("started") or {}).get(name)
         if begin is not None:
             return int(begin)
         time_column = str((self.view.events.get(name) or self.view.spine).time)
@@ -231,28 +238,10 @@ class Sides:
             gone = replaced_at(live, live["__instead"], shown)
             counted = live["__counted"].to_numpy()
         ours = live.select(columns).with_columns(
-            pl.Series("__shown", shown),
-            pl.Series("__gone", gone),
-            pl.Series("__counted", counted),
-            pl.lit(True).alias("__live"),
+            pl.Series("__shown", shown), pl.Series("__gone", gone), pl.Series("__counted", counted)
         )
         good, bad = self.batch.rows(name)
-        theirs = good.select(*columns, "__kept").with_columns(pl.lit(True).alias("__batch"))
-        both = (
-            _numbered(ours, columns, ["__counted", "__shown"], [True, False])
-            .join(
-                _numbered(theirs, columns, ["__kept"], [True]),
-                on=[*columns, _N],
-                how="full",
-                coalesce=True,
-                nulls_equal=True,
-            )
-            .with_columns(
-                pl.col("__live", "__batch", "__counted", "__kept").fill_null(False),
-                pl.col("__shown", "__gone").fill_null(NEVER),
-            )
-            .with_row_index("__row")
-        )
+        both = _joined(ours, good.select(*columns, "__kept"), columns)
         cause = self._causes(name, both, bad, repeats, started)
         mine = both["__live"].to_numpy() & both["__counted"].to_numpy()
         moments = both[str(view.events[name].time)].to_physical().to_numpy()
@@ -268,7 +257,7 @@ class Sides:
     def _causes(
         self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
     ) -> npt.NDArray[np.int8]:
-        """Why a side counts a row that the other does not, as far as that is no matter of the cut."""
+        """Why one side counts a row that the other does not, where the cut is not the reason."""
         cause = np.zeros(len(both), np.int8)
         time_column = str(self.view.events[name].time)
         identity = list(repeats) or [time_column]
@@ -302,24 +291,24 @@ class Sides:
         result[rows["__row"].is_in(list(partners)).to_numpy()] = _CODE[CORRECTED]
         dead_letters = self.dead_letters.filter(source=name)
         about = pl.col("rule").str.contains("before_start")
-        for cause, unknown, told in (
+        for cause, unknown, letters in (
             (BEFORE_START, HISTORY, dead_letters.filter(about)),
-            (REJECTED, LOST, dead_letters.filter(~about & ~of_questions())),
+            (REJECTED, LOST, dead_letters.filter(~about & ~about_spine_rows())),
         ):
             exact = np.zeros(len(rows), np.bool_)
-            for (field,), some in told.group_by("field"):
+            for (field,), some in letters.group_by("field"):
                 if field in rows.columns:
                     exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
             result[exact & (early | (cause == REJECTED))] = _CODE[cause]
-            # A letter tells one value of its row, which may have been corrected since: no more rows than letters are
-            # left.
+            # A dead letter has one value of its row, which may have been corrected since.  So the other rows get this
+            # cause only if there are no more of them than dead letters that are left.
             rest = result == _CODE[unknown]
-            if 0 < rest.sum() <= len(told) - exact.sum():
+            if 0 < rest.sum() <= len(letters) - exact.sum():
                 result[rest] = _CODE[cause]
         return result
 
     def _repeats(self, name: str, both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
-        """Rows that both sides have and one counts: for the sake of the row that counts on the other side instead."""
+        """Gives rows that both sides have and one counts the cause of the row that counts there instead."""
         moment = pl.col(str(self.view.events[name].time)).to_physical()
         rows = both.with_columns(pl.Series("__cause", cause), moment.alias("__moment"))
         undecided = rows.filter(
@@ -344,47 +333,52 @@ class Sides:
         undecided = undecided.join(found, on="__row", how="left")
         replaced = undecided["__gone"].to_numpy() < NEVER
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
-        # Live had come this far when it took the row in, and remembers what is not older than twice the longest window.
+        # The newest time that live had seen when it accepted the row.  Repeats are recognised for twice the longest
+        # window.
         known = rows.filter("__live").select("__shown", "__moment")
-        asked = pl.DataFrame(
+        spine_rows = pl.DataFrame(
             {
-                "__shown": shown_at(self.view.spine.name, self.asked, self.cuts),
-                "__moment": self.asked[self.view.time].to_physical(),
+                "__shown": shown_at(self.view.spine.name, self.spine_rows, self.cuts),
+                "__moment": self.spine_rows[self.view.time].to_physical(),
             }
         )
-        until = pl.concat([known, asked]).sort("__shown").with_columns(pl.col("__moment").cum_max())
+        until = pl.concat([known, spine_rows]).sort("__shown").with_columns(pl.col("__moment").cum_max())
         at = np.searchsorted(until["__shown"].to_numpy(), undecided["__shown"].to_numpy(), "right") - 1
         far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
-        forgotten = undecided["__first"].fill_null(NEVER).to_numpy() < far
-        otherwise = np.where(replaced, _CODE[LATE], np.where(forgotten, _CODE[REPEAT], _CODE[TWICE]))
-        # A row of history from before what live remembers would have made no difference.
-        own = (theirs == 0) | (forgotten & ~replaced & (theirs == _CODE[HISTORY]))
-        cause[undecided["__row"].to_numpy()] = np.where(own, otherwise, theirs)
+        expired = undecided["__first"].fill_null(NEVER).to_numpy() < far
+        own_cause = np.where(replaced, _CODE[LATE], np.where(expired, _CODE[REPEAT], _CODE[TWICE]))
+        # A row of history beyond that memory would have made no difference.
+        own = (theirs == 0) | (expired & ~replaced & (theirs == _CODE[HISTORY]))
+        cause[undecided["__row"].to_numpy()] = np.where(own, own_cause, theirs)
 
-    def why_live_alone(self, answers: pl.DataFrame) -> dict[str, int]:
-        """Why batch lacks the questions of some live answers."""
-        if not len(answers):
+    def why_live_alone(self, feature_rows: pl.DataFrame) -> dict[str, int]:
+        """Why batch lacks the spine rows of some live feature rows, as counts by cause."""
+        if not len(feature_rows):
             return {}
         view = self.view
         _, bad = self.batch.rows(view.spine.name)
-        here = answers.join(self.batch.spine.select("row_id"), on="row_id", how="semi")
-        rest = answers.join(here, on="row_id", how="anti")
+        here = feature_rows.join(self.batch.spine.select("row_id"), on="row_id", how="semi")
+        rest = feature_rows.join(here, on="row_id", how="anti")
         identity = [*view.key, view.time]
         rejected = rest.join(bad.select(identity), on=identity, how="semi")
-        # Batch's source has the question and its table does not: the table should have been computed again.
+        # If batch's source has the spine row and its table does not, the table should have been computed again.
         counts = {UNEXPLAINED: len(here), REJECTED: len(rejected), CORRECTED: len(rest) - len(rejected)}
         return {name: number for name, number in counts.items() if number}
 
     def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
-        """(Why live has no answer to some of batch's questions; how many it has that wait.)"""
+        """Why live lacks some of batch's feature rows, as counts by cause; and how many are pending."""
         view, spine = self.view, self.batch.spine
-        positions = questions_of(view, self.store)
+        positions = accepted_spine_rows(view, self.store)
         mine = rows.join(positions.select("row_id").unique(), on="row_id", how="semi")
-        told = positions.join(refused(view, self.store), on=ORIGIN_COLUMNS, how="semi").select("row_id").unique()
-        set_aside = mine.join(told, on="row_id", how="semi")
-        left = len(mine) - len(set_aside)
+        letters = (
+            positions.join(rejected_spine_rows(view, self.store), on=ORIGIN_COLUMNS, how="semi")
+            .select("row_id")
+            .unique()
+        )
+        rejected = mine.join(letters, on="row_id", how="semi")
+        left = len(mine) - len(rejected)
         waits = min(left, pending(view, self.store))
-        counts = {REJECTED: len(set_aside), UNEXPLAINED: left - waits}
+        counts = {REJECTED: len(rejected), UNEXPLAINED: left - waits}
         never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
         if len(never):
             alone = positions.join(spine, on="row_id", how="anti").with_row_index("__row")
@@ -393,20 +387,46 @@ class Sides:
             for code in found.tolist():
                 cause = UNEXPLAINED if code >= _CODE[LOST] else CAUSES[code - 1]
                 counts[cause] = counts.get(cause, 0) + 1
-        counts[UNEXPLAINED] += (
-            len(rows) - len(mine) - len(never)
-        )  # a row of the table of which its source knows nothing
+        # Rows of the table that its source does not have.
+        counts[UNEXPLAINED] += len(rows) - len(mine) - len(never)
         return {name: number for name, number in counts.items() if number}, waits
+
+
+def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """The rows of both sides, those of the same content as one row: `__live` and `__batch` name the sides that have it.
+
+    Args:
+        live: with `__shown`, `__gone` and `__counted`.
+        batch: with `__kept`.
+        columns: the content.
+    """
+    ours = _numbered(live, columns, ["__counted", "__shown"], [True, False])
+    theirs = _numbered(batch, columns, ["__kept"], [True])
+    return (
+        ours.with_columns(pl.lit(True).alias("__live"))
+        .join(
+            theirs.with_columns(pl.lit(True).alias("__batch")),
+            on=[*columns, _N],
+            how="full",
+            coalesce=True,
+            nulls_equal=True,
+        )
+        .with_columns(
+            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False),
+            pl.col("__shown", "__gone").fill_null(NEVER),
+        )
+        .with_row_index("__row")
+    )
 
 
 def _numbered(
     rows: pl.DataFrame, columns: Sequence[str], by: Sequence[str], descending: Sequence[bool]
 ) -> pl.DataFrame:
-    """Rows of the same content numbered, those first that count first."""
+    """Numbers the rows of the same content; rows that count come first."""
     rows = rows.sort(by, descending=list(descending), maintain_order=True)
     return rows.with_columns(pl.int_range(pl.len()).over(columns).cast(pl.Int64).alias(_N))
 
 
 def _like(rows: pl.DataFrame, others: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Those of `rows` that agree with one of `others` in some columns."""
+    """The rows that agree with one of `others` in some columns."""
     return rows.join(others.select(columns).unique(), on=list(columns), how="semi", nulls_equal=True)

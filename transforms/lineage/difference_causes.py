@@ -1,10 +1,10 @@
-"""Live answers beside the full batch table: every difference of a bit, and what it comes from.
+"""Compares live feature rows with the full batch table, and names the cause of every difference.
 
-A live answer could see the rows that had arrived by its cut; the batch table sees every row that its sources hold now.
-Both sets of rows are laid side by side by content, and each row that only one of them counts gets a cause.  Which
-causes a difference comes from is then computed, never guessed: over live's rows the kernel must give live's bits, over
-those with all causes applied the batch table's; a cause is named when leaving it out gives other bits than the batch
-table's.
+A live feature row could see the rows that had arrived by its cut; the batch table sees every row that its sources hold
+now.  The rows of both sides are aligned by content, and each row that counts on one side alone gets a cause.  Which
+causes a difference has is then computed and never guessed.  Over live's rows the kernel must give live's bits, and with
+all causes applied it must give the batch table's.  A cause is named if the bits differ from the batch table's when that
+cause alone is left out.
 """
 
 from __future__ import annotations
@@ -26,45 +26,48 @@ from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import read_answers
+from transforms.streaming.live_tables import read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 EXAMPLES = 3
-# Answers explained at a time: a frame of features is held for each set of causes.
+# Feature rows explained at a time: a frame of features is held for each set of causes.
 AT_ONCE = 50_000
 
 
 @dataclasses.dataclass
 class Difference:
-    """What came of one cause, or of several together: values and answers that differ, and the first of them."""
+    """The values and feature rows that differ by one cause, or by several together, and the first of them."""
 
     values: int = 0
-    answers: int = 0
+    feature_rows: int = 0
     examples: list[dict[str, object]] = dataclasses.field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        return {"values": self.values, "answers": self.feature_rows, "examples": self.examples}
 
 
 @dataclasses.dataclass
 class Full:
-    """Live answers beside batch.
+    """The result of a comparison with the full batch table.
 
     Args:
         batch: the table and its version, or the sources that the values were computed from.
-        answers: compared, that is, there on both sides.
-        values: compared.
-        causes: by the names of the causes, what differs.
-        only_live: answers that batch lacks, by cause.
-        only_batch: batch's rows from the first to the last live question without a live answer, by cause.
-        waiting: of these, questions that live has and has not answered yet; they are no difference.
-        not_computed: live answers of dates of which the batch table has no row; they are no difference.
+        feature_rows: number of rows compared, those that both sides have.
+        values: number of values compared.
+        causes: what differs, by the names of the causes.
+        only_live: feature rows that batch lacks, by cause.
+        only_batch: batch's rows without a live feature row, between the first and the last live spine row, by cause.
+        pending: spine rows of these that live has and has not computed yet; they are no difference.
+        not_computed: live feature rows of dates of which the batch table has no row; they are no difference.
     """
 
     batch: str
-    answers: int = 0
+    feature_rows: int = 0
     values: int = 0
     causes: dict[str, Difference] = dataclasses.field(default_factory=dict)
     only_live: dict[str, int] = dataclasses.field(default_factory=dict)
     only_batch: dict[str, int] = dataclasses.field(default_factory=dict)
-    waiting: int = 0
+    pending: int = 0
     not_computed: int = 0
 
     @property
@@ -79,25 +82,25 @@ class Full:
 
 
 def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
-    """Compare the live answers to questions of `[start, end)` with batch's rows."""
+    """Compares the live feature rows of `[start, end)` with batch's."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     cuts = cuts_of(files)
     result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
-    answered = []
+    computed = []
     for group in _by_dates(files) if files else ():
-        answers = pl.concat([read_answers(view, file) for file in group])
-        moments = answers[view.time].to_physical().to_numpy()
+        feature_rows = pl.concat([read_feature_rows(view, file) for file in group])
+        moments = feature_rows[view.time].to_physical().to_numpy()
         span += [int(moments.min()), int(moments.max())]
-        answered.append(answers["row_id"])
-        values = batch.values(*_days(answers)).unique("row_id", keep="first")
-        missing = answers.join(values, on="row_id", how="anti")
+        computed.append(feature_rows["row_id"])
+        values = batch.values(*_days(feature_rows)).unique("row_id", keep="first")
+        missing = feature_rows.join(values, on="row_id", how="anti")
         unknown = ~missing["date"].is_in(list(covered))
         result.not_computed += int(unknown.sum())
-        _add(result.only_live, sides.why_live_alone(missing.filter(~unknown)))
-        both = answers.join(values.select("row_id"), on="row_id", how="semi", maintain_order="left")
+        _add_counts(result.only_live, sides.why_live_alone(missing.filter(~unknown)))
+        both = feature_rows.join(values.select("row_id"), on="row_id", how="semi", maintain_order="left")
         theirs = both.select("row_id").join(values, on="row_id", how="left", maintain_order="left")
-        result.answers += len(both)
+        result.feature_rows += len(both)
         result.values += len(both) * len(view.columns)
         wrong = {name: _differ(both[name], theirs[name]) for name in view.columns}
         differ = np.logical_or.reduce(list(wrong.values())) if len(both) else np.zeros(0, np.bool_)
@@ -108,8 +111,8 @@ def compare(view: FeatureView, store: str, batch: Batch, start: date | None = No
             for some in part.iter_slices(AT_ONCE):
                 _explain(result, sides, some, theirs[some["__at"].to_numpy()], str(versions))
     if span:
-        known = pl.concat(answered)
-        _only_batch(result, sides, known, (min(span), max(span)))
+        known = pl.concat(computed)
+        _add_batch_alone(result, sides, known, (min(span), max(span)))
     return result
 
 
@@ -120,19 +123,21 @@ def _days(rows: pl.DataFrame) -> tuple[date, date]:
     return first, last
 
 
-def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
+def _add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
     for name, number in more.items():
         counts[name] = counts.get(name, 0) + number
 
 
-def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
-    """Name the causes of every value in which some answers, of the same versions of dimensions, differ from batch's
-    rows.
+def _explain(result: Full, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
+    """Names the causes of every value in which some feature rows differ from batch's rows.
+
+    Args:
+        versions: the versions of the dimensions that all these feature rows used, as JSON.
     """
-    view, variant = sides.view, _Variants(sides, answers, versions)
+    view, variant = sides.view, _Variants(sides, feature_rows, versions)
     touched: dict[str, set[int]] = {}
     for name in view.columns:
-        live, batch = answers[name], theirs[name]
+        live, batch = feature_rows[name], theirs[name]
         wrong = _differ(live, batch)
         if not wrong.any():
             continue
@@ -147,16 +152,14 @@ def _explain(result: Full, sides: Sides, answers: pl.DataFrame, theirs: pl.DataF
             each.values += len(rows)
             touched.setdefault(label, set()).update(rows.tolist())
             for row in rows[: max(EXAMPLES - len(each.examples), 0)].tolist():
-                about = {key: answers[key][row] for key in (*view.key, view.time)}
+                about = {key: feature_rows[key][row] for key in (*view.key, view.time)}
                 each.examples.append({**about, "feature": name, "live": live[row], "batch": batch[row]})
     for label, rows_of in touched.items():
-        result.causes[label].answers += len(rows_of)
+        result.causes[label].feature_rows += len(rows_of)
 
 
 def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
-    """Of each of some rows, the causes, as bits, that give batch's value together and without any of which it does not
-    come.
-    """
+    """For each of some rows, as bits, a set of causes that gives batch's value and of which none can be left out."""
     needed = np.where(rows, variant.all, 0).astype(np.int64)
     for number in reversed(range(len(variant.causes))):
         bit = 1 << number
@@ -167,36 +170,36 @@ def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Int
 
 
 class _Variants:
-    """Some answers' features over live's rows with the differences of some causes applied."""
+    """Features of some feature rows over live's rows, with the differences of some causes applied."""
 
-    def __init__(self, sides: Sides, answers: pl.DataFrame, versions: str) -> None:
+    def __init__(self, sides: Sides, feature_rows: pl.DataFrame, versions: str) -> None:
         self.sides, view = sides, sides.view
         self.tables = {name: sides.aligned(name) for name in view.events}
         content = list(view.spine.schema)
-        asked = sides.asked.unique(ORIGIN_COLUMNS)
+        spine_rows = sides.spine_rows.unique(ORIGIN_COLUMNS)
         self.live = (
-            answers.select(*ORIGIN_COLUMNS)
-            .join(asked, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
+            feature_rows.select(*ORIGIN_COLUMNS)
+            .join(spine_rows, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
             .select(content)
         )
-        mine = answers.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
+        mine = feature_rows.select("row_id").join(sides.batch.spine, on="row_id", how="left", maintain_order="left")
         theirs = pl.DataFrame(
             {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
         )
-        # Of two questions of one key and time batch asks the smaller, live the one that it had answered when the other
-        # came.
+        # Of two spine rows of one key and time batch keeps the smaller, and live the one that it had computed when the
+        # other arrived.
         positions = pl.int_range(pl.len()).alias("__at")
         other = theirs.with_columns(positions).join(
             self.live.with_columns(positions), on=[*content, "__at"], how="anti", nulls_equal=True
         )
-        late = other.join(sides.asked.select(content), on=content, how="semi", nulls_equal=True)["__at"]
+        late = other.join(sides.spine_rows.select(content), on=content, how="semi", nulls_equal=True)["__at"]
         corrected = other.filter(~pl.col("__at").is_in(late.implode()))["__at"]
-        self.otherwise = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
+        self.other_content = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
         self.batch = theirs
         root = FileSystems.join(sides.store, "dimensions")
         self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
         self.now = sides.batch.dimensions
-        rank = answers["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
+        rank = feature_rows["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
         moments = self.live[view.time].to_physical().to_numpy()
         disturbed = disturbed_by([each.seen for each in self.tables.values()], moments, rank)
         self.parts: list[tuple[Ints, int, int | None, int]] = []
@@ -208,7 +211,7 @@ class _Variants:
         there = {int(code) for each in self.tables.values() for code in np.unique(each.cause)}
         causes = {CAUSES[code - 1] for code in there if code}
         causes |= {LATE} if disturbed.any() else set()
-        causes |= {cause for cause, rows in self.otherwise.items() if len(rows)}
+        causes |= {cause for cause, rows in self.other_content.items() if len(rows)}
         if any(not _same(self.known[name], frame) for name, frame in self.now.items()):
             causes.add(DIMENSION)
         self.causes = [cause for cause in CAUSES if cause in causes]
@@ -227,17 +230,19 @@ class _Variants:
         """The features with the causes of these bits applied."""
         if mask not in self._made:
             active = self.named(mask)
-            asked = self._asked(active)
+            spine_rows = self._spine_rows(active)
             dimensions = self.now if DIMENSION in active else self.known
-            parts = [self._part(part, asked, dimensions, active) for part in self.parts]
+            parts = [self._part(part, spine_rows, dimensions, active) for part in self.parts]
             order = np.argsort(np.concatenate([rows for rows, *_ in self.parts]), kind="stable")
             self._made[mask] = pl.concat(parts)[order].select(list(self.sides.view.columns))
         return self._made[mask]
 
-    def _asked(self, active: Sequence[str]) -> pl.DataFrame:
-        """The questions, those that batch has otherwise as batch has them where the cause is applied."""
+    def _spine_rows(self, active: Sequence[str]) -> pl.DataFrame:
+        """The spine rows.  One that is another row in batch is batch's if the cause of that is applied."""
         none = np.zeros(0, np.int64)
-        rows = np.concatenate([none, *(positions for cause, positions in self.otherwise.items() if cause in active)])
+        rows = np.concatenate(
+            [none, *(positions for cause, positions in self.other_content.items() if cause in active)]
+        )
         if not len(rows):
             return self.live
         theirs = np.zeros(len(self.live), np.bool_)
@@ -248,7 +253,7 @@ class _Variants:
     def _part(
         self,
         part: tuple[Ints, int, int | None, int],
-        asked: pl.DataFrame,
+        spine_rows: pl.DataFrame,
         dimensions: Mapping[str, pl.DataFrame],
         active: Sequence[str],
     ) -> pl.DataFrame:
@@ -256,21 +261,21 @@ class _Variants:
         view = self.sides.view
         low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}
         tables = {name: each.at(cut, low[name], high, active) for name, each in self.tables.items()}
-        return _computed(view, asked[rows], tables, dimensions)
+        return _computed(view, spine_rows[rows], tables, dimensions)
 
 
 def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
-    """Whether they hold the same rows, in the order in which a key's first is looked up."""
+    """Whether they hold the same rows in the same order: a lookup takes the first of a key."""
     return a.select(b.columns).equals(b)
 
 
-def _only_batch(result: Full, sides: Sides, answered: pl.Series, span: tuple[int, int]) -> None:
+def _add_batch_alone(result: Full, sides: Sides, computed: pl.Series, span: tuple[int, int]) -> None:
     view, batch = sides.view, sides.batch
     days = [day_of(each) for each in span]
     moment = pl.col(view.time).to_physical()
     rows = batch.values(days[0], days[1]).filter((moment >= span[0]) & (moment <= span[1])).select("row_id", view.time)
-    rows = rows.filter(~pl.col("row_id").is_in(answered.implode())).select("row_id").unique()
+    rows = rows.filter(~pl.col("row_id").is_in(computed.implode())).select("row_id").unique()
     if len(rows):
         counts, waits = sides.why_batch_alone(rows)
-        _add(result.only_batch, counts)
-        result.waiting += waits
+        _add_counts(result.only_batch, counts)
+        result.pending += waits

@@ -1,10 +1,10 @@
-"""Batch and live agree to the bit: every live answer computed again, from exactly the events that it could see.
+"""Computes every live feature row again, from exactly the events that it could see, and compares the bits.
 
-An answer's cut names, per partition, the offset it saw up to.  Cuts grow, so they have an order, and every event has a
-first cut that shows it (and, if an earlier known repeat replaced it, a first one that no longer does).  Where nothing
-known before a question came after its cut, the answer over everything is the answer over the cut, and one computation
-serves all such questions; the others are computed cut by cut.  Those also tell which answers later arrivals would
-change.
+The cut of a feature row has, for each partition, the offset up to which it could see.  Cuts only grow, so they are
+ordered, and each event has a first cut that shows it (and, if a repeat that was known earlier replaced it, a first cut
+that no longer does).  If no event that was known before a spine row arrived after its cut, the features over all events
+equal those over the cut.  All such spine rows are computed at once, and the others cut by cut.  For the latter it is
+also counted how many feature rows the later arrivals would change.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from transforms.storage.delta_tables import DataFile, data_files, open_table, re
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import application_of, last_commit_record, read_answers
+from transforms.streaming.live_tables import application_of, last_commit_record, read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
 EXAMPLES = 3
-# Answers computed at a time.
+# Feature rows computed at a time.
 ROWS_AT_ONCE = 500_000
 
 
@@ -49,24 +49,24 @@ class Compared:
 
 @dataclasses.dataclass
 class Parity:
-    """What came of comparing.
+    """The result of a comparison.
 
     Args:
         features: per feature.
-        answers: rows compared.
+        feature_rows: rows compared.
         cuts: distinct cuts among them.
-        by_cut: answers that were computed by their own cut, since something came after it.
-        changed_later: of these, answers of which later arrivals would change a value.
-        unanswered: questions accepted but without an answer.
-        unaccounted: of these, such as are no repeat, no dead letter, and did not wait when the job committed last.
+        by_cut: feature rows that were computed by their own cut, since an event arrived after it.
+        changed_later: how many of these have a value that later arrivals would change.
+        uncomputed: spine rows that were accepted and have no feature row.
+        unaccounted: how many of these are neither repeats nor dead letters, and were not pending at the last commit.
     """
 
     features: dict[str, Compared]
-    answers: int = 0
+    feature_rows: int = 0
     cuts: int = 0
     by_cut: int = 0
     changed_later: int = 0
-    unanswered: int = 0
+    uncomputed: int = 0
     unaccounted: int = 0
 
     @property
@@ -75,45 +75,51 @@ class Parity:
 
 
 def check(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
-    """Compare the live answers to questions of `[start, end)` with batch.
+    """Compares the live feature rows of `[start, end)` with batch.
 
     Raises:
-        DataError: there are no answers.
+        DataError: there are no feature rows.
     """
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     if not files:
         raise DataError(
-            f"View {view.name!r} has live answers to compare", f"none in {store}", "Run: millrace features --streaming"
+            f"View {view.name!r} has live feature rows to compare",
+            f"none in {store}",
+            "Run: millrace features --streaming",
         )
     cuts = cuts_of(files)
     result = Parity({name: Compared() for name in view.columns}, cuts=len(cuts))
     for some in _by_dates(files):
-        answers = pl.concat([read_answers(view, file) for file in some])
-        for (versions,), part in answers.group_by("__dimensions"):
+        feature_rows = pl.concat([read_feature_rows(view, file) for file in some])
+        for (versions,), part in feature_rows.group_by("__dimensions"):
             dimensions = {
                 name: kept(FileSystems.join(store, "dimensions"), name, version)
                 for name, version in json.loads(str(versions)).items()
             }
-            _check_some(view, store, part, cuts, dimensions, result)
-    asked = questions_of(view, store, start, end)
-    result.unanswered = len(asked.unique(ORIGIN_COLUMNS)) - result.answers
-    answered = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
-    left = asked.join(answered, on="row_id", how="anti").join(refused(view, store), on=ORIGIN_COLUMNS, how="anti")
+            _check_rows(view, store, part, cuts, dimensions, result)
+    spine_rows = accepted_spine_rows(view, store, start, end)
+    result.uncomputed = len(spine_rows.unique(ORIGIN_COLUMNS)) - result.feature_rows
+    computed = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
+    left = spine_rows.join(computed, on="row_id", how="anti").join(
+        rejected_spine_rows(view, store), on=ORIGIN_COLUMNS, how="anti"
+    )
     result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
     return result
 
 
-def questions_of(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> pl.DataFrame:
-    """The questions of `[start, end)` that a live job took in from its topic, with `row_id`; what it was handed as
-    history is none.
+def accepted_spine_rows(
+    view: FeatureView, store: str, start: date | None = None, end: date | None = None
+) -> pl.DataFrame:
+    """The spine rows of `[start, end)` that a live job accepted from its topic, with `row_id`.  Rows of its history are
+    left out.
     """
     rows = read_accepted(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
     return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
 
-def letters_of(view: FeatureView, store: str) -> pl.DataFrame:
+def topic_dead_letters(view: FeatureView, store: str) -> pl.DataFrame:
     """A live job's dead letters of rows that came from topics."""
     table = open_table(live_dead_letters_uri(store, view.name))
     files = [] if table is None else data_files(table)
@@ -124,28 +130,28 @@ def letters_of(view: FeatureView, store: str) -> pl.DataFrame:
     return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
 
 
-def of_questions() -> pl.Expr:
-    """Letters about accepted rows of the spine that were not asked."""
+def about_spine_rows() -> pl.Expr:
+    """Whether a dead letter is of a spine row that was accepted, and then not computed."""
     return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
 
 
-def refused(view: FeatureView, store: str) -> pl.DataFrame:
-    """Places of the questions that were accepted and set aside."""
-    dead_letters = letters_of(view, store).filter(of_questions(), source=view.spine.name)
+def rejected_spine_rows(view: FeatureView, store: str) -> pl.DataFrame:
+    """Origins of the spine rows that were accepted and then rejected."""
+    dead_letters = topic_dead_letters(view, store).filter(about_spine_rows(), source=view.spine.name)
     return dead_letters.select(pl.col(name[2:]).alias(name) for name in ORIGIN_COLUMNS)
 
 
 def pending(view: FeatureView, store: str) -> int:
-    """Questions that waited when the job committed last."""
+    """Number of spine rows that were pending at the last commit."""
     tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
     tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
-    told = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
-    newest = max(told, key=lambda each: int(each.get("turn", -1)))
+    records = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
+    newest = max(records, key=lambda each: int(each.get("turn", -1)))
     return int(newest.get("pending") or 0)
 
 
 def cuts_of(files: Sequence[DataFile]) -> list[str]:
-    """The distinct cuts of the answers in some files, in their order."""
+    """The distinct cuts of the feature rows in some files, in order."""
     parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["__cut"]))) for file in files]
     texts = pl.concat(parts)["__cut"].unique().to_list() if parts else []
     return sorted(texts, key=lambda text: sum(cut_of(text).values()))
@@ -162,34 +168,38 @@ def _by_dates(files: Sequence[DataFile]) -> Iterator[list[DataFile]]:
     yield group
 
 
-def _check_some(
+def _check_rows(
     view: FeatureView,
     store: str,
-    answers: pl.DataFrame,
+    feature_rows: pl.DataFrame,
     cuts: Sequence[str],
     dimensions: Mapping[str, pl.DataFrame],
     result: Parity,
 ) -> None:
     rank = {text: position for position, text in enumerate(cuts)}
-    days = answers["date"]
+    days = feature_rows["date"]
     first, last = days.min(), days.max()
     assert isinstance(first, date)
     assert isinstance(last, date)
     spine = read_accepted(
         view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], first, last + timedelta(days=1)
     ).unique(ORIGIN_COLUMNS)
-    asked = answers.select(*ORIGIN_COLUMNS, "__cut").join(spine, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
-    if asked[view.time].null_count():
+    spine_rows = feature_rows.select(*ORIGIN_COLUMNS, "__cut").join(
+        spine, on=ORIGIN_COLUMNS, how="left", maintain_order="left"
+    )
+    if spine_rows[view.time].null_count():
         raise DataError(
-            "Every answer's question is in its source's table",
-            f"{asked[view.time].null_count()} are not",
+            "The spine row of every feature row is in its source's table",
+            f"{spine_rows[view.time].null_count()} are not",
             "Was the table cleaned up?",
         )
     seen = {name: seen_of(view, store, name, cuts, first, last) for name in view.events}
-    of_row = asked["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
-    moments = asked[view.time].to_physical().to_numpy()
+    of_row = spine_rows["__cut"].replace_strict(rank, return_dtype=pl.Int64).to_numpy()
+    moments = spine_rows[view.time].to_physical().to_numpy()
     disturbed = disturbed_by(seen.values(), moments, of_row)
-    whole = _computed(view, asked, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions)
+    whole = _computed(
+        view, spine_rows, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions
+    )
     batch = whole
     if disturbed.any():
         parts, positions = [whole.filter(pl.Series(~disturbed))], [np.flatnonzero(~disturbed)]
@@ -197,14 +207,14 @@ def _check_some(
             rows = np.flatnonzero(disturbed & (of_row == cut))
             low, high = int(moments[rows].min()), int(moments[rows].max())
             tables = {name: each.at(cut, reached_from(view, name, low), high) for name, each in seen.items()}
-            parts.append(_computed(view, asked[rows], tables, dimensions))
+            parts.append(_computed(view, spine_rows[rows], tables, dimensions))
             positions.append(rows)
         batch = pl.concat(parts)[np.argsort(np.concatenate(positions))]
-    result.answers += len(answers)
+    result.feature_rows += len(feature_rows)
     result.by_cut += int(disturbed.sum())
-    changed = np.zeros(len(answers), np.bool_)
+    changed = np.zeros(len(feature_rows), np.bool_)
     for name, compared in result.features.items():
-        _compare(view, name, answers, batch, compared)
+        _compare(view, name, feature_rows, batch, compared)
         later = _differ(batch[name], whole[name])
         compared.changed_later += int(later.sum())
         changed |= later
@@ -212,7 +222,7 @@ def _check_some(
 
 
 def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bools:
-    """Questions before whose time an event lies whose standing changed after their cut."""
+    """Spine rows with an event before their time that began or ceased to count after their cut."""
     result = np.zeros(len(moments), np.bool_)
     for each in seen:
         if not len(each.moments):
@@ -225,26 +235,29 @@ def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bool
 
 
 def _computed(
-    view: FeatureView, asked: pl.DataFrame, tables: Mapping[str, pl.DataFrame], dimensions: Mapping[str, pl.DataFrame]
+    view: FeatureView,
+    spine_rows: pl.DataFrame,
+    tables: Mapping[str, pl.DataFrame],
+    dimensions: Mapping[str, pl.DataFrame],
 ) -> pl.DataFrame:
-    return compute(view, asked.select(list(view.spine.schema)), KernelTables({**dimensions, **tables}))
+    return compute(view, spine_rows.select(list(view.spine.schema)), KernelTables({**dimensions, **tables}))
 
 
 def _differ(left: pl.Series, right: pl.Series) -> Bools:
-    """Where two columns differ in a bit; nulls are equal."""
+    """Where two columns differ in any bit; nulls are equal."""
     if left.dtype == pl.Float32:
         a, b = (side.fill_null(0).to_numpy().view(np.int32) for side in (left, right))
         return (a != b) | (left.is_null() != right.is_null()).to_numpy()
     return left.ne_missing(right).to_numpy()
 
 
-def _compare(view: FeatureView, name: str, answers: pl.DataFrame, batch: pl.DataFrame, result: Compared) -> None:
-    live = answers[name]
+def _compare(view: FeatureView, name: str, feature_rows: pl.DataFrame, batch: pl.DataFrame, result: Compared) -> None:
+    live = feature_rows[name]
     wrong = _differ(live, batch[name])
     result.rows += len(live)
     result.nulls_live += live.null_count()
     result.nulls_batch += batch[name].null_count()
     result.differing += int(wrong.sum())
     for row in np.flatnonzero(wrong)[: max(EXAMPLES - len(result.examples), 0)].tolist():
-        spine_row = {key: answers[key][row] for key in (*view.key, view.time, "__cut")}
+        spine_row = {key: feature_rows[key][row] for key in (*view.key, view.time, "__cut")}
         result.examples.append({**spine_row, "live": live[row], "batch": batch[name][row]})

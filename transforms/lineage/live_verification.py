@@ -1,7 +1,7 @@
-"""Live answers computed again plainly, each from the rows that its cut shows.
+"""Computes live feature rows again by plain code, each from the rows that its cut shows.
 
-Only which rows an answer could see is decided as `parity` decides it; what is computed from them shares nothing with
-it.
+Which rows a feature row could see is decided by the same code as in `parity`.  What is computed from them shares no
+code with it.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from transforms.verification.check import Verified, verify_rows
 from transforms.verification.plain_sources import Frames
 from transforms.verification.sample import choose, choose_files, every_row
 
-# Answers whose sources are read together.
+# Feature rows whose sources are read together.
 AT_ONCE = 5_000
 
 
 def verify_live(
     view: FeatureView, store: str, rows: int | None, run_id: str, start: date | None = None, end: date | None = None
 ) -> Verified:
-    """Verify so many live answers (None: all) to spine rows of `[start, end)`.
+    """Verifies so many live feature rows (None: all) of `[start, end)`.
 
     Raises:
-        DataError: there are no answers.
+        DataError: there are no feature rows.
     """
     began = time.perf_counter()
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     if not files:
         raise DataError(
-            f"View {view.name!r} has live answers to verify", f"none in {store}", "Run: millrace features --streaming"
+            f"View {view.name!r} has live feature rows to verify",
+            f"none in {store}",
+            "Run: millrace features --streaming",
         )
     total = sum(file.rows for file in files)
     if rows is None or rows >= total:
@@ -54,40 +56,42 @@ def verify_live(
         chosen, starts = choose_files(files, max(rows // 12, 1), run_id)
         parts = iter([choose(view, chosen, starts, rows, run_id).rows])
     result = Verified(of=total)
-    for answers in parts:
-        for (day,), some in answers.group_by("date", maintain_order=True):
+    for feature_rows in parts:
+        for (day,), some in feature_rows.group_by("date", maintain_order=True):
             assert isinstance(day, date)
             result += _verify_day(view, store, some, day)
     return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
 
-def _verify_day(view: FeatureView, store: str, answers: pl.DataFrame, day: date) -> Verified:
-    cuts = sorted(answers["__cut"].unique().to_list(), key=lambda text: sum(cut_of(text).values()))
+def _verify_day(view: FeatureView, store: str, feature_rows: pl.DataFrame, day: date) -> Verified:
+    cuts = sorted(feature_rows["__cut"].unique().to_list(), key=lambda text: sum(cut_of(text).values()))
     seen = {name: seen_of(view, store, name, cuts, day, day) for name in view.events}
-    spine = _asked(view, store, answers, day)
+    spine = _spine_rows(view, store, feature_rows, day)
     result = Verified()
-    for (cut, versions), some in answers.with_row_index("__at").group_by("__cut", "__dimensions", maintain_order=True):
+    for (cut, versions), some in feature_rows.with_row_index("__at").group_by(
+        "__cut", "__dimensions", maintain_order=True
+    ):
         tables = _as_of(view, store, seen, cuts.index(str(cut)), json.loads(str(versions)))
         result += verify_rows(view, some, spine[some["__at"]], tables)
     return result
 
 
-def _asked(view: FeatureView, store: str, answers: pl.DataFrame, day: date) -> pl.DataFrame:
-    """The accepted row that each answer is to, in their order."""
+def _spine_rows(view: FeatureView, store: str, feature_rows: pl.DataFrame, day: date) -> pl.DataFrame:
+    """The accepted spine row of each feature row, in the same order."""
     columns = [*view.spine.schema, *ORIGIN_COLUMNS]
     table = open_table(source_uri(sources_root(store), view.spine.name))
     files = [] if table is None else data_files(table, day, day + timedelta(days=1))
-    empty = pl.DataFrame(schema={**view.spine.schema, **{name: answers.schema[name] for name in ORIGIN_COLUMNS}})
+    empty = pl.DataFrame(schema={**view.spine.schema, **{name: feature_rows.schema[name] for name in ORIGIN_COLUMNS}})
     rows = pl.concat([empty, *(frame(read_file(file, columns)) for file in files)]).unique(ORIGIN_COLUMNS)
     rows = rows.with_columns(pl.lit(True).alias("__found"))
-    found = answers.select(ORIGIN_COLUMNS).join(rows, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
+    found = feature_rows.select(ORIGIN_COLUMNS).join(rows, on=ORIGIN_COLUMNS, how="left", maintain_order="left")
     return found.select(*view.spine.schema, "__found")
 
 
 def _as_of(
     view: FeatureView, store: str, seen: Mapping[str, VisibleRows], cut: int, versions: Mapping[str, str]
 ) -> Frames:
-    """The sources as an answer of the cut saw them."""
+    """The sources as a feature row of the cut saw them."""
     frames = {name: each.at(cut, -NEVER, NEVER) for name, each in seen.items()}
     folder = FileSystems.join(store, "dimensions")
     frames |= {name: kept(folder, name, version) for name, version in versions.items() if name in view.dimensions}

@@ -1,4 +1,6 @@
-"""Live predictions against a batch job's: every answer scored again by the version that its prediction names."""
+"""Compares live predictions with a batch job's: each feature row is scored again, by the version that its prediction
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,46 +24,51 @@ EXAMPLES = 3
 
 @dataclasses.dataclass
 class Rescored:
-    """What came of it.
+    """The result of a comparison.
 
     Args:
-        answers: in the live feature table.
-        predictions: in the table of live predictions.
-        missing: answers without a prediction.
-        doubled: predictions of a row that has one.
+        feature_rows: number of rows in the live feature table.
+        predictions: number of rows in the table of live predictions.
+        missing: feature rows without a prediction.
+        doubled: further predictions of a row that has one.
         stray: predictions of a row that the feature table lacks.
-        otherwise: predictions of an answer that the topic gave otherwise than the table (another cut); not compared.
-        compared: per version.
-        differing: predictions of which a batch job's differ in any bit.
-        examples: of those.
+        other_cut: predictions of a feature row that had another cut on the topic than in the table; not compared.
+        compared: number of predictions compared, by version.
+        differing: predictions that differ in any bit from a batch job's.
+        examples: some of those, in words.
     """
 
-    answers: int = 0
+    feature_rows: int = 0
     predictions: int = 0
     missing: int = 0
     doubled: int = 0
     stray: int = 0
-    otherwise: int = 0
+    other_cut: int = 0
     compared: dict[str, int] = dataclasses.field(default_factory=dict)
     differing: int = 0
     examples: list[str] = dataclasses.field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        """The result as in `run.json`, where two keys are older than the names here."""
+        names = {"feature_rows": "answers", "other_cut": "otherwise"}
+        return {names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
 
 def rescore(
     view: FeatureView, store: str, model: str, registry: str, start: date | None = None, end: date | None = None
 ) -> Rescored:
-    """Compare predictions of `[start, end)`, a date at a time, so that memory holds one.
+    """Compares the predictions of `[start, end)`, a date at a time, so that memory holds one date.
 
     Raises:
         StoreError: the registry, or a version's files, cannot be read.
     """
     found, scorers, models = Rescored(), dict[str, Scorer](), Registry(registry)
-    answers = open_table(features_live_uri(store, view.name, view.fingerprint))
+    feature_rows = open_table(features_live_uri(store, view.name, view.fingerprint))
     made = open_table(Outlet(view, model, store, "").uri)
-    every = [file for table in (answers, made) if table is not None for file in data_files(table, start, end)]
+    every = [file for table in (feature_rows, made) if table is not None for file in data_files(table, start, end)]
     for day in sorted({file.date for file in every}):
-        rows, published = _rows(answers, day), _rows(made, day)
-        found.answers += 0 if rows is None else len(rows)
+        rows, published = _rows(feature_rows, day), _rows(made, day)
+        found.feature_rows += 0 if rows is None else len(rows)
         found.predictions += 0 if published is None else len(published)
         if published is None or rows is None:
             found.missing += 0 if rows is None else len(rows)
@@ -72,7 +79,7 @@ def rescore(
         found.missing += rows.join(once, on="row_id", how="anti").height
         found.stray += once.join(rows, on="row_id", how="anti").height
         same = once.join(rows, on=["row_id", "__cut"], how="semi")
-        found.otherwise += once.join(rows, on="row_id", how="semi").height - same.height
+        found.other_cut += once.join(rows, on="row_id", how="semi").height - same.height
         for (version,), part in same.group_by("model_version", maintain_order=True):
             name = str(version)
             if name not in scorers:
@@ -116,4 +123,4 @@ def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFr
 
 
 def _columns(rows: pl.DataFrame) -> list[tuple[str, pl.Series]]:
-    return [(name, rows[name].alias(f"told:{name}")) for name in rows.columns]
+    return [(name, rows[name].alias(f"published:{name}")) for name in rows.columns]

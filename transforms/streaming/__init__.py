@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         application_of,
         is_of_live_job,
         last_commit_record,
-        read_answers,
+        read_feature_rows,
     )
     from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
     from transforms.streaming.messages import (

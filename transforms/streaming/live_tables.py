@@ -54,7 +54,7 @@ COMMIT_KEY = "millrace_live"
 DAYS_CACHED = 8
 
 
-def read_answers(view: FeatureView, file: DataFile) -> pl.DataFrame:
+def read_feature_rows(view: FeatureView, file: DataFile) -> pl.DataFrame:
     """A file of the live feature table; a column that its version of Millrace did not have is null."""
     schema = pl.DataFrame(pl.from_arrow(live_schema(view).empty_table())).schema
     rows = pl.DataFrame(pl.from_arrow(read_file(file)))

@@ -27,7 +27,7 @@ from transforms.storage.delta_tables import data_files
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri, source_uri
-from transforms.training.examples import ExamplePlan, ExampleRequest, plan_examples
+from transforms.training.examples import FOLDER, ExamplePlan, ExampleRequest, plan_examples
 from transforms.training.hyperparameter_search import trials
 from transforms.training.xgboost_checks import require_known
 
@@ -45,8 +45,7 @@ class TrainingRequest:
         definition: the model's definition.
         store: address of the store.
         sources: folder of the label's source.
-        examples: folder that the examples are written to.
-        run_id: id of the run.
+        run_id: id of the run, which registers one version.
         features_version: version of the feature table; None means the newest.
         label_version: version of the label's source, if that is a Delta table; None means the newest.
         start: first day of features to use; None means the first of the table.
@@ -60,7 +59,6 @@ class TrainingRequest:
     definition: Definition
     store: str
     sources: str
-    examples: str
     run_id: str
     features_version: int | None
     label_version: int | None
@@ -74,6 +72,11 @@ class TrainingRequest:
     @property
     def model(self) -> Model:
         return self.definition.require_model()
+
+    @property
+    def examples(self) -> str:
+        """Folder that the examples are written to."""
+        return FileSystems.join(self.store, FOLDER, self.model.name, self.run_id)
 
 
 def open_features(request: TrainingRequest) -> DeltaTable:
