@@ -356,10 +356,16 @@ def _cuts(
     """
     days = midnight(np.arange(day_number(first), days_in(last) + 1))
     rows = np.zeros(len(days) - 1)
-    for each in (*spine, *(each for slices in events.values() for each in slices)):
-        low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
+    slices = [*spine, *(each for some in events.values() for each in some)]
+    lows = np.array([max(each.low, ALWAYS) for each in slices], np.int64)
+    highs = np.array([max(each.high, each.low) + 1 for each in slices], np.int64)
+    counts = np.array([each.rows for each in slices], np.int64)
+    begin, end = (np.searchsorted(days, times, "right") - 1 for times in (lows, highs - 1))
+    whole = (begin == end) & (begin >= 0) & (begin < len(rows))  # within one day: all of them, if there are many
+    rows += np.bincount(begin[whole], counts[whole], len(rows))
+    for low, high, count in zip(lows[begin != end], highs[begin != end], counts[begin != end], strict=True):
         share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)
-        rows += share * each.rows
+        rows += share * count
     cuts, block_size = [first], 0.0
     for i, day_rows in enumerate(rows):
         if block_size and block_size + day_rows > block_rows:

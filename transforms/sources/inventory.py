@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -42,6 +42,8 @@ _ARROW = {
     "timestamp": pa.timestamp("us", "UTC"),
     "timestamp_ntz": pa.timestamp("us"),
 }
+# Files that one thread reads before it takes more.
+FILES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,8 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         listing = listing_of(root, contract.source)
         paths = list(listing.files)
     try:
-        parts = list(file_pool().map(lambda path: _slices(path, contract), paths))
+        batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
+        parts = list(file_pool().map(_Footers(contract).slices, batches))
     except ContractError:
         with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
             _of_one_type(contract, paths)
@@ -289,30 +292,49 @@ def _deleted(table: DeltaTable) -> bool:
         return True
 
 
-def _slices(path: str, contract: Contract) -> list[Slice]:
-    try:
-        return _slices_of(path, contract)
-    except UNREADABLE as error:
-        raise not_whole(contract.source, path, error) from None
+class _Footers:
+    """Reads the footers of a source's files."""
 
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        # The schema that was checked last: most files of a source have the same.
+        self.checked: pa.Schema | None = None
 
-def _slices_of(path: str, contract: Contract) -> list[Slice]:
-    file, stamp = open_parquet(path, contract.source), stamp_of(path)
-    contract.check(file.schema_arrow, path)
-    time = contract.source.time
-    result, first = [], 0
-    for group in range(file.num_row_groups):
-        meta = file.metadata.row_group(group)
-        low, high = ALWAYS, 2**62
-        if time is not None and time not in file.schema_arrow.names:  # added to a Delta table later
-            low, high = ALWAYS, ALWAYS
-        elif time is not None:
-            low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
-            if low < contract.earliest or high >= contract.latest:
-                low, high = _plausible(file, group, time, contract)
-        result.append(Slice(path, group, first, meta.num_rows, low, high, stamp))
-        first += meta.num_rows
-    return [each for each in result if each.rows]
+    def slices(self, paths: Sequence[str]) -> list[Slice]:
+        """The row groups of some files.
+
+        Raises:
+            ContractError: a file cannot be read, or its columns are not those declared.
+        """
+        result: list[Slice] = []
+        for path in paths:
+            try:
+                result += self._slices_of(path)
+            except UNREADABLE as error:
+                raise not_whole(self.contract.source, path, error) from None
+        return result
+
+    def _slices_of(self, path: str) -> list[Slice]:
+        contract = self.contract
+        file, stamp = open_parquet(path, contract.source), stamp_of(path)
+        schema, metadata = file.schema_arrow, file.metadata
+        if self.checked is None or not schema.equals(self.checked):
+            contract.check(schema, path)
+            self.checked = schema
+        time = contract.source.time
+        result, first = [], 0
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            low, high = ALWAYS, 2**62
+            if time is not None and time not in schema.names:  # added to a Delta table later
+                low, high = ALWAYS, ALWAYS
+            elif time is not None:
+                low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
+                if low < contract.earliest or high >= contract.latest:
+                    low, high = _plausible(file, group, time, contract)
+            result.append(Slice(path, group, first, rows, low, high, stamp))
+            first += rows
+        return [each for each in result if each.rows]
 
 
 def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
