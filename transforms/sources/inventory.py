@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from deltalake import DeltaTable
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
@@ -58,6 +60,29 @@ class Slice:
     low: int
     high: int
     stamp: str = ""
+
+
+class Slices(PickledOnce, tuple[Slice, ...]):
+    """Row groups of a source."""
+
+    def overlapping(self, low: int, high: int) -> Slices:
+        """Those that may have rows in `[low, high)` µs."""
+        found = Slices(each for each in self if each.low < high and each.high >= low)
+        return self if len(found) == len(self) else found
+
+    def joined(self, more: Sequence[Slice]) -> Slices:
+        """These, and those of `more` that are not among them."""
+        return Slices(dict.fromkeys([*self, *more])) if more else self
+
+    def pickled_state(self) -> object:
+        return [list(map(operator.attrgetter(name), self)) for name in _FIELDS]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Sequence[Any]]) -> Slices:
+        return cls(map(Slice, *state))
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Slice))
 
 
 def version_of(root: str, source: Source) -> int | None:
@@ -187,7 +212,7 @@ class Surveyed:
     table, whose log says which files belong to a version."""
 
     contract: Contract
-    slices: tuple[Slice, ...]
+    slices: Slices
     listing: Listing | None
 
 
@@ -222,7 +247,7 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
-    return Surveyed(contract, tuple(each for part in parts for each in part), listing)
+    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
@@ -410,17 +435,17 @@ class Inventory:
 
     spine: Contract
     contracts: Mapping[str, Contract]
-    slices: Mapping[str, tuple[Slice, ...]]
+    slices: Mapping[str, Slices]
     listings: tuple[Listing, ...] = ()
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
 
-    def timeless(self, source: str) -> tuple[Slice, ...]:
+    def timeless(self, source: str) -> Slices:
         """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted
         for."""
         contract = self.contract(source)
-        return tuple(
+        return Slices(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
         )
 
