@@ -71,6 +71,26 @@ def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -
     )
 
 
+def reads_alike(view: FeatureView, plan: FeaturePlan, block: Block) -> bool:
+    """Whether the spine is a source of events too, and the block reads the same slices of it as both."""
+    name = view.spine.name
+    return plan.contracts.get(name) is plan.spine and set(block.events[name]) == set(block.spine)
+
+
+def read_spine_and_events(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, BlockInput]:
+    """`read_spine`, and `read_events` of the spine as a source of events, from one read of the files."""
+    name = view.spine.name
+    options = dataclasses.replace(_within_reach(view, plan, block, name), own=None)
+    read = read_slices(plan.spine, block.spine, options)
+    moment = pl.col(view.time).to_physical()
+    spine = Read(
+        read.frame.filter((moment >= block.start) & (moment < block.end)),
+        read.dead_letters.filter(pl.col("time").is_between(*block.own, closed="left")),
+    )
+    events = Read(read.frame, read.dead_letters.clear(), read.digests)
+    return deduplicate_spine(view, plan, block, spine), deduplicate_events(view, plan, block, name, events)
+
+
 def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[Read]:
     """Like `read_events`, but in chunks and with repeats."""
     return stream_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name))

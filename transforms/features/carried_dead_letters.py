@@ -27,7 +27,7 @@ from transforms.records.record_batches import batch
 from transforms.records.times import as_date, days_within, midnight
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED, concat_dead_letters, dated_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import ReadOptions, locate, read_slices, stream_slices
+from transforms.sources.reader import ReadOptions, locate, stream_slices
 from transforms.storage.delta_tables import data_files, open_table, read_group
 
 
@@ -87,10 +87,11 @@ def _dead_letters_of(
     """Dead letters of row groups of unchanged files that a window can see for the first time."""
     if not state.current.digested:
         return []
-    parts = []
+    parts, anew = [], {*changed}
     for name, slices in after.items():
-        first = [each for each in slices - before[name] if each.path not in set(changed)]
-        parts += [read_slices(state.inventory.contract(name), [each]).dead_letters for each in first]
+        first = [each for each in slices - before[name] if each.path not in anew]
+        if first:
+            parts += [read.dead_letters for read in stream_slices(state.inventory.contract(name), first)]
     return parts
 
 

@@ -35,6 +35,7 @@ from transforms.features.lifetime_snapshots import (
 from transforms.features.lifetime_summaries import merge, summarise
 from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.dead_letters import dead_letters_batch
+from transforms.sources.inventory import Slices
 from transforms.sources.reader import ReadOptions, read_slices
 from transforms.storage.file_systems import FileSystems
 
@@ -91,7 +92,7 @@ def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: s
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
     read = read_slices(contract, segment.events[name], ReadOptions(segment.start, segment.end, own=own, span=span))
-    block = Block(0, segment.start, segment.end, (segment.start, segment.end), (), {})
+    block = Block(0, segment.start, segment.end, (segment.start, segment.end), Slices(), {})
     events = deduplicate_events(view, plan, block, name, read)
     counted = dataclasses.replace(events.tally, used=events.tally.used + events.tally.outside, outside=0)
     nothing = dataclasses.replace(counted, read=0, used=0, repeated=0, dead=0)

@@ -20,7 +20,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.lifetime_summaries import Summary
 from transforms.features.plan import Block, FeaturePlan
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.inventory import Slice
+from transforms.sources.inventory import Slices
 from transforms.sources.reader import CHUNK_ROWS
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
@@ -44,7 +44,7 @@ class Segment:
     end: int
     accounts: bool
     digests: bool
-    events: Mapping[str, tuple[Slice, ...]]
+    events: Mapping[str, Slices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,8 @@ def segments(
     view: FeatureView,
     plan: FeaturePlan,
     over: Sequence[Chain],
-    slices: Mapping[str, Sequence[Slice]],
-    timeless: Mapping[str, Sequence[Slice]],
+    slices: Mapping[str, Slices],
+    timeless: Mapping[str, Slices],
 ) -> tuple[Segment, ...]:
     """Divides each chain into segments, at the starts and ends of blocks and ranges."""
     sources = lifetime_sources(view)
@@ -125,14 +125,7 @@ def segments(
         for low, high in itertools.pairwise(cuts):
             before = high <= plan.start
             inside = {
-                name: tuple(
-                    dict.fromkeys(
-                        [
-                            *(each for each in slices[name] if each.low < high and each.high >= low),
-                            *(timeless.get(name, ()) if low == ALWAYS else ()),
-                        ]
-                    )
-                )
+                name: slices[name].overlapping(low, high).joined(timeless.get(name, ()) if low == ALWAYS else ())
                 for name in sources
             }
             result.append(Segment(len(result), low, high, before and plan.dates is None, before, inside))

@@ -18,7 +18,7 @@ from schemas.errors import DataError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Inventory, Slice, take_inventory
+from transforms.sources.inventory import Inventory, Slice, Slices, take_inventory
 from transforms.sources.reader import repeats_of
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
@@ -49,8 +49,8 @@ class Block:
     start: int
     end: int
     own: tuple[int, int]
-    spine: tuple[Slice, ...]
-    events: Mapping[str, tuple[Slice, ...]]
+    spine: Slices
+    events: Mapping[str, Slices]
     spans: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     summarised: tuple[str, ...] = ()
     shards: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -78,7 +78,7 @@ class FeaturePlan:
     dates: tuple[date, ...] | None
     reached: tuple[int, int]
     blocks: tuple[Block, ...]
-    dimensions: Mapping[str, tuple[Slice, ...]]
+    dimensions: Mapping[str, Slices]
     repeats: Mapping[str, pl.DataFrame]
     contracts: Mapping[str, Contract]
     spine: Contract
@@ -127,7 +127,7 @@ def interval(view: FeatureView, inventory: Inventory, start: date | None, end: d
     low, high = inventory.extent
     first = low if start is None else midnight(start)
     last = high if end is None else midnight(end)
-    if first >= last or not _overlapping(inventory.slices[view.spine.name], first, last):
+    if first >= last or not inventory.slices[view.spine.name].overlapping(first, last):
         where = f"[{day_of(first)}, {day_of(max(last, first))})"
         there = (
             f"none in {where}; there are rows from {day_of(low)} to {day_of(high - 1)}"
@@ -211,7 +211,7 @@ def _time_blocks(
         events = {name: within_sight(view, inventory, name, *inventory.extent) for name in events}
     blocks: list[Block] = []
     for first, last in ranges:
-        cuts = _cuts(_overlapping(spine, first, last), events, first, last, options.block_rows)
+        cuts = _cuts(spine.overlapping(first, last), events, first, last, options.block_rows)
         for start, end in itertools.pairwise(cuts):
             spans = _digested_spans(view, start, end, start == first, options) if options.digest else {}
             lows = {name: start - view.reach(name) for name in events}
@@ -224,8 +224,8 @@ def _time_blocks(
                     ALWAYS if options.everything and start == first else start,
                     FOREVER if options.everything and end == last else end,
                 ),
-                spine=_overlapping(spine, start, end),
-                events={name: _overlapping(events[name], low, end) for name, low in lows.items()},
+                spine=spine.overlapping(start, end),
+                events={name: events[name].overlapping(low, end) for name, low in lows.items()},
                 spans=spans,
                 summarised=options.summarised,
             )
@@ -235,12 +235,12 @@ def _time_blocks(
     return blocks
 
 
-def within_sight(view: FeatureView, inventory: Inventory, name: str, start: int, end: int) -> tuple[Slice, ...]:
+def within_sight(view: FeatureView, inventory: Inventory, name: str, start: int, end: int) -> Slices:
     """The row groups of `name` that the windows of spine rows in `[start, end)` µs can see, by whole days."""
     if start >= end:
-        return ()
+        return Slices()
     low = ALWAYS if name in lifetime_sources(view) else midnight(day_number(start - view.reach(name)))
-    return _overlapping(inventory.slices[name], low, end)
+    return inventory.slices[name].overlapping(low, end)
 
 
 def _digested_spans(
@@ -263,15 +263,15 @@ def _digested_spans(
 def _with_timeless_rows(view: FeatureView, inventory: Inventory, block: Block) -> Block:
     """Adds to the first block the slices whose rows have no plausible time, unless their source is summarised."""
     events = {
-        name: slices if name in block.summarised else _joined(slices, inventory.timeless(name))
+        name: slices if name in block.summarised else slices.joined(inventory.timeless(name))
         for name, slices in block.events.items()
     }
-    return dataclasses.replace(block, spine=_joined(block.spine, inventory.timeless(view.spine.name)), events=events)
+    return dataclasses.replace(block, spine=block.spine.joined(inventory.timeless(view.spine.name)), events=events)
 
 
-def _reached_span(spine: Sequence[Slice], ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _reached_span(spine: Slices, ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Returns the span of the spine rows in `ranges`."""
-    inside = [each for first, last in ranges for each in _overlapping(spine, first, last)]
+    inside = [each for first, last in ranges for each in spine.overlapping(first, last)]
     first, last = ranges[0][0], ranges[-1][1]
     return (
         max(first, min((each.low for each in inside), default=first)),
@@ -339,14 +339,6 @@ def amplification(blocks: Sequence[Block]) -> float:
     return sum(each.rows for _, each in read) / max(sum(each.rows for _, each in set(read)), 1)
 
 
-def _overlapping(slices: Sequence[Slice], low: int, high: int) -> tuple[Slice, ...]:
-    return tuple(each for each in slices if each.low < high and each.high >= low)
-
-
-def _joined(slices: Sequence[Slice], more: Sequence[Slice]) -> tuple[Slice, ...]:
-    return tuple(dict.fromkeys([*slices, *more]))
-
-
 def _cuts(
     spine: Sequence[Slice], events: Mapping[str, Sequence[Slice]], first: int, last: int, block_rows: int
 ) -> list[int]:
@@ -356,10 +348,16 @@ def _cuts(
     """
     days = midnight(np.arange(day_number(first), days_in(last) + 1))
     rows = np.zeros(len(days) - 1)
-    for each in (*spine, *(each for slices in events.values() for each in slices)):
-        low, high = max(each.low, ALWAYS), max(each.high, each.low) + 1
+    slices = [*spine, *(each for some in events.values() for each in some)]
+    lows = np.array([max(each.low, ALWAYS) for each in slices], np.int64)
+    highs = np.array([max(each.high, each.low) + 1 for each in slices], np.int64)
+    counts = np.array([each.rows for each in slices], np.int64)
+    begin, end = (np.searchsorted(days, times, "right") - 1 for times in (lows, highs - 1))
+    whole = (begin == end) & (begin >= 0) & (begin < len(rows))  # within one day: all of them, if there are many
+    rows += np.bincount(begin[whole], counts[whole], len(rows))
+    for low, high, count in zip(lows[begin != end], highs[begin != end], counts[begin != end], strict=True):
         share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)
-        rows += share * each.rows
+        rows += share * count
     cuts, block_size = [first], 0.0
     for i, day_rows in enumerate(rows):
         if block_size and block_size + day_rows > block_rows:

@@ -11,13 +11,14 @@ import polars as pl
 
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.records.pickled_once import PickledOnce
 from transforms.records.row_hashing import combine, hash_column, hash_text
 from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
 from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import ReadOptions, Repeats, read_slices, repeats_of, stream_slices
+from transforms.sources.reader import ReadOptions, Repeats, repeats_of, stream_slices
 
 _MASK = 2**64 - 1
 # Days back of a window over all history.
@@ -29,7 +30,7 @@ DIGESTED, REPEATS = "digested", "repeats"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Current:
+class Current(PickledOnce):
     """The sources as they are now.
 
     Args:
@@ -109,16 +110,19 @@ def digests_now(
     known, before = manifest.digests.get(name, {}), manifest.files.get(name, {})
     days, unread = _unread(name, slices, now, manifest)
     changed = {path for path in now if dead_letters is not None and before.get(path, ("",))[0] != now[path][0]}
-    parts = []
+    together: dict[tuple[int, int, bool], list[Slice]] = {}
     for each, low, high in unread:
-        own = None if each.path in changed else (0, 0)
-        read = read_slices(contract, [each], ReadOptions(own=own, span=(midnight(low), midnight(high + 1))))
-        parts.append(read.digests)
-        if dead_letters is not None and len(read.dead_letters):
-            dead_letters.append(read.dead_letters)
-    if dead_letters is not None:
-        timeless = [each for each in slices if each.path in changed and _timeless(contract, each)]
-        dead_letters += [read_slices(contract, [each]).dead_letters for each in timeless]
+        together.setdefault((low, high, each.path in changed), []).append(each)
+    parts = []
+    for (low, high, anew), some in together.items():
+        options = ReadOptions(own=None if anew else (0, 0), span=(midnight(low), midnight(high + 1)))
+        for read in stream_slices(contract, some, options):
+            parts.append(read.digests)
+            if dead_letters is not None and len(read.dead_letters):
+                dead_letters.append(read.dead_letters)
+    timeless = [each for each in slices if each.path in changed and _timeless(contract, each)]
+    if dead_letters is not None and timeless:
+        dead_letters += [read.dead_letters for read in stream_slices(contract, timeless)]
     return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
 
 

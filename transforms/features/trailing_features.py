@@ -23,6 +23,8 @@ from transforms.features.block_inputs import (
     read_dimension,
     read_events,
     read_spine,
+    read_spine_and_events,
+    reads_alike,
     stream_events,
 )
 from transforms.features.column_reuse import Copies
@@ -212,10 +214,15 @@ def spill_events(view: FeatureView, plan: FeaturePlan, block: Block) -> Iterator
 
 def read_block(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, dict[str, BlockInput]]:
     """The block's spine rows and, per source, the events they can see. Sources are read in parallel."""
-    pool = kernel_pool()
-    spine = pool.submit(read_spine, view, plan, block)
-    events = {name: pool.submit(read_events, view, plan, block, name) for name in block.events}
-    return spine.result(), {name: each.result() for name, each in events.items()}
+    pool, name = kernel_pool(), view.spine.name
+    if not reads_alike(view, plan, block):
+        spine = pool.submit(read_spine, view, plan, block)
+        events = {each: pool.submit(read_events, view, plan, block, each) for each in block.events}
+        return spine.result(), {each: task.result() for each, task in events.items()}
+    both = pool.submit(read_spine_and_events, view, plan, block)
+    others = {each: pool.submit(read_events, view, plan, block, each) for each in block.events if each != name}
+    asked, known = both.result()
+    return asked, {each: known if each == name else others[each].result() for each in block.events}
 
 
 def side_outputs(view: FeatureView, inputs: Iterable[BlockInput]) -> Iterator[pvalue.TaggedOutput]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from transforms.records.frame_packets import Frames, Head, head_of, pack, unpack
     from transforms.records.garbage_collection import freeze_imports
+    from transforms.records.pickled_once import PickledOnce
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transforms.sources.inventory import (
         Inventory,
         Slice,
+        Slices,
         files_of,
         open_parquet,
         stamp_of,

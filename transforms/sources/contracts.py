@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -232,6 +233,9 @@ def _with_valid_text(table: pa.Table) -> pa.Table:
 def _valid_text(texts: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(texts.type):
         return _valid_text(texts.dictionary).take(texts.indices)
+    with contextlib.suppress(pa.ArrowInvalid):
+        texts.validate(full=True)
+        return texts.cast(pa.large_string())
     wide = pa.types.is_large_string(texts.type)
     kind = pa.large_binary() if wide else pa.binary()
     raw = pa.Array.from_buffers(kind, len(texts), texts.buffers(), texts.null_count, texts.offset)

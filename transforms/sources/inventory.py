@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -19,6 +20,7 @@ from deltalake import DeltaTable
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
@@ -42,6 +44,8 @@ _ARROW = {
     "timestamp": pa.timestamp("us", "UTC"),
     "timestamp_ntz": pa.timestamp("us"),
 }
+# Files that one thread reads before it takes more.
+FILES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,29 @@ class Slice:
     low: int
     high: int
     stamp: str = ""
+
+
+class Slices(PickledOnce, tuple[Slice, ...]):
+    """Row groups of a source."""
+
+    def overlapping(self, low: int, high: int) -> Slices:
+        """Those that may have rows in `[low, high)` µs."""
+        found = Slices(each for each in self if each.low < high and each.high >= low)
+        return self if len(found) == len(self) else found
+
+    def joined(self, more: Sequence[Slice]) -> Slices:
+        """These, and those of `more` that are not among them."""
+        return Slices(dict.fromkeys([*self, *more])) if more else self
+
+    def pickled_state(self) -> object:
+        return [list(map(operator.attrgetter(name), self)) for name in _FIELDS]
+
+    @classmethod
+    def from_state(cls, state: Sequence[Sequence[Any]]) -> Slices:
+        return cls(map(Slice, *state))
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Slice))
 
 
 def version_of(root: str, source: Source) -> int | None:
@@ -185,7 +212,7 @@ class Surveyed:
     table, whose log says which files belong to a version."""
 
     contract: Contract
-    slices: tuple[Slice, ...]
+    slices: Slices
     listing: Listing | None
 
 
@@ -214,12 +241,13 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         listing = listing_of(root, contract.source)
         paths = list(listing.files)
     try:
-        parts = list(file_pool().map(lambda path: _slices(path, contract), paths))
+        batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
+        parts = list(file_pool().map(_Footers(contract).slices, batches))
     except ContractError:
         with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
-    return Surveyed(contract, tuple(each for part in parts for each in part), listing)
+    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
@@ -289,30 +317,49 @@ def _deleted(table: DeltaTable) -> bool:
         return True
 
 
-def _slices(path: str, contract: Contract) -> list[Slice]:
-    try:
-        return _slices_of(path, contract)
-    except UNREADABLE as error:
-        raise not_whole(contract.source, path, error) from None
+class _Footers:
+    """Reads the footers of a source's files."""
 
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        # The schema that was checked last: most files of a source have the same.
+        self.checked: pa.Schema | None = None
 
-def _slices_of(path: str, contract: Contract) -> list[Slice]:
-    file, stamp = open_parquet(path, contract.source), stamp_of(path)
-    contract.check(file.schema_arrow, path)
-    time = contract.source.time
-    result, first = [], 0
-    for group in range(file.num_row_groups):
-        meta = file.metadata.row_group(group)
-        low, high = ALWAYS, 2**62
-        if time is not None and time not in file.schema_arrow.names:  # added to a Delta table later
-            low, high = ALWAYS, ALWAYS
-        elif time is not None:
-            low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
-            if low < contract.earliest or high >= contract.latest:
-                low, high = _plausible(file, group, time, contract)
-        result.append(Slice(path, group, first, meta.num_rows, low, high, stamp))
-        first += meta.num_rows
-    return [each for each in result if each.rows]
+    def slices(self, paths: Sequence[str]) -> list[Slice]:
+        """The row groups of some files.
+
+        Raises:
+            ContractError: a file cannot be read, or its columns are not those declared.
+        """
+        result: list[Slice] = []
+        for path in paths:
+            try:
+                result += self._slices_of(path)
+            except UNREADABLE as error:
+                raise not_whole(self.contract.source, path, error) from None
+        return result
+
+    def _slices_of(self, path: str) -> list[Slice]:
+        contract = self.contract
+        file, stamp = open_parquet(path, contract.source), stamp_of(path)
+        schema, metadata = file.schema_arrow, file.metadata
+        if self.checked is None or not schema.equals(self.checked):
+            contract.check(schema, path)
+            self.checked = schema
+        time = contract.source.time
+        result, first = [], 0
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            low, high = ALWAYS, 2**62
+            if time is not None and time not in schema.names:  # added to a Delta table later
+                low, high = ALWAYS, ALWAYS
+            elif time is not None:
+                low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
+                if low < contract.earliest or high >= contract.latest:
+                    low, high = _plausible(file, group, time, contract)
+            result.append(Slice(path, group, first, rows, low, high, stamp))
+            first += rows
+        return [each for each in result if each.rows]
 
 
 def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
@@ -388,17 +435,17 @@ class Inventory:
 
     spine: Contract
     contracts: Mapping[str, Contract]
-    slices: Mapping[str, tuple[Slice, ...]]
+    slices: Mapping[str, Slices]
     listings: tuple[Listing, ...] = ()
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
 
-    def timeless(self, source: str) -> tuple[Slice, ...]:
+    def timeless(self, source: str) -> Slices:
         """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted
         for."""
         contract = self.contract(source)
-        return tuple(
+        return Slices(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
         )
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from schemas.errors import ContractError, DataError
+from transforms.records.pickled_once import PickledOnce
 from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace")
@@ -33,7 +34,7 @@ _NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
+class Listing(PickledOnce):
     """The files of a source that is a folder, as they were at one moment.
 
     Args:

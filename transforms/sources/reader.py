@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,12 +19,15 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import UNREADABLE, Contract, as_frame, check_rows, not_whole, readable
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
-from transforms.sources.inventory import Slice, open_parquet, stamp_of
+from transforms.sources.inventory import FILES_AT_ONCE, Slice, open_parquet, stamp_of
+from transforms.storage.delta_tables import file_pool
 
 # Rows that a read in pieces holds at once.
 CHUNK_ROWS = 500_000
 # Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
 REPEATS_AT_ONCE = 4_000_000
+# A file of at most so many rows is small: one thread reads several of them before it takes more.
+SMALL_FILE_ROWS = 10_000
 
 
 # Place of a slice → the first plausible time in it, µs.
@@ -68,12 +72,10 @@ def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOption
     Raises:
         ContractError: a file cannot be read as declared.
     """
-    stamps = {each.path: each.stamp or None for each in slices}
-    parts = [_read_file(contract, path, groups, stamps[path]) for path, groups in _by_file(slices)]
-    if not parts:
+    if not slices:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
         return Read(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
-    whole = pl.concat(parts)
+    whole = _read_files(contract, slices)
     owners = _owners(contract, slices, whole)
     return _checked(contract, slices, whole, owners, options)
 
@@ -90,12 +92,14 @@ def stream_slices(
         ContractError: a file cannot be read as declared.
     """
     held: list[Slice] = []
+    rows = 0
     for each in _in_files(slices):
-        if held and sum(one.rows for one in held) + each.rows > chunk:
+        if held and rows + each.rows > chunk:
             yield read_slices(contract, held, options)
-            held = []
+            held, rows = [], 0
         if each.rows <= chunk:
             held.append(each)
+            rows += each.rows
             continue
         owner = functools.cache(functools.partial(_first_plausible, contract, each))
         for piece, whole in _pieces(contract, each, chunk):
@@ -145,24 +149,81 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
 
 def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
     """Rows of `slices` in declared types, not judged."""
-    parts = [_read_file(contract, path, groups) for path, groups in _by_file(slices)]
-    return pl.concat([pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read}), *parts])
+    if not slices:
+        return pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
+    return _read_files(contract, [dataclasses.replace(each, stamp="") for each in slices])
 
 
-def _by_file(slices: Iterable[Slice]) -> Iterable[tuple[str, list[int]]]:
-    files: dict[str, list[int]] = {}
-    for each in slices:
-        files.setdefault(each.path, []).append(each.group)
-    return files.items()
+def _read_files(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
+    """Rows of `slices` in declared types, not judged, file after file.
+
+    Neighbouring files of one schema are converted at once: a conversion costs more than reading a small file does.
+    """
+    files = [list(groups) for _, groups in itertools.groupby(_in_files(slices), lambda each: each.path)]
+    read = functools.partial(_read_tables, contract)
+    if sum(each.rows for each in slices) > SMALL_FILE_ROWS * len(files):
+        tables: Iterator[_FileRows] = itertools.chain.from_iterable(map(read, ([file] for file in files)))
+    else:
+        batches = [files[i : i + FILES_AT_ONCE] for i in range(0, len(files), FILES_AT_ONCE)]
+        mapped = file_pool().map(read, batches) if len(batches) > 1 else map(read, batches)
+        tables = itertools.chain.from_iterable(mapped)
+    parts: list[pl.DataFrame] = []
+    for _, alike in itertools.groupby(tables, _Alike):
+        parts += _cast_together(contract, list(alike))
+    return parts[0] if len(parts) == 1 else pl.concat(parts)
 
 
-def _read_file(contract: Contract, path: str, groups: list[int], stamp: str | None = None) -> pl.DataFrame:
-    file = open_parquet(path, contract.source)
-    with _whole(contract, path):
-        table = file.read_row_groups(groups, list(contract.read))
-    _complete(contract, path, table.num_rows, sum(file.metadata.row_group(each).num_rows for each in groups))
-    _unchanged(contract, path, stamp)
-    return contract.cast(table, path)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FileRows:
+    """Rows of a file as Arrow holds them, and the values of partition columns that its path stands for."""
+
+    path: str
+    table: pa.Table
+    given: Mapping[str, Any]
+
+
+class _Alike:
+    """Equal for files whose rows are converted in the same way."""
+
+    def __init__(self, rows: _FileRows) -> None:
+        self.rows = rows
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Alike):
+            return NotImplemented
+        mine, others = self.rows, other.rows
+        if max(mine.table.num_rows, others.table.num_rows) > SMALL_FILE_ROWS:
+            return False  # it is converted by itself, so that no more rows are in memory twice
+        return mine.given == others.given and bool(mine.table.schema.equals(others.table.schema))
+
+
+def _read_tables(contract: Contract, files: Sequence[Sequence[Slice]]) -> list[_FileRows]:
+    """The row groups of each file; one stamp is checked for each file."""
+    given = {} if contract.partitions is None else contract.partitions.values
+    result = []
+    for groups in files:
+        path, stamp = groups[0].path, groups[0].stamp or None
+        file = open_parquet(path, contract.source)
+        with _whole(contract, path):
+            # More threads than the caller's would cost more than a small file does.
+            threads = sum(each.rows for each in groups) > SMALL_FILE_ROWS
+            table = file.read_row_groups([each.group for each in groups], list(contract.read), use_threads=threads)
+        _complete(contract, path, table.num_rows, sum(file.metadata.row_group(each.group).num_rows for each in groups))
+        _unchanged(contract, path, stamp)
+        result.append(_FileRows(path, table, given.get(path, {})))
+    return result
+
+
+def _cast_together(contract: Contract, alike: Sequence[_FileRows]) -> list[pl.DataFrame]:
+    """Rows of files of one schema in declared types.
+
+    Raises:
+        ContractError: names the file whose rows cannot be converted.
+    """
+    if len(alike) > 1:
+        with contextlib.suppress(ContractError, *UNREADABLE):  # of which file it is, the conversion of each tells
+            return [contract.cast(pa.concat_tables([each.table for each in alike]), alike[0].path)]
+    return [contract.cast(each.table, each.path) for each in alike]
 
 
 @contextlib.contextmanager
@@ -292,22 +353,20 @@ def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> 
 
 
 def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -> Iterator[pl.DataFrame]:
-    """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows and one file."""
-
-    def read(held: Sequence[Slice]) -> pl.DataFrame:
-        return _read_file(contract, held[0].path, [each.group for each in held], held[0].stamp or None)
-
+    """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows."""
     held: list[Slice] = []
+    rows = 0
     for each in _in_files(slices):
-        if held and (each.path != held[0].path or sum(one.rows for one in held) + each.rows > chunk):
-            yield read(held)
-            held = []
+        if held and rows + each.rows > chunk:
+            yield _read_files(contract, held)
+            held, rows = [], 0
         if each.rows > chunk:
-            yield from (rows for _, rows in _pieces(contract, each, chunk))
+            yield from (piece for _, piece in _pieces(contract, each, chunk))
         else:
             held.append(each)
+            rows += each.rows
     if held:
-        yield read(held)
+        yield _read_files(contract, held)
 
 
 def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame | None) -> pl.DataFrame:

@@ -23,7 +23,7 @@ from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.record_batches import batch, frame
 from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slice, survey_files
+from transforms.sources.inventory import Slices, survey_files
 from transforms.sources.listing import Listing, unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
 from transforms.storage.date_spans import UNREADABLE
@@ -49,7 +49,7 @@ class ExampleBlock:
     index: int
     of: int
     files: tuple[DataFile, ...]
-    events: tuple[Slice, ...]
+    events: Slices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     blocks = []
     for index, part in enumerate(parts):
         low, high = midnight(part[0].date), midnight(part[-1].date) + DAY + within
-        events = tuple(each for each in slices if each.low < high and each.high >= low)
+        events = slices.overlapping(low, high)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
     return ExamplePlan(
