@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_LONGEST_WORD = 1000
+
+
+def in_one_line(text: str) -> str:
+    r"""Text whose line feeds are escapes: a value from data must not begin a line of its own.
+
+    >>> print(in_one_line("a\nb"))
+    a\nb
+    """
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def without_long_words(text: str) -> str:
+    """Text in which words that nobody would read to their end are cut.
+
+    >>> len(without_long_words("x" * 100_000))
+    1000
+    """
+    half = _LONGEST_WORD // 2
+    return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda found: f"{found[0][: half - 1]}…{found[0][-half:]}", text)
 
 
 class MillraceError(Exception):
@@ -24,7 +46,7 @@ class MillraceError(Exception):
             parts.append(f"Got {value}.")
         if fix:
             parts.append(fix if fix.endswith("?") else fix.rstrip(".") + ".")
-        super().__init__(" ".join(parts))
+        super().__init__(without_long_words(in_one_line(" ".join(parts))))
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
         return type(self), (self.rule, self.value, self.fix)

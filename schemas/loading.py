@@ -186,7 +186,11 @@ def _is_of_user(module: ModuleType) -> bool:
 
 
 def _read(path: str | None) -> bytes:
-    return Path(str(path)).read_bytes()
+    try:
+        return Path(str(path)).read_bytes()
+    except OSError as error:
+        rule = "The definition is an importable module or a .py file"
+        raise DefinitionError(rule, f"a module without one ({path}: {error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -261,7 +265,7 @@ def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
         raise DefinitionError(
             f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         ours = (__file__, importlib.__file__, "<frozen")
         frames = traceback.extract_tb(error.__traceback__)
         line = next((each for each in frames if not each.filename.startswith(ours)), frames[-1])

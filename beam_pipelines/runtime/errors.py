@@ -84,8 +84,9 @@ def told(error: BaseException, argv: Sequence[str]) -> int:
     if known is not None:
         print(f"millrace: {known}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
         return known.exit_code
-    if isinstance(error, Exception) and (how := resume_hint(error, argv)):
+    if isinstance(error, Exception):  # printed here, since what Python itself prints has the data's control characters
         traceback.print_exception(error)
+        how = resume_hint(error, argv)
         print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
         return 70
     raise error

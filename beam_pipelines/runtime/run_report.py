@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from beam_pipelines.runtime.errors import Translated, is_traceback_of_millrace_error, recovered
 from beam_pipelines.runtime.protection import printable, terminal_of, without_secrets
 from schemas import errors
-from schemas.errors import MillraceError
+from schemas.errors import MillraceError, in_one_line
 from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
@@ -111,7 +111,7 @@ def _text(value: object) -> str:
         if isinstance(value, float) and abs(value) < 1000
         else f"{value:,.0f}"
         if isinstance(value, float)
-        else str(value)
+        else in_one_line(str(value))
     )
 
 
@@ -163,7 +163,7 @@ class _Progress(logging.StreamHandler):  # type: ignore[type-arg]
         self.over = sys.stderr.isatty()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = f"{record.name.removeprefix('millrace.')}: {record.getMessage()}"
+        line = in_one_line(f"{record.name.removeprefix('millrace.')}: {record.getMessage()}")
         try:
             if self.over and record.levelno < logging.WARNING:
                 terminal_of(sys.stderr).write(f"\r\x1b[K{printable(line)[:100]}")

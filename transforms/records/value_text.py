@@ -7,6 +7,8 @@ from datetime import date, datetime
 import numpy as np
 import polars as pl
 
+from schemas.errors import in_one_line
+
 
 def shown(value: object, dtype: pl.DataType | None = None) -> str:
     """Formats a `value` of a column of `dtype`. A float32 becomes the shortest text that parses to the same float32.
@@ -15,6 +17,8 @@ def shown(value: object, dtype: pl.DataType | None = None) -> str:
     '23.33'
     >>> shown(23.329999923706055)
     '23.329999923706055'
+    >>> print(shown("two\\nlines"))
+    two\\nlines
     """
     if value is None:
         return "null"
@@ -22,4 +26,4 @@ def shown(value: object, dtype: pl.DataType | None = None) -> str:
         return value.isoformat()
     if dtype == pl.Float32 and isinstance(value, float):
         return str(np.float32(value))
-    return str(value)
+    return in_one_line(str(value))

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping
 
 from schemas.errors import DefinitionError
+from transforms.storage.file_systems import open_regular
 
 log = logging.getLogger("millrace.live")
 # What the jobs decide themselves: with other values they would lose rows or read them twice.
@@ -38,9 +39,9 @@ def read_properties(path: str) -> dict[str, str]:
     """
     rule = "--kafka_properties names a file of properties of Kafka's clients"
     try:
-        with open(path, encoding="utf-8") as file:
-            mode, text = os.fstat(file.fileno()).st_mode, file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            mode, text = os.fstat(file.fileno()).st_mode, file.read().decode()
+    except (OSError, ValueError) as error:
         raise DefinitionError(rule, f"{path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
     found = dict(parsed_properties(text))
     for name in found:

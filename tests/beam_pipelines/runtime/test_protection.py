@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from beam_pipelines.runtime.run_report import Run, progress, table, write_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError
 from tests.support import market
+from transforms.records.value_text import shown
 
 ATTACK = "a\x1b[2Kb\r\x9b31m\x08\u202ec\x7f"
 
@@ -120,3 +122,56 @@ def test_a_umask_that_is_none_is_refused(
     monkeypatch.setenv("MILLRACE_UMASK", value)
     assert guard(lambda argv: 0)([]) == 2
     assert "MILLRACE_UMASK is three octal digits" in capsys.readouterr().err
+
+
+def test_a_value_with_line_feeds_begins_no_line_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    forged = "x\nmillrace: version 9 is champion\r\nfeatures  done"
+
+    def main(argv: object) -> int:
+        progress()
+        logging.getLogger("millrace.test").warning("row %s is odd", forged)
+        print(columns(["name"], [[forged]]))
+        print(table("t", {"x": forged}))
+        print(shown(forged))
+        with Run("features", "r", str(tmp_path / "r")):
+            raise DataError("A rule", forged, forged)
+
+    assert guard(main)([]) == 3
+    out, error = capsys.readouterr()
+    lines = (out + error).splitlines()
+    assert not [line for line in lines if line.startswith(("millrace: version", "features  done"))]
+    assert sum("x\\nmillrace: version 9 is champion\\r\\nfeatures  done" in line for line in lines) >= 4
+
+
+DEFINITIONS = {
+    "raises": (f"raise ValueError({ATTACK!r} + '\\nmillrace: forged')", 2),
+    "exits": (f"import sys; sys.exit({ATTACK!r})", 2),
+    "prints": (f"import sys; print({ATTACK!r}); print({ATTACK!r}, file=sys.stderr)", 2),
+    "warns": (f"import warnings; warnings.warn({ATTACK!r})", 2),
+    "has no view": (f"view = {ATTACK!r}", 2),
+    "is no Python": (f"'''\n{ATTACK}", 2),
+}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_what_a_definition_says_has_no_control_characters(name: str, tmp_path: Path) -> None:
+    """In a process of its own, so that what Python itself prints counts too."""
+    text, code = DEFINITIONS[name]
+    (tmp_path / "definition.py").write_text(text)
+    flags = ["plan", "--definition", str(tmp_path / "definition.py"), "--store", str(tmp_path)]
+    entry = "import sys; from beam_pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", entry, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert not set(done.stdout + done.stderr) & set("\x1b\r\x9b\x08\u202e\x7f"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("millrace: forged")]
+
+
+def test_the_traceback_of_a_defect_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: object) -> int:
+        raise RuntimeError(ATTACK)
+
+    assert guard(main)(["tables"]) == 70
+    error = capsys.readouterr().err
+    assert "this is a defect" in error
+    assert not set(error) & set("\x1b\r\x9b\x08\u202e\x7f")
