@@ -51,9 +51,12 @@ def _encoders() -> ThreadPoolExecutor:
 
 
 def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
-    """The rows of `batch` as a gzipped TFRecord file, in parts.  Equal rows give equal bytes."""
+    """The rows of `batch` as a gzipped TFRecord file, in parts, which threads begin to make at once.
+
+    Equal rows give equal bytes.
+    """
     starts = range(0, max(batch.num_rows, 1), MEMBER_ROWS)
-    yield from _encoders().map(lambda start: _member(batch.slice(start, MEMBER_ROWS), level), starts)
+    return _encoders().map(lambda start: _member(batch.slice(start, MEMBER_ROWS), level), starts)
 
 
 def _member(batch: pa.RecordBatch, level: int) -> bytes:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 
 import apache_beam as beam
@@ -248,11 +249,12 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
     """
     name = f"{split}-{block.index:05d}-of-{block.of:05d}"
     strings = [field.name for field in rows.schema if pa.types.is_string(field.type)]
+    records = gzipped(rows) if plan.tfrecords else iter(())
     sink = pa.BufferOutputStream()
     table = pa.Table.from_batches([rows])
     pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="lz4", use_dictionary=strings)
     if plan.tfrecords:
-        write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(gzipped(rows))))
+        write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(records)))
     write_aside(plan.folder, f"{name}.parquet", sink.getvalue())
     return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
@@ -309,10 +311,15 @@ class _Make(beam.DoFn):
 
     def process(self, block: ExampleBlock) -> Iterator[Account | beam.pvalue.TaggedOutput]:
         parts, account = make_examples(self.plan, block)
-        shards = [write_shard(self.plan, name, block, rows) for name, rows in parts.items() if rows.num_rows]
-        yield dataclasses.replace(account, shards=tuple(shards))
-        if parts["train"].num_rows:
-            yield beam.pvalue.TaggedOutput("train", parts["train"])
+        # Files are written while the steps after this one look at the training examples.
+        with ThreadPoolExecutor(len(parts), "examples") as pool:
+            writing = [
+                pool.submit(write_shard, self.plan, name, block, rows) for name, rows in parts.items() if rows.num_rows
+            ]
+            if parts["train"].num_rows:
+                yield beam.pvalue.TaggedOutput("train", parts["train"])
+            shards = tuple(each.result() for each in writing)
+        yield dataclasses.replace(account, shards=shards)
 
 
 def add_accounts(accounts: Iterable[Account]) -> Account:

@@ -31,8 +31,10 @@ _SIGN = BUCKETS >> 1
 _PREFIX = 23 - LOW  # mantissa bits that name a cell
 _NOT_FINITE = 255 << _PREFIX
 _LARGEST = float(np.finfo(np.float32).max)
-# Squares of low bits are added as doubles: 28 bits each stay exact for 2^25 rows.
-MOST_ROWS = 1 << 24
+# Rows looked at in one piece.  Their low bits, and a one in front of each that counts it, are added as doubles, which
+# have 53 bits; as have the squares of low bits, of 28 bits each.
+MOST_ROWS = 1 << 19
+_ONE = float(MOST_ROWS << LOW)
 FEW = BUCKETS // 16
 # `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its
 # square of 2^−298.
@@ -155,19 +157,13 @@ def _numbers(column: pa.Array) -> NumericSketch:
     single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
     words = np.ascontiguousarray(single).view(np.uint32)
     low, names = words & _LOW_BITS, (words >> np.uint32(LOW)).astype(np.int64)
-    # Few rows do not pay for an array of all cells.
-    found, position = (np.arange(BUCKETS), names) if rows > FEW else np.unique(names, return_inverse=True)
-    lows = low.astype(np.float64)
-    counts, low_sums = np.bincount(position, minlength=len(found)), np.bincount(position, lows, len(found))
-    np.multiply(lows, lows, out=lows)
-    squared = np.bincount(position, lows, len(found))
+    found, count, low_sums, squared = _cells(names, low.astype(np.float64))
     finite = found & (_SIGN - 1) < _NOT_FINITE
-    strange = int(counts[~finite].sum()) - missing
-    there = np.flatnonzero(finite & (counts > 0))
-    if not len(there):
+    strange = int(count[~finite].sum()) - missing
+    if not finite.any():
         return NumericSketch(rows, missing, strange)
-    found, count = found[there], counts[there]
-    low_sums, squared = low_sums[there].astype(np.int64), squared[there].astype(np.int64)
+    if not finite.all():
+        found, count, low_sums, squared = (each[finite] for each in (found, count, low_sums, squared))
     ordered = _named(found)
     if whole is not None and (int(whole.min()) < -_WHOLE or int(whole.max()) > _WHOLE):
         whole = whole.astype(np.int64)
@@ -187,6 +183,19 @@ def _numbers(column: pa.Array) -> NumericSketch:
     )
 
 
+def _cells(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
+    """Which cells occurred, and of each the count, the sum of the low bits and that of their squares."""
+    # Few rows do not pay for an array of all cells.
+    cells, position = (None, names) if len(names) > FEW else np.unique(names, return_inverse=True)
+    squares = np.bincount(position, lows * lows)
+    lows += _ONE  # so that one pass adds and counts
+    both = np.bincount(position, lows)
+    there = np.flatnonzero(both > 0)
+    counts = (both[there] / _ONE).astype(np.int64)
+    low_sums = (both[there] - counts * _ONE).astype(np.int64)
+    return there if cells is None else cells, counts, low_sums, squares[there].astype(np.int64)
+
+
 def _lie_close(whole: npt.NDArray[Any]) -> bool:
     """Whether integers are float32s and can be counted by value."""
     least, greatest = int(whole.min()), int(whole.max())
@@ -204,7 +213,7 @@ def _counted_integers(rows: int, whole: npt.NDArray[Any]) -> NumericSketch:
     # Values rise, and so do their cells.
     counts = np.add.reduceat(times, first)
     lows = np.add.reduceat((words & _LOW_BITS).astype(np.int64) * times, first)
-    # Of 49 bits each; with the 24 of `MOST_ROWS` that is too many for one sum.
+    # A square has 49 bits, which times a count may be too many for one sum.
     high, low = values * values >> 24, values * values & _WHOLE - 1
     return NumericSketch(
         rows,
