@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import apache_beam as beam
 import grpc
 import psutil
 import pytest
+from apache_beam.coders import VarIntCoder
 from apache_beam.ml.inference import base
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    TypeOptions,
+)
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.worker import data_plane, sdk_worker, statesampler, worker_pool_main
+from apache_beam.transforms import core, userstate
+from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.utils.counters import CounterFactory
 
 from beam_pipelines.runtime import beam_workers
+from beam_pipelines.runtime.local_runner import BatchOptions
 
 Start = Callable[[str], object]
 MODULES = (sdk_worker, data_plane, worker_pool_main)
@@ -175,3 +189,84 @@ def test_a_bundle_ends_when_its_work_does(patched: bool, monkeypatch: pytest.Mon
     # Beam's sampler wakes after 373 and 450 ms.
     waits = [seconds_to_end(0.38) for _ in range(5)]
     assert min(waits) <= beam_workers.SAMPLING_MS / 1000 + 0.005 if patched else max(waits) > 0.03, waits
+
+
+class Plain(beam.DoFn):
+    def process(self, element: int) -> Iterator[int]:
+        yield element
+
+
+class Counting(beam.DoFn):
+    COUNT = userstate.ReadModifyWriteStateSpec("count", VarIntCoder())
+    TIMER = userstate.TimerSpec("timer", TimeDomain.WATERMARK)
+
+    def process(
+        self,
+        element: tuple[str, int],
+        count: object = beam.DoFn.StateParam(COUNT),
+        timer: object = beam.DoFn.TimerParam(TIMER),
+    ) -> Iterator[int]:
+        yield element[1]
+
+    @userstate.on_timer(TIMER)
+    def expire(self, count: object = beam.DoFn.StateParam(COUNT)) -> Iterator[int]:
+        yield 0
+
+    def counted(self, element: tuple[str, int], count: object = beam.DoFn.StateParam(COUNT)) -> list[int]:
+        return [element[1]]
+
+
+def dofns() -> list[beam.DoFn]:
+    with_method = Plain()
+    with_method.start_bundle = Counting().counted  # type: ignore[method-assign,assignment]
+    functions = [beam.FlatMap(lambda x: [x]).fn, beam.FlatMap(Counting().counted).fn, beam.Map(str).fn]
+    return [Plain(), Counting(), *functions, with_method, Plain()]
+
+
+def test_state_and_timers_of_a_dofn_are_what_beam_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one instance of a class has a method of its own."""
+    found = [userstate.get_dofn_specs(each) for each in dofns()]
+    assert [len(states) + len(timers) for states, timers in found].count(0) < len(found)
+    monkeypatch.setattr(userstate, "get_dofn_specs", userstate.get_dofn_specs)
+    beam_workers.inspect_classes_once.__wrapped__()
+    for _ in range(2):
+        assert [userstate.get_dofn_specs(each) for each in dofns()] == found
+    assert userstate.is_stateful_dofn(Counting())
+    assert not userstate.is_stateful_dofn(Plain())
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_class_is_inspected_once(patched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the change is needed for as long as Beam inspects a class for each use of each step."""
+    looked: list[tuple[type, str]] = []
+    arguments = core.get_function_arguments
+
+    def noted(dofn: beam.DoFn, name: str) -> object:
+        looked.append((type(dofn), name))
+        return arguments(dofn, name)
+
+    original = getattr(userstate.get_dofn_specs, "__wrapped__", userstate.get_dofn_specs)
+    monkeypatch.setattr(userstate, "get_dofn_specs", original)
+    if patched:
+        beam_workers.inspect_classes_once.__wrapped__()
+    monkeypatch.setattr(core, "get_function_arguments", noted)
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    numbers = pipeline | beam.Create([1, 2], reshuffle=False)
+    for i in range(5):
+        numbers |= f"Step{i}" >> beam.ParDo(Plain())
+    pipeline.run().wait_until_finish()
+    times = looked.count((Plain, "default_type_hints"))
+    assert times <= 1 if patched else times > 10, times
+
+
+def test_views_of_a_pipelines_options_are_those_of_beam() -> None:
+    flags = ["--streaming", "--experiments=one", "--temp_location=/tmp/x"]
+    ours, beams = BatchOptions(flags), PipelineOptions(flags)
+    for kind in (StandardOptions, DebugOptions, TypeOptions, GoogleCloudOptions):
+        assert ours.view_as(kind)._visible_options == beams.view_as(kind)._visible_options
+        assert ours.view_as(kind) is ours.view_as(kind)
+    ours.view_as(DebugOptions).add_experiment("two")
+    beams.view_as(DebugOptions).add_experiment("two")
+    assert ours.get_all_options() == beams.get_all_options()
+    assert ours.view_as(DebugOptions).experiments == ["one", "two"]
+    assert pickle.loads(pickle.dumps(ours)).get_all_options() == beams.get_all_options()
