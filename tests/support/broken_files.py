@@ -267,8 +267,8 @@ def commands(store: Path) -> dict[str, list[str]]:
     }
 
 
-def files_read(store: Path) -> dict[str, set[str]]:
-    """Of each command, the files of `store` that it reads, relative to the store.
+def files_read(store: Path, names: Sequence[str]) -> dict[str, set[str]]:
+    """Of each of these commands, the files of `store` that it reads, relative to the store.
 
     Those that delta-rs and Arrow read by themselves are not noticed: logs and data are added for each command.
     """
@@ -282,7 +282,7 @@ def files_read(store: Path) -> dict[str, set[str]]:
 
     sys.addaudithook(hook)
     kept = set(files_of(store))
-    for name in commands(store):
+    for name in names:
         place = Path(f"{prefix}{name.replace(' ', '-')}")
         argv = commands(copied(store, place))[name]
         read.clear()

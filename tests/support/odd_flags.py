@@ -59,7 +59,7 @@ ADDRESSES = (
         "hdfs://x/y",
         "file://{folder}",
     ),
-    *("http://[::1", "localhost:1", ":", "localhost:99999", "[::1]:1", "file://elsewhere/x", "databricks", "uc"),
+    *("http://[::1", "localhost:1", ":", "localhost:99999", "[::1]:1", "file://elsewhere/x"),
 )
 PLACES = (
     *(
@@ -87,7 +87,8 @@ PLACES = (
         "/proc/self/mem",
     ),
 )
-ODD = (*NUMBERS, *TEXTS, *BYTES, *DATES, *LENGTHS, *ADDRESSES, *PLACES)
+NAMES = ("os", "sys", ".", "..", "a..b", "os.path", "tests", "schemas", "no.such.module", "__main__", "1", "é.py")
+ODD = (*NAMES, *NUMBERS, *TEXTS, *BYTES, *DATES, *LENGTHS, *ADDRESSES, *PLACES)
 
 
 @dataclasses.dataclass(frozen=True)
