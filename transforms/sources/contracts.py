@@ -1,4 +1,4 @@
-"""Checks sources by their contract: whole files by their schema, single rows by rules.  Bad rows become dead letters."""
+"""Checks sources by their contract: files by their schema, single rows by rules.  Bad rows become dead letters."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def guard_folder(store: str, job: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Suspects:
-    """Messages `[first, last]` of a partition that a worker was decoding when it died, and the file that records this."""
+    """Messages `[first, last]` of a partition that a worker was decoding when it died, and the file that records it."""
 
     topic: str
     partition: int
