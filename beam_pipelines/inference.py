@@ -132,7 +132,9 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     for name in (*key, time):
         if count := rows[name].null_count():
             fix = "Write the key and the time (µs since 1970) into every example"
-            raise ContractError("An example names its question", f"{count} of {len(rows)} without {name!r}", fix)
+            raise ContractError(
+                "An example has the key and time of its spine row", f"{count} of {len(rows)} without {name!r}", fix
+            )
     identity = row_ids(view, [rows[name] for name in (*key, time)])
     filled = rows.with_columns(
         pl.col("row_id").fill_null(identity), pl.col("date").fill_null(pl.col(time).dt.date()).alias("date")
@@ -164,7 +166,7 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
 
 
 def _total(files: Written) -> int:
-    """Rows in `files`, each file once: equal rows written twice are one file, and so one answer."""
+    """Rows in `files`, each file once: equal rows written twice are one file, and count once."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 

@@ -37,7 +37,7 @@ from transforms.training.examples import (
     checked,
     delete_files,
     read_shard,
-    shards_to_judge,
+    shards_to_test,
 )
 from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
@@ -198,7 +198,7 @@ def train_and_test(
         | "Gather" >> beam.combiners.ToList()
         | "Save" >> beam.Map(save_best, BundleRequest(model, options.bundle, provenance), *sides)
     )
-    tests = trained | "TestFiles" >> beam.FlatMap(shards_to_judge, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
+    tests = trained | "TestFiles" >> beam.FlatMap(shards_to_test, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
     rows = tests | "Read" >> beam.FlatMap(read_shard)
     scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
     tested = rows | "TestStatistics" >> Statistics(model_columns(model))

@@ -102,7 +102,7 @@ def in_64_bits(
 
     Args:
         bounds: of integer columns that hold less than their types could.
-        rounded: whether the result is kept as float32, so that only what that tells apart is a change.
+        rounded: whether the result is kept as float32, so that only differences in float32 count as changes.
     """
     return _in_64_bits(canonical(expr), tuple(columns.items()), tuple((bounds or {}).items()), rounded)
 

@@ -65,7 +65,7 @@ class ContractError(MillraceError):
 
 
 class DataError(MillraceError):
-    """Data that cannot be answered: an empty interval, no rows, one class only."""
+    """Data from which no result follows: an empty interval, no rows, one class only."""
 
     exit_code = 3
 

@@ -12,7 +12,7 @@ import polars as pl
 from schemas.errors import DefinitionError, nearest
 
 # Nodes of a serialised Polars expression whose value at a row depends on that row alone.  `is_row_separable` knows the
-# functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is judged by itself.
+# functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is checked by itself.
 _PLAIN = {"BinaryExpr", "Cast", "Ternary", "Alias"}
 _FUNCTIONS = {
     **dict.fromkeys(
@@ -91,7 +91,7 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
         if name not in columns:
             raise DefinitionError(f"{what} reads columns that exist", repr(name), nearest(name, columns))
     try:
-        # Run on no rows: a lazy schema says a text has an hour.
+        # Run on no rows, because a lazy schema gives an hour even to text.
         return pl.DataFrame(schema=dict(columns)).select(expr.alias("_"))["_"].dtype
     except pl.exceptions.PolarsError as error:
         raise DefinitionError(

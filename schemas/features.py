@@ -248,7 +248,7 @@ class Trailing:
 class Latest:
     """Columns of the last event per key known before *t*, no older than `max_age`.
 
-    One whole row answers: a null in it stays null, and ties in time pick one row, never a mixture.
+    The values are those of one whole row: a null in it stays null, and ties in time pick one row, never a mixture.
 
     Args:
         source: events.
@@ -270,7 +270,7 @@ class Latest:
     def __post_init__(self) -> None:
         what = _of_events(self)
         if self.max_age is None:
-            raise DefinitionError(f"{what}: max_age says how old an answer may be", "none", 'Write max_age="6h"')
+            raise DefinitionError(f"{what}: max_age is how old the row may be", "none", 'Write max_age="6h"')
         if self.max_age == "forever":
             _lifetime(self.source, f'{what}: max_age="forever"')
         else:

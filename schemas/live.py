@@ -22,7 +22,7 @@ ORIGIN = pa.schema(
 # (`source/partition:offset,…`), whether the spine row was late, its origin, the time of computation, the versions of
 # the dimensions as JSON, and whether some window begins before the job has its source's rows (null in files written
 # before the column existed).
-ANSWER = pa.schema(
+LIVE_COLUMNS = pa.schema(
     [
         ("__cut", pa.string()),
         ("__late", pa.bool_()),
@@ -34,7 +34,7 @@ ANSWER = pa.schema(
 )
 
 # What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
-SEEN = pa.schema([*(ANSWER.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
+SEEN = pa.schema([*(LIVE_COLUMNS.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
 
 
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
@@ -60,8 +60,8 @@ def accepted(view: FeatureView, name: str) -> pa.Schema:
 
 
 def live_schema(view: FeatureView) -> pa.Schema:
-    """Live feature rows: the view's feature table with the columns of `ANSWER`."""
-    return pa.schema([*view.output_schema, *ANSWER])
+    """Live feature rows: the view's feature table with the columns of `LIVE_COLUMNS`."""
+    return pa.schema([*view.output_schema, *LIVE_COLUMNS])
 
 
 def scorable(view: FeatureView) -> pa.Schema:

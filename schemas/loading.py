@@ -242,7 +242,7 @@ def _file(path: Path) -> ModuleType:
 
 
 def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
-    """What `load` gives; whatever goes wrong in a user's file is a user's mistake, told with its line.
+    """Calls `load`, and reports any error in a user's file as a user's mistake, with its line.
 
     Raises:
         DefinitionError: the file's own refusals pass as they are.

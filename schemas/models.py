@@ -27,13 +27,13 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
-# What a test is judged by beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes
+# Metrics of a test beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes
 # the plain means over those that occur, each against all others.
 _BEYOND = {
     "binary:logistic": ("calibration_error", "precision", "recall"),
     "multi:softprob": ("macro_auc", "macro_precision", "macro_recall"),
 }
-JUDGED = {objective: (*names, *_BEYOND.get(objective, ())) for objective, names in OBJECTIVES.items()}
+METRICS_OF = {objective: (*names, *_BEYOND.get(objective, ())) for objective, names in OBJECTIVES.items()}
 # Metrics of which more is better.
 RISING = {"auc", "average_precision", "accuracy", "precision", "recall", "macro_auc", "macro_precision", "macro_recall"}
 # Differences between groups, as Fairlearn names them.
@@ -247,11 +247,14 @@ class Model:
                 repr(self.objective),
                 nearest(self.objective, OBJECTIVES),
             )
-        asked = [(self.metric, OBJECTIVES), *((name, JUDGED) for name in (*self.gates.at_least, *self.gates.max_gap))]
-        for metric, known in asked:
+        named = [
+            (self.metric, OBJECTIVES),
+            *((name, METRICS_OF) for name in (*self.gates.at_least, *self.gates.max_gap)),
+        ]
+        for metric, known in named:
             if metric not in known[self.objective]:
                 raise DefinitionError(
-                    f"{what}: {self.objective} is judged by {', '.join(known[self.objective])}",
+                    f"{what}: {self.objective} has the metrics {', '.join(known[self.objective])}",
                     repr(metric),
                     nearest(metric, known[self.objective]),
                 )

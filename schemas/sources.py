@@ -53,11 +53,11 @@ class Source:
         time: column of type `Datetime("us", "UTC")`; None makes a dimension, a table without time.
         event_time: column that places a row in windows earlier than it became known.  Never later than `time`.
         lateness: how long after its `time` a row may still arrive live.
-        ahead: how far a stamp may run ahead of the clock of the run; further ones are set aside.
-        not_before: rows stamped earlier are set aside (a clock that was never set says 1970).
+        ahead: how far a time may be ahead of the clock of the run; rows further ahead are rejected.
+        not_before: rows with an earlier time are rejected (a clock that was never set gives 1970).
         unique: columns whose repeated values count once; the first known row stays.
         idle: after this long without a row a live partition no longer holds the clock back.
-        order: columns that order rows of one moment; else all columns do, so that no answer depends on arrival.
+        order: columns that order rows of one time; else all columns do, so that no feature depends on arrival.
     """
 
     name: str

@@ -18,7 +18,7 @@ LABEL = "__label"
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One fold of a rolling origin, UTC: learns from `[−∞, train_end)` and is judged by `[validate_start,
+    """One fold of a rolling origin, UTC: learns from `[−∞, train_end)` and is validated on `[validate_start,
     validate_end)`.
     """
 
@@ -114,11 +114,11 @@ class RollingOrigin:
     """Cross-validation in order of time: the origin rolls forward, each fold learns from all before it.
 
     A trial's metric is its mean over the folds.  The last fold is `TimeSplit(validate, test, embargo)`, on which the
-    model that is kept is trained; each earlier one is judged by the `validate` before, `embargo` apart.
+    model that is kept is trained; each earlier one is validated on the `validate` before, `embargo` apart.
 
     Args:
         folds: how many, at least 2.
-        validate: length of what each is judged by.
+        validate: length of what each is validated on.
         test: its length back from the cutoff, or the date it starts.
         embargo: gap left before each validation and before test.
     """

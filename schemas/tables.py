@@ -40,6 +40,6 @@ def predictions(features: pa.Schema, key: tuple[str, ...], time: str, classes: i
             f"Keys and time have other names than a prediction's own columns, {', '.join(PREDICTION.names)} and score"
         )
         raise DefinitionError(rule, ", ".join(taken), "Rename the column in the spine")
-    question = [features.field(name) for name in (*key, time, "row_id")]
+    identity = [features.field(name) for name in (*key, time, "row_id")]
     numbers = [pa.field(name, pa.float32()) for name in scores(classes)]
-    return pa.schema([*question, PREDICTION.field("prediction_id"), *numbers, *list(PREDICTION)[1:]])
+    return pa.schema([*identity, PREDICTION.field("prediction_id"), *numbers, *list(PREDICTION)[1:]])

@@ -37,8 +37,8 @@ class FeatureView:
 
     Args:
         name: names the table `<store>/features/<name>/<fingerprint>`.
-        spine: source with a time; one row asks one question.
-        key: columns that with the time identify a question.
+        spine: source with a time; each row gets a feature row.
+        key: columns that with the time identify a spine row.
         features: computed in this order; a `Derived` may use what stands above it.
     """
 
@@ -58,7 +58,7 @@ class FeatureView:
             )
         if self.spine.event_time is not None:
             raise DefinitionError(
-                f"{what}: a question has one time, the moment it is asked",
+                f"{what}: a spine row has one time, that of the prediction",
                 f"event_time={self.spine.event_time!r}",
                 "Leave event_time out of the spine",
             )
@@ -75,7 +75,7 @@ class FeatureView:
                 raise DefinitionError(
                     f"{what}: a key is an integer, a string, a boolean or a date",
                     repr(column),
-                    "The time belongs to a question's identity by itself",
+                    "The time is part of a spine row's identity by itself",
                 )
         if not isinstance(self.features, list | tuple):
             raise DefinitionError(f"{what}: features is a list", repr(self.features), "Write features=[…]")
@@ -190,7 +190,7 @@ class FeatureView:
         return max(lengths)
 
     def columns_read(self, source: str) -> list[str]:
-        """Columns of `source` that some feature needs, in declared order: by them a row is judged."""
+        """Columns of `source` that some feature needs, in declared order.  By them a row is checked."""
         declared = self.sources[source]
         read: set[str] = {*(declared.unique or ()), *(declared.order or ())}
         for feature in self.features:
@@ -354,5 +354,5 @@ def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
 
 
 def reached_from(view: FeatureView, source: str, moment: int) -> int:
-    """The earliest time (µs) of a source's rows that a question at `moment` can see."""
+    """The earliest time (µs) of a source's rows that a spine row at `moment` can see."""
     return -(2**62) if source in lifetime_sources(view) else moment - view.reach(source)

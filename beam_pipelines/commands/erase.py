@@ -111,7 +111,7 @@ def erase(
     affected = erasure.affected_models(models)
     ids = {*record.row_ids, *erasure.row_ids.to_list()}
     record = dataclasses.replace(record, row_ids=tuple(sorted(ids)), models=tuple(sorted({*record.models, *affected})))
-    record.write(erasure.store)  # from here on `trace` answers, and the same command completes what is left
+    record.write(erasure.store)  # from here on `trace` finds it, and the same command completes the erasure
     unaffected = {str(each.get("run_id")) for each in models.values()}
     unaffected -= {str(models[name].get("run_id")) for name in affected}
     registered = {str(each.get("run_id")) for name, each in models.items() if not name.startswith("run ")}

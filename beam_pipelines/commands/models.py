@@ -66,12 +66,12 @@ def models(argv: Sequence[str]) -> int:
         print(name)
         print(columns(("version", "alias", "registered (UTC)", "run", "gates", "test metrics"), rows, "version"))
         for entry in registry.records(name):
-            print(f"  {entry['at'][:16].replace('T', ' ')}  {_told(entry)}: {entry['why']} ({entry['who']})")
+            print(f"  {entry['at'][:16].replace('T', ' ')}  {_move(entry)}: {entry['why']} ({entry['who']})")
     return 0
 
 
-def _told(entry: Mapping[str, Any]) -> str:
-    """What a record of the alias says happened."""
+def _move(entry: Mapping[str, Any]) -> str:
+    """A move of the alias, in words."""
     if entry["before"] == entry["version"]:
         return f"version {entry['version']} was champion already"
     return f"version {entry['version']} champion" + (f" after version {entry['before']}" if entry["before"] else "")

@@ -12,7 +12,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.errors import DefinitionError, StoreError
 from schemas.sources import identifier
 
-DEFINITION = '''"""Will a customer pay an order late?  Asked when the order is placed."""
+DEFINITION = '''"""Will a customer pay an order late?  Predicted when the order is placed."""
 
 import polars as pl
 

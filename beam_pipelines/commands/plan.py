@@ -95,7 +95,7 @@ def read(view: FeatureView, inventory: Inventory) -> Iterator[tuple[str, str, st
         first, last = ("", "") if contract.source.time is None or low > high else (str(day_of(low)), str(day_of(high)))
         use = []
         if name == view.spine.name:
-            use.append("the questions")
+            use.append("the spine")
         if name in view.events:
             reach = f"{_length(view.reach(name))} back"
             ever = "all before, as a summary" + (f" but for {reach}" if view.reach(name) else "")
@@ -121,9 +121,9 @@ def reasons(options: Options, work: PreparedRun) -> list[tuple[int, int, str]]:
     if result or work.plan is None:
         return result
     if options.start is not None or options.end is not None:
-        why = "asked for (--start, --end)"
+        why = "requested (--start, --end)"
     elif options.full and work.base is not None:
-        why = "asked for (--full)"
+        why = "requested (--full)"
     else:
         why = "never computed: the table is new"
     return [(day_number(first), days_in(last) - 1, why) for first, last in work.plan.ranges]

@@ -35,7 +35,7 @@ PIECES = 60
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-    """What was asked.  `run_id` is None where none was named."""
+    """The options of one run.  `run_id` is None if none was named."""
 
     definition: Definition
     store: str
@@ -62,7 +62,7 @@ def parse(action: str, argv: Sequence[str]) -> Options:
         DefinitionError: a flag or the definition is refused.
     """
     arguments = Arguments(f"millrace schema {action}", ACTIONS[action].__doc__ or "")
-    arguments.add_interval("questions")
+    arguments.add_interval("spine rows")
     arguments.add_schema()
     if action == "infer":
         arguments.add_argument(

@@ -46,9 +46,9 @@ def trace(argv: Sequence[str]) -> int:
     """Follow a feature row or a prediction back to what it was made from."""
     arguments = Arguments("millrace trace", trace.__doc__ or "", definition=False, beam=False)
     arguments.add_argument(
-        "--key", action="append", metavar="COLUMN=VALUE", help="the question's key; once per column of it"
+        "--key", action="append", metavar="COLUMN=VALUE", help="key of the spine row; once for each of its columns"
     )
-    arguments.add_argument("--time", help="the question's time, or its UTC day (default: every time of the key)")
+    arguments.add_argument("--time", help="time of the spine row, or its UTC day (default: every time of the key)")
     arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
     arguments.add_argument("--live", action="store_true", help="of the live tables")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
@@ -90,7 +90,7 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
     if not found:
         fix = "See its dates with: millrace tables"
         if not exact and any(each.source == view.spine.name for each in erasures(flags.store)):
-            fix += f". Rows of {view.spine.name} were erased: an exact --time tells whether this was one of them"
+            fix += f". Rows of {view.spine.name} were erased: an exact --time shows whether this was one of them"
         value = ", ".join(
             f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
         )
@@ -115,8 +115,8 @@ def _print_erased(record: ErasureRecord, what: str) -> None:
 
 def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
     view, row = definition.view, found.row
-    asked = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
-    print(f"{view.name}: {asked} at {row[view.time].isoformat()}, row_id {row['row_id']}")
+    key = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
+    print(f"{view.name}: {key} at {row[view.time].isoformat()}, row_id {row['row_id']}")
     print(
         columns(
             ("feature", "value"), [(name, shown(row[name], dtype)) for name, dtype in view.columns.items()], ("value",)
@@ -161,7 +161,7 @@ def _print_definition(definition: Definition, recorded: str) -> None:
 
 
 def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
-    print("\nsources, as that run had read them" if seen else "\nno manifest tells what was read")
+    print("\nsources, as that run had read them" if seen else "\nno manifest records what was read")
     for each in seen:
         if each.digest is not None:
             print(f"  {each.source}: dimension, digest {each.digest % 2**64:016x}")
@@ -283,9 +283,9 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
 
 
 def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: Mapping[str, Any]) -> None:
-    """Which answer a live prediction was made from, and where that came from if the store holds it."""
+    """Prints the feature row that a live prediction was made from, and where that came from if the store has it."""
     view = definition.view
-    print("\nthe answer that was scored")
+    print("\nthe feature row that was scored")
     print_scored(view, row)
     table = open_table(features_live_uri(flags.store, view.name, view.fingerprint))
     found = [] if table is None else find_rows(table, {"row_id": row["row_id"]}, row["date"])

@@ -1,4 +1,4 @@
-"""`millrace trace` of live answers and predictions: what an answer's cut shows."""
+"""`millrace trace` of live feature rows and predictions: what the cut of a feature row shows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
 
 
 def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool, most: int) -> None:
-    """Where the question of a live answer came from, and what the answer could see.
+    """Prints where the spine row of a live feature row came from, and what the feature row could see.
 
     Args:
         row: of the live feature table.
         days: list the days of each source however many; else up to `most`.
     """
-    late = ", after its partition had told of later ones" if row["__late"] else ""
+    late = ", after the watermark of its partition" if row["__late"] else ""
     print("\nquestion")
-    print(wrapped(f"{_position(view.spine.name, row)}, answered {row['__answered'].isoformat()}{late}", hanging=2))
-    print("\nsources, as the answer could see them")
+    print(wrapped(f"{_position(view.spine.name, row)}, computed {row['__answered'].isoformat()}{late}", hanging=2))
+    print("\nsources, as the feature row could see them")
     for each in visible_to(view, store, row):
         _print_visible(each, days, most)
     for dimension in looked_up(store, row):
@@ -28,11 +28,12 @@ def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool
 
 
 def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
-    """Which answer a live prediction was made from, and when."""
+    """Prints which feature row a live prediction was made from, and when."""
     where = _position(f"{view.name}.features", row)
     print(
         wrapped(
-            f"of the answer at {where}, answered {row['__answered'].isoformat()}, scored {row['__scored'].isoformat()}",
+            f"of the feature row at {where}, computed {row['__answered'].isoformat()}, "
+            f"scored {row['__scored'].isoformat()}",
             hanging=2,
         )
     )

@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument("--rows", type=some_or_all, default=ROWS, metavar="N|all", help=f"how many (default {ROWS})")
-    arguments.add_argument("--live", action="store_true", help="live answers, each from the rows that it could see")
+    arguments.add_argument(
+        "--live", action="store_true", help="live feature rows, each from the rows that it could see"
+    )
     arguments.add_argument("--json", action="store_true", help="print what was found as JSON")
     flags, rest = arguments.parse(argv)
     if rest:
@@ -49,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps(found.figures, indent=2, default=str), flush=True)
     kind = "--live " if flags.live else ""
     found.require_equal(
-        "Published rows are what the definition says, computed plainly from all rows of the sources",
-        "If it is not the sources that have changed since (millrace plan says which dates are stale), please "
+        "Published rows equal those that plain code computes by the definition, from all rows of the sources",
+        "If the sources have not changed since (millrace plan shows which dates are stale), please "
         "report it, "
         f"with run.json: millrace verify {kind}--run_id {flags.run_id}",
     )

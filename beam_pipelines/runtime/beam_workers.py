@@ -67,7 +67,7 @@ def end_bundles_at_once() -> None:
     """Have a bundle wait for at most `SAMPLING_MS` for the thread that samples its steps.
 
     A bundle joins this thread before it ends, and the thread sleeps for a sixth of the bundle's time, up to 200 ms.
-    That was 1.1 s of the three batch pipelines over a year of flights, and delays every answer of a live job.
+    That was 1.1 s of the three batch pipelines over a year of flights, and delays every feature row of a live job.
     """
     statesampler.StateSampler.__init__.__defaults__ = (SAMPLING_MS,)
 
@@ -99,7 +99,7 @@ def _specs_by_class(specs: Callable[[beam.DoFn], Specs]) -> Callable[[beam.DoFn]
 
 
 def _loopback_server(*arguments: Any, **named: Any) -> grpc.Server:
-    """A gRPC server that listens on loopback where it is asked to listen everywhere."""
+    """A gRPC server that listens on loopback where it is to listen on all interfaces."""
     server = grpc.server(*arguments, **named)
     listen = server.add_insecure_port
     server.add_insecure_port = lambda address: listen(address.replace("[::]:", "127.0.0.1:"))

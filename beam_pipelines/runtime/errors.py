@@ -66,16 +66,16 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
             return main(argv)
         except BaseException as error:
             if not (isinstance(error, KeyboardInterrupt) or INTERRUPT.came):
-                return told(error, argv)
+                return report_error(error, argv)
             run = getattr(error, "run", None)
             how = "run the same command again" if run is None else f"to resume run {run.figures['run_id']}: "
-            INTERRUPT.tell(how + ("" if run is None else resume_command(run, argv)))
+            INTERRUPT.report(how + ("" if run is None else resume_command(run, argv)))
             return STOPPED
 
     return guarded
 
 
-def told(error: BaseException, argv: Sequence[str]) -> int:
+def report_error(error: BaseException, argv: Sequence[str]) -> int:
     """Print what ended a command; returns the exit code, or raises `error` again if it is of no known kind."""
     known = error if isinstance(error, MillraceError) else as_store_error(error)
     if isinstance(error, Translated):

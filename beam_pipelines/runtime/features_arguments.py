@@ -52,7 +52,7 @@ def parse(
         DefinitionError: a flag or the definition is invalid.
     """
     arguments = Arguments(f"millrace {command}", purpose)
-    arguments.add_interval("questions")
+    arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     add_choice_of_dates(arguments)
     add_division_of_work(arguments)

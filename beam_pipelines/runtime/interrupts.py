@@ -25,7 +25,7 @@ class Interrupt:
     """The signal of one process: whether it came, and how the process ends then."""
 
     def __init__(self) -> None:
-        self.came = self.told = False
+        self.came = self.reported = False
         self.stderr = 2
         self.limit: float | None = ENDING
 
@@ -36,16 +36,16 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._signalled)
             sys.unraisablehook = self._lost
 
-    def tell(self, how: str = "run the same command again") -> None:
+    def report(self, how: str = "run the same command again") -> None:
         """Print the one line."""
-        if not self.told:
-            self.told = True
+        if not self.reported:
+            self.reported = True
             with contextlib.suppress(OSError):
                 os.write(self.stderr, f"millrace: stopped; nothing half-done is visible; {how}\n".encode())
 
     def leave(self) -> None:
         """End the process, without waiting for its threads and without a further word."""
-        self.tell()
+        self.report()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         self._end_after(LEAVING)
@@ -80,7 +80,7 @@ class Interrupt:
         watch.start()
 
     def _end(self) -> None:
-        self.tell()
+        self.report()
         os._exit(STOPPED)
 
 

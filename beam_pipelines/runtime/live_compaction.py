@@ -1,4 +1,4 @@
-"""Compaction beside a live job: a process of its own, which takes no time from the answers."""
+"""Compaction beside a live job: a process of its own, which does not delay the feature rows."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
         "Segments": (),
         "History": ("Spread", "Summarise", "Gather", "Merge", "Remove"),
     }
-    routed = ("Slices", "Spread", "Route", "Gather", "Compute", "Letters", "Tallies")
+    routed = ("Slices", "Spread", "Route", "Gather", "Compute", "DeadLetters", "Tallies")
     return {
         "Blocks": (),
         **(history if work.chains else {}),
@@ -128,7 +128,7 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
     elif _rows(block) > limit:
         why = f"its slices hold {many(_rows(block), 'row')}, more than {limit:,}"
     else:
-        why = "asked for (--key_shards)"
+        why = "requested (--key_shards)"
     yield (
         f"key shards {shards} per block{some}: {why}; "
         "rows wait on local disk, and one shard of one key is in memory at a time"

@@ -38,7 +38,7 @@ PROPERTIES = {
     # Replayed rows carry old times: by them they would be deleted at once, or rolled into a file a week.
     "log.retention.ms": "-1",
     "log.roll.ms": str(2**62),
-    # A missing topic is a mistake to be told of.
+    # A missing topic is a mistake, and an error.
     "auto.create.topics.enable": "false",
     "group.initial.rebalance.delay.ms": "0",
     "log.index.size.max.bytes": str(1 << 20),
@@ -125,7 +125,7 @@ class Broker(Service):
 
     def delete(self, until: Mapping[tuple[str, int], int]) -> None:
         """Delete the records before an offset of each (topic, partition), as retention does in time."""
-        admin = self.admin()  # an answer comes only while it lives
+        admin = self.admin()  # results arrive only while it exists
         gone = [TopicPartition(topic, number, offset) for (topic, number), offset in until.items()]
         for done in admin.delete_records(gone, operation_timeout=30).values():
             done.result(30)

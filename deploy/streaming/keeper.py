@@ -1,4 +1,4 @@
-"""Runs one command and ends it, with all it started, when whoever asked for it is gone.
+"""Runs one command and ends it, with all it started, when the process that started it is gone.
 
     python -I -S keeper.py GRACE LOG COMMAND...
 
@@ -59,11 +59,11 @@ def main(grace: str, log: str, *command: str) -> int:
         )
     print(child.pid, flush=True)
     sys.stdout.close()
-    asked = False
-    while not asked and not ended(child.pid):
+    stopped = False
+    while not stopped and not ended(child.pid):
         readable, _, _ = select.select([0, stopping], [], [])
-        asked = 0 in readable or signal.SIGTERM in os.read(stopping, 64)
-    if asked:
+        stopped = 0 in readable or signal.SIGTERM in os.read(stopping, 64)
+    if stopped:
         signal_group(child.pid, signal.SIGTERM)
         signal_group(child.pid, signal.SIGCONT)  # a stopped process hears nothing
         deadline = time.monotonic() + float(grace)

@@ -97,7 +97,7 @@ class Child:
         self._close()
 
     def stop(self) -> int:
-        """Ask it to end, end it after `grace` seconds; its exit status.  Does nothing when it has ended."""
+        """Sends SIGTERM, kills it after `grace` seconds, and returns its exit status.  Does nothing if it has ended."""
         self._close()
         return self._keeper.wait()
 
@@ -107,7 +107,7 @@ class Child:
             self._keeper.stdin.close()
 
     def output(self) -> str:
-        """What it has said."""
+        """Its output so far."""
         with open(self.log, "rb") as file:
             file.seek(self.began)
             return file.read().decode(errors="replace")
@@ -125,7 +125,7 @@ class Child:
                 tail = " | ".join(self.output().strip().splitlines()[-5:])
                 raise StartError(f"{name} keeps running", f"exit status {self.wait()}: {tail}", f"See {self.log}")
             if time.monotonic() > deadline:
-                raise StartError(f"{name} is ready within {within:g} s", "no answer", f"See {self.log}")
+                raise StartError(f"{name} is ready within {within:g} s", "it is not", f"See {self.log}")
             time.sleep(0.05)
 
     def __enter__(self) -> Self:
@@ -151,7 +151,7 @@ class Service:
         self.folder = Path(folder)
         self.log = self.folder / f"{self.name}.log"
         self.child: Child | None = None
-        self.settled = False  # once somebody may have been told its ports, they stay
+        self.kept = False  # once its ports may be in use elsewhere, they stay
         self._choose_ports()
 
     def command(self) -> Sequence[str]:
@@ -179,12 +179,12 @@ class Service:
         for tries in range(3):
             try:
                 self.child.await_ready(self.ready, self.within)
-                self.settled = True
+                self.kept = True
                 return
             except StartError:
                 taken = any(word in self.child.output() for word in TAKEN)
                 self.child.stop()
-                if tries == 2 or not taken or self.settled:
+                if tries == 2 or not taken or self.kept:
                     raise
                 self._choose_ports()
                 self.launch()

@@ -32,14 +32,14 @@ POM = Path(__file__).with_name("pom.xml")
 PROFILES = ("broker", "expansion")
 PRISM = "v2.77.0"
 BEAM_MODULE = "github.com/apache/beam/sdks/v2"
-# Where Prism listens: file in the module, what it says, and what it should say.
+# Where Prism listens: file in the module, its text, and the text to put there.
 LISTENS = "go/pkg/beam/runners/prism/internal/jobservices/server.go"
 EVERYWHERE, ON_LOOPBACK = (
     'net.Listen("tcp", fmt.Sprintf(":%d", port))',
     'net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))',
 )
 LOOPBACK_EXPANSION = Path(__file__).with_name("LoopbackExpansion.java")
-# A program, what shows that it works (macOS has a java that only says it is missing), and the way to get it.
+# A program, what shows that it works (macOS has a java that only reports that it is missing), and the way to get it.
 NEEDED = {
     "java": ("-version", "Java 17: apt-get install openjdk-17-jre-headless (or brew install openjdk@17)"),
     "mvn": ("-version", "Maven: apt-get install maven (or brew install maven)"),
@@ -182,8 +182,8 @@ def _get(what: str, through: str, command: Sequence[str], env: Mapping[str, str]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        wrong = "".join(f"\n  {line}" for line in ([line for line in said if "ERROR" in line] or said)[:6])
+        output = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        wrong = "".join(f"\n  {line}" for line in ([line for line in output if "ERROR" in line] or output)[:6])
         raise MissingTool(f"{through} gets {what}", wrong, f"Run it to see: {shlex.join(command)}")
     log.info("got %s in %.0f s", what, time.perf_counter() - began)
     return done.stdout
@@ -191,7 +191,7 @@ def _get(what: str, through: str, command: Sequence[str], env: Mapping[str, str]
 
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
-    """One process at a time; the kernel lets go when it ends."""
+    """One process at a time; the kernel releases the lock when it ends."""
     with open(cache() / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

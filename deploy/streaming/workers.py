@@ -1,4 +1,4 @@
-"""A pool that starts a Python worker process whenever a runner asks for one: the way Flink runs Python without Docker.
+"""A pool that starts a Python worker process whenever a runner requests one: the way Flink runs Python without Docker.
 
     with WorkerPool(folder) as pool:
         beam.Pipeline(options=PipelineOptions([*prism.options, *pool.options]))

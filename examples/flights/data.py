@@ -6,7 +6,7 @@ writes `<store>/sources/<source>/<month>.parquet` (dimensions: one file), each s
 
 | source | one row per | known at |
 |---|---|---|
-| schedule | scheduled flight, cancelled ones too | asked_at = due_at − 2 h: the moment the question is asked |
+| schedule | scheduled flight, cancelled ones too | asked_at = due_at − 2 h: the time of the prediction |
 | departures | flight that left | departed_at = due_at + dep_delay |
 | arrivals | flight that reached its destination | arrived_at = scheduled arrival + arr_delay |
 | weather | airport and hour | observed_at = end of the hour |

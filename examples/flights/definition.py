@@ -1,4 +1,4 @@
-"""Will a flight from New York leave more than 15 minutes late?  Asked two hours before it is due."""
+"""Will a flight from New York leave more than 15 minutes late?  Predicted two hours before it is due."""
 
 import polars as pl
 
@@ -78,7 +78,7 @@ view = FeatureView(
         ),
         # Where the aircraft is: its last planned, actual departure and arrival, and the time left to fly there and
         # back, or back. Under 24 h before the flight is due, as minutes_since needs: 23 h between two plans, 21 h
-        # before the question.
+        # before the prediction.
         Latest(schedule, by="tailnum", columns=("due_minute", "block"), max_age="23h", name="planned"),
         Latest(departures, by="tailnum", columns=("dep_delay", "departed_minute", "block"), max_age="21h", name="left"),
         Latest(arrivals, by="tailnum", columns=("arr_delay", "arrived_minute", "block"), max_age="21h", name="landed"),

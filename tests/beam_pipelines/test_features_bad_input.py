@@ -344,7 +344,7 @@ def test_an_expression_that_fails_on_a_row_is_named_and_nothing_is_committed(tmp
     )
     kind, message = refused(tmp_path)
     assert kind is DataError
-    assert "Derived(hour, size) has an answer for every row" in message
+    assert "Derived(hour, size) has a value for every row" in message
     assert "Compute" in message
 
 
@@ -447,7 +447,7 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
     cases += [
         (["--definition", good, "--store", str(tmp_path)], "declared column 'price'", 3),
         (["--definition", good, "--store", str(tmp_path / "nowhere")], "has Parquet files", 3),
-        (["--definition", str(failing), "--store", str(tmp_path / "failing")], "has an answer for every row", 3),
+        (["--definition", str(failing), "--store", str(tmp_path / "failing")], "has a value for every row", 3),
         (["--definition", good, "--store", str(tmp_path / "blocked")], "can be", 4),
         (["--definition", "no_such_module", "--store", str(tmp_path)], "No module 'no_such_module' here", 2),
         (["--definition", good, "--store", str(tmp_path), "--strat", "2024-03-01"], "did you mean --start?", 2),

@@ -30,7 +30,7 @@ def test_readme_links_to_every_page(page: str) -> None:
 def test_the_glossary_translates_every_column_of_ours_with_underscores() -> None:
     schemas = (
         live.ORIGIN,
-        live.ANSWER,
+        live.LIVE_COLUMNS,
         live.SEEN,
         dead_letters.LIVE_DEAD_LETTERS,
         dead_letters.DEAD_LETTERS,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
 from schemas import Gates
-from schemas.models import JUDGED
+from schemas.models import METRICS_OF
 from transforms.evaluation.evaluate import Report, Slice, Tallying, as_json, report, tally
 from transforms.evaluation.gates import Verdict, verdicts
 from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total
@@ -111,7 +111,7 @@ def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, pos
     found = metrics("multi:softprob", total(parts))
     assert found == metrics("multi:softprob", MetricTally.of("multi:softprob", label, score))
     expected = theirs_of_several(label, score)
-    assert list(found) == list(JUDGED["multi:softprob"]) == list(expected)
+    assert list(found) == list(METRICS_OF["multi:softprob"]) == list(expected)
     for name, value in expected.items():
         assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
     if len(set(label.tolist())) == 3:
@@ -259,7 +259,7 @@ def test_a_slice_of_one_row_and_no_rows_at_all() -> None:
     assert one.metrics["auc"] is None
     assert [each.rows for each in one.slices] == [1, 1]
     none = report("binary:logistic", tally(batch(0, 3), "binary:logistic", SLICES))
-    assert none == Report(0, dict.fromkeys(JUDGED["binary:logistic"]))
+    assert none == Report(0, dict.fromkeys(METRICS_OF["binary:logistic"]))
 
 
 def judged(gates: Gates, whole: float | None, part: float | None, rows: int = 1000) -> list[Verdict]:

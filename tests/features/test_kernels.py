@@ -315,5 +315,5 @@ def test_times_before_1970_and_far_ahead_are_times() -> None:
     ],
 )
 def test_an_expression_that_fails_on_a_row_is_named(feature: Any) -> None:
-    with pytest.raises(DataError, match=r"(Derived\(n\)|where of 'odd') has an answer for every row.*strict=False"):
+    with pytest.raises(DataError, match=r"(Derived\(n\)|where of 'odd') has a value for every row.*strict=False"):
         answers(feature, ask(at(1)), events=happenings((at(0), 1.0)))

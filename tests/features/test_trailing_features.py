@@ -216,7 +216,7 @@ def pairs(rows: pa.RecordBatch) -> Iterator[tuple[date, int]]:
 def test_files_that_do_not_answer_every_question_are_not_committed() -> None:
     written = [(DataFile("a", DAYS[0], 3, 1), {"date": "2020-01-01"})]
     assert conserve(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
-    with pytest.raises(DataError, match=r"3 answers to 4 questions.*Nothing was committed"):
+    with pytest.raises(DataError, match=r"3 feature rows of 4 spine rows.*Nothing was committed"):
         conserve(written, {"q": SourceTally("q", 4, 4)}, "q")
     with pytest.raises(DataError, match="Rows are conserved"):
         conserve(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")

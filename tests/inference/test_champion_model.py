@@ -216,7 +216,7 @@ def test_altered_files_are_refused_once_and_taken_when_they_are_restored(
     ("number", "changes", "rule"),
     [
         (10, {"fingerprint": "0123456789abcdef"}, "A model scores the features it was trained on"),
-        (11, {"classes": 3}, "A booster gives the scores that its manifest says"),
+        (11, {"classes": 3}, "A booster gives the scores that its manifest declares"),
         (12, {"view": "another"}, "A model scores the features it was trained on"),
     ],
 )
@@ -262,13 +262,13 @@ def test_a_registry_that_goes_away_is_told_of_once_and_missed_by_nobody(
             champion.look()
         assert champion.current.version == "1"
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "version 1 serves on while the registry is asked again" in caplog.text
+        assert "version 1 continues to serve while the registry is tried again" in caplog.text
     finally:
         os.rename(f"{path}.away", path)
     shop.promote("3")
     champion.look()
     assert champion.current.version == "3"
-    assert "the registry answers again" in caplog.text
+    assert "the registry can be reached again" in caplog.text
     assert not champion.refused
 
 

@@ -256,8 +256,8 @@ def shared(built: House) -> House:
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"key": b"0123456789abcdef:1"}, "an answer is of fingerprint"),
-        ({"key": None}, "an answer is of fingerprint"),
+        ({"key": b"0123456789abcdef:1"}, "a feature row has fingerprint"),
+        ({"key": None}, "a feature row has fingerprint"),
         ({"value": b""}, "Arrow IPC stream"),
         ({"value": b'{"id": 1}'}, "Arrow IPC stream"),
         ({"value": b"\xff\xff\xff\xff\x10\x00\x00\x00 nonsense"}, ""),
@@ -380,7 +380,7 @@ def test_parity_scores_again_what_was_predicted(
     assert f"predictions: {ROWS:,} by version 1; 0 differ, 0 doubled, 0 of no answer" in capsys.readouterr().out
     alter(house, lambda rows: rows.with_columns(_nudged(rows)))
     assert guard(parity.main)([*command, "again"]) == 5
-    assert "Live predictions are a batch job's" in capsys.readouterr().err
+    assert "Live predictions equal a batch job's" in capsys.readouterr().err
 
 
 def test_without_a_champion_the_job_does_not_start(

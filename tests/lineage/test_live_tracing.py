@@ -87,7 +87,7 @@ def test_a_live_prediction_leads_to_its_model_its_answer_and_its_sources(traced:
     assert "by run scores" in out
     assert "version 1 of orders in the registry of the store" in out
     assert "trained by run" in out
-    assert f"of the answer at orders.features: partition 0, offset {row['__offset']}" in out
+    assert f"of the feature row at orders.features: partition 0, offset {row['__offset']}" in out
     assert f"row_id {row['row_id']}" in out
     assert days_in(out) == visible(traced, answer_of(traced, 1700))
     assert trace([*flags, "--live"]) == 0

@@ -15,7 +15,7 @@ import xgboost
 
 from schemas import Model, Search
 from schemas.errors import DataError, DefinitionError
-from schemas.models import JUDGED, OBJECTIVES
+from schemas.models import METRICS_OF, OBJECTIVES
 from schemas.splits import LABEL
 from tests.support.training_case import examples, model, study
 from transforms.evaluation.metrics import MetricTally, metrics
@@ -91,7 +91,7 @@ def test_the_iterator_trains_what_whole_arrays_train(
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_metric_that_does_not_judge_the_objective_is_refused(objective: str) -> None:
-    for metric in {name for names in JUDGED.values() for name in names} - set(OBJECTIVES[objective]):
+    for metric in {name for names in METRICS_OF.values() for name in names} - set(OBJECTIVES[objective]):
         with pytest.raises(DefinitionError, match=f"{objective} is judged by {', '.join(OBJECTIVES[objective])}"):
             model(objective, metric)
 

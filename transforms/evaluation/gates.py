@@ -168,7 +168,7 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
     if ours is None or theirs is None:
         return _not_judged(gate, rival, f"{metric} is undefined on these rows")
     if report.rows < LEAST_ROWS:
-        return _not_judged(gate, rival, f"{report.rows} test rows, of fewer than {LEAST_ROWS} chance cannot be told")
+        return _not_judged(gate, rival, f"{report.rows} test rows, fewer than the {LEAST_ROWS} that rule out chance")
     sign = 1 if metric in RISING else -1
     better = sign * (ours - theirs)
     reason = f"{ours:.4f} against {theirs:.4f} of version {rival.version}, better by {better:+.4f}"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.models import JUDGED
+from schemas.models import METRICS_OF
 from transforms.records.exact_sums import Bins, Floats, exact_sum, ratio
 
 SCORE_BINS = 1 << 18
@@ -88,7 +88,7 @@ class MetricTally:
 
 def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[str, float | None]:
     """The objective's metrics as scikit-learn defines them; None where undefined (no rows, one class)."""
-    names = JUDGED[objective]
+    names = METRICS_OF[objective]
     if not tally.rows:
         return dict.fromkeys(names)
     if objective == "binary:logistic" and tally.bins is not None:

@@ -18,7 +18,7 @@ from transforms.sources.reader import Read, ReadOptions, locate, read_slices, st
 from transforms.sources.tallies import AS_EVENTS, SourceTally
 
 ONE_ROW = "one key has one row (the smallest was kept)"
-ONE_QUESTION = "one key asks one question at one time (the smallest row was kept)"
+ONE_SPINE_ROW = "one key asks one question at one time (the smallest row was kept)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def joined(reads: Iterable[Read]) -> Read:
 def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: Read) -> BlockInput:
     """The spine rows in `read` without repeats. Contradictory rows become dead letters."""
     spine, conflicts = distinct(read.frame, (view.time, *view.key))
-    conflicting = locate(plan.spine, block.spine, conflicts, view.key, ONE_QUESTION)
+    conflicting = locate(plan.spine, block.spine, conflicts, view.key, ONE_SPINE_ROW)
     dead_letters = concat_dead_letters([read.dead_letters, conflicting])
     total = len(read.frame) + len(read.dead_letters)
     tally = SourceTally(

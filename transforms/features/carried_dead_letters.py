@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from schemas.durations import DAY
 from schemas.views import FeatureView
-from transforms.features.block_inputs import ONE_QUESTION, distinct, joined, read_dimension
+from transforms.features.block_inputs import ONE_SPINE_ROW, distinct, joined, read_dimension
 from transforms.features.manifest import Manifest
 from transforms.features.plan import FeaturePlan, size, within_sight
 from transforms.features.routed_dimensions import account
@@ -153,13 +153,13 @@ def _conflicts(state: Carrying, dropped: pl.DataFrame, changed: Sequence[str]) -
     view, spine = state.view, state.inventory.spine
     slices = state.inventory.slices[view.spine.name]
     parts = []
-    for (day,) in dropped.filter(pl.col("rule") == ONE_QUESTION).select("date").unique().iter_rows():
+    for (day,) in dropped.filter(pl.col("rule") == ONE_SPINE_ROW).select("date").unique().iter_rows():
         low, high = midnight(day), midnight(day) + DAY
         near = [each for each in slices if each.low < high and each.high >= low]
         _, conflicts = distinct(
             joined(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
         )
-        parts.append(locate(spine, near, conflicts, view.key, ONE_QUESTION))
+        parts.append(locate(spine, near, conflicts, view.key, ONE_SPINE_ROW))
     return concat_dead_letters(parts).filter(pl.col("file").is_in(list(changed)))
 
 

@@ -291,11 +291,11 @@ def _alike(
         return None
     if any(name not in declared or str(declared[name]) != dtype for name, dtype in columns):
         return None
-    judged = tuple(name for name, _ in columns if name not in ordering)
-    others = sorted({*judged} ^ {*contract.columns})
+    checked = tuple(name for name, _ in columns if name not in ordering)
+    others = sorted({*checked} ^ {*contract.columns})
     floats = [name for name in others if declared[name].is_float()]
     read = [name for name in others if declared[name] == pl.String or declared[name].is_temporal()]
-    then = dataclasses.replace(contract, columns=judged, ordering=tuple(ordering))
+    then = dataclasses.replace(contract, columns=checked, ordering=tuple(ordering))
     return then if finite(slices, contract.source, floats) and keep_rules(contract, slices, read) else None
 
 

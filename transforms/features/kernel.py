@@ -176,7 +176,7 @@ def computing(what: str) -> Iterator[None]:
         yield
     except pl.exceptions.PolarsError as error:
         raise DataError(
-            f"{what} has an answer for every row",
+            f"{what} has a value for every row",
             str(error).splitlines()[0],
             "Let what does not fit be null, as in cast(…, strict=False)",
         ) from None

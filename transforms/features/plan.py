@@ -302,7 +302,7 @@ def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0
     """About how many rows of `slices` lie in `[low, high)` µs, taken to spread evenly over their row groups.
 
     Args:
-        unknown: the share to take of row groups whose files do not tell their times.
+        unknown: the share to take of row groups whose times are not in the footer.
     """
     total = 0.0
     for each in slices:

@@ -143,7 +143,7 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     view = request.view
     inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
     base = None if table is None else int(table.version())
-    # A run over some days keeps what is known of the others, even when it computes its own days from nothing.
+    # A run over some days keeps the record of the others, even if it computes its own days anew.
     # Without any spine row left, `--full` too goes by the days of the table: their rows are to be removed.
     empty = inventory.extent[0] >= inventory.extent[1]
     anew = request.full and not request.bounded and not empty

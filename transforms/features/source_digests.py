@@ -229,7 +229,7 @@ def _signed(value: tuple[int, int]) -> tuple[int, int]:
 def history_digest(
     sources: Sequence[str], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], until: int
 ) -> int:
-    """Digest of everything known of `sources` before `until` (µs, a midnight)."""
+    """Digest of all rows of `sources` that were known before `until` (µs, a midnight)."""
     day = day_number(until)
     parts = [
         f"{name} {each} {value}"

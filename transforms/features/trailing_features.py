@@ -78,7 +78,7 @@ class TrailingFeatures(beam.PTransform):
         routed.dead_letters.element_type = pa.RecordBatch
         return (
             features,
-            (dead_letters, routed.dead_letters) | "Letters" >> beam.Flatten(),
+            (dead_letters, routed.dead_letters) | "DeadLetters" >> beam.Flatten(),
             (tallies, routed.tallies) | "Tallies" >> beam.Flatten(),
         )
 

@@ -118,7 +118,7 @@ def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, st
 def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:
     if left.dtype == pl.String:
         shared = pl.Categorical(pl.Categories.random())
-        # Both live until both have codes: Polars forgets the categories with the last column that uses them.
+        # Both are kept until both have codes: Polars drops the categories with the last column that uses them.
         pair = right.cast(shared), left.cast(shared)
         right, left = (side.to_physical() for side in pair)
     else:

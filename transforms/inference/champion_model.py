@@ -96,7 +96,7 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
         fix = (
             f"Train again with: {train}; or restore the definition it was trained with. "
             "If it is the same, a newer Millrace computes some of its features differently "
-            "(CHANGELOG.md says which): train again"
+            "(see CHANGELOG.md): train again"
         )
         raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
     known = {field.name: str(field.type) for field in view.output_schema}
@@ -198,7 +198,10 @@ class Champion:
             return
         if self._trouble:
             log.warning(
-                "the registry answers again: version %s has the alias %r of %r", version, serving.alias, serving.model
+                "the registry can be reached again: version %s has the alias %r of %r",
+                version,
+                serving.alias,
+                serving.model,
             )
             self._trouble = ""
         if self._current is not None and version == self._current.version:
@@ -271,7 +274,7 @@ class Champion:
         if str(error) != self._trouble:
             self._trouble = str(error)
             serving = "the version of the launch" if self._current is None else f"version {self._current.version}"
-            log.warning("%s serves on while the registry is asked again: %s", serving, error)
+            log.warning("%s continues to serve while the registry is tried again: %s", serving, error)
 
 
 _open: weakref.WeakSet[Champion] = weakref.WeakSet()

@@ -115,11 +115,11 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
     found_fingerprint = (message.key or b"").split(b":")[0].decode("utf-8", "replace")
     if found_fingerprint != view.fingerprint:
         raise ValueError(
-            f"an answer is of fingerprint {view.fingerprint} (view {view.name}), "
-            f"its key says {found_fingerprint[:40]!r}"
+            f"a feature row has fingerprint {view.fingerprint} (view {view.name}), "
+            f"its message has the key {found_fingerprint[:40]!r}"
         )
     if message.value[:4] != _ARROW:
-        raise ValueError("a message of answers is an Arrow IPC stream")
+        raise ValueError("a message of feature rows is an Arrow IPC stream")
     wanted = [
         field for field in live_schema(view) if field.name in scorable(view).names and field.name not in ORIGIN.names
     ]
@@ -128,7 +128,7 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
         for field in wanted:
             found = schema.field(field.name).type if field.name in schema.names else "missing"
             if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
-                raise ValueError(f"an answer's column {field.name!r} is {field.type}, this one's {found}")
+                raise ValueError(f"column {field.name!r} of a feature row is {field.type}, this one's {found}")
 
     table = read_arrow(message.value, {field.name for field in wanted}, check, limits)
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
@@ -155,7 +155,7 @@ def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int
         column = rows[name]
         if column.null_count:
             for position in column.is_null().to_numpy().nonzero()[0].tolist():
-                broken.setdefault(position, (name, "an answer names its question"))
+                broken.setdefault(position, (name, "a feature row has the key and time of its spine row"))
     if not broken:
         return rows, []
     kept = pa.array([position not in broken for position in range(len(rows))])
@@ -212,8 +212,8 @@ class DecodeFeatureRows(beam.DoFn):
 
     def _batch(self) -> pa.RecordBatch:
         messages, self.messages, self.expanded = self.messages, [], 0
-        with self.guard.decoding(messages) as judged:
-            return to_score(self.view, judged, self.by_row, self.limits)
+        with self.guard.decoding(messages) as checked:
+            return to_score(self.view, checked, self.by_row, self.limits)
 
 
 def decode_alone(view: FeatureView, limits: MessageLimits, message: Message) -> None:

@@ -133,7 +133,7 @@ class LiveInferencePlan:
         """Whether no message follows the ends, as one does after a restart of the features job."""
         try:
             left = unread(self.broker, {self.request.topic: due})[self.request.topic]
-        except StoreError:  # the next call asks the broker again
+        except StoreError:  # the next call tries the broker again
             return False
         return all(number in due and not count for number, count in left.items())
 

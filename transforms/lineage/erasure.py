@@ -412,7 +412,7 @@ _REMOVED = {
 def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.DataFrame) -> pl.Series:
     """Whether each feature row could see one of the erased rows: of the same key, within the window's length.
 
-    A row for which that cannot be told, because the table lacks a key's column, counts as one that could.
+    A row of a table that lacks a column of the key counts as one that could.
     """
     seen = pl.Series(np.zeros(len(rows), np.bool_))
     moment = rows[view.time].to_physical()

@@ -20,7 +20,7 @@ from transforms.streaming.row_origin import cut_of
 
 @dataclasses.dataclass(frozen=True)
 class Visible:
-    """What a live answer could see of one source.
+    """What a live feature row could see of one source.
 
     Args:
         table: where its accepted rows are; None if they are not in this store.
@@ -44,7 +44,7 @@ class Looked:
 
 
 def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Visible]:
-    """What the answer `row` of the live feature table could see, its question's source first."""
+    """What the feature row `row` of the live feature table could see; the spine is first."""
     cut = cut_of(row["__cut"])
     at = int(pl.Series([row[view.time]]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
     result = []
@@ -62,7 +62,7 @@ def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Vi
 
 
 def looked_up(store: str, row: Mapping[str, Any]) -> list[Looked]:
-    """The dimensions that the answer used."""
+    """The dimensions that the feature row used."""
     result = []
     for name, version in json.loads(row["__dimensions"] or "{}").items():
         path = FileSystems.join(store, "dimensions", name, f"{version}.arrow")

@@ -104,7 +104,7 @@ def _folders(store: str) -> list[TableSummary]:
 
 @dataclasses.dataclass(frozen=True)
 class VisibleSource:
-    """What a question could see of one source.
+    """What a spine row could see of one source.
 
     Args:
         days: [(day since 1970, rows, digest)], of a dimension none.
@@ -272,7 +272,7 @@ def find_prediction(
 
 
 def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:
-    """What the commit of these rows says of itself; empty if the log no longer tells.
+    """The metadata of the commit of these rows; empty if the log does not have it any more.
 
     Rows that were copied into a file of another run belong to the commit of the file that they come from.
     """

@@ -48,7 +48,7 @@ class VisibleRows:
 
 
 def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> VisibleRows:
-    """A source's rows that questions of `[first, last]` can reach, placed among the cuts."""
+    """The rows of a source that spine rows of `[first, last]` can reach, each with the cuts that show it."""
     source = view.events[name]
     back = None if name in lifetime_sources(view) else first - timedelta(days=days_in(view.reach(name)) + 1)
     extra = ["__counted", "__instead"] if repeats_by(view, name) else []

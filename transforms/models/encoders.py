@@ -47,7 +47,7 @@ class Encoding:
         type: its Arrow type.
         encoder: the declared encoder; None passes a number through.
         state: the fitted state, as JSON values.  For integers beyond 2^24, `base` is an integer that is subtracted
-            before the conversion to a float, or `whole` says that boundaries are integers.  `columns` is the number of
+            before the conversion to a float, or `whole` if boundaries are integers.  `columns` is the number of
             float32 columns whose sum is a value that is passed through or imputed.
     """
 
@@ -119,7 +119,7 @@ class Encoding:
             _warned.add(self.input)
             log.warning(
                 "input %r has %d values in this batch, such as %d, so far outside the training split's that float32 "
-                "merges neighbours: no tree was trained to tell them apart",
+                "merges neighbours: no tree was trained to separate them",
                 self.input,
                 lost.size,
                 int(whole[lost[0]]),

@@ -195,7 +195,7 @@ class Registry:
                 )
             if (found := versions.get(str(version))) is None:
                 raise StoreError(
-                    f"Model {name!r} has the version asked for",
+                    f"Model {name!r} has the version named",
                     repr(str(version)),
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
@@ -336,7 +336,9 @@ class Registry:
             text = (str(error).splitlines() or [type(error).__name__])[0][:300]
             value = f"{shown(self.uri)}: {shown(text)}"
             raise StoreError(
-                "The model registry answers", value, "Start it or correct --registry, then run the same command again"
+                "The model registry can be reached",
+                value,
+                "Start it or correct --registry, then run the same command again",
             ) from None
 
     def run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
@@ -455,7 +457,7 @@ _MLFLOW_TYPES = {
 
 
 def _mlflow() -> Any:
-    """MLflow, without its telemetry and hints, and with a short wait for a server that does not answer."""
+    """MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
     settings = {
         "DISABLE_TELEMETRY": "true",
         "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -518,7 +520,7 @@ def _require_database(uri: str) -> None:
     """Connect once to a database that is not SQLite, where MLflow would try for minutes.
 
     Raises:
-        SQLAlchemyError, ModuleNotFoundError: it does not answer, or its driver is not installed.
+        SQLAlchemyError, ModuleNotFoundError: it does not respond, or its driver is not installed.
     """
     if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
         return

@@ -104,7 +104,9 @@ def _predict(scorer: Scorer, matrix: Scores) -> Scores:
     found = scorer.booster.inplace_predict(matrix).reshape(len(matrix), -1)
     if found.shape[1] != scorer.bundle.classes:
         value = f"{found.shape[1]} scores a row, {scorer.bundle.classes} in the manifest"
-        raise MismatchError("A booster gives the scores that its manifest says", value, "Train and register it again")
+        raise MismatchError(
+            "A booster gives the scores that its manifest declares", value, "Train and register it again"
+        )
     return found
 
 

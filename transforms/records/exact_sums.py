@@ -102,7 +102,7 @@ def root(value: Fraction) -> float:
     shift = max(0, 132 - value.numerator.bit_length() + value.denominator.bit_length()) & ~1
     scaled, rest = divmod(value.numerator << shift, value.denominator)
     found = math.isqrt(scaled)
-    # The last of some 65 bits says that there is more, so that rounding to 53 is rounding the root.
+    # The last of some 65 bits is set if there is a remainder, so that rounding to 53 bits rounds the root.
     inexact = bool(rest) or found * found != scaled
     return float(Fraction(found << 1 | inexact, 2 << shift // 2))
 
@@ -204,7 +204,7 @@ class Bins:
 
     @classmethod
     def of(cls, values: Floats, limit: int, weights: Counts | None = None) -> Bins:
-        """Bins of the values that are not NaN; `weights` int64 [rows, counters] counts each row as often as it says."""
+        """Bins of the values that are not NaN; `weights` int64 [rows, counters] counts each row so many times."""
         counters = np.ones((len(values), 1), np.int64) if weights is None else weights
         known = ~np.isnan(values)
         if not known.all():

@@ -73,7 +73,7 @@ def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
 def variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
     """Unbiased variance (n − 1) of windows of `n` ≥ 2 values, from the digits of Σx and Σx².
 
-    `extreme` gives the least (or largest) values of the windows it is asked for.
+    `extreme` gives the least (or largest) values of the windows that are passed to it.
     """
     count = n.astype(np.float64)
     sum_high, sum_low = pair(sums, len(n))

@@ -119,7 +119,7 @@ class Plot:
     """A chart with two axes.
 
     Args:
-        label: says in words what it shows.
+        label: what it shows, in words.
         ratio: of width to height.
     """
 
@@ -154,7 +154,7 @@ class Strip:
 
 
 class Key(NamedTuple):
-    """What a legend says of a mark: its class, and what it is."""
+    """An entry of a legend: the class of a mark, and its name."""
 
     kind: str
     name: str
@@ -224,7 +224,7 @@ def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: st
 
 
 def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Paths:
-    """Points of a strip, apart where they are many, in the colours `v0` … `v4` that `kinds` says (−1 is `none`)."""
+    """Points of a strip, apart where they are many, in the colours `v0` … `v4` given by `kinds` (−1 is `none`)."""
     positions = x.position(values)
     cells = np.floor(positions / SIDE * 90).astype(int)
     # In no order within a cell, lest the points draw lines; the same each time.

@@ -1,4 +1,4 @@
-"""The gates of a training run: those that failed first, those with nothing to judge by apart."""
+"""The gates of a training run: those that failed first, and apart those that could not be judged."""
 
 from __future__ import annotations
 

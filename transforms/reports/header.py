@@ -26,7 +26,7 @@ class Header:
         moment: when it was trained.
         value, span: of the metric over the test split, and its 95 % interval.
         examples: by split.
-        holding, judged, idle: gates that hold, all of them, and those with nothing to judge by.
+        holding, judged, idle: gates that hold, all of them, and those that could not be judged.
     """
 
     model: str

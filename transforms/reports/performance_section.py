@@ -198,8 +198,8 @@ def curves(content: Content) -> Curves | None:
     paths = charts.line(x, y, [0, 1], [share, share], "thin")
     paths += _curve(x, y, content["precision_recall"], rival.get("precision_recall"))
     if at and at["precision"] is not None and at["recall"] is not None:
-        said = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
-        paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [said])
+        text = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
+        paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [text])
     by_recall = Plot(f"Precision by recall, average precision {shown(precision)}", x, y, paths, "1")
     keys = (
         Key("first", "this model"),

@@ -1,4 +1,4 @@
-"""A training run's report: one HTML file that needs nothing else, made of what `training.json` says.
+"""A training run's report: one HTML file that needs nothing else, made from `training.json`.
 
 Each section is a module that gives what is shown as a dataclass, and a template in `templates/` that gives it its form.
 """
@@ -62,7 +62,7 @@ def render(content: Content, manifest: Content, points: Content | None = None) -
     """The report.
 
     Args:
-        content: what `training.json` says.
+        content: of `training.json`.
         manifest: of the model's bundle.
         points: the `Explanation` with single rows, as JSON values; None leaves its pictures out.
     """

@@ -1,4 +1,4 @@
-"""What a source promises, judged: whole files by their schema, single rows by rules.  Bad rows become dead letters."""
+"""Checks sources by their contract: files by their schema, single rows by rules.  Bad rows become dead letters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partitions:
-    """Columns of a Delta table that its log tells and a file may not hold.
+    """Columns of a Delta table that are in its log and may be missing in a file.
 
     Args:
         types: of the columns by which it is partitioned.
@@ -62,7 +62,7 @@ class Contract:
 
     Args:
         source: the source.
-        columns: those by which rows are judged.
+        columns: those by which rows are checked.
         required: columns that may not be null beside the time: a spine's key.
         now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
         partitions: columns of a Delta table that may not be in its files (see `inventory.survey`).
@@ -293,8 +293,8 @@ def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, p
     rule broken.
 
     Returns:
-        (rows that keep it, letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible time
-        in µs or null).
+        (rows that keep it, dead letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible
+        time in µs or null).
     """
     rules = contract.rules()
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]

@@ -1,4 +1,4 @@
-"""What a source is made of: its files, their row groups and times, and how to tell that a file has changed."""
+"""The files of a source, their row groups and times, and the stamps that show whether a file has changed."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
     """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
-    table, whose log says which files belong to a version."""
+    table, whose log lists the files of a version."""
 
     contract: Contract
     slices: Slices
@@ -474,7 +474,7 @@ class Inventory:
 
 
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
-    """The sources of `view` under `root`, from footers alone; `now` in µs judges stamps of the future.
+    """The sources of `view` under `root`, from footers alone; `now` (µs) is for the check of times in the future.
 
     The spine as a source of events is read under the very rules of the spine: a row is good or bad, not both.
 

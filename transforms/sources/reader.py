@@ -1,4 +1,4 @@
-"""Reads of sources, pruned to the columns, row groups and times that are needed; each row judged."""
+"""Reads sources, only the columns, row groups and times that are needed, and checks each row."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class ReadOptions:
 
     Args:
         low, high: only rows known in `[low, high)` µs.
-        own: `[from, to)` µs whose dead letters are wanted (None: all).  A letter without a plausible time belongs to
-            the first plausible time of its row group, so that exactly one of the runs or blocks that read the group
+        own: `[from, to)` µs whose dead letters are wanted (None: all).  A dead letter without a plausible time belongs
+            to the first plausible time of its row group, so that exactly one of the runs or blocks that read the group
             owns it.
         span: `[from, to)` µs whose rows, good or bad, are digested by day.
         numbered: add `__row`, the row's number in its file (of a single slice).
@@ -148,14 +148,14 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
 
 
 def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
-    """Rows of `slices` in declared types, not judged."""
+    """Rows of `slices` in declared types, not checked."""
     if not slices:
         return pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
     return _read_files(contract, [dataclasses.replace(each, stamp="") for each in slices])
 
 
 def _read_files(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
-    """Rows of `slices` in declared types, not judged, file after file.
+    """Rows of `slices` in declared types, not checked, file after file.
 
     Neighbouring files of one schema are converted at once: a conversion costs more than reading a small file does.
     """
@@ -236,7 +236,7 @@ def _whole(contract: Contract, path: str) -> Iterator[None]:
 
 def _complete(contract: Contract, path: str, found: int, rows: int) -> None:
     if found != rows:
-        error = ValueError(f"{found:,} rows where its footer says {rows:,}")
+        error = ValueError(f"{found:,} rows, and {rows:,} by its footer")
         raise not_whole(contract.source, path, error)
 
 
@@ -293,7 +293,8 @@ def _in_files(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
-    """Letters with source, file, row in the file, and a time: their own or that of their row group's first plausible
+    """Dead letters with source, file, row in the file, and a time: their own or that of their row group's first
+    plausible
     row."""
     slices = _in_files(slices)
     ends = np.cumsum([each.rows for each in slices])
@@ -326,7 +327,7 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     """The repeats among a source's rows.
 
     Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any
-    value repeats.  All of the source is read: a value may repeat one of any age, and footers do not tell which.
+    value repeats.  All of the source is read: a value may repeat one of any age, and footers do not show which.
     """
     source = contract.source
     unique = list(source.unique or ())
@@ -353,7 +354,7 @@ def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> 
 
 
 def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -> Iterator[pl.DataFrame]:
-    """Rows of `slices` in declared types, not judged, in pieces of at most `chunk` rows."""
+    """Rows of `slices` in declared types, not checked, in pieces of at most `chunk` rows."""
     held: list[Slice] = []
     rows = 0
     for each in _in_files(slices):

@@ -18,7 +18,7 @@ class SourceTally:
     """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
     The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the
-    `outside` rows are within reach of none. `digests` are the digests by day, where a block was asked to compute them.
+    `outside` rows are within reach of none. `digests` are the digests by day, where a block was to compute them.
     """
 
     source: str
@@ -61,11 +61,11 @@ def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str
         DataError: a row is missing or counted twice. Nothing is committed then.
     """
     lost = [tally for tally in tallies.values() if not tally.conserved]
-    answered = sum(file.rows for file in {file for file, _ in files})
-    if lost or answered != tallies.get(spine, SourceTally(spine)).used:
+    computed = sum(file.rows for file in {file for file, _ in files})
+    if lost or computed != tallies.get(spine, SourceTally(spine)).used:
         raise DataError(
-            "Rows are conserved: read = used + outside + repeated + dead, and every question is answered once",
-            f"{answered} answers to {tallies.get(spine, SourceTally(spine)).used} questions; "
+            "Rows are conserved: read = used + outside + repeated + dead, and every spine row is computed once",
+            f"{computed} feature rows of {tallies.get(spine, SourceTally(spine)).used} spine rows; "
             f"{lost or 'accounts balance'}",
             "Nothing was committed; a source may have changed while it was read: run the same command again",
         )

@@ -2,7 +2,7 @@
 
 A table of few rows a date has one partition per span of days instead of one per date.  The length of its spans is
 chosen when the table is made, from its rows, and kept in the table's properties; a table without the property has one
-partition per date.  Its files have a `date` column, their rows are sorted by it, and the footer says which rows are of
+partition per date.  Its files have a `date` column, their rows are sorted by it, and the footer lists which rows are of
 which date (`Segment`).  For readers each date is a `DataFile` of its own: a part of a file.
 """
 
@@ -98,16 +98,16 @@ def segments_of_days(days: npt.NDArray[np.int32]) -> list[Segment]:
 
 
 def with_segments(content: pa.Table, segments: Sequence[Segment]) -> pa.Table:
-    """`content`, whose footer will tell its segments."""
-    return content.replace_schema_metadata({_FOOTER: _told(segments)})
+    """`content`, with its segments for the footer."""
+    return content.replace_schema_metadata({_FOOTER: _as_bytes(segments)})
 
 
 def schema_with_segments(schema: pa.Schema, segments: Sequence[Segment]) -> pa.Schema:
-    """`schema`, with which a file tells its segments."""
-    return schema.with_metadata({**(schema.metadata or {}), _FOOTER: _told(segments)})
+    """`schema`, with the segments of a file in its metadata."""
+    return schema.with_metadata({**(schema.metadata or {}), _FOOTER: _as_bytes(segments)})
 
 
-def _told(segments: Sequence[Segment]) -> bytes:
+def _as_bytes(segments: Sequence[Segment]) -> bytes:
     return json.dumps([[each.day, each.rows, each.origin] for each in segments], separators=(",", ":")).encode()
 
 
@@ -119,8 +119,8 @@ def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path
     Raises:
         DataError: the file has other rows.
     """
-    if (told := sum(each.rows for each in segments)) != len(gone):
-        raise _other_rows(path, f"{told} rows by its footer, and {len(gone)} in it")
+    if (count := sum(each.rows for each in segments)) != len(gone):
+        raise _other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
     found, start = [], 0
     for each in segments:
         lost = int(gone[start : start + each.rows].sum())
@@ -148,12 +148,12 @@ def read_segments(path: str) -> tuple[Segment, ...]:
 @functools.lru_cache(100_000)
 def _segments(path: str, _changed: int, _bytes: int) -> tuple[Segment, ...]:
     require_regular(path)
-    told = (pq.read_metadata(path).metadata or {}).get(_FOOTER)
-    if told is None:  # another program has written the file again
+    stored = (pq.read_metadata(path).metadata or {}).get(_FOOTER)
+    if stored is None:  # another program has written the file again
         days = _day_numbers(pq.ParquetFile(path).read(["date"], use_threads=False))
         bounds = [0, *(np.flatnonzero(np.diff(days)) + 1), len(days)] if len(days) else []
         return tuple(Segment(int(days[low]), int(high - low)) for low, high in itertools.pairwise(bounds))
-    return tuple(Segment(int(day), int(rows), str(origin)) for day, rows, origin in json.loads(told))
+    return tuple(Segment(int(day), int(rows), str(origin)) for day, rows, origin in json.loads(stored))
 
 
 def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
@@ -163,8 +163,8 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
         StoreError: the file cannot be read.
         DataError: it has other rows.
     """
-    if (told := sum(each.rows for each in segments)) != rows:
-        raise _other_rows(path, f"{told} rows by its footer, and {rows} by the table's log")
+    if (count := sum(each.rows for each in segments)) != rows:
+        raise _other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
     try:
         require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
@@ -174,7 +174,7 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
 
 
 def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> None:
-    """Checks that the rows of a file have the dates that its footer tells.
+    """Checks that the rows of a file have the dates that its footer has.
 
     Raises:
         DataError: they have others.
@@ -243,7 +243,7 @@ def _decoded(
 
 
 def stats_of(segments: Sequence[Segment]) -> dict[str, object]:
-    """What the log says of a file with these segments: rows, and bounds of their dates."""
+    """The statistics in the log for a file with these segments: rows, and bounds of their dates."""
     days = [each.day for each in segments]
     return {
         "numRecords": sum(each.rows for each in segments),

@@ -1,4 +1,4 @@
-"""A Delta table's commits as its log tells them.
+"""The commits of a Delta table, read from its log.
 
 `DeltaTable.history` numbers commits from the handle's own version downwards, whatever came since: on a handle of an
 older version every number is wrong.  So the log is read here, commit by commit, newest first.
@@ -78,7 +78,7 @@ def versions(uri: str) -> list[int]:
 
 
 def commits(uri: str, version: int | None = None) -> Iterator[dict[str, Any]]:
-    """What each commit up to `version` (None: the newest) says of itself, with its `version`; newest first.
+    """The metadata of each commit up to `version` (None: the newest), with its `version`; newest first.
 
     Raises:
         StoreError: the log cannot be read.
@@ -89,7 +89,7 @@ def commits(uri: str, version: int | None = None) -> Iterator[dict[str, Any]]:
 
 
 def commit_at(uri: str, version: int) -> dict[str, Any]:
-    """What the commit says of itself."""
+    """The metadata of the commit."""
     info = next(_actions(uri, version, "commitInfo"), {})
     return {**info, "version": version}
 
@@ -117,7 +117,7 @@ def remaining(
 ) -> tuple[list[Any], tuple[date, ...] | None]:
     """What is left of a commit of `actions` over `dates`, where the table has the files `now` there.
 
-    A file's name tells its run and content, so those of an earlier launch of the same run may be there already.  Dates
+    A file's name has its run and content, so those of an earlier launch of the same run may be there already.  Dates
     that are as they should be are left alone; where only some files of a date are there, they are added as copies,
     since a commit cannot replace a file by itself.
     """
@@ -149,7 +149,7 @@ def _copied(uri: str, action: AddAction) -> AddAction:
 def conflict(
     uri: str, base: int | None, version: int, gone: Iterable[tuple[str, date]], new: Iterable[tuple[str, date]]
 ) -> ConflictError:
-    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name tells its
+    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name has its
     run."""
     gone, new = list(gone), list(new)
     names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path, _ in new}

@@ -50,7 +50,7 @@ _TYPES = {
     pa.timestamp("us", "UTC"): "timestamp",
 }
 READ_ROWS = 250_000
-# By default delta-rs forgets versions after 30 days: models name the version that they were trained on.
+# By default delta-rs drops versions after 30 days: models name the version that they were trained on.
 TABLE_CONFIGURATION = {"delta.enableExpiredLogCleanup": "false"}
 # A commit is attempted 20 times if other writers interfere. The waits between the attempts are at most 0.02, 0.04, … 2
 # s, and about 15 s in all on average.
@@ -169,7 +169,7 @@ def data_files(
         path = FileSystems.join(root, path_within(root, path))
         try:
             parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
-        except StoreError:  # whoever reads the file is told
+        except StoreError:  # reading the file reports it
             parts = [DataFile(path, low, rows, size, whole=rows, until=high)]
         files += [each for each in parts if (start is None or each.date >= start) and (end is None or each.date < end)]
     return sorted(files, key=lambda file: (file.date, file.path, file.start))
@@ -322,7 +322,7 @@ def _write_file(
         if not folders:  # Polars takes a folder of a partitioned table for a partition
             folders.append(date_spans.folder_of(date_spans.span_of(first, place.days), place.days))
     strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
-    # Bounds help readers to skip keys and times; of a day's floats they tell nothing and cost a tenth of the writing.
+    # Bounds help readers to skip keys and times; of a day's floats they are no help and cost a tenth of the writing.
     bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -391,7 +391,7 @@ class CommitTarget:
     Args:
         uri: the table.
         schema: its Arrow schema, partition columns included.
-        dates: every date this run answers for; rows of another date are refused.  None: all dates, the table is
+        dates: every date that this run replaces; rows of another date are refused.  None: all dates, the table is
             replaced.
         run_id: identifies the run in file names and in the log.
         base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
@@ -413,7 +413,7 @@ class CommitTarget:
     shared: tuple[date, ...] = ()
     compares: bool = False
 
-    def judged(self, contents: frozenset[tuple[str, date]]) -> frozenset[tuple[str, date]]:
+    def in_scope(self, contents: frozenset[tuple[str, date]]) -> frozenset[tuple[str, date]]:
         """Of what a table has of the target's dates (see `_contents`), what no other run may change."""
         return frozenset(each for each in contents if each[1] not in self.shared)
 
@@ -428,7 +428,7 @@ def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[Non
 
     Raises:
         CommittedMeanwhile: another writer committed, or created the table, since then.
-        StoreError: the store cannot be written. `fix` says what the user can do.
+        StoreError: the store cannot be written. `fix` is what the user can do.
     """
     try:
         yield
@@ -565,7 +565,7 @@ class _Replacement:
                 # A repeated transaction is accepted, so the log of this snapshot is searched before the commit.
                 if (made := commits_since(target.uri, target.run_id, target.base, table.version())) is not None:
                     return self._made_before(made)
-                before, now = target.judged(self.before), target.judged(_contents(table, target))
+                before, now = target.in_scope(self.before), target.in_scope(_contents(table, target))
                 if now != before and not (target.compares and self._has_same_rows(table, before ^ now)):
                     raise conflict(target.uri, target.base, table.version(), before - now, now - before)
             held, dates = _held(table, target), target.dates
@@ -576,7 +576,7 @@ class _Replacement:
             else:
                 layout = _Layout(target, table, held)
                 written = layout.arranged(self.files)
-                # A file's name tells its run and content: an earlier launch of the same run may have committed it.
+                # A file's name has its run and content: an earlier launch of the same run may have committed it.
                 wanted = {action.path: action for action in self._actions(written)}
                 added = [action for path, action in wanted.items() if path not in held]
                 removed = [held[path] for path in layout.replaced if path not in wanted]
@@ -817,7 +817,7 @@ def _contents(table: DeltaTable | None, target: CommitTarget) -> frozenset[tuple
         if mine is None or any(file.dates[0] <= day <= file.dates[1] for day in mine):
             try:
                 parts = _dates_in(FileSystems.join(root, path), file.bytes)
-            except StoreError:  # gone, which is a change; or spoiled, and whoever keeps rows of it is told
+            except StoreError:  # gone, which is a change; or spoiled, which whoever keeps rows of it reports
                 found.add((path, file.dates[0]))
                 continue
             found.update((part.origin or path, part.date) for part in parts if mine is None or part.date in mine)
@@ -852,6 +852,6 @@ def days_between(start: date, end: date) -> tuple[date, ...]:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """The error in one line; delta-rs tells causes in lines of their own, with arrows and colours."""
+    """The error in one line; delta-rs prints causes in lines of their own, with arrows and colours."""
     lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
     return ": ".join(filter(None, lines))[:300] or type(error).__name__

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apache_beam.io import filesystems
     from apache_beam.io.filesystem import MatchResult
 
-# Beam decompresses files with these suffixes unless it is told not to.
+# Beam decompresses files with these suffixes by default.
 _COMPRESSED = (".bz2", ".deflate", ".gz", ".lzma", ".xz", ".zst", ".zstd")
 
 
@@ -44,7 +44,7 @@ class FileSystems:
 
     @staticmethod
     def open(path: str, mime_type: str = "application/octet-stream", compression_type: str = "auto") -> BufferedIOBase:
-        """The file, to be read.  Files with a suffix such as `.gz` are decompressed unless told otherwise."""
+        """The file, to be read.  Files with a suffix such as `.gz` are decompressed by default."""
         if _is_local(path) and (compression_type == "uncompressed" or not path.lower().endswith(_COMPRESSED)):
             return open_regular(path)
         handle: BufferedIOBase = _beam().open(path, mime_type, compression_type)

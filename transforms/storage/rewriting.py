@@ -221,9 +221,10 @@ def purge(uri: str) -> int:
 
 
 def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
-    """Takes from the log what it tells of rows: statistics, predicates, and files of other partitions than dates.
+    """Removes from the log what it has of rows: statistics, predicates, and files of other partitions than dates.
 
-    Of a table whose files have several dates, it tells between which dates each lies, as paths do of other tables.
+    Of a table whose files have several dates, it keeps the first and last date of each file, as paths do for other
+    tables.
     """
     folder, dates = os.path.join(root, LOG), days_of(table) > 1
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
@@ -249,7 +250,7 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
 
 
 def _scrubbed(line: str, root: str, needed: set[str] | None, dates: bool) -> str | None:
-    """A line of the log without what it tells of rows; None: it is left out.
+    """A line of the log without what it has of rows; None: it is left out.
 
     Args:
         needed: files of the newest version; None for a table of Millrace.

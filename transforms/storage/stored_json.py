@@ -1,4 +1,5 @@
-"""JSON and other small files of a store, read as what somebody may have damaged: whatever they hold, one error says so.
+"""JSON and other small files of a store, which somebody may have damaged: whatever they hold, there is one error for
+it.
 
 A file that is kept in a store can be cut short, of another encoding, nested beyond Python's stack, or no file at all:
 a FIFO in its place would be waited for, and a device would never end.

@@ -54,7 +54,7 @@ def matching(pattern: str) -> list[str]:
 def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """The examples of one file, gzipped or not, as batches of `schema` with at most `rows` rows.
 
-    A feature the example leaves out is null; integers become booleans, dates and times as the schema says; features
+    A feature the example leaves out is null; integers become booleans, dates and times by the schema; features
     that the schema does not name are skipped.
 
     Raises:
@@ -69,7 +69,7 @@ def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Itera
         except (pa.ArrowInvalid, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [repr(error)])[0][:300]
             fix = "Write tf.Example with one value of the feature's type per row"
-            raise ContractError("A TFRecord file holds the examples asked for", f"{where}: {reason}", fix) from None
+            raise ContractError("A TFRecord file holds the features that are read", f"{where}: {reason}", fix) from None
 
 
 def _chunks(path: str, rows: int) -> Iterator[tuple[int, list[bytes]]]:

@@ -1,7 +1,7 @@
 """What a store no longer needs: files that no commit named, and files that no kept version names.
 
 Nothing is decided from names alone.  A file goes only if it is older than any run may last, belongs to no run at work,
-and is in no version that readers may still ask for: the newest, those younger than the retention, those a model was
+and is in no version that readers may still need: the newest, those younger than the retention, those a model was
 trained on. All of that is known from the log, so nothing goes from a table whose log is lost or cannot be read as it
 was written.
 """
@@ -156,7 +156,7 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
             run = name.rsplit("-", 1)[0]
             kind = "orphan" if DATA_FILE.fullmatch(name) and run not in unproven and not reported(run) else None
         if kind == "aside" and rules.at_work:
-            kind = None  # its name does not tell whose it is
+            kind = None  # its name does not show whose it is
         if kind is not None and age >= rules.orphans:
             found.append(Waste(file, table, kind))
     return found
@@ -195,7 +195,7 @@ def runs_without_counts(uri: str) -> set[str]:
     for version in every:
         info, added, removed = commit_at(uri, version), *file_actions(uri, version)
         if "timestamp" not in info:
-            raise _unreadable(uri, version, "the entry says nothing of its commit")
+            raise _unreadable(uri, version, "the entry has no metadata of its commit")
         counts = info.get("operationMetrics")
         if not isinstance(counts, dict) or ADDED_FILES not in counts:
             runs.add(str(info.get("run_id")))
@@ -205,7 +205,7 @@ def runs_without_counts(uri: str) -> set[str]:
 
 
 def _reported_later(store: str, run: str, newest: int) -> bool:
-    """Whether the run says that it committed a version which the log does not have any more."""
+    """Whether the run recorded that it committed a version which the log does not have any more."""
     try:
         version = parse_object(read_regular(FileSystems.join(store, "runs", run, "run.json"))).get("commit_version")
     except (OSError, *DAMAGE):
@@ -328,7 +328,7 @@ def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
     for name in manifests:
         path = FileSystems.join(uri, MANIFESTS, name)
         if "://" not in path and not os.path.lexists(path):
-            continue  # somebody removed it: then no run can ask for what it named
+            continue  # somebody removed it: then no run needs what it named
         with understood("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
             snapshots = parse_object(read_regular(path)).get("snapshots", {})
             named |= {str(file) for files, _ in snapshots.values() for file in files}

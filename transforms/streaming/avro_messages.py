@@ -229,7 +229,7 @@ def _full_name(name: str, space: Any) -> str:
 def _without_bytes(schema: Any) -> bool:
     """Whether a value of a type that `_SchemaWalk` has checked may take no byte."""
     if isinstance(schema, list):
-        return False  # a byte says which
+        return False  # a byte selects it
     if isinstance(schema, str):
         return schema == "null"
     if schema["type"] == "record":

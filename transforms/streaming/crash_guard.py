@@ -53,7 +53,7 @@ def guard_folder(store: str, job: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Suspects:
-    """Messages `[first, last]` of a partition that a worker was decoding when it died, and the file that says so."""
+    """Messages `[first, last]` of a partition that a worker was decoding when it died, and the file that records it."""
 
     topic: str
     partition: int
@@ -128,9 +128,9 @@ class CrashGuard:
     @contextlib.contextmanager
     def decoding(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
         """Notes the messages while they are decoded; gives them, with a reason in those that are refused."""
-        judged = [self._judged(each) for each in messages] if self.suspects or self.verdicts else list(messages)
+        checked = [self._checked(each) for each in messages] if self.suspects or self.verdicts else list(messages)
         if self.note is None:
-            yield judged
+            yield checked
             return
         ranges = [
             (topic, number, some[0].offset, some[-1].offset) for (topic, number), some in by_partition(messages).items()
@@ -140,11 +140,11 @@ class CrashGuard:
             self.note[8 : 8 + len(text)] = text
             self.note[:8] = len(text).to_bytes(8, "little")
         try:
-            yield judged
+            yield checked
         finally:
             self.note[:8] = bytes(8)
 
-    def _judged(self, message: Message) -> Message:
+    def _checked(self, message: Message) -> Message:
         """The message, with a reason if it kills the process that decodes it."""
         suspects = [each for each in self.suspects if each.has(message)]
         if not suspects and not self.verdicts:
@@ -198,19 +198,19 @@ class Trial:
         try:
             if self.child is None:
                 self._start()
-            answer = self._ask(message)
+            reply = self._try(message)
         except OSError as error:
             self.close()
             log.warning("%s could not be tried: %s", place, error)
             return ""
-        if answer == DONE:
+        if reply == DONE:
             return ""
         assert self.child is not None
-        if answer is None:
+        if reply is None:
             self.child.kill()
         code = self.child.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        how = "it takes too long" if answer is None else how
+        how = "it takes too long" if reply is None else how
         self.close()
         log.warning("%s kills the process that decodes it (%s): it is a dead letter", place, how)
         return f"a message can be decoded; this one kills the process that does ({how})"
@@ -224,12 +224,12 @@ class Trial:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         self._send(self.decode)
-        if self._answer() != DONE:
+        if self._reply() != DONE:
             raise OSError("the process does not start")
 
-    def _ask(self, message: Message) -> bytes | None:
+    def _try(self, message: Message) -> bytes | None:
         self._send(message)
-        return self._answer()
+        return self._reply()
 
     def _send(self, value: object) -> None:
         assert self.child is not None
@@ -237,7 +237,7 @@ class Trial:
         pickle.dump(value, self.child.stdin)  # read by `main` alone, from this process
         self.child.stdin.flush()
 
-    def _answer(self) -> bytes | None:
+    def _reply(self) -> bytes | None:
         """A byte; none if the process ended, None if it takes too long."""
         assert self.child is not None
         assert self.child.stdout is not None
@@ -257,21 +257,21 @@ class Trial:
 
 def main() -> int:
     """Decodes messages from standard input, each after the other: the process of a trial."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # whatever is printed is no answer
+    replies = os.dup(1)
+    os.dup2(2, 1)  # what is printed is no reply
     decode = pickle.load(sys.stdin.buffer)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (mapped + TRIAL_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    os.write(answers, DONE)
+    os.write(replies, DONE)
     while True:
         try:
             message = pickle.load(sys.stdin.buffer)
         except EOFError:
             return 0
         decode(message)
-        os.write(answers, DONE)
+        os.write(replies, DONE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Micro-batches of all partitions arrive here.  In *turns* the journal admits them in order of offsets, drops repeats,
 advances the completeness watermark, and sends the spine rows whose sources are complete to the shards.  Turns are
-numbered.  The *cut* of a turn is the next offset of every partition: it says what the turn could see, and is the same
+numbered.  The *cut* of a turn is the next offset of every partition: it shows what the turn could see, and is the same
 for all features of a row.
 """
 
@@ -420,7 +420,7 @@ class Journal:
     def _oldest_allowed(self, watermark: int) -> int:
         """Spine rows before this time (µs) are too late to be computed; ALWAYS: none is.
 
-        It is later than `keep` says if an earlier launch had a shorter one: the horizon never goes back.
+        It is later than `keep` gives if an earlier launch had a shorter one: the horizon never goes back.
         """
         return self.horizon if watermark == ALWAYS else max(watermark - self.keep, self.horizon)
 

@@ -396,5 +396,7 @@ def _metadata(
         }
     except KafkaException as error:
         raise StoreError(
-            "The broker answers", f"{broker.bootstrap}: {error.args[0].str()}", "Start it, or correct --bootstrap"
+            "The broker can be reached",
+            f"{broker.bootstrap}: {error.args[0].str()}",
+            "Start it, or correct --bootstrap",
         ) from None

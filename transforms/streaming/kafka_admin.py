@@ -38,7 +38,7 @@ class FirstAvailable:
 
 
 _lock = threading.Lock()
-# One client per broker: an open client answers in milliseconds, and every transaction leaves a gap in the offsets.
+# One client per broker: an open client responds in milliseconds, and every transaction leaves a gap in the offsets.
 _clients: dict[str, confluent_kafka.Consumer] = {}
 
 
@@ -48,7 +48,7 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
     Markers of transactions, rows of aborted transactions and compacted rows have offsets, but are not records.
 
     Returns:
-        The offset; the last stable offset if there is no such record; ALWAYS if the broker does not answer.
+        The offset; the last stable offset if there is no such record; ALWAYS if the broker does not respond.
     """
     from confluent_kafka import KafkaError, TopicPartition
 
@@ -97,7 +97,7 @@ def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, di
 
 
 def partitions_of(broker: Broker, topics: Sequence[str]) -> dict[str, int]:
-    """Number of partitions by topic; empty if the broker does not answer."""
+    """Number of partitions by topic; empty if the broker does not respond."""
     from confluent_kafka import KafkaException
 
     client = _consumer(broker, "millrace-look")
@@ -118,9 +118,9 @@ def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     admin = broker.client(AdminClient, {})
     configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
     limits = [CLIENT_LIMIT]
-    for answer in configurations.values():
+    for result in configurations.values():
         with contextlib.suppress(KafkaException, KeyError):  # without the right to read it, the client's limit holds
-            limits.append(int(answer.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
+            limits.append(int(result.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
     return min(limits)
 
 
@@ -138,4 +138,4 @@ def check_reachable(what: str, flag: str, addresses: str) -> None:
             return
         except (OSError, ValueError) as error:
             reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
-    raise StoreError(f"{what} answers", "; ".join(reasons), f"Start it, or correct {flag}")
+    raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")

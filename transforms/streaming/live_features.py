@@ -75,7 +75,7 @@ class LiveFeatures(beam.PTransform):
         entries, features = _pairs(journal.entries), _pairs(journal.features if inside else assembled.features)
         if self.sends is not None:
             entries = entries | "DeadLetters" >> Produce(self.sends.broker, self.sends.dead_letters)
-            features = features | "FeatureRows" >> Produce(self.sends.broker, self.sends.answers)
+            features = features | "FeatureRows" >> Produce(self.sends.broker, self.sends.feature_rows)
         turns = (entries, features) | "Turns" >> beam.Flatten()
         return turns | "Commit" >> _keyed_step(CommitDoFn(view, live))
 
@@ -96,7 +96,7 @@ class Sends:
     prefix: str
     most: int
 
-    def answers(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
+    def feature_rows(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
         """The feature rows of a turn as messages, and the dead letters about dimensions."""
         features = commit_input_of(pair[1])
         assert isinstance(features, TurnFeatures)

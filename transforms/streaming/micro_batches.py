@@ -11,9 +11,9 @@ from transforms.records.frame_packets import Head, pack, unpack
 from transforms.records.times import FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 
-# A gap in a partition's offsets is left open for GAP_PATIENCE µs before Kafka is asked what it holds, and for AGAIN µs
-# before it is asked again if there is a record in it.  Every transaction ends with a gap, so its rows wait for the
-# former.  Where nobody can be asked, a gap is left open for the latter.
+# A gap in a partition's offsets is left open for GAP_PATIENCE µs before Kafka is queried for what it holds, and for
+# AGAIN µs before the next query if there is a record in it.  Every transaction ends with a gap, so its rows wait for
+# the former.  Where there is no Kafka to query, a gap is left open for the latter.
 GAP_PATIENCE, AGAIN = 100_000, 2_000_000
 # Counts the offsets without a record: deleted before they were read, compacted away, or a transaction's own.
 SKIPPED = "offsets_skipped"

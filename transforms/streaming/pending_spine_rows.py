@@ -88,7 +88,7 @@ class PendingSpineRows:
         return ready
 
     def evict(self, bound: int) -> None:
-        """Forgets computed spine rows from before `bound` µs: they are too late if they are repeated."""
+        """Drops computed spine rows from before `bound` µs: they are too late if they are repeated."""
         self.known.evict(bound)
 
     def oldest(self) -> int | None:

@@ -24,7 +24,7 @@ _FEATURES = "?answers"
 
 @dataclasses.dataclass(frozen=True)
 class CommitRecord:
-    """What a commit says of the job after its last turn.
+    """The state of the job after its last turn, as recorded in a commit.
 
     Args:
         turn: number of the turn.

@@ -167,7 +167,7 @@ class TurnEntry:
     """What one turn accepted, for the tables.
 
     Args:
-        record: what a commit says of the job after this turn.
+        record: the state of the job after this turn, for a commit.
         began: number of the first turn of the launch that made it.
         spine_rows: number of spine rows whose features the turn computes.
         state: size of the journal's state.

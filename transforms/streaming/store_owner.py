@@ -165,9 +165,9 @@ def _check_tables(view: FeatureView, store: str) -> None:
     if "://" not in store and not os.path.isdir(store):
         return
     names = tables_below(store)
-    answered = {tuple(name.split("/")[1:]) for name in names if name.startswith("features_live/")}
+    computed = {tuple(name.split("/")[1:]) for name in names if name.startswith("features_live/")}
     dead_letters = {name.removeprefix("dead_letters/live_") for name in names if name.startswith("dead_letters/live_")}
-    for other in sorted({name for name, _ in answered} - {view.name}):
+    for other in sorted({name for name, _ in computed} - {view.name}):
         _refuse_view(view, store, other, FileSystems.join(store, "features_live", other))
     for other in sorted(dead_letters - {view.name}):
         table = open_table(live_dead_letters_uri(store, other))
@@ -175,7 +175,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
         ):  # not a model's
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
-    if answered and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
+    if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         checked,
         delete_files,
         read_shard,
-        shards_to_judge,
+        shards_to_test,
     )
     from transforms.training.fit_encoders import Fit, declared
     from transforms.training.float32_checks import lost_digits

@@ -188,7 +188,7 @@ class Suspect:
         return Suspect(self.rows + other.rows, self.equal + other.equal, few)
 
     def verdict(self, name: str) -> str | None:
-        fix = "Is it known when the question is asked? If so its `time` should say so; if not, leave it out"
+        fix = "Is it known at the time of the prediction? If so, correct its `time`; if not, leave it out"
         if self.rows and self.equal == self.rows and (self.levels is None or len(self.levels) > 1):
             return f"Input {name!r} equals the label in all {self.rows} training examples. {fix}"
         if self.levels and self.rows >= LEAST_ROWS * len(self.levels):

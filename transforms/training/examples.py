@@ -259,7 +259,7 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
     return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
 
-def shards_to_judge(trained: object, account: Account) -> list[ExampleShard]:
+def shards_to_test(trained: object, account: Account) -> list[ExampleShard]:
     """The shards of the test split; `trained` only makes this step wait for training."""
     return account.of("test")
 

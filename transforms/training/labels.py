@@ -57,7 +57,7 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
         events: clean rows of the label's source, in any order.
     """
     found = _first_event_of_each_row(rows, _values(events, label), label, time)
-    horizon = pl.col("__asked") + horizon_of(label)
+    horizon = pl.col("__at") + horizon_of(label)
     received = (pl.col("__known") < horizon) & pl.col("__value").is_not_null()
     absent = None if label.absent == "drop" else float(label.absent)
     return rows.with_columns(
@@ -88,18 +88,18 @@ def _values(events: pl.DataFrame, label: Label) -> pl.DataFrame:
 
 
 def _first_event_of_each_row(rows: pl.DataFrame, values: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:
-    """`__asked`, `__known` and `__value` of each row, in the rows' order; the last two are null if no event follows."""
+    """`__at`, `__known` and `__value` of each row, in the rows' order; the last two are null if no event follows."""
     keys = _key_names(label)
-    asked = rows.select(
+    spine = rows.select(
         *(_key(rows, column).alias(key) for key, (column, _) in zip(keys, label.keys)),
-        pl.col(time).alias("__asked"),
+        pl.col(time).alias("__at"),
         pl.int_range(pl.len(), dtype=pl.UInt32).alias("__place"),
     )
     return (
-        asked.sort("__asked")
+        spine.sort("__at")
         .join_asof(
             values,
-            left_on="__asked",
+            left_on="__at",
             right_on="__known",
             by=keys,
             strategy="forward",

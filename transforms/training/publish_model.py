@@ -113,14 +113,14 @@ def publish(outcome: RunOutcome, where: Publication) -> Json:
 def _content(outcome: RunOutcome, where: Publication) -> Json:
     """The content of `training.json`."""
     report, account, trained, explanation = outcome.report, outcome.account, outcome.trained, outcome.explanation
-    judged = verdicts(where.gates, report, where.metric, outcome.rival)
-    judged += outcome.findings.verdicts(where.gates.max_drift)
+    found = verdicts(where.gates, report, where.metric, outcome.rival)
+    found += outcome.findings.verdicts(where.gates.max_drift)
     return {
         "model": where.name,
         "feature_rows": account.rows,
         "outside": account.outside,
         **as_json(report),
-        "gates": [dataclasses.asdict(each) for each in judged],
+        "gates": [dataclasses.asdict(each) for each in found],
         "fairness": fairness(where.gates, report),
         "rival": _rival(outcome.rival, report),
         "rules": dataclasses.asdict(where.gates),

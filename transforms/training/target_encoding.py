@@ -39,18 +39,18 @@ class TargetEncoding:
 
         A category without a known label gets the mean of all known labels; before the first label the value is NaN.
         """
-        asked = pl.DataFrame({"asked": pl.from_arrow(batch.column(batch.schema.get_field_index(self.time)))})
-        asked = asked.with_row_index("place").sort("asked")
+        rows_at = pl.DataFrame({"at": pl.from_arrow(batch.column(batch.schema.get_field_index(self.time)))})
+        rows_at = rows_at.with_row_index("place").sort("at")
         position = 0
         for encoding in self.fitted.encodings:
             if isinstance(encoding.encoder, encoders.Target):
                 category = pl.Series("category", pl.from_arrow(texts(column_of(batch, encoding))))
-                rows = asked.with_columns(category.gather(asked["place"])).join_asof(
-                    self.whole, left_on="asked", right_on="known", allow_exact_matches=False
+                rows = rows_at.with_columns(category.gather(rows_at["place"])).join_asof(
+                    self.whole, left_on="at", right_on="known", allow_exact_matches=False
                 )
                 rows = rows.join_asof(
                     self.each[encoding.input],
-                    left_on="asked",
+                    left_on="at",
                     right_on="known",
                     by="category",
                     allow_exact_matches=False,
@@ -66,7 +66,9 @@ class TargetEncoding:
 
 
 def target_encoding(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBatch]) -> TargetEncoding | None:
-    """What `batches` of the training split tell, read only where an input has a `Target` encoder; else None."""
+    """The labels by category in `batches` of the training split, read only where an input has a `Target` encoder; else
+    None.
+    """
     inputs = [each for each in fitted.encodings if isinstance(each.encoder, encoders.Target)]
     if not inputs:
         return None

@@ -80,9 +80,9 @@ def train(
     history: dict[str, dict[str, list[float]]] = {}
     booster = xgboost.train(
         params,
-        data.learn,
+        data.train,
         trial.rounds or model.rounds,
-        evals=[(data.judge, "validate")],
+        evals=[(data.validate, "validate")],
         evals_result=history,
         verbose_eval=False,
         early_stopping_rounds=model.early_stopping or None,

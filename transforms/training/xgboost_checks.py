@@ -120,7 +120,7 @@ def require_device(device: str) -> None:
     if reason:
         raise DataError(
             "Trials run on the device that --device names",
-            f"{device}, where XGBoost says: {reason.rstrip('.')}",
+            f"{device}, where XGBoost reports: {reason.rstrip('.')}",
             "Train with --device=cpu, or on workers with such a GPU, its driver, and an XGBoost built for CUDA",
         )
 

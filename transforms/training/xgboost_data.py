@@ -39,11 +39,11 @@ class Matrices:
     """The matrices of a trial, which the trials of one process share, since training only reads them.
 
     Args:
-        learn, judge: XGBoost's matrices of the train and the validate split.
+        train, validate: XGBoost's matrices of the train and the validate split.
     """
 
-    learn: Any
-    judge: Any
+    train: Any
+    validate: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +72,27 @@ def matrices(
         threads: number of threads that bin.
         max_bin: XGBoost's parameter; None means its default.
     """
-    learning, judging = parts_of(model, account, fold)
+    training, validation = parts_of(model, account, fold)
     columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
     if max_bin is not None:
         columns["max_bin"] = max_bin
-    for part in (learning, judging) if fold is not None else ():
+    for part in (training, validation) if fold is not None else ():
         if next(batches(model, part, [LABEL]), None) is None:
             raise DataError(
-                "Every fold has examples to learn from and to be judged by",
+                "Every fold has examples to learn from and to be validated on",
                 f"none before {part.end:%Y-%m-%d %H:%M}",
                 "Take fewer or shorter folds, or compute more features",
             )
     external = is_external(fitted, account)
     folder = tempfile.mkdtemp(prefix="millrace-bins-") if external else None
-    known = target_encoding(model, fitted, batches(model, learning, _ledger(model, fitted)))
-    learn = _matrix(model, fitted, learning, known, folder and f"{folder}/learn", **columns)
-    judge = _matrix(model, fitted, judging, None, folder and f"{folder}/judge", ref=learn, **columns)
+    known = target_encoding(model, fitted, batches(model, training, _ledger(model, fitted)))
+    train = _matrix(model, fitted, training, known, folder and f"{folder}/train", **columns)
+    validate = _matrix(model, fitted, validation, None, folder and f"{folder}/validate", ref=train, **columns)
     if folder is not None:
         # XGBoost deletes its pages with a matrix, and fails if they are missing, so the folder is deleted after both.
-        learn.pages = judge.pages = _Pages()
-        weakref.finalize(learn.pages, shutil.rmtree, folder, ignore_errors=True)
-    return Matrices(learn, judge)
+        train.pages = validate.pages = _Pages()
+        weakref.finalize(train.pages, shutil.rmtree, folder, ignore_errors=True)
+    return Matrices(train, validate)
 
 
 class _Pages:

@@ -152,7 +152,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
     whole = column.drop_null().to_numpy() if pa.types.is_integer(column.type) else None
     if whole is not None and _lie_close(whole):
         return _counted_integers(rows, whole)
-    # Arrow hands nulls over as NaN; how many NaN are not nulls is told by counting.
+    # Arrow converts nulls to NaN; counting shows how many NaN are not nulls.
     raw = column.to_numpy(zero_copy_only=False)
     single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
     words = np.ascontiguousarray(single).view(np.uint32)

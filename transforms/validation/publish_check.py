@@ -100,7 +100,7 @@ class PublishCheck:
     """The check of a run, resolved at launch.
 
     Args:
-        rules: what the user asked for.
+        rules: of the user.
         run: the run that is checked.
         schema: text of the schema; None: there is none, and nothing is checked.
         before: id of the run from which drift is measured; "" if there is none.
@@ -339,7 +339,7 @@ def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
             continue
         fraction = tally.dead / tally.read
         raise ContractError(
-            f"At most {most:g} of a source's rows are set aside (--max_dead_fraction)",
+            f"At most {most:g} of a source's rows are rejected (--max_dead_fraction)",
             f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {fraction:.3g}, in "
             f"{check.run.interval}",
             f"Nothing was committed; {check.run.dead_letters} holds the rows and the rules they broke.  Mend the "

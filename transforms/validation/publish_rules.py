@@ -7,7 +7,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PublishRules:
-    """What the user asked for.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be there."""
+    """The checks that the user requests.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be
+    there.
+    """
 
     schema: str
     required: bool = False

@@ -167,7 +167,7 @@ def validate(
         Anomaly(name, reason.short_description, _cut(reason.description), interval)
         for name, info in sorted(found.anomaly_info.items())
         for reason in info.reason
-        # Values of a table are single: its shape is lost exactly when rows miss it, which is told by itself.
+        # Values of a table are single: its shape is lost exactly when rows miss it, which is reported by itself.
         if reason.type != AnomalyInfo.INVALID_FEATURE_SHAPE or len(info.reason) == 1
     ]
     result += [

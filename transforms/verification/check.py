@@ -226,7 +226,7 @@ def verify_written(
         return None
     found = verification.of_files([file for file, _ in written])
     found.require_equal(
-        "What a run publishes is what the definition says, computed plainly from all rows of the sources",
+        "Rows to publish equal those that plain code computes by the definition, from all rows of the sources",
         "Nothing was committed.  Compute everything again with --full; if it differs still, please report it",
     )
     return found

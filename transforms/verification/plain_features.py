@@ -1,4 +1,4 @@
-"""Features of a few spine rows, each as its definition says: filter the events, compute the statistic."""
+"""Features of a few spine rows, each by its definition: filter the events, compute the statistic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
     derived: list[Derived] = []
     to_come: set[str] = set()  # names that `waiting` and `derived` will make
 
-    def settle(frame: pl.DataFrame) -> pl.DataFrame:
+    def rounded(frame: pl.DataFrame) -> pl.DataFrame:
         frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
         for feature in derived:
             made = [
@@ -50,10 +50,10 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
             to_come |= set(feature.columns)
             continue
         if to_come & {column for column, _ in feature.keys}:
-            frame = settle(frame)
+            frame = rounded(frame)
         waiting.append((feature, _values(feature, frame)))
         to_come |= set(feature.outputs({**view.spine.schema, **view.columns}))
-    return settle(frame).select(*view.context, *view.columns)
+    return rounded(frame).select(*view.context, *view.columns)
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:

@@ -125,7 +125,7 @@ def identity(view: FeatureView, source: Source) -> tuple[str, ...]:
 
 def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted], tied: bool) -> pl.DataFrame:
     """The good rows of a source that `wanted` can see, each once, in order of place, and of `order` and all declared
-    columns where `tied` rows must be told apart.
+    columns where `tied` rows must be ordered.
 
     Raises:
         TooManyRows: more than `tables.most`.
@@ -142,16 +142,16 @@ def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted
     return kept.sort([column for column in by if column in kept.columns], maintain_order=True)
 
 
-def spine_rows(view: FeatureView, tables: Tables, asked: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows of the keys and times `asked`, in that order; null where the source has none."""
+def spine_rows(view: FeatureView, tables: Tables, identities: pl.DataFrame) -> pl.DataFrame:
+    """The spine rows of the keys and times `identities`, in that order; null where the source has none."""
     contract = tables.contracts[view.spine.name]
     names, columns = [view.time, *view.key], list(view.spine.schema)
-    # A window of one microsecond sees the moment before the next: exactly the times asked for.
-    wanted = Wanted(tuple(names), asked.select(names), _moments(asked[view.time]) + 1, 1)
+    # A window of one microsecond sees the moment before the next: exactly the times in question.
+    wanted = Wanted(tuple(names), identities.select(names), _moments(identities[view.time]) + 1, 1)
     kept = _kept(contract, tables.rows(view.spine.name, columns, [wanted]), [wanted])
     kept = kept.sort(columns).unique(names, keep="first", maintain_order=True)
     return (
-        asked.select(names)
+        identities.select(names)
         .join(kept.with_columns(pl.lit(True).alias("__found")), on=names, how="left", maintain_order="left")
         .select(*columns, "__found")
     )
@@ -287,7 +287,7 @@ def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequ
         names = [name for name in names if name in contract.partitions.columns]
     there = [name for name in columns if name in contract.columns or name in names or name in given]
     missing = [pl.lit(None, types[name]).alias(name) for name in columns if name not in there]
-    # A contract of exactly these columns: what a run reads beside those that it judges is its own affair.
+    # A contract of exactly these columns: a run may read others beside those that it checks.
     rules = Contract(contract.source, tuple(there), contract.required, contract.now, contract.partitions)
     inside = [name for name in there if name in names]
     parts = (

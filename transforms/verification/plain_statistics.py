@@ -1,4 +1,4 @@
-"""Statistics of one window's values, as the definition says them."""
+"""Statistics of one window's values, by their definitions."""
 
 from __future__ import annotations
 

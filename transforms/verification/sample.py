@@ -24,7 +24,7 @@ MOST_STARTS = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """Published rows, the most telling first.  The first `least` are one for each lifetime group."""
+    """Published rows, those that show most first.  The first `least` are one for each lifetime group."""
 
     rows: pl.DataFrame
     least: int
@@ -80,7 +80,7 @@ def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFi
             first.append(rows)
     groups = lifetime_groups(view)
     least = [_with_history(view, first, names, run_id) for names in groups] if first else []
-    # Older files may lack a column that says how a row was computed.
+    # Older files may lack the column of how a row was computed.
     mixed = pl.concat(ranked, how="diagonal").sort("__rank", maintain_order=True).drop("__rank")
     whole = pl.concat([*least, mixed], how="diagonal")
     distinct = whole.unique("row_id", keep="first", maintain_order=True)
@@ -94,7 +94,7 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
     draw = _draw(rows, run_id)
     fullest, chance = np.lexsort((draw, nulls)), np.argsort(draw)
     edges = np.array([0, len(rows) - 1])
-    # Half by chance alone: rows whose windows are empty have answers too.
+    # Half by chance alone: rows whose windows are empty count too.
     mixed = [
         *edges,
         *(int(position) for i in range(quota) for position in (chance if i % 2 else fullest)[i : i + 1]),

@@ -47,7 +47,7 @@ def test_a_new_table_would_be_computed_whole_and_nothing_is_written(
     told = section(out, "features")
     assert re.search(r"sales_by_shop_amount_mean_3d +Float32 +sales +mean of amount in the 3d before by shop", told)
     assert re.search(r"hour +Int64 +its row", told)
-    assert re.search(r"visits +2024-01-01 +2024-02-29 +600 +1 +the questions", section(out, "sources"))
+    assert re.search(r"visits +2024-01-01 +2024-02-29 +600 +1 +the spine", section(out, "sources"))
     assert re.search(r"sales .* events, 3 d back", section(out, "sources"))
     assert re.search(r"2024-01-01–2024-02-29 +60 +600 +never computed: the table is new", section(out, "dates"))
     assert "1 block, each block reads the slices it needs" in section(out, "plan")
@@ -77,8 +77,8 @@ def test_reasons_are_those_of_the_run_that_follows(case: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--full"], "asked for (--full)"),
-        (["--start", "2024-02-01", "--end", "2024-02-03"], "asked for (--start, --end)"),
+        (["--full"], "requested (--full)"),
+        (["--start", "2024-02-01", "--end", "2024-02-03"], "requested (--start, --end)"),
     ],
 )
 def test_what_is_asked_for_is_the_reason(case: list[str], flags: list[str], why: str) -> None:
@@ -212,7 +212,7 @@ def test_blocks_that_reach_too_far_are_cut_by_key_and_why_is_told(long: list[str
 def test_key_shards_asked_for_or_refused_are_shown_and_change_no_answer(
     long: list[str], capsys: Out, tmp_path: Path
 ) -> None:
-    assert "key shards 5 per block: asked for (--key_shards)" in plan(long, capsys, "--key_shards", "5")
+    assert "key shards 5 per block: requested (--key_shards)" in plan(long, capsys, "--key_shards", "5")
     assert "key shards" not in plan(long, capsys, "--key_shards", "1", "--block_rows", "200")
     told = plan(long, capsys, "--key_shards", "auto")
     assert told == plan(long, capsys)
