@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
 
 from deploy.streaming.kafka import Broker as KafkaServer
 from schemas.errors import StoreError
+from tests.support.copying_job import copying
 from tests.support.live_fixtures import Live
 from transforms.streaming.kafka import (
     Broker,
-    Produce,
-    ReadTopics,
     Sender,
     begin_offsets,
     end_offsets,
@@ -23,7 +20,6 @@ from transforms.streaming.kafka import (
     set_group_offsets,
 )
 from transforms.streaming.kafka_properties import read_properties
-from transforms.streaming.messages import Message
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
@@ -89,15 +85,3 @@ def test_all_clients_log_in_with_the_properties_of_the_file(live: Live, tmp_path
             result.cancel()
         texts = [path.read_text(errors="replace") for path in (live.prism.log, live.expansion.log, live.workers.log)]
         assert not any("S3CRET" in text for text in texts)
-
-
-def copying(live: Live, broker: Broker) -> beam.runners.runner.PipelineResult:
-    """A job that copies one topic to another: KafkaIO reads, librdkafka writes."""
-    pipeline = beam.Pipeline(options=PipelineOptions([*live.options("EXTERNAL"), "--streaming"]))
-    messages = pipeline | ReadTopics(broker, ("sales",), "readers")
-    _ = messages | Produce(broker, copies)
-    return pipeline.run()
-
-
-def copies(message: Message) -> list[tuple[str, bytes, bytes]]:
-    return [("copies", b"k", message.value)]

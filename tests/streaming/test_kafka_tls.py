@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from deploy.streaming.kafka import Broker as KafkaServer
 from schemas.errors import StoreError
-from tests.streaming.test_kafka_sasl import copying
+from tests.support.copying_job import copying
 from tests.support.live_fixtures import Live
 from transforms.streaming.kafka import Broker, Sender, begin_offsets, end_offsets, ensure, set_group_offsets
 from transforms.streaming.kafka_properties import read_properties
