@@ -15,25 +15,13 @@ import polars as pl
 import pytest
 
 from schemas import FeatureView, Source, Trailing
+from tests.support.deadly import DEADLY
 from transforms.streaming.crash_guard import CrashGuard, guard_folder
 from transforms.streaming.live_features import DecodeBundles
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import micro_batches_of
 
 ROOT = Path(__file__).parents[2]
-# Python runs it at its start: decoding a message with a certain text reads address zero.
-DEADLY = """
-import ctypes, json, time
-loads = json.loads
-def deadly(value, *more, **named):
-    if b"DEADLY" in bytes(value, "utf-8") if isinstance(value, str) else b"DEADLY" in value:
-        ctypes.string_at(0)
-    if (b"SLOW" in value) if isinstance(value, bytes) else False:
-        print("decoding", flush=True)
-        time.sleep(3600)
-    return loads(value, *more, **named)
-json.loads = deadly
-"""
 WORKER = """
 import json, sys, time
 from tests.streaming.test_crash_guard import step_of, decode_all

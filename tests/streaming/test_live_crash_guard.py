@@ -11,7 +11,7 @@ import pytest
 from deploy.streaming.prism import Prism
 from deploy.streaming.processes import running
 from deploy.streaming.workers import WorkerPool
-from tests.streaming.test_crash_guard import DEADLY
+from tests.support.deadly import DEADLY
 from tests.support.live_fixtures import Live
 from tests.support.live_histories import commits, history
 from tests.support.live_jobs import Stage, await_, end, slots
