@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import os
-import socket
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.run_report import Run
 from beam_pipelines.runtime.terminal import many, wrapped
 from beam_pipelines.runtime.trained_models import trained
-from schemas.errors import ConflictError, DefinitionError, StoreError, nearest
-from schemas.loading import Definition, load_definition
+from schemas.errors import DefinitionError, StoreError, nearest
+from schemas.loading import Definition, load_definition, load_recorded
 from schemas.sources import Source
-from transforms.lineage.erasure import Condition, Erasure, holding
+from transforms.lineage.erasure import Condition, Erasure
 from transforms.lineage.erasure_records import ErasureRecord, erasures, now_text
+from transforms.models.bundle import load
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.run_markers import running_runs
+from transforms.storage.run_markers import ERASE, require_no_erasure
 
 BEYOND = (
     "topics of Kafka and consumer groups; backups and snapshots of disks; files that were exported (--output_tfrecord, "
@@ -30,35 +34,100 @@ BEYOND = (
 
 def main(argv: Sequence[str]) -> int:
     """Remove rows of a source, and everything in the store that was made from them, for good."""
-    arguments = Arguments("millrace erase", main.__doc__ or "", beam=False)
+    arguments = Arguments("millrace erase", main.__doc__ or "", definition=False, beam=False)
     arguments.add_argument("source", help="name of the source, as the definition declares it")
     arguments.add_argument(
         "--where", required=True, metavar="SQL", help="condition on the source's columns: \"customer = 'c17'\""
     )
     arguments.add_argument("--sources", help="folder of the sources, also of other stores (default: <store>/sources)")
+    arguments.add_argument(
+        "--keep_sources",
+        action="store_true",
+        help="leave the rows in the folder --sources, since another store reads it too (for all stores but the last)",
+    )
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument("--dry_run", action="store_true", help="count what would go, and change nothing")
     flags = arguments.parse_all(argv)
+    require_own_sources(flags)
     if "://" in flags.store or "://" in (flags.sources or ""):
         raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
-    definition = load_definition(flags.definition)
-    condition = Condition(source_of(definition, flags.source), flags.where)
-    roots = (os.path.abspath(flags.sources),) if flags.sources else ()
-    erasure = Erasure(definition, condition, flags.store, roots, f"erase-{uuid.uuid4().hex[:12]}")
-    _ = condition.expression  # refused before anything is read
-    refuse_while_held(flags.store)
-    models = trained(flags.store, flags.registry)
-    if flags.dry_run:
-        preview(erasure, models)
-        return 0
-    begun = unfinished(erasure)
-    if not len(erasure.erased) and begun is None:
-        print(f"no row of {flags.source} matches: nothing was changed")
-        return 0
-    with Run("erase", erasure.run_id, FileSystems.join(flags.store, "runs", erasure.run_id)) as run:
-        run.update(erase(erasure, begun, models, flags.registry))
-    print_rest(erasure, erasure.affected_models(models))
+    with contextlib.ExitStack() as stack:
+        definition = definition_of(flags, stack)
+        condition = Condition(source_of(definition, flags.source), flags.where)
+        roots = (os.path.abspath(flags.sources),) if flags.sources else ()
+        run_id = f"erase-{uuid.uuid4().hex[:12]}"
+        erasure = Erasure(definition, condition, flags.store, roots, run_id, flags.keep_sources)
+        _ = condition.expression  # refused before anything is read
+        require_no_erasure(flags.store, ERASE)
+        models = trained(flags.store, flags.registry)
+        if flags.dry_run:
+            preview(erasure, models)
+            return 0
+        if not len(erasure.erased) and not erasure.in_versions and unfinished(erasure) is None:
+            print(f"no row of {flags.source} matches: nothing was changed")
+            return 0
+        with Run(ERASE, erasure.run_id, FileSystems.join(flags.store, "runs", erasure.run_id)) as run:
+            erasure = dataclasses.replace(erasure)  # live jobs may have accepted rows before the mark was there
+            run.update(erase(erasure, unfinished(erasure), models, flags.registry))
+        print_rest(erasure, erasure.affected_models(models))
     return 0
+
+
+def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Definition:
+    """The definition that is named, or the newest one with the source that a registered model has recorded.
+
+    Args:
+        flags: those of the command.
+        stack: keeps the files of a recorded definition for as long as it is open.
+
+    Raises:
+        DefinitionError: no model has recorded one with the source.
+    """
+    if flags.definition:
+        return load_definition(flags.definition)
+    registry, found = Registry(registry_uri(flags.store, flags.registry)), list[str]()
+    for name, version in sorted(registry.models(), key=lambda each: int(each[1]), reverse=True):
+        _, folder, digest = registry.locate(name, version)
+        recorded = load(folder, digest).manifest.get("definition") or {}
+        if "source" not in recorded or "modules" not in recorded:  # of earlier versions of Millrace
+            continue
+        files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        definition = load_recorded(str(recorded["name"]), recorded["source"], recorded["modules"], files)
+        if flags.source in declared_by(definition):
+            print(f"by the definition that model {name} {version} has recorded")
+            return definition
+        found.append(f"{name} {version}")
+    raise DefinitionError(
+        "Without --definition, that of a registered model is used",
+        f"no model has recorded one with a source {flags.source!r} (looked at: {', '.join(found) or 'none'})",
+        "Name the file with --definition",
+    )
+
+
+def require_own_sources(flags: argparse.Namespace) -> None:
+    """
+    Raises:
+        DefinitionError: rows would go from the sources of another store, and stay in its tables.
+    """
+    if not flags.sources or flags.keep_sources:
+        return
+    other, name = os.path.split(os.path.abspath(flags.sources))
+    there = [each for each in ("features", "features_live", "runs") if os.path.isdir(os.path.join(other, each))]
+    if name == "sources" and there and other != os.path.abspath(flags.store):
+        raise DefinitionError(
+            "Rows are erased from the sources of a store together with all that the store made of them",
+            f"--sources {flags.sources}, of the store {other}",
+            f"Add --keep_sources here; then erase them in their own store, with --store {other}",
+        )
+
+
+def declared_by(definition: Definition) -> dict[str, Source]:
+    """The sources of a definition, by name."""
+    view = definition.view
+    declared = {view.spine.name: view.spine, **view.sources}
+    if definition.model is not None:
+        declared.setdefault(definition.model.label.source.name, definition.model.label.source)
+    return declared
 
 
 def source_of(definition: Definition, name: str) -> Source:
@@ -67,27 +136,11 @@ def source_of(definition: Definition, name: str) -> Source:
     Raises:
         DefinitionError: there is none.
     """
-    view = definition.view
-    declared = {view.spine.name: view.spine, **view.sources}
-    if definition.model is not None:
-        declared.setdefault(definition.model.label.source.name, definition.model.label.source)
+    declared = declared_by(definition)
     if name not in declared:
         rule = f"The definition declares the sources {', '.join(declared)}"
         raise DefinitionError(rule, repr(name), nearest(name, declared))
     return declared[name]
-
-
-def refuse_while_held(store: str) -> None:
-    """
-    Raises:
-        ConflictError: a run or a live job works on the store.
-    """
-    for each in holding(running_runs(store), socket.gethostname()):
-        raise ConflictError(
-            "Nothing works on a store while rows are erased from it",
-            f"run {each.run_id} ({each.pipeline}), started {each.started:%Y-%m-%d %H:%M} UTC on {each.host}",
-            f"Wait for it or stop it. If it was killed, delete {store}/runs/{each.run_id}/started.json",
-        )
 
 
 def unfinished(erasure: Erasure) -> ErasureRecord | None:
@@ -109,8 +162,12 @@ def erase(
     """
     record = begun or ErasureRecord(erasure.run_id, erasure.source.name, now_text())
     affected = erasure.affected_models(models)
-    ids = {*record.row_ids, *erasure.row_ids.to_list()}
-    record = dataclasses.replace(record, row_ids=tuple(sorted(ids)), models=tuple(sorted({*record.models, *affected})))
+    record = dataclasses.replace(
+        record,
+        row_ids=tuple(sorted({*record.row_ids, *erasure.row_ids.to_list()})),
+        live_row_ids=tuple(sorted({*record.live_row_ids, *erasure.live_row_ids.to_list()})),
+        models=tuple(sorted({*record.models, *affected})),
+    )
     record.write(erasure.store)  # from here on `trace` finds it, and the same command completes the erasure
     unaffected = {str(each.get("run_id")) for each in models.values()}
     unaffected -= {str(models[name].get("run_id")) for name in affected}
@@ -118,13 +175,15 @@ def erase(
     counts = {"training_files": erasure.erase_examples(unaffected)}
     counts["report_files"] = erasure.erase_runs(registered, unaffected)
     counts["report_files"] += erasure.erase_from_registry(model_folders(erasure, affected, registry))
-    counts["predictions"], predictions = erasure.erase_predictions()
+    counts["predictions"], predictions = erasure.erase_predictions(record.live_row_ids)
     record = dataclasses.replace(record, prediction_ids=tuple(sorted({*record.prediction_ids, *predictions})))
     record.write(erasure.store)
-    counts["live_features"] = erasure.erase_live_features()
+    counts["live_features"] = erasure.erase_live_features(record.live_row_ids)
+    counts["dimension_versions"] = erasure.erase_dimension_versions()
     counts["dead_letters"] = erasure.erase_dead_letters()
     counts["feature_tables"] = erasure.erase_features()
     counts["source_rows"] = erasure.erase_source()
+    os.sync()  # what was deleted stays deleted after a power cut
     totals = {name: record.counts.get(name, 0) + count for name, count in counts.items()}
     dataclasses.replace(record, finished=now_text(), counts=totals).write(erasure.store)
     return {"source": erasure.source.name, **counts, "erasure": record.erasure_id, "models": affected}

@@ -225,6 +225,7 @@ def figures(found: Parity) -> dict[str, object]:
         "answers_later_arrivals_change": found.changed_later,
         "questions_unanswered": found.uncomputed,
         "questions_unaccounted_for": found.unaccounted,
+        "questions_erased": found.erased,
         "features": {name: dataclasses.asdict(each) for name, each in found.features.items()},
     }
 
@@ -246,6 +247,8 @@ def table(view: FeatureView, found: Parity) -> str:
         for name, each in found.features.items()
         for difference in each.examples
     ]
+    if found.erased:
+        lines.append(f"  erased: {found.erased:,} feature rows that could see an erased row")
     return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
     key = key_of(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
-    erased = erased_row(flags.store, view, {**key, **exact}) if exact else None
+    erased = erased_row(flags.store, view, {**key, **exact}, flags.live) if exact else None
     try:
         table = view_table(flags.store, view, position="features_live" if flags.live else "features")
     except StoreError:

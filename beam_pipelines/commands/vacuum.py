@@ -11,7 +11,7 @@ from beam_pipelines.runtime.trained_models import trained
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from transforms.storage.paths import tables_below
-from transforms.storage.run_markers import running_runs
+from transforms.storage.run_markers import require_no_erasure, running_runs
 from transforms.storage.vacuum import VacuumRules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
 
 HOUR = timedelta(hours=1)
@@ -43,6 +43,7 @@ def vacuum(argv: Sequence[str]) -> int:
             flags.older_than,
             "If no run is at work, repeat it with --force",
         )
+    require_no_erasure(flags.store, "vacuum")
     now = datetime.now(UTC)
     marks = tuple(running_runs(flags.store))
     busy = at_work(marks, now, longest)

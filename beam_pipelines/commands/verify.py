@@ -16,6 +16,7 @@ from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
+from transforms.sources.listing import unchanged
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri
@@ -71,7 +72,8 @@ def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None)
         raise DataError(f"View {view.name!r} has rows to verify", f"none in {flags.store}", "Run: millrace features")
     inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
-    return Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
+    found = Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
+    return unchanged(found, inventory.listings)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from transforms.public_names import import_when_used
 if TYPE_CHECKING:
     from transforms.lineage.counted_rows import UNEXPLAINED, Batch
     from transforms.lineage.difference_causes import Full, compare
-    from transforms.lineage.erasure import Condition, Erasure, holding
-    from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures, now_text
+    from transforms.lineage.erasure import Condition, Erasure
+    from transforms.lineage.erasure_records import Erased, ErasureRecord, erased_row, erasure_of, erasures, now_text
     from transforms.lineage.feature_parity import Parity, check
     from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
     from transforms.lineage.live_verification import verify_live

@@ -19,6 +19,7 @@ from deltalake import DeltaTable
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.features.block_inputs import dimension_rows, distinct
+from transforms.lineage.erasure_records import Erased
 from transforms.lineage.feature_parity import (
     _computed,
     about_spine_rows,
@@ -31,6 +32,7 @@ from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, rea
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
+from transforms.sources.listing import unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
@@ -101,6 +103,14 @@ class Batch:
     @functools.cached_property
     def inventory(self) -> Inventory:
         return take_inventory(self.view, self.root, time.time_ns() // 1000)
+
+    def checked(self, found: Result) -> Result:
+        """`found`, if its sources are as they were when they were read, if they were.
+
+        Raises:
+            DataError: a file was removed or replaced meanwhile.
+        """
+        return unchanged(found, self.inventory.listings if "inventory" in self.__dict__ else ())
 
     @memo
     def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -207,6 +217,10 @@ class Sides:
         return topic_dead_letters(self.view, self.store)
 
     @functools.cached_property
+    def erased(self) -> Erased:
+        return Erased.of(self.store)
+
+    @functools.cached_property
     def spine_rows(self) -> pl.DataFrame:
         """The spine rows that live accepted, from the topic or as history, with `row_id`."""
         view = self.view
@@ -305,6 +319,10 @@ class Sides:
             rest = result == _CODE[unknown]
             if 0 < rest.sum() <= len(letters) - exact.sum():
                 result[rest] = _CODE[cause]
+        # Of rows that were erased here, only the number is known.
+        gone = result == _CODE[LOST]
+        if 0 < gone.sum() <= self.erased.rows.get(name, 0):
+            result[gone] = _CODE[CORRECTED]
         return result
 
     def _repeats(self, name: str, both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
@@ -376,9 +394,12 @@ class Sides:
             .unique()
         )
         rejected = mine.join(letters, on="row_id", how="semi")
-        left = len(mine) - len(rejected)
+        gone = self.erased.has(rows.join(rejected, on="row_id", how="anti"))
+        left = len(mine.join(gone, on="row_id", how="anti")) - len(rejected)
         waits = min(left, pending(view, self.store))
-        counts = {REJECTED: len(rejected), UNEXPLAINED: left - waits}
+        counts = {REJECTED: len(rejected), CORRECTED: len(gone), UNEXPLAINED: left - waits}
+        rows = rows.join(gone, on="row_id", how="anti")
+        mine = mine.join(gone, on="row_id", how="anti")
         never = spine.join(rows.join(mine, on="row_id", how="anti"), on="row_id", how="semi")
         if len(never):
             alone = positions.join(spine, on="row_id", how="anti").with_row_index("__row")

@@ -113,7 +113,7 @@ def compare(view: FeatureView, store: str, batch: Batch, start: date | None = No
     if span:
         known = pl.concat(computed)
         _add_batch_alone(result, sides, known, (min(span), max(span)))
-    return result
+    return batch.checked(result)
 
 
 def _days(rows: pl.DataFrame) -> tuple[date, date]:

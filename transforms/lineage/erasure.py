@@ -2,8 +2,9 @@
 
 What the next runs make again is removed whole: feature tables that read the source, with all their versions, lifetime
 summaries, digests and statistics, and the dead letters of the source. Of what they do not make again, only the rows
-themselves and those that could see them are removed: predictions, accepted rows and feature rows of live jobs. Files of
-older versions are deleted. The source comes last, so that an erasure that was interrupted finds the same rows again.
+themselves and those that could see them are removed: predictions; accepted rows, feature rows and versions of
+dimensions of live jobs. Files of older versions are deleted. The source comes last, so that an erasure that was
+interrupted finds the same rows again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +28,21 @@ from schemas.loading import Definition
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.manifest_store import read_manifest
+from transforms.lineage.feature_parity import about_spine_rows
+from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import files_of, open_parquet, survey
 from transforms.storage.delta_log import versions
-from transforms.storage.delta_tables import open_table, write_aside
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
 from transforms.storage.paths import folders, path_in_store, source_uri, sources_root, tables_below
-from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
-from transforms.storage.run_markers import MARKER, RunMarker
+from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+from transforms.storage.run_markers import MARKER
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
+from transforms.streaming.live_dimensions import rewrite_versions
+from transforms.streaming.messages import ORIGIN
+from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # Columns of a predictions table that do not name the spine row.
 _OF_PREDICTIONS = {"row_id", "prediction_id", "model", "model_version", "arm", "fingerprint", "date"}
@@ -130,6 +136,7 @@ class Erasure:
         store: its folder.
         roots: folders of sources; the store's own is always one.
         run_id: names the files that are written.
+        keep_sources: whether the rows stay in the folders `roots`, since another store reads them too.
     """
 
     definition: Definition
@@ -137,6 +144,7 @@ class Erasure:
     store: str
     roots: tuple[str, ...]
     run_id: str
+    keep_sources: bool = False
 
     @property
     def source(self) -> Source:
@@ -157,7 +165,7 @@ class Erasure:
                 continue
             contract, _ = survey(root, Contract(self.source, tuple(self.condition.columns)))
             found.append(SourceFiles(folder, delta, tuple(files_of(root, self.source)), contract))
-        if not found:
+        if not found and not os.path.isdir(self._versions_folder):
             value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
             raise StoreError("The source is in the store", value, "Name its folder with --sources")
         return found
@@ -250,33 +258,92 @@ class Erasure:
         return len(self.feature_tables)
 
     def erase_dead_letters(self) -> int:
-        """Removes the dead letters of the source, and those of messages with feature rows."""
-        names = {self.source.name, *(f"{view}.features" for view in self._views())}
+        """Removes the dead letters of the source, and those of messages with feature rows.
+
+        Those of a live job that say why an accepted spine row has no feature row stay, if the spine row does: without
+        them nobody could tell what became of it.
+        """
+        names = [self.source.name, *(f"{view}.features" for view in self._views())]
 
         def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
-            return pl.Series(pl.from_arrow(group["source"])).is_in(list(names)).to_numpy()
+            rows = frame(group)
+            hit = rows["source"].is_in(names)
+            if "place" in rows.columns:
+                origins = rows.select(pl.col(name.removeprefix("__")).alias(name) for name in ORIGIN_COLUMNS)
+                gone = origins.with_row_index("#").join(self.live_origins, on=ORIGIN_COLUMNS, how="semi")["#"]
+                about = rows.select(about_spine_rows().fill_null(False)).to_series()
+                hit &= ~about | pl.Series(np.isin(np.arange(len(rows)), gone.to_numpy()))
+            return hit.to_numpy()
 
         return sum(self._rewrite(name, matches) for name in self._tables("dead_letters"))
+
+    @functools.cached_property
+    def live_origins(self) -> pl.DataFrame:
+        """Where a live job had the rows from that it accepted and that are erased."""
+        found = [pl.DataFrame(schema={name: ORIGIN[name] for name in ORIGIN_COLUMNS})]
+        for place in self.places if self.source.name == self.definition.view.spine.name else ():
+            for path in place.paths:
+                file = place.open(path)
+                if not set(ORIGIN_COLUMNS) <= set(file.schema_arrow.names):
+                    continue
+                for number in range(file.num_row_groups):
+                    group = file.read_row_group(number)
+                    hit = pl.Series(place.matches(self.condition, group, path))
+                    found.append(frame(group.select(ORIGIN_COLUMNS)).filter(hit).cast(found[0].schema))
+        return pl.concat(found)
 
     def _views(self) -> set[str]:
         live = self._tables("features_live")
         return {self.definition.view.name, *(name.split("/")[1] for name in (*live, *self.feature_tables))}
 
-    def erase_live_features(self) -> int:
-        """Removes live feature rows of the erased rows, and those that could see one of them."""
-        count = 0
+    @functools.cached_property
+    def live_row_ids(self) -> pl.Series:
+        """Ids of the live feature rows of erased rows, and of those that could see one of them."""
+        found = [pl.Series("row_id", [], pl.Int64)]
         for name in self._tables("features_live"):
             view = self.definition.view if name.split("/")[1] == self.definition.view.name else None
-            matches = functools.partial(self._live_matches, view)
-            count += self._rewrite(name, matches)
-        return count
+            table = open_table(self._uri(name))
+            for file in [] if table is None else data_files(table):
+                rows = frame(read_file(file))
+                if view is not None:  # of a definition that is not at hand: what its rows could see is not known
+                    seen = could_see(view, self.source, self.erased, rows)
+                    rows = rows.filter(seen | rows["row_id"].is_in(self.row_ids.implode()))
+                found.append(rows["row_id"])
+        return pl.concat(found).unique()
 
-    def _live_matches(self, view: FeatureView | None, group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
-        rows: pl.DataFrame = pl.from_arrow(group)  # type: ignore[assignment]
-        if view is None:  # of a definition that is not at hand: what its rows could see is not known
-            return np.ones(len(rows), np.bool_)
-        seen = could_see(view, self.source, self.erased, rows)
-        return (seen | rows["row_id"].is_in(self.row_ids.to_list())).to_numpy()
+    def erase_live_features(self, row_ids: Collection[int]) -> int:
+        """Removes live feature rows with these ids (see `live_row_ids`)."""
+        return sum(self._rewrite(name, _with_ids(row_ids)) for name in self._tables("features_live"))
+
+    @property
+    def _versions_folder(self) -> str:
+        """Where live jobs keep the versions of the source, if it is a dimension."""
+        return os.path.join(self.store, "dimensions", self.source.name)
+
+    @functools.cached_property
+    def in_versions(self) -> int:
+        """How many rows of kept versions of the dimension match."""
+        return rewrite_versions(self._versions_folder, self._version_matches, dry_run=True)
+
+    def erase_dimension_versions(self) -> int:
+        """Removes the rows from the versions of the dimension that live jobs have kept."""
+        return rewrite_versions(self._versions_folder, self._version_matches)
+
+    def _version_matches(self, rows: pl.DataFrame) -> pl.Series:
+        """Whether each row of a version is removed: by the condition if it has its columns, and by its keys."""
+        keys = [
+            [column for _, column in feature.keys]
+            for feature in self.definition.view.features
+            if isinstance(feature, Lookup) and feature.source.name == self.source.name
+        ]
+
+        hit = pl.Series(np.zeros(len(rows), np.bool_))
+        if {*self.condition.columns} <= {*rows.columns}:
+            hit |= self.condition.of(rows)
+        for names in keys:  # a version has only columns that features read, and may have other values of them
+            at = rows.with_row_index("#").join(self.erased.select(names).unique(), on=names, how="semi")["#"]
+            hit |= pl.Series(np.isin(np.arange(len(rows)), at.to_numpy()))
+        return hit
 
     @functools.cached_property
     def row_ids(self) -> pl.Series:
@@ -287,14 +354,19 @@ class Erasure:
             return pl.Series("row_id", [], pl.Int64)
         return row_ids(view.name, [self.erased[name] for name in names])
 
-    def erase_predictions(self) -> tuple[int, set[int]]:
-        """Removes predictions for the erased rows; how many, and their ids."""
+    def erase_predictions(self, live_row_ids: Collection[int]) -> tuple[int, set[int]]:
+        """Removes predictions for the erased rows, and those of live feature rows with these ids.
+
+        Returns:
+            How many, and their ids.
+        """
         count, ids = 0, set[int]()
         for name in (*self._tables("predictions"), *self._tables("predictions_live")):
+            gone = pl.Series(live_row_ids if name.startswith("predictions_live/") else [], dtype=pl.Int64)
 
-            def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
-                rows: pl.DataFrame = pl.from_arrow(group)  # type: ignore[assignment]
-                hit = self._predicted(rows)
+            def matches(group: pa.Table, path: str, gone: pl.Series = gone) -> npt.NDArray[np.bool_]:
+                rows = frame(group)
+                hit = self._predicted(rows) | rows["row_id"].is_in(gone.implode())
                 ids.update(rows["prediction_id"].filter(hit).to_list())
                 return hit.to_numpy()
 
@@ -308,16 +380,16 @@ class Erasure:
             for name in rows.columns
             if name not in _OF_PREDICTIONS and not name.startswith(("score", "__")) and name != "scored_at"
         ]
-        hit = rows["row_id"].is_in(self.row_ids.to_list())
+        hit = rows["row_id"].is_in(self.row_ids.implode())
         if str(self.source.time) not in names or not {*names} <= {*self.erased.columns}:
             return hit
         wanted = self.erased.select(names).unique().cast({name: rows.schema[name] for name in names})
         found = rows.select(names).with_row_index("#").join(wanted, on=names, how="semi")["#"]
         return hit | pl.Series(np.isin(np.arange(len(rows)), found.to_numpy()))
 
-    def _rewrite(self, name: str, matches: object) -> int:
+    def _rewrite(self, name: str, matches: Matches) -> int:
         uri = self._uri(name)
-        count = rewrite_delta(uri, matches, self.metadata)  # type: ignore[arg-type]
+        count = rewrite_delta(uri, matches, self.metadata)
         purge(uri)
         return count
 
@@ -377,8 +449,10 @@ class Erasure:
 
     def erase_source(self) -> int:
         """Removes the rows from the files of the source, and what it had of older versions."""
-        count = 0
+        count, own = 0, sources_root(self.store)
         for place in self.places:
+            if self.keep_sources and os.path.dirname(place.folder) != own.rstrip("/"):
+                continue
             matches = functools.partial(place.matches, self.condition)
             if place.delta:
                 count += rewrite_delta(place.folder, matches, self.metadata, place.open)
@@ -403,6 +477,15 @@ class Erasure:
         )
 
 
+def _with_ids(row_ids: Collection[int]) -> Matches:
+    ids = pl.Series(list(row_ids), dtype=pl.Int64)
+
+    def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        return frame(group.select(["row_id"]))["row_id"].is_in(ids.implode()).to_numpy()
+
+    return matches
+
+
 _REMOVED = {
     "report.html": b"<!doctype html><title>Report</title><p>This report showed values of rows that were erased.\n",
     "report.json": b'{"removed": "this report showed values of rows that were erased"}\n',
@@ -422,23 +505,18 @@ def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.
         mine, theirs = [spine for spine, _ in feature.keys], [column for _, column in feature.keys]
         if not {*mine} <= {*rows.columns} or not {*theirs} <= {*erased.columns}:
             return pl.Series(np.ones(len(rows), np.bool_))
-        times = [pl.lit(0).alias("#from"), pl.lit(2**62).alias("#to")]
-        if source.time is not None:
-            at = pl.col(source.time).to_physical()
-            times = [at.min().alias("#from"), at.max().alias("#to")]
-        spans = erased.group_by(theirs).agg(times)
-        length = _length(feature)
-        joined = (
-            rows.select(mine)
-            .with_columns(moment.alias("#at"))
-            .join(spans, left_on=mine, right_on=theirs, how="left", maintain_order="left")
-        )
-        until = pl.col("#to") + length if length is not None else pl.lit(2**62)
-        if isinstance(feature, Lookup):
-            hit = joined["#from"].is_not_null()
-        else:
-            hit = joined.select((pl.col("#at") >= pl.col("#from")) & (pl.col("#at") <= until)).to_series()
-        seen |= hit.fill_null(False)
+        keys = dict(zip(theirs, mine, strict=True))
+        gone = erased.select(pl.col(column).cast(rows.schema[name]).alias(name) for column, name in keys.items())
+        asked = rows.select(mine).with_columns(moment.alias("#at")).with_row_index("#")
+        if source.time is None:
+            found = asked.join(gone.unique(), on=mine, how="semi")
+        else:  # of the erased rows of its key, the last one that was known then is the one that it could see longest
+            known = gone.with_columns(erased[source.time].to_physical().alias("#known")).drop_nulls().sort("#known")
+            last = asked.sort("#at").join_asof(known, left_on="#at", right_on="#known", by=mine, check_sortedness=False)
+            length = _length(feature)
+            found = last.filter(pl.col("#at") - pl.col("#known") <= (2**62 if length is None else length))
+        hit = pl.Series(np.isin(np.arange(len(rows)), found["#"].to_numpy()))
+        seen |= hit
     return seen
 
 
@@ -456,10 +534,3 @@ def pipeline_of(folder: str) -> str | None:
         return str(parse_object(read_regular(os.path.join(folder, "run.json")))["pipeline"])
     except (OSError, *DAMAGE):
         return None
-
-
-def holding(markers: Sequence[RunMarker], host: str) -> Iterator[RunMarker]:
-    """Runs that may be at work: their launcher lives, or cannot be seen from here, or its job runs elsewhere."""
-    for each in markers:
-        if each.launcher_lives or each.host != host or each.pipeline.endswith("--streaming"):
-            yield each

@@ -36,6 +36,7 @@ class ErasureRecord:
         prediction_ids: of predictions.
         counts: rows and files removed, by what they were in.
         models: names and versions of the models that were trained on the rows.
+        live_row_ids: of live feature rows that were removed since they could see an erased row, or were of one.
     """
 
     erasure_id: str
@@ -46,11 +47,12 @@ class ErasureRecord:
     prediction_ids: tuple[int, ...] = ()
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     models: tuple[str, ...] = ()
+    live_row_ids: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Raises ValueError if a field has another type than it is declared with."""
         texts = (self.erasure_id, self.source, self.started, *self.models, self.finished or "")
-        numbers = (*self.row_ids, *self.prediction_ids, *dict(self.counts).values())
+        numbers = (*self.row_ids, *self.live_row_ids, *self.prediction_ids, *dict(self.counts).values())
         if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
             raise ValueError("a field has another type")
 
@@ -83,23 +85,52 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
         with understood("The record of an erasure can be read", path):
             raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
+            ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record them
             record = ErasureRecord(**{**raw, **ids})
             record.check()
             found.append(record)
     yield from sorted(found, key=lambda each: each.started)
 
 
-def erasure_of(store: str, row_ids: Collection[int] = (), prediction_ids: Collection[int] = ()) -> ErasureRecord | None:
-    """The last erasure of one of these rows or predictions."""
+def erasure_of(
+    store: str, row_ids: Collection[int] = (), prediction_ids: Collection[int] = (), live: bool = False
+) -> ErasureRecord | None:
+    """The last erasure of one of these rows (`live`: live feature rows) or predictions."""
     rows, predictions, last = set(row_ids), set(prediction_ids), None
     for each in erasures(store):
-        if rows & set(each.row_ids) or predictions & set(each.prediction_ids):
+        if rows & {*each.row_ids, *(each.live_row_ids if live else ())} or predictions & set(each.prediction_ids):
             last = each
     return last
 
 
-def erased_row(store: str, view: FeatureView, values: Mapping[str, Any]) -> ErasureRecord | None:
+def erased_row(store: str, view: FeatureView, values: Mapping[str, Any], live: bool = False) -> ErasureRecord | None:
     """The last erasure of the feature row with these values of the key's columns and the time."""
     names = [*view.key, view.time]
     columns = [pl.Series(name, [values[name]]).cast(view.spine.schema[name]) for name in names]
-    return erasure_of(store, row_ids=ids_of(view.name, columns).to_list())
+    return erasure_of(store, row_ids=ids_of(view.name, columns).to_list(), live=live)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Erased:
+    """What was erased from a live store.
+
+    Args:
+        row_ids: of its feature rows and spine rows.
+        rows: by source, the most rows that were accepted, or rejected, and are gone.
+    """
+
+    row_ids: pl.Series
+    rows: Mapping[str, int]
+
+    @classmethod
+    def of(cls, store: str) -> Erased:
+        ids, rows = set[int](), dict[str, int]()
+        for each in erasures(store):
+            ids |= {*each.row_ids, *each.live_row_ids}
+            gone = sum(each.counts.get(name, 0) for name in ("source_rows", "dead_letters"))
+            rows[each.source] = rows.get(each.source, 0) + gone
+        return cls(pl.Series("row_id", sorted(ids), pl.Int64), rows)
+
+    def has(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The rows of a frame with `row_id` that were erased."""
+        return frame.filter(pl.col("row_id").is_in(self.row_ids.implode()))

@@ -20,6 +20,7 @@ import polars as pl
 from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
+from transforms.lineage.erasure_records import Erased
 from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
@@ -59,6 +60,7 @@ class Parity:
         changed_later: how many of these have a value that later arrivals would change.
         uncomputed: spine rows that were accepted and have no feature row.
         unaccounted: how many of these are neither repeats nor dead letters, and were not pending at the last commit.
+        erased: how many of these could see a row that was erased: their feature rows went with it.
     """
 
     features: dict[str, Compared]
@@ -68,6 +70,7 @@ class Parity:
     changed_later: int = 0
     uncomputed: int = 0
     unaccounted: int = 0
+    erased: int = 0
 
     @property
     def differing(self) -> int:
@@ -104,6 +107,9 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
     left = spine_rows.join(computed, on="row_id", how="anti").join(
         rejected_spine_rows(view, store), on=ORIGIN_COLUMNS, how="anti"
     )
+    gone = Erased.of(store).has(left)
+    result.erased = gone["row_id"].n_unique()
+    left = left.join(gone, on="row_id", how="anti")
     result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
     return result
 

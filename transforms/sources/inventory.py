@@ -215,6 +215,11 @@ class Surveyed:
     slices: Slices
     listing: Listing | None
 
+    @property
+    def listings(self) -> tuple[Listing, ...]:
+        """What is to be as it was when the source has been read."""
+        return () if self.listing is None else (self.listing,)
+
 
 def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
     """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
@@ -494,5 +499,5 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         surveyed[view.spine.name].contract,
         {name: surveyed[name].contract for name in contracts},
         {name: each.slices for name, each in surveyed.items()},
-        tuple(each.listing for each in surveyed.values() if each.listing is not None),
+        tuple(listing for each in surveyed.values() for listing in each.listings),
     )

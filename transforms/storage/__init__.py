@@ -68,8 +68,16 @@ if TYPE_CHECKING:
         sources_root,
         tables_below,
     )
-    from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
-    from transforms.storage.run_markers import MARKER, RunMarker, remove_marker, running_runs, write_marker
+    from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.run_markers import (
+        ERASE,
+        MARKER,
+        RunMarker,
+        remove_marker,
+        require_no_erasure,
+        running_runs,
+        write_marker,
+    )
     from transforms.storage.stored_json import DAMAGE, parse_object, read_object, read_regular, reason_of, understood
     from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped

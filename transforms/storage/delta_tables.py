@@ -570,7 +570,7 @@ class _Replacement:
                     raise conflict(target.uri, target.base, table.version(), before - now, now - before)
             held, dates = _held(table, target), target.dates
             if "://" in address_of(target.uri) and table is not None:
-                days = {path: date.fromisoformat(file.partition_values["date"]) for path, file in held.items()}
+                days = {path: date.fromisoformat(str(file.partition_values["date"])) for path, file in held.items()}
                 added, dates = remaining(target.uri, self._actions(self.files), dates, days)
                 nothing, written = not added and (not held or dates == ()), list(self.files)
             else:

@@ -42,13 +42,18 @@ _KEPT = "/=:@!$&'()*+,;~"
 
 @dataclasses.dataclass(frozen=True)
 class RemovedFile:
-    """A data file that a commit removes: path within the table, partition values, bytes, rows, first and last date."""
+    """A data file that a commit removes: path within the table, partition values, bytes, rows, first and last date.
+
+    `logged` is the path as the log has it.  Other programs encode other letters than `append_entry` does, and a file is
+    removed only by the very same text.
+    """
 
     path: str
-    partition_values: Mapping[str, str]
+    partition_values: Mapping[str, str | None]
     bytes: int
     rows: int
-    dates: tuple[date, date]
+    dates: tuple[date, date] = (date.min, date.max)
+    logged: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +127,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
     for file in entry.removed:
         yield {
             "remove": {
-                "path": quote(file.path, safe=_KEPT),
+                "path": file.logged or quote(file.path, safe=_KEPT),
                 "deletionTimestamp": now,
                 "dataChange": entry.changes_rows,
                 "extendedFileMetadata": True,

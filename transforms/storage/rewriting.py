@@ -11,8 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date
-from urllib.parse import unquote
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction, CommitProperties
+from deltalake.transaction import AddAction
 
 from schemas.errors import StoreError
+from transforms.storage import durable
 from transforms.storage.date_spans import (
     days_of,
     kept_segments,
@@ -33,7 +33,7 @@ from transforms.storage.date_spans import (
 )
 from transforms.storage.delta_log import LOG, path_within, root_of, versions
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
-from transforms.storage.log_entries import LogEntry, RemovedFile
+from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES, LogEntry, RemovedFile, write_checkpoint
 from transforms.storage.stored_json import read_regular, understood
 
 # Rows of a row group and the file's path → whether each of them is removed.
@@ -78,8 +78,7 @@ def write_without(
                 stayed, removed = stayed + len(kept), removed + int(gone.sum())
                 if len(kept):
                     writer.write_table(kept)
-        _flush(aside)
-        os.replace(aside, target)
+        durable.rename(aside, target)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(aside)
@@ -87,57 +86,22 @@ def write_without(
     return stayed, removed
 
 
-def _flush(path: str) -> None:
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def rewrite_delta(
     uri: str, matches: Matches, metadata: Mapping[str, str], opened: Callable[[str], pq.ParquetFile] = pq.ParquetFile
 ) -> int:
     """Commits a version of a table without the rows that match, and returns how many there were.
 
+    Files without such rows stay as they are.
+
     Raises:
-        StoreError: the table cannot be written, or another program commits to it at the same time.
+        StoreError: the table cannot be written, another program commits to it at the same time, or the table has
+            features of Delta Lake that a commit by hand would break.
     """
     table = open_table(uri)
     if table is None:
         return 0
-    if days_of(table) > 1:
-        return _rewrite_spans(table, matches, metadata, opened)
-    root, actions = root_of(table.table_uri), pl.DataFrame(table.get_add_actions(flatten=True))
-    rows = actions.to_dicts()
-    counts = {row["path"]: matching_rows(opened(p), p, matches) for row in rows for p in [_path(root, row["path"])]}
-    if not any(counts.values()):
-        return 0
-    partitions = list(table.metadata().partition_columns)
-    touched = {row["partition.date"] for row in rows if counts[row["path"]]} if "date" in partitions else set()
-    adds = []
-    for row in rows:
-        if touched and row["partition.date"] not in touched:
-            continue
-        # A commit cannot replace a file by itself, so the files that stay in a touched partition get new names.
-        inside = "/".join([*row["path"].split("/")[:-1], f"{metadata['run_id']}-{uuid.uuid4().hex[:16]}.parquet"])
-        path, target, number = _path(root, row["path"]), _path(root, inside), int(row["num_records"])
-        if counts[row["path"]]:
-            number, _ = write_without(opened(path), path, matches, target)
-        else:
-            os.link(path, target)
-        values = {name: _text(row[f"partition.{name}"]) for name in partitions}
-        stats = json.dumps({"numRecords": number})
-        if number:
-            adds.append(AddAction(inside, os.path.getsize(target), values, 0, True, stats))
-        else:
-            os.remove(target)
-    _commit(table, adds, partitions, sorted(map(str, touched)), metadata)
-    return sum(counts.values())
-
-
-def _rewrite_spans(
-    table: DeltaTable, matches: Matches, metadata: Mapping[str, str], opened: Callable[[str], pq.ParquetFile]
-) -> int:
-    """`rewrite_delta` of a table whose files have several dates: files without such rows stay as they are."""
     root, partitions = root_of(table.table_uri), list(table.metadata().partition_columns)
+    spans = days_of(table) > 1
     added: list[AddAction] = []
     removed: list[RemovedFile] = []
     count = 0
@@ -148,26 +112,63 @@ def _rewrite_spans(
         hits = [matches(group, path) for group in _groups(file)]
         if not any(hit.any() for hit in hits):
             continue
+        _require_plain(table)
         gone = np.concatenate(hits)
+        stayed = len(gone) - int(gone.sum())
         count += int(gone.sum())
-        values = {name: str(row[f"partition.{name}"]) for name in partitions}
-        removed.append(RemovedFile(inside, values, row["size_bytes"], row["num_records"], _bounds(row)))
-        segments = kept_segments(read_segments(path), gone, inside)
-        if not segments:
+        values = {name: _text(row[f"partition.{name}"]) for name in partitions}
+        removed.append(RemovedFile(inside, values, row["size_bytes"], len(gone), logged=row["path"]))
+        if not stayed:
             continue
         name = os.path.join(os.path.dirname(inside), f"{metadata['run_id']}-{uuid.uuid4().hex[:16]}.parquet")
-        target = os.path.join(root, name)
-        write_without(file, path, matches, target, schema_with_segments(file.schema_arrow, segments))
-        require_rows(target, len(gone) - int(gone.sum()), segments)
-        added.append(AddAction(name, os.path.getsize(target), values, 0, True, json.dumps(stats_of(segments))))
+        target, schema = os.path.join(root, name), file.schema_arrow
+        stats: dict[str, object] = {"numRecords": stayed}
+        if spans:
+            segments = kept_segments(read_segments(path), gone, inside)
+            write_without(file, path, matches, target, schema_with_segments(schema, segments))
+            require_rows(target, stayed, segments)
+            stats = stats_of(segments)
+        else:
+            write_without(file, path, matches, target)
+        added.append(AddAction(name, os.path.getsize(target), values, 0, True, json.dumps(stats)))
     if removed:
-        entry = LogEntry(partitions, dict(metadata), (metadata["run_id"], 1), added, removed)
-        _append(table, entry)
+        _append(table, LogEntry(partitions, dict(metadata), (metadata["run_id"], 1), added, removed))
     return count
 
 
-def _bounds(row: Mapping[str, date]) -> tuple[date, date]:
-    return row["min.date"], row["max.date"]
+# Of the features that a table may demand of its writers, those that a commit without some rows keeps by itself.
+_KEPT_FEATURES = {
+    "appendOnly",  # refused if it is in use
+    "changeDataFeed",  # readers of changes find the rows in the files that were removed, which are deleted
+    "checkConstraints",
+    "generatedColumns",
+    "identityColumns",
+    "invariants",
+    "timestampNtz",
+    "vacuumProtocolCheck",
+}
+
+
+def _require_plain(table: DeltaTable) -> None:
+    """Checks that rows may be removed from the table by a commit of plain additions and removals.
+
+    Raises:
+        StoreError: see `rewrite_delta`.
+    """
+    protocol, properties = table.protocol(), table.metadata().configuration
+    features = {str(each) for each in protocol.writer_features or ()}
+    if properties.get("delta.columnMapping.mode", "none") != "none":
+        features.add("columnMapping")
+    if properties.get("delta.appendOnly") == "true":
+        features.add("delta.appendOnly = true")
+    beyond = sorted(features - _KEPT_FEATURES)
+    if beyond:
+        raise StoreError(
+            "Rows are removed from Delta tables without features that their writer has to keep up",
+            f"{table.table_uri} has {', '.join(beyond)}",
+            "Delete the rows with the program that writes the table, vacuum it without retention, then erase the rest "
+            "of the store with the same command",
+        )
 
 
 def _append(table: DeltaTable, entry: LogEntry) -> None:
@@ -175,26 +176,13 @@ def _append(table: DeltaTable, entry: LogEntry) -> None:
         append_commit(root_of(table.table_uri), table, entry, overwrites=True)
 
 
-def _commit(
-    table: DeltaTable, adds: list[AddAction], partitions: list[str], dates: list[str], metadata: Mapping[str, str]
-) -> None:
-    with commit_attempt(table.table_uri, table, FIX):
-        table.create_write_transaction(
-            [*adds],
-            "overwrite",
-            table.schema(),
-            partitions,
-            [("date", "in", dates)] if dates else None,
-            commit_properties=CommitProperties(custom_metadata=dict(metadata)),
-        )
-
-
-def _path(root: str, inside: str) -> str:
-    return os.path.join(root, unquote(inside))
-
-
 def _text(value: object) -> str | None:
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """A partition's value as the log has it."""
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None).isoformat(" ", "microseconds")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def purge(uri: str) -> int:
@@ -235,18 +223,42 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
             scrubbed = [_scrubbed(line, root, None if ours else needed, dates) for line in lines]
         after = [each for each in scrubbed if each is not None]
         if after != lines:
-            aside = f"{path}.tmp"
-            with open(aside, "w", encoding="utf-8") as handle:
-                handle.write("\n".join(after) + "\n")
-            _flush(aside)
-            os.replace(aside, path)
-    checkpoints = [name for name in os.listdir(folder) if ".checkpoint" in name]
-    if checkpoints:
-        now = DeltaTable(root)
-        now.create_checkpoint()
-        for name in checkpoints:
-            if int(name[:20]) != now.version():
+            if len(after) < len(lines):  # the entry no longer has the files that it counts
+                after = [_without_counts(line) for line in after]
+            durable.write_file(path, ("\n".join(after) + "\n").encode())
+    _renew_checkpoints(root, int(table.version()))
+
+
+def _without_counts(line: str) -> str:
+    action = json.loads(line)
+    if "commitInfo" in action:
+        for name in (ADDED_FILES, REMOVED_FILES):
+            action["commitInfo"].get("operationMetrics", {}).pop(name, None)
+    return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
+
+
+def _renew_checkpoints(root: str, version: int) -> None:
+    """Replaces the checkpoints, which tell what the log did, by one of the newest version, and removes checksums of
+    other programs, which tell the same.
+    """
+    folder = os.path.join(root, LOG)
+    names = os.listdir(folder)
+    checkpoints = [name for name in names if ".checkpoint" in name and not name.startswith((".", "_"))]
+    for name in names:
+        if name.endswith(".crc"):
+            os.remove(os.path.join(folder, name))
+    if not checkpoints:
+        return
+    whole = versions(root)[0] == 0  # made of the entries alone; else the last checkpoint stands for the missing ones
+    if whole:
+        for name in [*checkpoints, "_last_checkpoint"]:
+            with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
+    if whole or all(int(name[:20]) != version for name in checkpoints):
+        write_checkpoint(root, version)
+    for name in checkpoints:
+        if not whole and int(name[:20]) != version:
+            os.remove(os.path.join(folder, name))
 
 
 def _scrubbed(line: str, root: str, needed: set[str] | None, dates: bool) -> str | None:
@@ -259,7 +271,7 @@ def _scrubbed(line: str, root: str, needed: set[str] | None, dates: bool) -> str
     action = json.loads(line)
     ((kind, body),) = action.items()
     if needed is not None:
-        if kind in ("add", "remove", "cdc") and _path(root, body["path"]) not in needed:
+        if kind in ("add", "remove", "cdc") and os.path.join(root, path_within(root, body["path"])) not in needed:
             return None
         if kind == "commitInfo" and body.get("operationParameters", {}).pop("predicate", None) is not None:
             return json.dumps(action, separators=(",", ":"), ensure_ascii=False)

@@ -15,11 +15,14 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 
+from schemas.errors import ConflictError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, understood
 
 MARKER = "started.json"
+# The pipeline of an erasure in its mark.
+ERASE = "erase"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,11 @@ class RunMarker:
         except PermissionError:
             return True
         return True
+
+    @property
+    def may_be_at_work(self) -> bool:
+        """Whether its launcher lives, or cannot be seen from here, or its job runs elsewhere."""
+        return self.launcher_lives or self.host != socket.gethostname() or self.pipeline.endswith("--streaming")
 
 
 def write_marker(folder: str, pipeline: str, run_id: str) -> None:
@@ -80,6 +88,30 @@ def running_runs(store: str) -> list[RunMarker]:
         StoreError: a mark cannot be read.
     """
     return [_read(path) for path in _markers(FileSystems.join(store, "runs"))]
+
+
+def require_no_erasure(store: str, pipeline: str, run_id: str = "") -> None:
+    """Checks that no erasure works on a store; for an erasure, that nothing does.
+
+    Whoever works on a store writes its mark first and then looks: of two that start at the same time at least one sees
+    the other.
+
+    Args:
+        store: its folder; erasures do not work at addresses with a scheme.
+        pipeline: who looks.
+        run_id: its run, which is no other one.
+
+    Raises:
+        ConflictError: see above.
+        StoreError: a mark cannot be read.
+    """
+    for each in running_runs(store) if "://" not in store else ():
+        if each.run_id != run_id and each.may_be_at_work and ERASE in (pipeline, each.pipeline):
+            raise ConflictError(
+                "Nothing works on a store while rows are erased from it",
+                f"run {each.run_id} ({each.pipeline}), started {each.started:%Y-%m-%d %H:%M} UTC on {each.host}",
+                f"Wait for it or stop it. If it was killed, delete {store}/runs/{each.run_id}/{MARKER}",
+            )
 
 
 def _markers(folder: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
     from transforms.streaming.kafka_properties import read_properties, secrets_of
-    from transforms.streaming.live_dimensions import kept
+    from transforms.streaming.live_dimensions import kept, rewrite_versions
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
     from transforms.streaming.live_settings import LiveSettings
     from transforms.streaming.live_tables import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ANY_ERROR,
         EXPANDED_BYTES,
         HEARTBEAT,
+        ORIGIN,
         Decoded,
         Message,
         by_partition,

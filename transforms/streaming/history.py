@@ -22,6 +22,7 @@ from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_of, now_us
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.sources.inventory import files_of
+from transforms.sources.listing import unchanged
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.accepted_rows import still_counted
@@ -224,6 +225,7 @@ class Handover:
                 rows = _placed(rows, offset, writer.schema)
                 offset += len(rows)
                 written += write_files(batch(rows, writer.schema), uri, self.run_id)
+        unchanged(written, files.listings)
         if first < offset or before is None:
             loaded = LoadedHistory(files.version, (first, offset), *span)
             beginning = dataclasses.replace(beginning, taken=(*beginning.taken, loaded))

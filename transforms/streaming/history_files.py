@@ -18,7 +18,8 @@ from transforms.features.block_inputs import distinct, joined
 from transforms.records.times import ALWAYS, day_number, days_in, midnight, now_us
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import as_message_dead_letters
-from transforms.sources.inventory import Slice, files_of, survey, version_of
+from transforms.sources.inventory import Slice, files_of, survey_files, version_of
+from transforms.sources.listing import Listing
 from transforms.sources.reader import CHUNK_ROWS, ReadOptions, Repeats, repeats_of, stream_slices, without_repeats
 from transforms.storage.paths import source_uri
 from transforms.streaming.beginnings import HISTORY
@@ -47,6 +48,7 @@ class HistoryFiles:
         contract: of its rows.
         slices: its row groups.
         version: of the source: a Delta table's version, or a digest of its files.
+        listings: the files as they were listed; none of a Delta table.
     """
 
     view: FeatureView
@@ -54,6 +56,7 @@ class HistoryFiles:
     contract: Contract
     slices: tuple[Slice, ...]
     version: str
+    listings: tuple[Listing, ...] = ()
 
     @classmethod
     def of(cls, view: FeatureView, root: str, name: str) -> HistoryFiles:
@@ -68,10 +71,11 @@ class HistoryFiles:
         version = version_of(root, source)
         others = tuple(column for column in source.schema if column not in contract.columns)
         try:
-            contract, slices = survey(root, dataclasses.replace(contract, ordering=others), version)
+            found = survey_files(root, dataclasses.replace(contract, ordering=others), version)
         except ContractError:  # columns that no feature needs may be missing, as in batch
-            contract, slices = survey(root, contract, version)
-        return cls(view, source, contract, tuple(slices), _version_text(root, source, version, slices))
+            found = survey_files(root, contract, version)
+        text = _version_text(root, source, version, found.slices)
+        return cls(view, source, found.contract, found.slices, text, found.listings)
 
     @property
     def end(self) -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -24,11 +26,13 @@ from schemas.views import FeatureView
 from transforms.features.block_inputs import contradictions, dimension_rows
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dead_letters, concat_dead_letters
-from transforms.sources.inventory import survey
+from transforms.sources.inventory import survey_files
+from transforms.sources.listing import unchanged
 from transforms.sources.reader import read_slices
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.vacuum import TEMPORARY_FILE
 
 log = logging.getLogger("millrace.live")
 # File, beside a dimension's versions, that names the version in use.
@@ -70,13 +74,15 @@ class Dimensions:
         return Contract(source, tuple(self.view.columns_read(name)), ordering=self.view.columns_ordering(name))
 
     def _read(self, name: str, contract: Contract) -> None:
-        contract, slices = survey(self.root, contract)
+        found = survey_files(self.root, contract)
+        contract, slices = found.contract, found.slices
         stamp = repr([(each.path, each.stamp) for each in slices])
         if self._stamps.get(name) == stamp:
             return
         read = read_slices(contract, slices)
         frame = dimension_rows(contract, read.frame)
         dead_letters, _ = contradictions(self.view, contract, slices, frame)
+        unchanged(frame, found.listings)
         version = keep(self.kept, name, frame)
         self._reject(
             name, version, [each.path for each in slices], concat_dead_letters([read.dead_letters, *dead_letters])
@@ -137,15 +143,26 @@ class Dimensions:
 
 def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
     """Stores a dimension's content as a version, named by its digest, and records that it is in use."""
-    sink = io.BytesIO()
-    frame.write_ipc(sink, compression="lz4")
-    version = hashlib.blake2b(sink.getvalue(), digest_size=8).hexdigest()
-    path = FileSystems.join(folder, name, f"{version}.arrow")
-    if not FileSystems.exists(path):
-        write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(sink.getvalue()))
+    content = _content(frame)
+    for number in itertools.count():
+        # A version from which rows were erased keeps its name, so the same rows get another one if they come again.
+        salt = b"" if number == 0 else number.to_bytes(8, "little")
+        version = hashlib.blake2b(content, digest_size=8, salt=salt).hexdigest()
+        path = FileSystems.join(folder, name, f"{version}.arrow")
+        if not FileSystems.exists(path):
+            write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(content))
+            break
+        if read_regular(path) == content:
+            break
     in_use = pa.py_buffer(json.dumps({"version": version}).encode())
     write_aside(FileSystems.join(folder, name), SERVING, in_use)
     return version
+
+
+def _content(frame: pl.DataFrame) -> bytes:
+    sink = io.BytesIO()
+    frame.write_ipc(sink, compression="lz4")
+    return sink.getvalue()
 
 
 def kept(folder: str, name: str, version: str) -> pl.DataFrame:
@@ -155,3 +172,28 @@ def kept(folder: str, name: str, version: str) -> pl.DataFrame:
         return pl.read_ipc(io.BytesIO(read_regular(path)))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise StoreError("A kept version of a dimension can be read", f"{path}: {error}", "Restore the file") from None
+
+
+def rewrite_versions(folder: str, matches: Callable[[pl.DataFrame], pl.Series], dry_run: bool = False) -> int:
+    """Removes rows from all versions of a dimension, which keep their names: feature rows name them.
+
+    Args:
+        folder: of the versions.
+        matches: whether each row is removed.
+        dry_run: count, and change nothing.
+
+    Returns:
+        How many match.
+    """
+    count = 0
+    for path in sorted(Path(folder).glob("*")):
+        if TEMPORARY_FILE.fullmatch(path.name):
+            if not dry_run:
+                path.unlink()
+        elif path.suffix == ".arrow":
+            rows = pl.read_ipc(io.BytesIO(path.read_bytes()))
+            hit = matches(rows)
+            count += int(hit.sum())
+            if hit.any() and not dry_run:
+                write_aside(folder, path.name, pa.py_buffer(_content(rows.filter(~hit))))
+    return count

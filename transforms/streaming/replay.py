@@ -19,7 +19,8 @@ from schemas.views import FeatureView
 from transforms.records.row_hashing import hash_column, mix
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import survey
+from transforms.sources.inventory import survey_files
+from transforms.sources.listing import unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
@@ -59,10 +60,12 @@ def sources_of(view: FeatureView) -> dict[str, Source]:
 
 def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
-    frames = {}
-    for name, source in sources_of(view).items():
-        contract = Contract(source, tuple(source.schema))
-        frames[name] = read_raw(*survey(replay.root, contract))
+    found = {
+        name: survey_files(replay.root, Contract(source, tuple(source.schema)))
+        for name, source in sources_of(view).items()
+    }
+    frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
+    unchanged(frames, [listing for each in found.values() for listing in each.listings])
     yield from chunks_of(view, frames, replay)
 
 

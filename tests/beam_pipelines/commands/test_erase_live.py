@@ -1,0 +1,276 @@
+"""`millrace erase` on a live store: a marked person, a search over every byte of it, and what parity, verify and trace
+then say; and on a full store, what erasing reaches."""
+
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from beam_pipelines import features, features_streaming, inference_streaming
+from beam_pipelines.cli import main
+from schemas.loading import load_definition
+from tests.support.marked_person import DEFINITION, PERSON, START, WHERE, Store, rows
+from tests.support.tables import figures_of, rows_of
+from tests.support.turns import Job, JobOptions
+from transforms.lineage import erasure
+from transforms.lineage.erasure_records import erasures
+from transforms.records.times import FOREVER
+from transforms.storage.paths import features_live_uri, tables_below
+from transforms.storage.run_markers import remove_marker, write_marker
+from transforms.streaming.messages import Message, heartbeat, to_arrow
+
+SOURCES = ("returns", "people", "orders")
+ENCODE = """encode={
+        "orders_note": encoders.Ordinal(), "people_remark": encoders.Hashing(8), "note": encoders.Hashing(8),
+        "shop": encoders.Ordinal()}"""
+SHOPS = '    Trailing(orders, by="shop", over="1d", stats={"price": "mean", "*": "count"}),\n'
+LIVE = (
+    DEFINITION.replace("features=INPUTS", ENCODE)
+    .replace('"note": pl.String, "price"', '"note": pl.String, "shop": pl.String, "price"')
+    .replace("    Trailing(returns,", f"{SHOPS}    Trailing(returns,")
+)
+# What a store may hold.  Whoever adds to it has to say how rows are erased from it (docs/erase.md).
+KNOWN = {
+    *("sources", "features", "predictions", "examples", "dead_letters", "registry", "runs", "erasures"),
+    *("features_live", "predictions_live", "dimensions", "live_view.json", "crash_guard"),
+}
+
+
+class LiveStore(Store):
+    """A live store beside a batch store, whose sources and registry it reads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, LIVE)
+        self.batch = Store(root / "batch", LIVE)
+        self.registry = f"sqlite:///{self.batch.store}/registry/mlflow.db"
+
+    @property
+    def sources(self) -> str:
+        return str(self.batch.store / "sources")
+
+    def run_live(self) -> None:
+        flags = ["--streaming", *self.flags]
+        replay = ["--sources", self.sources, "--start", "2024-01-21", "--chunk", "6h", "--run_id", "live"]
+        assert features_streaming.main([*flags, *replay]) == 0
+        assert inference_streaming.main([*flags, "--registry", self.registry, "--run_id", "scored"]) == 0
+
+    def erase_live(self, source: str, *more: str) -> int:
+        return self.erase(source, WHERE, "--sources", self.sources, "--registry", self.registry, *more)
+
+    def parity(self, run_id: str) -> dict[str, object]:
+        command = ["parity", *self.flags, "--registry", self.registry, "--batch_store", str(self.batch.store)]
+        assert main([*command, "--run_id", run_id]) == 0
+        return figures_of(self.store, run_id)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("live")
+    (root / "batch").mkdir()
+    store = LiveStore(root)
+    for name, frame in with_shops().items():
+        store.batch.put(name, frame)
+    store.batch.run()
+    store.run_live()
+    return root
+
+
+def with_shops() -> dict[str, pl.DataFrame]:
+    """Three shops, in which others meet the person; and a spine row of the person that contradicts another one."""
+    frames = rows()
+    orders = frames["orders"].with_columns(shop=pl.format("s{}", pl.col("k") % 3))
+    again = orders.filter(k=250).with_columns(price=pl.col("price") + 1000)
+    frames["orders"] = pl.concat([orders, again]).select("at", "k", "cust", "note", "shop", "price")
+    return frames
+
+
+@pytest.fixture
+def store(built: Path, tmp_path: Path) -> LiveStore:
+    shutil.rmtree(tmp_path)
+    shutil.copytree(built, tmp_path, symlinks=True)
+    return LiveStore(tmp_path)
+
+
+def test_nothing_of_a_marked_person_is_left_in_a_live_store(
+    store: LiveStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = load_definition(str(store.definition)).view
+    kinds = {path.split("/")[0] for path in store.found()}
+    held = {"sources", "features_live", "predictions_live", "dimensions", "dead_letters"}
+    assert held <= kinds, "the search sees the marker"
+    live = features_live_uri(str(store.store), view.name, view.fingerprint)
+    before, predicted = rows_of(live), rows_of(str(store.store / "predictions_live" / "vw"))
+    assert store.parity("before")["questions_erased"] == 0
+    assert store.erase_live("orders") == 2
+    assert "Add --keep_sources" in capsys.readouterr().err
+    everywhere = [path for path in store.batch.found() if not path.startswith("registry/")]  # the model's, of both
+    for name in SOURCES:
+        assert store.erase_live(name, "--keep_sources") == 0
+    assert not store.found()
+    assert set(everywhere) <= set(store.batch.found()), "the other store has a command of its own"
+
+    # Feature rows of the person and of whoever met it within the day are gone, all others are as they were.
+    after = rows_of(live)
+    met = before.join_where(
+        with_shops()["orders"].filter(cust=PERSON).select(pl.col("at").alias("then"), pl.col("shop").alias("there")),
+        pl.col("shop") == pl.col("there"),
+        pl.col("at") >= pl.col("then"),
+        pl.col("at") <= pl.col("then") + timedelta(days=1),
+    )
+    gone = before.join(after, on="row_id", how="anti")
+    assert set(met["row_id"]) | set(before.filter(cust=PERSON)["row_id"]) == set(gone["row_id"])
+    assert after.sort("row_id").equals(before.join(gone, on="row_id", how="anti").sort("row_id"))
+    assert set(rows_of(str(store.store / "predictions_live" / "vw"))["row_id"]) == set(after["row_id"])
+
+    # Beside a batch store that has the person still, and after it was erased there too.
+    for run_id in ("beside", "both"):
+        found = store.parity(run_id)
+        others = len(gone.filter(pl.col("cust") != PERSON))
+        assert found["questions_erased"] == others
+        assert found["values_differing"] == found["questions_unaccounted_for"] == 0
+        full = found["full_batch"]
+        assert isinstance(full, dict)
+        assert full["unexplained"] == 0
+        assert set(full["rows_without_an_answer"]) == {"corrected or erased row"}
+        assert full["answers_that_batch_lacks"] == {}
+        assert main(["verify", *store.flags, "--live", "--rows", "all"]) == 0
+        if run_id == "beside":
+            for name in SOURCES:
+                assert store.batch.erase(name) == 0
+            assert features.main([*store.batch.flags, "--max_dead_fraction", "1", "--run_id", "again"]) == 0
+    capsys.readouterr()
+    now = f"erased on {datetime.now(UTC):%Y-%m-%d}"
+    for row in gone.iter_rows(named=True):
+        if row["row_id"] in (gone.filter(cust=PERSON)["row_id"][0], met.filter(pl.col("cust") != PERSON)["row_id"][0]):
+            trace = ["trace", *store.flags, "--live", "--key", f"cust={row['cust']}", "--time", row["at"].isoformat()]
+            assert main(trace) == 0
+            assert now in capsys.readouterr().out
+            prediction = predicted.filter(row_id=row["row_id"])["prediction_id"][0]
+            assert main(["trace", *store.flags, "--prediction", str(prediction)]) == 0
+            assert now in capsys.readouterr().out
+
+
+def test_a_job_that_starts_again_knows_nothing_of_the_person(store: LiveStore) -> None:
+    view = load_definition(str(store.definition)).view
+    for name in SOURCES:
+        assert store.erase_live(name, "--keep_sources") == 0
+        assert store.batch.erase(name) == 0
+    begin = {name: {0: 0, 1: 0} for name in ("orders", "returns")}
+    job = Job(view, store.store, Path(store.sources), begin, JobOptions("b"))
+    at = START + timedelta(days=60)
+    asked = [{"at": at, "k": 1000 + i, "cust": cust, "shop": "s0"} for i, cust in enumerate((PERSON, "c1"))]
+    spine = pl.DataFrame(asked, schema=view.spine.schema, orient="row")
+    first = {name: job.start[name][0] for name in ("orders", "returns")}
+    messages = [Message("orders", 0, first["orders"], 2**51, None, to_arrow(spine))]
+    for name in ("orders", "returns"):
+        messages += [
+            Message(name, 0, first[name] + (name == "orders"), 2**51, *heartbeat(FOREVER)),
+            Message(name, 1, job.start[name][1], 2**51, *heartbeat(FOREVER)),
+        ]
+    job.take(messages)
+    job.commit()
+    made = rows_of(features_live_uri(str(store.store), view.name, view.fingerprint)).filter(at=at).sort("cust")
+    person, other = made.rows(named=True)
+    assert (person["cust"], person["orders_by_cust_price_count_all"], person["orders_note"]) == (PERSON, 0, None)
+    assert person["people_remark"] is None
+    kept = with_shops()["orders"].filter(cust="c1")
+    assert other["orders_by_cust_price_count_all"] == kept["price"].is_finite().sum()
+    assert store.parity("after")["values_differing"] == 0
+
+
+def test_erasing_reaches_every_table_of_a_full_store(store: LiveStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch and live in one folder: whoever adds a kind of table meets this test."""
+    shutil.copytree(store.batch.store, store.store, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sources"))
+    assert {path.name for path in store.store.iterdir()} <= KNOWN
+    tables, reached = set(tables_below(str(store.store))), set[str]()
+    rewrite = erasure.rewrite_delta
+
+    def rewritten(uri: str, *arguments: object) -> int:
+        reached.add(str(Path(uri).relative_to(store.store)))
+        return rewrite(uri, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(erasure, "rewrite_delta", rewritten)
+    for name in ("orders", "returns"):
+        assert store.erase(name) == 0
+    removed = tables - set(tables_below(str(store.store)))
+    assert {name.split("/")[0] for name in tables} == KNOWN & {name.split("/")[0] for name in tables}
+    assert {name.split("/")[0] for name in removed} == {"features"}
+    assert reached | removed == tables
+    assert {name.split("/")[0] for name in reached} == {
+        *("sources", "predictions", "dead_letters", "features_live", "predictions_live")
+    }
+
+
+HELD = """
+import sys
+from beam_pipelines.{module} import {name}
+from {owner} import {function} as before
+
+def held(*arguments, **named):
+    print("held", flush=True)
+    sys.stdin.readline()
+    return before(*arguments, **named)
+
+import {owner}
+{owner}.{function} = held
+sys.exit({name}(sys.argv[1:]))
+"""
+
+
+def test_a_run_and_an_erasure_do_not_work_on_a_store_together(
+    store: LiveStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = store.batch
+
+    def started(code: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        while (line := process.stdout.readline().strip()) != "held":
+            assert line or process.poll() is None
+        return process
+
+    def released(process: subprocess.Popen[str]) -> None:
+        process.communicate("go\n", timeout=120)
+        assert process.returncode == 0
+
+    more = ["--max_dead_fraction", "1"]
+    run = started(
+        HELD.format(module="features", name="main", owner="beam_pipelines.features", function="execute"),
+        *[*batch.flags, *more, "--run_id", "slow", "--full"],
+    )
+    assert batch.erase("orders") == 8
+    assert "run slow (features)" in capsys.readouterr().err
+    assert not list(erasures(str(batch.store)))
+    released(run)
+    everything = batch.found()
+    erase = HELD.format(module="cli", name="main", owner="beam_pipelines.commands.erase", function="erase")
+    run = started(erase, "erase", "orders", *batch.flags, "--where", WHERE)
+    for pipeline in ("features", "training", "inference", "verify", "vacuum", "erase"):
+        arguments = ["erase", "returns", "--where", WHERE, *batch.flags] if pipeline == "erase" else [pipeline]
+        arguments += [] if pipeline == "erase" else batch.flags[2:] if pipeline == "vacuum" else batch.flags
+        assert main(arguments) == 8, pipeline
+        assert "(erase), started" in capsys.readouterr().err
+    assert main(["inference", "--streaming", *batch.flags]) == 8
+    assert batch.found() == everything
+    released(run)
+    assert main(["features", *batch.flags, *more]) == 0
+    # The live store, whose job may run elsewhere although its launcher is gone.
+    folder = str(store.store / "runs" / "gone")
+    write_marker(folder, "features --streaming", "gone")
+    assert store.erase_live("returns", "--keep_sources") == 8
+    remove_marker(folder)
+
+
+def test_a_recorded_definition_serves_where_none_is_named(store: LiveStore, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ["--store", str(store.batch.store)]
+    assert main(["erase", "orders", *batch, "--where", WHERE]) == 0
+    assert "by the definition that model vw 1 has recorded" in capsys.readouterr().out
+    assert main(["erase", "order", *batch, "--where", WHERE]) == 2
+    assert "looked at: vw 1" in capsys.readouterr().err
+    assert main(["erase", "orders", "--store", str(store.store), "--where", WHERE]) == 2
+    assert "looked at: none" in capsys.readouterr().err
