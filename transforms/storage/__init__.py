@@ -70,7 +70,15 @@ if TYPE_CHECKING:
     )
     from transforms.storage.rewriting import matching_rows, purge, rewrite_delta, write_without
     from transforms.storage.run_markers import MARKER, RunMarker, remove_marker, running_runs, write_marker
-    from transforms.storage.stored_json import DAMAGE, parse_object, read_object, read_regular, reason_of, understood
+    from transforms.storage.stored_json import (
+        DAMAGE,
+        parse_object,
+        parse_record,
+        read_object,
+        read_regular,
+        reason_of,
+        understood,
+    )
     from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped
     from transforms.storage.tfrecord_io import (
