@@ -19,6 +19,7 @@ REQUIRES = [
     "protobuf>=4.25,<7",
     "pyarrow>=10,<24",
     "pyarrow-hotfix>=0.6,<1",  # pyarrow before 14.0.1 runs code that an Arrow or Parquet file names (CVE-2023-47248)
+    "pydantic>=2.5,<3",  # MLflow's too
     "pyyaml>=6,<7",
     "scipy>=1.15,<2",
     "setuptools<81",  # dependencies import pkg_resources
@@ -27,6 +28,7 @@ REQUIRES = [
     "tensorflow-data-validation>=1.16.1,<2",
     "tensorflow-metadata>=1.16.1,<2",
     "tfx-bsl>=1.16.1,<2",
+    "typing-extensions>=4.9",  # Pydantic takes the TypedDict of `typing` from Python 3.12 on
     "xgboost>=3.2,<4",
 ]
 EXTRAS = {

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
@@ -18,15 +17,16 @@ from apache_beam.pvalue import AsSingleton
 from beam_pipelines.runtime.arguments import Arguments, day
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.run_report import Run, execute, read_json
+from beam_pipelines.runtime.run_report import Run, execute
 from schemas.errors import GateError, MillraceError, StoreError
 from schemas.loading import decoded, load_definition
-from transforms.evaluation.evaluate import Evaluate, Report, carried
+from transforms.evaluation.evaluate import Evaluate, carried
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load
 from transforms.models.problem_identity import require_same_problem
 from transforms.models.registry import Registry, preparing_database, registry_uri
 from transforms.models.scoring import Pinned, Score
+from transforms.models.stored_records import ProvenanceRecord, TrainingRecord
 from transforms.storage.file_systems import FileSystems
 from transforms.training.champion_comparison import Challenge, Compare
 from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
@@ -43,7 +43,16 @@ from transforms.training.fit_encoders import Fit, declared
 from transforms.training.float32_checks import lost_digits
 from transforms.training.hyperparameter_search import trials
 from transforms.training.preparation import TrainingRequest, prepare_training
-from transforms.training.publish_model import BUNDLE, REPORT, Publication, RunOutcome, failed_gates, publish, rival_of
+from transforms.training.publish_model import (
+    BUNDLE,
+    REPORT,
+    Publication,
+    RunOutcome,
+    failed_gates,
+    publish,
+    read_record,
+    rival_of,
+)
 from transforms.training.trainer import BundleRequest, Study, Train, save_best
 from transforms.training.unseen_categories import unseen
 from transforms.training.xgboost_data import until
@@ -153,25 +162,21 @@ class Tested:
     rows: beam.PCollection
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenance: dict[str, Any]) -> None:
+def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenance: ProvenanceRecord) -> None:
     """Build the graph.  Steps before the last write files and return their names; the last makes the model visible."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
     rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
-    _ = tested.report | "Publish" >> beam.Map(publish_outcome, publication(options), *sides)
-
-
-def publish_outcome(report: Report, where: Publication, *sides: Any) -> None:
-    """Publish the report with the side inputs of the graph, which are the other fields of `RunOutcome`, in order."""
-    publish(RunOutcome(report, *sides), where)
+    outcome = tested.report | "Outcome" >> beam.Map(RunOutcome, *sides)
+    _ = outcome | "Publish" >> beam.Map(publish, publication(options))
 
 
 def train_and_test(
     pipeline: beam.Pipeline,
     options: Options,
     plan: ExamplePlan,
-    provenance: dict[str, Any],
+    provenance: ProvenanceRecord,
     champion: tuple[str, bytes] | None = None,
 ) -> Tested:
     """Build the graph up to the evaluated model.
@@ -236,7 +241,7 @@ def publication(options: Options) -> Publication:
     )
 
 
-def resolve(options: Options) -> tuple[ExamplePlan, dict[str, Any]]:
+def resolve(options: Options) -> tuple[ExamplePlan, ProvenanceRecord]:
     """Fix the versions that the run reads; see `transforms.training.preparation.prepare_training`."""
     return prepare_training(options)
 
@@ -251,7 +256,7 @@ def main(argv: Sequence[str]) -> int:
         build(pipeline, options, plan, provenance)
         with preparing_database(options.registry):
             execute(pipeline)
-        report = read_json(FileSystems.join(options.folder, REPORT))
+        report = read_record(TrainingRecord, options.folder, REPORT)
         run.update(figures(report))
         if not options.keep_examples:
             delete_files([options.examples])
@@ -277,7 +282,7 @@ def check_problem(options: Options) -> None:
         log.warning("whether the name %r is free is not known: %s", options.model.name, error)
 
 
-def figures(report: dict[str, Any]) -> dict[str, Any]:
+def figures(report: TrainingRecord) -> dict[str, object]:
     """The figures of `run.json` and of the closing table."""
     splits = report["splits"].values()
     shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from beam_pipelines.runtime.arguments import Arguments, identifier
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
+from transforms.models.stored_records import ChampionMove
 from transforms.storage.file_systems import FileSystems
 
 
@@ -25,7 +26,7 @@ def _arguments(command: str, text: str, why: bool = False) -> Arguments:
     return arguments
 
 
-def _named(flags: Any) -> tuple[Registry, str]:
+def _named(flags: argparse.Namespace) -> tuple[Registry, str]:
     """The registry, and the name of the model that the flags mean."""
     registry = Registry(registry_uri(flags.store, flags.registry))
     names = sorted({name for name, _ in registry.models()})
@@ -56,13 +57,11 @@ def models(argv: Sequence[str]) -> int:
         rows = []
         for each in registry.versions(name):
             tested = {
-                key.removeprefix("test_"): value for key, value in each["metrics"].items() if key.startswith("test_")
+                key.removeprefix("test_"): value for key, value in each.metrics.items() if key.startswith("test_")
             }
             shown = ", ".join(f"{key} {value:.4f}" for key, value in sorted(tested.items()))
-            at = f"{datetime.fromtimestamp(each['at'] / 1000, UTC):%Y-%m-%d %H:%M}"
-            rows.append(
-                (each["version"], "champion" if each["champion"] else "", at, each["run"], each["gates"], shown)
-            )
+            at = f"{datetime.fromtimestamp(each.at / 1000, UTC):%Y-%m-%d %H:%M}"
+            rows.append((each.version, "champion" if each.champion else "", at, each.run, each.gates, shown))
         print(name)
         print(columns(("version", "alias", "registered (UTC)", "run", "gates", "test metrics"), rows, "version"))
         for entry in registry.records(name):
@@ -70,7 +69,7 @@ def models(argv: Sequence[str]) -> int:
     return 0
 
 
-def _move(entry: Mapping[str, Any]) -> str:
+def _move(entry: ChampionMove) -> str:
     """A move of the alias, in words."""
     if entry["before"] == entry["version"]:
         return f"version {entry['version']} was champion already"

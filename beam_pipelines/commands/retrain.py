@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -20,7 +19,7 @@ from apache_beam.pvalue import AsSingleton
 from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
-from beam_pipelines.runtime.run_report import Run, execute, read_json
+from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.training import Options, resolve, train_and_test
 from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError
@@ -28,11 +27,13 @@ from schemas.loading import load_recorded
 from transforms.evaluation.evaluate import Report, as_json
 from transforms.models.bundle import Bundle, load
 from transforms.models.registry import Registry, registry_uri
+from transforms.models.stored_records import ModelManifest, ProvenanceRecord, RetrainingRecord
 from transforms.storage.delta_log import root_of
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.training.examples import Account, delete_files
 from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
+from transforms.training.publish_model import read_record
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import metrics_of
 
@@ -114,7 +115,7 @@ def train_again(bundle: Bundle, options: Options) -> list[str]:
 
 def compared(bundle: Bundle, options: Options, before: Mapping[str, float]) -> Comparison:
     """Compare the model that `train_again` left with the registered `bundle` and its metrics `before`."""
-    found = read_json(FileSystems.join(options.folder, AGAIN))
+    found = read_record(RetrainingRecord, options.folder, AGAIN)
     again = load(options.bundle)
     now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
     apart = {metric: (before.get(metric), value) for metric, value in now.items() if before.get(metric) != value}
@@ -183,7 +184,7 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         )
 
 
-def sources_folder(manifest: Mapping[str, Any], store: str) -> str:
+def sources_folder(manifest: ModelManifest, store: str) -> str:
     """The folder of sources that a version was trained on; one within its store is found in `store`."""
     sources, table = str(manifest["read"]["sources"]), str(manifest["feature_table"]["uri"])
     if "://" in sources or os.path.isabs(sources):
@@ -192,7 +193,7 @@ def sources_folder(manifest: Mapping[str, Any], store: str) -> str:
     return sources if "://" in sources or os.path.isabs(sources) else FileSystems.join(store, sources)
 
 
-def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
+def changed(bundle: Bundle, provenance: ProvenanceRecord) -> list[str]:
     """Sentences that name what differs from the conditions of the first training.
 
     Raises:
@@ -221,7 +222,7 @@ def changed(bundle: Bundle, provenance: dict[str, Any]) -> list[str]:
     return words
 
 
-def _label_files(manifest: Mapping[str, Any], content: bool) -> Mapping[str, str]:
+def _label_files(manifest: ProvenanceRecord, content: bool) -> Mapping[str, str]:
     """What identifies each file of the label's source, by path: its content, or its size and time of change.
 
     Earlier versions of Millrace recorded the latter alone.
@@ -235,7 +236,7 @@ def _label_files(manifest: Mapping[str, Any], content: bool) -> Mapping[str, str
 
 def leave(report: Report, trained: Trained, account: Account, folder: str) -> None:
     """Write the report where the launching process reads it."""
-    content = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
+    content: RetrainingRecord = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
     write_aside(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
 
 

@@ -122,7 +122,7 @@ def test_it_is_listed_vacuumed_and_trained_on(shop: Stored, capsys: Out) -> None
     assert cli.main(["vacuum", "--store", str(shop.store)]) == 0
     same(shop.features("buying", shop.view().fingerprint), before, "row_id")
     shop.millrace("training", "--run_id", "learnt-again", "--no-keep_examples", "--threads", "1")
-    assert [each["version"] for each in shop.registry.versions("buying")] == ["1", "2"]
+    assert [each.version for each in shop.registry.versions("buying")] == ["1", "2"]
 
 
 # -- views whose values some version mended: what is stored is as recorded, what is right is right still ----------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Literal
 
 import apache_beam as beam
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -28,6 +29,7 @@ from transforms.evaluation.bootstrap import (
 )
 from transforms.evaluation.metrics import MetricTally, auc_error, metrics
 from transforms.models.scoring import carried_name
+from transforms.models.stored_records import CalibrationBin, MetricDetails, MetricsRecord, ThresholdRates
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
 
@@ -37,6 +39,8 @@ Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
 # Most classes whose confusion matrix is reported, and the reported quantiles of the absolute error.
 MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+# Metrics of each class that have intervals.
+OF_CLASS: tuple[Literal["auc", "precision", "recall"], ...] = ("auc", "precision", "recall")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
@@ -76,7 +80,7 @@ class Report:
     slices: tuple[Slice, ...] = ()
     auc_error: float = 0.0
     intervals: Intervals = dataclasses.field(default_factory=dict)
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: MetricDetails = dataclasses.field(default_factory=lambda: MetricDetails())
     replicates: Replicates | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -130,7 +134,7 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
     if "row_id" in rows.columns:
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
-    def part(index: Any) -> GroupTally:
+    def part(index: slice | npt.NDArray[np.int64]) -> GroupTally:
         cells = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
         return GroupTally(MetricTally.of(objective, label[index], values[index]), cells)
 
@@ -191,7 +195,7 @@ def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, floa
     bins, found = part.tally.bins, metrics(objective, part.tally, threshold)
     if objective == "multi:softprob":
         each = measures.per_class(part.tally)
-        found |= {f"{name} of class {of['class']}": of[name] for of in each for name in ("auc", "precision", "recall")}
+        found |= {f"{name} of class {of['class']}": of[name] for of in each for name in OF_CLASS}
     return {**found, **(measures.confusion(bins, threshold) if bins else {})}
 
 
@@ -222,7 +226,7 @@ def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None,
     return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
 
 
-def _details(objective: str, whole: GroupTally, drawn: Replicates | None, threshold: float) -> dict[str, Any]:
+def _details(objective: str, whole: GroupTally, drawn: Replicates | None, threshold: float) -> MetricDetails:
     if not whole.tally.rows:
         return {}
     if objective == "multi:softprob":
@@ -236,15 +240,13 @@ def _details(objective: str, whole: GroupTally, drawn: Replicates | None, thresh
     return _binary(whole, bins, threshold)
 
 
-def _classes(whole: MetricTally, drawn: Replicates | None) -> dict[str, Any]:
+def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
     found = measures.per_class(whole)
     for each in found:
-        spans = (
-            {name: drawn.interval(f"{name} of class {each['class']}") for name in ("auc", "precision", "recall")}
-            if drawn
-            else {}
+        names = [str(name) for name in OF_CLASS]
+        each["intervals"] = (
+            {name: drawn.interval(f"{name} of class {each['class']}") for name in names} if drawn else {}
         )
-        each["intervals"] = spans
     if len(found) > MATRIX:
         return {"classes": found}
     rows = dict(whole.pairs)
@@ -254,14 +256,27 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> dict[str, Any]:
     }
 
 
-def _binary(whole: GroupTally, bins: Bins, threshold: float) -> dict[str, Any]:
-    at = []
+def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
+    at: list[ThresholdRates] = []
     for each in sorted({*THRESHOLDS, threshold}):
         drawn = _drawn("binary:logistic", whole, each)
         shown = {name: drawn.interval(name) for name in ("precision", "recall")} if drawn else {}
-        at.append({"threshold": each, **measures.confusion(bins, each), "intervals": shown})
-    points = [{"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)]
-    return {"thresholds": at, "calibration": points, **measures.curves(bins)}
+        rates = measures.confusion(bins, each)
+        at.append(
+            {
+                "threshold": each,
+                "precision": rates["precision"],
+                "recall": rates["recall"],
+                "false_positive_rate": rates["false_positive_rate"],
+                "selection_rate": rates["selection_rate"],
+                "intervals": shown,
+            }
+        )
+    points: list[CalibrationBin] = [
+        {"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)
+    ]
+    details: MetricDetails = {"thresholds": at, "calibration": points}
+    return {**details, **measures.curves(bins)}
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -282,7 +297,7 @@ class Evaluate(beam.PTransform):
         return scored | "Tally" >> beam.CombineGlobally(tallying)
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Report) -> MetricsRecord:
     """The report as JSON values, as `training.json` has them."""
     return {
         "rows": report.rows,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import cast
 
 from schemas import Gates
 from schemas.models import RISING
 from schemas.splits import Split
 from transforms.evaluation.bootstrap import LEAST_ROWS, interval
 from transforms.evaluation.evaluate import Report, Slice
+from transforms.models.stored_records import FairnessRecord, GateRecord, GroupRates, ModelManifest, RateName
 
 # A fairness measure is the greatest difference of these rates between groups.
-RATES = {
+RATES: dict[str, tuple[RateName, ...]] = {
     "demographic_parity": ("selection_rate",),
     "equal_opportunity": ("recall",),
     "equalized_odds": ("recall", "false_positive_rate"),
@@ -38,6 +39,9 @@ class Verdict:
     reason: str
     judged: bool = True
 
+    def as_json(self) -> GateRecord:
+        return {"gate": self.gate, "holds": self.holds, "reason": self.reason, "judged": self.judged}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
@@ -56,7 +60,7 @@ class Rival:
     ahead: str = ""
 
 
-def may_know(manifest: Mapping[str, Any], split: Split) -> str:
+def may_know(manifest: ModelManifest, split: Split) -> str:
     """Why the model of `manifest` may have learnt from the test rows of `split`; "" if it cannot have."""
     before = manifest.get("split", {})
     mine = split.as_json().get("groups")
@@ -113,28 +117,30 @@ def _gap(metric: str, bound: float, report: Report, part: Slice, least: int) -> 
     return Verdict(gate, (gap if span is None else min(gap, span[0])) <= bound, reason)
 
 
-def fairness(gates: Gates, report: Report) -> list[dict[str, Any]]:
+def fairness(gates: Gates, report: Report) -> list[FairnessRecord]:
     """For each protected column, rates by group, and each measure's greatest difference.
 
     A difference is over the groups that have enough rows, and None if fewer than two have.
     """
-    result = []
+    result: list[FairnessRecord] = []
     for column in gates.protected:
         groups = [each for each in report.slices if [name for name, _ in each.by] == [column]]
         judged = [each for each in groups if each.rows >= gates.min_slice_rows]
         result.append(
             {
                 "column": column,
-                "groups": [
-                    {"value": each.by[0][1], "rows": each.rows, "judged": each in judged, **each.rates}
-                    for each in groups
-                ],
+                "groups": [_group_rates(each, each in judged) for each in groups],
                 "differences": {
                     name: _greatest([_spread(rate, judged) for rate in rates]) for name, rates in RATES.items()
                 },
             }
         )
     return result
+
+
+def _group_rates(group: Slice, judged: bool) -> GroupRates:
+    found = {"value": group.by[0][1], "rows": group.rows, "judged": judged, **group.rates}
+    return cast(GroupRates, found)
 
 
 def _spread(rate: str, groups: Iterable[Slice]) -> float | None:
@@ -147,7 +153,7 @@ def _greatest(values: list[float | None]) -> float | None:
     return max(known) if known else None
 
 
-def _difference(name: str, bound: float, found: Mapping[str, Any]) -> Verdict:
+def _difference(name: str, bound: float, found: FairnessRecord) -> Verdict:
     gate = f"{name} difference over {found['column']} ≤ {bound:g}"
     value = found["differences"][name]
     if value is None:

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.models import METRICS_OF
+from transforms.models.stored_records import ClassMetrics, CurvePoints
 from transforms.records.exact_sums import Bins, Floats, exact_sum, ratio
 
 SCORE_BINS = 1 << 18
@@ -121,7 +121,7 @@ def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray
     return np.where(known, found, np.float32(0))
 
 
-def per_class(tally: MetricTally) -> list[dict[str, Any]]:
+def per_class(tally: MetricTally) -> list[ClassMetrics]:
     """Metrics of each class against all others: `class`, `rows`, `chosen`, `precision`, `recall` and `auc`.
 
     `chosen` is how often the class had the highest score.  A class that occurs and was never chosen has precision 0;
@@ -132,7 +132,7 @@ def per_class(tally: MetricTally) -> list[dict[str, Any]]:
         true[is_] += rows
         chosen[taken] += rows
         hits[is_] += rows if is_ == taken else 0
-    result = []
+    result: list[ClassMetrics] = []
     for k in range(max(len(tally.classes), max(true, default=-1) + 1)):
         # A class that the model does not know is ranked by chance.
         ranked = auc(tally.classes[k]) if k < len(tally.classes) else 0.5
@@ -190,7 +190,7 @@ def calibration_error(bins: Bins) -> float:
     return sum(count * abs(share - score) for count, score, share in calibration(bins)) / rows if rows else 0.0
 
 
-def curves(bins: Bins, points: int = 200) -> dict[str, list[list[float]]]:
+def curves(bins: Bins, points: int = 200) -> CurvePoints:
     """At most `points` points each of the ROC curve (false and true positive rate) and of precision by recall."""
     positive, negative, pairs = _ranked(bins)
     if not pairs:
@@ -250,7 +250,7 @@ def _logarithm(values: Floats) -> Floats:
     return result
 
 
-def _summed(sums: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+def _summed(sums: Mapping[str, npt.ArrayLike]) -> tuple[tuple[str, int], ...]:
     return tuple((name, exact_sum(np.asarray(values, np.float64))) for name, values in sums.items())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from datetime import date
 
 import apache_beam as beam
 import numpy as np
@@ -16,10 +16,9 @@ from schemas import Model
 from schemas.splits import LABEL
 from transforms.models.encoders import column_of, numbers, texts
 from transforms.models.scoring import Pinned, Scorer, open_scorer, score
+from transforms.models.stored_records import InputPoints, InputShare, RequestExample
 from transforms.records.row_hashing import mix
 
-# A JSON object of `explanation.json`.
-Json = dict[str, Any]
 # Most rows sampled, and the work that bounds how many are explained: a row costs leaves × depth².
 SAMPLE_ROWS = 2000
 WORK = 400_000_000
@@ -52,11 +51,11 @@ class Explanation:
     rows: int
     unit: str = ""
     base: tuple[float, ...] = ()
-    inputs: tuple[Json, ...] = ()
-    points: tuple[Json, ...] = ()
+    inputs: tuple[InputShare, ...] = ()
+    points: tuple[InputPoints, ...] = ()
     scores: tuple[float, ...] = ()
     labels: tuple[float, ...] = ()
-    example: Json = dataclasses.field(default_factory=dict)
+    example: RequestExample = dataclasses.field(default_factory=lambda: RequestExample())
     reason: str = ""
 
 
@@ -141,15 +140,17 @@ def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threa
     )
 
 
-def _importance(name: str, means: npt.NDArray[np.float64]) -> Json:
+def _importance(name: str, means: npt.NDArray[np.float64]) -> InputShare:
     """An entry of `Explanation.inputs`; `means` are the input's mean absolute contributions [classes]."""
-    by_class = {"by_class": means.tolist()} if len(means) > 1 else {}
-    return {"input": name, "mean_abs": float(means.sum()), **by_class}
+    share: InputShare = {"input": name, "mean_abs": float(means.sum())}
+    if len(means) > 1:
+        share["by_class"] = means.tolist()
+    return share
 
 
 def _points(
     scorer: Scorer, rows: pa.RecordBatch, i: int, moved: npt.NDArray[np.float64], means: npt.NDArray[np.float64]
-) -> Json:
+) -> InputPoints:
     """An entry of `Explanation.points` for input number `i`, whose contributions are `moved` [rows, classes]."""
     chosen = int(means.argmax())
     encoding = scorer.bundle.encoders.encodings[i]
@@ -193,30 +194,30 @@ def by_input(scorer: Scorer, found: npt.NDArray[np.float32]) -> npt.NDArray[np.f
     return np.add.reduceat(found[:, :, :-1].astype(np.float64), first, axis=2)
 
 
-def _raw(column: pa.Array, encoded: bool) -> list[Any]:
+def _raw(column: pa.Array, encoded: bool) -> list[float | str | None]:
     """A column's values for a chart: numbers, or texts if its type is not numeric."""
     kind = column.type
     if pa.types.is_integer(kind):
-        whole: list[Any] = column.to_pylist()
+        whole: list[float | str | None] = column.to_pylist()
         return whole
     if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return [None if np.isnan(value) else float(f"{value:.6g}") for value in numbers(column).tolist()]
-    shown: list[Any] = (texts(column) if encoded else column.cast(pa.string())).to_pylist()
+    shown: list[float | str | None] = (texts(column) if encoded else column.cast(pa.string())).to_pylist()
     return shown
 
 
-def _example(scorer: Scorer, rows: pa.RecordBatch) -> Json:
+def _example(scorer: Scorer, rows: pa.RecordBatch) -> RequestExample:
     """Inputs of `rows` in MLflow's format `dataframe_split`."""
     columns = [column_of(rows, each) for each in scorer.bundle.encoders.encodings]
     return {"columns": list(scorer.bundle.encoders.inputs), "data": _records(columns)}
 
 
-def _records(columns: Sequence[pa.Array]) -> list[list[Any]]:
+def _records(columns: Sequence[pa.Array]) -> list[list[object]]:
     whole = [[_plain(value) for value in column.to_pylist()] for column in columns]
     return [list(row) for row in zip(*whole)]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: date | float | str | None) -> object:
     """A JSON value: dates and times as text, null for a number that is not finite."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None

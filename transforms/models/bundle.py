@@ -12,15 +12,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 from schemas.errors import StoreError
 from transforms.models.encoders import Fitted
+from transforms.models.stored_records import BundleFiles, ModelManifest
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
-from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, reason_of
+from transforms.storage.stored_json import DAMAGE, parse_record, read_regular, reason_of
 
+Record = TypeVar("Record")
 FORMAT = 1
 # MLflow's description of a model, and the one loader module that it may name.
 MLMODEL, LOADER = "MLmodel", "transforms.serving"
@@ -35,16 +37,13 @@ class Bundle:
     Args:
         booster: XGBoost's UBJSON, cut to the best round: scoring uses every round in it.
         encoders: fitted on the training split.
-        manifest: JSON values.  `model` (its registered name), `objective`, `classes` (how many scores a row gets:
-            1, or the classes of a multi-class model), `fingerprint`, `view`, `key` (list of columns), `time` (column),
-            `inputs` (input column → Arrow type as text), and the model's provenance: tables and their versions, split
-            dates, code version, environment.
+        manifest: what the model is, and its provenance: tables and their versions, split dates, code, environment.
         extra: further files by name, such as statistics of the training data; the manifest has their digests, too.
     """
 
     booster: bytes
     encoders: Fitted
-    manifest: Mapping[str, Any]
+    manifest: ModelManifest
     extra: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
@@ -105,17 +104,9 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     text = read_bytes(folder, MANIFEST)
     if digest is not None:
         check_digest(folder, MANIFEST, text, digest)
-    try:
-        manifest = parse_object(text)
-        files = {name: str(entry["sha256"]) for name, entry in manifest.pop("files").items()}
-    except DAMAGE as error:
-        value = f"{folder}/{MANIFEST}: {reason_of(error)}"
-        raise StoreError("A model's manifest is JSON that lists its files", value, _RESTORE) from None
-    if (
-        manifest.pop("format", None) != FORMAT
-        or not {BOOSTER, ENCODERS} <= set(files)
-        or any("/" in name for name in files)
-    ):
+    about = _parsed(BundleFiles, text, folder)
+    files = {name: entry["sha256"] for name, entry in about["files"].items()}
+    if about["format"] != FORMAT or not {BOOSTER, ENCODERS} <= set(files) or any("/" in name for name in files):
         value = f"{folder}: {', '.join(sorted(files))}"
         raise StoreError(
             f"A model has format {FORMAT}: {BOOSTER} and {ENCODERS}", value, "Read it with the Millrace that wrote it"
@@ -124,15 +115,22 @@ def load(folder: str | Path, digest: str | None = None) -> Bundle:
     for name, expected in files.items():
         check_digest(folder, name, contents[name], expected)
     booster, encoders = contents.pop(BOOSTER), contents.pop(ENCODERS)
-    if missing := [name for name in _REQUIRED if name not in manifest]:
-        value = f"{folder}/{MANIFEST} without {', '.join(missing)}"
-        raise StoreError(f"A model's manifest has {', '.join(_REQUIRED)}", value, _RESTORE)
+    stored = _parsed(ModelManifest, text, folder).items()
+    manifest = {name: value for name, value in stored if name not in BundleFiles.__annotations__}
     try:
         fitted = Fitted.from_json(encoders.decode())
     except DAMAGE as error:
         value = f"{folder}/{ENCODERS}: {reason_of(error)}"
         raise StoreError("A model's encoders are as Millrace writes them", value, _RESTORE) from None
-    return Bundle(booster, fitted, manifest, contents)
+    return Bundle(booster, fitted, cast(ModelManifest, manifest), contents)
+
+
+def _parsed(kind: type[Record], text: bytes, folder: str | Path) -> Record:
+    try:
+        return parse_record(kind, text)
+    except DAMAGE as error:
+        value = f"{folder}/{MANIFEST}: {reason_of(error)}"
+        raise StoreError("A model's manifest is JSON as Millrace writes it", value, _RESTORE) from None
 
 
 def digest_of(folder: str | Path) -> str:

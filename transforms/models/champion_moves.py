@@ -11,10 +11,14 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
-from transforms.storage.stored_json import DAMAGE, parse_object
+from transforms.models.stored_records import ChampionMove
+from transforms.storage.stored_json import DAMAGE, parse_record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 __all__ = ["CHAMPION", "ChampionMoves", "only_move"]
 
@@ -27,7 +31,6 @@ ROLLBACK = "rollback: "
 PROMOTION, RETURN, CONFIRMATION = "promotion", "rollback", "confirmation"
 LONGEST = 5000  # characters of a tag's value in MLflow
 WAIT = 60.0
-Record = dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -80,7 +83,7 @@ class ChampionMoves:
         name: the registered model.
     """
 
-    def __init__(self, client: Any, name: str) -> None:
+    def __init__(self, client: MlflowClient, name: str) -> None:
         self.client, self.name = client, name
         self.read()
 
@@ -88,19 +91,19 @@ class ChampionMoves:
         """Read alias and records."""
         found = self.client.search_registered_models(f"name='{self.name}'")
         model = self.client.get_registered_model(self.name) if found else None
-        aliases: Mapping[str, Any] = model.aliases if model else {}
+        aliases: Mapping[str, object] = model.aliases if model else {}
         self.champion = None if CHAMPION not in aliases else str(aliases[CHAMPION])
-        self.tags: dict[str, Record] = {}
+        self.tags: dict[str, ChampionMove] = {}
         for tag, text in (model.tags if model else {}).items():
             if tag.startswith(f"{CHAMPION}.") and (record := _parsed(tag, text)) is not None:
                 self.tags[tag] = record
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[ChampionMove]:
         """Records of what happened, in the order in which it happened, with confirmations."""
         ordered = sorted(self.tags.items(), key=lambda each: (each[1].get("sequence", 0), each[0]))
         records = [
-            {"at": tag.removeprefix(f"{CHAMPION}."), **record}
+            _dated(tag, record)
             for tag, record in ordered
             if not record.get("pending") or record["version"] == self.champion
         ]
@@ -108,13 +111,13 @@ class ChampionMoves:
         # alias, still starts where it started.
         after = [record["before"] for record in records[1:]] + [self.champion]
         return [
-            {key: value for key, value in record.items() if key != "pending"}
+            _settled(record)
             for record, then in zip(records, after)
             if "sequence" in record or then == record["version"] or then != record["before"]
         ]
 
     @property
-    def moves(self) -> list[Record]:
+    def moves(self) -> list[ChampionMove]:
         """Records of moves alone."""
         return [record for record in self.records if record.get("kind") != CONFIRMATION]
 
@@ -124,20 +127,20 @@ class ChampionMoves:
         for tag, record in list(self.tags.items()):
             if record.get("pending"):
                 if record["version"] == before:
-                    self._record(tag, {key: value for key, value in record.items() if key != "pending"})
+                    self._record(tag, _settled(record))
                 else:
                     self.client.delete_registered_model_tag(self.name, tag)
                     del self.tags[tag]
         sequence = 1 + max((int(each.get("sequence", 0)) for each in self.tags.values()), default=0)
-        record = {"version": version, "before": before, "why": why, "who": who, "sequence": sequence}
+        move: ChampionMove = {"version": version, "before": before, "why": why, "who": who, "sequence": sequence}
         tag = self._new_tag()
         if before == version:
-            self._record(tag, {**record, "kind": CONFIRMATION})
+            self._record(tag, {**move, "kind": CONFIRMATION})
             return before
-        self._record(tag, {**record, "kind": kind, "pending": True})
+        self._record(tag, {**move, "kind": kind, "pending": True})
         self.client.set_registered_model_alias(self.name, CHAMPION, version)
         self.champion = version
-        self._record(tag, {**record, "kind": kind})
+        self._record(tag, {**move, "kind": kind})
         return before
 
     def previous(self) -> str:
@@ -170,7 +173,7 @@ class ChampionMoves:
             at += timedelta(microseconds=1)
         return tag
 
-    def _record(self, tag: str, record: Record) -> None:
+    def _record(self, tag: str, record: ChampionMove) -> None:
         record = {**record, "who": record["who"][:200]}
         while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST:
             record["why"] = record["why"][: len(record["why"]) * 3 // 4] + "…"
@@ -178,13 +181,23 @@ class ChampionMoves:
         self.tags[tag] = record
 
 
-def _parsed(tag: str, text: str) -> Record | None:
+def _dated(tag: str, record: ChampionMove) -> ChampionMove:
+    """The record with the moment that its tag names; one that it has itself comes first, as in the tag."""
+    dated: ChampionMove = {"at": tag.removeprefix(f"{CHAMPION}."), **record}
+    return dated
+
+
+def _settled(record: ChampionMove) -> ChampionMove:
+    """The record of a move that happened."""
+    settled = record.copy()
+    settled.pop("pending", None)
+    return settled
+
+
+def _parsed(tag: str, text: str) -> ChampionMove | None:
     """A tag's record; None, with a warning, if something else wrote it."""
     try:
-        record: Record = parse_object(text)
-        shape = {"version": str, "why": str, "who": str, "before": str | None}
-        if all(isinstance(record[key], kind) for key, kind in shape.items()):
-            return record
+        return parse_record(ChampionMove, text)
     except DAMAGE:
         pass
     log.warning("the tag %s is not a record of a move, and is ignored", tag)

@@ -6,29 +6,30 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from schemas.errors import MillraceError, MismatchError
 from transforms.models.bundle import read_bytes
 from transforms.models.registry import Registry
+from transforms.models.stored_records import ModelManifest
 from transforms.storage.paths import MANIFEST
-from transforms.storage.stored_json import DAMAGE, parse_object
+from transforms.storage.stored_json import DAMAGE, parse_record
 
 log = logging.getLogger("millrace.training")
 
 
-def problem_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def problem_of(manifest: ModelManifest) -> dict[str, object]:
     """The problem in a manifest, as flat JSON values; manifests of earlier versions of Millrace have only a part of
     it."""
     if "problem" in manifest:
         return dict(manifest["problem"])
-    known = {name: manifest[name] for name in ("view", "key", "time", "objective") if name in manifest}
+    parts = ("view", "key", "time", "objective")
+    known: dict[str, object] = {name: value for name, value in manifest.items() if name in parts}
     if "uri" in manifest.get("label_table", {}):
         known["label_source"] = manifest["label_table"]["uri"].rstrip("/").rsplit("/", 1)[-1]
     return known
 
 
-def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any]) -> None:
+def require_same_problem(registry: Registry, name: str, mine: Mapping[str, object]) -> None:
     """Refuse a model whose name stands for another problem: that of its champion, or else of its newest version.
 
     A version that cannot be read is ignored, since the alias moves only after a comparison that reads it.
@@ -45,7 +46,7 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any])
         version = versions[-1]
     try:
         _, folder = registry.resolve(name, version)
-        theirs = problem_of(parse_object(read_bytes(folder, MANIFEST)))
+        theirs = problem_of(parse_record(ModelManifest, read_bytes(folder, MANIFEST)))
     except (MillraceError, *DAMAGE) as error:
         log.warning("whether version %s of %r predicts the same is not known: %s", version, name, error)
         return
@@ -60,6 +61,6 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, Any])
         )
 
 
-def _shown(problem: Mapping[str, Any], part: str) -> str:
+def _shown(problem: Mapping[str, object], part: str) -> str:
     value = problem.get(f"{part}_shown", problem[part])
     return value if isinstance(value, str) else json.dumps(value)

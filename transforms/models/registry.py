@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
 from schemas.errors import StoreError
@@ -49,8 +50,14 @@ from transforms.models.registry_address import (
     sqlite_path,
     sqlite_uri,
 )
+from transforms.models.stored_records import ChampionMove, RequestExample
 from transforms.storage import durable
 from transforms.storage.paths import MANIFEST
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.entities.model_registry import ModelVersion
 
 __all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
 
@@ -76,7 +83,28 @@ class RunRecord:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     artifacts: str | Path | None = None
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    example: Mapping[str, Any] | None = None
+    example: RequestExample | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model.
+
+    Args:
+        version: its number.
+        champion: whether it has the alias `champion`.
+        at: ms since 1970.
+        run: id of Millrace's run.
+        gates: which gates failed, in words; or that all hold.
+        metrics: what MLflow has of the run.
+    """
+
+    version: str
+    champion: bool
+    at: int
+    run: str
+    gates: str
+    metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +294,7 @@ class Registry:
             with only_move(None if path is None else path.parent):
                 yield ChampionMoves(client, name)
 
-    def _require(self, client: Any, name: str, version: str) -> None:
+    def _require(self, client: MlflowClient, name: str, version: str) -> None:
         """Refuse a version that is not registered."""
         versions = {} if client is None else self._versions(client, name)
         if version not in versions:
@@ -276,38 +304,38 @@ class Registry:
                 f"Registered: {', '.join(versions) or 'none'}",
             )
 
-    def versions(self, name: str) -> list[dict[str, Any]]:
-        """Every version, oldest first: `version`, `champion`, `at` (ms since 1970), `run`, `gates`, `metrics`."""
+    def versions(self, name: str) -> list[RegisteredVersion]:
+        """Every version that Millrace registered, oldest first."""
         with self.client() as client:
             if client is None:
                 return []
             champion = self._aliases(client, name).get(CHAMPION)
             return [
-                {
-                    "version": version,
-                    "champion": version == champion,
-                    "at": each.creation_timestamp,
-                    "run": each.tags.get(RUN, ""),
-                    "gates": each.tags.get("millrace.gates", ""),
-                    "metrics": dict(client.get_run(each.run_id).data.metrics),
-                }
+                RegisteredVersion(
+                    version=version,
+                    champion=version == champion,
+                    at=each.creation_timestamp,
+                    run=each.tags.get(RUN, ""),
+                    gates=each.tags.get("millrace.gates", ""),
+                    metrics=dict(client.get_run(each.run_id).data.metrics),
+                )
                 for version, each in self._versions(client, name).items()
                 if DIGEST in each.tags
             ]
 
-    def history(self, name: str) -> list[dict[str, Any]]:
+    def history(self, name: str) -> list[ChampionMove]:
         """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`,
         `who`."""
         with self.client() as client:
             return [] if client is None else ChampionMoves(client, name).moves
 
-    def records(self, name: str) -> list[dict[str, Any]]:
+    def records(self, name: str) -> list[ChampionMove]:
         """As `history`, with promotions of a version that was champion already (their `before` is their `version`)."""
         with self.client() as client:
             return [] if client is None else ChampionMoves(client, name).records
 
     @contextlib.contextmanager
-    def client(self, write: bool = False) -> Iterator[Any]:
+    def client(self, write: bool = False) -> Iterator[MlflowClient]:
         """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
         path = sqlite_path(checked(self.uri))
         there = path is not None and require_sqlite(path, write)
@@ -341,7 +369,7 @@ class Registry:
                 "Start it or correct --registry, then run the same command again",
             ) from None
 
-    def run(self, client: Any, name: str, run_id: str, tags: Mapping[str, str]) -> Any:
+    def run(self, client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> MlflowRun:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -357,11 +385,11 @@ class Registry:
             else client.create_run(experiment.experiment_id, tags={**tags, RUN: run_id}, run_name=run_id)
         )
 
-    def _versions(self, client: Any, name: str) -> dict[str, Any]:
+    def _versions(self, client: MlflowClient, name: str) -> dict[str, ModelVersion]:
         found = client.search_model_versions(f"name='{name}'", max_results=10_000)
         return {str(each.version): each for each in sorted(found, key=lambda each: int(each.version))}
 
-    def _folder(self, client: Any, name: str, found: Any) -> str:
+    def _folder(self, client: MlflowClient, name: str, found: ModelVersion) -> str:
         """The folder from which `load` reads a version's files."""
         recorded = client.get_model_version_download_uri(name, str(found.version))
         path = sqlite_path(self.uri)
@@ -370,7 +398,7 @@ class Registry:
             _local(recorded, self.uri) if path is None or relative is None else str(path.absolute().parent / relative)
         )
 
-    def _store(self, client: Any, run: Any, folder: str, within: str = "") -> None:
+    def _store(self, client: MlflowClient, run: MlflowRun, folder: str, within: str = "") -> None:
         """Store the files in `folder` as artifacts of a run: of a local registry beside its database.
 
         Raises:
@@ -388,13 +416,13 @@ class Registry:
         for file in sorted(Path(folder).iterdir()):
             durable.write_file(str(target / file.name), file.read_bytes())
 
-    def _aliases(self, client: Any, name: str) -> dict[str, str]:
+    def _aliases(self, client: MlflowClient, name: str) -> dict[str, str]:
         if not client.search_registered_models(f"name='{name}'"):
             return {}
         return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
 
 
-def _log(client: Any, run: Any, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+def _log(client: MlflowClient, run: MlflowRun, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
     """Log metrics, and the parameters that the run does not have yet, since MLflow refuses to change a parameter."""
     from mlflow.entities import Metric, Param
 
@@ -411,7 +439,7 @@ def _log(client: Any, run: Any, params: Mapping[str, object], metrics: Mapping[s
         client.log_batch(run.info.run_id, metrics=known[i : i + 1000])
 
 
-def _model_folder(bundle: Bundle, folder: str, run_id: str, example: Mapping[str, Any] | None) -> str:
+def _model_folder(bundle: Bundle, folder: str, run_id: str, example: RequestExample | None) -> str:
     """Write the bundle as an MLflow model with signature, metadata and example; returns its manifest's digest."""
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
@@ -456,7 +484,7 @@ _MLFLOW_TYPES = {
 }
 
 
-def _mlflow() -> Any:
+def _mlflow() -> ModuleType:
     """MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
     settings = {
         "DISABLE_TELEMETRY": "true",
@@ -476,7 +504,7 @@ def _mlflow() -> Any:
 
 
 @functools.lru_cache(16)
-def _connect(uri: str) -> Any:
+def _connect(uri: str) -> MlflowClient:
     return _mlflow().MlflowClient(uri)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from schemas.splits import SPLITS
+from transforms.models.stored_records import ModelManifest, SplitBounds, TableVersion, TrainingRecord
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Paths, Strip
-from transforms.reports.formatting import DASH, Content
+from transforms.reports.formatting import DASH
 
 # Columns of drift that are shown at once.
 COLUMNS = 15
@@ -122,7 +123,7 @@ class Data:
     drift: Drift | None
 
 
-def data(content: Content, manifest: Content) -> Data:
+def data(content: TrainingRecord, manifest: ModelManifest) -> Data:
     counts = content["splits"]
     return Data(
         tuple(content["data"]["warnings"]),
@@ -138,11 +139,11 @@ def data(content: Content, manifest: Content) -> Data:
     )
 
 
-def _binary(manifest: Content) -> bool:
+def _binary(manifest: ModelManifest) -> bool:
     return bool(manifest["objective"] == "binary:logistic")
 
 
-def splits(content: Content, manifest: Content) -> tuple[Split, ...]:
+def splits(content: TrainingRecord, manifest: ModelManifest) -> tuple[Split, ...]:
     dates, labels, found = _dates(manifest.get("split", {})), content.get("labels") or {}, []
     for name in SPLITS:
         count, seen = content["splits"][name], {float(key): n for key, n in labels.get(name, {}).items()}
@@ -152,7 +153,7 @@ def splits(content: Content, manifest: Content) -> tuple[Split, ...]:
     return tuple(found)
 
 
-def _dates(split: Content) -> dict[str, Dates]:
+def _dates(split: SplitBounds) -> dict[str, Dates]:
     if "groups" in split:
         return dict.fromkeys(
             SPLITS, Dates(f"groups of {', '.join(split['groups']['by'])}, before ", (split["cutoff"],))
@@ -166,14 +167,17 @@ def _dates(split: Content) -> dict[str, Dates]:
     }
 
 
-def timeline(manifest: Content) -> Timeline | None:
+def timeline(manifest: ModelManifest) -> Timeline | None:
     split, first = manifest.get("split", {}), (manifest.get("feature_table") or {}).get("first")
     if "validate_start" not in split or first is None:
         return None
-    start, end = datetime.fromisoformat(first).replace(tzinfo=UTC), datetime.fromisoformat(split["cutoff"])
-    bounds = [("train", start, datetime.fromisoformat(split["train_end"]))]
-    for name, until in (("validate", "validate_end"), ("test", "cutoff")):
-        bounds.append((name, datetime.fromisoformat(split[f"{name}_start"]), datetime.fromisoformat(split[until])))
+    moment = datetime.fromisoformat
+    start, end = moment(first).replace(tzinfo=UTC), moment(split["cutoff"])
+    bounds = [
+        ("train", start, moment(split["train_end"])),
+        ("validate", moment(split["validate_start"]), moment(split["validate_end"])),
+        ("test", moment(split["test_start"]), end),
+    ]
     if end <= start or bounds[0][2] <= start:
         return None
     whole = end - start
@@ -186,7 +190,7 @@ def _length(span: timedelta) -> str:
     return f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours"
 
 
-def tables(manifest: Content) -> tuple[Table, ...]:
+def tables(manifest: ModelManifest) -> tuple[Table, ...]:
     """The tables of features and labels."""
     features, label = manifest.get("feature_table") or {}, manifest.get("label_table") or {}
     files = len(manifest.get("label_files") or [])
@@ -196,7 +200,7 @@ def tables(manifest: Content) -> tuple[Table, ...]:
     )
 
 
-def sources(manifest: Content) -> tuple[SourceRead, ...]:
+def sources(manifest: ModelManifest) -> tuple[SourceRead, ...]:
     return tuple(
         SourceRead(
             name,
@@ -212,15 +216,15 @@ def _files(count: int) -> str:
     return f"{count:,} file" + ("s" if count > 1 else "")
 
 
-def _folder(table: Content) -> str:
+def _folder(table: TableVersion) -> str:
     return str(table.get("uri", DASH)).removeprefix("file://").rstrip("/")
 
 
-def _version(table: Content) -> str:
+def _version(table: TableVersion) -> str:
     return "files without versions" if table.get("version") is None else f"version {table['version']}"
 
 
-def drift(content: Content) -> Drift | None:
+def drift(content: TrainingRecord) -> Drift | None:
     found, most = content["data"], (content.get("rules") or {}).get("max_drift")
     moved, skew = found["drift"], found["skew"]
     if not moved and not skew:

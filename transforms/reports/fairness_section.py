@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 
 from transforms.evaluation.gates import RATES
+from transforms.models.stored_records import FairnessRecord, GroupRates, RateName, TrainingRecord
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Paths, Strip
-from transforms.reports.formatting import Content, category
+from transforms.reports.formatting import category
 
-SHOWN = {
+SHOWN: dict[RateName, str] = {
     "selection_rate": "Selected",
     "recall": "Recall",
     "false_positive_rate": "False positive rate",
@@ -66,7 +67,7 @@ class Fairness:
     names: tuple[str, ...] = tuple(SHOWN.values())
 
 
-def fairness(content: Content) -> Fairness | None:
+def fairness(content: TrainingRecord) -> Fairness | None:
     if not content["fairness"]:
         return None
     rules = content.get("rules") or {}
@@ -74,18 +75,24 @@ def fairness(content: Content) -> Fairness | None:
     return Fairness(rules.get("threshold"), tuple(protected(each, bounds) for each in content["fairness"]))
 
 
-def protected(found: Content, bounds: Mapping[str, float]) -> Protected:
+def protected(found: FairnessRecord, bounds: Mapping[str, float]) -> Protected:
     x = Axis.share()
 
-    def marks(each: Content) -> Paths:
+    def marks(each: GroupRates) -> Paths:
         paths: Paths = ()
         for i, (rate, word) in enumerate(list(SHOWN.items())[:DRAWN]):
-            if each.get(rate) is not None:
-                paths += charts.dots(x, charts.ROW, [each[rate]], [0.5], f"big g{i}", [word])
+            if (share := each.get(rate)) is not None:
+                paths += charts.dots(x, charts.ROW, [share], [0.5], f"big g{i}", [word])
         return paths
 
     groups = tuple(
-        Rates(category(each["value"]), Strip(x, marks(each)), each["rows"], tuple(map(each.get, SHOWN)), each["judged"])
+        Rates(
+            category(each["value"]),
+            Strip(x, marks(each)),
+            each["rows"],
+            tuple(each.get(rate) for rate in SHOWN),
+            each["judged"],
+        )
         for each in found["groups"]
     )
     measures = tuple(

@@ -6,14 +6,11 @@ All but `shown`, `mark`, `category` and `metric_name` give HTML; what they are g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from markupsafe import Markup, escape
 
-# A JSON object: what `training.json` or a bundle's manifest has.
-Content = Mapping[str, Any]
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 _NONE = Markup('<span class="none">{}</span>').format(DASH)
 _METRICS = {"auc": "AUC", "rmse": "RMSE", "mae": "MAE", "brier": "Brier score", "macro_auc": "macro AUC"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from transforms.reports.formatting import Content
+from transforms.models.stored_records import GateRecord, TrainingRecord
 
 # Gates shown at once, unless more of them failed.
 SHOWN = 8
@@ -28,8 +28,8 @@ class Gates:
     idle: tuple[Gate, ...]
 
 
-def gates(content: Content) -> Gates:
-    def gate(each: Content) -> Gate:
+def gates(content: TrainingRecord) -> Gates:
+    def gate(each: GateRecord) -> Gate:
         return Gate(each["gate"], ("pass" if each["holds"] else "fail") if each["judged"] else "none", each["reason"])
 
     found = [gate(each) for each in content["gates"]]

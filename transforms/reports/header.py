@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from transforms.reports.formatting import Content
+from transforms.models.stored_records import ModelManifest, TrainingRecord
 
 
 class Outcome(NamedTuple):
@@ -51,8 +51,9 @@ class Header:
         return "" if self.moment is None else f"{self.moment.day} {self.moment:%b %Y, %H:%M} UTC"
 
 
-def header(content: Content, manifest: Content) -> Header:
-    now, found, metric = (manifest.get("read") or {}).get("now"), content["gates"], manifest["metric"]
+def header(content: TrainingRecord, manifest: ModelManifest) -> Header:
+    found, metric = content["gates"], manifest["metric"]
+    now = manifest["read"]["now"] if manifest.get("read") else None
     return Header(
         model=content["model"],
         version=content.get("model_version"),
@@ -73,7 +74,7 @@ def header(content: Content, manifest: Content) -> Header:
     )
 
 
-def outcome(content: Content) -> Outcome:
+def outcome(content: TrainingRecord) -> Outcome:
     """What became of the model."""
     version, champion = content.get("model_version"), content.get("champion")
     failed = [each for each in content["gates"] if not each["holds"]]

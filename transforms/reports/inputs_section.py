@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from transforms.models.stored_records import (
+    ExplanationRecord,
+    ExplanationSummary,
+    InputPoints,
+    InputShare,
+    TrainingRecord,
+)
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Plot, Strip, medians
-from transforms.reports.formatting import Content, category
+from transforms.reports.formatting import category
 
 Floats = npt.NDArray[np.float64]
 # Inputs with a picture each, the categories of one, points of a scatter or swarm, and of one category's swarm.
@@ -82,24 +88,26 @@ class Inputs:
     explained: Explained | None = None
 
 
-def inputs(content: Content, points: Content) -> Inputs | None:
-    known = content.get("explanation") or {}
-    if not known.get("inputs"):
-        return Inputs(known["reason"]) if known.get("reason") else None
+def inputs(content: TrainingRecord, points: ExplanationRecord) -> Inputs | None:
+    known = content.get("explanation")
+    if not known:
+        return None
+    if not known["inputs"]:
+        return Inputs(known["reason"]) if known["reason"] else None
     return Inputs(None, explained(known, points.get("points") or []))
 
 
-def explained(known: Content, points: Sequence[Content]) -> Explained:
+def explained(known: ExplanationSummary, points: Sequence[InputPoints]) -> Explained:
     shapes = {each["input"]: each for each in points}
     ends = [value for each in points for value in each["contributions"]]
     outer = np.quantile(ends, [0.002, 0.998]) if ends else ()
     x = Axis.over([0.0, *outer], f"contribution, {known['unit']}", ticks=4, pad=0.03)
     most = Axis.over([0.0, known["inputs"][0]["mean_abs"]], "mean |contribution|")
 
-    def bar(each: Content) -> Strip:
+    def bar(each: InputShare) -> Strip:
         return Strip(most, charts.bar(most, each["mean_abs"], "first"), 14)
 
-    def moving(each: Content) -> Moving:
+    def moving(each: InputShare) -> Moving:
         found, marks = shapes.get(each["input"]), charts.upright(x, 0.0, "zero")
         of_class = None if found is None else found.get("class")
         if found is not None:
@@ -118,7 +126,7 @@ def explained(known: Content, points: Sequence[Content]) -> Explained:
     )
 
 
-def _fifths(values: Sequence[Any]) -> npt.NDArray[np.int64]:
+def _fifths(values: Sequence[float | str | None]) -> npt.NDArray[np.int64]:
     """Fifths of numbers by rank, −1 for what has none, as categories."""
     if any(isinstance(value, str) for value in values):
         return np.full(len(values), -1)
@@ -131,11 +139,11 @@ def _fifths(values: Sequence[Any]) -> npt.NDArray[np.int64]:
     return np.where(known, np.minimum(place * 5 // len(ordered), 4), -1).astype(int)
 
 
-def _numbers(values: Sequence[Any]) -> Floats:
+def _numbers(values: Sequence[float | str | None]) -> Floats:
     return np.array([math.nan if value is None else float(value) for value in values])
 
 
-def picture(each: Content, unit: str) -> Picture:
+def picture(each: InputPoints, unit: str) -> Picture:
     values, moved = each["values"], np.array(each["contributions"])
     found = Picture(each["input"], each.get("class"))
     if any(isinstance(value, str) for value in values):
@@ -159,7 +167,7 @@ def picture(each: Content, unit: str) -> Picture:
     return dataclasses.replace(found, plot=Plot(f"Contribution of {each['input']} by its value", x, y, paths, "5/4"))
 
 
-def by_category(found: Picture, values: Sequence[Any], moved: Floats, unit: str) -> Picture:
+def by_category(found: Picture, values: Sequence[float | str | None], moved: Floats, unit: str) -> Picture:
     """A swarm for each of the most frequent categories, the greatest mean first."""
     names = ["null" if value is None else str(value) for value in values]
     often = sorted(set(names), key=lambda name: (-names.count(name), name))[:CATEGORIES]

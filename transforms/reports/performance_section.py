@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from schemas.models import RISING
+from transforms.models.stored_records import ExplanationRecord, ModelManifest, Spans, ThresholdRates, TrainingRecord
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Key, Paths, Plot, Strip
-from transforms.reports.formatting import Content, shown
+from transforms.reports.formatting import shown
 
 # Points of a scatter, and the most classes whose confusion is shown.
 POINTS, CONFUSED = 800, 20
@@ -84,7 +85,7 @@ class Threshold:
     at: float
     precision: float | None
     recall: float | None
-    intervals: Mapping[str, Sequence[float]]
+    intervals: Spans
     false_positive_rate: float | None
     selection_rate: float | None
     used: bool
@@ -156,7 +157,7 @@ class Performance:
     errors: Errors | None = None
 
 
-def performance(content: Content, manifest: Content, points: Content) -> Performance:
+def performance(content: TrainingRecord, manifest: ModelManifest, points: ExplanationRecord) -> Performance:
     objective, rival = manifest["objective"], content["rival"]
     champion = None if rival["metrics"] is None else str(rival["version"])
     found = Performance(objective, content["rows"], metrics(content), champion, content.get("auc_error") or None)
@@ -169,7 +170,7 @@ def performance(content: Content, manifest: Content, points: Content) -> Perform
     return dataclasses.replace(found, errors=errors(content, points))
 
 
-def metrics(content: Content) -> tuple[Metric, ...]:
+def metrics(content: TrainingRecord) -> tuple[Metric, ...]:
     theirs, apart = content["rival"]["metrics"], content["rival"].get("differences") or {}
 
     def against(name: str) -> Difference | None:
@@ -184,7 +185,7 @@ def metrics(content: Content) -> tuple[Metric, ...]:
     )
 
 
-def curves(content: Content) -> Curves | None:
+def curves(content: TrainingRecord) -> Curves | None:
     """The model's curves, the champion's beside."""
     if not content.get("roc"):
         return None
@@ -200,7 +201,7 @@ def curves(content: Content) -> Curves | None:
     if at and at["precision"] is not None and at["recall"] is not None:
         text = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
         paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [text])
-    by_recall = Plot(f"Precision by recall, average precision {shown(precision)}", x, y, paths, "1")
+    by_recall = Plot(f"Precision by recall, average precision {shown(precision or math.nan)}", x, y, paths, "1")
     keys = (
         Key("first", "this model"),
         *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
@@ -218,13 +219,13 @@ def _curve(x: Axis, y: Axis, points: Sequence[Sequence[float]], theirs: Sequence
     return paths + charts.line(x, y, mine[:, 0], mine[:, 1], "first")
 
 
-def _at(content: Content) -> Content | None:
+def _at(content: TrainingRecord) -> ThresholdRates | None:
     """Rates at the gates' threshold."""
     wanted = (content.get("rules") or {}).get("threshold")
     return next((each for each in content.get("thresholds", ()) if each["threshold"] == wanted), None)
 
 
-def calibration(content: Content) -> Calibration | None:
+def calibration(content: TrainingRecord) -> Calibration | None:
     points, error = content.get("calibration") or [], content["metrics"].get("calibration_error")
     if not points:
         return None
@@ -256,7 +257,7 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
     return max(0.0, (interior - spread) / (1 + z * z / rows)), min(1.0, (interior + spread) / (1 + z * z / rows))
 
 
-def thresholds(content: Content) -> tuple[Threshold, ...]:
+def thresholds(content: TrainingRecord) -> tuple[Threshold, ...]:
     used = (content.get("rules") or {}).get("threshold")
     return tuple(
         Threshold(
@@ -272,7 +273,7 @@ def thresholds(content: Content) -> tuple[Threshold, ...]:
     )
 
 
-def classes(content: Content) -> tuple[Class, ...]:
+def classes(content: TrainingRecord) -> tuple[Class, ...]:
     return tuple(
         Class(
             each["class"],
@@ -284,7 +285,7 @@ def classes(content: Content) -> tuple[Class, ...]:
     )
 
 
-def confusion(content: Content) -> tuple[tuple[Confused, ...], ...]:
+def confusion(content: TrainingRecord) -> tuple[tuple[Confused, ...], ...]:
     """How often each class was taken for each other."""
     found = content.get("confusion") or []
     if len(found) > CONFUSED:
@@ -292,7 +293,7 @@ def confusion(content: Content) -> tuple[tuple[Confused, ...], ...]:
     return tuple(tuple(Confused(count, count / (sum(counts) or 1)) for count in counts) for counts in found)
 
 
-def errors(content: Content, points: Content) -> Errors:
+def errors(content: TrainingRecord, points: ExplanationRecord) -> Errors:
     found = content.get("errors") or []
     most = Axis.over([0, *(each["error"] for each in found)], "absolute error", ticks=3)
     quantiles = tuple(
@@ -302,7 +303,7 @@ def errors(content: Content, points: Content) -> Errors:
     return Errors(scatter(points), most, quantiles)
 
 
-def scatter(points: Content) -> Scatter | None:
+def scatter(points: ExplanationRecord) -> Scatter | None:
     if not points.get("scores"):
         return None
     predicted, actual = np.array(points["scores"][:POINTS]), np.array(points["labels"][:POINTS])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from transforms.reports.formatting import DASH, Content
+from transforms.models.stored_records import ModelManifest, TrainingRecord
+from transforms.reports.formatting import DASH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Provenance:
     source: str | None
 
 
-def provenance(content: Content, manifest: Content) -> Provenance:
+def provenance(content: TrainingRecord, manifest: ModelManifest) -> Provenance:
+    known: Mapping[str, object] = manifest
     definition, version = manifest.get("definition") or {}, content.get("model_version")
     made_of = (
         ("run", manifest.get("run_id", DASH)),
@@ -31,11 +34,11 @@ def provenance(content: Content, manifest: Content) -> Provenance:
         ("code", f"{manifest.get('code_version', DASH)}, SHA-256 {manifest.get('code_sha256', DASH)}"),
         ("packages, SHA-256", manifest.get("constraints_sha256", DASH)),
         ("environment", _pairs(manifest.get("environment") or {})),
-        ("cores, device, seed", ", ".join(f"{manifest.get(name, DASH)}" for name in ("cores", "device", "seed"))),
+        ("cores, device, seed", ", ".join(f"{known.get(name, DASH)}" for name in ("cores", "device", "seed"))),
         ("parameters", _pairs(manifest.get("params", {})) or DASH),
     )
     return Provenance(f"millrace retrain {version}" if version else None, made_of, definition.get("source") or None)
 
 
-def _pairs(named: Content) -> str:
+def _pairs(named: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in named.items())

@@ -10,10 +10,10 @@ import functools
 
 import jinja2
 
+from transforms.models.stored_records import ExplanationRecord, ModelManifest, TrainingRecord
 from transforms.reports import formatting
 from transforms.reports.data_section import Data, data
 from transforms.reports.fairness_section import Fairness, fairness
-from transforms.reports.formatting import Content
 from transforms.reports.gates_section import Gates, gates
 from transforms.reports.header import Header, header
 from transforms.reports.inputs_section import Inputs, inputs
@@ -58,7 +58,7 @@ class Report:
         return [(name, name.capitalize()) for name in names if getattr(self, name) is not None]
 
 
-def render(content: Content, manifest: Content, points: Content | None = None) -> str:
+def render(content: TrainingRecord, manifest: ModelManifest, points: ExplanationRecord | None = None) -> str:
     """The report.
 
     Args:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from schemas.models import RISING
+from transforms.models.stored_records import ModelManifest, TrainingRecord, TrialRecord
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Key, Plot
-from transforms.reports.formatting import Content, metric_name, shown
+from transforms.reports.formatting import metric_name, shown
 
 # Trials of the table that are shown at once; trials and points of a learning curve that are drawn; pictures.
 SHOWN, TRIALS, ROUNDS, PICTURES = 12, 60, 160, 7
@@ -30,7 +31,7 @@ class Trial:
     number: int
     value: float | None
     rounds: int | None
-    params: tuple[Any, ...]
+    params: tuple[object, ...]
     rung: int
     folds: tuple[float, ...]
     seconds: float
@@ -75,16 +76,14 @@ class Search:
     trials: Trials | None = None
 
 
-def search(content: Content, manifest: Content) -> Search:
+def search(content: TrainingRecord, manifest: ModelManifest) -> Search:
     trials, metric = content["trials"], manifest["metric"]
     worked = [each for each in trials if not each["error"] and each["value"] is not None]
     failed = len(trials) - len(worked)
     if not worked:
         return Search(metric, len(trials), failed, None)
     last, sign = max(each["rung"] for each in worked), _sign(metric)
-    best = min(
-        (each for each in worked if each["rung"] == last), key=lambda each: (sign * each["value"], each["trial"])
-    )
+    best = min((each for each in worked if each["rung"] == last), key=lambda each: (sign * _value(each), each["trial"]))
     varied = [name for name in trials[0]["params"] if len({str(each["params"].get(name)) for each in trials}) > 1]
     names = tuple(varied or trials[0]["params"])
     learning = curves(worked, best, metric)
@@ -100,7 +99,7 @@ def _sign(metric: str) -> int:
     return -1 if metric in RISING else 1
 
 
-def _trial(each: Content, names: Sequence[str], best: Content) -> Trial:
+def _trial(each: TrialRecord, names: Sequence[str], best: TrialRecord) -> Trial:
     params = tuple(each["params"].get(name) for name in names)
     return Trial(
         each["trial"],
@@ -115,8 +114,8 @@ def _trial(each: Content, names: Sequence[str], best: Content) -> Trial:
     )
 
 
-def table(trials: Sequence[Content], best: Content, names: tuple[str, ...], metric: str) -> Trials:
-    def merit(each: Content) -> tuple[bool, int, float, int]:
+def table(trials: Sequence[TrialRecord], best: TrialRecord, names: tuple[str, ...], metric: str) -> Trials:
+    def merit(each: TrialRecord) -> tuple[bool, int, float, int]:
         return each["value"] is None, -each["rung"], _sign(metric) * (each["value"] or 0.0), each["trial"]
 
     rows = tuple(_trial(each, names, best) for each in sorted(trials, key=merit))
@@ -124,7 +123,7 @@ def table(trials: Sequence[Content], best: Content, names: tuple[str, ...], metr
     return Trials(names, halved, folded, rows[:SHOWN], rows[SHOWN:])
 
 
-def curves(worked: Sequence[Content], best: Content, metric: str) -> Picture | None:
+def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Picture | None:
     """The metric on validation after each round, thinned."""
     chosen = [best, *[each for each in worked if each is not best][: TRIALS - 1]]
     thin = {each["trial"]: _thinned(each["history"]) for each in chosen}
@@ -139,16 +138,16 @@ def curves(worked: Sequence[Content], best: Content, metric: str) -> Picture | N
     paths = [path for at, found in others for path in charts.line(x, y, at, found, "thin solid")]
     at, found = thin[best["trial"]]
     paths += charts.line(x, y, at, found, "first")
-    rounds, value = best["rounds"], shown(best["value"])
+    rounds, value = best["rounds"], shown(_value(best))
     if best["history"]:
         title = f"trial {best['trial']}, round {rounds}: {value}"
-        paths += charts.dots(x, y, [rounds], [best["history"][rounds - 1]], "big first", [title])
+        paths += charts.dots(x, y, [rounds], [_number(best["history"][rounds - 1])], "big first", [title])
     label = f"Validation {metric_name(metric)} by boosting round; the best trial ends at {value} after {rounds} rounds"
     keys = (Key("first", f"trial {best['trial']}, kept"), *([Key("thin solid", "others")] if others else []))
     return Picture(None, Plot(label, x, y, tuple(paths)), keys)
 
 
-def _thinned(history: Sequence[float | None]) -> tuple[Any, Any]:
+def _thinned(history: Sequence[float | None]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Rounds and their values, at most `ROUNDS`, those without a value left out."""
     values = np.array([math.nan if value is None else value for value in history], np.float64)
     if not len(values):
@@ -158,22 +157,31 @@ def _thinned(history: Sequence[float | None]) -> tuple[Any, Any]:
     return at + 1.0, values[at]
 
 
-def _numbers(name: str, worked: Sequence[Content]) -> bool:
+def _value(each: TrialRecord) -> float:
+    """The value of a trial that worked."""
+    return _number(each["value"])
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _numbers(name: str, worked: Sequence[TrialRecord]) -> bool:
     values = [each["params"].get(name) for each in worked]
     return len(set(map(str, values))) > 1 and all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in values
     )
 
 
-def by_parameter(name: str, worked: Sequence[Content], best: Content, metric: str) -> Picture:
+def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Picture:
     """The metric of each trial against one of its parameters; in steps of factors where values span more than 20."""
-    values = [float(each["params"][name]) for each in worked]
-    found = [each["value"] for each in worked]
+    values = [_number(each["params"][name]) for each in worked]
+    found = [_value(each) for each in worked]
     log = min(values) > 0 and max(values) / min(values) > 20
     x = Axis.over(values, name, log=log, pad=0.05)
     y = Axis.over(found, f"validation {metric_name(metric)}", pad=0.08)
-    titles = [f"trial {each['trial']}: {shown(each['value'])}" for each in worked]
+    titles = [f"trial {each['trial']}: {shown(_value(each))}" for each in worked]
     marks = charts.dots(x, y, values, found, "second", titles)
     kept = f"trial {best['trial']}, kept"
-    marks += charts.dots(x, y, [float(best["params"][name])], [best["value"]], "big first", [kept])
+    marks += charts.dots(x, y, [_number(best["params"][name])], [_value(best)], "big first", [kept])
     return Picture(name, Plot(f"Validation {metric_name(metric)} of {len(worked)} trials by {name}", x, y, marks))

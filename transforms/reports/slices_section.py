@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from transforms.models.stored_records import ModelManifest, SliceRecord, TrainingRecord
 from transforms.reports import charts
 from transforms.reports.charts import Axis, Strip
-from transforms.reports.formatting import Content, category, metric_name
+from transforms.reports.formatting import category, metric_name
 
 # Slices of one group that are shown at once, and at all.
 SHOWN, MOST = 25, 200
@@ -62,19 +63,19 @@ class Slices:
     groups: tuple[Group, ...]
 
 
-def slices(content: Content, manifest: Content) -> Slices | None:
+def slices(content: TrainingRecord, manifest: ModelManifest) -> Slices | None:
     if not content["slices"]:
         return None
     rules = content.get("rules") or {}
     chosen = list(dict.fromkeys([manifest["metric"], *rules.get("max_gap", {})]))
-    members: dict[tuple[str, ...], list[Content]] = {}
+    members: dict[tuple[str, ...], list[SliceRecord]] = {}
     for each in content["slices"]:
         members.setdefault(tuple(each["by"]), []).append(each)
     groups = [Group(by, tuple(forest(content, some, metric) for metric in chosen)) for by, some in members.items()]
     return Slices(rules.get("min_slice_rows"), tuple(groups))
 
 
-def forest(content: Content, members: Sequence[Content], metric: str) -> Forest:
+def forest(content: TrainingRecord, members: Sequence[SliceRecord], metric: str) -> Forest:
     rules = content.get("rules") or {}
     bound, least = rules.get("max_gap", {}).get(metric), rules.get("min_slice_rows", 0)
     whole, span = content["metrics"][metric], content["intervals"].get(metric)
@@ -86,7 +87,7 @@ def forest(content: Content, members: Sequence[Content], metric: str) -> Forest:
     behind = charts.stripe(x, span[0], span[1], "whole") if span else ()
     behind += charts.upright(x, whole, "whole") if whole is not None else ()
 
-    def row(each: Content) -> Slice:
+    def row(each: SliceRecord) -> Slice:
         name = ", ".join(f"{column}={'null' if value is None else value}" for column, value in each["by"].items())
         failed = bound is not None and not holds.get(f"{metric} of {name} within {bound:g} of the whole", True)
         firm = each["rows"] >= least

@@ -78,7 +78,15 @@ if TYPE_CHECKING:
         running_runs,
         write_marker,
     )
-    from transforms.storage.stored_json import DAMAGE, parse_object, read_object, read_regular, reason_of, understood
+    from transforms.storage.stored_json import (
+        DAMAGE,
+        parse_object,
+        parse_record,
+        read_object,
+        read_regular,
+        reason_of,
+        understood,
+    )
     from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped
     from transforms.storage.tfrecord_io import (

@@ -8,12 +8,18 @@ a FIFO in its place would be waited for, and a device would never end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas.errors import MillraceError, StoreError
 from transforms.storage.file_systems import FileSystems, open_regular
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Record = TypeVar("Record")
 
 # What taking damaged JSON for what it should be can raise.
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
@@ -66,7 +72,7 @@ def reason_of(error: BaseException) -> str:
         return "nested too deep"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    kind = "" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, json.JSONDecodeError | RecordError) else f"{type(error).__name__}: "
     return (kind + " ".join(str(error).split()))[:300]
 
 
@@ -90,3 +96,40 @@ def read_object(path: str, rule: str, fix: str = RESTORE) -> dict[str, Any]:
     """
     with understood(rule, path, fix):
         return parse_object(read_regular(path))
+
+
+class RecordError(ValueError):
+    """A JSON object that lacks a key, or has a value of another type than the record it should be."""
+
+
+def parse_record(kind: type[Record], content: bytes | str) -> Record:
+    """A JSON object that has what `kind`, a TypedDict, says; it is returned as it is, with any further keys.
+
+    >>> from typing_extensions import TypedDict
+    >>> Size = TypedDict("Size", {"bytes": int})
+    >>> parse_record(Size, '{"bytes": 2, "later": 1}')
+    {'bytes': 2, 'later': 1}
+    >>> parse_record(Size, '{"later": 1}')
+    Traceback (most recent call last):
+    transforms.storage.stored_json.RecordError: bytes: Field required
+
+    Raises:
+        ValueError, RecursionError: it is no JSON object, or lacks a key, or has a value of another type.
+    """
+    from pydantic import ValidationError
+
+    found = parse_object(content)
+    try:
+        _validator(cast(Hashable, kind)).validate_json(content, strict=True)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        key, more = ".".join(map(str, faults[0]["loc"])), f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise RecordError(f"{key}: {faults[0]['msg']}{more}") from None
+    return cast(Record, found)
+
+
+@functools.lru_cache(64)
+def _validator(kind: Hashable) -> TypeAdapter[object]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cast(type[object], kind))

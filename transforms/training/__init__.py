@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         RunOutcome,
         failed_gates,
         publish,
+        read_record,
         register_model,
         register_run,
         rival_of,

@@ -15,6 +15,7 @@ from schemas.durations import microseconds
 from schemas.errors import DataError
 from schemas.sources import Source
 from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
+from transforms.models.stored_records import SplitCounts
 from transforms.records.row_hashing import row_ids
 
 # XGBoost builds a tree per round, and a score per row, for every class up to the greatest.  A label that is not a class
@@ -42,6 +43,15 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(mine + its for mine, its in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def as_json(self) -> SplitCounts:
+        return {
+            "rows": self.rows,
+            "waiting": self.waiting,
+            "absent": self.absent,
+            "dropped": self.dropped,
+            "entered": self.entered,
+        }
 
 
 def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) -> pl.DataFrame:

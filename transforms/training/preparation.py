@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from deltalake import DeltaTable
 
@@ -21,6 +21,7 @@ from schemas.durations import instant
 from schemas.errors import DataError, StoreError
 from schemas.loading import Definition, decoded
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
+from transforms.models.stored_records import ProvenanceRecord, SourceRecord, SplitBounds
 from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import data_files
@@ -92,7 +93,7 @@ def open_features(request: TrainingRequest) -> DeltaTable:
     return open_feature_table(uri, command, request.features_version, missing=DataError)
 
 
-def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, Any]]:
+def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceRecord]:
     """Fix the versions that the run reads, and record where everything comes from.
 
     Returns:
@@ -139,24 +140,27 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, dict[str, A
     }
 
 
-def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> dict[str, Any]:
+def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> ProvenanceRecord:
     """Manifest entries of the label's source and of the splits."""
     root = source_uri(request.sources, request.model.label.source.name)
     paths = {each.path for block in plan.blocks for each in block.events}
+    found: ProvenanceRecord = {}
+    if version is None:
+        found["label_content"] = content_digests(root, paths)
     return {
-        **({} if version is not None else {"label_content": content_digests(root, paths)}),
+        **found,
         "label_files": sorted({each.stamp + " " + each.path for block in plan.blocks for each in block.events}),
         "label_table": {"uri": root, "version": version},
-        "split": plan.split.as_json(),
+        "split": cast(SplitBounds, plan.split.as_json()),
     }
 
 
-def _provenance_of_run(request: TrainingRequest, cutoff: date) -> dict[str, Any]:
+def _provenance_of_run(request: TrainingRequest, cutoff: date) -> ProvenanceRecord:
     """Manifest entries of the run's options and definition."""
     definition = request.definition
     return {
         "read": {
-            "start": request.start and str(request.start),
+            "start": None if request.start is None else str(request.start),
             "cutoff": str(cutoff),
             "now": request.now,
             "sources": within(request.store, request.sources),
@@ -209,7 +213,7 @@ def relative_to(root: str, path: str) -> str:
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def _provenance_of_code() -> dict[str, Any]:
+def _provenance_of_code() -> ProvenanceRecord:
     """Manifest entries of Millrace's code and of the installed packages."""
     return {
         "code_version": _version("millrace"),
@@ -219,7 +223,7 @@ def _provenance_of_code() -> dict[str, Any]:
     }
 
 
-def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
+def sources_of(table: DeltaTable) -> dict[str, SourceRecord]:
     """What the newest commit of a feature table read of each source.
 
     Returns:
@@ -231,13 +235,16 @@ def sources_of(table: DeltaTable) -> dict[str, dict[str, Any]]:
     except StoreError as error:
         log.warning("where the features come from is not known: %s", error)
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, SourceRecord] = {}
     for name, files in manifest.files.items():
         stamps = "\n".join(sorted(f"{path} {each[0]}" for path, each in files.items()))
         dates = [day for day, (rows, _) in manifest.digests.get(name, {}).items() if rows]
-        known = {"first": str(as_date(min(dates))), "last": str(as_date(max(dates)))} if dates else {}
-        found[name] = {"files": len(files), "digest": hashlib.sha256(stamps.encode()).hexdigest()[:16], **known}
-    return found | {name: {"digest": f"{digest:016x}"} for name, digest in manifest.dimensions.items()}
+        found[name] = {"files": len(files), "digest": hashlib.sha256(stamps.encode()).hexdigest()[:16]}
+        if dates:
+            found[name] |= {"first": str(as_date(min(dates))), "last": str(as_date(max(dates)))}
+    for name, digest in manifest.dimensions.items():
+        found[name] = {"digest": f"{digest:016x}"}
+    return found
 
 
 def code_digest() -> str:

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 import jinja2
 import pyarrow as pa
@@ -21,19 +21,28 @@ from transforms.evaluation.shap import Explanation
 from transforms.models.bundle import Bundle, load, read_bytes
 from transforms.models.problem_identity import problem_of, require_same_problem
 from transforms.models.registry import Registry, RunRecord
+from transforms.models.stored_records import (
+    ExplanationRecord,
+    FindingsRecord,
+    GateRecord,
+    GateRules,
+    ModelManifest,
+    RegistrationRecord,
+    RivalRecord,
+    TrainingRecord,
+    TrialRecord,
+)
 from transforms.reports.report import FILE, render
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.stored_json import DAMAGE, parse_object, reason_of
+from transforms.storage.stored_json import DAMAGE, parse_record, reason_of
 from transforms.training.data_checks import Findings
 from transforms.training.examples import Account
 from transforms.training.hyperparameter_search import Result, Trial
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import log_trials
 
-# A JSON object that is made here, and one that may have been read from disk.
-Json = dict[str, Any]
-JsonObject = Mapping[str, Any]
+Record = TypeVar("Record")
 # Files of a run's folder: its report as JSON, single rows with their contributions, and what registering needs later.
 REPORT, POINTS, PENDING = "training.json", "explanation.json", "registration.json"
 # The folder of the model within that of its run.
@@ -84,7 +93,7 @@ class RunOutcome:
     explanation: Explanation
 
 
-def publish(outcome: RunOutcome, where: Publication) -> Json:
+def publish(outcome: RunOutcome, where: Publication) -> TrainingRecord:
     """Register the model with its report; returns the content of `training.json`.
 
     It can be repeated: a run has one version, and its own run promotes a version at most once.
@@ -95,13 +104,13 @@ def publish(outcome: RunOutcome, where: Publication) -> Json:
     trained = outcome.trained
     content = _content(outcome, where)
     points = dataclasses.asdict(outcome.explanation)
-    pending = {
+    pending: RegistrationRecord = {
         "run_id": where.run_id,
         "digest": trained.digest,
         "files": dict(where.files),
         "example": points.pop("example"),
     }
-    page = render(content, load(trained.folder, trained.digest).manifest, points)
+    page = render(content, load(trained.folder, trained.digest).manifest, cast(ExplanationRecord, points))
     _write(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: page})
     try:
         return register_model(content, pending, where.registry, where.folder)
@@ -110,33 +119,40 @@ def publish(outcome: RunOutcome, where: Publication) -> Json:
         raise StoreError(error.rule, error.value, f"{error.fix.rstrip('.')}. {how}") from None
 
 
-def _content(outcome: RunOutcome, where: Publication) -> Json:
+def _content(outcome: RunOutcome, where: Publication) -> TrainingRecord:
     """The content of `training.json`."""
     report, account, trained, explanation = outcome.report, outcome.account, outcome.trained, outcome.explanation
     found = verdicts(where.gates, report, where.metric, outcome.rival)
     found += outcome.findings.verdicts(where.gates.max_drift)
+    metrics = as_json(report)
     return {
         "model": where.name,
         "feature_rows": account.rows,
         "outside": account.outside,
-        **as_json(report),
-        "gates": [dataclasses.asdict(each) for each in found],
+        **metrics,  # type: ignore[typeddict-item]  # mypy fears that a report has the keys of registering
+        "gates": [each.as_json() for each in found],
         "fairness": fairness(where.gates, report),
         "rival": _rival(outcome.rival, report),
-        "rules": dataclasses.asdict(where.gates),
-        "splits": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
-        "labels": account.labels,
+        "rules": cast(GateRules, dataclasses.asdict(where.gates)),
+        "splits": {name: each.as_json() for name, each in account.counts.items()},
+        "labels": {name: {str(label): rows for label, rows in seen.items()} for name, seen in account.labels.items()},
         "rounds": trained.best.rounds,
         "validate": {where.metric: trained.best.value},
         "bundle": trained.folder,
         "trials": [_trial(each) for each in trained.results],
-        "data": dataclasses.asdict(outcome.findings),
-        "explanation": {name: getattr(explanation, name) for name in ("rows", "unit", "base", "inputs", "reason")},
+        "data": cast(FindingsRecord, dataclasses.asdict(outcome.findings)),
+        "explanation": {
+            "rows": explanation.rows,
+            "unit": explanation.unit,
+            "base": explanation.base,
+            "inputs": explanation.inputs,
+            "reason": explanation.reason,
+        },
         "report": FileSystems.join(where.folder, FILE),
     }
 
 
-def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: str) -> Json:
+def register_model(content: TrainingRecord, pending: RegistrationRecord, uri: str, folder: str) -> TrainingRecord:
     """Register a model that `publish` left on disk, with its trials and its report.
 
     The alias moves only if every gate holds and the champion is still the version that the model was compared with.
@@ -159,7 +175,7 @@ def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: s
     require_same_problem(registry, name, problem_of(bundle.manifest))
     version = _register(registry, bundle, content, pending)
     champion, kept = _promote_if_better(registry, version, content, run_id)
-    done = {**content, "model_version": version, "champion": champion, "kept": kept}
+    done: TrainingRecord = {**content, "model_version": version, "champion": champion, "kept": kept}
     page = render(done, bundle.manifest, _points(folder))
     _write(folder, {FILE: page, REPORT: _text(done)})
     registry.attach(name, run_id, FILE, page)
@@ -169,7 +185,7 @@ def register_model(content: JsonObject, pending: JsonObject, uri: str, folder: s
     return done
 
 
-def register_run(folder: str, run_id: str, uri: str) -> Json:
+def register_run(folder: str, run_id: str, uri: str) -> TrainingRecord:
     """Register the model that a run left in its folder; see `register_model`, whose result it returns.
 
     The files of the folder are read and checked whole before the registry is written to.
@@ -179,7 +195,8 @@ def register_run(folder: str, run_id: str, uri: str) -> Json:
             the registry cannot be reached.
         MismatchError: the name stands for another problem in the registry.
     """
-    content, pending = _recorded(folder, REPORT), _recorded(folder, PENDING)
+    content = read_record(TrainingRecord, folder, REPORT)
+    pending = read_record(RegistrationRecord, folder, PENDING)
     try:
         _require_own(content, pending, folder, run_id)
         bundle = load(FileSystems.join(folder, BUNDLE), pending["digest"])
@@ -203,22 +220,22 @@ def register_run(folder: str, run_id: str, uri: str) -> Json:
 _DAMAGE = (*DAMAGE, jinja2.TemplateError)
 
 
-def _recorded(folder: str, name: str) -> Json:
-    """A JSON object in a run's folder.
+def read_record(kind: type[Record], folder: str, name: str) -> Record:
+    """A record in a run's folder.
 
     Raises:
-        StoreError: it cannot be read.
+        StoreError: the file cannot be read, or is not as a run writes it.
     """
-    fix = "Restore the file, or train again"
     text = read_bytes(folder, name)
     try:
-        return parse_object(text)
+        return parse_record(kind, text)
     except (ValueError, RecursionError) as error:
         value = f"{folder}/{name}: {reason_of(error)}"
-        raise StoreError("The files of a run are JSON objects", value, fix) from None
+        fix = "Restore the file, or train again"
+        raise StoreError("The files of a run are JSON as a run writes it", value, fix) from None
 
 
-def _require_own(content: JsonObject, pending: JsonObject, folder: str, run_id: str) -> None:
+def _require_own(content: TrainingRecord, pending: RegistrationRecord, folder: str, run_id: str) -> None:
     """Refuse a record of another run, and names of files that leave the run's folder.
 
     Raises:
@@ -234,11 +251,9 @@ def _require_own(content: JsonObject, pending: JsonObject, folder: str, run_id: 
     if str(content["bundle"]).rstrip("/").split("/")[-2:] != [run_id, BUNDLE]:
         value = f"{content['bundle']!r} in {folder}/{REPORT}"
         raise StoreError(f"A run registers the model in its own folder, {BUNDLE}/", value, fix)
-    if not all(isinstance(text, str) for text in pending["files"].values()):
-        raise StoreError("A run registers files of text", f"others in {folder}/{PENDING}", fix)
 
 
-def _register(registry: Registry, bundle: Bundle, content: JsonObject, pending: JsonObject) -> str:
+def _register(registry: Registry, bundle: Bundle, content: TrainingRecord, pending: RegistrationRecord) -> str:
     """Register the bundle with its parameters, metrics and files; returns the version."""
     with tempfile.TemporaryDirectory() as artifacts:
         for file, text in {**pending["files"], "report.json": _text(content)}.items():
@@ -254,7 +269,9 @@ def _register(registry: Registry, bundle: Bundle, content: JsonObject, pending: 
         return registry.register(bundle, pending["run_id"], record)
 
 
-def _promote_if_better(registry: Registry, version: str, content: JsonObject, run_id: str) -> tuple[str | None, str]:
+def _promote_if_better(
+    registry: Registry, version: str, content: TrainingRecord, run_id: str
+) -> tuple[str | None, str]:
     """Move the alias to `version` if its gates allow; returns the champion, and why it was kept or ""."""
     name = content["model"]
     champion = registry.champion(name)
@@ -273,7 +290,7 @@ def _promote_if_better(registry: Registry, version: str, content: JsonObject, ru
     return champion, f"the champion is {shown}, which was not compared with: millrace promote {version} --why …"
 
 
-def failed_gates(content: JsonObject) -> list[JsonObject]:
+def failed_gates(content: TrainingRecord) -> list[GateRecord]:
     """The gates of a run's `training.json` that do not hold."""
     return [each for each in content["gates"] if not each["holds"]]
 
@@ -299,7 +316,7 @@ def _write(folder: str, files: Mapping[str, str]) -> None:
         write_aside(folder, name, pa.py_buffer(text.encode()))
 
 
-def _points(folder: str) -> Json | None:
+def _points(folder: str) -> ExplanationRecord | None:
     """Single rows with their contributions, or None if the run wrote none.
 
     Raises:
@@ -307,29 +324,29 @@ def _points(folder: str) -> Json | None:
     """
     path = FileSystems.join(folder, POINTS)
     there = FileSystems.exists(path) if "://" in path else os.path.lexists(path)
-    return _recorded(folder, POINTS) if there else None
+    return read_record(ExplanationRecord, folder, POINTS) if there else None
 
 
-def _rival(rival: Rival, report: Report) -> Json:
+def _rival(rival: Rival, report: Report) -> RivalRecord:
     """The champion in `training.json`: its metrics on the same rows, the paired differences, and its curves."""
-    found: Json = {"version": rival.version, "reason": rival.reason, "metrics": None}
+    found: RivalRecord = {"version": rival.version, "reason": rival.reason, "metrics": None}
     if rival.report is not None:
-        curves = {
-            name: rival.report.details[name] for name in ("roc", "precision_recall") if name in rival.report.details
-        }
-        found |= {"metrics": dict(rival.report.metrics), "differences": paired(report, rival.report), **curves}
+        found["metrics"] = dict(rival.report.metrics)
+        found["differences"] = paired(report, rival.report)
+        details = rival.report.details
+        if "roc" in details:
+            found["roc"] = details["roc"]
+        if "precision_recall" in details:
+            found["precision_recall"] = details["precision_recall"]
     return found
 
 
-def _trial(result: Result) -> Json:
-    shown = {
+def _trial(result: Result) -> TrialRecord:
+    return {
+        "trial": result.trial.index,
         "params": dict(result.trial.params),
         "value": None if result.error else result.value,
         "rounds": result.rounds,
-    }
-    return {
-        "trial": result.trial.index,
-        **shown,
         "seconds": result.seconds,
         "error": result.error,
         "rung": result.trial.rung,
@@ -338,14 +355,14 @@ def _trial(result: Result) -> Json:
     }
 
 
-def _result(trial: JsonObject) -> Result:
+def _result(trial: TrialRecord) -> Result:
     """The result of which `_trial` made an entry."""
     value = math.nan if trial["value"] is None else float(trial["value"])
     return Result(
         Trial(trial["trial"], trial["params"], trial["rung"]),
         value,
         trial["rounds"],
-        tuple(trial["history"]),
+        tuple(math.nan if value is None else value for value in trial["history"]),
         "",
         trial["seconds"],
         trial["error"],
@@ -353,22 +370,23 @@ def _result(trial: JsonObject) -> Result:
     )
 
 
-def _params(manifest: JsonObject) -> dict[str, object]:
+def _params(manifest: ModelManifest) -> dict[str, object]:
     chosen = ("objective", "metric", "seed", "rounds", "fingerprint", "split", "feature_table", "code_version")
-    return {**manifest["params"], **{name: manifest[name] for name in chosen if name in manifest}}
+    known: Mapping[str, object] = manifest
+    return {**manifest["params"], **{name: known[name] for name in chosen if name in known}}
 
 
-def _metrics(content: JsonObject) -> dict[str, float]:
+def _metrics(content: TrainingRecord) -> dict[str, float]:
     known = {f"test_{name}": value for name, value in content["metrics"].items()}
     known |= {f"validate_{name}": value for name, value in content["validate"].items()}
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _tags(content: JsonObject) -> dict[str, str]:
+def _tags(content: TrainingRecord) -> dict[str, str]:
     failed = failed_gates(content)
     words = "; ".join(f"{each['gate']}: {each['reason']}" for each in failed)
     return {"millrace.gates": f"failed: {words}"[:4000] if failed else f"all {len(content['gates'])} hold"}
 
 
-def _text(content: JsonObject) -> str:
+def _text(content: Mapping[str, object]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

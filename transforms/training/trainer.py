@@ -7,9 +7,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import apache_beam as beam
 import pyarrow as pa
@@ -21,6 +21,7 @@ from schemas import Model
 from schemas.splits import Split
 from transforms.models.bundle import Bundle, save
 from transforms.models.encoders import Fitted
+from transforms.models.stored_records import ModelManifest, ProvenanceRecord
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.training.data_checks import bundle_files
@@ -29,7 +30,14 @@ from transforms.training.hyperparameter_search import Result, Trial, budgets, ch
 from transforms.training.xgboost_checks import first_line, require_device
 from transforms.training.xgboost_data import Matrices, is_external, matrices
 
+if TYPE_CHECKING:
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
+    from xgboost import Booster
+    from xgboost.callback import TrainingCallback
+
 log = logging.getLogger("millrace.training")
+# Data set → metric → its value after each round, as XGBoost gives them.
+EvaluationLog = dict[str, dict[str, list[float]]]
 
 # XGBoost's names of our metrics, which it computes after each round.  The root of the Brier score orders models as the
 # score does;
@@ -77,7 +85,7 @@ def train(
         "seed": model.seed,
         **({"num_class": classes} if classes > 1 else {}),
     }
-    history: dict[str, dict[str, list[float]]] = {}
+    history: EvaluationLog = {}
     booster = xgboost.train(
         params,
         data.train,
@@ -106,7 +114,7 @@ def _ours(metric: str, value: float) -> float:
     return value * value if metric == "brier" else 1.0 - value if metric == "accuracy" else value
 
 
-def _progress(model: Model, trial: Trial) -> Any:
+def _progress(model: Model, trial: Trial) -> TrainingCallback:
     import xgboost
 
     class Progress(xgboost.callback.TrainingCallback):
@@ -114,7 +122,7 @@ def _progress(model: Model, trial: Trial) -> Any:
 
         logged = time.monotonic()
 
-        def after_iteration(self, booster: Any, epoch: int, evals_log: Any) -> bool:
+        def after_iteration(self, booster: Booster, epoch: int, evals_log: EvaluationLog) -> bool:
             if time.monotonic() - self.logged > 5:
                 self.logged = time.monotonic()
                 value = _ours(model.metric, evals_log["validate"][evaluated(model)][-1])
@@ -232,11 +240,15 @@ class BundleRequest:
 
     model: Model
     folder: str
-    provenance: Mapping[str, Any]
+    provenance: ProvenanceRecord
 
 
 def save_best(
-    results: Sequence[Result], request: BundleRequest, account: Account, fitted: Fitted, statistics: Any = None
+    results: Sequence[Result],
+    request: BundleRequest,
+    account: Account,
+    fitted: Fitted,
+    statistics: DatasetFeatureStatisticsList | None = None,
 ) -> Trained:
     """Save the best trial's booster with the encoders and a manifest as a bundle.
 
@@ -252,7 +264,7 @@ def save_best(
     best = choose(model, results)
     with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
         booster = handle.read()
-    manifest = {
+    manifest: ModelManifest = {
         "model": model.name,
         "objective": model.objective,
         "classes": classes_of(model, account),
@@ -267,7 +279,7 @@ def save_best(
         "rounds": best.rounds,
         "params": dict(best.trial.params),
         "seed": model.seed,
-        "examples": {name: dataclasses.asdict(each) for name, each in account.counts.items()},
+        "examples": {name: each.as_json() for name, each in account.counts.items()},
         **request.provenance,
     }
     extra = {} if statistics is None else bundle_files(statistics, model)

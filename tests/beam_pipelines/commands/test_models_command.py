@@ -97,7 +97,7 @@ def test_a_model_trained_without_a_registry_is_registered_later(
         assert each.data.metrics.get("best_validate_auc") == trial["value"]
     assert "report.html" in artifacts
     assert "Not registered" not in (store / "runs/away/report.html").read_text()
-    assert [each["version"] for each in registry.versions("buying")] == ["1"]
+    assert [each.version for each in registry.versions("buying")] == ["1"]
     assert run(store, "register", "never") == 4
     with pytest.raises(StoreError):
         registry.rollback("buying", "nothing before")
