@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments.add_argument("--sources", help="folder of the sources, also of other stores (default: <store>/sources)")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    arguments.add_argument("--dry_run", action="store_true", help="count what would go, and change nothing")
+    arguments.add_argument("--dry_run", action="store_true", help="count what would be removed, and change nothing")
     flags = arguments.parse_all(argv)
     if "://" in flags.store or "://" in (flags.sources or ""):
         raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
