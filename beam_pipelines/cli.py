@@ -40,7 +40,7 @@ COMMANDS = {
     "promote": ("beam_pipelines.commands.models:promote", "make a version the champion, with a reason"),
     "rollback": (
         "beam_pipelines.commands.models:rollback",
-        "give the alias back to the champion before, with a reason",
+        "give the alias back to the previous champion, with a reason",
     ),
     "register": (
         "beam_pipelines.commands.models:register",

@@ -69,7 +69,9 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument(
         "--output_tfrecord", metavar="PREFIX", help="write <PREFIX>-*.tfrecord.gz instead of the table"
     )
-    arguments.add_argument("--threads", type=int, default=0, help="of XGBoost in each worker (default: every core)")
+    arguments.add_argument(
+        "--threads", type=int, default=0, help="XGBoost threads in each worker (default: one for each core)"
+    )
     flags, rest = arguments.parse(argv)
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"

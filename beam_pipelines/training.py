@@ -87,7 +87,7 @@ def _arguments() -> Arguments:
     arguments = Arguments("millrace training", "Train a model on a feature table, evaluate it, register it.")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
-    arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
+    arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first)")
     arguments.add_argument(
         "--cutoff",
         type=day,
@@ -98,7 +98,7 @@ def _arguments() -> Arguments:
         "--threads",
         type=cores,
         default=0,
-        help="cores that the trials of one worker share (default: as many as here)",
+        help="cores that the trials of one worker share (default: those of this machine)",
     )
     arguments.add_argument(
         "--device", type=device, default="cpu", help="XGBoost's device: cpu (default), cuda or cuda:N"

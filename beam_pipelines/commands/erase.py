@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         help="leave the rows in the folder --sources, since another store reads it too (for all stores but the last)",
     )
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
-    arguments.add_argument("--dry_run", action="store_true", help="count what would go, and change nothing")
+    arguments.add_argument("--dry_run", action="store_true", help="count what would be removed, and change nothing")
     flags = arguments.parse_all(argv)
     require_own_sources(flags)
     if "://" in flags.store or "://" in (flags.sources or ""):

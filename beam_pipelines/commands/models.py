@@ -19,7 +19,7 @@ def _arguments(command: str, text: str, why: bool = False) -> Arguments:
     arguments = Arguments(f"millrace {command}", text, definition=None, beam=False)
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     if command != "register":
-        arguments.add_argument("--model", help="its registered name (default: the only one there is)")
+        arguments.add_argument("--model", help="its registered name (default: the only one)")
     if why:
         arguments.add_argument("--why", required=True, help="the reason, which is recorded with the move")
         arguments.add_argument("--who", help="who decided (default: the user of this machine)")

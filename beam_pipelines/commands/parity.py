@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument(
         "--sources", help="folder of the batch table's sources (default: beside it, in <batch_store>/sources)"
     )
-    arguments.add_argument("--json", metavar="FILE", help="write the figures there too")
+    arguments.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")

@@ -118,7 +118,7 @@ def infer(options: Options) -> int:
 
 
 def check(options: Options) -> int:
-    """Say where statistics break the schema; exit code 7 if they do."""
+    """Print where statistics break the schema; exit code 7 if they do."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     found = validate(statistics, schema, previous, meant)
@@ -127,7 +127,7 @@ def check(options: Options) -> int:
 
 
 def update(options: Options) -> int:
-    """Change the schema as little as makes the statistics keep it, and show the difference."""
+    """Change the schema as little as needed for the statistics to match it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     changed = update_schema(schema, statistics, view_columns(options.definition.view), previous)

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import polars as pl
+from deltalake import DeltaTable
 from deltalake.schema import PrimitiveType
 
 from beam_pipelines.commands.trace_live import print_scored, print_seen
@@ -50,7 +51,7 @@ def trace(argv: Sequence[str]) -> int:
     )
     arguments.add_argument("--time", help="time of the spine row, or its UTC day (default: every time of the key)")
     arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
-    arguments.add_argument("--live", action="store_true", help="of the live tables")
+    arguments.add_argument("--live", action="store_true", help="search only the live tables")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
         "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
@@ -200,9 +201,24 @@ def _trace_prediction(
             raise
         _print_erased(erased, "prediction")
         return
-    entry, name, live = commit_of(table, file), row["model"], where.startswith("predictions_live/")
+    entry, live = commit_of(table, file), where.startswith("predictions_live/")
+    _print_prediction(table, row, entry, live)
+    version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(row["model"], row["model_version"])
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    registry = flags.registry or "the registry of the store"
+    _print_model(f"version {version} of {row['model']} in {registry}, {folder}", folder, manifest)
+    _print_label_files(manifest.get("label_files", []))
+    _print_trained(flags.store, manifest.get("feature_table", {}))
+    if definition is not None and live:
+        _print_feature_row(flags, definition, row)
+    elif definition is not None:
+        _print_scored(flags, str(entry.get("features", "")), definition, row)
+
+
+def _print_prediction(table: DeltaTable, row: Mapping[str, Any], entry: Mapping[str, Any], live: bool) -> None:
+    """Prints a prediction, its table, and the commit that brought it."""
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
-    print(f"prediction {row['prediction_id']} of {name}{', live' if live else ''}")
+    print(f"prediction {row['prediction_id']} of {row['model']}{', live' if live else ''}")
     print(
         columns(
             ("column", "value"),
@@ -212,44 +228,25 @@ def _trace_prediction(
     print("\ntable")
     print(wrapped(f"{table_root(table)} version {table.version()}", hanging=2))
     if entry:
-        print(
-            wrapped(
-                f"committed as version {entry['version']} {_when(entry)} by run "
-                f"{entry.get('run_id')}{'' if live else ', from ' + str(entry.get('features', 'unknown features'))}",
-                hanging=2,
-            )
-        )
-    version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(name, row["model_version"])
-    manifest = read_json(os.path.join(folder, MANIFEST))
+        origin = "" if live else f", from {entry.get('features', 'unknown features')}"
+        commit = f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{origin}"
+        print(wrapped(commit, hanging=2))
+
+
+def _print_model(name: str, folder: str, manifest: Mapping[str, Any]) -> None:
+    """Prints a model version, what it was trained on, and its definition."""
     trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
+    split = ", ".join(f"{part} {value}" for part, value in manifest.get("split", {}).items())
+    table = f"{root_of_uri(str(trained.get('uri')))} version {trained.get('version')}"
     print("\nmodel")
-    print(
-        wrapped(f"version {version} of {name} in {flags.registry or 'the registry of the store'}, {folder}", hanging=2)
-    )
-    print(
-        wrapped(
-            f"trained by run {manifest.get('run_id')}, code {manifest.get('code_version')}, split "
-            f"{', '.join(f'{k} {v}' for k, v in manifest.get('split', {}).items())}",
-            hanging=2,
-        )
-    )
-    print(
-        wrapped(
-            f"on {root_of_uri(str(trained.get('uri')))} version {trained.get('version')}, fingerprint "
-            f"{manifest['fingerprint']}",
-            hanging=2,
-        )
-    )
+    print(wrapped(name, hanging=2))
+    code = f"code {manifest.get('code_version')}"
+    print(wrapped(f"trained by run {manifest.get('run_id')}, {code}, split {split}", hanging=2))
+    print(wrapped(f"on {table}, fingerprint {manifest['fingerprint']}", hanging=2))
     print("\ndefinition")
     kept = os.path.join(os.path.dirname(folder.rstrip("/")), "definition.py")
     where = kept if os.path.exists(kept) else made_by.get("name")
     print(wrapped(f"{where}, SHA-256 {str(made_by.get('sha256'))[:16]}", hanging=2))
-    _print_label_files(manifest.get("label_files", []))
-    _print_trained(flags.store, trained)
-    if definition is not None and live:
-        _print_feature_row(flags, definition, row)
-    elif definition is not None:
-        _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
 def _print_label_files(files: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ def vacuum(argv: Sequence[str]) -> int:
         help="how long replaced versions stay readable (default 7d); those that a registered model was trained "
         "on always do",
     )
-    arguments.add_argument("--dry_run", action="store_true", help="list what would go, remove nothing")
+    arguments.add_argument("--dry_run", action="store_true", help="list what would be removed, and remove nothing")
     arguments.add_argument("--force", action="store_true", help="allow --older_than under an hour")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     flags = arguments.parse_all(argv)

@@ -26,7 +26,7 @@ from transforms.verification.check import ROWS, Amount, Verification, Verified
 def main(argv: Sequence[str]) -> int:
     """0 when no value differs; 5 and the row, its feature and both values when one does."""
     arguments = Arguments(
-        "millrace verify", "Compute rows of a feature table again, plainly, from all rows of the sources."
+        "millrace verify", "Compute rows of a feature table again by plain code, from all rows of the sources."
     )
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument(
         "--live", action="store_true", help="live feature rows, each from the rows that it could see"
     )
-    arguments.add_argument("--json", action="store_true", help="print what was found as JSON")
+    arguments.add_argument("--json", action="store_true", help="print the result as JSON")
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; verify runs here, not on Beam")

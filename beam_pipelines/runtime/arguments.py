@@ -49,17 +49,13 @@ class Arguments(argparse.ArgumentParser):
                 "--run_id",
                 default=None,
                 type=identifier,
-                help="names this run; the same again resumes it (default: a fresh one)",
+                help="id of the run; a run with the same id is resumed (default: a new one)",
             )
 
     def add_interval(self, of: str) -> None:
         """Add --start and --end."""
-        self.add_argument(
-            "--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first there is)"
-        )
-        self.add_argument(
-            "--end", type=day, help="the UTC day after the last (default: the day after the last there is)"
-        )
+        self.add_argument("--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first)")
+        self.add_argument("--end", type=day, help="the UTC day after the last (default: the day after the last)")
 
     def add_schema(self) -> None:
         """Add --schema."""
@@ -75,7 +71,7 @@ class Arguments(argparse.ArgumentParser):
             "--max_dead_fraction",
             type=fraction,
             default=MAX_DEAD_FRACTION,
-            help=f"stop when more of a source's rows break its contract (default {MAX_DEAD_FRACTION:g})",
+            help=f"stop if a greater share of a source's rows breaks its contract (default {MAX_DEAD_FRACTION:g})",
         )
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

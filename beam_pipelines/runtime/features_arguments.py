@@ -104,13 +104,13 @@ def add_division_of_work(arguments: Arguments) -> None:
         "--key_shards",
         type=shards,
         default=None,
-        help="parts that a block's events are cut into by key; auto: where it reads too much for memory (default)",
+        help="parts into which a block's events are divided by key; auto: as many as memory needs (default)",
     )
     arguments.add_argument(
         "--broadcast_mb",
         type=float,
         default=BROADCAST_BYTES / 1e6,
-        help="a larger dimension is not held by every worker but read past by each block "
+        help="a larger dimension is read through by each block instead of held by each worker "
         f"(default {BROADCAST_BYTES / 1e6:g})",
     )
 
@@ -121,8 +121,8 @@ def add_checks(arguments: Arguments) -> None:
         "--statistics",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep statistics with the commit, check them against the schema, and dead rows against their most "
-        "(default: yes)",
+        help="keep statistics with the commit; check them against the schema, and the share of rejected rows against "
+        "its limit (default: yes)",
     )
     arguments.add_argument(
         "--streaming",

@@ -35,7 +35,7 @@ def add_verification(arguments: Arguments) -> None:
         "--verify",
         type=some_or_all,
         metavar="N|all",
-        help="rows to compute again plainly, from all rows of the sources, before the commit; 0: none "
+        help="rows to compute again by plain code, from all rows of the sources, before the commit; 0: none "
         f"(default: up to {ROWS}, as time allows)",
     )
     arguments.add_argument(
@@ -43,7 +43,7 @@ def add_verification(arguments: Arguments) -> None:
         type=fraction,
         help="share of the run's time that this may take "
         f"(default: {SHARE_OF_EVERYTHING:g} of a run over everything and {SHARE:g} of any other; "
-        "no limit where --verify says how many)",
+        "no limit if --verify gives a number)",
     )
 
 

@@ -377,7 +377,9 @@ def test_parity_scores_again_what_was_predicted(
     assert house.run("--run_id", "scored", registry) == 0
     command = ["--definition", house.definition, "--store", str(house.store), registry, "--run_id"]
     assert guard(parity.main)([*command, "parity"]) == 0
-    assert f"predictions: {ROWS:,} by version 1; 0 differ, 0 doubled, 0 of no answer" in capsys.readouterr().out
+    assert (
+        f"predictions: {ROWS:,} by version 1; 0 differ, 0 doubled, 0 without a feature row" in capsys.readouterr().out
+    )
     alter(house, lambda rows: rows.with_columns(_nudged(rows)))
     assert guard(parity.main)([*command, "again"]) == 5
     assert "Live predictions equal a batch job's" in capsys.readouterr().err

@@ -210,28 +210,15 @@ class Handover:
             span: interval of times (µs) to accept.
             before: the record of the last commit of the source's table; None if there is none.
         """
-        view, uri = self.view, source_uri(sources_root(self.store), name)
-        writer = Writer(uri, accepted(view, name), application_of(name), self.run_id)
+        uri = source_uri(sources_root(self.store), name)
+        writer = Writer(uri, accepted(self.view, name), application_of(name), self.run_id)
         table = open_table(uri)
-        known = _counted_rows(view, self.store, name) if before is not None and repeats_by(view, name) else None
-        first = offset = beginning.next
-        written: list[tuple[DataFile, dict[str, str]]] = []
-        dead_letters = []
-        for rows, bad in files.pieces(*span) if name in view.events and span[0] < span[1] else ():
-            dead_letters += [bad] if len(bad) else []
-            if known is not None:
-                rows = self._beside(name, rows, known)
-            if len(rows):
-                rows = _placed(rows, offset, writer.schema)
-                offset += len(rows)
-                written += write_files(batch(rows, writer.schema), uri, self.run_id)
-        unchanged(written, files.listings)
+        first = beginning.next
+        written, offset = self._write_rows(name, files, span, writer, first, before is not None)
         if first < offset or before is None:
             loaded = LoadedHistory(files.version, (first, offset), *span)
             beginning = dataclasses.replace(beginning, taken=(*beginning.taken, loaded))
         found = found.with_source(name, beginning)
-        if dead_letters:
-            self._write_dead_letters(pl.concat(dead_letters))
         record = _record(before, name, found)
         if not writer.commit(table, written, record.turn, record.to_json()):
             raise StoreError("A live job starts while no other one writes its tables", uri, "Stop the other job first")
@@ -244,6 +231,35 @@ class Handover:
             files.version,
         )
         return found
+
+    def _write_rows(
+        self, name: str, files: HistoryFiles, span: tuple[int, int], writer: Writer, offset: int, again: bool
+    ) -> tuple[list[tuple[DataFile, dict[str, str]]], int]:
+        """Writes the rows of a source in `span` to files and its dead letters to their table; commits no row.
+
+        Args:
+            offset: of the first row.
+            again: whether the source's table has rows.
+
+        Returns:
+            The files, and the offset after the last row.
+        """
+        view = self.view
+        known = _counted_rows(view, self.store, name) if again and repeats_by(view, name) else None
+        written: list[tuple[DataFile, dict[str, str]]] = []
+        dead_letters = []
+        for rows, bad in files.pieces(*span) if name in view.events and span[0] < span[1] else ():
+            dead_letters += [bad] if len(bad) else []
+            if known is not None:
+                rows = self._beside(name, rows, known)
+            if len(rows):
+                rows = _placed(rows, offset, writer.schema)
+                offset += len(rows)
+                written += write_files(batch(rows, writer.schema), writer.uri, self.run_id)
+        unchanged(written, files.listings)
+        if dead_letters:
+            self._write_dead_letters(pl.concat(dead_letters))
+        return written, offset
 
     def _beside(self, name: str, rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
         """Older rows, compared with the counted ones (`known`): of one `unique` value the first known counts."""

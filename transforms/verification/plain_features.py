@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.features import ORDERED, Derived, Latest, Lookup, Trailing
+from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.views import FeatureView
 from transforms.verification.plain_expressions import evaluate, holds, stored
 from transforms.verification.plain_sources import Tables, Wanted, dimension_rows, events
 from transforms.verification.plain_statistics import rounded, statistic, variance, variances_allowed
 
+Ints = npt.NDArray[np.int64]
 Reading = Trailing | Latest | Lookup
 Waiting = list[tuple[Reading, pl.DataFrame]]
 
@@ -32,7 +34,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
     derived: list[Derived] = []
     to_come: set[str] = set()  # names that `waiting` and `derived` will make
 
-    def rounded(frame: pl.DataFrame) -> pl.DataFrame:
+    def computed(frame: pl.DataFrame) -> pl.DataFrame:
         frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
         for feature in derived:
             made = [
@@ -50,10 +52,10 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
             to_come |= set(feature.columns)
             continue
         if to_come & {column for column, _ in feature.keys}:
-            frame = rounded(frame)
+            frame = computed(frame)
         waiting.append((feature, _values(feature, frame)))
         to_come |= set(feature.outputs({**view.spine.schema, **view.columns}))
-    return rounded(frame).select(*view.context, *view.columns)
+    return computed(frame).select(*view.context, *view.columns)
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
@@ -63,7 +65,7 @@ def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _gathered(
-    view: FeatureView, waiting: Waiting, moments: npt.NDArray[np.int64], tables: Tables, published: pl.DataFrame
+    view: FeatureView, waiting: Waiting, moments: Ints, tables: Tables, published: pl.DataFrame
 ) -> list[pl.Series]:
     made: list[pl.Series] = []
     for name in dict.fromkeys(feature.source.name for feature, _ in waiting):
@@ -82,7 +84,11 @@ def _gathered(
         seen = events(view, tables, name, wanted, tied)
         for feature, values in some:
             assert not isinstance(feature, Lookup)
-            made += _windowed(view, feature, values, moments, seen, published)
+            windows = _Windows.of(feature, values, moments, seen)
+            if isinstance(feature, Latest):
+                made += _latest(view, feature, windows)
+            else:
+                made += _trailing(view, feature, windows, published)
     return made
 
 
@@ -104,65 +110,88 @@ def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables:
     return [stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
 
 
-def _windowed(
-    view: FeatureView,
-    feature: Trailing | Latest,
-    values: pl.DataFrame,
-    moments: npt.NDArray[np.int64],
-    seen: pl.DataFrame,
-    published: pl.DataFrame,
-) -> list[pl.Series]:
-    """Columns of one feature from the events in order of place (see `plain_sources.events`)."""
-    source, keys = feature.source, list(values.columns)
-    if feature.where is not None:
-        seen = seen.filter(holds(feature.where, seen))
-    groups = values.drop_nulls().unique().with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__key"))
-    seen = seen.join(groups, on=keys, how="inner", maintain_order="left").sort("__key", maintain_order=True)
-    of_row = values.join(groups, on=keys, how="left", maintain_order="left")["__key"].fill_null(-1).to_numpy()
-    known = seen[str(source.time)].to_physical().to_numpy()
-    placed = seen[source.event_time or str(source.time)].to_physical().to_numpy()
-    key = seen["__key"].to_numpy()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Windows:
+    """The windows of some spine rows over the events that they could see.
 
-    def window(row: int, length: int | None) -> npt.NDArray[np.int64]:
-        """Places of the events in `[t − length, t)` that were known before t."""
-        t = moments[row]
-        first, last = np.searchsorted(key, of_row[row], "left"), np.searchsorted(key, of_row[row], "right")
-        low = 0 if length is None else np.searchsorted(placed[first:last], t - length, "left")
-        high = np.searchsorted(placed[first:last], t, "left")
+    Args:
+        events: the events whose key some spine row has, by key and in order of place.
+        key: number of each event's key.
+        placed: time by which each event lies in a window, µs.
+        known: time when each event became known, µs.
+        of_row: number of each spine row's key; −1 if no event has it.
+        moments: time of each spine row, µs.
+    """
+
+    events: pl.DataFrame
+    key: Ints
+    placed: Ints
+    known: Ints
+    of_row: Ints
+    moments: Ints
+
+    @classmethod
+    def of(cls, feature: Trailing | Latest, values: pl.DataFrame, moments: Ints, seen: pl.DataFrame) -> _Windows:
+        """The windows of one feature over the events in order of place (see `plain_sources.events`)."""
+        source, keys = feature.source, list(values.columns)
+        if feature.where is not None:
+            seen = seen.filter(holds(feature.where, seen))
+        groups = values.drop_nulls().unique().with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__key"))
+        seen = seen.join(groups, on=keys, how="inner", maintain_order="left").sort("__key", maintain_order=True)
+        of_row = values.join(groups, on=keys, how="left", maintain_order="left")["__key"].fill_null(-1).to_numpy()
+        placed = seen[source.event_time or str(source.time)].to_physical().to_numpy()
+        known = seen[str(source.time)].to_physical().to_numpy()
+        return cls(seen, seen["__key"].to_numpy(), placed, known, of_row, moments)
+
+    def positions(self, length: int | None) -> list[Ints]:
+        """For each spine row the events in `[t − length, t)` that were known before t."""
+        return [self._positions(row, length) for row in range(len(self.moments))]
+
+    def _positions(self, row: int, length: int | None) -> Ints:
+        t, key = self.moments[row], self.of_row[row]
+        first, last = np.searchsorted(self.key, key, "left"), np.searchsorted(self.key, key, "right")
+        placed = self.placed[first:last]
+        low = 0 if length is None else np.searchsorted(placed, t - length, "left")
+        high = np.searchsorted(placed, t, "left")
         inside = np.arange(first + low, max(first + high, first + low))
-        return inside[known[inside] < t]
-
-    rows = range(len(moments))
-    if isinstance(feature, Latest):
-        found = [window(row, feature.length) for row in rows]
-        at = pl.Series([int(positions[-1]) if len(positions) else None for positions in found], dtype=pl.Int64)
-        return [
-            stored(seen[column].gather(at), view.columns[name]).alias(name) for column, name in feature.renamed.items()
-        ]
-    windows = {each.length: [window(row, each.length) for row in rows] for each in feature.statistics}
-    made = []
-    for each in feature.statistics:
-        inside = windows[each.length]
-        if each.column == "*":
-            made.append(pl.Series(each.name, [len(positions) for positions in inside], pl.Int64))
-            continue
-        parts = _parts(seen[each.column], each.stat, inside)
-        if each.stat in ("var", "std"):
-            made.append(_variances(each.name, each.stat, parts, published[each.name]))
-            continue
-        dtype = (
-            seen[each.column].dtype
-            if each.stat in ORDERED
-            else pl.Int64()
-            if each.stat in ("count", "n_unique")
-            else pl.Float64()
-        )
-        results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
-        made.append(stored(results, view.columns[each.name]).alias(each.name))
-    return made
+        return inside[self.known[inside] < t]
 
 
-def _parts(column: pl.Series, stat: str, inside: Sequence[npt.NDArray[np.int64]]) -> list[list[Any]]:
+def _latest(view: FeatureView, feature: Latest, windows: _Windows) -> list[pl.Series]:
+    """The columns of a `Latest`: those of the last event of each window."""
+    found = windows.positions(feature.length)
+    last = pl.Series([int(positions[-1]) if len(positions) else None for positions in found], dtype=pl.Int64)
+    return [
+        stored(windows.events[column].gather(last), view.columns[name]).alias(name)
+        for column, name in feature.renamed.items()
+    ]
+
+
+def _trailing(view: FeatureView, feature: Trailing, windows: _Windows, published: pl.DataFrame) -> list[pl.Series]:
+    """The columns of a `Trailing`, one for each statistic."""
+    inside = {length: windows.positions(length) for length in {each.length for each in feature.statistics}}
+    return [_statistic(view, each, windows.events, inside[each.length], published) for each in feature.statistics]
+
+
+def _statistic(
+    view: FeatureView, each: Statistic, events: pl.DataFrame, inside: Sequence[Ints], published: pl.DataFrame
+) -> pl.Series:
+    """One statistic of the events in each window."""
+    if each.column == "*":
+        return pl.Series(each.name, [len(positions) for positions in inside], pl.Int64)
+    parts = _parts(events[each.column], each.stat, inside)
+    if each.stat in ("var", "std"):
+        return _variances(each.name, each.stat, parts, published[each.name])
+    dtype: pl.DataType = pl.Float64()
+    if each.stat in ORDERED:
+        dtype = events[each.column].dtype
+    elif each.stat in ("count", "n_unique"):
+        dtype = pl.Int64()
+    results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
+    return stored(results, view.columns[each.name]).alias(each.name)
+
+
+def _parts(column: pl.Series, stat: str, inside: Sequence[Ints]) -> list[list[Any]]:
     """The values of each window, in order."""
     if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
         return [column.gather(pl.Series(positions)).drop_nulls().to_list() for positions in inside]
