@@ -13,7 +13,7 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, threads
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> Options:
     arguments.add_argument(
         "--output_tfrecord", metavar="PREFIX", help="write <PREFIX>-*.tfrecord.gz instead of the table"
     )
-    arguments.add_argument("--threads", type=int, default=0, help="of XGBoost in each worker (default: every core)")
+    arguments.add_argument("--threads", type=threads, default=0, help="of XGBoost in each worker (default: every core)")
     flags, rest = arguments.parse(argv)
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"

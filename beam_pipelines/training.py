@@ -16,7 +16,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
-from beam_pipelines.runtime.arguments import Arguments, day
+from beam_pipelines.runtime.arguments import Arguments, day, threads, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json
@@ -131,7 +131,9 @@ class Options:
 def _arguments() -> Arguments:
     arguments = Arguments("millrace training", "Train a model on a feature table, evaluate it, register it.")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
+    arguments.add_argument(
+        "--features_version", type=whole(0, 2**62), help="version of the feature table (default: the newest)"
+    )
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first there is)")
     arguments.add_argument(
         "--cutoff",
@@ -141,7 +143,7 @@ def _arguments() -> Arguments:
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
         "--threads",
-        type=cores,
+        type=threads,
         default=0,
         help="cores that the trials of one worker share (default: as many as here)",
     )
@@ -179,13 +181,6 @@ def parse(argv: Sequence[str]) -> Options:
         now=time.time_ns() // 1000,
         beam_args=tuple(rest),
     )
-
-
-def cores(text: str) -> int:
-    """Check that the text is a number of cores."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cores; 0 takes all")
-    return int(text)
 
 
 def device(text: str) -> str:
