@@ -15,7 +15,7 @@ from datetime import date
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import day
+from beam_pipelines.runtime.arguments import day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
     options, flags = arguments().parse_streaming(argv)
     view, sources = options.definition.view, sources_folder(options, flags)
     start, end = _microseconds(flags.start), _microseconds(flags.end)
-    settings = live_settings(options, sources, max(flags.shards, 1))
+    settings = live_settings(options, sources, flags.shards)
     replay = None
     if options.replaying:
         assert sources is not None
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
             sources,
             start=ALWAYS if start is None else start,
             end=FOREVER if end is None else end,
-            partitions=max(flags.partitions, 1),
+            partitions=flags.partitions,
             disorder=options.lengths["disorder"],
             seed=flags.seed,
             chunk=max(options.lengths["chunk"], 1),
@@ -130,12 +130,14 @@ def arguments() -> StreamingArguments:
     )
     result.add_argument(
         "--shards",
-        type=int,
+        type=whole(1, 1024),
         default=1,
         help="parallel shards of keys (default 1: the job's steps share one process)",
     )
-    result.add_argument("--partitions", type=int, default=2, help="replay: partitions of every topic (default 2)")
-    result.add_argument("--seed", type=int, default=0, help="replay: seed of the random delays")
+    result.add_argument(
+        "--partitions", type=whole(1, 1024), default=2, help="replay: partitions of every topic (default 2)"
+    )
+    result.add_argument("--seed", type=whole(0, 2**62), default=0, help="replay: seed of the random delays")
     return result
 
 

@@ -12,7 +12,7 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, threads
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> Options:
         "--output_tfrecord", metavar="PREFIX", help="write <PREFIX>-*.tfrecord.gz instead of the table"
     )
     arguments.add_argument(
-        "--threads", type=int, default=0, help="XGBoost threads in each worker (default: one for each core)"
+        "--threads", type=threads, default=0, help="XGBoost threads in each worker (default: one for each core)"
     )
     flags, rest = arguments.parse(argv)
     if flags.input_tfrecord and (flags.start or flags.end):

@@ -16,6 +16,7 @@ from apache_beam import typehints
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from beam_pipelines.runtime.arguments import threads
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveInferenceRequest]:
     arguments.add_argument(
         "--alias", default=CHAMPION, help=f"the version with this alias scores (default: {CHAMPION})"
     )
-    arguments.add_argument("--threads", type=int, default=1, help="XGBoost threads in each worker (default: 1)")
+    arguments.add_argument("--threads", type=threads, default=1, help="XGBoost threads in each worker (default: 1)")
     options, flags = arguments.parse_streaming(argv)
     options.definition.require_model()
     request = LiveInferenceRequest(

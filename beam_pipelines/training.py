@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
-from beam_pipelines.runtime.arguments import Arguments, day
+from beam_pipelines.runtime.arguments import Arguments, day, threads, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute
@@ -86,7 +86,9 @@ class Options(TrainingRequest):
 def _arguments() -> Arguments:
     arguments = Arguments("millrace training", "Train a model on a feature table, evaluate it, register it.")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    arguments.add_argument("--features_version", type=int, help="version of the feature table (default: the newest)")
+    arguments.add_argument(
+        "--features_version", type=whole(0, 2**62), help="version of the feature table (default: the newest)"
+    )
     arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first)")
     arguments.add_argument(
         "--cutoff",
@@ -96,7 +98,7 @@ def _arguments() -> Arguments:
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(
         "--threads",
-        type=cores,
+        type=threads,
         default=0,
         help="cores that the trials of one worker share (default: those of this machine)",
     )
@@ -135,13 +137,6 @@ def parse(argv: Sequence[str]) -> Options:
         beam_args=tuple(rest),
         label_version=None,
     )
-
-
-def cores(text: str) -> int:
-    """Check that the text is a number of cores."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of cores; 0 takes all")
-    return int(text)
 
 
 def device(text: str) -> str:

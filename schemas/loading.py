@@ -53,6 +53,9 @@ class Definition:
         return self.model
 
 
+_RULE = "The definition is an importable module or a .py file"
+
+
 def load_definition(name: str) -> Definition:
     """Import a module (`examples.flights.definition`) or a file (`path/to/definition.py`).
 
@@ -60,8 +63,10 @@ def load_definition(name: str) -> Definition:
         DefinitionError: not found, no `view` in it, or refused by the definition itself.
     """
     before = set(sys.modules)
+    if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
+        raise DefinitionError(_RULE, repr(name), "Name it like examples.flights.definition, or path/definition.py")
     module = _file(Path(name)) if name.endswith(".py") else _module(name)
-    source, modules = _read(str(module.__file__)), neighbours(module, before)
+    source, modules = _read(getattr(module, "__file__", None)), neighbours(module, before)
     if name.endswith(".py"):  # another definition may have other neighbours of these names
         for path in modules:
             loaded = module_name(path)
@@ -186,11 +191,12 @@ def _is_of_user(module: ModuleType) -> bool:
 
 
 def _read(path: str | None) -> bytes:
+    if path is None:
+        raise DefinitionError(_RULE, "a module that is no Python file")
     try:
-        return Path(str(path)).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        rule = "The definition is an importable module or a .py file"
-        raise DefinitionError(rule, f"a module without one ({path}: {error.strerror})") from None
+        raise DefinitionError(_RULE, f"{path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -220,7 +226,7 @@ def _module(name: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise DefinitionError("The definition is an importable module or a .py file", str(path), "No such file")
+        raise DefinitionError(_RULE, str(path), "No such file")
     name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
     module = ModuleType(name)
     module.__file__ = str(path)
@@ -254,7 +260,7 @@ def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise DefinitionError(
-                "The definition is an importable module or a .py file",
+                _RULE,
                 repr(name),
                 f"No module {error.name!r} here: check the name, or give a path ending in .py",
             ) from None

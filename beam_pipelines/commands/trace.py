@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from deltalake.schema import PrimitiveType
 
 from beam_pipelines.commands.trace_live import print_scored, print_seen
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, whole
 from beam_pipelines.runtime.run_report import read_json
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import instant
@@ -50,7 +50,9 @@ def trace(argv: Sequence[str]) -> int:
         "--key", action="append", metavar="COLUMN=VALUE", help="key of the spine row; once for each of its columns"
     )
     arguments.add_argument("--time", help="time of the spine row, or its UTC day (default: every time of the key)")
-    arguments.add_argument("--prediction", type=int, metavar="ID", help="a prediction_id instead of a key")
+    arguments.add_argument(
+        "--prediction", type=whole(-(2**63), 2**63 - 1), metavar="ID", help="a prediction_id instead of a key"
+    )
     arguments.add_argument("--live", action="store_true", help="search only the live tables")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
     arguments.add_argument(

@@ -32,7 +32,10 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
         raise DefinitionError(f"{flag} names a folder, or an address that begins with gs:// or s3://", repr(address))
     if "://" not in address:
         return address
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise StoreError(f"{flag} names a folder, or an address", f"{address!r}: {error}", "Correct it") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return unquote(parts.path)
     if parts.scheme not in REMOTE:

@@ -195,11 +195,26 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """
 
     def parsed(text: str) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+        if not re.fullmatch(r"-?[0-9]{1,19}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return parsed
+
+
+def number(text: str) -> float:
+    """Parse a finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+# XGBoost starts as many threads as it is told to.
+threads = whole(0, 1024)
 
 
 def next_day(value: date) -> date:

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.arguments import Arguments
+from beam_pipelines.runtime.arguments import Arguments, number, whole
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
 from schemas.loading import Definition, load_definition
 from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
@@ -68,7 +68,7 @@ def parse(
         end=flags.end,
         full=flags.full,
         refresh=flags.refresh,
-        block_rows=max(flags.block_rows, 1),
+        block_rows=flags.block_rows,
         shuffled=PLANS[flags.plan],
         key_shards=flags.key_shards,
         broadcast_bytes=flags.broadcast_mb * 1e6,
@@ -89,7 +89,7 @@ def add_division_of_work(arguments: Arguments) -> None:
     """Adds the flags that decide how the work is divided."""
     arguments.add_argument(
         "--block_rows",
-        type=int,
+        type=whole(1, 2**31 - 1),
         default=BLOCK_ROWS,
         help=f"rows computed at once; bounds memory (default {BLOCK_ROWS})",
     )
@@ -108,7 +108,7 @@ def add_division_of_work(arguments: Arguments) -> None:
     )
     arguments.add_argument(
         "--broadcast_mb",
-        type=float,
+        type=number,
         default=BROADCAST_BYTES / 1e6,
         help="a larger dimension is read through by each block instead of held by each worker "
         f"(default {BROADCAST_BYTES / 1e6:g})",

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.support.broken_files import Said, copied, made_store, one_message, run
-from tests.support.odd_flags import LINES, Line, lines, places
+from tests.support.odd_flags import LINES, LIVE, Line, lines, places
 
 # They take seconds where all their flags are valid.
-LONG = ("training", "retrain", "parity")
+LONG = ("training", "retrain", "parity", *LIVE)
 QUICK = tuple(name for name in LINES if name not in LONG)
 _numbers = itertools.count()
 

@@ -3,6 +3,7 @@ visible."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from beam_pipelines import cli
+from tests.support import shop
 from tests.support.training_pipeline_case import flags
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +34,8 @@ def interrupted(words: list[str], until: object) -> tuple[int, str]:
             while not list(until.parent.glob(until.name)) and process.poll() is None:
                 time.sleep(0.01)
         else:
-            time.sleep(float(str(until)))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(float(str(until)))
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
@@ -57,6 +62,78 @@ def test_training_stops_with_one_line(store: Path, moment: float | str) -> None:
     assert last_line(err).startswith("millrace: stopped; nothing half-done is visible; ")
     if not isinstance(moment, float):
         assert "to resume run r: millrace training" in last_line(err)
+
+
+COMMANDS = {
+    "features": ["runs/r/started.json", "features/*/*/date=*"],
+    "training": ["runs/r/trial-*"],
+    "inference": ["runs/r/started.json"],
+    "retrain": ["runs/r/started.json", "runs/r/trial-*"],
+    "replay": ["live/runs/r/started.json", "live/sources/*/_delta_log/*.json"],
+}
+
+
+def words_of(command: str, store: Path) -> list[str]:
+    at = ["--store", str(store), "--run_id", "r"]
+    both = ["--definition", str(store / "definition.py"), *at]
+    return {
+        "features": ["features", *both, "--full"],
+        "training": ["training", *both, "--threads=1"],
+        "inference": ["inference", *both, "--threads=1"],
+        "retrain": ["retrain", "1", *at],
+        "replay": ["features", "--streaming", *both, "--sources", str(store / "sources"), "--chunk=1d"]
+        + ["--store", str(store / "live"), "--commit_every=0s", "--end=2024-01-20"],
+    }[command]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with features and a registered model."""
+    store = tmp_path_factory.mktemp("interrupted") / "store"
+    path = shop.write(store, 600)
+    both = ["--definition", str(path), "--store", str(store)]
+    assert cli.main(["features", *both, "--run_id", "f"]) == 0
+    assert cli.main(["training", *both, "--run_id", "t", "--threads=1"]) in (0, 6)
+    assert cli.main(["promote", "1", "--store", str(store), "--why", "to score"]) == 0
+    return store
+
+
+def stopped_and_repeated(trained: Path, folder: Path, command: str, moment: float | str) -> int:
+    """Interrupts a command, and then runs it again to its end; returns the code of the first."""
+    store = Path(shutil.copytree(trained, folder / "store"))
+    words = words_of(command, store)
+    code, err = interrupted(words, store / moment if isinstance(moment, str) else moment)
+    if code == 0:  # it had ended before
+        return code
+    assert code == 130, err
+    assert last_line(err).startswith("millrace: stopped; nothing half-done is visible; "), err
+    assert cli.main(words) == 0
+    assert not list(store.rglob("started.json")), "a run that has ended is at work"
+    assert not [path for path in store.rglob("*.part") if path.is_file()]
+    shutil.rmtree(store)
+    return code
+
+
+@pytest.mark.parametrize(("command", "moment"), [(name, each) for name, some in COMMANDS.items() for each in some])
+def test_a_command_that_was_stopped_goes_on(trained: Path, tmp_path: Path, command: str, moment: str) -> None:
+    stopped_and_repeated(trained, tmp_path, command, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_stopped_at_random_moments(trained: Path, tmp_path: Path, command: str) -> None:
+    """Of the time that it takes undisturbed."""
+    random = Random(command)
+    store = Path(shutil.copytree(trained, tmp_path / "undisturbed"))
+    began = time.monotonic()
+    assert interrupted(words_of(command, store), 600.0)[0] == 0
+    seconds = time.monotonic() - began
+    codes = [
+        stopped_and_repeated(trained, tmp_path / str(number), command, random.uniform(0.5, seconds))
+        for number in range(8)
+    ]
+    assert codes.count(130) >= 4, codes
 
 
 def test_a_command_that_does_not_end_is_ended(tmp_path: Path) -> None:

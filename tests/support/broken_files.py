@@ -24,7 +24,7 @@ from transforms.storage.run_markers import write_marker
 
 # Of the table in README.md; 130 is Ctrl-C's.
 EXIT_CODES = {0, 2, 3, 4, 5, 6, 7, 8}
-SECONDS = 60
+SECONDS = 240  # of a machine that others use too
 DEFINITION = shop.DEFINITION.replace(
     'stats={"amount": ("mean", "count")}),',
     'stats={"amount": ("mean", "count")}),\n    Trailing(sales, by="shop", over="all", stats={"amount": "sum"}),',
@@ -88,7 +88,7 @@ def one_message(said: Said) -> None:
         last = said.err[said.err.rindex("\nmillrace: ") if "\nmillrace: " in said.err else 0 :].strip()
         lines = last.splitlines()
         assert all(line.startswith("  ") for line in lines[1:]), said.text  # the run, and how it is resumed
-        assert len(lines[0]) < 2000, said.text
+        assert len(lines[0]) < 6000, said.text
 
 
 def made_store(folder: Path) -> Path:

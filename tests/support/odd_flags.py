@@ -15,8 +15,10 @@ from beam_pipelines.cli import COMMANDS
 from tests.support.broken_files import run
 
 LIVE = ("features --streaming", "inference --streaming")
-LINES = tuple(f"schema {action}" for action in ("infer", "check", "update")) + tuple(
-    each for each in COMMANDS if each != "schema"
+LINES = (
+    *(f"schema {action}" for action in ("infer", "check", "update")),
+    *(each for each in COMMANDS if each != "schema"),
+    *LIVE,
 )
 NUMBERS = ("0", "-1", "1", "007", "1e3", "0x10", "2.5", "nan", "inf", "-inf", "١٢", "9" * 30, "-" + "9" * 30)
 TEXTS = (
@@ -107,6 +109,8 @@ class Line:
             "--threads": "1",
         }
         known |= {"--where": "visit = 3", "--key": "visit=3"}
+        if self.command == "features --streaming":  # a replay
+            known |= {"--store": "{folder}/live", "--sources": "{store}/sources", "--end": "2024-01-03"}
         if self.command == "new":
             known |= {"--folder": "{folder}"}
         takes = flags_of(self.command)

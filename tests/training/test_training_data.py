@@ -161,7 +161,7 @@ def test_what_flags_and_params_cannot_mean_is_refused(
 ) -> None:
     for more, words in {
         "--device=tpu": "'tpu' is not cpu, cuda or cuda:N",
-        "--threads=-2": "'-2' is not a number of cores",
+        "--threads=-2": "'-2' is not a whole number from 0 to 1024",
     }.items():
         assert cli.main(["training", *flags(store, "flag"), more]) == 2
         assert words in capsys.readouterr().err

@@ -59,6 +59,10 @@ def checked(uri: str) -> str:
         StoreError: it names no registry that can be used.
     """
     rule, fix = "A model registry is an MLflow server or a database", f"Name {_KNOWN}"
+    try:
+        urlsplit(uri)
+    except ValueError as error:
+        raise StoreError(rule, f"{shown(uri)}: {error}", fix) from None
     scheme = uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
     if scheme in ("", "file") and uri not in ("databricks", "uc"):
         path = os.path.abspath(unquote(urlsplit(uri).path) if scheme else uri)
