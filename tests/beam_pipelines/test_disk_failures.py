@@ -3,18 +3,15 @@ later."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
 import stat
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.disks import disk, needs_root, remount
 from tests.support.loads import Case, content, leftovers, prepared, same
 from tests.support.processes import Ended, Zygote
 from tests.support.tables import figures_of
@@ -23,35 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NOBODY = 65534
 
 
-def may_mount() -> str:
-    """Why not, or nothing."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        return "mounting a small disk needs root on Linux"
-    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True)
-    return "" if done.returncode == 0 else "no disk can be mounted here"
-
-
-WHY_NOT = may_mount()
-needs_root = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Case:
     return prepared(tmp_path_factory.mktemp("disks"), zygote, second=True)
-
-
-@contextlib.contextmanager
-def disk(folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def refused(ended: Ended, *words: str) -> None:

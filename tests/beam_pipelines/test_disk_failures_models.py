@@ -10,9 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.beam_pipelines.test_disk_failures import disk, needs_root, remount
 from tests.support import shop
 from tests.support.broken_files import DEFINITION, one_message, run
+from tests.support.disks import disk, needs_root, remount
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.paths import predictions_uri
 
