@@ -75,7 +75,7 @@ class FeatureView:
                 raise DefinitionError(
                     f"{what}: a key is an integer, a string, a boolean or a date",
                     repr(column),
-                    "The time is part of a spine row's identity by itself",
+                    "The time belongs to a spine row's identity by itself",
                 )
         if not isinstance(self.features, list | tuple):
             raise DefinitionError(f"{what}: features is a list", repr(self.features), "Write features=[…]")

@@ -150,8 +150,11 @@ def launched(stage: Stage, **changes: str) -> tuple[int, str, float]:
     [
         ({"topic_prefix": "none-"}, ["Every source has its topic", "'none-", "--topic_prefix"]),
         ({"bootstrap": "127.0.0.1:1"}, ["The broker can be reached", "127.0.0.1:1", "refused", "--bootstrap"]),
-        ({"expansion_service": "localhost:1"}, ["The expansion service answers", "localhost:1", "--expansion_service"]),
-        ({"job_endpoint": "localhost:1"}, ["The runner answers", "localhost:1", "--job_endpoint"]),
+        (
+            {"expansion_service": "localhost:1"},
+            ["The expansion service can be reached", "localhost:1", "--expansion_service"],
+        ),
+        ({"job_endpoint": "localhost:1"}, ["The runner can be reached", "localhost:1", "--job_endpoint"]),
     ],
 )
 def test_what_is_missing_is_named_at_once(

@@ -168,7 +168,9 @@ def test_what_flags_and_params_cannot_mean_is_refused(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert cli.main(["training", *flags(store, "gpu", "--device=cuda")]) == 3
     said = capsys.readouterr().err
-    assert "Trials run on the device that --device names. Got cuda, where XGBoost says: No visible GPU is found" in said
+    assert (
+        "Trials run on the device that --device names. Got cuda, where XGBoost reports: No visible GPU is found" in said
+    )
     assert "Train with --device=cpu, or on workers with such a GPU" in said
     assert "Traceback" not in said
     (store / "definition.py").write_text(shop.DEFINITION.replace('"eta"', '"etta"'))

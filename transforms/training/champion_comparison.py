@@ -138,5 +138,5 @@ def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Co
         first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
         files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
     own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
-    used = f"{reads}, and was tested on its own table's rows of the same times (version {table.version()})"
+    used = f"{reads}, and was tested on its own table's rows of the same moments (version {table.version()})"
     return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, used) if each))
