@@ -42,74 +42,87 @@ def main(sources: str, out: str) -> Figures:
 
 
 def features(sources: Path, out: Path) -> None:
+    """The feature table as one Parquet file."""
     schedule = _read(sources, "schedule").sort("asked_at", "flight_id")
     departures = _read(sources, "departures").unique("flight_id", keep="first", maintain_order=True)
     arrivals = _read(sources, "arrivals").unique("flight_id", keep="first", maintain_order=True)
     weather = _read(sources, "weather").sort("observed_at", "origin")
     planes = _read(sources, "planes").select("tailnum", planes_year="year", planes_seats="seats")
-    local = pl.col("due_at").dt.convert_time_zone("America/New_York")
+    delays = _delays(schedule, departures)
+    latest = _last_seen(schedule, departures, arrivals, weather)
+    frame = pl.concat([schedule, *delays, _asked_before(schedule, ("1h", "2h", "3h")), *latest], how="horizontal")
+    joined = frame.lazy().join(planes.lazy(), on="tailnum", how="left", maintain_order="left")
+    _derived(joined).collect().write_parquet(out, compression="lz4")
+
+
+def _delays(schedule: pl.DataFrame, departures: pl.DataFrame) -> list[pl.DataFrame]:
+    """Windows over the delays of departures."""
     delay = pl.col("dep_delay").cast(pl.Float64)
     quartiles = ("mean", "median", "q75")
-    frame = pl.concat(
-        [
+    return [
+        _trailing(
             schedule,
-            _trailing(
-                schedule,
-                departures,
-                "origin",
-                delay,
-                {"1h": (*quartiles, "count"), "3h": (*quartiles, "count"), "24h": ("mean",)},
-            ),
-            _trailing(
-                schedule,
-                departures,
-                "carrier",
-                delay,
-                {"1h": quartiles, "3h": quartiles, "24h": ("mean",)},
-            ),
-            _trailing(schedule, departures, ("origin", "carrier"), delay, {"3h": ("mean",), "7d": ("mean",)}),
-            _trailing(schedule, departures, ("origin", "dest"), delay, {"28d": ("mean",)}),
-            _trailing(schedule, departures, ("carrier", "flight"), delay, {"28d": ("mean", "count")}),
-            _trailing(
-                schedule, departures.filter(LATE), ("carrier", "flight"), delay, {"28d": ("count",)}, ("late", "")
-            ),
-            _asked_before(schedule, ("1h", "2h", "3h")),
-            _latest(schedule, (schedule, "asked_at"), "tailnum", ("due_minute", "block"), "23h", "planned_"),
-            _latest(
-                schedule,
-                (departures, "departed_at"),
-                "tailnum",
-                ("dep_delay", "departed_minute", "block"),
-                "21h",
-                "left_",
-            ),
-            _latest(
-                schedule,
-                (arrivals, "arrived_at"),
-                "tailnum",
-                ("arr_delay", "arrived_minute", "block"),
-                "21h",
-                "landed_",
-            ),
-            _latest(
-                schedule,
-                (weather, "observed_at"),
-                "origin",
-                ("humid", "wind_speed", "precip", "pressure", "visib"),
-                "6h",
-                "weather_",
-            ),
-        ],
-        how="horizontal",
-    )
+            departures,
+            "origin",
+            delay,
+            {"1h": (*quartiles, "count"), "3h": (*quartiles, "count"), "24h": ("mean",)},
+        ),
+        _trailing(
+            schedule,
+            departures,
+            "carrier",
+            delay,
+            {"1h": quartiles, "3h": quartiles, "24h": ("mean",)},
+        ),
+        _trailing(schedule, departures, ("origin", "carrier"), delay, {"3h": ("mean",), "7d": ("mean",)}),
+        _trailing(schedule, departures, ("origin", "dest"), delay, {"28d": ("mean",)}),
+        _trailing(schedule, departures, ("carrier", "flight"), delay, {"28d": ("mean", "count")}),
+        _trailing(schedule, departures.filter(LATE), ("carrier", "flight"), delay, {"28d": ("count",)}, ("late", "")),
+    ]
+
+
+def _last_seen(
+    schedule: pl.DataFrame, departures: pl.DataFrame, arrivals: pl.DataFrame, weather: pl.DataFrame
+) -> list[pl.DataFrame]:
+    """The last row known of the aircraft in each source, and of the weather."""
+    return [
+        _latest(schedule, (schedule, "asked_at"), "tailnum", ("due_minute", "block"), "23h", "planned_"),
+        _latest(
+            schedule,
+            (departures, "departed_at"),
+            "tailnum",
+            ("dep_delay", "departed_minute", "block"),
+            "21h",
+            "left_",
+        ),
+        _latest(
+            schedule,
+            (arrivals, "arrived_at"),
+            "tailnum",
+            ("arr_delay", "arrived_minute", "block"),
+            "21h",
+            "landed_",
+        ),
+        _latest(
+            schedule,
+            (weather, "observed_at"),
+            "origin",
+            ("humid", "wind_speed", "precip", "pressure", "visib"),
+            "6h",
+            "weather_",
+        ),
+    ]
+
+
+def _derived(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """The derived features, and the columns of the table."""
+    local = pl.col("due_at").dt.convert_time_zone("America/New_York")
     since = {
         f"{name}_since": (pl.col("due_minute") - pl.col(f"{name}_{column}")) % 1440
         for name, column in (("planned", "due_minute"), ("left", "departed_minute"), ("landed", "arrived_minute"))
     }
-    frame = (
-        frame.lazy()
-        .join(planes.lazy(), on="tailnum", how="left", maintain_order="left")
-        .with_columns(
+    return (
+        frame.with_columns(
             minute=local.dt.hour().cast(pl.Int32) * 60 + local.dt.minute(),
             weekday=local.dt.weekday(),
             queue=pl.col("schedule_by_origin_count_3h")
@@ -127,9 +140,7 @@ def features(sources: Path, out: Path) -> None:
         )
         .with_columns(pl.selectors.float().cast(pl.Float32).fill_nan(None))
         .select("flight_id", "asked_at", *ENCODED, *model.view.feature_names)
-        .collect()
     )
-    frame.write_parquet(out, compression="lz4")
 
 
 def train(sources: Path, folder: Path) -> float:

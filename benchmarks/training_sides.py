@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ import pyarrow as pa
 from benchmarks.measure import Figures, stage
 
 if TYPE_CHECKING:
+    import xgboost
+
     from transforms.models.encoders import Fitted
     from transforms.training.examples import Account
     from transforms.training.trainer import Study
@@ -103,16 +106,23 @@ def pipeline(store: str, out: str) -> Figures:
 
 def native(store: str, out: str) -> Figures:
     """The same reads, statistics, encodings, example files, training and metrics by hand."""
-    import tensorflow as tf
-    import tensorflow_data_validation as tfdv
-    import xgboost
-    from deltalake import DeltaTable
-    from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
-    from tensorflow_metadata.proto.v0 import schema_pb2
-    from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
-
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    parts = _labelled(store)
+    _write_statistics(parts, folder)
+    _write_examples(parts, folder)
+    matrix = _encoding(parts["train"])
+    booster = _trained(parts, matrix)
+    booster.save_model(folder / "model.ubj")
+    report = _metrics(parts["test"], booster.inplace_predict(matrix(parts["test"])))
+    (folder / "metrics.json").write_text(json.dumps(report))
+    return {"auc": report[""]["auc"], "train": len(parts["train"])}
+
+
+def _labelled(store: str) -> dict[str, pl.DataFrame]:
+    """Feature rows with their labels, by split."""
+    from deltalake import DeltaTable
+
     (table,) = (Path(store) / "features" / "made_up").iterdir()
     rows = pl.read_parquet(sorted(DeltaTable(str(table)).file_uris()))
     outcomes = pl.read_parquet(f"{store}/sources/outcomes/part.parquet")
@@ -126,17 +136,30 @@ def native(store: str, out: str) -> Figures:
     end = datetime(cutoff.year, cutoff.month, cutoff.day, tzinfo=UTC)  # type: ignore[union-attr]
     day, hour = timedelta(days=1), timedelta(hours=1)
     t = pl.col("t")
-    parts = {
+    return {
         "train": rows.filter(t + hour <= end - 22 * day),
         "validate": rows.filter(t >= end - 21 * day, t + hour <= end - 11 * day),
         "test": rows.filter(t >= end - 10 * day, t + hour <= end),
     }
+
+
+def _write_statistics(parts: Mapping[str, pl.DataFrame], folder: Path) -> None:
+    import tensorflow_data_validation as tfdv
+
     names = [*(f"x{i:02}" for i in range(NUMBERS)), *WORDS]
     for name in ("train", "test"):
         found = tfdv.generate_statistics_from_dataframe(parts[name].select(*names, "label").to_pandas(), n_jobs=1)
         (folder / f"{name}.stats").write_bytes(found.SerializeToString())
+
+
+def _write_examples(parts: Mapping[str, pl.DataFrame], folder: Path) -> None:
+    """Parquet and TFRecord files of each split."""
+    import tensorflow as tf
+    from tensorflow_metadata.proto.v0 import schema_pb2
+    from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
+
     schema = schema_pb2.Schema()
-    for name, dtype in rows.schema.items():
+    for name, dtype in parts["train"].schema.items():
         kind = "BYTES" if dtype == pl.String else "FLOAT" if dtype.is_float() else "INT"
         schema.feature.add(name=name, type=kind, presence={"min_count": 0})
     coder = RecordBatchToExamplesEncoder(schema)
@@ -147,7 +170,10 @@ def native(store: str, out: str) -> Figures:
             for piece in part.iter_slices(100_000):
                 for record in coder.encode(_lists(piece)):
                     writer.write(record)
-    train = parts["train"]
+
+
+def _encoding(train: pl.DataFrame) -> Callable[[pl.DataFrame], npt.NDArray[np.float32]]:
+    """The model's matrix of a split, with encodings fitted on the training split."""
     ranks = {
         name: train[name].value_counts().sort(["count", name], descending=[True, False])[name].to_list()
         for name in WORDS
@@ -158,7 +184,7 @@ def native(store: str, out: str) -> Figures:
         return (
             part.select(
                 (pl.col("x00") - mean) / deviation,
-                *names[1:NUMBERS],
+                *(f"x{i:02}" for i in range(1, NUMBERS)),
                 *((pl.col("city") == each).cast(pl.Float32).alias(each) for each in ranks["city"]),
                 pl.col("kind").replace_strict(ranks["kind"], range(len(ranks["kind"])), return_dtype=pl.Float32),
             )
@@ -166,30 +192,41 @@ def native(store: str, out: str) -> Figures:
             .to_numpy()
         )
 
-    learn = xgboost.QuantileDMatrix(matrix(train), train["label"].to_numpy())
-    judge = xgboost.QuantileDMatrix(matrix(parts["validate"]), parts["validate"]["label"].to_numpy(), ref=learn)
-    booster = xgboost.train(
+    return matrix
+
+
+def _trained(
+    parts: Mapping[str, pl.DataFrame], matrix: Callable[[pl.DataFrame], npt.NDArray[np.float32]]
+) -> xgboost.Booster:
+    import xgboost
+
+    train = xgboost.QuantileDMatrix(matrix(parts["train"]), parts["train"]["label"].to_numpy())
+    validate = xgboost.QuantileDMatrix(matrix(parts["validate"]), parts["validate"]["label"].to_numpy(), ref=train)
+    return xgboost.train(
         {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0},
-        learn,
+        train,
         ROUNDS,
-        evals=[(judge, "v")],
+        evals=[(validate, "v")],
         verbose_eval=False,
     )
-    booster.save_model(folder / "model.ubj")
-    test = parts["test"]
-    scores, labels = booster.inplace_predict(matrix(test)), test["label"].to_numpy()
+
+
+def _metrics(test: pl.DataFrame, scores: npt.NDArray[np.float32]) -> dict[str, dict[str, float]]:
+    """Metrics of the whole test ("") and by city."""
+    from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+
     measures = {
         "auc": roc_auc_score,
         "average_precision": average_precision_score,
         "log_loss": log_loss,
         "brier": brier_score_loss,
     }
+    labels = test["label"].to_numpy()
     report = {"": {name: float(measure(labels, scores)) for name, measure in measures.items()}}
     for (city,), positions in test.with_row_index("row").group_by("city"):
         at = positions["row"].to_numpy()
         report[str(city)] = {name: float(measure(labels[at], scores[at])) for name, measure in measures.items()}
-    (folder / "metrics.json").write_text(json.dumps(report))
-    return {"auc": report[""]["auc"], "train": len(train)}
+    return report
 
 
 def _lists(part: pl.DataFrame) -> pa.RecordBatch:
