@@ -237,12 +237,14 @@ def count_files(folder: Path) -> dict[str, float]:
 def _stages(side: Side, folder: Path, repeats: int, keep: bool = False) -> dict[str, float]:
     """Fastest seconds of each stage of `side`; its imports are done before the clock starts."""
     _, modules = run(side, folder / f"{side.name}-warm-up", ())
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for i in range(repeats):
         measured, _ = run(side, folder / f"{side.name}-{i}", modules)
         for name, each in measured.stages.items():
-            found.setdefault(name, []).append(each["seconds"])
-    return {name: min(each) for name, each in found.items()}
+            found.setdefault(name, []).append(each)
+    for name, runs in found.items():
+        say(f"{side.name}: {name}: {min(each['cpu_seconds'] for each in runs):.2f} s of CPU time")
+    return {name: min(each["seconds"] for each in runs) for name, runs in found.items()}
 
 
 def change_one_value(folder: Path, repeats: int) -> dict[str, float]:
@@ -254,7 +256,7 @@ def change_one_value(folder: Path, repeats: int) -> dict[str, float]:
 def read_small_files(folder: Path, files: int) -> dict[str, float]:
     measured, _ = run(Side("small_files", "benchmarks.small:small_files", {"files": files}), folder / "small_files", ())
     seconds = measured.stages["features"]["seconds"]
-    say(f"{files:,} files of one row: {seconds:.1f} s")
+    say(f"{files:,} files of one row: {seconds:.1f} s, {measured.stages['features']['cpu_seconds']:.1f} s of CPU time")
     return {"small_files_s": seconds}
 
 
@@ -295,9 +297,9 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
     }
     found = {}
     for name, argv in lines.items():
-        times = []
+        times, used = [], []
         for _ in range(max(repeats, 3)):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), os.times()
             done = subprocess.run(
                 [sys.executable, "-m", "beam_pipelines.cli", *argv],
                 cwd=ROOT,
@@ -307,10 +309,11 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
                 check=False,
             )
             times.append(time.perf_counter() - start)
+            used.append(sum(os.times()[2:4]) - sum(before[2:4]))
             if done.returncode:
                 raise SystemExit(f"millrace {' '.join(argv)} failed with exit code {done.returncode}:\n{done.stderr}")
         found[f"{name}_s"] = statistics.median(times)
-        say(f"millrace {name}: {found[f'{name}_s']:.2f} s")
+        say(f"millrace {name}: {found[f'{name}_s']:.2f} s, {statistics.median(used):.2f} s of CPU time")
     return found
 
 

@@ -258,7 +258,9 @@ def code_digest() -> str:
 
 def constraints_digest() -> str:
     """SHA-256 of the installed distributions, as sorted lines of `name==version`."""
-    installed = {f"{each.metadata['Name'].lower()}=={each.version}" for each in importlib.metadata.distributions()}
+    # `each.version` would parse the metadata once more.
+    known = (each.metadata for each in importlib.metadata.distributions())
+    installed = {f"{each['Name'].lower()}=={each['Version']}" for each in known}
     return hashlib.sha256("\n".join(sorted(installed)).encode()).hexdigest()
 
 
