@@ -22,6 +22,7 @@ from transforms.evaluation.bootstrap import (
     error_quantiles,
     interval,
     keys_of,
+    rate_replicates,
     replicate_bins,
     replicates,
     weights,
@@ -255,11 +256,13 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> dict[str, Any]:
 
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> dict[str, Any]:
+    rates = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
+    drawn_at = {} if whole.cells is None else rate_replicates(whole.cells, rates)
     at = []
-    for each in sorted({*THRESHOLDS, threshold}):
-        drawn = _drawn("binary:logistic", whole, each)
+    for each, found in rates.items():
+        drawn = drawn_at.get(each)
         shown = {name: drawn.interval(name) for name in ("precision", "recall")} if drawn else {}
-        at.append({"threshold": each, **measures.confusion(bins, each), "intervals": shown})
+        at.append({"threshold": each, **found, "intervals": shown})
     points = [{"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)]
     return {"thresholds": at, "calibration": points, **measures.curves(bins)}
 
