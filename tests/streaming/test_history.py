@@ -458,10 +458,12 @@ def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Pa
     tell = Told(view, tmp_path, run_id="again")
     tell([(2, 4.0)], reads=[(9, 1)], once=[(9, 8)])
     name = f"v_sum_{further}"
-    total = {"3h": (3 + 4 + 5 + 6, 3 + 4 + 5 + 7 + 6), "all": (21, 1 + 2 + 3 + 4 + 5 + 7 + 6)}[further]
+    total = {"3h": (3 + 4 + 5 + 6, 3 + 4 + 5 + 7 + 6), "all": (21, 1 + 2 + 3 + 4 + 5 + 7 + 6 + 2)}[further]
+    # The topic's 2 is five hours after history's, and repeats are recognised for two hours.
     found = tell.answers(f"reads_by_k_{name}", f"once_by_k_{name}", "__cold")
     assert found[2] == (*map(float, total), False)
-    assert found[1] == (total[0] - 6.0, total[1] - 6.0, False)  # asked again of the other definition
+    later = 6.0 + (2.0 if further == "all" else 0.0)
+    assert found[1] == (total[0] - 6.0, total[1] - later, False)  # asked again of the other definition
     for source in ("reads", "once"):
         rows = read(str(tell.store / "sources" / source))
         mine = rows.filter(pl.col("__partition") == -1).sort("__offset")
@@ -490,7 +492,7 @@ def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_p
     assert checked.feature_rows == 5
     assert checked.differing == 0, {name: each.examples for name, each in checked.features.items() if each.differing}
     rows = read(str(tell.store / "sources" / "once"))
-    assert rows["__instead"].drop_nulls().n_unique() == 2
+    assert rows["__instead"].drop_nulls().n_unique() == 1
     tell = Told(view, tmp_path, run_id="third")
     tell([(502, 471.0)], reads=[(472, 1)], once=[(472, 472)])
     tell.answers()

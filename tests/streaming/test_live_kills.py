@@ -199,17 +199,28 @@ def test_records_deleted_before_they_were_read_are_counted_and_hold_nothing_up(l
 
 @pytest.mark.live
 @pytest.mark.timeout(280)
-def test_two_jobs_on_one_table_write_every_row_once(live: Live, tmp_path: Path) -> None:
-    """As after a launcher that was killed while its job ran on: the restarted one is the second."""
+@pytest.mark.parametrize("launcher", ["runs on", "is killed"])
+def test_of_two_jobs_on_one_store_the_older_stops_and_every_row_is_written_once(
+    live: Live, tmp_path: Path, launcher: str
+) -> None:
+    """Also where the older one's launcher is killed, and its job runs on in the worker pool."""
     stage, told = Stage(live, tmp_path), slots(history())
-    with stage.job("one", environment="EXTERNAL") as one, stage.job("two") as two:
-        for slot in told:
-            stage.tell([slot])
-            time.sleep(0.05)
-        stage.beat(FOREVER)
-        stage.flush()
-        end(one)
-        end(two)
+    with stage.job("one", environment="EXTERNAL") as one:
+        stage.tell(told[:20])
+        await_(lambda: commits(stage) > 0, 100, one)
+        if launcher == "is killed":
+            one.kill()
+        with stage.job("two") as two:
+            await_(lambda: "running: turn" in two.output(), 100, two)  # it has taken the tables over
+            for slot in told[20:]:
+                stage.tell([slot])
+                time.sleep(0.05)
+            stage.beat(FOREVER)
+            stage.flush()
+            end(two)
+        if launcher == "runs on":
+            assert one.wait(100) == 8
+            assert "belongs to launch 2" in one.output()
     stage.audit()
 
 

@@ -28,15 +28,17 @@ from transforms.lineage.feature_parity import (
     rejected_spine_rows,
     topic_dead_letters,
 )
-from transforms.lineage.visible_rows import NEVER, Bools, Ints, VisibleRows, read_accepted, replaced_at, shown_at
+from transforms.lineage.visible_rows import Bools, VisibleRows, gone_at, memory_of, read_accepted, shown_at
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.listing import unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
+from transforms.sources.repeats import NEVER, Ints
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
+from transforms.streaming.fates import FATE_COLUMNS, known_columns
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
@@ -242,17 +244,22 @@ class Sides:
     def aligned(self, name: str) -> Aligned:
         view, repeats = self.view, list(repeats_by(self.view, name))
         columns = list(dict.fromkeys([*view.columns_held(name), *repeats]))
-        extra = ["__counted", "__instead"] if repeats else []
-        live = read_accepted(view, self.store, name, [*columns, *ORIGIN_COLUMNS, *extra], None, None)
+        known = [*known_columns(view, name), *FATE_COLUMNS] if repeats else []
+        wanted = list(dict.fromkeys([*columns, *ORIGIN_COLUMNS, *known]))
+        live = read_accepted(view, self.store, name, wanted, None, None)
         started = self.started(name, live)
         shown = shown_at(name, live, self.cuts)
         gone = np.full(len(live), NEVER, np.int64)
         counted = np.ones(len(live), np.bool_)
         if repeats:
-            gone = replaced_at(live, live["__instead"], shown)
-            counted = live["__counted"].to_numpy()
+            gone = gone_at(view, self.store, name, live, shown, self.cuts)
+            counted = shown < gone
+            gone = np.where(counted, gone, NEVER)
         ours = live.select(columns).with_columns(
-            pl.Series("__shown", shown), pl.Series("__gone", gone), pl.Series("__counted", counted)
+            pl.Series("__shown", shown),
+            pl.Series("__gone", gone),
+            pl.Series("__counted", counted),
+            (live["__uncompared"].fill_null(False) if repeats else pl.lit(False)).alias("__alone"),
         )
         good, bad = self.batch.rows(name)
         both = _joined(ours, good.select(*columns, "__kept"), columns)
@@ -351,19 +358,8 @@ class Sides:
         undecided = undecided.join(found, on="__row", how="left")
         replaced = undecided["__gone"].to_numpy() < NEVER
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
-        # The newest time that live had seen when it accepted the row.  Repeats are recognised for twice the longest
-        # window.
-        known = rows.filter("__live").select("__shown", "__moment")
-        spine_rows = pl.DataFrame(
-            {
-                "__shown": shown_at(self.view.spine.name, self.spine_rows, self.cuts),
-                "__moment": self.spine_rows[self.view.time].to_physical(),
-            }
-        )
-        until = pl.concat([known, spine_rows]).sort("__shown").with_columns(pl.col("__moment").cum_max())
-        at = np.searchsorted(until["__shown"].to_numpy(), undecided["__shown"].to_numpy(), "right") - 1
-        far = until["__moment"].to_numpy()[at] - 2 * self.view.reach(name)
-        expired = undecided["__first"].fill_null(NEVER).to_numpy() < far
+        far = undecided["__moment"].to_numpy() - memory_of(self.store, name).length
+        expired = (undecided["__first"].fill_null(NEVER).to_numpy() < far) | undecided["__alone"].to_numpy()
         own_cause = np.where(replaced, _CODE[LATE], np.where(expired, _CODE[REPEAT], _CODE[TWICE]))
         # A row of history beyond that memory would have made no difference.
         own = (theirs == 0) | (expired & ~replaced & (theirs == _CODE[HISTORY]))
@@ -417,7 +413,7 @@ def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> 
     """The rows of both sides, those of the same content as one row: `__live` and `__batch` name the sides that have it.
 
     Args:
-        live: with `__shown`, `__gone` and `__counted`.
+        live: with `__shown`, `__gone`, `__counted` and `__alone`.
         batch: with `__kept`.
         columns: the content.
     """
@@ -433,7 +429,7 @@ def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> 
             nulls_equal=True,
         )
         .with_columns(
-            pl.col("__live", "__batch", "__counted", "__kept").fill_null(False),
+            pl.col("__live", "__batch", "__counted", "__kept", "__alone").fill_null(False),
             pl.col("__shown", "__gone").fill_null(NEVER),
         )
         .with_row_index("__row")

@@ -20,8 +20,9 @@ import polars as pl
 from schemas.views import FeatureView, reached_from
 from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
 from transforms.lineage.feature_parity import _by_dates, _computed, _differ, cuts_of, disturbed_by
-from transforms.lineage.visible_rows import NEVER, Bools, Ints
+from transforms.lineage.visible_rows import Bools
 from transforms.records.times import day_of
+from transforms.sources.repeats import NEVER, Ints
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri

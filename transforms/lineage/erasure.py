@@ -297,6 +297,21 @@ class Erasure:
         return {self.definition.view.name, *(name.split("/")[1] for name in (*live, *self.feature_tables))}
 
     @functools.cached_property
+    def _erased_or_repeating(self) -> pl.DataFrame:
+        """The rows to erase, and accepted rows of their `unique` values: those may count when the former are gone."""
+        unique, found = list(self.source.unique or ()), [self.erased]
+        for place in self.places if unique and {*unique} <= {*self.erased.columns} else ():
+            for path in place.paths:
+                file = place.open(path)
+                if not {*ORIGIN_COLUMNS, *unique} <= set(file.schema_arrow.names):
+                    continue
+                columns = [name for name in self.source.schema if name in file.schema_arrow.names]
+                for number in range(file.num_row_groups):
+                    rows = place.rows(file.read_row_group(number), path, columns)
+                    found.append(rows.join(self.erased, on=unique, how="semi"))
+        return pl.concat(found, how="diagonal").unique()
+
+    @functools.cached_property
     def live_row_ids(self) -> pl.Series:
         """Ids of the live feature rows of erased rows, and of those that could see one of them."""
         found = [pl.Series("row_id", [], pl.Int64)]
@@ -306,7 +321,7 @@ class Erasure:
             for file in [] if table is None else data_files(table):
                 rows = frame(read_file(file))
                 if view is not None:  # of a definition that is not at hand: what its rows could see is not known
-                    seen = could_see(view, self.source, self.erased, rows)
+                    seen = could_see(view, self.source, self._erased_or_repeating, rows)
                     rows = rows.filter(seen | rows["row_id"].is_in(self.row_ids.implode()))
                 found.append(rows["row_id"])
         return pl.concat(found).unique()

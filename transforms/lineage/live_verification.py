@@ -16,9 +16,10 @@ import polars as pl
 
 from schemas.errors import DataError
 from schemas.views import FeatureView
-from transforms.lineage.visible_rows import NEVER, VisibleRows, seen_of
+from transforms.lineage.visible_rows import VisibleRows, seen_of
 from transforms.records.record_batches import frame
 from transforms.sources.contracts import Contract
+from transforms.sources.repeats import NEVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, source_uri, sources_root

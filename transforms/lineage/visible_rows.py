@@ -13,17 +13,15 @@ import polars as pl
 from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.times import days_in
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.sources.repeats import NEVER, Ints
+from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import source_uri, sources_root
+from transforms.streaming.accepted_rows import accepted_file
+from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
+from transforms.streaming.live_tables import source_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
 
-Ints = npt.NDArray[np.int64]
-
-
 Bools = npt.NDArray[np.bool_]
-
-
-NEVER = 2**62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,23 +47,48 @@ class VisibleRows:
 
 def seen_of(view: FeatureView, store: str, name: str, cuts: Sequence[str], first: date, last: date) -> VisibleRows:
     """The rows of a source that spine rows of `[first, last]` can reach, each with the cuts that show it."""
-    source = view.events[name]
+    source, columns = view.events[name], view.columns_held(name)
     back = None if name in lifetime_sources(view) else first - timedelta(days=days_in(view.reach(name)) + 1)
-    extra = ["__counted", "__instead"] if repeats_by(view, name) else []
-    rows = read_accepted(
-        view, store, name, [*view.columns_held(name), *ORIGIN_COLUMNS, *extra], back, last + timedelta(days=1)
-    )
-    shown = shown_at(name, rows, cuts)
-    gone = np.full(len(rows), NEVER, np.int64)
-    if repeats_by(view, name):
-        replacing = read_accepted(view, store, name, [*ORIGIN_COLUMNS, "__instead"], None, None).filter(
-            pl.col("__instead").is_not_null()
-        )
-        gone = replaced_at(rows, replacing["__instead"], shown_at(name, replacing, cuts))
-        counted = rows["__counted"].to_numpy()
-        rows, shown, gone = rows.filter(pl.Series(counted)), shown[counted], gone[counted]
+    if not repeats_by(view, name):
+        rows = read_accepted(view, store, name, [*columns, *ORIGIN_COLUMNS], back, last + timedelta(days=1))
+        shown, gone = shown_at(name, rows, cuts), np.full(len(rows), NEVER, np.int64)
+    else:
+        memory = memory_of(store, name)
+        back = back and back - timedelta(days=days_in(memory.length) + 1)
+        known = dict.fromkeys([*known_columns(view, name), *columns, *ORIGIN_COLUMNS, *FATE_COLUMNS])
+        rows = read_accepted(view, store, name, list(known), back, last + timedelta(days=1))
+        shown = shown_at(name, rows, cuts)
+        gone = gone_at(view, store, name, rows, shown, cuts)
+        counts = shown < gone
+        rows, shown, gone = rows.filter(pl.Series(counts)), shown[counts], gone[counts]
     moments = rows[str(source.time)].to_physical().to_numpy()
-    return VisibleRows(rows.select(view.columns_held(name)), moments, shown, gone)
+    return VisibleRows(rows.select(columns), moments, shown, gone)
+
+
+def memory_of(store: str, name: str) -> Memory:
+    """For how long the jobs of a store recognised repeats of a source."""
+    record = source_record(store, name)
+    return Memory() if record is None else record.memory.get(name, Memory())
+
+
+def gone_at(view: FeatureView, store: str, name: str, rows: pl.DataFrame, shown: Ints, cuts: Sequence[str]) -> Ints:
+    """The first cut at which each row of a source with repeats no longer counts; `NEVER` if there is none.
+
+    Args:
+        view: the view.
+        store: the folder of the tables.
+        name: name of the source.
+        rows: accepted rows, with the columns that decide.
+        shown: the first cut that shows each.
+        cuts: in their order.
+    """
+    memory, replaced = memory_of(store, name), np.full(len(rows), NEVER, np.int64)
+    if (memory.span_of(rows) == 0).any():  # what an earlier version of Millrace decided
+        columns = [*ORIGIN_COLUMNS, "__instead", "__uncompared"]
+        before = read_accepted(view, store, name, columns, None, None)
+        before = before.filter(pl.col("__instead").is_not_null() & pl.Series(memory.span_of(before) == 0))
+        replaced = replaced_at(rows, before["__instead"], shown_at(name, before, cuts))
+    return repeated_from(known_order(view, name), memory, rows, shown, replaced)
 
 
 def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
@@ -88,9 +111,7 @@ def read_accepted(
     files = [] if table is None else data_files(table, start, end)
     schema = accepted(view, name)
     empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    return pl.concat(
-        [empty.select(columns), *(pl.DataFrame(pl.from_arrow(read_file(file, list(columns)))) for file in files)]
-    )
+    return pl.concat([empty.select(columns), *(accepted_file(view, name, file, columns) for file in files)])
 
 
 def replaced_at(rows: pl.DataFrame, replaced: pl.Series, shown: Ints) -> Ints:

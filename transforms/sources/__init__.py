@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         stream_slices,
         without_repeats,
     )
+    from transforms.sources.repeats import NEVER, Ints, KnownOrder
     from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, conserve, digests_read
 
 import_when_used(__name__)

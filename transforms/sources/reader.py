@@ -20,6 +20,7 @@ from transforms.sources.contracts import UNREADABLE, Contract, as_frame, check_r
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
 from transforms.sources.inventory import FILES_AT_ONCE, Slice, open_parquet, stamp_of
+from transforms.sources.repeats import KnownOrder
 from transforms.storage.delta_tables import file_pool
 
 # Rows that a read in pieces holds at once.
@@ -378,11 +379,8 @@ def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame |
     joined = frame.with_row_index("__place").join(repeats, on=unique, how="inner")
     if not len(joined):
         return frame
-    first = (
-        joined.filter(pl.col(str(source.time)).to_physical() == pl.col("__known"))
-        .sort(source.ties(frame.columns))
-        .unique(unique, keep="first", maintain_order=True)
-    )
+    order = KnownOrder.of(source, unique, frame.columns)
+    first = order.first(joined.filter(pl.col(str(source.time)).to_physical() == pl.col("__known")))
     dropped = joined.join(first.select("__place"), on="__place", how="anti")["__place"]
     keep = np.ones(len(frame), np.bool_)
     keep[dropped.to_numpy()] = False

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any, TypeVar
@@ -200,8 +200,8 @@ def dates_of(table: DeltaTable) -> tuple[date, date] | None:
     return (min(days), max(days)) if days else None
 
 
-def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
-    """The `columns` (None: all) of a data file's rows with their `date`."""
+def read_file(file: DataFile, columns: list[str] | None = None, optional: Collection[str] = ()) -> pa.Table:
+    """The `columns` (None: all) of a data file's rows with their `date`; without `optional` ones that it lacks."""
     if file.whole:
         dates = file.date, file.until or file.date
         shared = date_spans.read_dates(file.path, columns, (file.start, file.rows), dates)
@@ -219,7 +219,9 @@ def read_file(file: DataFile, columns: list[str] | None = None) -> pa.Table:
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
     content = content.append_column("date", days)
-    return content if columns is None else content.select(columns)
+    if columns is None:
+        return content
+    return content.select([name for name in columns if name not in optional or name in content.column_names])
 
 
 def joined_files(files: Iterable[DataFile]) -> list[DataFile]:

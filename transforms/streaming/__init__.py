@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.streaming.accepted_rows import accepted_file
     from transforms.streaming.crash_guard import CrashGuard, guard_folder
+    from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
     from transforms.streaming.groups import groups_of
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         is_of_live_job,
         last_commit_record,
         read_feature_rows,
+        source_record,
     )
     from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
     from transforms.streaming.messages import (

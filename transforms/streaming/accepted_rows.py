@@ -6,15 +6,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 
+import numpy as np
 import polars as pl
 
 from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER, day_of
-from transforms.storage.delta_tables import data_files, open_table, read_file
+from transforms.sources.repeats import NEVER
+from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.paths import source_uri, sources_root
+from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
 from transforms.streaming.replay import sources_of
-from transforms.streaming.row_origin import RID, row_identity
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
+
+# A piece of accepted rows has about so many.
+SEED_ROWS = 200_000
 
 # Times beyond these (the years 1899 and 9999) have no date in Python.
 EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
@@ -46,46 +52,86 @@ class AcceptedRows:
         return pl.concat([empty, *(part.filter(time >= low) for part in parts)])
 
     def pieces(
-        self, low: int = ALWAYS, end: int = FOREVER, columns: Sequence[str] | None = None, rows: int = 200_000
+        self, low: int = ALWAYS, end: int = FOREVER, columns: Sequence[str] | None = None, rows: int = SEED_ROWS
     ) -> Iterator[pl.DataFrame]:
         """Rows of the dates that overlap `[low, end)` µs, by date; other rows of these dates are among them.
 
         Args:
             low, end: see above.
             columns: the columns to read; None: all but the date.
-            rows: a piece has about this many rows.
+            rows: a piece has about this many rows.  Of a source with repeats it has whole dates.
         """
         table = open_table(source_uri(sources_root(self.store), self.source), self.version)
         assert table is not None
         wanted = list(columns or [name for name in accepted(self.view, self.source).names if name != "date"])
         after = None if end > LATEST else day_of(max(end, EARLIEST)) + timedelta(days=1)
         held: list[pl.DataFrame] = []
+        last: date | None = None
         for file in data_files(table, first_date(low), after):
-            held.append(self._own(pl.DataFrame(pl.from_arrow(read_file(file, wanted))).select(wanted)))
-            if sum(map(len, held)) >= rows:
+            if sum(map(len, held)) >= rows and not (self.repeats and file.date == last):
                 yield pl.concat(held)
                 held = []
+            held.append(self._own(accepted_file(self.view, self.source, file, wanted)))
+            last = file.date
         if held:
             yield pl.concat(held)
 
     def _own(self, rows: pl.DataFrame) -> pl.DataFrame:
         return rows if self.partition is None else rows.filter(pl.col("__partition") == self.partition)
 
-    def replaced(self, low: int) -> pl.Series:
-        """Identities of rows that a repeat known at or after `low` µs has replaced, however late that repeat came."""
-        parts = dataclasses.replace(self, partition=None).pieces(low, columns=["__instead"])
-        found = [part["__instead"].drop_nulls() for part in parts]
-        return pl.concat([pl.Series("__instead", [], pl.Int64), *found])
-
     @property
     def repeats(self) -> bool:
         """Whether some rows repeat others and do not count."""
         return bool(repeats_by(self.view, self.source))
 
+    def replaced(self, low: int, memory: Memory) -> pl.Series:
+        """Identities of rows that an earlier version of Millrace replaced by one known at or after `low` µs."""
+        found = [pl.Series("__instead", [], pl.Int64)]
+        columns = [*ORIGIN_COLUMNS, "__instead", "__uncompared"]
+        for part in dataclasses.replace(self, partition=None).pieces(low, columns=columns):
+            found.append(part.filter(pl.Series(memory.span_of(part) == 0))["__instead"].drop_nulls())
+        return pl.concat(found)
 
-def still_counted(rows: pl.DataFrame, replaced: pl.Series) -> pl.DataFrame:
-    """The rows that counted and were not replaced, with their identity."""
-    return rows.with_columns(row_identity(rows)).filter(pl.col("__counted") & ~pl.col(RID).is_in(replaced.implode()))
+    def counts(self, rows: pl.DataFrame, memory: Memory, replaced: pl.Series) -> pl.Series:
+        """Whether each row counts, if there are no others.
+
+        Args:
+            rows: rows of the source, with the columns that decide.
+            memory: of the source.
+            replaced: see above.
+        """
+        gone = row_identity(rows).is_in(replaced.implode()).to_numpy()
+        none = np.zeros(len(rows), np.int64)
+        order = known_order(self.view, self.source)
+        return pl.Series(repeated_from(order, memory, rows, none, np.where(gone, 0, NEVER)) == NEVER)
+
+    def counted(self, end: int, memory: Memory, replaced: pl.Series) -> Iterator[pl.DataFrame]:
+        """The rows of `pieces` up to `end` µs that count, with the columns that features need.
+
+        Args:
+            end: see above.
+            memory: of the source; not used if it has no repeats.
+            replaced: see above.
+        """
+        columns = self.view.columns_held(self.source)
+        if not self.repeats:
+            yield from self.pieces(end=end, columns=[*columns, *ORIGIN_COLUMNS])
+            return
+        known = dict.fromkeys([*known_columns(self.view, self.source), *columns, *ORIGIN_COLUMNS, *FATE_COLUMNS])
+        time, before = pl.col(str(sources_of(self.view)[self.source].time)).to_physical(), pl.DataFrame()
+        for rows in self.pieces(end=end, columns=list(known)):
+            both = pl.concat([before, rows]) if len(before) else rows
+            counts = self.counts(both, memory, replaced)
+            yield rows.filter(counts.slice(len(before)))
+            before = both.filter(time >= time.max() - memory.length)  # a row of a later date may repeat these
+
+
+def accepted_file(view: FeatureView, name: str, file: DataFile, columns: Sequence[str]) -> pl.DataFrame:
+    """Columns of a file of accepted rows; one that its version of Millrace did not have is null."""
+    rows = pl.DataFrame(pl.from_arrow(read_file(file, list(columns), optional=("__uncompared",))))
+    if len(rows.columns) < len(columns):
+        rows = rows.with_columns(pl.lit(None, pl.Boolean).alias("__uncompared"))
+    return rows.select(columns)
 
 
 def first_date(low: int) -> date | None:

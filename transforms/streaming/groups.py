@@ -11,9 +11,9 @@ from schemas.errors import DefinitionError
 from schemas.expressions import columns_of, dtype_of
 from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
 from schemas.features import Derived, Latest, Lookup, Trailing
-from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.kernel import looked_up, with_derived
+from transforms.streaming.fates import compared
 from transforms.streaming.lifetime_store import Kind, by_kind
 
 
@@ -71,12 +71,17 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
     )
 
 
-def held_back(view: FeatureView, source: str) -> int:
+def held_back(view: FeatureView, source: str, memory: int) -> int:
     """For how long (µs) before the journal's horizon shards hold the events of a source as they are.
 
-    A compacted event cannot be retracted, so it is held until no repeat of it is looked up any more.
+    A compacted event cannot be retracted, so it is held until no new one is compared with it any more.
+
+    Args:
+        view: the view.
+        source: name of the source.
+        memory: for how long (µs) repeats of its events are recognised; 0 if it has none.
     """
-    return view.reach(source) * (2 if source in lifetime_sources(view) and repeats_by(view, source) else 1)
+    return compared(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:

@@ -25,14 +25,13 @@ from transforms.sources.inventory import files_of
 from transforms.sources.listing import unchanged
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.accepted_rows import still_counted
 from transforms.streaming.beginnings import HISTORY, Beginning, Beginnings, LoadedHistory
 from transforms.streaming.completeness import SourceCompleteness
+from transforms.streaming.fates import Memory, compared, least_memory
 from transforms.streaming.history_files import HistoryFiles
 from transforms.streaming.live_tables import NewDeadLetters, Writer, application_of, last_commit_record, source_record
 from transforms.streaming.progress import CommitRecord
 from transforms.streaming.replay import sources_of
-from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 
 log = logging.getLogger("millrace.live")
 # By source, the record of the newest commit of its table; None if there is no commit.
@@ -145,14 +144,14 @@ class Handover:
         for name in fresh:
             if name not in given:
                 continue
-            low = self._low(name, since) if name in self.view.events else starts[name]
+            low = self._low(name, since, None) if name in self.view.events else starts[name]
             beginning = Beginning(starts[name], min(low, starts[name]))  # the topic has the rows from S on
             found = self._accept(found, name, beginning, given[name], (low, starts[name]))
         for name in self.view.events:
             if name in fresh or name not in given:
                 continue
             before = found.of(name)
-            low = self._low(name, since)
+            low = self._low(name, since, records[name])
             start = _first_row(self.view, self.store, name) if before.start is None else before.start
             until = start if before.start is None else min(start, before.since)
             if low < until < FOREVER:
@@ -184,12 +183,20 @@ class Handover:
             oldest = FOREVER if record.oldest_pending is None else record.oldest_pending
         return max(horizon, min(watermark - self.keep, oldest))
 
-    def _low(self, name: str, horizon: int) -> int:
+    def _low(self, name: str, horizon: int, record: CommitRecord | None) -> int:
         """From when on (µs) a source's rows are needed, by windows of spine rows from `horizon` on or to find
         repeats."""
         if name in lifetime_sources(self.view) or horizon == ALWAYS:
             return ALWAYS
-        return horizon - self.view.reach(name) * (2 if repeats_by(self.view, name) else 1)
+        if not repeats_by(self.view, name):
+            return horizon - self.view.reach(name)
+        return horizon - compared(self.view, name, self._memory(name, record).length)
+
+    def _memory(self, name: str, record: CommitRecord | None) -> Memory:
+        """The memory of a source with repeats, after the record of the newest commit of its table."""
+        before = CommitRecord() if record is None else record
+        least = least_memory(self.view, name, self.keep)
+        return before.memory.get(name, Memory()).grown(least, before.next_of(name))
 
     def _accept(
         self,
@@ -214,12 +221,14 @@ class Handover:
         writer = Writer(uri, accepted(self.view, name), application_of(name), self.run_id)
         table = open_table(uri)
         first = beginning.next
-        written, offset = self._write_rows(name, files, span, writer, first, before is not None)
+        written, offset = self._write_rows(name, files, span, writer, first)
         if first < offset or before is None:
             loaded = LoadedHistory(files.version, (first, offset), *span)
             beginning = dataclasses.replace(beginning, taken=(*beginning.taken, loaded))
         found = found.with_source(name, beginning)
         record = _record(before, name, found)
+        if repeats_by(self.view, name):
+            record = dataclasses.replace(record, memory={**record.memory, name: self._memory(name, before)})
         if not writer.commit(table, written, record.turn, record.to_json()):
             raise StoreError("A live job starts while no other one writes its tables", uri, "Stop the other job first")
         log.info(
@@ -233,25 +242,21 @@ class Handover:
         return found
 
     def _write_rows(
-        self, name: str, files: HistoryFiles, span: tuple[int, int], writer: Writer, offset: int, again: bool
+        self, name: str, files: HistoryFiles, span: tuple[int, int], writer: Writer, offset: int
     ) -> tuple[list[tuple[DataFile, dict[str, str]]], int]:
         """Writes the rows of a source in `span` to files and its dead letters to their table; commits no row.
 
         Args:
             offset: of the first row.
-            again: whether the source's table has rows.
 
         Returns:
             The files, and the offset after the last row.
         """
         view = self.view
-        known = _counted_rows(view, self.store, name) if again and repeats_by(view, name) else None
         written: list[tuple[DataFile, dict[str, str]]] = []
         dead_letters = []
         for rows, bad in files.pieces(*span) if name in view.events and span[0] < span[1] else ():
             dead_letters += [bad] if len(bad) else []
-            if known is not None:
-                rows = self._beside(name, rows, known)
             if len(rows):
                 rows = _placed(rows, offset, writer.schema)
                 offset += len(rows)
@@ -260,27 +265,6 @@ class Handover:
         if dead_letters:
             self._write_dead_letters(pl.concat(dead_letters))
         return written, offset
-
-    def _beside(self, name: str, rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
-        """Older rows, compared with the counted ones (`known`): of one `unique` value the first known counts."""
-        unique, moment = list(repeats_by(self.view, name)), str(sources_of(self.view)[name].time)
-        mine = rows.filter("__counted").select(*unique, pl.col(moment).alias("__mine")).unique(unique)
-        both = known.join(mine, on=unique)
-        if not len(both):
-            return rows
-        earlier = both.filter(pl.col(moment) <= pl.col("__mine")).select(*unique, pl.lit(True).alias("__known"))
-        later = both.filter(pl.col(moment) > pl.col("__mine"))
-        if name not in lifetime_sources(self.view):  # a restart reads back only this far to find what replaced a row
-            far = pl.col("__mine").dt.offset_by(f"{2 * self.view.reach(name)}us")
-            later = later.filter(pl.col(moment) <= far)
-        replaced = later.sort(moment, RID).select(*unique, pl.col(RID).alias("__gone"))
-        replaced = replaced.unique(unique, keep="first")  # a row can name only one
-        rows = rows.join(earlier.unique(unique), on=unique, how="left", maintain_order="left")
-        rows = rows.join(replaced, on=unique, how="left", maintain_order="left")
-        counts = pl.col("__counted") & pl.col("__known").is_null()
-        return rows.with_columns(
-            counts.alias("__counted"), pl.when(counts).then(pl.col("__gone")).alias("__instead")
-        ).drop("__known", "__gone")
 
     def _write_dead_letters(self, dead_letters: pl.DataFrame) -> None:
         uri, name = live_dead_letters_uri(self.store, self.view.name), self.view.name
@@ -349,17 +333,6 @@ def _first_row(view: FeatureView, store: str, name: str) -> int:
         if first is not None:
             return int(first)  # type: ignore[arg-type]
     return FOREVER
-
-
-def _counted_rows(view: FeatureView, store: str, name: str) -> pl.DataFrame:
-    """Of the accepted rows that count: the columns that identify repeats, their times, and their identities."""
-    table, time = open_table(source_uri(sources_root(store), name)), str(sources_of(view)[name].time)
-    wanted = list(dict.fromkeys([*repeats_by(view, name), time, *ORIGIN_COLUMNS, "__counted", "__instead"]))
-    parts = [pl.DataFrame(pl.from_arrow(read_file(each, wanted))) for each in data_files(table)] if table else []
-    empty = pl.DataFrame(pl.from_arrow(accepted(view, name).empty_table())).select(wanted)
-    rows = pl.concat([empty, *parts])
-    rows = still_counted(rows, rows["__instead"].drop_nulls())
-    return rows.select(list(dict.fromkeys([*repeats_by(view, name), time, RID])))
 
 
 def _placed(rows: pl.DataFrame, offset: int, schema: pa.Schema) -> pl.DataFrame:

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """Rows of some days.
 
     Args:
-        rows: in the order of time; for a source with `unique`, with `__counted` and `__instead`.
+        rows: in the order of time; for a source with `unique`, with `FATE_COLUMNS`.
         dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
     """
 
@@ -130,6 +130,7 @@ class HistoryFiles:
         return numbered.with_columns(
             pl.col("__number").is_in(kept["__number"].implode()).alias("__counted"),
             pl.lit(None, pl.Int64).alias("__instead"),
+            pl.lit(False).alias("__uncompared"),
         ).drop("__number")
 
     def _dead_letters(self, dead_letters: pl.DataFrame) -> pl.DataFrame:

@@ -22,6 +22,7 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
+from transforms.streaming.fates import Memory, known_columns, least_memory, remembered
 from transforms.streaming.groups import GroupKeys, groups_of, held_back
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.messages import ORIGIN
@@ -31,12 +32,14 @@ from transforms.streaming.progress import (
     CommitRecord,
     completeness_of_json,
     completeness_to_json,
+    memory_of_json,
+    memory_to_json,
     offsets_of_json,
     offsets_to_json,
 )
-from transforms.streaming.repeats import Repeats, known_columns, remembered
+from transforms.streaming.repeats import Repeats
 from transforms.streaming.routing import TurnRouting
-from transforms.streaming.row_origin import RID, cut_text, row_identity
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_text, row_identity
 from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
 from transforms.streaming.time_buckets import TimeBuckets, size_of
 
@@ -76,6 +79,7 @@ class JournalCheckpoint:
         next: next offset by source and partition.
         beginnings: from when on the store has the rows of each source.
         first: µs of the first rows of each partition, by source, while the beginning of the source is not known.
+        memory: for how long repeats are recognised, by source with `unique`.
     """
 
     turn: int
@@ -87,6 +91,7 @@ class JournalCheckpoint:
     next: Mapping[str, Mapping[int, int]]
     beginnings: Beginnings
     first: Mapping[str, Mapping[int, int]]
+    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         return {
@@ -99,6 +104,7 @@ class JournalCheckpoint:
             "next": offsets_to_json(self.next),
             "beginnings": self.beginnings.to_json(),
             "first": offsets_to_json(self.first),
+            **memory_to_json(self.memory),
         }
 
     @classmethod
@@ -114,6 +120,7 @@ class JournalCheckpoint:
             offsets_of_json(value["next"]),
             Beginnings.of_json(value.get("beginnings")),
             offsets_of_json(value.get("first", {})),
+            memory_of_json(value.get("memory", {})),
         )
 
 
@@ -141,11 +148,10 @@ class Journal:
         self.beginnings = Beginnings()
         self.first: dict[str, dict[int, int]] = {}
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
-        # How long, in µs, shards hold events of a source, and the journal those that a repeat may replace.
-        self.held_back = {name: held_back(view, name) for name in view.events}
-        self.remembered = {name: remembered(view, name) for name in view.events}
         self.spine_rows = PendingSpineRows(view, keep, self._count)
-        self.repeats = {name: Repeats(view, name) for name in view.events if repeats_by(view, name)}
+        self.repeats = {name: Repeats(view, name, 0) for name in view.events if repeats_by(view, name)}
+        self.memory: dict[str, Memory] = {}
+        self.remember({}, {})
 
     # -- state to checkpoint -------------------------------------------------------------------------------------
 
@@ -165,6 +171,7 @@ class Journal:
             next=_copied(self.next),
             beginnings=self.beginnings,
             first=_copied(self.first),
+            memory=self.memory,
         )
 
     def load(self, checkpoint: JournalCheckpoint) -> None:
@@ -174,6 +181,23 @@ class Journal:
         self.completeness.restore(checkpoint.completeness)
         self.counts, self.next = _copied(checkpoint.counts), _copied(checkpoint.next)
         self.beginnings, self.first = checkpoint.beginnings, _copied(checkpoint.first)
+        self.remember(checkpoint.memory, self.next)
+
+    def remember(self, recorded: Mapping[str, Memory], offsets: Mapping[str, Mapping[int, int]]) -> None:
+        """Recognises repeats for as long as the view needs, and at least for as long as before.
+
+        Args:
+            recorded: the memory of jobs before, by source.
+            offsets: next offset by source and partition: from there on rows have a longer memory.
+        """
+        for name, each in self.repeats.items():
+            least = least_memory(self.view, name, self.keep)
+            self.memory[name] = recorded.get(name, Memory()).grown(least, offsets.get(name, {}))
+            each.memory = self.memory[name].length
+
+    def held_back(self, name: str) -> int:
+        """For how long (µs) before the horizon shards hold the events of a source."""
+        return held_back(self.view, name, self.memory[name].length if name in self.memory else 0)
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
@@ -310,13 +334,16 @@ class Journal:
         if late:
             self._count(name, "late", late)
         if name in self.repeats:
-            rows = rows.select(*known_columns(self.view, name), row_identity(rows))
+            columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
+            rows = rows.select(*columns, row_identity(rows))
             distinct = self.repeats[name].deduplicate(rows, self.horizon)
             if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
                 self._count(name, "repeated", distinct.repeated)
+            replaced = distinct.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
             whole = whole.with_columns(
                 rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
-                rows.join(distinct.replaced, on=RID, how="left", maintain_order="left")["__instead"],
+                rows.join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
+                rows[RID].is_in(distinct.uncompared.implode()).alias("__uncompared"),
             )
             rows = distinct.counted.select(*self.view.columns_held(name), RID)
             if len(distinct.replaced):
@@ -334,7 +361,7 @@ class Journal:
         Returns:
             The other events.
         """
-        reached = pl.col(str(self.sources[name].time)).to_physical() >= self.horizon - self.held_back[name]
+        reached = pl.col(str(self.sources[name].time)).to_physical() >= self.horizon - self.held_back(name)
         old = rows.filter(~reached)
         if not len(old):
             return rows
@@ -373,7 +400,8 @@ class Journal:
         shards = {}
         for number, each in enumerate(routing.tables):
             if not each.empty or self.turn_number % HORIZON_EVERY == 0:
-                shards[number] = ShardInput(self.turn_number, self.sent[number], self.horizon, each)
+                memory = {name: memory.length for name, memory in self.memory.items()}
+                shards[number] = ShardInput(self.turn_number, self.sent[number], self.horizon, each, memory)
                 self.sent[number] += 1
         entry = TurnEntry(
             record=self._record(),
@@ -396,6 +424,7 @@ class Journal:
             horizon=self.horizon,
             counts=_copied(self.counts),
             beginnings=self.beginnings,
+            memory=dict(self.memory),
         )
 
     def _routing(self) -> TurnRouting:
@@ -438,7 +467,7 @@ class Journal:
         self.horizon = max(self.horizon, self.beginnings.horizon, needed)
         self.spine_rows.evict(watermark - self.keep)
         for name, each in self.repeats.items():
-            each.store.evict(self.horizon - self.remembered[name])
+            each.store.evict(self.horizon - remembered(self.view, name, each.memory))
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]

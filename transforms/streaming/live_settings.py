@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from transforms.streaming.kafka import Broker
-from transforms.streaming.progress import RecoveryPoint
+from transforms.streaming.progress import NO_EPOCH, Epoch, RecoveryPoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class LiveSettings:
         table: whether feature rows are written to the table.
         kafka: the broker of the messages; None: a replay.
         begin: where a replay begins; None: with an empty store.
+        epoch: of the launch (see `epochs`).
     """
 
     store: str
@@ -39,3 +40,4 @@ class LiveSettings:
     table: bool = True
     kafka: Broker | None = None
     begin: RecoveryPoint | None = None
+    epoch: Epoch = NO_EPOCH

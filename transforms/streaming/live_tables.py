@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 
 import numpy as np
@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from schemas.errors import StoreError
+from schemas.errors import ConflictError, StoreError
 from schemas.live import accepted, live_schema, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
@@ -44,7 +44,8 @@ from transforms.storage.delta_tables import (
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.storage.stored_json import parse_object, understood
-from transforms.streaming.progress import CommitRecord
+from transforms.streaming.fates import FATE_COLUMNS
+from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch
 from transforms.streaming.replay import sources_of
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
 from transforms.streaming.time_buckets import StoreSize
@@ -116,12 +117,14 @@ class Writer:
         schema: its columns, with `date`.
         app: application id of the commits.
         run_id: prefix of file names.
+        epoch: of the launch that appends; without a number it is never refused.
     """
 
     uri: str
     schema: pa.Schema
     app: str
     run_id: str
+    epoch: Epoch = NO_EPOCH
 
     def append(self, frame: pl.DataFrame, turn: int, record: Head, fresh: NewRows, always: bool = False) -> int:
         """Commits the rows of `frame` that are not in the table.
@@ -137,10 +140,12 @@ class Writer:
             Number of committed rows.
 
         Raises:
+            ConflictError: a job that started later writes the table.
             StoreError: the store cannot be written.
         """
 
         def attempt(table: DeltaTable | None) -> int:
+            self._check_epoch(table)
             rows = fresh(table, frame)
             if not len(rows) and not always:
                 return 0
@@ -168,6 +173,7 @@ class Writer:
         """
         before = table.transaction_version(self.app) if table is not None else None
         version = turn if before is None else max(turn, before + 1)
+        record = {**record, **self.epoch.to_json()}
         schema = delta_schema(self.schema)
         known = set() if table is None else {field.name for field in table.schema().fields}
         entry = LogEntry(
@@ -184,6 +190,19 @@ class Writer:
                 return True
         except CommittedMeanwhile:
             return False
+
+    def _check_epoch(self, table: DeltaTable | None) -> None:
+        mine = self.epoch
+        if not mine.number:
+            return
+        theirs = Epoch.of_record(last_commit_record(table, self.app))
+        if theirs.number > mine.number or (theirs.number == mine.number and theirs.launch != mine.launch):
+            raise ConflictError(
+                "The tables of a live store are written by the job that was started last",
+                f"{self.uri} belongs to launch {theirs.number} ({theirs.launch}), and this is launch {mine.number} "
+                f"({mine.launch})",
+                "This job has stopped; the other one goes on from the last commit, nothing is lost or written twice",
+            )
 
 
 class NewRows:
@@ -285,6 +304,41 @@ class CommitStatus:
         return {**self.record.to_json(), "state": state, "rows": dict(self.rows)}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Writers:
+    """The writers of a features job: of dead letters, of accepted rows by source, and of feature rows."""
+
+    dead_letters: Writer
+    sources: Mapping[str, Writer]
+    features: Writer
+
+    def __iter__(self) -> Iterator[Writer]:
+        yield self.dead_letters
+        yield from self.sources.values()
+        yield self.features
+
+
+def writers_of(view: FeatureView, store: str, run_id: str, epoch: Epoch) -> Writers:
+    """The writers of a launch of the job of `view`.
+
+    Args:
+        view: the view.
+        store: the folder of the tables.
+        run_id: prefix of file names.
+        epoch: of the launch.
+    """
+
+    def writer(uri: str, schema: pa.Schema, app: str) -> Writer:
+        return Writer(uri, schema, application_of(app), run_id, epoch)
+
+    root, answers = sources_root(store), features_live_uri(store, view.name, view.fingerprint)
+    return Writers(
+        writer(live_dead_letters_uri(store, view.name), LIVE_DEAD_LETTERS, f"{view.name}/letters"),
+        {name: writer(source_uri(root, name), accepted(view, name), name) for name in sources_of(view)},
+        writer(answers, live_schema(view), view.name),
+    )
+
+
 class PendingTurns:
     """Turns in order, with their feature rows, until they are committed.
 
@@ -293,10 +347,11 @@ class PendingTurns:
         store: the folder of the tables.
         run_id: prefix of file names.
         table: whether feature rows are written to the table.
+        epoch: of the launch.
     """
 
-    def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True) -> None:
-        self.view, self.store, self.run_id, self.table = view, store, run_id, table
+    def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True, epoch: Epoch = NO_EPOCH) -> None:
+        self.view, self.table, self.writers = view, table, writers_of(view, store, run_id, epoch)
         self.entries: dict[int, TurnEntry] = {}
         self.features: dict[int, TurnFeatures] = {}
         self.committed = 0
@@ -343,8 +398,7 @@ class PendingTurns:
             if accepted := [each.accepted[name] for each in entries if name in each.accepted]:
                 self.rows["events"] += self._source(name, pl.concat(accepted), record)
         if features and self.table:
-            uri = features_live_uri(self.store, self.view.name, self.view.fingerprint)
-            writer = Writer(uri, live_schema(self.view), application_of(self.view.name), self.run_id)
+            writer = self.writers.features
             rows = pl.concat([each.rows for each in features])
             self.rows["answered"] += writer.append(rows, record.turn, record.to_json(), self._ids)
         for number in turns:
@@ -356,12 +410,7 @@ class PendingTurns:
     def _dead_letters(self, frame: pl.DataFrame, record: CommitRecord) -> int:
         arrived = _time("arrived")
         frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
-        writer = Writer(
-            live_dead_letters_uri(self.store, self.view.name),
-            LIVE_DEAD_LETTERS,
-            application_of(f"{self.view.name}/letters"),
-            self.run_id,
-        )
+        writer = self.writers.dead_letters
         return writer.append(frame, record.turn, record.to_json(), NewDeadLetters(writer.app))
 
     def _source(self, name: str, frame: pl.DataFrame, record: CommitRecord) -> int:
@@ -369,12 +418,10 @@ class PendingTurns:
         frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
         frame = frame.with_columns(
             pl.lit(True if column == "__counted" else None).alias(column)
-            for column in ("__counted", "__instead")
+            for column in FATE_COLUMNS
             if repeats_by(self.view, name) and column not in frame.columns
         )
-        writer = Writer(
-            source_uri(sources_root(self.store), name), accepted(self.view, name), application_of(name), self.run_id
-        )
+        writer = self.writers.sources[name]
         fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
         return writer.append(frame, record.turn, record.to_json(), fresh)
 

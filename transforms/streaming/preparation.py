@@ -14,13 +14,14 @@ from transforms.records.times import FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.beginnings import HISTORY, of_topic
+from transforms.streaming.epochs import take_epoch
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure, topic_of
 from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
 from transforms.streaming.live_features import Sends
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, source_record
-from transforms.streaming.progress import CommitRecord, RecoveryPoint
+from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
 from transforms.streaming.recovery import find_recovery_point
 from transforms.streaming.replay import Replay, sources_of
 from transforms.streaming.store_owner import claim
@@ -92,6 +93,7 @@ class LiveFeaturesPlan:
         group: the consumer group of the launch; empty for a replay.
         first_available: per topic, first offset by partition that the broker still has; empty for a replay.
         sends: the output topics; None if rows are only written to tables.
+        epoch: of this launch.
     """
 
     job: LiveFeaturesJob
@@ -99,13 +101,13 @@ class LiveFeaturesPlan:
     group: str = ""
     first_available: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
     sends: Sends | None = None
+    epoch: Epoch = NO_EPOCH
 
     @property
     def settings(self) -> LiveSettings:
         """The settings of the engine.  A replay starts from them; a job on Kafka gets its start as a message."""
-        if self.job.replay is None:
-            return self.job.settings
-        return dataclasses.replace(self.job.settings, begin=self.start)
+        begin = None if self.job.replay is None else self.start
+        return dataclasses.replace(self.job.settings, begin=begin, epoch=self.epoch)
 
     @property
     def due(self) -> dict[str, dict[int, int]]:
@@ -133,7 +135,8 @@ class LiveFeaturesPlan:
 
 
 def prepare_live_features(job: LiveFeaturesJob) -> LiveFeaturesPlan:
-    """Load the history that the store lacks, find where to continue, and create missing output topics.
+    """Load the history that the store lacks, take its tables over from earlier launches, find where to continue, and
+    create missing output topics.
 
     Raises:
         DefinitionError: a source has no history, and the job does not start without.
@@ -142,13 +145,15 @@ def prepare_live_features(job: LiveFeaturesJob) -> LiveFeaturesPlan:
     store, view = job.settings.store, job.view
     if job.replay is not None:
         nothing: dict[str, dict[int, int]] = {name: {} for name in job.topics}
-        start = find_recovery_point(view, store, nothing, job.handover.beginnings())
-        return LiveFeaturesPlan(job, start, sends=output_topics(job))
+        beginnings, epoch = job.handover.beginnings(), take_epoch(view, store, job.settings.run_id)
+        start = find_recovery_point(view, store, nothing, beginnings)
+        return LiveFeaturesPlan(job, start, sends=output_topics(job), epoch=epoch)
     available = begin_offsets(job.required_broker(), list(job.topics.values()))
     first = {name: available[topic] for name, topic in job.topics.items()}
-    start = find_recovery_point(view, store, first, job.handover.beginnings())
+    beginnings, epoch = job.handover.beginnings(), take_epoch(view, store, job.settings.run_id)
+    start = find_recovery_point(view, store, first, beginnings)
     group = f"millrace-{view.name}-{job.settings.run_id}-{uuid.uuid4().hex[:8]}"
-    return LiveFeaturesPlan(job, start, group, available, output_topics(job))
+    return LiveFeaturesPlan(job, start, group, available, output_topics(job), epoch)
 
 
 def output_topics(job: LiveFeaturesJob) -> Sends | None:

@@ -13,6 +13,7 @@ from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS
 from transforms.streaming.beginnings import Beginnings
 from transforms.streaming.completeness import SourceCompleteness
+from transforms.streaming.fates import Memory
 
 # Next offset by source and partition.
 Offsets = Mapping[str, Mapping[int, int]]
@@ -20,6 +21,33 @@ Offsets = Mapping[str, Mapping[int, int]]
 Counts = Mapping[str, Mapping[str, int]]
 # The entry of a recovery point's versions that is the live feature table's; no source has such a name.
 _FEATURES = "?answers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The place of a launch of a live job among those of its store.
+
+    Args:
+        number: greater than that of every earlier launch; 0: it was made before there were epochs.
+        launch: tells launches apart that have one number, since they began with a store without tables.
+    """
+
+    number: int = 0
+    launch: str = ""
+
+    def to_json(self) -> Head:
+        """An entry for a commit's record; none if there are no epochs."""
+        return {"epoch": [self.number, self.launch]} if self.number else {}
+
+    @classmethod
+    def of_record(cls, value: Head) -> Epoch:
+        """The epoch in a commit's record."""
+        number, launch = value.get("epoch", (0, ""))
+        return cls(int(number), str(launch))
+
+
+# Of jobs that were made before there were epochs.
+NO_EPOCH = Epoch()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +64,8 @@ class CommitRecord:
         horizon: no window that is still needed begins before this time (µs) minus its length.
         counts: rows and messages by source and by what became of them.
         beginnings: from when on the store has the rows of each source.
+        memory: for how long repeats are recognised, by source with `unique`.
+        epoch: of the launch.
     """
 
     turn: int = 0
@@ -47,6 +77,8 @@ class CommitRecord:
     horizon: int = ALWAYS
     counts: Counts = dataclasses.field(default_factory=dict)
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
+    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    epoch: Epoch = NO_EPOCH
 
     def next_of(self, source: str) -> Mapping[int, int]:
         """Next offset by partition of one source."""
@@ -71,6 +103,8 @@ class CommitRecord:
             "counts": {name: dict(each) for name, each in self.counts.items()},
             "started": self.beginnings.starts,
             "beginnings": self.beginnings.to_json(),
+            **memory_to_json(self.memory),
+            **self.epoch.to_json(),
         }
 
     @classmethod
@@ -86,6 +120,8 @@ class CommitRecord:
             horizon=value.get("horizon", ALWAYS),
             counts=value.get("counts", {}),
             beginnings=Beginnings.of_json(value.get("beginnings")),
+            memory=memory_of_json(value.get("memory", {})),
+            epoch=Epoch.of_record(value),
         )
 
 
@@ -101,6 +137,7 @@ class RecoveryPoint:
         versions: of the tables of sources, by source.
         beginnings: from when on the store has the rows of each source.
         features_version: of the live feature table; None if there is none.
+        memory: for how long repeats are recognised, by source, as its table recorded it.
     """
 
     turn: int
@@ -110,6 +147,7 @@ class RecoveryPoint:
     versions: Mapping[str, int]
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
     features_version: int | None = None
+    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         features = {} if self.features_version is None else {_FEATURES: self.features_version}
@@ -120,6 +158,7 @@ class RecoveryPoint:
             "counts": {name: dict(each) for name, each in self.counts.items()},
             "versions": {**self.versions, **features},
             "beginnings": self.beginnings.to_json(),
+            **memory_to_json(self.memory),
         }
 
     @classmethod
@@ -134,6 +173,7 @@ class RecoveryPoint:
             versions,
             Beginnings.of_json(value.get("beginnings")),
             features_version,
+            memory_of_json(value.get("memory", {})),
         )
 
 
@@ -153,3 +193,12 @@ def completeness_to_json(completeness: Mapping[str, SourceCompleteness]) -> Head
 
 def completeness_of_json(value: Head) -> dict[str, SourceCompleteness]:
     return {name: SourceCompleteness.of_json(each) for name, each in value.items()}
+
+
+def memory_to_json(memory: Mapping[str, Memory]) -> Head:
+    """An entry for what holds the memory of sources; none without such sources."""
+    return {"memory": {name: each.to_json() for name, each in memory.items()}} if memory else {}
+
+
+def memory_of_json(value: Head) -> dict[str, Memory]:
+    return {name: Memory.of_json(each) for name, each in value.items()}

@@ -11,9 +11,10 @@ from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.accepted_rows import AcceptedRows, first_date, still_counted
+from transforms.streaming.accepted_rows import SEED_ROWS, AcceptedRows, first_date
 from transforms.streaming.beginnings import HISTORY, Beginnings, of_topic
 from transforms.streaming.completeness import SourceCompleteness
+from transforms.streaming.fates import Memory, remembered
 from transforms.streaming.history import checked_record, recorded
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.lifetime_store import LifetimeStore
@@ -21,12 +22,8 @@ from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.messages import ORIGIN
 from transforms.streaming.pending_spine_rows import identified
 from transforms.streaming.progress import RecoveryPoint
-from transforms.streaming.repeats import known_columns
 from transforms.streaming.replay import sources_of
-from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
-
-# The most rows that one turn sends to the shards.
-SEED_ROWS = 200_000
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 
 
 def find_recovery_point(
@@ -45,7 +42,7 @@ def find_recovery_point(
     features = features_record(view, store)
     turn, offsets = 0 if features is None else features.turn, dict[str, dict[int, int]]()
     completeness, counts = dict[str, SourceCompleteness](), dict[str, Mapping[str, int]]()
-    versions = dict[str, int]()
+    versions, memory = dict[str, int](), dict[str, Memory]()
     for name in sources_of(view):
         record, committed = source_record(store, name), dict[int, int]()
         if record is not None:
@@ -53,13 +50,15 @@ def find_recovery_point(
             assert table is not None
             versions[name] = int(table.version())
             completeness[name], counts[name] = record.completeness[name], record.counts_of(name)
+            if name in record.memory:
+                memory[name] = record.memory[name]
             committed, turn = dict(record.next_of(name)), max(turn, record.turn)
         offsets[name] = {number: committed.get(number, first) for number, first in begin[name].items()}
         if HISTORY in committed:
             offsets[name][HISTORY] = committed[HISTORY]
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     features_version = None if table is None else int(table.version())
-    return RecoveryPoint(turn, offsets, completeness, counts, versions, beginnings, features_version)
+    return RecoveryPoint(turn, offsets, completeness, counts, versions, beginnings, features_version, memory)
 
 
 def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int) -> list[Turn]:
@@ -73,6 +72,7 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
     journal.completeness.restore(start.completeness)
     journal.counts.update({name: dict(each) for name, each in start.counts.items()})
     journal.beginnings = start.beginnings
+    journal.remember(start.memory, start.next)
     for name, partitions in journal.next.items():
         for number in of_topic(partitions):  # history is never waited for
             journal.completeness.expect(name, number, now)
@@ -87,6 +87,7 @@ def hand_over(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
     """As `restore_journal`, but with the rows of history alone: a replay sends all others again."""
     journal.beginnings = start.beginnings
     journal.next = {name: {HISTORY: each[HISTORY]} if HISTORY in each else {} for name, each in start.next.items()}
+    journal.remember(start.memory, start.next)
     journal.advance(0)
     versions = {name: version for name, version in start.versions.items() if journal.next.get(name)}
     return _seed_shards(journal, store, dataclasses.replace(start, versions=versions), partition=HISTORY)
@@ -171,16 +172,21 @@ def _seed_shards(journal: Journal, store: str, start: RecoveryPoint, partition: 
 def _seed_source(journal: Journal, accepted: AcceptedRows) -> Iterator[Turn]:
     view, name = journal.view, accepted.source
     known = journal.horizon > ALWAYS
-    low = journal.horizon - journal.remembered[name] if known else ALWAYS
-    held = journal.horizon - journal.held_back[name] if known else ALWAYS
-    rows, replaced = accepted.since(low), pl.Series([], dtype=pl.Int64)
+    held = journal.horizon - journal.held_back(name) if known else ALWAYS
+    low, replaced = held, pl.Series([], dtype=pl.Int64)
+    if accepted.repeats:
+        memory = journal.memory[name]
+        low = journal.horizon - remembered(view, name, memory.length) if known else ALWAYS
+        everything = name in journal.lifetime or not known
+        replaced = accepted.replaced(ALWAYS if everything else low - memory.length, memory)
+    rows = accepted.since(low)
     columns = view.columns_held(name)
     if accepted.repeats:
-        everything = name in journal.lifetime or not known
-        replaced = accepted.replaced(ALWAYS if everything else low - journal.remembered[name])
-        rows = still_counted(rows, replaced)
-        columns = [*columns, RID]
-        journal.stores[name].add(rows.select(*known_columns(view, name), RID))
+        rows, columns = rows.with_columns(row_identity(rows)), [*columns, RID]
+        counts = accepted.counts(rows, journal.memory[name], replaced)
+        compared = ~rows["__uncompared"].fill_null(False)
+        journal.repeats[name].restore(rows.filter(compared), counts.filter(compared))
+        rows = rows.filter(counts)
     time = pl.col(str(view.events[name].time)).to_physical()
     rows = rows.select(columns).filter(time >= held)
     for begin in range(0, len(rows), SEED_ROWS):
@@ -196,7 +202,7 @@ def _seed_compacted(journal: Journal, accepted: AcceptedRows, until: int, replac
         journal: the journal.
         accepted: the accepted rows of the source, which are read date by date.
         until: see above.
-        replaced: identities of events that do not count any more.
+        replaced: identities of events that an earlier version of Millrace replaced.
     """
     view, name = journal.view, accepted.source
     compacted = {
@@ -205,11 +211,8 @@ def _seed_compacted(journal: Journal, accepted: AcceptedRows, until: int, replac
         if group.source == name and group.kind != "none"
     }
     time = pl.col(str(view.events[name].time)).to_physical()
-    columns = [*view.columns_held(name), *(["__counted"] if accepted.repeats else []), *ORIGIN_COLUMNS]
-    for rows in accepted.pieces(end=until, columns=columns, rows=SEED_ROWS):
+    for rows in accepted.counted(until, journal.memory.get(name, Memory()), replaced):
         older = rows.filter(time < until)
-        if accepted.repeats:
-            older = still_counted(older, replaced)
         for i, each in compacted.items():
             each.restore(i, each.reduced(older))
     for i, each in compacted.items():

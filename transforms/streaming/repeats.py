@@ -1,4 +1,4 @@
-"""Repeated events: of the rows of a source that have one `unique` value, the one that was known first counts."""
+"""Repeated events: of the rows of a source that have one `unique` value, those that follow another one do not count."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import numpy as np
 import polars as pl
 
 from schemas.live import repeats_by
-from schemas.views import FeatureView, lifetime_sources
+from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.row_origin import RID
+from transforms.streaming.fates import compared, known_columns, known_order
+from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets, key_hashes
+
+_COUNTS, _NEW = "__counts", "__new"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,78 +24,95 @@ class Deduplicated:
     Args:
         counted: the events that count.
         replaced: identities (`__instead`) of events that counted until an event with the identity `RID` came, which
-            repeats them and was known earlier.
+            they repeat.
         repeated: number of events that do not count, or no longer.
+        uncompared: identities of events that are too old to be compared.  They count.
     """
 
     counted: pl.DataFrame
     replaced: pl.DataFrame
     repeated: int
+    uncompared: pl.Series = dataclasses.field(default_factory=lambda: pl.Series(RID, [], pl.Int64))
 
 
 class Repeats:
-    """The counted events of a source with `unique`, for as long as a repeat may replace them.
+    """The events of a source with `unique`, for as long as a later event may repeat them.
 
     Args:
         view: the view.
         name: name of the source.
+        memory: for how long (µs) repeats are recognised.
     """
 
-    def __init__(self, view: FeatureView, name: str) -> None:
-        self.source = view.events[name]
+    def __init__(self, view: FeatureView, name: str, memory: int) -> None:
+        self.view, self.name, self.memory = view, name, memory
         self.unique = list(repeats_by(view, name))
-        self.lifetime = name in lifetime_sources(view)
-        self.remembered = remembered(view, name)
+        self.order = known_order(view, name)
         reach = max([0, *(view.reach(each) for each in view.events)])
-        self.store = TimeBuckets(str(self.source.time), max(2 * reach // (SLOTS - 2), MINUTE))
+        self.store = TimeBuckets(self.order.time, max(2 * reach // (SLOTS - 2), MINUTE))
+
+    def restore(self, rows: pl.DataFrame, counts: pl.Series) -> None:
+        """Adds accepted events, and whether they count."""
+        self.store.add(self._known(rows, counts))
 
     def deduplicate(self, rows: pl.DataFrame, horizon: int) -> Deduplicated:
         """Decides which new events count, and stores them.
 
         Args:
-            rows: new events, with `RID`.
-            horizon: the journal's (µs).  Earlier events than this, less what is `remembered`, are not looked up: to the
-                microsecond, since a shard cannot retract an event that it has compacted.
+            rows: new events, with their origin and `RID`.
+            horizon: the journal's (µs).  Events that are older than this by more than `compared` are not compared: to
+                the microsecond, since a shard cannot retract an event that it has compacted.
         """
-        time = pl.col(str(self.source.time))
-        remembered = pl.lit(True) if horizon == ALWAYS else time.to_physical() >= horizon - self.remembered
+        whole, uncompared = rows, pl.Series(RID, [], pl.Int64)
+        if horizon > ALWAYS:
+            bound = horizon - compared(self.view, self.name, self.memory)
+            old = rows[self.order.time].to_physical() < bound
+            uncompared, rows = rows.filter(old)[RID], rows.filter(~old)
         hashes = key_hashes(rows, self.unique)
-        known = [each.filter(remembered) for each in self.store.take(tuple(self.unique), hashes, ALWAYS, FOREVER)]
-        if not any(map(len, known)) and len(np.unique(hashes)) == len(hashes):
-            self.store.add(rows.filter(remembered))
-            return Deduplicated(rows, pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64}), 0)
-        old = pl.concat(known).join(rows, on=self.unique, how="semi") if known else rows.clear()
-        first = self._first(pl.concat([old, rows]))
-        counted = rows.filter(pl.col(RID).is_in(first[RID].implode()))
-        gone = self._replaced(old, first)
-        if len(gone):
-            self.store.drop(RID, gone["__instead"].to_numpy())
-        self.store.add(counted.filter(remembered))
-        replaced = first.join(gone, on=self.unique).select(RID, "__instead")
-        return Deduplicated(counted, replaced, len(rows) - len(counted) + len(gone))
+        found = self.store.take(tuple(self.unique), hashes, ALWAYS, FOREVER)
+        if not found and len(np.unique(hashes)) == len(hashes):
+            self.restore(rows, pl.repeat(True, len(rows), dtype=pl.Boolean, eager=True))
+            return Deduplicated(whole, pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64}), 0, uncompared)
+        new = self._known(rows, pl.repeat(True, len(rows), dtype=pl.Boolean, eager=True))
+        known = [each.join(rows, on=self.unique, how="semi").with_columns(pl.lit(False).alias(_NEW)) for each in found]
+        both = pl.concat([*known, new.with_columns(pl.lit(True).alias(_NEW))])
+        decided = self._decided(both.filter(pl.struct(self.unique).is_duplicated()))
+        repeats = decided.filter(_NEW, pl.col("__repeat"))[RID]
+        replaced = decided.filter(~pl.col(_NEW) & pl.col("__replaced") & pl.col(_COUNTS))
+        if len(replaced):
+            gone = self.store.drop(RID, replaced[RID].to_numpy())
+            assert gone is not None
+            self.store.add(gone.with_columns(pl.lit(False).alias(_COUNTS)))
+        again = rows[RID].is_in(repeats.implode())
+        self.restore(rows, ~again)
+        return Deduplicated(
+            whole.filter(~pl.col(RID).is_in(repeats.implode())),
+            replaced.select(pl.col("__by").alias(RID), pl.col(RID).alias("__instead")),
+            len(repeats) + len(replaced),
+            uncompared,
+        )
 
-    def _first(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The event of each `unique` value that was known first."""
-        order = dict.fromkeys([*self.unique, str(self.source.time), *self.source.ties(rows.columns)])
-        return rows.sort(list(order), maintain_order=True).unique(self.unique, keep="first", maintain_order=True)
+    def _decided(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The events in order, with whether they repeat another one, and the new one (`__by`) that a known one repeats.
 
-    def _replaced(self, old: pl.DataFrame, first: pl.DataFrame) -> pl.DataFrame:
-        """The events among `old` that are replaced: their `unique` value, and their identity as `__instead`."""
-        # Several may count, since the job that accepted them remembered less.  A row can name only one.
-        gone = self._first(old).filter(~pl.col(RID).is_in(first[RID].implode()))
-        if not self.lifetime:  # a restart reads back only this far to find what replaced a row
-            time = pl.col(str(self.source.time))
-            since = first.select(*self.unique, time.alias("__since"))
-            gone = gone.join(since, on=self.unique)
-            gone = gone.filter(time <= pl.col("__since").dt.offset_by(f"{self.remembered}us"))
-        return gone.select(*self.unique, pl.col(RID).alias("__instead"))
+        A new event is compared with all others, a known one only with the new ones: between known ones it is decided,
+        maybe by a job that remembered less.
+        """
+        time = pl.col(self.order.time).to_physical()
+        new_time, new_id = pl.when(_NEW).then(time), pl.when(_NEW).then(RID)
+        return (
+            self.order.sort(rows)
+            .with_columns(
+                (time - time.shift(1)).over(self.unique).alias("__gap"),
+                (time - new_time.forward_fill().shift(1)).over(self.unique).alias("__new_gap"),
+                new_id.forward_fill().shift(1).over(self.unique).alias("__by"),
+            )
+            .with_columns(
+                (pl.col("__gap") <= self.memory).fill_null(False).alias("__repeat"),
+                (pl.col("__new_gap") <= self.memory).fill_null(False).alias("__replaced"),
+            )
+        )
 
-
-def remembered(view: FeatureView, name: str) -> int:
-    """For how long (µs) before the journal's horizon the events of a source are remembered, to find repeats."""
-    return 2 * view.reach(name)
-
-
-def known_columns(view: FeatureView, name: str) -> list[str]:
-    """The columns that are stored of a source's events to find repeats: they decide ties."""
-    return list(view.spine.schema) if view.events[name] is view.spine else view.columns_held(name)
+    def _known(self, rows: pl.DataFrame, counts: pl.Series) -> pl.DataFrame:
+        columns = list(dict.fromkeys([*known_columns(self.view, self.name), *ORIGIN_COLUMNS, RID]))
+        return rows.select(columns).with_columns(counts.alias(_COUNTS))

@@ -220,7 +220,8 @@ class CommitDoFn(beam.DoFn):
         state = read_head(head)
 
         def build() -> PendingTurns:
-            pending = PendingTurns(self.view, self.live.store, self.live.run_id, self.live.table)
+            live = self.live
+            pending = PendingTurns(self.view, live.store, live.run_id, live.table, live.epoch)
             pending.committed = state.get("committed", 0)
             pending.rows.update(state.get("rows", {}))
             for part in map(commit_input_of, bag.read()):

@@ -34,9 +34,8 @@ class Shard:
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
         self.groups = groups_of(view)
-        self.held_back = {name: held_back(view, name) for name in view.events}
         self.buckets = {
-            name: TimeBuckets(str(source.time), max(self.held_back[name] // (SLOTS - 2), MINUTE))
+            name: TimeBuckets(str(source.time), max(held_back(view, name, 2 * view.reach(name)) // (SLOTS - 2), MINUTE))
             for name, source in view.events.items()
         }
         self.compacted = {
@@ -70,7 +69,7 @@ class Shard:
             columns = self.compute_features(tables.spine_rows)
             features = ShardFeatures(given.turn, self.number, size_of(self.stores.values()), columns)
         for name, store in self.buckets.items():
-            if left := store.evict(given.horizon - self.held_back[name]):
+            if left := store.evict(given.horizon - held_back(self.view, name, given.memory.get(name, 0))):
                 self._compact(name, left)
         return features
 

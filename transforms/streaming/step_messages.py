@@ -91,21 +91,25 @@ class ShardInput:
         number: of this input among those of the shard, which are applied in this order.
         horizon: no window that is still needed begins before this time (µs) minus its length.
         tables: the rows.
+        memory: for how long (µs) repeats are recognised, by source with `unique`.
     """
 
     turn: int
     number: int
     horizon: int
     tables: ShardTables
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def to_envelope(self) -> bytes:
-        head = {"turn": self.turn, "number": self.number, "horizon": self.horizon}
+        memory = {"memory": dict(self.memory)} if self.memory else {}
+        head = {"turn": self.turn, "number": self.number, "horizon": self.horizon, **memory}
         return pack(head, self.tables.to_frames())
 
     @classmethod
     def of_envelope(cls, envelope: bytes) -> ShardInput:
         head, frames = unpack(envelope)
-        return cls(head["turn"], head["number"], head["horizon"], ShardTables.of_frames(frames))
+        tables = ShardTables.of_frames(frames)
+        return cls(head["turn"], head["number"], head["horizon"], tables, head.get("memory", {}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

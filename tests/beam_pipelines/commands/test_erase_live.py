@@ -274,3 +274,40 @@ def test_a_recorded_definition_serves_where_none_is_named(store: LiveStore, caps
     assert "looked at: vw 1" in capsys.readouterr().err
     assert main(["erase", "orders", "--store", str(store.store), "--where", WHERE]) == 2
     assert "looked at: none" in capsys.readouterr().err
+
+
+REPEATING = """import polars as pl
+from schemas import FeatureView, Source, Trailing
+
+asked = Source("asked", time="t", columns={"id": pl.Int64, "shop": pl.String})
+paid = Source("paid", time="at", unique="bill", columns={"bill": pl.Int64, "cust": pl.String, "shop": pl.String})
+view = FeatureView("paying", asked, "id", [Trailing(paid, by="shop", over="2h", stats={"*": "count"})])
+"""
+
+
+def test_a_row_that_repeated_an_erased_one_counts_and_nothing_that_saw_it_is_left(tmp_path: Path) -> None:
+    """Of one bill, the person's row came first, at another shop."""
+    (tmp_path / "definition.py").write_text(REPEATING)
+    start = datetime(2024, 3, 1, tzinfo=UTC)
+    bills = [(0.1, 1, "person", "x"), (0.2, 1, "other", "y"), (0.3, 2, "other", "y"), (0.4, 3, "other", "z")]
+    paid = [
+        {"at": start + timedelta(hours=at), "bill": bill, "cust": who, "shop": shop} for at, bill, who, shop in bills
+    ]
+    asked = [{"t": start + timedelta(hours=1), "id": n, "shop": shop} for n, shop in enumerate("xyz")]
+    for name, some in (("paid", paid), ("asked", asked)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        pl.DataFrame(some).with_columns(pl.col(pl.Datetime).dt.cast_time_unit("us")).write_parquet(
+            tmp_path / "in" / name / "part.parquet"
+        )
+    flags = ["--definition", str(tmp_path / "definition.py"), "--store", str(tmp_path / "live")]
+    read = ["--sources", str(tmp_path / "in")]
+    assert main(["features", "--streaming", *flags, "--source", "replay", *read, "--without_history"]) == 0
+    view = load_definition(str(tmp_path / "definition.py")).view
+    uri = features_live_uri(str(tmp_path / "live"), view.name, view.fingerprint)
+    counts = dict(rows_of(uri).select("shop", view.feature_names[-1]).iter_rows())
+    assert counts == {"x": 1, "y": 1, "z": 1}
+    where = ["--where", "cust = 'person'", "--keep_sources"]
+    assert main(["erase", "paid", *flags, *read, *where]) == 0
+    assert rows_of(uri)["shop"].to_list() == ["z"]
+    assert main(["parity", *flags]) == 0
+    assert main(["verify", *flags, "--live", "--rows", "all"]) == 0
