@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import apache_beam as beam
 import polars as pl
@@ -175,7 +174,7 @@ def _total(files: Written) -> int:
 def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
-    figures: dict[str, Any] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
+    figures: dict[str, object] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
     if prefix:
         publish_tfrecord_files(files, prefix)  # type: ignore[arg-type]
     else:

@@ -38,6 +38,8 @@ METRICS_OF = {objective: (*names, *_BEYOND.get(objective, ())) for objective, na
 RISING = {"auc", "average_precision", "accuracy", "precision", "recall", "macro_auc", "macro_precision", "macro_recall"}
 # Differences between groups, as Fairlearn names them.
 FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
+# XGBoost's parameters, which have many types.
+Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class Search:
     """
 
     trials: int
-    space: Mapping[str, Any]
+    space: Mapping[str, object]
     method: str = "random"
     seed: int = 0
     factor: int = 3
@@ -228,7 +230,7 @@ class Model:
     objective: str = "binary:logistic"
     metric: str = "auc"
     encode: Mapping[str, encoders.Encoder] = dataclasses.field(default_factory=dict)
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    params: Params = dataclasses.field(default_factory=dict)
     rounds: int = 300
     early_stopping: int = 0
     search: Search | None = None
@@ -329,7 +331,7 @@ class Model:
         return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
 
     @property
-    def problem(self) -> dict[str, Any]:
+    def problem(self) -> dict[str, object]:
         """What is predicted, flat, as JSON values: versions of one registered model have it in common.
 
         Features, encoders, parameters, split and gates are not part of it, so that a model can get better.

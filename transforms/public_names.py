@@ -10,7 +10,6 @@ import ast
 import importlib
 import inspect
 import sys
-from typing import Any
 
 
 def listed_names(source: str) -> dict[str, str]:
@@ -39,7 +38,7 @@ def import_when_used(package: str) -> None:
             names.update(listed_names(inspect.getsource(module)))
         return names
 
-    def load(name: str) -> Any:
+    def load(name: str) -> object:
         if name == "__all__":
             return sorted(listed())
         if name.startswith("__") or name not in listed():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from typing import Any
 
 import polars as pl
 from deltalake import DeltaTable
@@ -15,7 +14,6 @@ from deltalake.schema import PrimitiveType
 
 from beam_pipelines.commands.trace_live import print_scored, print_seen
 from beam_pipelines.runtime.arguments import Arguments, whole
-from beam_pipelines.runtime.run_report import read_json
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import instant
 from schemas.errors import DataError, StoreError
@@ -32,13 +30,16 @@ from transforms.lineage.trace import (
     origin,
     view_table,
 )
+from transforms.models.bundle import model_manifest
 from transforms.models.registry import Registry, registry_uri
+from transforms.models.stored_records import ModelManifest, TableVersion
 from transforms.records.times import as_date
 from transforms.records.value_text import shown
+from transforms.storage.delta_log import CommitInfo
 from transforms.storage.delta_log import root_of as root_of_uri
-from transforms.storage.delta_tables import open_table, table_root
+from transforms.storage.delta_tables import TableRow, open_table, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import MANIFEST, features_live_uri, path_in_store
+from transforms.storage.paths import features_live_uri, path_in_store
 
 DAYS_SHOWN = 8
 
@@ -206,7 +207,7 @@ def _trace_prediction(
     entry, live = commit_of(table, file), where.startswith("predictions_live/")
     _print_prediction(table, row, entry, live)
     version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(row["model"], row["model_version"])
-    manifest = read_json(os.path.join(folder, MANIFEST))
+    manifest = model_manifest(folder)
     registry = flags.registry or "the registry of the store"
     _print_model(f"version {version} of {row['model']} in {registry}, {folder}", folder, manifest)
     _print_label_files(manifest.get("label_files", []))
@@ -217,7 +218,7 @@ def _trace_prediction(
         _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
-def _print_prediction(table: DeltaTable, row: Mapping[str, Any], entry: Mapping[str, Any], live: bool) -> None:
+def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live: bool) -> None:
     """Prints a prediction, its table, and the commit that brought it."""
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {row['model']}{', live' if live else ''}")
@@ -235,7 +236,7 @@ def _print_prediction(table: DeltaTable, row: Mapping[str, Any], entry: Mapping[
         print(wrapped(commit, hanging=2))
 
 
-def _print_model(name: str, folder: str, manifest: Mapping[str, Any]) -> None:
+def _print_model(name: str, folder: str, manifest: ModelManifest) -> None:
     """Prints a model version, what it was trained on, and its definition."""
     trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
     split = ", ".join(f"{part} {value}" for part, value in manifest.get("split", {}).items())
@@ -261,13 +262,10 @@ def _print_label_files(files: Sequence[str]) -> None:
             print(f"  and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
+def _print_trained(store: str, trained: TableVersion) -> None:
     """What the training table was made from."""
-    table = (
-        open_table(FileSystems.join(store, *path_in_store(trained["uri"]).split("/")), int(trained["version"]))
-        if trained
-        else None
-    )
+    uri = FileSystems.join(store, *path_in_store(trained["uri"]).split("/")) if trained else ""
+    table = open_table(uri, trained["version"]) if trained else None
     if table is None:
         return
     manifest = read_manifest(table)
@@ -281,7 +279,7 @@ def _print_trained(store: str, trained: Mapping[str, Any]) -> None:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
 
-def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: TableRow) -> None:
     """Prints the feature row that a live prediction was made from, and where that came from if the store has it."""
     view = definition.view
     print("\nthe feature row that was scored")
@@ -294,7 +292,7 @@ def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: M
     _print_origin(origin(view, table, *found[0]), definition, flags)
 
 
-def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: Mapping[str, Any]) -> None:
+def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: TableRow) -> None:
     """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
     uri, _, version = features.rpartition("@")
     table = None
@@ -309,7 +307,7 @@ def _print_scored(flags: argparse.Namespace, features: str, definition: Definiti
         _print_origin(origin(definition.view, table, file, found), definition, flags)
 
 
-def _when(entry: Mapping[str, Any]) -> str:
+def _when(entry: CommitInfo) -> str:
     return (
         f"on {datetime.fromtimestamp(entry['timestamp'] / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
         if "timestamp" in entry

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from beam_pipelines.runtime.terminal import many, wrapped
 from schemas.views import FeatureView
 from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
+from transforms.storage.delta_tables import TableRow
 
 
-def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool, most: int) -> None:
+def print_seen(view: FeatureView, store: str, row: TableRow, days: bool, most: int) -> None:
     """Prints where the spine row of a live feature row came from, and what the feature row could see.
 
     Args:
@@ -27,7 +25,7 @@ def print_seen(view: FeatureView, store: str, row: Mapping[str, Any], days: bool
         _print_looked(dimension)
 
 
-def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
+def print_scored(view: FeatureView, row: TableRow) -> None:
     """Prints which feature row a live prediction was made from, and when."""
     where = _position(f"{view.name}.features", row)
     print(
@@ -39,7 +37,7 @@ def print_scored(view: FeatureView, row: Mapping[str, Any]) -> None:
     )
 
 
-def _position(topic: str, row: Mapping[str, Any]) -> str:
+def _position(topic: str, row: TableRow) -> str:
     return f"{topic}: partition {row['__partition']}, offset {row['__offset']}, row {row['__place']} of the message"
 
 

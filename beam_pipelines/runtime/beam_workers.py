@@ -15,7 +15,6 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import apache_beam as beam
 import grpc
@@ -23,7 +22,7 @@ from apache_beam.runners.worker import data_plane, sdk_worker, statesampler, wor
 from apache_beam.transforms import userstate
 
 # State and timers of a DoFn.
-Specs = tuple[set[Any], set[Any]]
+Specs = tuple[set[userstate.StateSpec], set[userstate.TimerSpec]]
 
 # Loggers of the worker modules that log a lost connection with its traceback.
 LOGGERS = ("data_plane", "sdk_worker", "log_handler")
@@ -98,7 +97,7 @@ def _specs_by_class(specs: Callable[[beam.DoFn], Specs]) -> Callable[[beam.DoFn]
     return by_class
 
 
-def _loopback_server(*arguments: Any, **named: Any) -> grpc.Server:
+def _loopback_server(*arguments: object, **named: object) -> grpc.Server:
     """A gRPC server that listens on loopback where it is to listen on all interfaces."""
     server = grpc.server(*arguments, **named)
     listen = server.add_insecure_port

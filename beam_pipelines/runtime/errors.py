@@ -13,12 +13,15 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from beam_pipelines.runtime.interrupts import INTERRUPT, STOPPED
 from beam_pipelines.runtime.protection import protected, without_secrets
 from schemas import errors
 from schemas.errors import DefinitionError, MillraceError, StoreError
+
+if TYPE_CHECKING:
+    from beam_pipelines.runtime.run_report import Run
 
 ERROR = re.compile(r"schemas\.errors\.(\w+Error): (.*)$", re.MULTILINE)
 STEP = re.compile(r" ?\[while running '([^']*)'\]\.?")
@@ -114,7 +117,7 @@ def resume_hint(error: BaseException, argv: Sequence[str]) -> str:
     return f"\n  in run {run.figures['run_id']} of {run.pipeline}{where}\n  to resume: {resume}"
 
 
-def resume_command(run: Any, argv: Sequence[str]) -> str:
+def resume_command(run: Run, argv: Sequence[str]) -> str:
     """The command that resumes a run."""
     command, run_id = run.pipeline.split()[0], str(run.figures["run_id"])
     words = list(argv[1:] if argv and argv[0] == command else argv)

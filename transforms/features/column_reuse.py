@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import polars as pl
 from pyarrow.parquet import Statistics
@@ -30,7 +29,7 @@ from schemas.feature_groups import column_names
 from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.features.manifest import VERSION, Manifest, SourceDescription, ViewDescription, read_anew
 from transforms.features.source_digests import Current, digests_now, digests_within, dimensions_digest, reaches
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import as_date, as_number
@@ -47,7 +46,7 @@ CANDIDATES = 3
 _LARGEST = 3.4e38
 
 
-def describe(view: FeatureView) -> dict[str, Any]:
+def describe(view: FeatureView) -> ViewDescription:
     """Describes the view so that later views can be compared with it. The result is stored in manifests."""
     described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
@@ -63,7 +62,7 @@ def describe(view: FeatureView) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, Any]:
+def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, object]:
     """Describes what decides which rows of a source count.
 
     Args:
@@ -81,7 +80,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
     }
 
 
-def description_after(view: FeatureView, before: Manifest) -> dict[str, Any]:
+def description_after(view: FeatureView, before: Manifest) -> ViewDescription:
     """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
     described = describe(view)
     return described if not before.dates or before.about == described else {}
@@ -233,8 +232,9 @@ def _proof(
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
     contract, slices = inventory.contract(source), inventory.slices[source]
     now = _rules(contract.source, contract.read, contract.ordering)
+    rules: Mapping[str, object] = before or {}
     if before is None or any(
-        before[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
+        rules[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
     ):
         return _never, False
     exactly = before["columns"] == now["columns"]
@@ -279,7 +279,7 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 
 
 def _alike(
-    contract: Contract, before: Mapping[str, Any], slices: Sequence[Slice], repeats: Repeats | None
+    contract: Contract, before: SourceDescription, slices: Sequence[Slice], repeats: Repeats | None
 ) -> Contract | None:
     """Returns the contract of an older view that read or checked other columns.
 

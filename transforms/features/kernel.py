@@ -8,10 +8,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DataError
@@ -22,7 +20,7 @@ from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
-from transforms.records.window_sums import Bools, Ints
+from transforms.records.window_sums import Bools, Ints, Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
@@ -239,7 +237,7 @@ def _last(rows: Ints, lo: Ints, hi: Ints) -> tuple[Ints, Bools]:
 def _statistic(history: History, wanted: Statistic) -> pl.Series:
     prior = history.prior if wanted.length == history.summed else None
 
-    def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+    def one(rows: Ints, lo: Ints, hi: Ints) -> tuple[Numbers, Bools]:
         if prior is not None and wanted.stat not in ORDERED:
             return prior.number(wanted, None if wanted.column == "*" else history.column(wanted.column, rows), lo, hi)
         if wanted.column == "*":
@@ -382,8 +380,8 @@ class History:
         return Column(series.fill_null(0).to_numpy(), valid)
 
     def spread(
-        self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[npt.NDArray[Any], Bools]]
-    ) -> tuple[npt.NDArray[Any], Bools]:
+        self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
+    ) -> tuple[Numbers, Bools]:
         """`function` of all windows, in the spine's order of rows."""
         values, valid = [], np.empty(len(self.moments), np.bool_)
         start = 0

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.features.window_statistics import Column
 from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, Digits, Ints, decompose, squared, total, variance
+from transforms.records.window_sums import Bools, Digits, Ints, Numbers, decompose, squared, total, variance
 
 # The column of a summary that holds the last row; no key has that name.
 LATEST = " latest"
@@ -123,7 +121,7 @@ class PriorSummary:
         self.summary, self.rows, self.known = summary, rows, rows >= 0
         self.at = np.where(self.known, rows, 0)
 
-    def numbers(self, name: str, missing: float | int = 0) -> npt.NDArray[Any]:
+    def numbers(self, name: str, missing: float | int = 0) -> Numbers:
         column = self.summary[name] if name in self.summary.columns else None
         if column is None or not len(self.summary):
             return np.full(len(self.rows), missing)
@@ -137,7 +135,7 @@ class PriorSummary:
         ]
         return {int(name[len(prefix) :]): self.numbers(name).astype(np.int64) for name in units}
 
-    def number(self, each: Statistic, own: Column | None, lo: Ints, hi: Ints) -> tuple[npt.NDArray[Any], Bools]:
+    def number(self, each: Statistic, own: Column | None, lo: Ints, hi: Ints) -> tuple[Numbers, Bools]:
         """Computes a statistic of the summary and the windows `[lo, hi)` of the column `own` together.
 
         `first` and `last` are not computed here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from schemas.errors import StoreError
 from schemas.features import Derived
@@ -24,6 +24,43 @@ WRITTEN_BEFORE = (
 )
 
 
+class SourceDescription(TypedDict):
+    """What decides which rows of a source count: (name, type) of its columns among it.
+
+    Args:
+        ordering: columns that are read only to choose between rows.
+    """
+
+    name: str
+    time: str | None
+    event_time: str | None
+    unique: list[str] | None
+    order: list[str] | None
+    not_before: str
+    columns: list[list[str]]
+    ordering: NotRequired[list[str]]
+
+
+class SpineDescription(SourceDescription):
+    """The same of the spine, and its key."""
+
+    key: list[str]
+
+
+class ViewDescription(TypedDict, total=False):
+    """A view in terms that another view can be compared with; empty where it must not be.
+
+    Args:
+        meanings: of each column.
+        reaches: (source, µs that it is read back).
+    """
+
+    spine: SpineDescription
+    meanings: dict[str, str]
+    sources: dict[str, SourceDescription]
+    reaches: list[tuple[str, int]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Manifest:
     """What a feature table was computed from; kept with its commits.
@@ -36,7 +73,7 @@ class Manifest:
         dates: per computed day of the spine, the digest of all its inputs.
         dimensions: digest per dimension as last used; `looked_up` has it per computed day.
         snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
-        about: the view in terms that another view can be compared with (`evolution.about`).
+        about: the view in terms that another view can be compared with (`column_reuse.describe`).
         version: of the rules by which it was made (`VERSION`).
     """
 
@@ -48,7 +85,7 @@ class Manifest:
     dimensions: Mapping[str, int]
     looked_up: Mapping[int, int]
     snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: ViewDescription = dataclasses.field(default_factory=lambda: ViewDescription())
     version: int = VERSION
 
     def to_json(self) -> str:

@@ -14,8 +14,8 @@ Shapes: `values` has n elements, `lo` and `hi` (int64) have one per window, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,36 +23,36 @@ import numpy.typing as npt
 from transforms.records.exact_sums import Floats
 from transforms.records.window_sums import Bools, ExactSum, Ints, squared, variance
 
+Value = TypeVar("Value")
+
 
 class Once:
     """Values computed on first use by one thread, while other threads that want the same value wait."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Any] = {}
-        self._locks: dict[Any, threading.Lock] = {}
+        self._made: dict[Hashable, object] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
 
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         if key not in self._made:
             with self._locks.setdefault(key, threading.Lock()):
                 if key not in self._made:
                     self._made[key] = make()
-        return self._made[key]
+        return cast(Value, self._made[key])
 
 
-class lazy:
+class lazy(Generic[Value]):
     """An attribute computed on first use.
 
     Unlike `functools.cached_property` (before 3.12), each has its own lock, so that threads that work on different
     columns do not wait for each other.
     """
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
+    def __init__(self, make: Callable[..., Value]) -> None:
         self.make, self.name = make, make.__name__
         self.__doc__ = make.__doc__
 
-    def __get__(self, owner: Any, kind: type | None = None) -> Any:
-        if owner is None:
-            return self
+    def __get__(self, owner: object, kind: type | None = None) -> Value:
         once = owner.__dict__.setdefault("_once", Once())
         value = owner.__dict__[self.name] = once.get(self.name, lambda: self.make(owner))
         return value

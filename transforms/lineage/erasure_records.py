@@ -10,14 +10,13 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids as ids_of
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import TableRow, write_aside
 from transforms.storage.stored_json import parse_object, read_regular, understood
 
 FOLDER = "erasures"
@@ -103,7 +102,7 @@ def erasure_of(
     return last
 
 
-def erased_row(store: str, view: FeatureView, values: Mapping[str, Any], live: bool = False) -> ErasureRecord | None:
+def erased_row(store: str, view: FeatureView, values: TableRow, live: bool = False) -> ErasureRecord | None:
     """The last erasure of the feature row with these values of the key's columns and the time."""
     names = [*view.key, view.time]
     columns = [pl.Series(name, [values[name]]).cast(view.spine.schema[name]) for name in names]

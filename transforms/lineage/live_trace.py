@@ -6,13 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
 
 import polars as pl
 
 from schemas.views import FeatureView, reached_from
 from transforms.lineage.visible_rows import seen_of
-from transforms.storage.delta_tables import open_table
+from transforms.storage.delta_tables import TableRow, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.row_origin import cut_of
@@ -43,7 +42,7 @@ class Looked:
     path: str | None
 
 
-def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Visible]:
+def visible_to(view: FeatureView, store: str, row: TableRow) -> list[Visible]:
     """What the feature row `row` of the live feature table could see; the spine is first."""
     cut = cut_of(row["__cut"])
     at = int(pl.Series([row[view.time]]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
@@ -61,7 +60,7 @@ def visible_to(view: FeatureView, store: str, row: Mapping[str, Any]) -> list[Vi
     return result
 
 
-def looked_up(store: str, row: Mapping[str, Any]) -> list[Looked]:
+def looked_up(store: str, row: TableRow) -> list[Looked]:
     """The dimensions that the feature row used."""
     result = []
     for name, version in json.loads(row["__dimensions"] or "{}").items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any
 
 import polars as pl
 from deltalake import DeltaTable
@@ -16,8 +15,8 @@ from transforms.features.manifest import VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
 from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
-from transforms.storage.delta_log import commit_at, commits, file_actions
-from transforms.storage.delta_tables import DataFile, data_files, dates_of, open_table, read_file, table_root
+from transforms.storage.delta_log import CommitInfo, commit_at, commits, file_actions
+from transforms.storage.delta_tables import DataFile, TableRow, data_files, dates_of, open_table, read_file, table_root
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import tables_below
@@ -122,11 +121,11 @@ class VisibleSource:
 class Origin:
     """Where a feature row came from."""
 
-    row: Mapping[str, Any]
+    row: TableRow
     table: str
     version: int
     file: DataFile
-    commit: Mapping[str, Any]
+    commit: CommitInfo
     seen: tuple[VisibleSource, ...]
     outdated: bool = False  # written by a version whose windows over all history may be wrong
 
@@ -142,10 +141,10 @@ def view_table(store: str, view: FeatureView, version: int | None = None, positi
 
 
 def find_rows(
-    table: DeltaTable, conditions: Mapping[str, Any], day: date | None = None
-) -> list[tuple[DataFile, dict[str, Any]]]:
+    table: DeltaTable, conditions: Mapping[str, object], day: date | None = None
+) -> list[tuple[DataFile, TableRow]]:
     """Rows with these values, each with its file.  With `day`, files of other dates are not read."""
-    found = []
+    found: list[tuple[DataFile, TableRow]] = []
     columns = list(dict.fromkeys(conditions))
     for file in data_files(table):
         if day is not None and file.date != day:
@@ -162,7 +161,7 @@ def find_rows(
     return found
 
 
-def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, Any]:
+def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
     """`["flight_id=123"]` as values of the key's columns.
 
     Raises:
@@ -199,7 +198,7 @@ def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: Mapping[str, Any]) -> Origin:
+def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) -> Origin:
     """Where the row of that file came from: the commit that added the file, and what its run had read."""
     uri, entry = table_root(table), commit_of(table, file)
     made = open_table(uri, entry["version"]) if "version" in entry else None
@@ -242,7 +241,7 @@ def _since(path: str, stamp: str) -> str:
 
 def find_prediction(
     store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
-) -> tuple[str, DeltaTable, DataFile, dict[str, Any]]:
+) -> tuple[str, DeltaTable, DataFile, TableRow]:
     """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live`
     ones are meant.
 
@@ -271,7 +270,7 @@ def find_prediction(
     )
 
 
-def commit_of(table: DeltaTable, file: DataFile) -> Mapping[str, Any]:
+def commit_of(table: DeltaTable, file: DataFile) -> CommitInfo:
     """The metadata of the commit of these rows; empty if the log does not have it any more.
 
     Rows that were copied into a file of another run belong to the commit of the file that they come from.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.models.bundle import Bundle, digest_of, load, read_bytes, save
+    from transforms.models.bundle import Bundle, digest_of, load, model_manifest, read_bytes, save
     from transforms.models.encoders import (
         EXACT,
+        EncoderState,
         Encoding,
         Fitted,
         Matrix,

@@ -133,6 +133,15 @@ def _parsed(kind: type[Record], text: bytes, folder: str | Path) -> Record:
         raise StoreError("A model's manifest is JSON as Millrace writes it", value, _RESTORE) from None
 
 
+def model_manifest(folder: str | Path) -> ModelManifest:
+    """The manifest in a model's folder; the other files are not looked at.
+
+    Raises:
+        StoreError: it cannot be read, or is not as Millrace writes it.
+    """
+    return _parsed(ModelManifest, read_bytes(folder, MANIFEST), folder)
+
+
 def digest_of(folder: str | Path) -> str:
     """SHA-256 of the folder's manifest, which identifies every file of the bundle."""
     return _sha256(read_bytes(folder, MANIFEST))

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,32 @@ EXACT = 1 << 24
 _PARTS = ((1, 1 << 24), (2, 1 << 48))
 
 
+class EncoderState(TypedDict, total=False):
+    """The fitted state of one input, as `encoders.json` has it; which keys there are depends on the encoder.
+
+    Args:
+        categories: of an ordinal, one-hot or target encoder; `means` of the label go with them.
+        prior: mean of the label over all rows.
+        offset, scale, rest: a value is encoded as (value - offset - rest) / scale.
+        boundaries: of buckets; integers if `whole`.
+        value: what is put in place of null.
+        base: integer that is subtracted from integers beyond 2^24 before they become floats.
+        columns: number of float32 columns whose sum is a value that is passed through or imputed.
+    """
+
+    categories: list[str]
+    means: list[float]
+    prior: float
+    offset: float
+    scale: float
+    rest: float
+    boundaries: list[float] | list[int]
+    whole: bool
+    value: float
+    base: int
+    columns: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoding:
     """One input, its encoder, and the encoder's fitted state.
@@ -46,15 +71,13 @@ class Encoding:
         input: column of the feature table.
         type: its Arrow type.
         encoder: the declared encoder; None passes a number through.
-        state: the fitted state, as JSON values.  For integers beyond 2^24, `base` is an integer that is subtracted
-            before the conversion to a float, or `whole` if boundaries are integers.  `columns` is the number of
-            float32 columns whose sum is a value that is passed through or imputed.
+        state: the fitted state.
     """
 
     input: str
     type: str
     encoder: encoders.Encoder | None = None
-    state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    state: EncoderState = dataclasses.field(default_factory=lambda: EncoderState())
 
     @property
     def names(self) -> list[str]:
@@ -334,7 +357,7 @@ def _hashed(column: pa.Array, buckets: int) -> Matrix:
     return result
 
 
-def _declared(encoder: encoders.Encoder | None) -> dict[str, Any] | None:
+def _declared(encoder: encoders.Encoder | None) -> dict[str, object] | None:
     return None if encoder is None else {"kind": type(encoder).__name__, **dataclasses.asdict(encoder)}
 
 

@@ -22,7 +22,7 @@ class PyfuncModel:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
 
-    def predict(self, rows: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, rows: Any, params: dict[str, object] | None = None) -> Any:
         """Score rows: a pandas frame of float32 in their order.  An input without a column is null in every row.
 
         Raises:

@@ -8,11 +8,9 @@ import logging
 from collections.abc import Mapping
 
 from schemas.errors import MillraceError, MismatchError
-from transforms.models.bundle import read_bytes
+from transforms.models.bundle import model_manifest
 from transforms.models.registry import Registry
 from transforms.models.stored_records import ModelManifest
-from transforms.storage.paths import MANIFEST
-from transforms.storage.stored_json import DAMAGE, parse_record
 
 log = logging.getLogger("millrace.training")
 
@@ -46,8 +44,8 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, objec
         version = versions[-1]
     try:
         _, folder = registry.resolve(name, version)
-        theirs = problem_of(parse_record(ModelManifest, read_bytes(folder, MANIFEST)))
-    except (MillraceError, *DAMAGE) as error:
+        theirs = problem_of(model_manifest(folder))
+    except MillraceError as error:
         log.warning("whether version %s of %r predicts the same is not known: %s", version, name, error)
         return
     apart = [part for part in mine if part in theirs and mine[part] != theirs[part] and not part.endswith("_shown")]

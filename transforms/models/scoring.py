@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import apache_beam as beam
 import numpy as np
@@ -20,6 +20,9 @@ from schemas.errors import MismatchError, StoreError
 from schemas.tables import predictions, scores
 from transforms.models.bundle import Bundle, digest_of, load
 from transforms.records.row_hashing import prediction_ids
+
+if TYPE_CHECKING:
+    from xgboost import Booster
 
 # Beam imports the standard module `resource` in one `try` with its ModelManager, which needs torch.  Without torch it
 # therefore has no `resource`, and warns that it cannot measure memory whenever it loads a model.  No Beam issue is
@@ -52,7 +55,7 @@ class Scorer:
     """A model in memory, ready to score.  Threads may share it."""
 
     bundle: Bundle
-    booster: Any
+    booster: Booster
     version: str
 
 
@@ -166,7 +169,7 @@ class RecordBatchHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Scorer]):
         return open_scorer(self.model, self.threads)
 
     def run_inference(
-        self, batch: Sequence[pa.RecordBatch], model: Scorer, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[pa.RecordBatch], model: Scorer, inference_args: dict[str, object] | None = None
     ) -> Iterable[pa.RecordBatch]:
         return [predict(model, batch, self.arm, self.carry)]
 

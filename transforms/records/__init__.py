@@ -46,6 +46,16 @@ if TYPE_CHECKING:
         now_us,
     )
     from transforms.records.value_text import shown
-    from transforms.records.window_sums import Bools, Digits, ExactSum, Ints, decompose, squared, total, variance
+    from transforms.records.window_sums import (
+        Bools,
+        Digits,
+        ExactSum,
+        Ints,
+        Numbers,
+        decompose,
+        squared,
+        total,
+        variance,
+    )
 
 import_when_used(__name__)

@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 class PickledOnce:
     """Base of a frozen dataclass, or of an immutable sequence that says what it is made of."""
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return _restored, (type(self), self._pickled)
 
     def pickled_state(self) -> object:

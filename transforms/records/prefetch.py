@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import apache_beam as beam
 from apache_beam import pvalue
@@ -32,9 +32,9 @@ class PrefetchDoFn(beam.DoFn):
         self.reader, self.worker = ThreadPoolExecutor(self.readers, "read"), ThreadPoolExecutor(1, "work")
 
     def start_bundle(self) -> None:
-        self.pending: deque[Future[list[Any]]] = deque()
+        self.pending: deque[Future[list[object]]] = deque()
 
-    def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[Any]]) -> Iterator[Any]:
+    def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[object]]) -> Iterator[object]:
         """Starts an element whose outputs are `work(read())`.
 
         Yields the outputs of an earlier element if enough are pending.
@@ -44,12 +44,12 @@ class PrefetchDoFn(beam.DoFn):
         if len(self.pending) > self.readers + 1:
             yield from self.pending.popleft().result()
 
-    def rest(self) -> Iterator[Any]:
+    def rest(self) -> Iterator[object]:
         """Yields the outputs of all pending elements."""
         while self.pending:
             yield from self.pending.popleft().result()
 
-    def finish_bundle(self) -> Iterator[Any]:
+    def finish_bundle(self) -> Iterator[object]:
         for each in self.rest():
             if isinstance(each, pvalue.TaggedOutput):
                 yield pvalue.TaggedOutput(each.tag, GlobalWindows.windowed_value(each.value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from transforms.records.exact_sums import Floats
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+# Values of a statistic: int64 or float64, by the statistic.
+Numbers = npt.NDArray[Any]
 # Exponent of two to one digit per window.
 Digits = dict[int, Ints]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -52,7 +51,7 @@ class Partitions:
     """
 
     types: Mapping[str, pa.DataType]
-    values: Mapping[str, Mapping[str, Any]]
+    values: Mapping[str, Mapping[str, object]]
     columns: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
 
 

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from io import BufferedIOBase
 from typing import Any
 
 import polars as pl
@@ -399,7 +400,7 @@ def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | No
 def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     """A Parquet file of `source`, local or on any Beam filesystem."""
 
-    def opened() -> Any:
+    def opened() -> str | BufferedIOBase:
         if "://" not in path:
             require_regular(path)
         return path if "://" not in path else FileSystems.open(path, compression_type="uncompressed")
@@ -422,7 +423,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
         ) from None
 
 
-def _metadata(file: Any) -> pq.FileMetaData:
+def _metadata(file: str | BufferedIOBase) -> pq.FileMetaData:
     """A file's metadata without the Arrow types that its writer noted beside Parquet's own: newer writers (delta-rs for
     Polars) have types there that the Arrow of this environment does not know, such as views of strings."""
     with open(file, "rb") if isinstance(file, str) else file as handle:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -180,7 +179,7 @@ class _FileRows:
 
     path: str
     table: pa.Table
-    given: Mapping[str, Any]
+    given: Mapping[str, object]
 
 
 class _Alike:

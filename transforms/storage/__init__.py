@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
     from transforms.storage.date_spans import UNREADABLE, partition_days
     from transforms.storage.delta_log import (
+        CommitInfo,
         commit_at,
         commits,
         file_actions,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         Committed,
         CommittedMeanwhile,
         DataFile,
+        TableRow,
         WrittenFiles,
         add_actions,
         append_commit,

@@ -25,6 +25,8 @@ from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import read_regular
 
 LOG = "_delta_log"
+# An action of the log, such as the metadata of a commit: keys of the protocol, and ours.
+CommitInfo = dict[str, Any]
 
 
 def root_of(uri: str) -> str:
@@ -77,7 +79,7 @@ def versions(uri: str) -> list[int]:
     )
 
 
-def commits(uri: str, version: int | None = None) -> Iterator[dict[str, Any]]:
+def commits(uri: str, version: int | None = None) -> Iterator[CommitInfo]:
     """The metadata of each commit up to `version` (None: the newest), with its `version`; newest first.
 
     Raises:
@@ -88,7 +90,7 @@ def commits(uri: str, version: int | None = None) -> Iterator[dict[str, Any]]:
             yield commit_at(uri, each)
 
 
-def commit_at(uri: str, version: int) -> dict[str, Any]:
+def commit_at(uri: str, version: int) -> CommitInfo:
     """The metadata of the commit."""
     info = next(_actions(uri, version, "commitInfo"), {})
     return {**info, "version": version}
@@ -114,7 +116,7 @@ def metadata_of(table: DeltaTable, name: str) -> str | None:
 
 def remaining(
     uri: str, actions: Sequence[AddAction], dates: tuple[date, ...] | None, now: Mapping[str, date]
-) -> tuple[list[Any], tuple[date, ...] | None]:
+) -> tuple[list[AddAction], tuple[date, ...] | None]:
     """What is left of a commit of `actions` over `dates`, where the table has the files `now` there.
 
     A file's name has its run and content, so those of an earlier launch of the same run may be there already.  Dates
@@ -188,7 +190,7 @@ def merged_files(uri: str, version: int) -> set[str]:
     return file_actions(uri, version)[1]
 
 
-def _actions(uri: str, version: int, kind: str) -> Iterator[dict[str, Any]]:
+def _actions(uri: str, version: int, kind: str) -> Iterator[CommitInfo]:
     path = FileSystems.join(root_of(uri), LOG, f"{version:020}.json")
     try:
         text = read_regular(path).decode()

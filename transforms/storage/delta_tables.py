@@ -65,6 +65,11 @@ def file_pool() -> ThreadPoolExecutor:
 
 Day = date  # a name that a field called `date` does not hide
 
+# A row of a table whose columns a definition declares, as Arrow gives it.
+TableRow = Mapping[str, Any]
+# What a commit replaces, as delta-rs takes it.
+Filters = list[tuple[str, str, str | list[str]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
@@ -461,7 +466,7 @@ def retry_commits(uri: str, attempt: Callable[[DeltaTable | None], Result], exha
 
 
 def append_commit(
-    uri: str, table: DeltaTable | None, entry: LogEntry, overwrites: bool = False, filters: Any = None
+    uri: str, table: DeltaTable | None, entry: LogEntry, overwrites: bool = False, filters: Filters | None = None
 ) -> int:
     """Commits `entry` as the version after that of `table` (None: creates the table), and returns the version.
 
@@ -512,7 +517,7 @@ def commit(
     target: CommitTarget,
     written: WrittenFiles,
     prepare: Callable[..., dict[str, str]] | None = None,
-    side: Sequence[Any] = (),
+    side: Sequence[object] = (),
 ) -> Committed:
     """Replaces the rows of the target's dates with the files `written`, in one atomic commit.
 
@@ -550,7 +555,7 @@ class _Replacement:
     files: tuple[tuple[DataFile, dict[str, str]], ...]
     before: frozenset[tuple[str, date]]
     prepare: Callable[..., dict[str, str]] | None
-    side: tuple[Any, ...]
+    side: tuple[object, ...]
 
     def attempt(self, table: DeltaTable | None) -> Committed:
         """Commits to `table`, the newest version, unless the run has committed before.
@@ -777,9 +782,9 @@ def add_actions(uri: str, files: Iterable[tuple[DataFile, dict[str, str]]]) -> l
     return actions
 
 
-def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Any:
+def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Filters | None:
     """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
-    filters: list[tuple[str, str, Any]] = [(name, "=", value) for name, value in (target.extra or {}).items()]
+    filters: Filters = [(name, "=", value) for name, value in (target.extra or {}).items()]
     if dates is not None:
         filters.append(("date", "in", [day.isoformat() for day in dates]))
     return filters or None
@@ -790,7 +795,7 @@ def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFi
     if table is None:
         return {}
     root, actions, spans = table_root(table), _actions(table), date_spans.days_of(table) > 1
-    wanted: dict[str, set[Any]] = {name: {value} for name, value in (target.extra or {}).items()}
+    wanted: dict[str, set[date | str]] = {name: {value} for name, value in (target.extra or {}).items()}
     if target.dates is not None and not spans:
         wanted["date"] = set(target.dates)
     names = [*(target.extra or {}), *([] if spans else ["date"])]

@@ -15,7 +15,10 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Some file systems, as those of networks, cannot flush a folder: they make a name durable with the file.
 _NO_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
@@ -28,7 +31,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(FLUSHES, "flush")
 
 
-def write_file(path: str, content: Any, exclusive: bool = False) -> None:
+def write_file(path: str, content: bytes | pa.Buffer, exclusive: bool = False) -> None:
     """Writes a whole file that is durable when this returns; readers see all of it or none.
 
     Args:
@@ -57,7 +60,7 @@ def write_file(path: str, content: Any, exclusive: bool = False) -> None:
     sync_folder(folder)
 
 
-def write_aside(path: str, content: Any) -> str:
+def write_aside(path: str, content: bytes | pa.Buffer) -> str:
     """Writes `content` under a hidden name beside `path`, and returns that; `publish` gives it its name.
 
     Raises:

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from deltalake import DeltaTable, Schema
@@ -107,7 +106,7 @@ def sync_log(uri: str) -> None:
         sync_folder(os.path.join(root_of(uri), LOG))
 
 
-def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, Any]]:
+def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, object]]:
     now = time.time_ns() // 1_000_000
     mode = "Overwrite" if entry.removed else "Append"
     yield {
@@ -148,7 +147,7 @@ def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, An
         }
 
 
-def _metadata(table: DeltaTable | None, entry: LogEntry, now: int) -> dict[str, Any]:
+def _metadata(table: DeltaTable | None, entry: LogEntry, now: int) -> dict[str, object]:
     assert entry.schema is not None
     known = None if table is None else table.metadata()
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -65,7 +64,7 @@ class CommitFiles(beam.PTransform):
 
     target: CommitTarget
     prepare: Callable[..., dict[str, str]] | None = None
-    side: tuple[Any, ...] = ()
+    side: tuple[object, ...] = ()
 
     def expand(self, files: beam.PCollection) -> beam.PCollection:
         step = functools.partial(commit, self.target, prepare=self.prepare)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING
 
 import apache_beam as beam
 import numpy as np
@@ -22,6 +22,9 @@ from transforms.training.examples import schema_of
 from transforms.training.fit_encoders import declared
 from transforms.validation.statistics import described
 from transforms.validation.tfdv_schema import infer_schema, measured, parse_statistics, schema_text
+
+if TYPE_CHECKING:
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
 
 log = logging.getLogger("millrace.training")
 
@@ -69,13 +72,15 @@ def model_columns(model: Model) -> pa.Schema:
     return described(schema_of(model), [*model.inputs, LABEL])
 
 
-def bundle_files(statistics: Any, model: Model) -> dict[str, bytes]:
+def bundle_files(statistics: DatasetFeatureStatisticsList, model: Model) -> dict[str, bytes]:
     """Files of the bundle with statistics and schema of the training split, in TFDV's formats."""
     schema = schema_text(infer_schema(statistics, model_columns(model)))
     return {STATISTICS: statistics.SerializeToString(deterministic=True), SCHEMA: schema.encode()}
 
 
-def distances(now: Any, before: Any, columns: pa.Schema) -> dict[str, float]:
+def distances(
+    now: DatasetFeatureStatisticsList, before: DatasetFeatureStatisticsList, columns: pa.Schema
+) -> dict[str, float]:
     """Distance, 0 … 1, of each column that both statistics have."""
     shared = {feature.path.step[0] for feature in before.datasets[0].features}
     found = measured(infer_schema(now, columns), now, before)
@@ -83,7 +88,11 @@ def distances(now: Any, before: Any, columns: pa.Schema) -> dict[str, float]:
 
 
 def examine(
-    learnt: Any, tested: Any, leaks: Mapping[str, str], model: Model, champion: tuple[str, bytes] | None
+    learnt: DatasetFeatureStatisticsList,
+    tested: DatasetFeatureStatisticsList,
+    leaks: Mapping[str, str],
+    model: Model,
+    champion: tuple[str, bytes] | None,
 ) -> Findings:
     """What there is to say; warnings go to the log too.
 
@@ -100,7 +109,7 @@ def examine(
     return Findings(drift, distances(tested, learnt, columns), champion and champion[0], warnings)
 
 
-def _dull(statistics: Any) -> Iterable[str]:
+def _dull(statistics: DatasetFeatureStatisticsList) -> Iterable[str]:
     """Warnings of inputs with no or one value, and of a constant label."""
     for feature in statistics.datasets[0].features:
         name = feature.path.step[0]
@@ -163,7 +172,7 @@ class Suspect:
 
     rows: int
     equal: int
-    levels: Mapping[Any, Level] | None
+    levels: Mapping[object, Level] | None
 
     @classmethod
     def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
@@ -179,7 +188,7 @@ class Suspect:
         return cls(len(rows), equal, {x: Level.of(labels.to_numpy()) for x, labels in parts})
 
     def __add__(self, other: Suspect) -> Suspect:
-        levels: dict[Any, Level] | None = None
+        levels: dict[object, Level] | None = None
         if self.levels is not None and other.levels is not None:
             levels = dict(self.levels)
             for value, level in other.levels.items():

@@ -18,6 +18,7 @@ from schemas import Model, encoders
 from schemas.splits import LABEL
 from transforms.models.encoders import (
     EXACT,
+    EncoderState,
     Encoding,
     Fitted,
     column_of,
@@ -230,7 +231,7 @@ def _given(encoder: encoders.Encoder | None) -> bool:
     return isinstance(encoder, encoders.Impute) and not isinstance(encoder.value, str)
 
 
-def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
+def _finished(each: Encoding, part: PartialFit | None) -> EncoderState:
     """The fitted state of one input; `part` is None if there was no row or nothing is fitted."""
     encoder = each.encoder
     if isinstance(encoder, encoders.Target):
@@ -244,13 +245,13 @@ def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
         part = part.bins if isinstance(part, Ranks) else part
     if isinstance(encoder, encoders.Standardize):
         moments = part or Moments()
-        state = {"offset": moments.mean, "scale": moments.deviation or 1.0}
+        state: EncoderState = {"offset": moments.mean, "scale": moments.deviation or 1.0}
         rest = float(moments.exact_mean - Fraction(moments.mean)) if each.type == "double" else 0.0
         return {**state, "rest": rest} if rest else state
     if isinstance(encoder, encoders.MinMax):
         moments = part if part and part.count else Moments(least=0.0, greatest=0.0)
         return {"offset": moments.least, "scale": moments.greatest - moments.least or 1.0}
-    columns: dict[str, Any] = {}
+    columns: EncoderState = {}
     if isinstance(part, Doubles):
         columns = {"columns": part.columns} if part.columns > 1 else {}
         part = part.bins if encoder == encoders.Impute("median") else part.moments
@@ -270,7 +271,7 @@ def _finished(each: Encoding, part: PartialFit | None) -> dict[str, Any]:
     return {}
 
 
-def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> dict[str, Any]:
+def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, greatest: int) -> EncoderState:
     """The state of an integer input with values beyond 2^24: an integer is subtracted before the conversion to a
     float."""
     if isinstance(encoder, encoders.Standardize) and isinstance(part, Moments):
@@ -284,7 +285,7 @@ def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, 
         # As many integers lie below a boundary as below the next integer.
         cuts = part.quantiles([i / encoder.buckets for i in range(1, encoder.buckets)])
         return {"boundaries": sorted({math.ceil(cut) for cut in cuts}), "whole": True}
-    state = {"base": least, "columns": columns_needed(least, greatest)}
+    state: EncoderState = {"base": least, "columns": columns_needed(least, greatest)}
     if isinstance(encoder, encoders.Impute):
         if isinstance(part, Ranks):
             (value,) = part.quantiles([0.5])
@@ -294,12 +295,12 @@ def _whole(encoder: encoders.Encoder | None, part: Moments | Ranks, least: int, 
     return state
 
 
-def _around(interior: Fraction, scale: float) -> dict[str, Any]:
+def _around(interior: Fraction, scale: float) -> EncoderState:
     base = round(interior)
     return {"base": base, "offset": float(interior - base), "scale": scale or 1.0}
 
 
-def _target(encoder: encoders.Target, part: Vocabulary) -> dict[str, Any]:
+def _target(encoder: encoders.Target, part: Vocabulary) -> EncoderState:
     prior = float(ratio(part.total) / part.rows) if part.rows else 0.0
     names = sorted(part.counts)
     means = [

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from schemas import Model, encoders
 from transforms.models.encoders import EXACT, is_whole
 from transforms.training.data_checks import Findings
 from transforms.training.examples import Account, schema_of
 
+if TYPE_CHECKING:
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
+
 log = logging.getLogger("millrace.training")
 
 
-def lost_digits(findings: Findings, learnt: Any, account: Account, model: Model) -> Findings:
+def lost_digits(findings: Findings, learnt: DatasetFeatureStatisticsList, account: Account, model: Model) -> Findings:
     """Add a warning for each input, and for the label, whose neighbouring whole numbers become equal.
 
     Integers that no encoder scales lose nothing, since they get as many float32 columns as they need.
@@ -32,7 +35,7 @@ def lost_digits(findings: Findings, learnt: Any, account: Account, model: Model)
     return dataclasses.replace(findings, warnings=(*findings.warnings, *warnings))
 
 
-def _inputs(learnt: Any, model: Model) -> Iterator[str]:
+def _inputs(learnt: DatasetFeatureStatisticsList, model: Model) -> Iterator[str]:
     schema = schema_of(model)
     stats = {feature.path.step[0]: feature.num_stats for feature in learnt.datasets[0].features}
     for name in model.inputs:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from schemas import Model
 from schemas.errors import DataError, DefinitionError
-from schemas.models import RISING
+from schemas.models import RISING, Params
 
 # Parameters that the model sets and `params` may not; the device is a flag of the run.
 FIXED = (
@@ -41,7 +41,7 @@ class Trial:
     """
 
     index: int
-    params: Mapping[str, Any]
+    params: Params
     rung: int = 0
     rounds: int = 0
     fold: int = 0
@@ -202,7 +202,7 @@ def _sobol(trials: int, dimensions: int, seed: int) -> Shares:
     return [[float(share) for share in row] for row in points[:trials]]
 
 
-def _placed(values: Any, share: float) -> Any:
+def _placed(values: Any, share: float) -> object:
     """The value at `share` (0 ≤ share < 1) of a parameter's choices or bounds."""
     if isinstance(values, list):
         return values[int(share * len(values))]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transforms.models.registry import RUN, Registry
 from transforms.training.hyperparameter_search import Result
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 TRIAL, PARENT = "millrace.trial", "mlflow.parentRunId"
 # Most metrics that MLflow accepts at a time.
@@ -25,7 +29,7 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
     with registry.client(write=True) as client:
         parent = registry.run(client, name, run_id, {})
         experiment = parent.info.experiment_id
-        known: dict[str, Any] = {}
+        known: dict[str, Run] = {}
         token = None
         while True:
             page = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent.info.run_id}'", page_token=token)
@@ -51,7 +55,7 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
         return written
 
 
-def _log(client: Any, run: Any, metric: str, result: Result) -> None:
+def _log(client: MlflowClient, run: Run, metric: str, result: Result) -> None:
     """Log one result.  Every metric has the run's start time, so that a repetition writes the same rows."""
     from mlflow.entities import Metric, Param, RunTag
 

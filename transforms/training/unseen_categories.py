@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transforms.training.data_checks import Findings
+
+if TYPE_CHECKING:
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
 
 log = logging.getLogger("millrace.training")
 
@@ -15,7 +18,12 @@ log = logging.getLogger("millrace.training")
 NAMED = 5
 
 
-def unseen(findings: Findings, learnt: Any, tested: Any, inputs: Collection[str]) -> Findings:
+def unseen(
+    findings: Findings,
+    learnt: DatasetFeatureStatisticsList,
+    tested: DatasetFeatureStatisticsList,
+    inputs: Collection[str],
+) -> Findings:
     """Add a warning for each string among `inputs` that has values in the test split only.
 
     An input is skipped if its statistics do not list all of its training values.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from schemas.errors import DataError, DefinitionError, nearest
 from transforms.training.hyperparameter_search import Trial
@@ -67,7 +66,7 @@ def require_known(objective: str, trials: Sequence[Trial]) -> None:
         )
 
 
-def _unused(objective: str, params: Mapping[str, Any]) -> set[str] | None:
+def _unused(objective: str, params: Mapping[str, object]) -> set[str] | None:
     """Names in `params` that XGBoost warns it does not use; None if it refuses to train."""
     import numpy as np
     import xgboost

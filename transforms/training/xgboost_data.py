@@ -6,9 +6,9 @@ import dataclasses
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from transforms.models.encoders import Fitted, Matrix
 from transforms.training.examples import Account, ExampleShard, read_shard
 from transforms.training.labels import mature
 from transforms.training.target_encoding import TargetEncoding, target_encoding
+
+if TYPE_CHECKING:
+    from xgboost import DMatrix
 
 # Most bytes of encoded rows that are cached between XGBoost's passes over the examples; beyond, each pass encodes
 # again.
@@ -42,8 +45,8 @@ class Matrices:
         train, validate: XGBoost's matrices of the train and the validate split.
     """
 
-    train: Any
-    validate: Any
+    train: DMatrix
+    validate: DMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def matrices(
         max_bin: XGBoost's parameter; None means its default.
     """
     training, validation = parts_of(model, account, fold)
-    columns: dict[str, Any] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
+    columns: dict[str, object] = {"enable_categorical": "c" in fitted.types, "nthread": threads}
     if max_bin is not None:
         columns["max_bin"] = max_bin
     for part in (training, validation) if fold is not None else ():
@@ -109,8 +112,8 @@ def _ledger(model: Model, fitted: Fitted) -> list[str]:
 
 
 def _matrix(
-    model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None, cache: str | None, **options: Any
-) -> Any:
+    model: Model, fitted: Fitted, part: DataPart, known: TargetEncoding | None, cache: str | None, **options: object
+) -> DMatrix:
     import xgboost
 
     class Rows(xgboost.DataIter):
@@ -129,7 +132,7 @@ def _matrix(
             found = encoded(model, fitted, part, known)
             self.source = iter(self.kept) if self.complete else _pages(found) if cache else found
 
-        def next(self, input_data: Any) -> bool:
+        def next(self, input_data: Callable[..., None]) -> bool:
             rows = next(self.source, None)
             if rows is None:
                 self.complete = self.keeps

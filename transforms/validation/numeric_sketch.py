@@ -10,7 +10,6 @@ are all equal (integers up to 1 024, repeated values) are exact.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -196,13 +195,13 @@ def _cells(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
     return there if cells is None else cells, counts, low_sums, squares[there].astype(np.int64)
 
 
-def _lie_close(whole: npt.NDArray[Any]) -> bool:
+def _lie_close(whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> bool:
     """Whether integers are float32s and can be counted by value."""
     least, greatest = int(whole.min()), int(whole.max())
     return least >= -_WHOLE and greatest <= _WHOLE and greatest - least <= max(len(whole), FEW)
 
 
-def _counted_integers(rows: int, whole: npt.NDArray[Any]) -> NumericSketch:
+def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> NumericSketch:
     """Of integers that lie close: what is kept follows from how often each value occurs."""
     least = int(whole.min())
     times = np.bincount(whole.astype(np.int64) - least)

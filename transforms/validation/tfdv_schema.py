@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pyarrow as pa
 from google.protobuf import text_format
@@ -60,7 +60,7 @@ class Anomaly:
 
 
 @functools.cache
-def tfdv() -> Any:
+def tfdv() -> ModuleType:
     """TFDV's rules (`InferSchema`, `UpdateSchema`, `ValidateFeatureStatistics`), on serialised protos."""
     if _LIBRARY not in sys.modules:
         package = importlib.util.find_spec("tensorflow_data_validation")
