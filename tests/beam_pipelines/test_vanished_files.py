@@ -17,6 +17,7 @@ from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_tables import newest_version, open_table
 from transforms.storage.paths import predictions_uri
 
+pytestmark = pytest.mark.timeout(900)  # with the fixture, which makes a store and trains on it
 MODULES = (*PIPELINES, "beam_pipelines.training", "beam_pipelines.inference", "mlflow", "xgboost")
 # What each command reads, as patterns within the store.
 READ = [
