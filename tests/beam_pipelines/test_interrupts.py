@@ -20,6 +20,7 @@ from tests.support import shop
 from tests.support.training_pipeline_case import flags
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # processes of their own, on a machine that others use too
 ENTRY = "import sys; from beam_pipelines.cli import main; sys.exit(main())"
 
 
@@ -37,7 +38,7 @@ def interrupted(words: list[str], until: object) -> tuple[int, str]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(float(str(until)))
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     finally:
         process.kill()
         process.wait()

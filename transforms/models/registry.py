@@ -500,6 +500,7 @@ def _mlflow() -> ModuleType:
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last logs every retry
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the traceback of what it raises
     return mlflow
 
 
