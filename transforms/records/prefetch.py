@@ -34,7 +34,7 @@ class PrefetchDoFn(beam.DoFn):
     def start_bundle(self) -> None:
         self.pending: deque[Future[list[Any]]] = deque()
 
-    def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[Any]]) -> Iterator[Any]:
+    def prefetch(self, read: Callable[[], Read], work: Callable[[Read], Iterable[Any]]) -> Iterator[Any]:
         """Starts an element whose outputs are `work(read())`.
 
         Yields the outputs of an earlier element if enough are pending.
