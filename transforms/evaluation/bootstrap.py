@@ -177,7 +177,9 @@ def _counts(by_replicate: ReplicateBins) -> npt.NDArray[np.int64]:
 
 def _errors(by_replicate: ReplicateBins) -> Floats:
     """The midpoint of each bin of absolute errors."""
-    interior = ((by_replicate.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    interior = (
+        ((by_replicate.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    )
     return np.where(by_replicate.keys == 0, 0.0, interior.astype(np.float64))
 
 
@@ -298,7 +300,8 @@ def rate_replicates(
     counts = _counts(by_replicate)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            threshold: _centred(_rates(by_replicate.keys, counts, threshold), exact) for threshold, exact in exact_at.items()
+            threshold: _centred(_rates(by_replicate.keys, counts, threshold), exact)
+            for threshold, exact in exact_at.items()
         }
 
 

@@ -265,7 +265,7 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
     rates_at = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
-    drawn_at = {} if whole.cells is None else rate_replicates(whole.cells, rates_at)
+    drawn_at = {} if whole.by_replicate is None else rate_replicates(whole.by_replicate, rates_at)
     at: list[ThresholdRates] = []
     for each, rates in rates_at.items():
         drawn = drawn_at.get(each)
