@@ -52,3 +52,13 @@ def test_a_month_in_one_process_is_answered_and_is_what_batch_says(
     assert figures["answered"] == figures["questions"] == figures["parity"]["answers_compared"] > 20_000
     assert figures["parity"]["values_differing"] == 0
     assert "live through a replay in one process" in capsys.readouterr().out
+
+
+@pytest.mark.live
+def test_a_month_through_kafka_is_what_batch_says(tmp_path: Path) -> None:
+    flags = ["--features_only", "--month", "2013-02", "--seconds", "20", "--out", str(tmp_path)]
+    assert live.main(flags) == 0  # it compares every row with batch, and fails if one is missing or differs
+    (found,) = (tmp_path / "stream").glob("*/run.json")
+    figures = json.loads(found.read_text())
+    assert figures["mode"] == "kafka and prism"
+    assert figures["answered"] == figures["questions"] > 20_000

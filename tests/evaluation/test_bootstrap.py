@@ -97,8 +97,8 @@ def test_a_challenger_is_compared_on_the_same_rows() -> None:
     verdict = verdicts(Gates(), few, "auc", Rival("3", few))[-1]
     assert (verdict.holds, verdict.judged) == (False, False)
     assert "29 test rows" in verdict.reason
-    ahead = verdicts(gates, poor, "auc", Rival("3", good, ahead="it has seen these rows"))[-1]
-    assert ahead.reason == f"{challenge(poor, good).reason}; it has seen these rows"
+    caveats = verdicts(gates, poor, "auc", Rival("3", good, caveats="it has seen these rows"))[-1]
+    assert caveats.reason == f"{challenge(poor, good).reason}; it has seen these rows"
 
 
 @pytest.mark.parametrize(

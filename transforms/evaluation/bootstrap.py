@@ -27,7 +27,7 @@ REPLICATES = 200
 LEAST_ROWS = 30
 LEVEL = 0.95
 # Bins per unit of log odds, and the log odds beyond which all scores are in one bin.
-_CELLS, _BOUND = 128, 16
+_STEPS, _BOUND = 128, 16
 # Low bits of a float32 error that are ignored: 8 bits of the mantissa stay, so a bin is 0.4 % wide.
 _DROPPED = 15
 # Most classes whose AUCs have intervals, and their bins per unit of log odds.
@@ -138,7 +138,7 @@ def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> n
         true, chosen = label.astype(np.int64), scores.argmax(axis=1)
         kinds = [_odds(of_true_class(label, scores)) * 2 + (chosen == true), _KIND + (true << 16) + chosen]
         if scores.shape[1] <= CLASSES:
-            step = _CELLS // _COARSE
+            step = _STEPS // _COARSE
             kinds += [(2 + k) * _KIND + _odds(scores[:, k]) // step * 2 + (true == k) for k in range(scores.shape[1])]
         return np.stack(kinds)
     error = np.abs(scores.astype(np.float64) - label).astype(np.float32)
@@ -149,43 +149,45 @@ def _odds(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     share = np.clip(scores.astype(np.float64), _EPSILON, 1 - _EPSILON)
     # One value at a time from the C library, as in `metrics`.
     odds = pc.ln(pa.array(share / (1 - share))).to_numpy()
-    return np.floor(np.clip(odds, -_BOUND, _BOUND) * _CELLS).astype(np.int64) + _BOUND * _CELLS
+    return np.floor(np.clip(odds, -_BOUND, _BOUND) * _STEPS).astype(np.int64) + _BOUND * _STEPS
 
 
-def _share(cells: npt.NDArray[np.int64]) -> Floats:
+def _share(by_replicate: npt.NDArray[np.int64]) -> Floats:
     """The midpoint of each bin, as a probability."""
-    return 1 / (1 + np.exp(_BOUND - (cells + 0.5) / _CELLS))
+    return 1 / (1 + np.exp(_BOUND - (by_replicate + 0.5) / _STEPS))
 
 
-def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> dict[str, Floats]:
+def replicated(objective: str, by_replicate: ReplicateBins, threshold: float = 0.5) -> dict[str, Floats]:
     """Each metric in every replicate, NaN where undefined; the last value is that of the rows themselves."""
-    counts = _counts(cells)
+    counts = _counts(by_replicate)
     rows = counts.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if objective == "binary:logistic":
-            return _binary(cells.keys, counts, rows, threshold)
+            return _binary(by_replicate.keys, counts, rows, threshold)
         if objective == "multi:softprob":
-            return _multiple(cells.keys, counts)
-        error = _errors(cells)
+            return _multiple(by_replicate.keys, counts)
+        error = _errors(by_replicate)
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
 
 
-def _counts(cells: ReplicateBins) -> npt.NDArray[np.int64]:
+def _counts(by_replicate: ReplicateBins) -> npt.NDArray[np.int64]:
     """Rows per bin in every replicate, and those of the rows themselves."""
-    return np.column_stack([cells.counts, cells.plain]).astype(np.int64)
+    return np.column_stack([by_replicate.counts, by_replicate.plain]).astype(np.int64)
 
 
-def _errors(cells: ReplicateBins) -> Floats:
+def _errors(by_replicate: ReplicateBins) -> Floats:
     """The midpoint of each bin of absolute errors."""
-    interior = ((cells.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
-    return np.where(cells.keys == 0, 0.0, interior.astype(np.float64))
+    interior = (
+        ((by_replicate.keys.astype(np.uint32) << _DROPPED) + (1 << (_DROPPED - 1))).astype(np.uint32).view(np.float32)
+    )
+    return np.where(by_replicate.keys == 0, 0.0, interior.astype(np.float64))
 
 
-def error_quantiles(cells: ReplicateBins, shares: Sequence[float]) -> list[tuple[float, float]]:
+def error_quantiles(by_replicate: ReplicateBins, shares: Sequence[float]) -> list[tuple[float, float]]:
     """(share, the absolute error that this share of rows does not exceed), exact to half a bin, which is 0.2 %."""
-    below = np.cumsum(cells.plain)
+    below = np.cumsum(by_replicate.plain)
     positions = [np.searchsorted(below, math.ceil(share * int(below[-1]))) for share in shares]
-    return [(share, float(_errors(cells)[position])) for share, position in zip(shares, positions, strict=True)]
+    return [(share, float(_errors(by_replicate)[position])) for share, position in zip(shares, positions, strict=True)]
 
 
 def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
@@ -281,24 +283,25 @@ class Replicates:
 
 
 def replicates(
-    objective: str, cells: ReplicateBins, exact: dict[str, float | None], threshold: float = 0.5
+    objective: str, by_replicate: ReplicateBins, exact: dict[str, float | None], threshold: float = 0.5
 ) -> Replicates | None:
     """The replicates of `exact` metrics, NaN where bins are too coarse for a metric; None if there are too few rows."""
-    if cells.rows < LEAST_ROWS:
+    if by_replicate.rows < LEAST_ROWS:
         return None
-    return _centred(replicated(objective, cells, threshold), exact)
+    return _centred(replicated(objective, by_replicate, threshold), exact)
 
 
 def rate_replicates(
-    cells: ReplicateBins, exact_at: Mapping[float, Mapping[str, float | None]]
+    by_replicate: ReplicateBins, exact_at: Mapping[float, Mapping[str, float | None]]
 ) -> dict[float, Replicates | None]:
     """By threshold, as `replicates`, but only of the metrics of a binary model that depend on the threshold."""
-    if cells.rows < LEAST_ROWS:
+    if by_replicate.rows < LEAST_ROWS:
         return dict.fromkeys(exact_at)
-    counts = _counts(cells)
+    counts = _counts(by_replicate)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            threshold: _centred(_rates(cells.keys, counts, threshold), exact) for threshold, exact in exact_at.items()
+            threshold: _centred(_rates(by_replicate.keys, counts, threshold), exact)
+            for threshold, exact in exact_at.items()
         }
 
 

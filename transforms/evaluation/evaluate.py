@@ -50,11 +50,13 @@ class GroupTally:
     """Accumulator of the whole split or of a slice: exact tallies, and bootstrap counts if rows have ids."""
 
     tally: MetricTally
-    cells: ReplicateBins | None = None
+    by_replicate: ReplicateBins | None = None
 
     def __add__(self, other: GroupTally) -> GroupTally:
-        cells = None if self.cells is None or other.cells is None else self.cells + other.cells
-        return GroupTally(self.tally + other.tally, cells)
+        by_replicate = (
+            None if self.by_replicate is None or other.by_replicate is None else self.by_replicate + other.by_replicate
+        )
+        return GroupTally(self.tally + other.tally, by_replicate)
 
 
 Tallies = dict[Key, GroupTally]
@@ -136,8 +138,8 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
     def part(index: slice | npt.NDArray[np.int64]) -> GroupTally:
-        cells = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
-        return GroupTally(MetricTally.of(objective, label[index], values[index]), cells)
+        by_replicate = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
+        return GroupTally(MetricTally.of(objective, label[index], values[index]), by_replicate)
 
     result: Tallies = {(): part(slice(None))}
     for group in slices:
@@ -201,9 +203,9 @@ def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, floa
 
 
 def _drawn(objective: str, part: GroupTally, threshold: float) -> Replicates | None:
-    if part.cells is None:
+    if part.by_replicate is None:
         return None
-    return replicates(objective, part.cells, _exact(objective, part, threshold), threshold)
+    return replicates(objective, part.by_replicate, _exact(objective, part, threshold), threshold)
 
 
 def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
@@ -235,8 +237,12 @@ def _details(objective: str, whole: GroupTally, drawn: Replicates | None, thresh
     if (bins := whole.tally.bins) is None:
         return (
             {}
-            if whole.cells is None
-            else {"errors": [{"share": share, "error": error} for share, error in error_quantiles(whole.cells, ERRORS)]}
+            if whole.by_replicate is None
+            else {
+                "errors": [
+                    {"share": share, "error": error} for share, error in error_quantiles(whole.by_replicate, ERRORS)
+                ]
+            }
         )
     return _binary(whole, bins, threshold)
 
@@ -259,7 +265,7 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
     rates_at = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
-    drawn_at = {} if whole.cells is None else rate_replicates(whole.cells, rates_at)
+    drawn_at = {} if whole.by_replicate is None else rate_replicates(whole.by_replicate, rates_at)
     at: list[ThresholdRates] = []
     for each, rates in rates_at.items():
         drawn = drawn_at.get(each)

@@ -51,13 +51,13 @@ class Rival:
         version: its version; None if there is no champion.
         report: its report on the same test rows; None if it could not score them.
         reason: why it could not.
-        ahead: caveats of the comparison: why it may have learnt from these rows, which features it read.
+        caveats: of the comparison: why it may have learnt from these rows, which features it read.
     """
 
     version: str | None = None
     report: Report | None = None
     reason: str = "there is no champion"
-    ahead: str = ""
+    caveats: str = ""
 
 
 def may_know(manifest: ModelManifest, split: Split) -> str:
@@ -183,8 +183,8 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
         paired = sign * (report.replicates.values[metric] - rival.report.replicates.values[metric])
         if (span := interval(paired)) is not None:
             reason, least = f"{reason} {_span(span)}", min(better, span[0])
-    if rival.ahead:
-        reason += f"; {rival.ahead}"
+    if rival.caveats:
+        reason += f"; {rival.caveats}"
     return Verdict(gate, least >= margin, reason)
 
 

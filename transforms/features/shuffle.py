@@ -47,7 +47,7 @@ class Route(PrefetchDoFn):
 
     def process(self, route: tuple[str, Slice]) -> Iterator[Routed | pvalue.TaggedOutput]:
         name, piece = route
-        yield from self.ahead(lambda: self._reads(name, piece), lambda reads: self._routed(name, reads))
+        yield from self.prefetch(lambda: self._reads(name, piece), lambda reads: self._routed(name, reads))
 
     def _reads(self, name: str, piece: Slice) -> list[Read] | Iterator[Read]:
         plan, spine = self.plan, self.plan.spine.source.name

@@ -110,10 +110,10 @@ class ComputeBlock(PrefetchDoFn):
         self, block: Block, snapshots: SnapshotFiles | None = None
     ) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput]:
         if block.shards:
-            yield from self.ahead(lambda: block, lambda _: self.compute_from_disk(block, snapshots))
+            yield from self.prefetch(lambda: block, lambda _: self.compute_from_disk(block, snapshots))
         else:
             read = functools.partial(read_block, self.view, self.plan, block)
-            yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
+            yield from self.prefetch(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
     def compute_from_disk(
         self, block: Block, snapshots: SnapshotFiles | None
@@ -179,7 +179,7 @@ class ComputeGathered(ComputeBlock):
         for name, rows in element[1]:
             parts[name].append(rows)
         read = functools.partial(self._read_gathered, block, parts)
-        yield from self.ahead(read, lambda inputs: self.outputs(block, *inputs, snapshots))
+        yield from self.prefetch(read, lambda inputs: self.outputs(block, *inputs, snapshots))
 
     def _read_gathered(self, block: Block, parts: dict[str, list[bytes]]) -> tuple[BlockInput, dict[str, BlockInput]]:
         loaded = {name: [received(rows) for rows in each] for name, each in parts.items()}

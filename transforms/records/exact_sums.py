@@ -44,11 +44,11 @@ def group_sums(values: Floats, groups: Counts, size: int) -> list[int]:
         whole = np.ldexp(mantissa, _MANTISSA).astype(np.int64)
         least = int(exponent.min())
         span = int(exponent.max()) - least + 1
-        cells, position = _cells(groups[start : start + _MOST] * span + (exponent - least))
+        distinct, position = _positions(groups[start : start + _MOST] * span + (exponent - least))
         high = np.bincount(position, weights=whole >> _HALF).astype(np.int64)
         low = np.bincount(position, weights=whole & ((1 << _HALF) - 1)).astype(np.int64)
-        for cell, upper, lower in zip(cells.tolist(), high.tolist(), low.tolist(), strict=True):
-            group, shift = divmod(cell, span)
+        for key, upper, lower in zip(distinct.tolist(), high.tolist(), low.tolist(), strict=True):
+            group, shift = divmod(key, span)
             totals[group] += ((upper << _HALF) + lower) << (shift + least - _MANTISSA + UNIT)
     return totals
 
@@ -65,13 +65,13 @@ def exact_squares(values: Floats) -> int:
         whole = np.ldexp(mantissa, _MANTISSA).astype(np.int64)
         high, low = whole >> _HALF, whole & ((1 << _HALF) - 1)
         least = int(exponent.min())
-        cells, position = _cells((exponent - least).astype(np.int64))
+        distinct, position = _positions((exponent - least).astype(np.int64))
         # (high · 2^27 + low)², each product of at most 54 bits and added in halves.
         for product, shift in ((high * high, 2 * _HALF), (high * low, _HALF + 1), (low * low, 0)):
             for part, up in ((product >> _HALF, _HALF), (product & ((1 << _HALF) - 1), 0)):
                 sums = np.bincount(position, weights=part)
-                for cell, found in zip(cells.tolist(), sums.astype(np.int64).tolist(), strict=True):
-                    total += found << (shift + up + 2 * (cell + least - _MANTISSA + UNIT))
+                for key, found in zip(distinct.tolist(), sums.astype(np.int64).tolist(), strict=True):
+                    total += found << (shift + up + 2 * (key + least - _MANTISSA + UNIT))
     return total
 
 
@@ -107,11 +107,11 @@ def root(value: Fraction) -> float:
     return float(Fraction(found << 1 | inexact, 2 << shift // 2))
 
 
-def _cells(keys: Counts) -> tuple[Counts, Counts]:
+def _positions(keys: Counts) -> tuple[Counts, Counts]:
     """Distinct `keys` and the position of each row's, without a sort where they are small."""
     if len(keys) and int(keys.max()) > 4 * len(keys) + 4096:
-        cells, position = np.unique(keys, return_inverse=True)
-        return cells, position
+        distinct, position = np.unique(keys, return_inverse=True)
+        return distinct, position
     seen = np.bincount(keys) > 0
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[keys]
 

@@ -34,7 +34,7 @@ class PrefetchDoFn(beam.DoFn):
     def start_bundle(self) -> None:
         self.pending: deque[Future[list[object]]] = deque()
 
-    def ahead(self, read: Callable[[], Read], work: Callable[[Read], Iterable[object]]) -> Iterator[object]:
+    def prefetch(self, read: Callable[[], Read], work: Callable[[Read], Iterable[object]]) -> Iterator[object]:
         """Starts an element whose outputs are `work(read())`.
 
         Yields the outputs of an earlier element if enough are pending.

@@ -226,14 +226,14 @@ def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: st
 def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Paths:
     """Points of a strip, apart where they are many, in the colours `v0` … `v4` given by `kinds` (−1 is `none`)."""
     positions = x.position(values)
-    cells = np.floor(positions / SIDE * 90).astype(int)
-    # In no order within a cell, lest the points draw lines; the same each time.
-    order = np.lexsort((np.random.default_rng(0).random(len(positions)), cells))
-    cells = cells[order]
-    first = np.searchsorted(cells, cells)
-    rank, size = np.arange(len(cells)) - first, np.bincount(cells, minlength=1)[cells] if len(cells) else cells
+    bins = np.floor(positions / SIDE * 90).astype(int)
+    # In no order within a bin, lest the points draw lines; the same each time.
+    order = np.lexsort((np.random.default_rng(0).random(len(positions)), bins))
+    bins = bins[order]
+    first = np.searchsorted(bins, bins)
+    rank, size = np.arange(len(bins)) - first, np.bincount(bins, minlength=1)[bins] if len(bins) else bins
     most = max(int(size.max()) if len(size) else 1, 8)
-    # In turns above and below the middle, as far out as the cell is full.
+    # In turns above and below the middle, as far out as the bin is full.
     offset = np.where(rank % 2, 1, -1) * ((rank + 1) // 2) * (2.0 / most)
     ys = np.empty(len(positions))
     ys[order] = 0.5 + np.clip(offset, -1, 1) * 0.42

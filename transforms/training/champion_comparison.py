@@ -68,7 +68,7 @@ class Compare(beam.PTransform):
         scored = rows | "ScoreChampion" >> Score(found.pinned, threads=self.challenge.threads, carry=(LABEL,))
         report = scored | "EvaluateChampion" >> Evaluate(self.challenge.model, slices=False)
         sides = [] if missing is None else [AsSingleton(missing)]
-        return report | "Rival" >> beam.Map(rival, *sides, version=found.pinned.version, ahead=found.ahead)
+        return report | "Rival" >> beam.Map(rival, *sides, version=found.pinned.version, caveats=found.caveats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Compared:
 
     Args:
         pinned: the champion.
-        ahead: caveats of the comparison (see `Rival`).
+        caveats: of the comparison (see `Rival`).
         own: its own feature table, if it reads other features.
     """
 
     pinned: Pinned
-    ahead: str
+    caveats: str
     own: OwnTable | None = None
 
 
-def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Rival:
+def rival(report: Report, missing: int = 0, *, version: str, caveats: str) -> Rival:
     """The champion with its report, which is used only if it covers every test row."""
     if missing:
         reason = (
@@ -94,7 +94,7 @@ def rival(report: Report, missing: int = 0, *, version: str, ahead: str) -> Riva
             "compute them with its own definition, and train again"
         )
         return Rival(version, None, reason)
-    return Rival(version, report, ahead=ahead)
+    return Rival(version, report, caveats=caveats)
 
 
 def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
@@ -109,13 +109,13 @@ def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
     except MillraceError as error:
         log.warning("no champion to compare with: %s", error)
         return Rival(version, None, f"the champion could not be read ({error.rule}: {error.value})")
-    ahead = may_know(bundle.manifest, split)
+    caveats = may_know(bundle.manifest, split)
     if bundle.manifest["objective"] != model.objective:
         return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
     inputs = tuple(bundle.encoders.inputs)
     if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
-        return Compared(pinned, ahead)
-    return own_comparison(challenge, split, bundle, Compared(pinned, ahead))
+        return Compared(pinned, caveats)
+    return own_comparison(challenge, split, bundle, Compared(pinned, caveats))
 
 
 def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
@@ -139,4 +139,4 @@ def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Co
         files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
     own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
     used = f"{reads}, and was tested on its own table's rows of the same moments (version {table.version()})"
-    return dataclasses.replace(found, own=own, ahead="; ".join(each for each in (found.ahead, used) if each))
+    return dataclasses.replace(found, own=own, caveats="; ".join(each for each in (found.caveats, used) if each))

@@ -1,9 +1,9 @@
 """What is kept of a column of numbers: counts by leading bits and exact sums, the same whichever way parts are merged.
 
-Values are counted in cells: the doubles that round to float32s of equal sign, exponent and 9 leading mantissa bits.
-Within a cell only the 14 low bits differ, so a few passes over integers give its count, the sum of the low bits and of
-their squares; from these come mean and variance without rounding, and the mean of each cell, which stands for its
-values in quantiles.  A quantile has its exact rank and lies within 2⁻⁹ of its value, relatively; values of a cell that
+Values are counted in bins: the doubles that round to float32s of equal sign, exponent and 9 leading mantissa bits.
+Within a bin only the 14 low bits differ, so a few passes over integers give its count, the sum of the low bits and of
+their squares; from these come mean and variance without rounding, and the mean of each bin, which stands for its
+values in quantiles.  A quantile has its exact rank and lies within 2⁻⁹ of its value, relatively; values of a bin that
 are all equal (integers up to 1 024, repeated values) are exact.
 """
 
@@ -27,7 +27,7 @@ LOW = 14
 BUCKETS = 1 << (32 - LOW)
 _LOW_BITS = np.uint32((1 << LOW) - 1)
 _SIGN = BUCKETS >> 1
-_PREFIX = 23 - LOW  # mantissa bits that name a cell
+_PREFIX = 23 - LOW  # mantissa bits that name a bin
 _NOT_FINITE = 255 << _PREFIX
 _LARGEST = float(np.finfo(np.float32).max)
 # Rows looked at in one piece.  Their low bits, and a one in front of each that counts it, are added as doubles, which
@@ -53,9 +53,9 @@ class NumericSketch:
         zeros: values equal to 0.
         least, greatest: ±infinity where there is no value.
         total, squares: Σx in 2^−1126 and Σx² in 2^−2252, exact.
-        cells: which occurred, rising by value [cells].
-        counts: values per cell [cells].
-        lows: sum of low bits per cell [cells].
+        bins: which occurred, rising by value [bins].
+        counts: values per bin [bins].
+        lows: sum of low bits per bin [bins].
     """
 
     rows: int = 0
@@ -66,7 +66,7 @@ class NumericSketch:
     greatest: float = float("-inf")
     total: int = 0
     squares: int = 0
-    cells: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    bins: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     counts: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     lows: Ints = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -81,9 +81,9 @@ class NumericSketch:
     def __add__(self, other: NumericSketch) -> NumericSketch:
         if not other.rows or not self.rows:
             return self if self.rows else other
-        cells, position = np.unique(np.concatenate([self.cells, other.cells]), return_inverse=True)
-        counts, lows = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
-        for part, at in ((self, position[: len(self.cells)]), (other, position[len(self.cells) :])):
+        bins, position = np.unique(np.concatenate([self.bins, other.bins]), return_inverse=True)
+        counts, lows = np.zeros(len(bins), np.int64), np.zeros(len(bins), np.int64)
+        for part, at in ((self, position[: len(self.bins)]), (other, position[len(self.bins) :])):
             counts[at] += part.counts
             lows[at] += part.lows
         return NumericSketch(
@@ -95,7 +95,7 @@ class NumericSketch:
             max(self.greatest, other.greatest),
             self.total + other.total,
             self.squares + other.squares,
-            cells,
+            bins,
             counts,
             lows,
         )
@@ -123,8 +123,8 @@ class NumericSketch:
 
     @property
     def interiors(self) -> Floats:
-        """Mean of each cell's values."""
-        names = self.cells
+        """Mean of each bin's values."""
+        names = self.bins
         negative = names < 0
         bits = np.where(negative, -names - 1, names)
         exponent, prefix = _parts(bits)
@@ -156,7 +156,7 @@ def _numbers(column: pa.Array) -> NumericSketch:
     single = raw if raw.dtype == np.float32 else _rounded(raw.astype(np.float64))
     words = np.ascontiguousarray(single).view(np.uint32)
     low, names = words & _LOW_BITS, (words >> np.uint32(LOW)).astype(np.int64)
-    found, count, low_sums, squared = _cells(names, low.astype(np.float64))
+    found, count, low_sums, squared = _by_bin(names, low.astype(np.float64))
     finite = found & (_SIGN - 1) < _NOT_FINITE
     strange = int(count[~finite].sum()) - missing
     if not finite.any():
@@ -182,17 +182,17 @@ def _numbers(column: pa.Array) -> NumericSketch:
     )
 
 
-def _cells(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
-    """Which cells occurred, and of each the count, the sum of the low bits and that of their squares."""
-    # Few rows do not pay for an array of all cells.
-    cells, position = (None, names) if len(names) > FEW else np.unique(names, return_inverse=True)
+def _by_bin(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
+    """Which bins occurred, and of each the count, the sum of the low bits and that of their squares."""
+    # Few rows do not pay for an array of all bins.
+    bins, position = (None, names) if len(names) > FEW else np.unique(names, return_inverse=True)
     squares = np.bincount(position, lows * lows)
     lows += _ONE  # so that one pass adds and counts
     both = np.bincount(position, lows)
     there = np.flatnonzero(both > 0)
     counts = (both[there] / _ONE).astype(np.int64)
     low_sums = (both[there] - counts * _ONE).astype(np.int64)
-    return there if cells is None else cells, counts, low_sums, squares[there].astype(np.int64)
+    return there if bins is None else bins, counts, low_sums, squares[there].astype(np.int64)
 
 
 def _lie_close(whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> bool:
@@ -208,8 +208,8 @@ def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.u
     distinct = np.flatnonzero(times)
     times, values = times[distinct], distinct + least
     words = values.astype(np.float32).view(np.uint32)
-    cells, first = np.unique(_named((words >> np.uint32(LOW)).astype(np.int64)), return_index=True)
-    # Values rise, and so do their cells.
+    bins, first = np.unique(_named((words >> np.uint32(LOW)).astype(np.int64)), return_index=True)
+    # Values rise, and so do their bins.
     counts = np.add.reduceat(times, first)
     lows = np.add.reduceat((words & _LOW_BITS).astype(np.int64) * times, first)
     # A square has 49 bits, which times a count may be too many for one sum.
@@ -223,7 +223,7 @@ def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.u
         float(values[-1]),
         int((values * times).sum()) << UNIT,
         (int((high * times).sum()) << 24) + int((low * times).sum()) << 2 * UNIT,
-        cells,
+        bins,
         counts,
         lows,
     )
@@ -235,19 +235,19 @@ def _rounded(wide: Floats) -> Singles:
 
 
 def _named(found: Ints) -> Ints:
-    """Bits of cells as names that rise with value: −1 − magnitude for negative ones."""
+    """Bits of bins as names that rise with value: −1 − magnitude for negative ones."""
     return np.where(found & _SIGN, -1 - (found & (_SIGN - 1)), found)
 
 
 def _parts(bits: Ints) -> tuple[Ints, Ints]:
-    """Exponent (in powers above 2^−149) and leading mantissa bits of the cells' magnitudes."""
+    """Exponent (in powers above 2^−149) and leading mantissa bits of the bins' magnitudes."""
     field = bits >> _PREFIX
     prefix = bits & ((1 << _PREFIX) - 1)
     return np.maximum(field, 1) - 1, np.where(field > 0, prefix | 1 << _PREFIX, prefix)
 
 
 def _moments(found: Ints, count: Ints, low_sums: Ints, squared: Ints) -> tuple[int, int]:
-    """Σx and Σx² in 2^−1126 from the cells' counts and the sums of their low bits and of those squared."""
+    """Σx and Σx² in 2^−1126 from the bins' counts and the sums of their low bits and of those squared."""
     exponent, prefix = _parts(found & (_SIGN - 1))
     sign = np.where(found & _SIGN, -1, 1)
     columns = [sign * ((prefix * count << LOW) + low_sums), prefix * prefix * count, 2 * prefix * low_sums, squared]
@@ -262,9 +262,9 @@ def _moments(found: Ints, count: Ints, low_sums: Ints, squared: Ints) -> tuple[i
     return total << _SUM, squares << _SQUARE
 
 
-def _extreme(names: Ints, low: Words, cell: int, largest: bool) -> float:
-    """Least or greatest value of a cell that has some."""
-    inside = low[names == cell]
-    outward = largest != bool(cell & _SIGN)
-    bits = int(cell) << LOW | int(inside.max() if outward else inside.min())
+def _extreme(names: Ints, low: Words, name: int, largest: bool) -> float:
+    """Least or greatest value of a bin that has some."""
+    inside = low[names == name]
+    outward = largest != bool(name & _SIGN)
+    bits = int(name) << LOW | int(inside.max() if outward else inside.min())
     return float(np.uint32(bits).view(np.float32)) + 0.0

@@ -221,7 +221,7 @@ def _write_numbers(stats: pb.NumericStatistics, column: NumericSketch) -> None:
 
 
 def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Ints]:
-    """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a cell as its mean
+    """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a bin as its mean
     does.
     """
     if column.least == column.greatest:
