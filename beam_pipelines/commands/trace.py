@@ -39,7 +39,7 @@ from transforms.storage.delta_log import CommitInfo
 from transforms.storage.delta_log import root_of as root_of_uri
 from transforms.storage.delta_tables import TableRow, open_table, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import features_live_uri, path_in_store
+from transforms.storage.paths import features_live_uri, path_in_store, present_path
 
 DAYS_SHOWN = 8
 
@@ -209,8 +209,9 @@ def _trace_prediction(
     version, folder = Registry(registry_uri(flags.store, flags.registry)).resolve(row["model"], row["model_version"])
     manifest = model_manifest(folder)
     registry = flags.registry or "the registry of the store"
-    _print_model(f"version {version} of {row['model']} in {registry}, {folder}", folder, manifest)
-    _print_label_files(manifest.get("label_files", []))
+    about = f"version {version} of {row['model']} in {registry}, {folder}"
+    _print_model(about, flags.store, folder, manifest)
+    _print_label_files(flags.store, manifest.get("label_files", []))
     _print_trained(flags.store, manifest.get("feature_table", {}))
     if definition is not None and live:
         _print_feature_row(flags, definition, row)
@@ -231,16 +232,17 @@ def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live:
     print("\ntable")
     print(wrapped(f"{table_root(table)} version {table.version()}", hanging=2))
     if entry:
-        origin = "" if live else f", from {entry.get('features', 'unknown features')}"
+        store = table_root(table).rsplit("/", 2)[0]
+        origin = "" if live else f", from {_here(store, str(entry.get('features', 'unknown features')))}"
         commit = f"committed as version {entry['version']} {_when(entry)} by run {entry.get('run_id')}{origin}"
         print(wrapped(commit, hanging=2))
 
 
-def _print_model(name: str, folder: str, manifest: ModelManifest) -> None:
+def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) -> None:
     """Prints a model version, what it was trained on, and its definition."""
     trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
     split = ", ".join(f"{part} {value}" for part, value in manifest.get("split", {}).items())
-    table = f"{root_of_uri(str(trained.get('uri')))} version {trained.get('version')}"
+    table = f"{_here(store, root_of_uri(str(trained.get('uri'))))} version {trained.get('version')}"
     print("\nmodel")
     print(wrapped(name, hanging=2))
     code = f"code {manifest.get('code_version')}"
@@ -252,12 +254,18 @@ def _print_model(name: str, folder: str, manifest: ModelManifest) -> None:
     print(wrapped(f"{where}, SHA-256 {str(made_by.get('sha256'))[:16]}", hanging=2))
 
 
-def _print_label_files(files: Sequence[str]) -> None:
+def _here(store: str, table: str) -> str:
+    """A feature table, perhaps with @ and a version, where it lies now: stores may be moved."""
+    uri, at, version = table.rpartition("@") if "@" in table.rsplit("/", 1)[-1] else (table, "", "")
+    return present_path(store, uri, "features") + at + version
+
+
+def _print_label_files(store: str, files: Sequence[str]) -> None:
     if files:
         print("\nlabels")
         for each in files[:DAYS_SHOWN]:
             stamp, _, path = each.partition(" ")
-            print(wrapped(f"{path} (stamp {stamp})", hanging=2))
+            print(wrapped(f"{present_path(store, path, 'sources')} (stamp {stamp})", hanging=2))
         if len(files) > DAYS_SHOWN:
             print(f"  and {many(len(files) - DAYS_SHOWN, 'more file')}")
 
@@ -274,7 +282,7 @@ def _print_trained(store: str, trained: TableVersion) -> None:
         rows = sum(count for count, _ in manifest.digests.get(source, {}).values())
         print(f"  {source}: {many(rows, 'row') + ', ' if rows else ''}{many(len(files), 'file')}")
         for path, (stamp, _, _) in sorted(files.items())[:DAYS_SHOWN]:
-            print(wrapped(f"{path} (stamp {stamp})", 4, hanging=2))
+            print(wrapped(f"{present_path(store, path, 'sources')} (stamp {stamp})", 4, hanging=2))
         if len(files) > DAYS_SHOWN:
             print(f"    and {many(len(files) - DAYS_SHOWN, 'more file')}")
 

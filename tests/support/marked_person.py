@@ -8,8 +8,9 @@ from pathlib import Path
 
 import polars as pl
 
-from beam_pipelines import features, inference, training
+from beam_pipelines import features, features_streaming, inference, inference_streaming, training
 from beam_pipelines.cli import main
+from tests.support.tables import figures_of
 
 PERSON, NOTE = "Zaphkiel-Marked-7731", "Xylophonic-Remark-4419"
 WHERE = f"cust = '{PERSON}'"
@@ -109,3 +110,50 @@ def held(path: Path) -> bytes:
         if content[start : start + 2] == b"\x78\x9c":
             content += zlib.decompressobj().decompress(content[start:])
     return content
+
+
+ENCODE = """encode={
+        "orders_note": encoders.Ordinal(), "people_remark": encoders.Hashing(8), "note": encoders.Hashing(8),
+        "shop": encoders.Ordinal()}"""
+SHOPS = '    Trailing(orders, by="shop", over="1d", stats={"price": "mean", "*": "count"}),\n'
+LIVE = (
+    DEFINITION.replace("features=INPUTS", ENCODE)
+    .replace('"note": pl.String, "price"', '"note": pl.String, "shop": pl.String, "price"')
+    .replace("    Trailing(returns,", f"{SHOPS}    Trailing(returns,")
+)
+
+
+class LiveStore(Store):
+    """A live store beside a batch store, whose sources and registry it reads."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, LIVE)
+        self.batch = Store(root / "batch", LIVE)
+        self.registry = f"sqlite:///{self.batch.store}/registry/mlflow.db"
+
+    @property
+    def sources(self) -> str:
+        return str(self.batch.store / "sources")
+
+    def run_live(self) -> None:
+        flags = ["--streaming", *self.flags]
+        replay = ["--sources", self.sources, "--start", "2024-01-21", "--chunk", "6h", "--run_id", "live"]
+        assert features_streaming.main([*flags, *replay]) == 0
+        assert inference_streaming.main([*flags, "--registry", self.registry, "--run_id", "scored"]) == 0
+
+    def erase_live(self, source: str, *more: str) -> int:
+        return self.erase(source, WHERE, "--sources", self.sources, "--registry", self.registry, *more)
+
+    def parity(self, run_id: str) -> dict[str, object]:
+        command = ["parity", *self.flags, "--registry", self.registry, "--batch_store", str(self.batch.store)]
+        assert main([*command, "--run_id", run_id]) == 0
+        return figures_of(self.store, run_id)
+
+
+def with_shops() -> dict[str, pl.DataFrame]:
+    """Three shops, in which others meet the person; and a spine row of the person that contradicts another one."""
+    frames = rows()
+    orders = frames["orders"].with_columns(shop=pl.format("s{}", pl.col("k") % 3))
+    again = orders.filter(k=250).with_columns(price=pl.col("price") + 1000)
+    frames["orders"] = pl.concat([orders, again]).select("at", "k", "cust", "note", "shop", "price")
+    return frames

@@ -19,7 +19,7 @@ from transforms.storage.delta_log import CommitInfo, commit_at, commits, file_ac
 from transforms.storage.delta_tables import DataFile, TableRow, data_files, dates_of, open_table, read_file, table_root
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import tables_below
+from transforms.storage.paths import present_path, tables_below
 from transforms.storage.vacuum import files_below
 
 
@@ -203,32 +203,37 @@ def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) 
     uri, entry = table_root(table), commit_of(table, file)
     made = open_table(uri, entry["version"]) if "version" in entry else None
     manifest = read_manifest(made) if made is not None else None
-    seen = () if manifest is None else tuple(_seen(view, manifest, row[view.time]))
+    store = uri.rsplit("/", 3)[0]
+    seen = () if manifest is None else tuple(_seen(view, store, manifest, row[view.time]))
     old = manifest is not None and manifest.version < VERSION and bool(lifetime_sources(view))
     return Origin(row, uri, int(table.version()), file, entry, seen, old)
 
 
-def _seen(view: FeatureView, manifest: Manifest, moment: datetime) -> list[VisibleSource]:
+def _seen(view: FeatureView, store: str, manifest: Manifest, moment: datetime) -> list[VisibleSource]:
     at = int(pl.Series([moment]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
     result = []
     for name in (view.spine.name, *(name for name in view.sources if name != view.spine.name)):
         paths = manifest.files.get(name, {})
         if name in view.dimensions:
-            result.append(VisibleSource(name, (), manifest.dimensions.get(name), _files(paths, None)))
+            result.append(VisibleSource(name, (), manifest.dimensions.get(name), _files(store, paths, None)))
             continue
         first, last = day_number(reached_from(view, name, at)), day_number(at)
         digests = manifest.digests.get(name, {})
         days = tuple((day, *digests[day]) for day in sorted(digests) if first <= day <= last)
-        result.append(VisibleSource(name, days, None, _files(paths, (first, last))))
+        result.append(VisibleSource(name, days, None, _files(store, paths, (first, last))))
     return result
 
 
-def _files(paths: Mapping[str, tuple[str, int, int]], days: tuple[int, int] | None) -> tuple[tuple[str, str, str], ...]:
-    return tuple(
-        (path, stamp, _since(path, stamp))
+def _files(
+    store: str, paths: Mapping[str, tuple[str, int, int]], days: tuple[int, int] | None
+) -> tuple[tuple[str, str, str], ...]:
+    wanted = {
+        path: stamp
         for path, (stamp, low, high) in sorted(paths.items())
         if days is None or (low <= days[1] and high >= days[0])
-    )
+    }
+    there = {path: present_path(store, path, "sources") for path in wanted}
+    return tuple((there[path], stamp, _since(there[path], stamp)) for path, stamp in wanted.items())
 
 
 def _since(path: str, stamp: str) -> str:

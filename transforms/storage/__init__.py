@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         live_dead_letters_uri,
         path_in_store,
         predictions_uri,
+        present_path,
         source_uri,
         sources_root,
         tables_below,

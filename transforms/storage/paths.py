@@ -49,6 +49,18 @@ def path_in_store(uri: str) -> str:
     return "/".join(root_of(uri).split("/")[-3:])
 
 
+def present_path(store: str, recorded: str, position: str) -> str:
+    """Where something lies that a store recorded by its whole path, below `position` in the store: stores may be moved.
+
+    What is neither there nor in `store` is given as it was recorded.
+    """
+    _, below, inside = recorded.rpartition(f"/{position}/")
+    if not below or "://" in recorded or os.path.exists(recorded):
+        return recorded
+    moved = os.path.join(store, position, inside)
+    return moved if os.path.exists(moved) else recorded
+
+
 def features_uri(store: str, view: str, fingerprint: str) -> str:
     return FileSystems.join(store, "features", view, fingerprint)
 

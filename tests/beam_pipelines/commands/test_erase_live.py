@@ -10,11 +10,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from beam_pipelines import features, features_streaming, inference_streaming
+from beam_pipelines import features
 from beam_pipelines.cli import main
 from schemas.loading import load_definition
-from tests.support.marked_person import DEFINITION, PERSON, START, WHERE, Store, rows
-from tests.support.tables import figures_of, rows_of
+from tests.support.marked_person import PERSON, START, WHERE, LiveStore, with_shops
+from tests.support.tables import rows_of
 from tests.support.turns import Job, JobOptions
 from transforms.lineage import erasure
 from transforms.lineage.erasure_records import erasures
@@ -24,47 +24,11 @@ from transforms.storage.run_markers import remove_marker, write_marker
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
 SOURCES = ("returns", "people", "orders")
-ENCODE = """encode={
-        "orders_note": encoders.Ordinal(), "people_remark": encoders.Hashing(8), "note": encoders.Hashing(8),
-        "shop": encoders.Ordinal()}"""
-SHOPS = '    Trailing(orders, by="shop", over="1d", stats={"price": "mean", "*": "count"}),\n'
-LIVE = (
-    DEFINITION.replace("features=INPUTS", ENCODE)
-    .replace('"note": pl.String, "price"', '"note": pl.String, "shop": pl.String, "price"')
-    .replace("    Trailing(returns,", f"{SHOPS}    Trailing(returns,")
-)
 # What a store may hold.  Whoever adds to it has to say how rows are erased from it (docs/erase.md).
 KNOWN = {
     *("sources", "features", "predictions", "examples", "dead_letters", "registry", "runs", "erasures"),
     *("features_live", "predictions_live", "dimensions", "live_view.json", "crash_guard"),
 }
-
-
-class LiveStore(Store):
-    """A live store beside a batch store, whose sources and registry it reads."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, LIVE)
-        self.batch = Store(root / "batch", LIVE)
-        self.registry = f"sqlite:///{self.batch.store}/registry/mlflow.db"
-
-    @property
-    def sources(self) -> str:
-        return str(self.batch.store / "sources")
-
-    def run_live(self) -> None:
-        flags = ["--streaming", *self.flags]
-        replay = ["--sources", self.sources, "--start", "2024-01-21", "--chunk", "6h", "--run_id", "live"]
-        assert features_streaming.main([*flags, *replay]) == 0
-        assert inference_streaming.main([*flags, "--registry", self.registry, "--run_id", "scored"]) == 0
-
-    def erase_live(self, source: str, *more: str) -> int:
-        return self.erase(source, WHERE, "--sources", self.sources, "--registry", self.registry, *more)
-
-    def parity(self, run_id: str) -> dict[str, object]:
-        command = ["parity", *self.flags, "--registry", self.registry, "--batch_store", str(self.batch.store)]
-        assert main([*command, "--run_id", run_id]) == 0
-        return figures_of(self.store, run_id)
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +41,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.batch.run()
     store.run_live()
     return root
-
-
-def with_shops() -> dict[str, pl.DataFrame]:
-    """Three shops, in which others meet the person; and a spine row of the person that contradicts another one."""
-    frames = rows()
-    orders = frames["orders"].with_columns(shop=pl.format("s{}", pl.col("k") % 3))
-    again = orders.filter(k=250).with_columns(price=pl.col("price") + 1000)
-    frames["orders"] = pl.concat([orders, again]).select("at", "k", "cust", "note", "shop", "price")
-    return frames
 
 
 @pytest.fixture
