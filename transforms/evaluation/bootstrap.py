@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +159,7 @@ def _share(cells: npt.NDArray[np.int64]) -> Floats:
 
 def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> dict[str, Floats]:
     """Each metric in every replicate, NaN where undefined; the last value is that of the rows themselves."""
-    counts = np.column_stack([cells.counts, cells.plain]).astype(np.int64)
+    counts = _counts(cells)
     rows = counts.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if objective == "binary:logistic":
@@ -168,6 +168,11 @@ def replicated(objective: str, cells: ReplicateBins, threshold: float = 0.5) -> 
             return _multiple(cells.keys, counts)
         error = _errors(cells)
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
+
+
+def _counts(cells: ReplicateBins) -> npt.NDArray[np.int64]:
+    """Rows per bin in every replicate, and those of the rows themselves."""
+    return np.column_stack([cells.counts, cells.plain]).astype(np.int64)
 
 
 def _errors(cells: ReplicateBins) -> Floats:
@@ -236,8 +241,6 @@ def _binary(
     won = (up * (2 * below + down)).sum(axis=0)
     caught, alarms = np.cumsum(up[::-1], axis=0), np.cumsum(down[::-1], axis=0)
     precision = caught / np.maximum(caught + alarms, 1)
-    selected = share >= threshold
-    true, false = positive[selected].sum(axis=0), negative[selected].sum(axis=0)
     bucket = np.minimum((share * 10).astype(int), 9)
     gaps = np.zeros(counts.shape[1])
     for each in np.unique(bucket):
@@ -249,10 +252,20 @@ def _binary(
         "log_loss": losses @ counts / rows,
         "brier": ((share[:, None] - label) ** 2 * counts).sum(axis=0) / rows,
         "calibration_error": gaps / rows,
+        **_rates(keys, counts, threshold),
+    }
+
+
+def _rates(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], threshold: float) -> dict[str, Floats]:
+    """The metrics of a binary model that depend on the threshold."""
+    positive, selected = keys & 1 == 1, _share(keys >> 1) >= threshold
+    hits, misses = counts[positive].sum(axis=0), counts[~positive].sum(axis=0)
+    true, false = counts[positive & selected].sum(axis=0), counts[~positive & selected].sum(axis=0)
+    return {
         "precision": true / (true + false),
         "recall": true / hits,
         "false_positive_rate": false / misses,
-        "selection_rate": (true + false) / rows,
+        "selection_rate": (true + false) / (hits + misses),
     }
 
 
@@ -273,8 +286,25 @@ def replicates(
     """The replicates of `exact` metrics, NaN where bins are too coarse for a metric; None if there are too few rows."""
     if cells.rows < LEAST_ROWS:
         return None
+    return _centred(replicated(objective, cells, threshold), exact)
+
+
+def rate_replicates(
+    cells: ReplicateBins, exact_at: Mapping[float, Mapping[str, float | None]]
+) -> dict[float, Replicates | None]:
+    """By threshold, as `replicates`, but only of the metrics of a binary model that depend on the threshold."""
+    if cells.rows < LEAST_ROWS:
+        return dict.fromkeys(exact_at)
+    counts = _counts(cells)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            threshold: _centred(_rates(cells.keys, counts, threshold), exact) for threshold, exact in exact_at.items()
+        }
+
+
+def _centred(found: Mapping[str, Floats], exact: Mapping[str, float | None]) -> Replicates:
     values = {}
-    for name, drawn in replicated(objective, cells, threshold).items():
+    for name, drawn in found.items():
         if (value := exact.get(name)) is None:
             continue
         offset = value - drawn[-1]

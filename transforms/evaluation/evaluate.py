@@ -23,6 +23,7 @@ from transforms.evaluation.bootstrap import (
     error_quantiles,
     interval,
     keys_of,
+    rate_replicates,
     replicate_bins,
     replicates,
     weights,
@@ -257,11 +258,12 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
 
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
+    found = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
+    drawn_at = {} if whole.cells is None else rate_replicates(whole.cells, found)
     at: list[ThresholdRates] = []
-    for each in sorted({*THRESHOLDS, threshold}):
-        drawn = _drawn("binary:logistic", whole, each)
+    for each, rates in found.items():
+        drawn = drawn_at.get(each)
         shown = {name: drawn.interval(name) for name in ("precision", "recall")} if drawn else {}
-        rates = measures.confusion(bins, each)
         at.append(
             {
                 "threshold": each,
