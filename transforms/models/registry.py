@@ -600,9 +600,12 @@ def preparing_database(uri: str) -> Iterator[None]:
     if path is None or os.path.exists(path):  # which raises no error
         yield
         return
-    with ThreadPoolExecutor(1, "registry") as pool:
-        pool.submit(_empty_database)  # an error comes again when the database is needed
+    pool = ThreadPoolExecutor(1, "registry")
+    pool.submit(_empty_database)  # an error comes again when the database is needed
+    try:
         yield
+    finally:
+        pool.shutdown(wait=False)  # Ctrl-C does not wait for it
 
 
 def _local(uri: str, tracking_uri: str) -> str:
