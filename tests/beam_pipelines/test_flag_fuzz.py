@@ -71,6 +71,32 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["models", "--store", "http://[::1"], 4, "Invalid IPv6 URL"),
+        (["models", "--store", "{store}", "--registry", "http://[::1"], 4, "Invalid IPv6 URL"),
+        (["plan", "--definition", "sys", "--store", "{store}"], 2, "a module that is no Python file"),
+        (["plan", "--definition", "..", "--store", "{store}"], 2, "Name it like examples.flights.definition"),
+        (["plan", "--definition", "{fifo}", "--store", "{store}"], 2, "an importable module or a .py file"),
+        (["plan", "--schema", "{fifo}"], 0, ""),
+        (["features", "--full", "--schema", "{fifo}"], 2, "not a regular file"),
+        (["features", "--block_rows", "-5"], 2, "'-5' is not a whole number from 1"),
+        (["features", "--broadcast_mb", "nan"], 2, "'nan' is not a number from 0 on"),
+        (["training", "--threads", "9" * 30], 2, "is not a whole number from 0 to 1024"),
+        (["trace", "--prediction", "9" * 30], 2, "is not a whole number from"),
+        (["schema", "check", "--run_id", "x" * 5000], 2, "…"),
+    ],
+)
+def test_what_the_fuzzer_has_found(base: Path, tmp_path: Path, argv: list[str], code: int, words: str) -> None:
+    flags = [] if "--store" in argv else ["--definition", "{definition}", "--store", "{store}"]
+    known = places(tmp_path / "places", copied(base, tmp_path / "store"))
+    said = run(*(word.format(**known) for word in (*argv, *flags)))
+    one_message(said)
+    assert said.code == code, said.text
+    assert words in said.err
+
+
 def test_flags_of_any_value(base: Path, tmp_path: Path) -> None:
     assert fuzz(base, tmp_path, QUICK, 60) >= 60
 

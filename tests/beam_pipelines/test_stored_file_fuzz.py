@@ -88,6 +88,28 @@ def fuzz(base: Path, folder: Path, names: Sequence[str], count: int) -> int:
     return tried
 
 
+@pytest.mark.parametrize(
+    ("file", "kind", "name", "words"),
+    [
+        ("features/buying/*/_manifests/f2-1.json", "UTF-16", "inference", ""),
+        ("features/buying/*/_manifests/f2-1.json", "UTF-16", "features", "manifest can be read"),
+        ("features/buying/*/_statistics/f1.pb", "empty", "check", ""),
+        ("schema.pbtxt", "UTF-16", "features full", "is a text file. Got"),
+        ("features/buying/*/date=*/f2-*.parquet", "FIFO", "inference", "it is not a regular file"),
+        ("runs/t9/started.json", "FIFO", "vacuum", "The mark of a run can be read"),
+        ("runs/t9/started.json", "zeros", "vacuum", "The mark of a run can be read"),
+    ],
+)
+def test_what_the_fuzzer_has_found(base: Path, tmp_path: Path, file: str, kind: str, name: str, words: str) -> None:
+    store = copied(base, tmp_path / "store")
+    (path,) = store.glob(file)
+    Change(kind, 0.5, "").apply(path)
+    said = run(*commands(store)[name])
+    one_message(said)
+    assert (said.code in (2, 4)) == bool(words), said.text
+    assert words in said.err, said.text
+
+
 def test_stored_files_of_any_content(base: Path, tmp_path: Path) -> None:
     assert fuzz(base, tmp_path, QUICK, 25) >= 25
 
