@@ -11,10 +11,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.beam_pipelines.test_disk_failures import disk, needs_root, remount
-from tests.beam_pipelines.test_vanished_files import MODULES
 from tests.support import shop
-from tests.support.processes import Zygote
+from tests.support.disks import disk, needs_root, remount
+from tests.support.processes import ALL_PIPELINES, Zygote
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.paths import predictions_uri
 
@@ -30,7 +29,7 @@ def used(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("logs"), MODULES) as started:
+    with Zygote(tmp_path_factory.mktemp("logs"), ALL_PIPELINES) as started:
         yield started
 
 

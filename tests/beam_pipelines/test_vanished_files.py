@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.support import shop
-from tests.support.processes import PIPELINES, Ended, Zygote
+from tests.support.processes import ALL_PIPELINES, Ended, Zygote
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.delta_tables import newest_version, open_table
 from transforms.storage.paths import predictions_uri
 
 pytestmark = pytest.mark.timeout(900)  # with the fixture, which makes a store and trains on it
-MODULES = (*PIPELINES, "beam_pipelines.training", "beam_pipelines.inference", "mlflow", "xgboost")
 # What each command reads, as patterns within the store.
 READ = [
     ("features", "sources/sales"),
@@ -55,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Base]:
     folder = tmp_path_factory.mktemp("vanished")
     store = folder / "base"
     path = shop.write(store, 400)
-    with Zygote(tmp_path_factory.mktemp("logs"), MODULES) as zygote:
+    with Zygote(tmp_path_factory.mktemp("logs"), ALL_PIPELINES) as zygote:
         flags = ["--definition", str(path), "--store", str(store)]
         for argv in (
             ["features", *flags, "--run_id", "f"],

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RUNNER = ("apache_beam.runners.direct.direct_runner", "apache_beam.runners.portability.fn_api_runner.fn_runner")
 PIPELINES = ("beam_pipelines.features", "beam_pipelines.commands.plan", "beam_pipelines.commands.tables", *RUNNER)
+ALL_PIPELINES = (*PIPELINES, "beam_pipelines.training", "beam_pipelines.inference", "mlflow", "xgboost")
 
 
 @dataclasses.dataclass(frozen=True)
