@@ -25,7 +25,7 @@ class Dates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class SplitRow:
     """A split's rows, and what became of the others; `positive` is the share of examples with the label 1."""
 
     name: str
@@ -113,7 +113,7 @@ class Data:
 
     warnings: tuple[str, ...]
     timeline: Timeline | None
-    splits: tuple[Split, ...]
+    splits: tuple[SplitRow, ...]
     binary: bool
     feature_rows: int
     outside: int
@@ -143,13 +143,13 @@ def _binary(manifest: ModelManifest) -> bool:
     return bool(manifest["objective"] == "binary:logistic")
 
 
-def splits(content: TrainingRecord, manifest: ModelManifest) -> tuple[Split, ...]:
+def splits(content: TrainingRecord, manifest: ModelManifest) -> tuple[SplitRow, ...]:
     dates, labels, found = _dates(manifest.get("split", {})), content.get("labels") or {}, []
     for name in SPLITS:
         count, seen = content["splits"][name], {float(key): n for key, n in labels.get(name, {}).items()}
         share = seen.get(1.0, 0) / count["entered"] if _binary(manifest) and count["entered"] else None
         when = dates.get(name, Dates(DASH))
-        found.append(Split(name, when, count["rows"], count["waiting"], count["dropped"], count["entered"], share))
+        found.append(SplitRow(name, when, count["rows"], count["waiting"], count["dropped"], count["entered"], share))
     return tuple(found)
 
 

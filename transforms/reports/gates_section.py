@@ -20,7 +20,7 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gates:
+class GatesSection:
     """What is shown at once, what holds besides, and what was not judged."""
 
     first: tuple[Gate, ...]
@@ -28,7 +28,7 @@ class Gates:
     idle: tuple[Gate, ...]
 
 
-def gates(content: TrainingRecord) -> Gates:
+def gates(content: TrainingRecord) -> GatesSection:
     def gate(each: GateRecord) -> Gate:
         return Gate(each["gate"], ("pass" if each["holds"] else "fail") if each["judged"] else "none", each["reason"])
 
@@ -36,4 +36,4 @@ def gates(content: TrainingRecord) -> Gates:
     judged = sorted((each for each in found if each.verdict != "none"), key=lambda each: each.verdict == "pass")
     enough = max(SHOWN, sum(each.verdict == "fail" for each in judged))
     idle = tuple(each for each in found if each.verdict == "none")
-    return Gates(tuple(judged[:enough]), tuple(judged[enough:]), idle)
+    return GatesSection(tuple(judged[:enough]), tuple(judged[enough:]), idle)

@@ -19,7 +19,7 @@ POINTS, CONFUSED = 800, 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class RivalDifference:
     """The champion's value of a metric, and what the model's is above it."""
 
     theirs: float | None
@@ -35,7 +35,7 @@ class Metric:
     value: float | None
     span: Sequence[float] | None
     rising: bool
-    against: Difference | None
+    against: RivalDifference | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +173,11 @@ def performance(content: TrainingRecord, manifest: ModelManifest, points: Explan
 def metrics(content: TrainingRecord) -> tuple[Metric, ...]:
     theirs, apart = content["rival"]["metrics"], content["rival"].get("differences") or {}
 
-    def against(name: str) -> Difference | None:
+    def against(name: str) -> RivalDifference | None:
         if theirs is None:
             return None
         value, span = apart.get(name) or (None, None)
-        return Difference(theirs.get(name), value, span)
+        return RivalDifference(theirs.get(name), value, span)
 
     return tuple(
         Metric(name, value, content["intervals"].get(name), name in RISING, against(name))

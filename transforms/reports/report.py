@@ -14,12 +14,12 @@ from transforms.models.stored_records import ExplanationRecord, ModelManifest, T
 from transforms.reports import formatting
 from transforms.reports.data_section import Data, data
 from transforms.reports.fairness_section import Fairness, fairness
-from transforms.reports.gates_section import Gates, gates
+from transforms.reports.gates_section import GatesSection, gates
 from transforms.reports.header import Header, header
 from transforms.reports.inputs_section import Inputs, inputs
 from transforms.reports.performance_section import Performance, performance
 from transforms.reports.provenance_section import Provenance, provenance
-from transforms.reports.search_section import Search, search
+from transforms.reports.search_section import SearchSection, search
 from transforms.reports.slices_section import Slices, slices
 
 FILE = "report.html"
@@ -38,13 +38,13 @@ _FILTERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Page:
     """What the page shows; sections that have nothing to show are None."""
 
     header: Header
-    gates: Gates
+    gates: GatesSection
     data: Data
-    search: Search
+    search: SearchSection
     performance: Performance
     slices: Slices | None
     fairness: Fairness | None
@@ -66,7 +66,7 @@ def render(content: TrainingRecord, manifest: ModelManifest, points: Explanation
         manifest: of the model's bundle.
         points: the `Explanation` with single rows, as JSON values; None leaves its pictures out.
     """
-    report = Report(
+    report = Page(
         header(content, manifest),
         gates(content),
         data(content, manifest),

@@ -20,7 +20,7 @@ SHOWN, TRIALS, ROUNDS, PICTURES = 12, 60, 160, 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class TrialRow:
     """A row of the table of trials.
 
     Args:
@@ -40,7 +40,7 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class SearchPicture:
     """A chart of trials: learning curves, or the metric by a `parameter`."""
 
     parameter: str | None
@@ -60,28 +60,28 @@ class Trials:
     names: tuple[str, ...]
     halved: bool
     folded: bool
-    first: tuple[Trial, ...]
-    more: tuple[Trial, ...]
+    first: tuple[TrialRow, ...]
+    more: tuple[TrialRow, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchSection:
     """The section; `best` is None where no trial is recorded."""
 
     metric: str
     count: int
     failed: int
-    best: Trial | None
-    pictures: tuple[Picture, ...] = ()
+    best: TrialRow | None
+    pictures: tuple[SearchPicture, ...] = ()
     trials: Trials | None = None
 
 
-def search(content: TrainingRecord, manifest: ModelManifest) -> Search:
+def search(content: TrainingRecord, manifest: ModelManifest) -> SearchSection:
     trials, metric = content["trials"], manifest["metric"]
     worked = [each for each in trials if not each["error"] and each["value"] is not None]
     failed = len(trials) - len(worked)
     if not worked:
-        return Search(metric, len(trials), failed, None)
+        return SearchSection(metric, len(trials), failed, None)
     last, sign = max(each["rung"] for each in worked), _sign(metric)
     best = min((each for each in worked if each["rung"] == last), key=lambda each: (sign * _value(each), each["trial"]))
     varied = [name for name in trials[0]["params"] if len({str(each["params"].get(name)) for each in trials}) > 1]
@@ -90,7 +90,7 @@ def search(content: TrainingRecord, manifest: ModelManifest) -> Search:
     pictures = [learning] if learning else []
     room = PICTURES - 1  # that of the curves stays free where there are none
     pictures += [by_parameter(name, worked, best, metric) for name in varied if _numbers(name, worked)][:room]
-    return Search(
+    return SearchSection(
         metric, len(trials), failed, _trial(best, names, best), tuple(pictures), table(trials, best, names, metric)
     )
 
@@ -99,9 +99,9 @@ def _sign(metric: str) -> int:
     return -1 if metric in RISING else 1
 
 
-def _trial(each: TrialRecord, names: Sequence[str], best: TrialRecord) -> Trial:
+def _trial(each: TrialRecord, names: Sequence[str], best: TrialRecord) -> TrialRow:
     params = tuple(each["params"].get(name) for name in names)
-    return Trial(
+    return TrialRow(
         each["trial"],
         each["value"],
         each["rounds"],
@@ -123,7 +123,7 @@ def table(trials: Sequence[TrialRecord], best: TrialRecord, names: tuple[str, ..
     return Trials(names, halved, folded, rows[:SHOWN], rows[SHOWN:])
 
 
-def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Picture | None:
+def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> SearchPicture | None:
     """The metric on validation after each round, thinned."""
     chosen = [best, *[each for each in worked if each is not best][: TRIALS - 1]]
     thin = {each["trial"]: _thinned(each["history"]) for each in chosen}
@@ -144,7 +144,7 @@ def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Pic
         paths += charts.dots(x, y, [rounds], [_number(best["history"][rounds - 1])], "big first", [title])
     label = f"Validation {metric_name(metric)} by boosting round; the best trial ends at {value} after {rounds} rounds"
     keys = (Key("first", f"trial {best['trial']}, kept"), *([Key("thin solid", "others")] if others else []))
-    return Picture(None, Plot(label, x, y, tuple(paths)), keys)
+    return SearchPicture(None, Plot(label, x, y, tuple(paths)), keys)
 
 
 def _thinned(history: Sequence[float | None]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -173,7 +173,7 @@ def _numbers(name: str, worked: Sequence[TrialRecord]) -> bool:
     )
 
 
-def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Picture:
+def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> SearchPicture:
     """The metric of each trial against one of its parameters; in steps of factors where values span more than 20."""
     values = [_number(each["params"][name]) for each in worked]
     found = [_value(each) for each in worked]
@@ -184,4 +184,4 @@ def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, me
     marks = charts.dots(x, y, values, found, "second", titles)
     kept = f"trial {best['trial']}, kept"
     marks += charts.dots(x, y, [_number(best["params"][name])], [_value(best)], "big first", [kept])
-    return Picture(name, Plot(f"Validation {metric_name(metric)} of {len(worked)} trials by {name}", x, y, marks))
+    return SearchPicture(name, Plot(f"Validation {metric_name(metric)} of {len(worked)} trials by {name}", x, y, marks))

@@ -15,7 +15,7 @@ SHOWN, MOST = 25, 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class SliceRow:
     """One slice: its values, and its metric with a 95 % interval.
 
     Args:
@@ -37,8 +37,8 @@ class Forest:
 
     metric: str
     scale: Axis
-    first: tuple[Slice, ...]
-    more: tuple[Slice, ...]
+    first: tuple[SliceRow, ...]
+    more: tuple[SliceRow, ...]
     left: int
 
     @property
@@ -48,7 +48,7 @@ class Forest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class SliceGroup:
     """Slices by the same columns."""
 
     columns: tuple[str, ...]
@@ -60,7 +60,7 @@ class Slices:
     """The section; slices of fewer than `least` rows are not judged."""
 
     least: int | None
-    groups: tuple[Group, ...]
+    groups: tuple[SliceGroup, ...]
 
 
 def slices(content: TrainingRecord, manifest: ModelManifest) -> Slices | None:
@@ -71,7 +71,7 @@ def slices(content: TrainingRecord, manifest: ModelManifest) -> Slices | None:
     members: dict[tuple[str, ...], list[SliceRecord]] = {}
     for each in content["slices"]:
         members.setdefault(tuple(each["by"]), []).append(each)
-    groups = [Group(by, tuple(forest(content, some, metric) for metric in chosen)) for by, some in members.items()]
+    groups = [SliceGroup(by, tuple(forest(content, some, metric) for metric in chosen)) for by, some in members.items()]
     return Slices(rules.get("min_slice_rows"), tuple(groups))
 
 
@@ -87,14 +87,14 @@ def forest(content: TrainingRecord, members: Sequence[SliceRecord], metric: str)
     behind = charts.stripe(x, span[0], span[1], "whole") if span else ()
     behind += charts.upright(x, whole, "whole") if whole is not None else ()
 
-    def row(each: SliceRecord) -> Slice:
+    def row(each: SliceRecord) -> SliceRow:
         name = ", ".join(f"{column}={'null' if value is None else value}" for column, value in each["by"].items())
         failed = bound is not None and not holds.get(f"{metric} of {name} within {bound:g} of the whole", True)
         firm = each["rows"] >= least
         value, mine = each["metrics"][metric], each["intervals"].get(metric)
         marks = charts.whisker(x, value, mine, "fail" if failed else "first" if firm else "pale")
         values = ", ".join(category(value) for value in each["by"].values())
-        return Slice(values, failed, not firm and not failed, Strip(x, behind + marks), each["rows"], value, mine)
+        return SliceRow(values, failed, not firm and not failed, Strip(x, behind + marks), each["rows"], value, mine)
 
     rows = tuple(row(each) for each in members)
     return Forest(metric, x, rows[:SHOWN], rows[SHOWN:MOST], max(len(rows) - MOST, 0))
