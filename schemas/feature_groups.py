@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Iterator
 
 from schemas.expressions import canonical
@@ -36,6 +37,7 @@ class GroupKey:
         return HistoryKey(self.source, tuple(column for _, column in self.keys), self.where)
 
 
+@functools.lru_cache(4096)  # a condition is serialised
 def group_key(feature: SourceFeature) -> GroupKey:
     where = None if feature.where is None else canonical(feature.where)
     return GroupKey(feature.source.name, tuple(feature.keys), where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -189,16 +190,16 @@ class Trailing:
                 )
         return chosen
 
-    @property
+    @functools.cached_property
     def condition(self) -> pl.Expr | None:
         """`where` as it is computed."""
         return None if self.where is None else _condition(self).expr
 
-    @property
+    @functools.cached_property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
-    @property
+    @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
         """Its columns in order: by column, statistic, window."""
         prefix = f"{self.name or self.source.name}_by_{'_'.join(spine for spine, _ in self.keys)}"
@@ -279,21 +280,21 @@ class Latest:
         for column in self.columns:
             self.source.require(column, "columns")
 
-    @property
+    @functools.cached_property
     def condition(self) -> pl.Expr | None:
         """`where` as it is computed."""
         return None if self.where is None else _condition(self).expr
 
-    @property
+    @functools.cached_property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
-    @property
+    @functools.cached_property
     def length(self) -> int | None:
         """Greatest age in µs."""
         return None if self.max_age == "forever" else microseconds(self.max_age or "")
 
-    @property
+    @functools.cached_property
     def renamed(self) -> dict[str, str]:
         """Source column to feature name."""
         return {column: f"{self.name or self.source.name}_{column}" for column in self.columns}
@@ -350,11 +351,11 @@ class Lookup:
 
     where = condition = None
 
-    @property
+    @functools.cached_property
     def keys(self) -> tuple[tuple[str, str], ...]:
         return pairs(self.by, "by")
 
-    @property
+    @functools.cached_property
     def renamed(self) -> dict[str, str]:
         return {column: f"{self.name or self.source.name}_{column}" for column in self.columns}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -116,13 +117,13 @@ class Source:
             for column in getattr(self, field):
                 self.require(column, field)
 
-    @property
+    @functools.cached_property
     def schema(self) -> dict[str, pl.DataType]:
         """All columns with their types, the time columns first."""
         times = {name: TIME for name in (self.time, self.event_time) if name is not None}
         return {**times, **self.columns}  # type: ignore[dict-item]
 
-    @property
+    @functools.cached_property
     def tie_order(self) -> tuple[str, ...]:
         """The columns that put rows in order which nothing else tells apart: `order`, then all declared ones as
         declared.

@@ -7,6 +7,8 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
+from typing import TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -29,6 +31,20 @@ from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Raised when a kernel computes other values from the same definition and data.
 KERNEL_VERSION = 1
+Result = TypeVar("Result")
+
+
+def _once_per_source(method: Callable[[FeatureView, str], Result]) -> Callable[[FeatureView, str], Result]:
+    """Keeps what a method of a view returns for each source.  Callers leave it as it is."""
+
+    @functools.wraps(method)
+    def call(self: FeatureView, source: str) -> Result:
+        known: dict[str, Result] = self.__dict__.setdefault(f"_{method.__name__}", {})
+        if source not in known:
+            known[source] = method(self, source)
+        return known[source]
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,6 +195,7 @@ class FeatureView:
     def events(self) -> dict[str, Source]:
         return {name: source for name, source in self.sources.items() if source.time is not None}
 
+    @_once_per_source
     def reach(self, source: str) -> int:
         """Longest look-back over `source` in µs."""
         lengths = [0]
@@ -189,6 +206,7 @@ class FeatureView:
                 lengths.append(feature.length or 0)
         return max(lengths)
 
+    @_once_per_source
     def columns_read(self, source: str) -> list[str]:
         """Columns of `source` that some feature needs, in declared order.  By them a row is checked."""
         declared = self.sources[source]
@@ -210,6 +228,7 @@ class FeatureView:
         times = {name for name in (declared.time, declared.event_time) if name}
         return [name for name in declared.schema if name in read | times]
 
+    @_once_per_source
     def columns_ordering(self, source: str) -> tuple[str, ...]:
         """Further columns of `source` that decide which of several rows a feature takes, in declared order.
 
@@ -232,6 +251,7 @@ class FeatureView:
         before = set(order[:last]) - read
         return tuple(name for name in declared.schema if name in before)
 
+    @_once_per_source
     def columns_held(self, source: str) -> list[str]:
         """Columns of `source` that are read: those that features need and those that break ties, in declared order."""
         wanted = {*self.columns_read(source), *self.columns_ordering(source)}

@@ -302,7 +302,7 @@ def _alike(
 def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[str]) -> bool:
     """Whether all values of these columns keep the rules of their types. They are read: footers do not say."""
     narrow = dataclasses.replace(contract, columns=tuple(columns), ordering=(), required=())
-    broken = [condition for name, _, condition in narrow.rules() if name in columns]
+    broken = [condition for name, _, condition in narrow.rules if name in columns]
     return not broken or all(
         not read_raw(narrow, [each]).select(pl.any_horizontal(broken).any()).item() for each in slices
     )

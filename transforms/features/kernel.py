@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,13 @@ from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.columns import moments_of, with_series
 from transforms.records.window_sums import Bools, Ints, Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
+# Up to this many rows a group is computed by the thread that asks: to hand it over would cost more.
+HANDED_OVER = 20_000
 _POOL = Once()
 log = logging.getLogger("millrace.features")
 
@@ -78,8 +82,13 @@ class Stage:
             return with_derived(view, self.derived, frame)
 
 
-def stages(view: FeatureView) -> Iterator[Stage]:
+@functools.lru_cache(256)
+def stages(view: FeatureView) -> tuple[Stage, ...]:
     """The view's features in the order in which they are computed."""
+    return tuple(_stages(view))
+
+
+def _stages(view: FeatureView) -> Iterator[Stage]:
     waiting: list[SourceFeature] = []
     for feature in view.features:
         if isinstance(feature, Derived):
@@ -104,13 +113,18 @@ def compute(view: FeatureView, spine: pl.DataFrame, tables: KernelTables) -> pl.
     """
     frame = spine
     for stage in stages(view):
-        frame = stage.derive(view, frame.with_columns(feature_columns(view, stage.reading, frame, tables)))
+        frame = stage.derive(view, with_series(frame, feature_columns(view, stage.reading, frame, tables)))
     return output_columns(view, frame)
 
 
 def output_columns(view: FeatureView, frame: pl.DataFrame) -> pl.DataFrame:
     """Selects the context columns and the features, in their stored types."""
-    return frame.select(*view.context, *(pl.col(name).cast(dtype) for name, dtype in view.columns.items()))
+    features = (_cast(frame[name], dtype) for name, dtype in view.columns.items())
+    return pl.DataFrame([*(frame[name] for name in view.context), *features])
+
+
+def _cast(series: pl.Series, dtype: pl.DataType) -> pl.Series:
+    return series if series.dtype == dtype else series.cast(dtype)
 
 
 def feature_columns(
@@ -142,6 +156,11 @@ def feature_columns(
             return latest(feature, history)
         return [_statistic(history, each) for each in wanted]
 
+    if len(frame) + max((len(tables.rows[key.source]) for key in groups), default=0) <= HANDED_OVER:
+        for key, group in groups.items():
+            history = history_of(key, group[0])
+            columns += [series for each in group for part in _parts(each) for series in work(each, history, part)]
+        return columns
     pool = kernel_pool()
     # The statistics of a group start as soon as its history is sorted, while other histories are still being sorted.
     histories = [(group, pool.submit(history_of, key, group[0])) for key, group in groups.items()]
@@ -154,6 +173,7 @@ def feature_columns(
     return [*columns, *(series for task in tasks for series in task.result())]
 
 
+@functools.lru_cache(4096)
 def _parts(feature: SourceFeature) -> list[list[Statistic]]:
     """The statistics of a Trailing feature by column and kind, which share work.
 
@@ -182,9 +202,9 @@ def computing(what: str) -> Iterator[None]:
 
 def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
     """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
-    made = {name: view.arithmetic[name] for name in feature.columns}
-    result = frame.with_columns(stored(each.expr, view.columns[name]).alias(name) for name, each in made.items())
-    for name, each in made.items():
+    result = frame.with_columns(_derived(view, feature))
+    for name in feature.columns:
+        each = view.arithmetic[name]
         if each.overflow is not None and result[name].null_count():
             lost = int((frame.select(each.overflow.alias("_"))["_"] & result[name].is_null()).sum())
             if lost:
@@ -192,6 +212,12 @@ def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl
                     "Derived %r: %s of %s values are null: int64 cannot hold them", name, f"{lost:,}", f"{len(frame):,}"
                 )
     return result
+
+
+@functools.lru_cache(1024)
+def _derived(view: FeatureView, feature: Derived) -> tuple[pl.Expr, ...]:
+    """The feature's columns as they are computed and stored."""
+    return tuple(stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
 
 
 def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -269,11 +295,23 @@ def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: B
         return [
             pl.Series(name, [None] * len(rows), dtype=_kept(table[column].dtype)) for column, name in renamed.items()
         ]
-    at = pl.Series(rows) if found.all() else pl.Series(rows).set(pl.Series(~found), None)
-    taken = table.select(list(renamed)).select(pl.all().gather(at))
-    return taken.select(
-        stored(pl.col(column), _kept(taken[column].dtype)).alias(name) for column, name in renamed.items()
-    ).get_columns()
+    if not found.all():  # a null in place of the rows that were not found
+        known = np.flatnonzero(found)
+        taken = table[list(renamed)][rows[known]].extend(table[list(renamed)].clear(1))
+        place = np.full(len(rows), len(known))
+        place[known] = np.arange(len(known))
+        taken = taken[place]
+    else:
+        taken = table[list(renamed)][rows]
+    return [_stored(taken[column], name) for column, name in renamed.items()]
+
+
+def _stored(series: pl.Series, name: str) -> pl.Series:
+    """As `stored`."""
+    result = series.cast(_kept(series.dtype), strict=False).alias(name)
+    if not result.dtype.is_float() or np.isfinite(result.to_numpy()[result.is_not_null().to_numpy()]).all():
+        return result
+    return result.set(~result.is_finite(), None)
 
 
 def _kept(dtype: pl.DataType) -> pl.DataType:
@@ -294,11 +332,12 @@ class History:
     ) -> None:
         left, right = codes(spine, events, keys)
         if (right < 0).any():
-            events, right = events.filter(pl.Series(right >= 0)), right[right >= 0]
+            used = np.flatnonzero(right >= 0)
+            events, right = events[used], right[used]
         self.source = source
-        known = _microseconds(events[str(source.time)])
-        positions = known if source.event_time is None else _microseconds(events[source.event_time])
-        self.moments = _microseconds(spine[time])
+        known = moments_of(events, str(source.time))
+        positions = known if source.event_time is None else moments_of(events, source.event_time)
+        self.moments = moments_of(spine, time)
         self.sorting = EventOrder(positions, right, self.moments, left)
         self.events = events
         self.known = None if source.event_time is None else known
@@ -369,15 +408,18 @@ class History:
         return made
 
     def _column(self, name: str, rows: Ints) -> Column:
-        series = self.events[name].gather(pl.Series(rows))
+        series = self.events[name][rows]
+        if series.dtype.is_float():  # null and NaN are both no value
+            numbers = series.to_numpy()
+            valid = ~np.isnan(numbers)
+            return Column(numbers, None if valid.all() else valid)
         if series.dtype == pl.String:
             series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
         elif series.dtype.is_temporal() or series.dtype == pl.Boolean:
-            series = series.to_physical().cast(pl.Int64)
-        if series.dtype.is_float():
-            series = series.fill_nan(None)
-        valid = series.is_not_null().to_numpy() if series.null_count() else None
-        return Column(series.fill_null(0).to_numpy(), valid)
+            series = series.cast(pl.Int64)
+        if not series.null_count():
+            return Column(series.to_numpy(), None)
+        return Column(series.fill_null(0).to_numpy(), series.is_not_null().to_numpy())
 
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
@@ -399,7 +441,3 @@ class History:
         back = np.empty(len(series), np.int64)
         back[self.sorting.spine_order] = np.arange(len(series))
         return series.gather(pl.Series(back))
-
-
-def _microseconds(series: pl.Series) -> Ints:
-    return series.to_physical().to_numpy()

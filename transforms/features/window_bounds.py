@@ -9,10 +9,13 @@ import numpy as np
 import polars as pl
 
 from transforms.features.window_statistics import Once
-from transforms.records.window_sums import Ints
+from transforms.records.columns import whole_numbers
+from transforms.records.window_sums import Bools, Ints
 
 # Places looked up one by one up to here: below, a pass over all keys costs more.
 MANY = 20_000
+# Up to this many spine rows are compared with all events, key by key: below, a code for every key costs more.
+FEW = 16
 
 
 class EventOrder:
@@ -38,7 +41,12 @@ class EventOrder:
     def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
         """(Rows by code and time, their keys in that order.)"""
         keys = codes * self.span + self._position(times)
-        order = by_code(codes) if rising(times) else pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
+        if rising(times):
+            order = by_code(codes)
+        elif len(keys) < MANY:
+            order = np.argsort(keys, kind="stable")
+        else:
+            order = pl.Series(keys).arg_sort().to_numpy().astype(np.int64)
         return order, keys[order]
 
     def _position(self, times: Ints) -> Ints:
@@ -102,8 +110,11 @@ def positions(keys: Ints, wanted: Ints) -> Ints:
 def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
     """Encodes equal keys as equal small integers on both sides.
 
-    A null key is −1, and so is the key of a spine row that is not in `table`.
+    A null key is −1, and so is the key of a spine row that is not in `table`.  If there are few spine rows, so is any
+    other key.
     """
+    if len(spine) <= FEW:
+        return _codes_of_few(spine, table, keys)
     left, right = np.zeros(len(spine), np.int64), np.zeros(len(table), np.int64)
     for spine_column, table_column in keys:
         a, b = _column_codes(spine[spine_column], table[table_column])
@@ -113,6 +124,35 @@ def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, st
         left = np.where((left < 0) | (a < 0), -1, left * size + a)
         right = np.where((right < 0) | (b < 0), -1, right * size + b)
     return _dense(left, right)
+
+
+def _codes_of_few(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
+    """`codes` of the keys that some spine row has, by comparing each with all rows of `table`."""
+    sides = [(_comparable(spine[ours]).to_list(), _comparable(table[theirs])) for ours, theirs in keys]
+    left, right = np.full(len(spine), -1, np.int64), np.full(len(table), -1, np.int64)
+    found: dict[tuple[Any, ...], int] = {}
+    equal: dict[tuple[int, Any], Bools] = {}
+    number = 0
+    for row, key in enumerate(zip(*(values for values, _ in sides), strict=True)):
+        if key not in found and None not in key:
+            same: Bools | None = None
+            for column, value in enumerate(key):
+                if (column, value) not in equal:
+                    mask = sides[column][1] == value
+                    equal[column, value] = (mask.fill_null(False) if mask.null_count() else mask).to_numpy()
+                same = equal[column, value] if same is None else same & equal[column, value]
+            assert same is not None
+            found[key] = -1
+            if same.any():
+                found[key] = number
+                right[same] = number
+                number += 1
+        left[row] = found.get(key, -1)
+    return left, right
+
+
+def _comparable(series: pl.Series) -> pl.Series:
+    return series if series.dtype == pl.String else whole_numbers(series).cast(pl.Int64)
 
 
 def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:

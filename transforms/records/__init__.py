@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.records.columns import moments_of, whole_numbers, with_series
     from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
     from transforms.records.exact_sums import (
         UNIT,
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from transforms.records.pickled_once import PickledOnce
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
-    from transforms.records.row_hashing import UInt64s, combine, hash_column, hash_text, mix, prediction_ids, row_ids
+    from transforms.records.row_hashing import (
+        UInt64s,
+        combine,
+        hash_column,
+        hash_columns,
+        hash_text,
+        mix,
+        prediction_ids,
+        row_ids,
+    )
     from transforms.records.times import (
         ALWAYS,
         EPOCH,

@@ -6,7 +6,8 @@ splitmix64 (Steele, Lea & Flood 2014), which also combines the columns of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,10 @@ import polars_hash as plh
 
 UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = tuple(
+    (np.uint64(shift), np.uint64(factor)) for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+)
+_LAST = np.uint64(31)
 _NULL = np.uint64(0x6E756C6C6E756C6C)
 # Number of values mixed at a time: few enough to stay in a core's cache and in memory that the allocator reuses.
 _PIECE = 1 << 14
@@ -22,19 +27,19 @@ _PIECE = 1 << 14
 
 def mix(values: UInt64s) -> UInt64s:
     """splitmix64's finaliser, a bijection on 64 bits."""
-    with np.errstate(over="ignore"):
-        result = np.atleast_1d(values + _GOLDEN)
-        shifted = np.empty(min(len(result), _PIECE), np.uint64)
-        for start in range(0, len(result), _PIECE):
-            z = result[start : start + _PIECE]
-            some = shifted[: len(z)]
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-                z ^= np.right_shift(z, np.uint64(shift), out=some)
-                z *= np.uint64(factor)
-            z ^= np.right_shift(z, np.uint64(31), out=some)
-        return result
+    result: UInt64s = np.atleast_1d(values) + _GOLDEN
+    shifted = np.empty(min(len(result), _PIECE), np.uint64)
+    for start in range(0, len(result), _PIECE):
+        z = result[start : start + _PIECE]
+        some = shifted[: len(z)]
+        for shift, factor in _ROUNDS:
+            z ^= np.right_shift(z, shift, out=some)
+            z *= factor
+        z ^= np.right_shift(z, _LAST, out=some)
+    return result
 
 
+@functools.lru_cache(1024)
 def hash_text(text: str) -> np.uint64:
     """The hash of one string, equal to the `hash_column` hash of that value in a column."""
     return hash_column(pl.Series([text]))[0]
@@ -43,24 +48,36 @@ def hash_text(text: str) -> np.uint64:
 def hash_column(column: pl.Series) -> UInt64s:
     """The hash of each value of an integer, float, boolean, date, time or string column."""
     if column.dtype == pl.String:
-        hashes = column.to_frame("text").select(plh.col("text").nchash.xxh3_64().fill_null(0))
-        result = hashes.to_series().to_numpy()
-    elif column.dtype.is_float():
+        return _with_nulls(column.to_frame("text").select(plh.col("text").nchash.xxh3_64()).to_series())
+    if column.dtype.is_float():
         # Adding zero turns −0.0 into 0.0. All NaNs are replaced by one NaN.
-        floats = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0
+        wide = column.cast(pl.Float64)
+        floats = (wide.fill_null(0.0) if wide.null_count() else wide).to_numpy() + 0.0
         result = mix(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
     else:
-        numbers = column.to_physical().cast(pl.Int64).fill_null(0)
-        result = mix(numbers.to_numpy().view(np.uint64))
+        numbers = column.cast(pl.Int64)
+        result = mix((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy().view(np.uint64))
     return np.where(column.is_null().to_numpy(), _NULL, result) if column.null_count() else result
+
+
+def hash_columns(frame: pl.DataFrame, columns: Iterable[str]) -> dict[str, UInt64s]:
+    """By name what `hash_column` returns for each of some columns; strings are hashed in one pass."""
+    names = list(dict.fromkeys(columns))
+    texts = [name for name in names if frame[name].dtype == pl.String]
+    hashed = frame.select(plh.col(name).nchash.xxh3_64() for name in texts) if texts else frame
+    return {name: _with_nulls(hashed[name]) if name in texts else hash_column(frame[name]) for name in names}
+
+
+def _with_nulls(hashes: pl.Series) -> UInt64s:
+    """The hashes of texts, with the hash of null."""
+    return (hashes.fill_null(int(_NULL)) if hashes.null_count() else hashes).to_numpy()
 
 
 def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
     """Combines several hashes into one. The order matters."""
     state: UInt64s = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = mix(state * np.uint64(31) + np.asarray(part, np.uint64))
+    for part in parts:
+        state = mix(state * _LAST + np.asarray(part, np.uint64))
     return state
 
 

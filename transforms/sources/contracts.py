@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import polars as pl
@@ -75,7 +76,7 @@ class Contract:
     partitions: Partitions | None = None
     ordering: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def read(self) -> tuple[str, ...]:
         """All columns that are read, in the order of `columns` without any for `ordering`, else as declared."""
         if not self.ordering:
@@ -83,16 +84,17 @@ class Contract:
         wanted = {*self.columns, *self.ordering}
         return tuple(name for name in self.source.schema if name in wanted)
 
-    @property
+    @functools.cached_property
     def latest(self) -> int:
         """Times from here on are implausible, µs."""
         return min(self.now, 2**62) + microseconds(self.source.ahead, zero=True) + 1
 
-    @property
+    @functools.cached_property
     def earliest(self) -> int:
         """Times before this are implausible, µs."""
         return (instant(self.source.not_before) - EPOCH) // MICROSECOND
 
+    @functools.cached_property
     def rules(self) -> list[tuple[str, str, pl.Expr]]:
         """(field, rule, condition under which a row breaks it), the first broken one is the reason."""
         source = self.source
@@ -295,7 +297,7 @@ def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, p
         (rows that keep it, dead letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible
         time in µs or null).
     """
-    rules = contract.rules()
+    rules = contract.rules
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]
     broken = (
         frame.lazy()

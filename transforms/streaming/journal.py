@@ -17,6 +17,7 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
+from transforms.records.columns import moments_of
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
@@ -45,6 +46,7 @@ from transforms.streaming.time_buckets import TimeBuckets, size_of
 
 # All shards get an input at least every so many turns, with the horizon up to which they evict.
 HORIZON_EVERY = 16
+_NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 Key = TypeVar("Key", int, str)
 
 
@@ -223,7 +225,7 @@ class Journal:
             self._find_beginning(name)
         ready = self.spine_rows.take_until(self.bound(now))
         self.advance(now)
-        return self._output(routing, ready, accepted, pl.concat([_no_dead_letters(), *dead_letters]))
+        return self._output(routing, ready, accepted, pl.concat([_NO_DEAD_LETTERS, *dead_letters]))
 
     def seed(self, name: str, rows: pl.DataFrame) -> Turn:
         """A turn that sends rows accepted earlier to the shards; it counts nothing and moves no watermark."""
@@ -258,7 +260,11 @@ class Journal:
             if len(bad):
                 dead_letters.append(bad)
                 self._count(micro_batch.source, "dead", len(bad))
-        accepted = {name: pl.concat(parts, rechunk=True) for name, parts in rows.items() if parts}
+        accepted = {
+            name: parts[0].rechunk() if len(parts) == 1 else pl.concat(parts, rechunk=True)
+            for name, parts in rows.items()
+            if parts
+        }
         for name in self.view.events:
             if name in accepted and name != self.view.spine.name:
                 accepted[name], early = self._since_start(name, accepted[name])
@@ -281,9 +287,9 @@ class Journal:
         self._count(source, "messages", micro_batch.messages)
         self.completeness.expect(source, partition, now)
         if len(fresh):
-            times = fresh[str(self.sources[source].time)].to_physical()
-            self.completeness.observe(source, partition, int(times.max()), now)  # type: ignore[arg-type]
-            self._record_first(micro_batch, int(times.min()))  # type: ignore[arg-type]
+            times = moments_of(fresh, str(self.sources[source].time))
+            self.completeness.observe(source, partition, int(times.max()), now)
+            self._record_first(micro_batch, int(times.min()))
         if micro_batch.heartbeat is not None:
             self.completeness.promise(source, partition, micro_batch.heartbeat, now)
             if micro_batch.heartbeat < FOREVER:
@@ -329,8 +335,7 @@ class Journal:
             replaced.
         """
         whole = rows
-        time = pl.col(str(self.sources[name].time)).to_physical()
-        late = int(rows.select((time < watermark).sum()).item())
+        late = int((moments_of(rows, str(self.sources[name].time)) < watermark).sum())
         if late:
             self._count(name, "late", late)
         if name in self.repeats:
@@ -349,7 +354,7 @@ class Journal:
             if len(distinct.replaced):
                 routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:
-            rows = rows.select(self.view.columns_held(name))
+            rows = rows[self.view.columns_held(name)]
         if self.horizon > ALWAYS:
             rows = self._route_old_events(name, rows, routing)
         routing.add_events(name, rows)
@@ -361,15 +366,15 @@ class Journal:
         Returns:
             The other events.
         """
-        reached = pl.col(str(self.sources[name].time)).to_physical() >= self.horizon - self.held_back(name)
-        old = rows.filter(~reached)
-        if not len(old):
+        reached = moments_of(rows, str(self.sources[name].time)) >= self.horizon - self.held_back(name)
+        if reached.all():
             return rows
+        old = rows.filter(pl.Series(~reached))
         if name in self.lifetime:
             routing.add_old_events(name, old)
         else:
             self._count(name, "beyond", len(old))
-        return rows.filter(reached)
+        return rows.filter(pl.Series(reached))
 
     def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
         """Sends spine rows that can be computed to the shards.  Returns them for the assembly.
@@ -382,8 +387,8 @@ class Journal:
             self.dimensions.refresh()
             frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
         shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
-        cold = pl.col(self.view.time).to_physical() < self.beginnings.filled(self.view)
-        rows = ready.select(*self.view.spine.schema, "row_id", "__late", *ORIGIN, cold.alias("__cold"))
+        cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
+        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN]].hstack([cold])
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
 
     def _output(
@@ -394,7 +399,7 @@ class Journal:
         dead_letters: pl.DataFrame | None = None,
     ) -> Turn:
         spine_rows = None if ready is None else self._route_spine_rows(ready, routing)
-        rejected = [_no_dead_letters() if dead_letters is None else dead_letters]
+        rejected = [_NO_DEAD_LETTERS if dead_letters is None else dead_letters]
         if self.dimensions is not None:
             rejected.append(self.dimensions.take_dead_letters())
         shards = {}
@@ -409,7 +414,7 @@ class Journal:
             spine_rows=0 if ready is None else len(ready),
             state=size_of(self.stores.values()),
             accepted=accepted or {},
-            dead_letters=pl.concat(rejected),
+            dead_letters=rejected[0] if len(rejected) == 1 else pl.concat(rejected),
         )
         return Turn(self.turn_number, shards, spine_rows, entry)
 
@@ -476,7 +481,3 @@ class Journal:
 
 def _copied(by_source: Mapping[str, Mapping[Key, int]]) -> dict[str, dict[Key, int]]:
     return {name: dict(each) for name, each in by_source.items()}
-
-
-def _no_dead_letters() -> pl.DataFrame:
-    return pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import polars as pl
 
 from schemas.views import FeatureView
+from transforms.records.columns import moments_of, with_series
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import message_dead_letters
@@ -50,19 +51,19 @@ class PendingSpineRows:
             Dead letters for the rows that are too late or contradict an earlier one.
         """
         view, spine = self.view, self.view.spine.name
-        moment = pl.col(view.time).to_physical()
         rows = identified(view, rows)
         dead_letters = []
         if since > ALWAYS:
-            old = rows.filter(moment < since)
-            if len(old):
+            early = moments_of(rows, view.time) < since
+            if early.any():
+                old = rows.filter(pl.Series(early))
                 rule = "a question comes no later than the spine's lateness and --keep allow"
                 dead_letters.append(
                     message_dead_letters(spine, old, view.time, rule, pl.col(view.time).cast(pl.String))
                 )
                 self.count(spine, "too_late", len(old))
-                rows = rows.filter(moment >= since)
-        rows = rows.with_columns((moment < watermark).alias("__late"))
+                rows = rows.filter(pl.Series(~early))
+        rows = with_series(rows, [pl.Series("__late", moments_of(rows, view.time) < watermark)])
         before = self.known.take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
         if before or rows["row_id"].n_unique() < len(rows):
             rows, conflicts = self._distinct(rows, before)
@@ -74,9 +75,9 @@ class PendingSpineRows:
 
     def restore(self, pending: pl.DataFrame, known: pl.DataFrame) -> None:
         """Adds spine rows that are known to be distinct: those that wait, and all that are known."""
-        moment = pl.col(self.view.time).to_physical().alias("time")
         self.pending.add(pending)
-        self.known.add(known.select("row_id", moment, "__digest"))
+        moments = pl.Series("time", moments_of(known, self.view.time), pl.Int64)
+        self.known.add(pl.DataFrame([known["row_id"], moments, known["__digest"]]))
 
     def take_until(self, bound: int) -> pl.DataFrame | None:
         """Removes the spine rows at or before `bound` µs.  Returns them in order of time, or None."""
@@ -93,8 +94,7 @@ class PendingSpineRows:
 
     def oldest(self) -> int | None:
         """Time of the oldest spine row that waits, µs."""
-        times = [frame[self.view.time].to_physical().min() for frame in self.pending.all()]
-        return min((int(each) for each in times), default=None)  # type: ignore[arg-type]
+        return min((int(moments_of(frame, self.view.time).min()) for frame in self.pending.all()), default=None)
 
     def _distinct(self, rows: pl.DataFrame, before: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Compares new spine rows with each other and with known ones that have the same ids.
@@ -139,6 +139,7 @@ class PendingSpineRows:
 
 def identified(view: FeatureView, rows: pl.DataFrame) -> pl.DataFrame:
     """Spine rows with `row_id` and the digest of their content."""
-    return rows.with_columns(
-        row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))
+    return with_series(
+        rows,
+        [row_ids(view.name, [rows[name] for name in (*view.key, view.time)]), digest(rows, list(view.spine.schema))],
     )

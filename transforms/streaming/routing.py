@@ -15,7 +15,7 @@ from schemas.views import FeatureView
 from transforms.records.row_hashing import UInt64s
 from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
-from transforms.streaming.time_buckets import key_hashes
+from transforms.streaming.time_buckets import key_hashes, keys_hashes
 
 Bools = npt.NDArray[np.bool_]
 
@@ -62,16 +62,14 @@ class TurnRouting:
         Returns:
             Number of shards that compute some of them.
         """
-        owners = [
-            shard_of(key_hashes(rows, keys), len(self.tables)) for keys in {each.spine_columns for each in self.groups}
-        ]
+        owners = self._shards_of(rows, [each.spine_columns for each in self.groups])
         columns = dict.fromkeys([self.view.time, *(name for group in self.groups for name in group.spine_columns)])
-        sent = rows.select(pl.int_range(pl.len(), dtype=pl.Int64).alias("__position"), *columns)
+        sent = pl.DataFrame([pl.Series("__position", np.arange(len(rows))), *(rows[name] for name in columns)])
         shards = 0
         for shard, tables in enumerate(self.tables):
-            mine = np.any([owner == shard for owner in owners], axis=0)
+            mine = np.any([owner == shard for owner in owners.values()], axis=0)
             if mine.any():
-                tables.spine_rows = sent.filter(pl.Series(mine))
+                tables.spine_rows = sent if mine.all() else sent.filter(pl.Series(mine))
                 shards += 1
         return shards
 
@@ -84,13 +82,22 @@ class TurnRouting:
     def _owners(self, source: str, rows: pl.DataFrame) -> list[Bools]:
         """By shard, which events of a source it needs: those with a key of its own, in any group."""
         wanted = [np.zeros(len(rows), np.bool_) for _ in self.tables]
-        for keys in {group.source_columns for group in self.groups if group.source == source}:
-            owner = shard_of(key_hashes(rows, keys), len(self.tables))
-            nulls = rows.select(pl.any_horizontal(pl.col(name).is_null() for name in keys)).to_series().to_numpy()
-            owner = np.where(nulls, -1, owner)  # a null key matches nothing
+        of_source = [group.source_columns for group in self.groups if group.source == source]
+        for keys, owner in self._shards_of(rows, of_source).items():
+            for name in keys:
+                if rows[name].null_count():
+                    owner = np.where(rows[name].is_null().to_numpy(), -1, owner)  # a null key matches nothing
             for shard, mine in enumerate(wanted):
                 mine |= owner == shard
         return wanted
+
+    def _shards_of(
+        self, rows: pl.DataFrame, keys: Sequence[tuple[str, ...]]
+    ) -> dict[tuple[str, ...], npt.NDArray[np.int64]]:
+        """By key the shard of each row."""
+        if len(self.tables) == 1:
+            return {key: np.zeros(len(rows), np.int64) for key in keys}
+        return {key: shard_of(hashes, len(self.tables)) for key, hashes in keys_hashes(rows, keys).items()}
 
 
 def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:

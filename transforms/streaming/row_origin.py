@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from transforms.records.row_hashing import UInt64s, combine, hash_column
+from transforms.records.row_hashing import combine, hash_column, hash_columns
 
 # Columns of a row's origin, and the column of its identity.
 ORIGIN_COLUMNS = ["__partition", "__offset", "__place"]
@@ -19,22 +19,21 @@ RID = "__rid"
 
 def row_identity(rows: pl.DataFrame) -> pl.Series:
     """The identities of rows, from the columns of their origin."""
-    return pl.Series(
-        RID, combine([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64) if len(rows) else [], pl.Int64
-    )
+    if not len(rows):
+        return pl.Series(RID, [], pl.Int64)
+    return pl.Series(RID, combine([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64))
 
 
 def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
     """Hash of the rows' content."""
     if not len(rows):
         return pl.Series("__digest", [], pl.UInt64)
-    parts: list[UInt64s] = []
-    for name in columns:
-        column = rows[name]
-        if column.dtype.is_float():
-            column = column.cast(pl.Float64).reinterpret(signed=True)
-        parts.append(hash_column(column))
-    return pl.Series("__digest", combine(parts))
+    exact = [
+        rows[name].cast(pl.Float64).reinterpret(signed=True) if rows[name].dtype.is_float() else rows[name]
+        for name in columns
+    ]
+    hashed = hash_columns(pl.DataFrame(exact), columns)
+    return pl.Series("__digest", combine([hashed[name] for name in columns]))
 
 
 def cut_text(offsets: Mapping[str, Mapping[int, int]]) -> str:

@@ -14,6 +14,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.transforms.userstate import on_timer
 
 from schemas.views import FeatureView
+from transforms.records.columns import with_series
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import now_us
 from transforms.streaming.groups import groups_of
@@ -182,14 +183,17 @@ class AssembleDoFn(beam.DoFn):
         else:
             self.dimensions.use(ready.dimensions)
         features = assemble(self.view, self.groups, ready.rows, parts, self.dimensions.frames)
-        moment = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-        rows = features.with_columns(
-            row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
-            pl.col(self.view.time).dt.date().alias("date"),
-            pl.lit(ready.cut).alias("__cut"),
-            *(ready.rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
-            moment.alias("__answered"),
-            pl.lit(versions_text(self.dimensions.versions)).alias("__dimensions"),
+        size, moment = len(features), pl.Series([now_us()], dtype=pl.Int64).cast(pl.Datetime("us", "UTC"))
+        rows = with_series(
+            features,
+            [
+                row_ids(self.view.name, [features[name] for name in (*self.view.key, self.view.time)]),
+                features[self.view.time].cast(pl.Date).alias("date"),
+                pl.Series("__cut", [ready.cut]).new_from_index(0, size),
+                *(ready.rows[name] for name in ("__late", "__partition", "__offset", "__place", "__cold")),
+                moment.new_from_index(0, size).alias("__answered"),
+                pl.Series("__dimensions", [versions_text(self.dimensions.versions)]).new_from_index(0, size),
+            ],
         )
         state = sum((each.state for each in parts), StoreSize())
         return TurnFeatures(ready.turn, state, rows, self.dimensions.take_dead_letters())

@@ -13,13 +13,15 @@ import polars as pl
 
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, compute, feature_columns
+from transforms.features.window_bounds import rising
+from transforms.records.columns import moments_of
 from transforms.records.times import ALWAYS
 from transforms.streaming.groups import Group, groups_of, held_back
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
 from transforms.streaming.step_messages import ShardFeatures, ShardInput
-from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, size_of
+from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, keys_hashes, size_of
 
 
 class Shard:
@@ -35,9 +37,14 @@ class Shard:
         self.view, self.number, self.shards = view, number, shards
         self.groups = groups_of(view)
         self.buckets = {
-            name: TimeBuckets(str(source.time), max(held_back(view, name, 2 * view.reach(name)) // (SLOTS - 2), MINUTE))
+            name: TimeBuckets(
+                str(source.time),
+                max(held_back(view, name, 2 * view.reach(name)) // (SLOTS - 2), MINUTE),
+                {group.source_columns for group in self.groups if group.source == name},
+            )
             for name, source in view.events.items()
         }
+        self.nothing = {name: _nothing(view, name) for name in view.events}
         self.compacted = {
             i: LifetimeStore(view, group.features, group.kind, i)
             for i, group in enumerate(self.groups)
@@ -85,28 +92,28 @@ class Shard:
 
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
         """By number of a group, its features of the spine rows whose key is this shard's, with their `__position`."""
-        hashes = {keys: key_hashes(spine_rows, keys) for keys in {group.spine_columns for group in self.groups}}
+        hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
         result = {}
         for i, group in enumerate(self.groups):
             mine = shard_of(hashes[group.spine_columns], self.shards) == self.number
             if not mine.any():
                 continue
             some = spine_rows if mine.all() else spine_rows.filter(pl.Series(mine))
-            moments = some[self.view.time].to_physical()
-            low, high = int(moments.min()) - group.reach, int(moments.max())  # type: ignore[arg-type]
+            moments = moments_of(some, self.view.time)
+            low, high = int(moments.min()) - group.reach, int(moments.max())
             wanted = hashes[group.spine_columns][mine]
             found = self.buckets[group.source].take(
                 group.source_columns, wanted, low if group.kind == "none" else ALWAYS, high
             )
             columns = self.view.columns_held(group.source)
-            events = pl.concat(found).select(columns) if found else _nothing(self.view, group.source)
+            events = pl.concat(found)[columns] if found else self.nothing[group.source]
             tables = (
                 KernelTables({group.source: events})
                 if group.kind == "none"
                 else self.compacted[i].tables(wanted, events)
             )
             made = feature_columns(self.view, group.features, some, tables)
-            result[i] = some.select("__position").with_columns(made)
+            result[i] = pl.DataFrame([some["__position"], *made])
         return result
 
 
@@ -129,7 +136,9 @@ def assemble(
             by_group.setdefault(group, []).append(some)
     columns: dict[str, pl.Series] = {}
     for frames in by_group.values():
-        whole = (pl.concat(frames) if len(frames) > 1 else frames[0]).sort("__position")
+        whole = frames[0] if len(frames) == 1 else pl.concat(frames)
+        if not rising(whole["__position"].to_numpy()):
+            whole = whole.sort("__position")
         if len(whole) != len(spine_rows):
             raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})

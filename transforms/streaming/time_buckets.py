@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from transforms.records.row_hashing import UInt64s, combine, hash_column
+from transforms.records.columns import moments_of
+from transforms.records.row_hashing import UInt64s, combine, hash_columns
 
 Ints = npt.NDArray[np.int64]
 # A bucket and rows of it.
@@ -26,21 +27,30 @@ SLOTS = 8
 # The most buckets that rows added at once are split into.  Rows of more buckets are put into wider ones: otherwise a
 # job that catches up would split them into very small parts.
 SPREAD = 8
+# The rows of a bucket's small parts are merged into one of up to this many rows: to search each costs more.
+SMALL = 1000
 MINUTE = 60_000_000
 
 
 def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
     """One hash per row of the key `columns`; integers of different widths have equal hashes."""
+    return keys_hashes(frame, [tuple(columns)])[tuple(columns)]
+
+
+def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], UInt64s]:
+    """As `key_hashes`, for several keys."""
+    keys = list(dict.fromkeys(keys))
     if not len(frame):
-        return np.empty(0, np.uint64)
-    return combine([hash_column(frame[name]) for name in columns])
+        return {key: np.empty(0, np.uint64) for key in keys}
+    hashed = hash_columns(frame, [name for key in keys for name in key])
+    return {key: combine([hashed[name] for name in key]) for key in keys}
 
 
 class IndexedRows:
-    """Some rows of a bucket, none before `low` µs, with an index per key."""
+    """Some rows of a bucket, none before `low` µs, with an index per key; those of `keys` are built together."""
 
-    def __init__(self, frame: pl.DataFrame, low: int) -> None:
-        self.frame, self.low = frame, low
+    def __init__(self, frame: pl.DataFrame, low: int, keys: Sequence[tuple[str, ...]] = ()) -> None:
+        self.frame, self.low, self.keys = frame, low, keys
         self._index: dict[tuple[str, ...], tuple[UInt64s, Ints]] = {}
 
     @functools.cached_property
@@ -55,17 +65,19 @@ class IndexedRows:
     def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
         """Returns the sorted hashes and the rows that they belong to."""
         if key not in self._index:
-            hashes = key_hashes(self.frame, key)
-            order = np.argsort(hashes, kind="stable")
-            self._index[key] = hashes[order], order
+            for each, hashes in keys_hashes(self.frame, {key, *(self.keys if key in self.keys else ())}).items():
+                order = np.argsort(hashes, kind="stable")
+                self._index[each] = hashes[order], order
         return self._index[key]
 
     def find(self, key: tuple[str, ...], wanted: UInt64s) -> Ints:
         """Positions, ascending, of the rows whose key has one of the hashes `wanted`, which are distinct."""
         hashes, order = self.index(key)
-        lo, hi = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
+        lo, hi = hashes.searchsorted(wanted, "left"), hashes.searchsorted(wanted, "right")
         lengths = hi - lo
         total = int(lengths.sum())
+        if not total:
+            return np.empty(0, np.int64)
         if total == len(hashes):
             return np.arange(total)
         starts = np.cumsum(lengths) - lengths
@@ -79,13 +91,14 @@ class TimeBuckets:
     Args:
         time: column of the row's time.
         width: length of a bucket, µs.
+        keys: columns by which rows are taken.
 
     Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` has the changes of each slot since
     they were last read: (bucket, rows) to append, or None if the slot must be rewritten.
     """
 
-    def __init__(self, time: str, width: int) -> None:
-        self.time, self.width = time, max(width, 1)
+    def __init__(self, time: str, width: int, keys: Iterable[tuple[str, ...]] = ()) -> None:
+        self.time, self.width, self.keys = time, max(width, 1), tuple(keys)
         self.buckets: dict[int, list[IndexedRows]] = {}
         self.changes: dict[int, list[Piece] | None] = {}
 
@@ -100,7 +113,7 @@ class TimeBuckets:
         """Adds rows, in any order of times."""
         if not len(frame):
             return
-        moments = _moments(frame, self.time)
+        moments = moments_of(frame, self.time)
         numbers = moments // self.width
         low, high = int(numbers.min()), int(numbers.max())
         if low == high:
@@ -117,7 +130,7 @@ class TimeBuckets:
 
     def restore(self, bucket: int, frame: pl.DataFrame) -> None:
         """Adds rows of a bucket from its slot."""
-        self._append(bucket, frame, int(_moments(frame, self.time).min()))
+        self._append(bucket, frame, int(moments_of(frame, self.time).min()))
 
     def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
         self._append(number, frame, low)
@@ -126,10 +139,10 @@ class TimeBuckets:
 
     def _append(self, number: int, frame: pl.DataFrame, low: int) -> None:
         parts = self.buckets.setdefault(number, [])
-        while parts and len(parts[-1].frame) <= 2 * len(frame):
+        while parts and len(parts[-1].frame) <= max(2 * len(frame), SMALL - len(frame)):
             before = parts.pop()
             frame, low = pl.concat([before.frame, frame]), min(low, before.low)
-        parts.append(IndexedRows(frame, low))
+        parts.append(IndexedRows(frame.rechunk() if len(frame) <= SMALL else frame, low, self.keys))
 
     def _rewrite(self, number: int) -> None:
         self.changes[number % SLOTS] = None
@@ -177,7 +190,7 @@ class TimeBuckets:
                 hit = np.isin(part.frame[column].to_numpy(), values)
                 if hit.any():
                     gone.append(part.frame.filter(pl.Series(hit)))
-                    parts[i] = IndexedRows(part.frame.filter(pl.Series(~hit)), part.low)
+                    parts[i] = IndexedRows(part.frame.filter(pl.Series(~hit)), part.low, self.keys)
                     self._rewrite(number)
             parts[:] = [part for part in parts if len(part.frame)]
         self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
@@ -189,7 +202,7 @@ class TimeBuckets:
         for number in sorted(self.buckets):
             rest = []
             for part in self.buckets[number]:
-                before = _moments(part.frame, self.time) <= bound if part.low <= bound else np.zeros(0, np.bool_)
+                before = moments_of(part.frame, self.time) <= bound if part.low <= bound else np.zeros(0, np.bool_)
                 if not before.any():
                     rest.append(part)
                     continue
@@ -199,7 +212,7 @@ class TimeBuckets:
                 else:
                     hit = pl.Series(before)
                     taken.append(part.frame.filter(hit))
-                    rest.append(IndexedRows(part.frame.filter(~hit), part.low))
+                    rest.append(IndexedRows(part.frame.filter(~hit), part.low, self.keys))
             self.buckets[number] = rest
         self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
         return taken
@@ -215,10 +228,6 @@ class Store(Protocol):
     def bytes(self) -> int: ...
     def slot(self, slot: int) -> list[Piece]: ...
     def restore(self, bucket: int, frame: pl.DataFrame, /) -> None: ...
-
-
-def _moments(frame: pl.DataFrame, time: str) -> Ints:
-    return frame[time].to_physical().to_numpy()
 
 
 def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:

@@ -1,0 +1,31 @@
+"""Columns of small frames: what a Polars query would return, without the fixed cost of a query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+
+def whole_numbers(series: pl.Series) -> pl.Series:
+    """Dates and times as their integers, as `to_physical` does; other columns as they are."""
+    return series.cast(pl.Int64) if series.dtype.is_temporal() else series
+
+
+def moments_of(frame: pl.DataFrame, time: str) -> npt.NDArray[np.int64]:
+    """A column of times without nulls, in µs since 1970."""
+    return frame[time].cast(pl.Int64).to_numpy()
+
+
+def with_series(frame: pl.DataFrame, columns: Sequence[pl.Series]) -> pl.DataFrame:
+    """`frame` with `columns`, which replace those of the same names.
+
+    >>> with_series(pl.DataFrame({"a": [1], "b": [2]}), [pl.Series("a", [3])]).row(0)
+    (3, 2)
+    """
+    known = frame.columns
+    if any(each.name in known for each in columns):
+        return frame.with_columns(columns)
+    return frame.hstack(list(columns)) if columns else frame
