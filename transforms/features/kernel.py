@@ -21,7 +21,7 @@ from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
-from transforms.records.columns import moments_of, with_series
+from transforms.records.columns import moments_of, with_columns, with_series
 from transforms.records.window_sums import Bools, Ints, Numbers
 
 # Rows that the general path (event_time) may hold at once.
@@ -202,7 +202,7 @@ def computing(what: str) -> Iterator[None]:
 
 def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
     """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
-    result = frame.with_columns(_derived(view, feature))
+    result = with_columns(frame, *_derived(view, feature))
     for name in feature.columns:
         each = view.arithmetic[name]
         if each.overflow is not None and result[name].null_count():

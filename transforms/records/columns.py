@@ -8,6 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+# Up to this many rows an expression is computed by the thread that asks: to hand it over would cost more.
+FEW = 20_000
+
+
+def select(frame: pl.DataFrame, *exprs: pl.Expr) -> pl.DataFrame:
+    """`frame.select`, on the calling thread if there are few rows."""
+    return frame.select_seq(*exprs) if len(frame) <= FEW else frame.select(*exprs)
+
+
+def with_columns(frame: pl.DataFrame, *exprs: pl.Expr) -> pl.DataFrame:
+    """`frame.with_columns`, on the calling thread if there are few rows."""
+    return frame.with_columns_seq(*exprs) if len(frame) <= FEW else frame.with_columns(*exprs)
+
 
 def whole_numbers(series: pl.Series) -> pl.Series:
     """Dates and times as their integers, as `to_physical` does; other columns as they are."""
@@ -27,5 +40,5 @@ def with_series(frame: pl.DataFrame, columns: Sequence[pl.Series]) -> pl.DataFra
     """
     known = frame.columns
     if any(each.name in known for each in columns):
-        return frame.with_columns(columns)
+        return frame.with_columns_seq(columns)
     return frame.hstack(list(columns)) if columns else frame

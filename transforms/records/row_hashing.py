@@ -14,6 +14,8 @@ import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
+from transforms.records.columns import select
+
 UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = tuple(
@@ -48,7 +50,7 @@ def hash_text(text: str) -> np.uint64:
 def hash_column(column: pl.Series) -> UInt64s:
     """The hash of each value of an integer, float, boolean, date, time or string column."""
     if column.dtype == pl.String:
-        return _with_nulls(column.to_frame("text").select(plh.col("text").nchash.xxh3_64()).to_series())
+        return _with_nulls(select(column.to_frame("text"), plh.col("text").nchash.xxh3_64()).to_series())
     if column.dtype.is_float():
         # Adding zero turns −0.0 into 0.0. All NaNs are replaced by one NaN.
         wide = column.cast(pl.Float64)
@@ -64,7 +66,7 @@ def hash_columns(frame: pl.DataFrame, columns: Iterable[str]) -> dict[str, UInt6
     """By name what `hash_column` returns for each of some columns; strings are hashed in one pass."""
     names = list(dict.fromkeys(columns))
     texts = [name for name in names if frame[name].dtype == pl.String]
-    hashed = frame.select(plh.col(name).nchash.xxh3_64() for name in texts) if texts else frame
+    hashed = select(frame, *(plh.col(name).nchash.xxh3_64() for name in texts)) if texts else frame
     return {name: _with_nulls(hashed[name]) if name in texts else hash_column(frame[name]) for name in names}
 
 

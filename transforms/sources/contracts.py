@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas.durations import instant, microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
+from transforms.records.columns import select, with_columns
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.dead_letters import ROW_DEAD_LETTERS
 
@@ -137,6 +138,12 @@ class Contract:
                     (name, "a number fits float32 (|x| < 3.4e38)", pl.col(name).cast(pl.Float32).is_infinite())
                 )
         return rules
+
+    @functools.cached_property
+    def breaks(self) -> pl.Expr:
+        """Whether a row breaks some rule, as the column `_`."""
+        conditions = [condition.fill_null(False) for _, _, condition in self.rules]
+        return pl.any_horizontal(conditions or [pl.lit(False)]).alias("_")
 
     def cast(self, table: pa.Table, file: str) -> pl.DataFrame:
         """The declared columns of a file's `table` in their declared types.
@@ -297,23 +304,16 @@ def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, p
         (rows that keep it, dead letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible
         time in µs or null).
     """
-    rules = contract.rules
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]
-    broken = (
-        frame.lazy()
-        .select(
-            pl.any_horizontal([condition.fill_null(False) for _, _, condition in rules] or [pl.lit(False)]).alias("_")
-        )
-        .collect()["_"]
-    )
+    broken = select(frame, contract.breaks)["_"]
     if len(broken) != len(frame):
         broken = pl.Series([False]).new_from_index(0, len(frame))
     dead_letters = pl.DataFrame(schema=ROW_DEAD_LETTERS)
     if broken.any():
-        dead_letters = _dead_letters(contract, frame.with_row_index("place").filter(broken), rules)
+        dead_letters = _dead_letters(contract, frame.with_row_index("place").filter(broken), contract.rules)
         frame = frame.filter(~broken)
     if floats:
-        frame = frame.with_columns(pl.col(floats).fill_nan(None) + 0.0)
+        frame = with_columns(frame, pl.col(floats).fill_nan(None) + 0.0)
     return frame, dead_letters
 
 

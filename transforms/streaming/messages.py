@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import pyarrow as pa
 from schemas.durations import microseconds
 from schemas.errors import ContractError, nearest
 from schemas.sources import Source
+from transforms.records.columns import moments_of, select, with_series
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
@@ -28,6 +30,7 @@ from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arr
 HEARTBEAT = b"__heartbeat"
 # Columns beside the source's own: the origin of a row.
 ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
+_NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
@@ -114,14 +117,16 @@ def decode_topic(
     """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
     frames, dead_letters = _frames(contract, rows, limits)
-    whole = pl.concat(frames) if frames else _empty(contract.source)
-    kept, broken = check_rows(contract, whole)
-    if len(broken):
-        dead_letters.append(_located(contract, whole, broken))
-    for reject in (_ahead, _beyond_calendar):
-        kept, rejected = reject(contract, kept)
-        dead_letters += rejected
-    broken, result = pl.concat([pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), *dead_letters]), []
+    kept = _empty(contract.source)
+    if frames:
+        whole = frames[0] if len(frames) == 1 else pl.concat(frames)
+        kept, broken = check_rows(contract, whole)
+        if len(broken):
+            dead_letters.append(_located(contract, whole, broken))
+        for reject in (_ahead, _beyond_calendar):
+            kept, rejected = reject(contract, kept)
+            dead_letters += rejected
+    broken, result = pl.concat([_NO_DEAD_LETTERS, *dead_letters]) if dead_letters else _NO_DEAD_LETTERS, []
     numbers = [messages[0].partition if messages else 0 for messages in partitions]
     positions = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
     for messages, number, start, end in zip(partitions, numbers, positions[:-1], positions[1:], strict=True):
@@ -145,6 +150,7 @@ def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | No
     return max(until, default=None), dead_letters
 
 
+@functools.lru_cache(256)
 def _empty(source: Source) -> pl.DataFrame:
     return pl.DataFrame(schema={**source.schema, **ORIGIN})
 
@@ -202,13 +208,18 @@ def _from_arrow(contract: Contract, messages: Sequence[Message], limits: Message
         frame = pl.DataFrame(
             pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
         )
-        frame = frame.with_columns(
-            pl.lit(None, dtype).alias(name)
+        columns = [
+            _declared(frame[name], dtype)
+            if name in frame.columns
+            else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
             for name, dtype in contract.source.schema.items()
-            if name not in frame.columns
-        )
-        parts.append(frame.select(pl.col(name).cast(dtype) for name, dtype in contract.source.schema.items()))
-    return _with_origin(pl.concat(parts), messages, [len(table) for table in tables])
+        ]
+        parts.append(pl.DataFrame(columns))
+    return _with_origin(parts[0] if len(parts) == 1 else pl.concat(parts), messages, [len(table) for table in tables])
+
+
+def _declared(series: pl.Series, dtype: pl.DataType) -> pl.Series:
+    return series if series.dtype == dtype else series.cast(dtype)
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:
@@ -310,12 +321,13 @@ def _avro_rows(contract: Contract, message: Message, limits: MessageLimits) -> l
 def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:
     lengths = np.array(counts, np.int64)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return frame.with_columns(
+    origin = [
         pl.Series("__partition", np.repeat(np.array([each.partition for each in messages], np.int32), lengths)),
         pl.Series("__offset", np.repeat(np.array([each.offset for each in messages], np.int64), lengths)),
         pl.Series("__place", position.astype(np.int32)),
         pl.Series("__arrived", np.repeat(np.array([each.timestamp for each in messages], np.int64), lengths)),
-    )
+    ]
+    return with_series(frame, origin)
 
 
 def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
@@ -347,9 +359,10 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
     """
     source = contract.source
     time = str(source.time)
-    late = rows[time].to_physical() > rows["__arrived"] + microseconds(source.ahead, zero=True)
-    if not late.any():
+    ahead = moments_of(rows, time) > rows["__arrived"].to_numpy() + microseconds(source.ahead, zero=True)
+    if not ahead.any():
         return rows, []
+    late = pl.Series(ahead)
     bad = rows.filter(late)
     rule = f"a time is at most {source.ahead} ahead of its arrival (ahead)"
     return rows.filter(~late), [message_dead_letters(source.name, bad, time, rule, pl.col(time).cast(pl.String))]
@@ -376,7 +389,7 @@ def _beyond_calendar(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFra
 
 def out_of_calendar(times: pl.Series) -> pl.Series:
     """Whether each date or time (µs) is outside the years 1 to 9999; False for null."""
-    return pl.select(outside_years(pl.lit(times), times.dtype).fill_null(False)).to_series()
+    return select(times.to_frame("_"), outside_years(pl.col("_"), times.dtype).fill_null(False)).to_series()
 
 
 # Bytes after decompression that the messages of one micro-batch take in at most and one message more.

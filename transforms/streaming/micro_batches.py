@@ -15,6 +15,7 @@ from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 # AGAIN µs before the next query if there is a record in it.  Every transaction ends with a gap, so its rows wait for
 # the former.  Where there is no Kafka to query, a gap is left open for the latter.
 GAP_PATIENCE, AGAIN = 100_000, 2_000_000
+_NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 # Counts the offsets without a record: deleted before they were read, compacted away, or a transaction's own.
 SKIPPED = "offsets_skipped"
 # The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
@@ -66,17 +67,22 @@ def micro_batch_envelope(
         if len(each.dead_letters):
             frames[f"{i}l"] = each.dead_letters
     # One frame per source is encoded faster than one per partition.
-    frames |= {f"r:{source}": pl.concat(some, rechunk=True) for source, some in rows.items()}
+    frames |= {f"r:{source}": _joined(some) for source, some in rows.items()}
     received = micro_batches[0].received if micro_batches else 0
     return pack(
         {"kind": "micro", "index": index, "arrived": arrived, "came": received, "parts": head, **(more or {})}, frames
     )
 
 
+def _joined(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    filled = [each for each in parts if len(each)] or parts[:1]
+    return filled[0].rechunk() if len(filled) == 1 else pl.concat(filled, rechunk=True)
+
+
 def micro_batches_of(envelope: bytes) -> list[MicroBatch]:
     """The micro-batches of `micro_batch_envelope`."""
     head, frames = unpack(envelope)
-    none, result, taken = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS), [], dict[str, int]()
+    none, result, taken = _NO_DEAD_LETTERS, [], dict[str, int]()
     for i, (source, partition, first, after, messages, heartbeat, count) in enumerate(head["parts"]):
         start = taken.get(source, 0)
         taken[source] = start + count
