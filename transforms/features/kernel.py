@@ -408,11 +408,14 @@ class History:
         return made
 
     def _column(self, name: str, rows: Ints) -> Column:
-        series = self.events[name][rows]
+        series = self.events[name]
         if series.dtype.is_float():  # null and NaN are both no value
-            numbers = series.to_numpy()
+            numbers = series.to_numpy()[rows]
             valid = ~np.isnan(numbers)
             return Column(numbers, None if valid.all() else valid)
+        if series.dtype.is_integer() and not series.null_count():
+            return Column(series.to_numpy()[rows], None)
+        series = series[rows]
         if series.dtype == pl.String:
             series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
         elif series.dtype.is_temporal() or series.dtype == pl.Boolean:
