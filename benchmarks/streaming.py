@@ -2,10 +2,11 @@
 
 A DoFn per element is measured beside them for scale.
 
-    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak] [--repeats 1]
+    python -m benchmarks.streaming [--sides catchup,per_element,lag,predictions,soak,turns] [--repeats 1]
                                    [--json FILE] [--keep FOLDER]
 
-Broker, KafkaIO, Prism, the jobs and the producer share the machine.  `--json` names what was measured, and nothing
+Broker, KafkaIO, Prism, the jobs and the producer share the machine.  The side `turns` needs none of them: it measures
+what one small turn costs (`turn_fixed_ms`), and a replay of many.  `--json` names what was measured, and nothing
 else.
 """
 
@@ -20,18 +21,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import streaming_sides
+from benchmarks import streaming_sides, streaming_turns
 from benchmarks.measure import arguments, machine, say, write_json
 from benchmarks.streaming_rig import SHARE, YEAR_DAYS, champion, write_sources
 from benchmarks.streaming_sides import Seen
 
-SIDES = ("catchup", "per_element", "lag", "predictions", "soak")
+SIDES = ("catchup", "per_element", "lag", "predictions", "soak", "turns")
 # What a side is there for.
 HEADLINES = {
     "catchup": "events_per_second",
     "lag": "features_lag_p99_s",
     "predictions": "predictions_lag_p99_s",
     "soak": "soak_memory_growth",
+    "turns": "turn_fixed_ms",
 }
 
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--sides: {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
     from deploy.streaming.toolchain import missing
 
-    if lacking := missing():
+    if wanted != ["turns"] and (lacking := missing()):
         say(f"error: the streaming benchmark needs {'; '.join(lacking)}")
         return 8
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
     headline = {key: median(figures[side], key) for side, key in HEADLINES.items() if side in figures}
     if {"catchup", "per_element"} <= figures.keys():
         headline["vs_per_element"] = headline["events_per_second"] / median(figures["per_element"], "events_per_second")
+    if "turns" in figures:
+        headline |= {key: median(figures["turns"], key) for key in ("replay_s", "replay_cpu_s")}
     say(", ".join(f"{key} {value:,.3f}" for key, value in headline.items()))
     if flags.json:
         write_json(flags.json, {**headline, "raw": figures, "machine": machine()})
@@ -113,6 +117,7 @@ def measured(flags: argparse.Namespace, sides: Sequence[str], folder: Path) -> d
         "soak": lambda to: streaming_sides.soak(
             to, sources(long_years), flags.first, flags.offered, flags.soak_minutes, more
         ),
+        "turns": lambda to: {**streaming_turns.turn(to, sources(1)), **streaming_turns.replay(to, sources(1))},
     }
     figures: dict[str, list[Seen]] = {}
     for number in range(flags.repeats):

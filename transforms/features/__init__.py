@@ -42,5 +42,6 @@ if TYPE_CHECKING:
     from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
     from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
+    from transforms.features.window_bounds import rising
 
 import_when_used(__name__)
