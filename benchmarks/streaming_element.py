@@ -35,11 +35,11 @@ from apache_beam.transforms.userstate import (
 
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
+from schemas.live import sources_of
 from schemas.loading import load_definition
 from transforms.streaming.groups import groups_of
 from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, set_group_offsets
 from transforms.streaming.messages import HEARTBEAT, Message
-from transforms.streaming.replay import sources_of
 
 # (group and key as text, (microseconds, the event's columns that are read, or the question's row id))
 Row = dict[str, Any]  # an event, by column

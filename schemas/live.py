@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pyarrow as pa
 
+from schemas.sources import Source
 from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
 
@@ -35,6 +36,11 @@ LIVE_COLUMNS = pa.schema(
 
 # What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(LIVE_COLUMNS.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
+
+
+def sources_of(view: FeatureView) -> dict[str, Source]:
+    """The sources whose messages a live view reads: the spine and its events."""
+    return {view.spine.name: view.spine, **view.events}
 
 
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:

@@ -285,7 +285,7 @@ def test_answers_of_another_schema_or_without_their_question_become_letters(hous
     good, *_ = messages_of(house, 10, partitions=1)
     rows = to_score(view, [good._replace(value=to_arrow(answers.drop("amount")))])
     (less,) = BatchOrigin.of(rows).dead_letters.rows(named=True)
-    assert "column 'amount' is float, this one's missing" in less["rule"]
+    assert "column 'amount' must be float; it is missing" in less["rule"]
     holed = answers.with_columns(
         pl.when(pl.col("row_id") == answers["row_id"][2]).then(None).otherwise(pl.col("row_id")).alias("row_id")
     )

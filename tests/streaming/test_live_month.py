@@ -13,6 +13,7 @@ import pytest
 
 from deploy.streaming.processes import Child
 from examples.flights import data
+from schemas.live import sources_of
 from schemas.loading import load_definition
 from tests.support.live_fixtures import Live
 from tests.support.live_jobs import high_marks
@@ -20,7 +21,6 @@ from tests.support.tables import rows_of
 from transforms.lineage.feature_parity import check
 from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.beginnings import of_topic
-from transforms.streaming.replay import sources_of
 
 ROOT = Path(__file__).parents[2]
 DEFINITION = "examples.flights.definition"

@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from deploy.streaming.processes import Child
 from schemas import FeatureView, load_definition
-from schemas.live import accepted, live_schema
+from schemas.live import accepted, live_schema, sources_of
 from tests.support import market
 from tests.support.live_fixtures import Live
 from tests.support.tables import figures_of
@@ -29,7 +29,6 @@ from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow
-from transforms.streaming.replay import sources_of
 
 ROOT = Path(__file__).parents[2]
 # Of the rows, per partition: uneven, and the last one idle.

@@ -14,12 +14,12 @@ import polars as pl
 
 from beam_pipelines import cli
 from schemas import FeatureView, load_definition
+from schemas.live import sources_of
 from tests.support.tables import figures_of, rows_of
 from tests.support.turns import Job, JobOptions, unread
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.paths import features_live_uri, features_uri
 from transforms.streaming.messages import Message
-from transforms.streaming.replay import sources_of
 
 ARCHIVES = Path(__file__).parents[1] / "data" / "stores"
 # Where `make_stores.py` made them, as their registries still say.

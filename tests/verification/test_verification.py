@@ -563,7 +563,7 @@ def test_integers_that_wrap_are_caught(tmp_path: Path, monkeypatch: pytest.Monke
         return made.with_columns(spine.select(total=(city * 2_000_000_000 + 2**31) % 2**32 - 2**31).to_series())
 
     monkeypatch.setattr(block_features, "compute_stages", narrow)
-    told = refused(tmp_path, text=text)
+    told = refused(tmp_path, "--verify", "all", text=text)
     assert "'total' of visit=" in told
 
 

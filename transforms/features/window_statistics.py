@@ -53,6 +53,8 @@ class lazy(Generic[Value]):
         self.__doc__ = make.__doc__
 
     def __get__(self, owner: object, kind: type | None = None) -> Value:
+        if owner is None:  # asked of the class
+            return cast(Value, self)
         once = owner.__dict__.setdefault("_once", Once())
         value = owner.__dict__[self.name] = once.get(self.name, lambda: self.make(owner))
         return value

@@ -128,7 +128,7 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
         for field in wanted:
             found = schema.field(field.name).type if field.name in schema.names else "missing"
             if found != field.type and not (found == pa.large_string() and field.type == pa.string()):
-                raise ValueError(f"column {field.name!r} of a feature row is {field.type}, this one's {found}")
+                raise ValueError(f"column {field.name!r} must be {field.type}; it is {found}")
 
     table = read_arrow(message.value, {field.name for field in wanted}, check, limits)
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))

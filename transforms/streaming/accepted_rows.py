@@ -9,14 +9,13 @@ from datetime import date, timedelta
 import numpy as np
 import polars as pl
 
-from schemas.live import accepted, repeats_by
+from schemas.live import accepted, repeats_by, sources_of
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER, day_of
 from transforms.sources.repeats import NEVER
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
-from transforms.streaming.replay import sources_of
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
 
 # A piece of accepted rows has about so many.

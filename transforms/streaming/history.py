@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import DataError, DefinitionError, StoreError
-from schemas.live import accepted, repeats_by
+from schemas.live import accepted, repeats_by, sources_of
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_of, now_us
@@ -31,7 +31,6 @@ from transforms.streaming.fates import Memory, compared, least_memory
 from transforms.streaming.history_files import HistoryFiles
 from transforms.streaming.live_tables import NewDeadLetters, Writer, application_of, last_commit_record, source_record
 from transforms.streaming.progress import CommitRecord
-from transforms.streaming.replay import sources_of
 
 log = logging.getLogger("millrace.live")
 # By source, the record of the newest commit of its table; None if there is no commit.

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from schemas.errors import ContractError
-from schemas.live import repeats_by
+from schemas.live import repeats_by, sources_of
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.block_inputs import distinct, joined
@@ -23,7 +23,6 @@ from transforms.sources.listing import Listing
 from transforms.sources.reader import CHUNK_ROWS, ReadOptions, Repeats, repeats_of, stream_slices, without_repeats
 from transforms.storage.paths import source_uri
 from transforms.streaming.beginnings import HISTORY
-from transforms.streaming.replay import sources_of
 
 
 class Piece(NamedTuple):

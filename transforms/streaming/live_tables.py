@@ -19,7 +19,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from schemas.errors import ConflictError, StoreError
-from schemas.live import accepted, live_schema, repeats_by
+from schemas.live import accepted, live_schema, repeats_by, sources_of
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
@@ -46,7 +46,6 @@ from transforms.storage.paths import features_live_uri, live_dead_letters_uri, s
 from transforms.storage.stored_json import parse_object, understood
 from transforms.streaming.fates import FATE_COLUMNS
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch
-from transforms.streaming.replay import sources_of
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
 from transforms.streaming.time_buckets import StoreSize
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping
 
 from schemas.errors import MismatchError, StoreError
+from schemas.live import sources_of
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.times import FOREVER, day_of
@@ -23,7 +24,7 @@ from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
 from transforms.streaming.recovery import find_recovery_point
-from transforms.streaming.replay import Replay, sources_of
+from transforms.streaming.replay import Replay
 from transforms.streaming.store_owner import claim
 
 

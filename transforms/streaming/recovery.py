@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import polars as pl
 
+from schemas.live import sources_of
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
@@ -22,7 +23,6 @@ from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.messages import ORIGIN
 from transforms.streaming.pending_spine_rows import identified
 from transforms.streaming.progress import RecoveryPoint
-from transforms.streaming.replay import sources_of
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from schemas.live import sources_of
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.row_hashing import hash_column, mix
@@ -51,11 +52,6 @@ class Replay:
     chunk: int = 3_600_000_000
     rows: int = 1000
     format: str = "arrow"
-
-
-def sources_of(view: FeatureView) -> dict[str, Source]:
-    """The sources whose messages a live view reads: the spine and its events."""
-    return {view.spine.name: view.spine, **view.events}
 
 
 def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
