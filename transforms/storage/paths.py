@@ -50,15 +50,21 @@ def path_in_store(uri: str) -> str:
 
 
 def present_path(store: str, recorded: str, position: str) -> str:
-    """Where something lies that a store recorded by its whole path, below `position` in the store: stores may be moved.
+    """Where something lies that a store recorded by its whole path, below `position`: stores are moved and copied.
 
-    What is neither there nor in `store` is given as it was recorded.
+    What lies in another store is looked for in `store`, so that a copy never reads the original.  A folder that belongs
+    to no store is read where it is.
     """
-    _, below, inside = recorded.rpartition(f"/{position}/")
-    if not below or "://" in recorded or os.path.exists(recorded):
+    root, below, inside = recorded.rpartition(f"/{position}/")
+    if not below or "://" in recorded or os.path.abspath(root) == os.path.abspath(store):
         return recorded
     moved = os.path.join(store, position, inside)
-    return moved if os.path.exists(moved) else recorded
+    if os.path.exists(moved):
+        return moved
+    of_a_store = os.path.isdir(os.path.join(store, position, inside.split("/")[0])) and any(
+        os.path.isdir(os.path.join(root, each)) for each in ("features", "features_live")
+    )
+    return moved if of_a_store else recorded
 
 
 def features_uri(store: str, view: str, fingerprint: str) -> str:
