@@ -20,7 +20,9 @@ from tests.support import market
 from tests.support.live_fixtures import Live
 from tests.support.live_jobs import Stage, await_, end, slots
 from transforms.records.times import FOREVER
-from transforms.storage.delta_tables import open_table
+from transforms.storage.delta_log import COMPACTION
+from transforms.storage.delta_log import commits as log_of
+from transforms.storage.log_entries import ADDED_FILES
 
 EVENTS = ("visits", "sales", "stock")
 
@@ -32,9 +34,9 @@ def history(rows: int = 120) -> dict[str, pl.DataFrame]:
 
 
 def commits(stage: Stage) -> int:
-    """Commits there are of the sources' tables."""
-    uris = [f"{stage.store}/sources/{name}" for name in stage.sources]
-    return sum(table.version() + 1 for table in map(open_table, uris) if table is not None)
+    """Commits of accepted rows that there are: neither those by which a launch takes tables over nor compactions."""
+    entries = itertools.chain.from_iterable(log_of(f"{stage.store}/sources/{name}") for name in stage.sources)
+    return sum(entry["operationMetrics"][ADDED_FILES] > 0 and COMPACTION not in entry for entry in entries)
 
 
 class Kills:
