@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import xgboost
 
     from transforms.models.encoders import Fitted
-    from transforms.training.examples import Account
+    from transforms.training.examples import ExamplesAccount
     from transforms.training.trainer import Study
 
 NUMBERS, WORDS = 28, ("city", "kind")
@@ -256,12 +256,12 @@ def write_shards(folder: Path, rows: int, shard: int = 250_000) -> None:
         )
 
 
-def _study(store: str, shards: str, out: str, cores: int) -> tuple[Study, Account, Fitted]:
+def _study(store: str, shards: str, out: str, cores: int) -> tuple[Study, ExamplesAccount, Fitted]:
     """Study, account and fitted encoders over example files."""
     import pyarrow.parquet as pq
 
     from schemas import load_definition
-    from transforms.training.examples import Account, ExampleShard, read_shard
+    from transforms.training.examples import ExamplesAccount, ExampleShard, read_shard
     from transforms.training.fit_encoders import fit
     from transforms.training.trainer import Study
 
@@ -270,7 +270,7 @@ def _study(store: str, shards: str, out: str, cores: int) -> tuple[Study, Accoun
         ExampleShard(path.name.split("-")[0], i, str(path), pq.ParquetFile(path).metadata.num_rows)
         for i, path in enumerate(sorted(Path(shards).iterdir()))
     ]
-    account = Account(sum(each.rows for each in files), {}, {}, tuple(files))
+    account = ExamplesAccount(sum(each.rows for each in files), {}, {}, tuple(files))
     fitted = fit(model, (batch for each in account.of("train") for batch in read_shard(each, tuple(model.inputs))))
     Path(out).mkdir(parents=True, exist_ok=True)
     return Study(model, model.split.resolve(datetime(2024, 4, 10, tzinfo=UTC)), out, cores), account, fitted

@@ -31,7 +31,7 @@ from transforms.models.stored_records import ModelManifest, ProvenanceRecord, Re
 from transforms.storage.delta_log import root_of
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
-from transforms.training.examples import Account, delete_files
+from transforms.training.examples import ExamplesAccount, delete_files
 from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
 from transforms.training.publish_model import read_record
 from transforms.training.trainer import Trained
@@ -234,7 +234,7 @@ def _label_files(manifest: ProvenanceRecord, content: bool) -> Mapping[str, str]
     return {relative_to(str(manifest["label_table"]["uri"]), path): stamp for stamp, _, path in pairs}
 
 
-def leave(report: Report, trained: Trained, account: Account, folder: str) -> None:
+def leave(report: Report, trained: Trained, account: ExamplesAccount, folder: str) -> None:
     """Write the report where the launching process reads it."""
     content: RetrainingRecord = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
     write_aside(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))

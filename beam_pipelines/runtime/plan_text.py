@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from beam_pipelines.runtime.terminal import many
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
-from transforms.features.lifetime_snapshots import Chain, Segment
+from transforms.features.lifetime_snapshots import Chain, SnapshotSegment
 from transforms.features.long_windows import LONG
 from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
 from transforms.features.preparation import PreparedRun
@@ -26,7 +26,7 @@ def plan_lines(
     view: FeatureView,
     plan: FeaturePlan,
     chains: Sequence[Chain] = (),
-    segments: Sequence[Segment] = (),
+    segments: Sequence[SnapshotSegment] = (),
     looked: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Iterator[str]:
     """Describes the blocks, their sizes and key shards, the history before them, and each dimension.
@@ -52,7 +52,7 @@ def plan_lines(
     yield from looked_lines(looked or {})
 
 
-def _history(chains: Sequence[Chain], segments: Sequence[Segment]) -> Iterator[str]:
+def _history(chains: Sequence[Chain], segments: Sequence[SnapshotSegment]) -> Iterator[str]:
     """Describes what lifetime windows read in addition to the blocks: each source, from when, and how many rows."""
     starts = [chain.start for chain in chains]
     beginnings = [

@@ -18,7 +18,7 @@ from sklearn import metrics as theirs
 
 from schemas import Gates
 from schemas.models import METRICS_OF
-from transforms.evaluation.evaluate import Report, Slice, Tallying, as_json, report, tally
+from transforms.evaluation.evaluate import EvaluationSlice, Report, Tallying, as_json, report, tally
 from transforms.evaluation.gates import Verdict, verdicts
 from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total
 
@@ -264,7 +264,9 @@ def test_a_slice_of_one_row_and_no_rows_at_all() -> None:
 
 def judged(gates: Gates, whole: float | None, part: float | None, rows: int = 1000) -> list[Verdict]:
     metric = next(iter([*gates.at_least, *gates.max_gap]))
-    return verdicts(gates, Report(5000, {metric: whole}, (Slice((("origin", "JFK"),), rows, {metric: part}),)))
+    return verdicts(
+        gates, Report(5000, {metric: whole}, (EvaluationSlice((("origin", "JFK"),), rows, {metric: part}),))
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from schemas.views import lifetime_sources
 from tests.support import oracles
 from tests.support.without_beam import outputs_of
 from transforms.features import key_partitions, plan, routed_dimensions
-from transforms.features.lifetime_snapshots import Chain, Segment, chains, segments
+from transforms.features.lifetime_snapshots import Chain, SnapshotSegment, chains, segments
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import reader
 from transforms.sources.dead_letters import DEAD_LETTERS
@@ -191,7 +191,7 @@ def computed(
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, SourceTally]]:
     """Features, dead letters and accounts, as the steps of the pipeline give them; checked to be whole and in order."""
     chosen, inventory = planned(view, store, shuffled=shuffled, **choices)
-    spans: tuple[Segment, ...] = ()
+    spans: tuple[SnapshotSegment, ...] = ()
     over: tuple[Chain, ...] = ()
     if lifetime_sources(view):
         over = chains(chosen, {})

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from transforms.inference.live_records import (
     BatchOrigin,
-    CommitStatus,
     MessageRange,
+    PredictionsStatus,
     Refusal,
     ScoringState,
     ServingModel,
@@ -65,7 +65,7 @@ def test_the_status_names_each_swap_of_a_worker() -> None:
     other = ServingPeriod("host/2", "2", 50, {1: 3})
     periods = (*state.periods.values(), other)
     lag = np.array([0.5, 1.5])
-    status = CommitStatus({"turn": 3}, False, 400, periods, tuple(state.refused.values()), lag).to_json()
+    status = PredictionsStatus({"turn": 3}, False, 400, periods, tuple(state.refused.values()), lag).to_json()
     assert json.loads(json.dumps(status)) == {
         "turn": 3,
         "last": False,

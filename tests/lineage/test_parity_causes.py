@@ -36,7 +36,7 @@ from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming.live_tables import NewDeadLetters, Writer
 from transforms.streaming.messages import Message, heartbeat, to_arrow
-from transforms.streaming.repeats import Deduplicated, Repeats
+from transforms.streaming.repeats import Deduplicated, RepeatFinder
 from transforms.streaming.replay import Replay, chunks_of
 from transforms.streaming.row_origin import RID
 
@@ -210,7 +210,7 @@ def test_a_repeat_that_live_counts_though_it_knows_the_first_is_explained_by_not
     again = first.with_columns(sold=pl.lit(market.at(1.5)).cast(US), price=pl.lit(5000.25))
     sent = {**frames, "sales": pl.concat([frames["sales"], again])}
     nothing = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
-    monkeypatch.setattr(Repeats, "deduplicate", lambda self, rows, horizon: Deduplicated(rows, nothing, 0))
+    monkeypatch.setattr(RepeatFinder, "deduplicate", lambda self, rows, horizon: Deduplicated(rows, nothing, 0))
     full = compared(tmp_path, sent, sent)
     assert {label.split(":")[0] for label in named(full)} == {UNEXPLAINED}, full
 

@@ -22,7 +22,7 @@ from markupsafe import escape
 from beam_pipelines import features, training
 from schemas.errors import GateError
 from tests.support import shop
-from transforms.evaluation.shap import Sample, by_input, contributions, explain
+from transforms.evaluation.shap import ExplainedSample, by_input, contributions, explain
 from transforms.models.bundle import load
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import Pinned, open_scorer
@@ -268,7 +268,7 @@ def test_contributions_add_up_to_the_margin(store: Path, run: str) -> None:
     one_hot = [i for i, name in enumerate(scorer.bundle.encoders.names) if name.startswith("shop=")]
     assert np.allclose(inputs[:, :, names.index("shop")], found[:, :, one_hot].sum(axis=2), atol=1e-6)
     told = account(store, run)["explanation"]
-    sampled = Sample().add_input(None, rows)
+    sampled = ExplainedSample().add_input(None, rows)
     again = by_input(scorer, contributions(scorer, sampled.slice(0, told["rows"])))  # type: ignore[union-attr]
     means = np.abs(again).mean(axis=0).sum(axis=0)
     for each in told["inputs"]:
@@ -278,7 +278,7 @@ def test_contributions_add_up_to_the_margin(store: Path, run: str) -> None:
 def test_the_same_rows_are_sampled_however_they_are_cut() -> None:
     ids = np.random.default_rng(0).integers(-(2**62), 2**62, 5000)
     whole = pa.RecordBatch.from_pydict({"row_id": pa.array(ids), "x": pa.array(np.arange(5000))})
-    sample = Sample(100)
+    sample = ExplainedSample(100)
     expected = sample.add_input(None, whole)
     states = [sample.add_input(None, whole.slice(start, 700)) for start in range(0, 5000, 700)]
     folded: Any = None

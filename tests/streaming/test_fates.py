@@ -16,7 +16,7 @@ from transforms.records.times import ALWAYS
 from transforms.sources.repeats import NEVER
 from transforms.streaming.beginnings import HISTORY
 from transforms.streaming.fates import Memory, compared, known_order, least_memory, remembered, repeated_from
-from transforms.streaming.repeats import Repeats
+from transforms.streaming.repeats import RepeatFinder
 from transforms.streaming.row_origin import RID, row_identity
 
 SECOND = 1_000_000
@@ -100,7 +100,7 @@ class Job:
         """A job that begins, and remembers so long at least."""
         self.memory = self.memory.grown(length, self.next)
         self.lengths = [each for each, _ in self.memory.spans]
-        self.repeats = Repeats(self.view, "once", self.memory.length)
+        self.repeats = RepeatFinder(self.view, "once", self.memory.length)
         if not self.rows:
             return
         rows = frame(self.rows)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
 from schemas.splits import LABEL
-from transforms.training.examples import Account, ExampleShard
+from transforms.training.examples import ExamplesAccount, ExampleShard
 from transforms.training.labels import Counts
 from transforms.training.trainer import Study
 
@@ -32,7 +32,9 @@ def model(objective: str = "binary:logistic", metric: str = "auc", **more: Any) 
     return Model(VIEW, LABELS, TimeSplit("1d", "1d"), objective=objective, metric=metric, **more)
 
 
-def examples(folder: Path, objective: str, parts: int = 3, rows: int = 900) -> tuple[Account, dict[str, pa.Table]]:
+def examples(
+    folder: Path, objective: str, parts: int = 3, rows: int = 900
+) -> tuple[ExamplesAccount, dict[str, pa.Table]]:
     """Example files with something to learn, `parts` of them for each split."""
     random = np.random.default_rng(8)
     shards, tables, seen = [], {}, {}
@@ -60,7 +62,9 @@ def examples(folder: Path, objective: str, parts: int = 3, rows: int = 900) -> t
             path = folder / f"{split}-{parts}-{i}.parquet"
             pq.write_table(tables[split].slice(low, high - low), path, row_group_size=100)
             shards.append(ExampleShard(split, i, str(path), high - low))
-    return Account(2 * rows, {name: Counts(rows, 0, 0, 0, rows) for name in tables}, seen, tuple(shards)), tables
+    return ExamplesAccount(
+        2 * rows, {name: Counts(rows, 0, 0, 0, rows) for name in tables}, seen, tuple(shards)
+    ), tables
 
 
 def study(model: Model, folder: Path, cores: int = 1) -> Study:

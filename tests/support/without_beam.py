@@ -16,7 +16,7 @@ from beam_pipelines.features import Options
 from schemas import FeatureView
 from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import Summarise, merge_in_order, remove_parts
-from transforms.features.lifetime_snapshots import Chain, Segment, SnapshotFiles
+from transforms.features.lifetime_snapshots import Chain, SnapshotFiles, SnapshotSegment
 from transforms.features.manifest_store import WriteManifest
 from transforms.features.plan import FeaturePlan
 from transforms.features.preparation import PreparedRun
@@ -40,7 +40,7 @@ def outputs_of(
     view: FeatureView,
     plan: FeaturePlan,
     uri: str,
-    segments: Sequence[Segment] = (),
+    segments: Sequence[SnapshotSegment] = (),
     chains: Sequence[Chain] = (),
     copies: Copies | None = None,
 ) -> Outputs:

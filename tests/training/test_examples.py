@@ -20,7 +20,7 @@ from tests.support import shop
 from transforms.storage import tfrecord_codec
 from transforms.storage.tfrecord_io import read_examples
 from transforms.training import examples
-from transforms.training.examples import Account, ExamplePlan
+from transforms.training.examples import ExamplePlan, ExamplesAccount
 
 SCHEMA = pa.schema(
     [
@@ -151,12 +151,12 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> ExamplePlan:
     return training.resolve(training.parse(["--definition", str(path), "--store", str(store), "--run_id", "e"]))[0]
 
 
-def made(plan: ExamplePlan) -> Account:
+def made(plan: ExamplePlan) -> ExamplesAccount:
     accounts = []
     for block in plan.blocks:
         parts, account = examples.make_examples(plan, block)
         shards = tuple(examples.write_shard(plan, name, block, rows) for name, rows in parts.items())
-        accounts.append(Account(account.rows, account.counts, account.labels, shards))
+        accounts.append(ExamplesAccount(account.rows, account.counts, account.labels, shards))
     return examples.checked(examples.add_accounts(accounts), plan)
 
 

@@ -21,14 +21,16 @@ from tests.support.training_case import examples, model, study
 from transforms.evaluation.metrics import MetricTally, metrics
 from transforms.models.encoders import Fitted
 from transforms.training import trainer, xgboost_data
-from transforms.training.examples import Account
+from transforms.training.examples import ExamplesAccount
 from transforms.training.fit_encoders import fit
 from transforms.training.hyperparameter_search import Result, Trial, choose, trials
 from transforms.training.trainer import BundleRequest, save_best, side_by_side
 from transforms.training.xgboost_checks import require_known
 
 
-def train(model: Model, trial: Trial, fitted: Fitted, account: Account, threads: int) -> tuple[bytes, list[float], int]:
+def train(
+    model: Model, trial: Trial, fitted: Fitted, account: ExamplesAccount, threads: int
+) -> tuple[bytes, list[float], int]:
     data = xgboost_data.matrices(model, fitted, account, threads)
     return trainer.train(model, trial, data, threads, trainer.classes_of(model, account))
 

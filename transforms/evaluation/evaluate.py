@@ -80,7 +80,7 @@ class Report:
 
     rows: int
     metrics: Mapping[str, float | None]
-    slices: tuple[Slice, ...] = ()
+    slices: tuple[EvaluationSlice, ...] = ()
     auc_error: float = 0.0
     intervals: Intervals = dataclasses.field(default_factory=dict)
     details: MetricDetails = dataclasses.field(default_factory=lambda: MetricDetails())
@@ -88,7 +88,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class EvaluationSlice:
     """Metrics of the examples with one value of a slice's columns.
 
     Args:
@@ -216,7 +216,7 @@ def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
     )
 
 
-def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None, threshold: float) -> Slice:
+def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None, threshold: float) -> EvaluationSlice:
     drawn = _drawn(objective, part, threshold)
     gaps = {}
     if drawn is not None and whole is not None:
@@ -226,7 +226,9 @@ def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None,
                 gaps[name] = interval(gap if name in RISING else -gap)
     bins = part.tally.bins
     rates = measures.confusion(bins, threshold) if bins else {}
-    return Slice(key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates)
+    return EvaluationSlice(
+        key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates
+    )
 
 
 def _details(objective: str, whole: GroupTally, drawn: Replicates | None, threshold: float) -> MetricDetails:

@@ -11,7 +11,7 @@ from schemas import Gates
 from schemas.models import RISING
 from schemas.splits import Split
 from transforms.evaluation.bootstrap import LEAST_ROWS, interval
-from transforms.evaluation.evaluate import Report, Slice
+from transforms.evaluation.evaluate import EvaluationSlice, Report
 from transforms.models.stored_records import FairnessRecord, GateRecord, GroupRates, ModelManifest, RateName
 
 # A fairness measure is the greatest difference of these rates between groups.
@@ -100,7 +100,7 @@ def _floor(metric: str, bound: float, report: Report) -> Verdict:
     return Verdict(gate, value >= bound if rising else value <= bound, f"{metric} is {value:.4f}{known}")
 
 
-def _gap(metric: str, bound: float, report: Report, part: Slice, least: int) -> Verdict:
+def _gap(metric: str, bound: float, report: Report, part: EvaluationSlice, least: int) -> Verdict:
     gate = f"{metric} of {part.name} within {bound:g} of the whole"
     whole, value = report.metrics[metric], part.metrics[metric]
     if part.rows < least:
@@ -138,12 +138,12 @@ def fairness(gates: Gates, report: Report) -> list[FairnessRecord]:
     return result
 
 
-def _group_rates(group: Slice, judged: bool) -> GroupRates:
+def _group_rates(group: EvaluationSlice, judged: bool) -> GroupRates:
     found = {"value": group.by[0][1], "rows": group.rows, "judged": judged, **group.rates}
     return cast(GroupRates, found)
 
 
-def _spread(rate: str, groups: Iterable[Slice]) -> float | None:
+def _spread(rate: str, groups: Iterable[EvaluationSlice]) -> float | None:
     known = [value for each in groups if (value := each.rates.get(rate)) is not None]
     return max(known) - min(known) if len(known) > 1 else None
 

@@ -60,7 +60,7 @@ class Explanation:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
-class Sample(beam.CombineFn):
+class ExplainedSample(beam.CombineFn):
     """RecordBatches with `row_id` → the `rows` rows with the least hashes, in order of hash."""
 
     rows: int = SAMPLE_ROWS
@@ -106,7 +106,7 @@ class Explain(beam.PTransform):
     threads: int = 0
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
-        sampled = rows | "Sample" >> beam.CombineGlobally(Sample())
+        sampled = rows | "Sample" >> beam.CombineGlobally(ExplainedSample())
         return sampled | "Contributions" >> beam.Map(explain, self.bundle, self.model.objective, self.threads)
 
 

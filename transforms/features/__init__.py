@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         looked_up,
         with_derived,
     )
-    from transforms.features.lifetime_snapshots import Chain, Segment
+    from transforms.features.lifetime_snapshots import Chain, SnapshotSegment
     from transforms.features.lifetime_summaries import Summary, merge, summarise
     from transforms.features.long_windows import LONG, firsts_and_lasts
     from transforms.features.manifest import VERSION, Manifest

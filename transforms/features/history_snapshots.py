@@ -26,8 +26,8 @@ from transforms.features.lifetime_snapshots import (
     FOLDER,
     Chain,
     Part,
-    Segment,
     SnapshotFiles,
+    SnapshotSegment,
     lifetime_groups,
     read_summary,
     write_summary,
@@ -42,7 +42,7 @@ from transforms.storage.file_systems import FileSystems
 
 @dataclasses.dataclass(eq=False)
 class HistorySnapshots(beam.PTransform):
-    """PCollection[Segment] → (PCollection of one `SnapshotFiles`; dead letters; tallies)."""
+    """PCollection[SnapshotSegment] → (PCollection of one `SnapshotFiles`; dead letters; tallies)."""
 
     view: FeatureView
     plan: FeaturePlan
@@ -71,7 +71,7 @@ class Summarise(beam.DoFn):
     def __init__(self, view: FeatureView, plan: FeaturePlan, uri: str, run_id: str) -> None:
         self.view, self.plan, self.uri, self.run_id = view, plan, uri, run_id
 
-    def process(self, segment: Segment) -> Iterator[Part | pvalue.TaggedOutput]:
+    def process(self, segment: SnapshotSegment) -> Iterator[Part | pvalue.TaggedOutput]:
         inputs = {name: read_segment(self.view, self.plan, segment, name) for name in segment.events}
         files = []
         for i, group in enumerate(lifetime_groups(self.view).values()):
@@ -86,7 +86,7 @@ class Summarise(beam.DoFn):
             yield pvalue.TaggedOutput("tallies", each.tally)
 
 
-def read_segment(view: FeatureView, plan: FeaturePlan, segment: Segment, name: str) -> BlockInput:
+def read_segment(view: FeatureView, plan: FeaturePlan, segment: SnapshotSegment, name: str) -> BlockInput:
     """Events known in the segment, without repeats; with dead letters and a tally only if it accounts for them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)

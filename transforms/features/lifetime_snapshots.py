@@ -31,7 +31,7 @@ FOLDER = "_summaries"
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class SnapshotSegment:
     """A span of time `[start, end)` in µs to summarise.
 
     Args:
@@ -116,10 +116,10 @@ def segments(
     over: Sequence[Chain],
     slices: Mapping[str, Slices],
     timeless: Mapping[str, Slices],
-) -> tuple[Segment, ...]:
+) -> tuple[SnapshotSegment, ...]:
     """Divides each chain into segments, at the starts and ends of blocks and ranges."""
     sources = lifetime_sources(view)
-    result: list[Segment] = []
+    result: list[SnapshotSegment] = []
     for chain in over:
         cuts = sorted({chain.start, *chain.wanted})
         for low, high in itertools.pairwise(cuts):
@@ -128,7 +128,7 @@ def segments(
                 name: slices[name].overlapping(low, high).joined(timeless.get(name, ()) if low == ALWAYS else ())
                 for name in sources
             }
-            result.append(Segment(len(result), low, high, before and plan.dates is None, before, inside))
+            result.append(SnapshotSegment(len(result), low, high, before and plan.dates is None, before, inside))
     return tuple(result)
 
 

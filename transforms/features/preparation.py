@@ -25,7 +25,7 @@ from transforms.features.carried_dead_letters import (
     read_dimensions,
 )
 from transforms.features.column_reuse import Copies, find_copies
-from transforms.features.lifetime_snapshots import Chain, Segment, Snapshot, chains, segments, usable_snapshot
+from transforms.features.lifetime_snapshots import Chain, Snapshot, SnapshotSegment, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
 from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks, rows_within
@@ -113,7 +113,7 @@ class PreparedRun:
     copies: Copies | None = None
     inventory: Inventory | None = None
     everything: bool = False
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[SnapshotSegment, ...] = ()
     chains: tuple[Chain, ...] = ()
     outdated: tuple[int, ...] = ()
     partition_days: int = 1

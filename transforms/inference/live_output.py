@@ -22,7 +22,7 @@ import transforms.records.record_batch_coder  # noqa: F401  registers the coder 
 from schemas.live import live_predictions
 from schemas.views import FeatureView
 from transforms.inference.live_input import source_of
-from transforms.inference.live_records import BatchOrigin, CommitStatus, ScoringState, ServingModel, ServingPeriod
+from transforms.inference.live_records import BatchOrigin, PredictionsStatus, ScoringState, ServingModel, ServingPeriod
 from transforms.models.scoring import ARM
 from transforms.records.frame_packets import Head, head_of
 from transforms.records.garbage_collection import freeze_imports
@@ -222,7 +222,7 @@ class PendingPredictions:
                 del shown[next(iter(shown))]
         return added
 
-    def commit(self, now: int) -> CommitStatus | None:
+    def commit(self, now: int) -> PredictionsStatus | None:
         """Commit what is there in order and keep the rest.
 
         Returns:
@@ -248,7 +248,7 @@ class PendingPredictions:
                 self.ended[micro_batch.partition] = self.next[micro_batch.partition]
         return self._write(pl.concat(rows), pl.concat(dead_letters), now)
 
-    def _write(self, rows: pl.DataFrame, dead_letters: pl.DataFrame, now: int) -> CommitStatus:
+    def _write(self, rows: pl.DataFrame, dead_letters: pl.DataFrame, now: int) -> PredictionsStatus:
         outlet = self.outlet
         self.turn += 1
         self.rows["read"] += len(rows)
@@ -260,7 +260,7 @@ class PendingPredictions:
         schema, app = live_predictions(outlet.view, outlet.classes), application_of(outlet.model)
         writer = Writer(outlet.uri, schema, app, outlet.run_id)
         writer.append(unique if outlet.table else unique.clear(), self.turn, record, self._ids, always=True)
-        return CommitStatus(
+        return PredictionsStatus(
             record=record,
             last=self.last,
             at=now,

@@ -231,7 +231,7 @@ class ScoringState:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CommitStatus:
+class PredictionsStatus:
     """A commit, for `status.json`.
 
     Args:

@@ -36,7 +36,7 @@ AT_ONCE = 50_000
 
 
 @dataclasses.dataclass
-class Difference:
+class ParityDifference:
     """The values and feature rows that differ by one cause, or by several together, and the first of them."""
 
     values: int = 0
@@ -65,7 +65,7 @@ class Full:
     batch: str
     feature_rows: int = 0
     values: int = 0
-    causes: dict[str, Difference] = dataclasses.field(default_factory=dict)
+    causes: dict[str, ParityDifference] = dataclasses.field(default_factory=dict)
     only_live: dict[str, int] = dataclasses.field(default_factory=dict)
     only_batch: dict[str, int] = dataclasses.field(default_factory=dict)
     pending: int = 0
@@ -149,7 +149,7 @@ def _explain(result: Full, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.
             causes = variant.named(mask)
             label = ", ".join(causes) or UNEXPLAINED
             label = f"{UNEXPLAINED}: {label}" if {LOST, TWICE} & set(causes) else label
-            each = result.causes.setdefault(label, Difference())
+            each = result.causes.setdefault(label, ParityDifference())
             each.values += len(rows)
             touched.setdefault(label, set()).update(rows.tolist())
             for row in rows[: max(EXAMPLES - len(each.examples), 0)].tolist():

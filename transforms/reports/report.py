@@ -20,7 +20,7 @@ from transforms.reports.inputs_section import Inputs, inputs
 from transforms.reports.performance_section import Performance, performance
 from transforms.reports.provenance_section import Provenance, provenance
 from transforms.reports.search_section import SearchSection, search
-from transforms.reports.slices_section import Slices, slices
+from transforms.reports.slices_section import SlicesSection, slices
 
 FILE = "report.html"
 _FILTERS = (
@@ -46,7 +46,7 @@ class Page:
     data: Data
     search: SearchSection
     performance: Performance
-    slices: Slices | None
+    slices: SlicesSection | None
     fairness: Fairness | None
     inputs: Inputs | None
     provenance: Provenance

@@ -56,14 +56,14 @@ class SliceGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slices:
+class SlicesSection:
     """The section; slices of fewer than `least` rows are not judged."""
 
     least: int | None
     groups: tuple[SliceGroup, ...]
 
 
-def slices(content: TrainingRecord, manifest: ModelManifest) -> Slices | None:
+def slices(content: TrainingRecord, manifest: ModelManifest) -> SlicesSection | None:
     if not content["slices"]:
         return None
     rules = content.get("rules") or {}
@@ -72,7 +72,7 @@ def slices(content: TrainingRecord, manifest: ModelManifest) -> Slices | None:
     for each in content["slices"]:
         members.setdefault(tuple(each["by"]), []).append(each)
     groups = [SliceGroup(by, tuple(forest(content, some, metric) for metric in chosen)) for by, some in members.items()]
-    return Slices(rules.get("min_slice_rows"), tuple(groups))
+    return SlicesSection(rules.get("min_slice_rows"), tuple(groups))
 
 
 def forest(content: TrainingRecord, members: Sequence[SliceRecord], metric: str) -> Forest:

@@ -79,7 +79,7 @@ class CrashGuard:
     """
 
     def __init__(self, folder: str | None, decode: Callable[[Message], object]) -> None:
-        self.trial = Trial(decode)
+        self.trial = DecodingAttempt(decode)
         self.suspects = list[Suspects]()
         self.verdicts = dict[str, str]()
         self.cleared = set[str]()
@@ -180,7 +180,7 @@ def _name(message: Message) -> str:
     return f"{message.topic}/{message.partition}@{message.offset} {digest}"
 
 
-class Trial:
+class DecodingAttempt:
     """A process that decodes messages, so that this one does not die of them.  It is started when it is needed.
 
     Args:

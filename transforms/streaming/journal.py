@@ -38,7 +38,7 @@ from transforms.streaming.progress import (
     offsets_of_json,
     offsets_to_json,
 )
-from transforms.streaming.repeats import Repeats
+from transforms.streaming.repeats import RepeatFinder
 from transforms.streaming.routing import TurnRouting
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_text, row_identity
 from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
@@ -151,7 +151,7 @@ class Journal:
         self.first: dict[str, dict[int, int]] = {}
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         self.spine_rows = PendingSpineRows(view, keep, self._count)
-        self.repeats = {name: Repeats(view, name, 0) for name in view.events if repeats_by(view, name)}
+        self.repeats = {name: RepeatFinder(view, name, 0) for name in view.events if repeats_by(view, name)}
         self.memory: dict[str, Memory] = {}
         self.remember({}, {})
 

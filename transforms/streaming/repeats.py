@@ -35,7 +35,7 @@ class Deduplicated:
     uncompared: pl.Series = dataclasses.field(default_factory=lambda: pl.Series(RID, [], pl.Int64))
 
 
-class Repeats:
+class RepeatFinder:
     """The events of a source with `unique`, for as long as a later event may repeat them.
 
     Args:

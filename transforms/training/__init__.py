@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
     from transforms.training.examples import (
         FOLDER,
-        Account,
         ExamplePlan,
+        ExamplesAccount,
         MakeExamples,
         add_accounts,
         checked,

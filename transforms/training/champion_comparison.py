@@ -72,7 +72,7 @@ class Compare(beam.PTransform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class ChampionComparison:
     """How the champion is evaluated on the test rows.
 
     Args:
@@ -97,7 +97,7 @@ def rival(report: Report, missing: int = 0, *, version: str, caveats: str) -> Ri
     return Rival(version, report, caveats=caveats)
 
 
-def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
+def comparison(challenge: Challenge, split: Split) -> ChampionComparison | Rival:
     """How the champion is evaluated on the test rows of `split`, or a `Rival` with the reason why it cannot be."""
     model, registry, version = challenge.model, Registry(challenge.registry), None
     try:
@@ -114,11 +114,13 @@ def comparison(challenge: Challenge, split: Split) -> Compared | Rival:
         return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
     inputs = tuple(bundle.encoders.inputs)
     if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
-        return Compared(pinned, caveats)
-    return own_comparison(challenge, split, bundle, Compared(pinned, caveats))
+        return ChampionComparison(pinned, caveats)
+    return own_comparison(challenge, split, bundle, ChampionComparison(pinned, caveats))
 
 
-def own_comparison(challenge: Challenge, split: Split, bundle: Bundle, found: Compared) -> Compared | Rival:
+def own_comparison(
+    challenge: Challenge, split: Split, bundle: Bundle, found: ChampionComparison
+) -> ChampionComparison | Rival:
     """`found` with the champion's own feature table, or a `Rival` with the reason why that cannot be used."""
     version, manifest = found.pinned.version, bundle.manifest
     reads = f"version {version} reads features of fingerprint {bundle.fingerprint}"

@@ -101,7 +101,7 @@ class ExampleShard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class ExamplesAccount:
     """Counts of what became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
 
     Args:
@@ -216,7 +216,7 @@ def schema_of(model: Model) -> pa.Schema:
     return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
 
 
-def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.RecordBatch], Account]:
+def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.RecordBatch], ExamplesAccount]:
     """Make the examples of one block by split, and count what became of its rows; nothing is written."""
     model, schema = plan.model, schema_of(plan.model)
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
@@ -232,7 +232,7 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     seen = {name: dict(part[LABEL].value_counts().iter_rows()) if classes else {} for name, part in parts.items()}
     rounded = sum(int(part.select(_rounded().sum()).item() or 0) for part in parts.values())
     examples = {name: batch(part, schema) for name, part in parts.items()}
-    return examples, Account(len(rows), counts, seen, rounded=rounded)
+    return examples, ExamplesAccount(len(rows), counts, seen, rounded=rounded)
 
 
 def _rounded() -> pl.Expr:
@@ -259,7 +259,7 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
     return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
 
-def shards_to_test(trained: object, account: Account) -> list[ExampleShard]:
+def shards_to_test(trained: object, account: ExamplesAccount) -> list[ExampleShard]:
     """The shards of the test split; `trained` only makes this step wait for training."""
     return account.of("test")
 
@@ -292,7 +292,9 @@ def _row_groups(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class MakeExamples(beam.PTransform):
-    """PCollection[ExampleBlock] → (PCollection[Account], one per block; PCollection[RecordBatch] of training examples).
+    """PCollection[ExampleBlock] → (PCollection[ExamplesAccount], PCollection[RecordBatch] of training examples).
+
+    There is one account per block.
 
     All examples are written to files.  Those of the training split are also returned, so that encoders are fitted in
     the same pass.
@@ -309,10 +311,10 @@ class _Make(beam.DoFn):
     def __init__(self, plan: ExamplePlan) -> None:
         self.plan = plan.alone
 
-    def process(self, block: ExampleBlock) -> Iterator[Account | beam.pvalue.TaggedOutput]:
+    def process(self, block: ExampleBlock) -> Iterator[ExamplesAccount | beam.pvalue.TaggedOutput]:
         parts, account = make_examples(self.plan, block)
         # Files are written while the steps after this one look at the training examples.
-        with ThreadPoolExecutor(len(parts), "examples") as pool:
+        with ThreadPoolExecutor(1, "examples") as pool:  # one split at a time: each needs memory
             writing = [
                 pool.submit(write_shard, self.plan, name, block, rows) for name, rows in parts.items() if rows.num_rows
             ]
@@ -322,7 +324,7 @@ class _Make(beam.DoFn):
         yield dataclasses.replace(account, shards=shards)
 
 
-def add_accounts(accounts: Iterable[Account]) -> Account:
+def add_accounts(accounts: Iterable[ExamplesAccount]) -> ExamplesAccount:
     """The sum of accounts, the same in any order of merging."""
     rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
@@ -335,10 +337,10 @@ def add_accounts(accounts: Iterable[Account]) -> Account:
             for label, count in each.labels[name].items():
                 seen[name][label] = seen[name].get(label, 0) + count
     ordered = tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index)))
-    return Account(rows, counts, seen, ordered, rounded)
+    return ExamplesAccount(rows, counts, seen, ordered, rounded)
 
 
-def checked(account: Account, plan: ExamplePlan) -> Account:
+def checked(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:
     """Return `account` if every row is accounted for and every split can be used; delete files of earlier attempts.
 
     Raises:

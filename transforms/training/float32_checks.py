@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from schemas import Model, encoders
 from transforms.models.encoders import EXACT, is_whole
 from transforms.training.data_checks import Findings
-from transforms.training.examples import Account, schema_of
+from transforms.training.examples import ExamplesAccount, schema_of
 
 if TYPE_CHECKING:
     from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("millrace.training")
 
 
-def lost_digits(findings: Findings, learnt: DatasetFeatureStatisticsList, account: Account, model: Model) -> Findings:
+def lost_digits(
+    findings: Findings, learnt: DatasetFeatureStatisticsList, account: ExamplesAccount, model: Model
+) -> Findings:
     """Add a warning for each input, and for the label, whose neighbouring whole numbers become equal.
 
     Integers that no encoder scales lose nothing, since they get as many float32 columns as they need.
@@ -57,7 +59,7 @@ _SCALING = (encoders.Standardize, encoders.MinMax, encoders.Robust, encoders.Log
 _WITHOUT = "Leave the encoder out, or write encoders.Impute(): both keep every digit, in as many columns as it takes"
 
 
-def _label(account: Account) -> Iterator[str]:
+def _label(account: ExamplesAccount) -> Iterator[str]:
     if account.rounded:
         yield (
             "The label is a whole number beyond 2^24 that float32, in which XGBoost learns, rounds, "

@@ -37,7 +37,7 @@ from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import DAMAGE, parse_record, reason_of
 from transforms.training.data_checks import Findings
-from transforms.training.examples import Account
+from transforms.training.examples import ExamplesAccount
 from transforms.training.hyperparameter_search import Result, Trial
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import log_trials
@@ -87,7 +87,7 @@ class RunOutcome:
 
     report: Report
     trained: Trained
-    account: Account
+    account: ExamplesAccount
     findings: Findings
     rival: Rival
     explanation: Explanation

@@ -25,7 +25,7 @@ from transforms.models.stored_records import ModelManifest, ProvenanceRecord
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.training.data_checks import bundle_files
-from transforms.training.examples import Account
+from transforms.training.examples import ExamplesAccount
 from transforms.training.hyperparameter_search import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
 from transforms.training.xgboost_checks import first_line, require_device
 from transforms.training.xgboost_data import Matrices, is_external, matrices
@@ -103,7 +103,7 @@ def train(
     return bytes(booster.save_raw("ubj")), values, rounds
 
 
-def classes_of(model: Model, account: Account) -> int:
+def classes_of(model: Model, account: ExamplesAccount) -> int:
     """Scores per row: the number of classes of a multi-class model, else 1."""
     if model.objective != "multi:softprob":
         return 1
@@ -169,7 +169,7 @@ class TrialRunner:
     Trials share the binned rows, which are made once for each number of bins and fold.
     """
 
-    def __init__(self, study: Study, account: Account, fitted: Sequence[Fitted], trials: int) -> None:
+    def __init__(self, study: Study, account: ExamplesAccount, fitted: Sequence[Fitted], trials: int) -> None:
         self.study, self.account, self.fitted = study, account, fitted
         alone = study.device != "cpu" or is_external(fitted[-1], account)
         self.side = 1 if alone else max(1, min(study.cores, trials))
@@ -246,7 +246,7 @@ class BundleRequest:
 def save_best(
     results: Sequence[Result],
     request: BundleRequest,
-    account: Account,
+    account: ExamplesAccount,
     fitted: Fitted,
     statistics: DatasetFeatureStatisticsList | None = None,
 ) -> Trained:
@@ -295,7 +295,7 @@ class Train(beam.PTransform):
 
     Args:
         study: what the trials have in common.
-        account: PCollection of one `Account` of the examples.
+        account: PCollection of one `ExamplesAccount` of the examples.
         fitted: for each fold, a PCollection of one `Fitted`.
     """
 
@@ -338,7 +338,7 @@ class _Trials(beam.DoFn):
     def start_bundle(self) -> None:
         self.trials: list[Trial] = []
 
-    def process(self, trial: Trial, account: Account, *fitted: Fitted) -> None:
+    def process(self, trial: Trial, account: ExamplesAccount, *fitted: Fitted) -> None:
         self.trials.append(trial)
         self.sides = account, fitted
 
@@ -348,7 +348,9 @@ class _Trials(beam.DoFn):
                 yield WindowedValue(result, MIN_TIMESTAMP, [GlobalWindow()])
 
 
-def side_by_side(study: Study, account: Account, fitted: Sequence[Fitted], trials: Sequence[Trial]) -> list[Result]:
+def side_by_side(
+    study: Study, account: ExamplesAccount, fitted: Sequence[Fitted], trials: Sequence[Trial]
+) -> list[Result]:
     """Run trials, at most as many at a time as there are cores, and return their results in order.
 
     Raises:

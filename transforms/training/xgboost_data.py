@@ -19,7 +19,7 @@ from schemas import Model
 from schemas.errors import DataError
 from schemas.splits import LABEL, Fold
 from transforms.models.encoders import Fitted, Matrix
-from transforms.training.examples import Account, ExampleShard, read_shard
+from transforms.training.examples import ExamplesAccount, ExampleShard, read_shard
 from transforms.training.labels import mature
 from transforms.training.target_encoding import TargetEncoding, target_encoding
 
@@ -58,7 +58,7 @@ class DataPart:
     end: datetime | None = None
 
 
-def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[DataPart, DataPart]:
+def parts_of(model: Model, account: ExamplesAccount, fold: Fold | None = None) -> tuple[DataPart, DataPart]:
     """The rows to train on and to validate with; for `fold` None they are the train and the validate split."""
     train = tuple(account.of("train"))
     if fold is None:
@@ -67,7 +67,12 @@ def parts_of(model: Model, account: Account, fold: Fold | None = None) -> tuple[
 
 
 def matrices(
-    model: Model, fitted: Fitted, account: Account, threads: int, max_bin: int | None = None, fold: Fold | None = None
+    model: Model,
+    fitted: Fitted,
+    account: ExamplesAccount,
+    threads: int,
+    max_bin: int | None = None,
+    fold: Fold | None = None,
 ) -> Matrices:
     """The binned rows of train and validate.
 
@@ -102,7 +107,7 @@ class _Pages:
     """Exists as long as a matrix that reads from disk."""
 
 
-def is_external(fitted: Fitted, account: Account) -> bool:
+def is_external(fitted: Fitted, account: ExamplesAccount) -> bool:
     """Whether the bins of the training split go to disk."""
     return sum(each.rows for each in account.of("train")) * len(fitted.names) > EXTERNAL
 
