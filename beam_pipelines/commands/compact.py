@@ -14,7 +14,7 @@ from schemas.errors import DefinitionError, StoreError
 from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import tables_below
-from transforms.storage.run_markers import remove_marker, write_marker
+from transforms.storage.run_markers import begin, remove_marker
 from transforms.streaming.live_tables import is_of_live_job
 
 PIPELINE = "compact"
@@ -77,7 +77,7 @@ def _matching(store: str, patterns: Sequence[str]) -> list[str]:
 def _marked(store: str, run_id: str) -> Iterator[None]:
     """Marks the run, so that vacuum leaves its files and nothing is erased beside it.  It leaves no report."""
     folder = os.path.join(store, "runs", run_id)
-    write_marker(folder, PIPELINE, run_id)
+    begin(folder, PIPELINE, run_id)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from schemas.errors import MillraceError, in_one_line
 from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.run_markers import MARKER, remove_marker, require_no_erasure, write_marker
+from transforms.storage.run_markers import MARKER, begin, remove_marker
 from transforms.storage.stored_json import read_object
 
 if TYPE_CHECKING:
@@ -50,21 +50,11 @@ class Run:
         self.start = time.perf_counter()
         self._alone()
         try:
-            write_marker(self.folder, self.pipeline, str(self.figures["run_id"]))
-            self._beside_no_erasure()
+            begin(self.folder, self.pipeline, str(self.figures["run_id"]))
         except (MillraceError, KeyboardInterrupt) as error:
             error.run = self  # type: ignore[union-attr]
             raise
         return self
-
-    def _beside_no_erasure(self) -> None:
-        """Refuse to work while rows are erased from the store, and to erase while somebody works on it."""
-        store = self.folder.rstrip("/").rsplit("/", 2)[0]  # of <store>/runs/<run>
-        try:
-            require_no_erasure(store, self.pipeline, str(self.figures["run_id"]))
-        except MillraceError:
-            remove_marker(self.folder)
-            raise
 
     def _alone(self) -> None:
         """Refuse a run id that another pipeline has used, since both would write the same files."""

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         ERASE,
         MARKER,
         RunMarker,
+        begin,
         remove_marker,
         require_no_erasure,
         running_runs,

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 
-from schemas.errors import ConflictError
+from schemas.errors import ConflictError, MillraceError
 from transforms.storage.delta_tables import write_aside
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, understood
@@ -69,6 +69,24 @@ def write_marker(folder: str, pipeline: str, run_id: str) -> None:
         "pid": os.getpid(),
     }
     write_aside(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
+
+
+def begin(folder: str, pipeline: str, run_id: str) -> None:
+    """Writes the mark of a run, then checks that no erasure works on the store, or for an erasure that nothing does.
+
+    Args:
+        folder: of the run, `<store>/runs/<run>`.
+
+    Raises:
+        ConflictError: see `require_no_erasure`; the mark is removed.
+        StoreError: the store cannot be written, or a mark cannot be read.
+    """
+    write_marker(folder, pipeline, run_id)
+    try:
+        require_no_erasure(folder.rstrip("/").rsplit("/", 2)[0], pipeline, run_id)
+    except MillraceError:
+        remove_marker(folder)
+        raise
 
 
 def remove_marker(folder: str) -> None:
