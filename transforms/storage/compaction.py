@@ -8,28 +8,26 @@ file that goes into it, so a row is written again at most log2(rows of the date)
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import uuid
 from collections.abc import Sequence
 from datetime import date
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from schemas.errors import StoreError
-from transforms.storage import durable
-from transforms.storage.date_spans import days_of, unreadable
+from transforms.storage.date_spans import days_of
 from transforms.storage.delta_log import COMPACTION, path_within, root_of
 from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
+    DataFile,
+    add_actions,
     append_commit,
     commit_attempt,
+    read_group,
     retry_commits,
-    with_every_column,
+    write_files,
 )
 from transforms.storage.log_entries import LogEntry, RemovedFile
 
@@ -91,7 +89,7 @@ def compact_table(uri: str, run_id: str, most_files: int = MOST_FILES) -> Compac
             return Compaction()
         files = _files(table)
         if merged is None:
-            merged = [_merge(root_of(uri), group, run_id) for group in _groups(files, most_files)]
+            merged = [_merge(uri, group, run_id) for group in _groups(files, most_files)]
         there = set(files)
         # Of a date whose rows another writer replaced meanwhile, the merged file is left to vacuum.
         merged = [each for each in merged if there.issuperset(each.files)]
@@ -160,14 +158,14 @@ def smallest(files: Sequence[_File], most: int) -> list[_File]:
     return small[: max(count, len(files) - most + 1)]
 
 
-def _merge(root: str, files: tuple[_File, ...], run_id: str) -> _Merged:
+def _merge(uri: str, files: tuple[_File, ...], run_id: str) -> _Merged:
     """Writes the rows of `files` to a file that no reader sees until it is committed.
 
     Raises:
         StoreError: a file cannot be read, or the new one cannot be written.
     """
-    tables = with_every_column([_read(os.path.join(root, file.path)) for file in files])
-    rows = pa.concat_tables(tables)
+    root = root_of(uri)
+    rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
     expected = sum(file.rows for file in files)
     if len(rows) != expected:
         raise StoreError(
@@ -175,28 +173,8 @@ def _merge(root: str, files: tuple[_File, ...], run_id: str) -> _Merged:
             f"{root}: {len(rows):,} rows instead of {expected:,} on {files[0].day}",
             "Nothing was changed. Restore the files from a backup",
         )
-    inside = os.path.join(f"date={files[0].day.isoformat()}", f"{run_id}-{uuid.uuid4().hex[:16]}.parquet")
-    path = os.path.join(root, inside)
-    sink = pa.BufferOutputStream()
-    strings = [field.name for field in rows.schema if pa.types.is_string(field.type)]
-    bounded = [field.name for field in rows.schema if not pa.types.is_floating(field.type)]
-    pq.write_table(rows, sink, compression="zstd", use_dictionary=strings, write_statistics=bounded)
-    content = sink.getvalue()
-    try:
-        durable.make_folders(os.path.dirname(path))
-        durable.publish([(durable.write_aside(path, content), path)])
-    except OSError as error:
-        raise StoreError("The store can be written", f"{path}: {error.strerror or error}", FIX) from None
-    stats = json.dumps({"numRecords": len(rows)})
-    values = {"date": files[0].day.isoformat()}
-    return _Merged(files, AddAction(inside, content.size, values, 0, False, stats))
-
-
-def _read(path: str) -> pa.Table:
-    try:
-        return pq.ParquetFile(path).read(use_threads=False)
-    except (OSError, pa.ArrowInvalid, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
-        raise unreadable(path, error) from None
+    (action,) = add_actions(root, write_files(rows, root, run_id))
+    return _Merged(files, action)
 
 
 def _removed(file: _File) -> RemovedFile:
