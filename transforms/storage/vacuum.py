@@ -127,7 +127,8 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     unproven = runs_without_counts(uri)
     kept = _retained(uri, table, rules)
     needed, once = _paths(uri, kept)
-    merged = set[str]().union(*(merged_files(uri, version) for version in versions(uri)))
+    theirs = table.startswith("sources/")
+    merged = set[str]().union(*(merged_files(uri, version) for version in versions(uri) if theirs))
     manifests, runs = _named(uri, kept)
     summaries = _summaries(uri, manifests)
     newest = max(versions(uri), default=0)
@@ -151,7 +152,7 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
             kind = None
         elif inside in once:
             # Whose rows a source's owner may want back is not ours to say; other files have those of merged ones.
-            kind = "expired" if inside in merged or not table.startswith("sources/") else None
+            kind = "expired" if inside in merged or not theirs else None
         else:
             run = name.rsplit("-", 1)[0]
             kind = "orphan" if DATA_FILE.fullmatch(name) and run not in unproven and not reported(run) else None
