@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -176,15 +177,17 @@ def identifier(text: str) -> str:
     return text
 
 
+def _within(text: str, accepts: Callable[[float], bool], what: str) -> float:
+    """A number that is accepted; NaN never is."""
+    with contextlib.suppress(ValueError):
+        if accepts(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+
 def fraction(text: str) -> float:
     """Parse a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1")
-    return value
+    return _within(text, lambda value: 0 <= value <= 1, "a fraction from 0 to 1")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -204,13 +207,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 def number(text: str) -> float:
     """Parse a finite number that is not negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return value
+    return _within(text, lambda value: 0 <= value < float("inf"), "a number from 0 on")
 
 
 # XGBoost starts as many threads as it is told to.
