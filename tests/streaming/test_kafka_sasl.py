@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from deploy.streaming.kafka import Broker as KafkaServer
 from schemas.errors import StoreError
-from tests.support.copying_job import copying
+from tests.support.copying_job import copied
 from tests.support.live_fixtures import Live
 from transforms.streaming.kafka import (
     Broker,
@@ -17,7 +16,6 @@ from transforms.streaming.kafka import (
     begin_offsets,
     end_offsets,
     ensure,
-    set_group_offsets,
 )
 from transforms.streaming.kafka_properties import read_properties
 
@@ -73,15 +71,6 @@ def test_all_clients_log_in_with_the_properties_of_the_file(live: Live, tmp_path
             with pytest.raises(StoreError) as caught:
                 begin_offsets(Broker(server.bootstrap, java=other), ["sales"])
             assert "WR0NG" not in str(caught.value)
-        set_group_offsets(broker, "readers", {"sales": begin_offsets(broker, ["sales"])["sales"]})
-        result = copying(live, broker)
-        try:
-            deadline = time.monotonic() + 90
-            while not (copied := sum(end_offsets(broker, ["copies"])["copies"].values())):
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-            assert copied == 1
-        finally:
-            result.cancel()
+        assert copied(live, broker, 90) == 1
         texts = [path.read_text(errors="replace") for path in (live.prism.log, live.expansion.log, live.workers.log)]
         assert not any("S3CRET" in text for text in texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from cryptography.x509.oid import NameOID
 
 from deploy.streaming.kafka import Broker as KafkaServer
 from schemas.errors import StoreError
-from tests.support.copying_job import copying
+from tests.support.copying_job import copied
 from tests.support.live_fixtures import Live
-from transforms.streaming.kafka import Broker, Sender, begin_offsets, end_offsets, ensure, set_group_offsets
+from transforms.streaming.kafka import Broker, Sender, begin_offsets, end_offsets, ensure
 from transforms.streaming.kafka_properties import read_properties
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
@@ -117,16 +116,7 @@ def test_all_clients_speak_tls_with_a_certificate(live: Live, tmp_path: Path) ->
             with pytest.raises(StoreError) as caught:
                 begin_offsets(Broker(server.bootstrap, java=other), ["sales"])
             assert "\n" not in str(caught.value), why
-        set_group_offsets(broker, "readers", {"sales": begin_offsets(broker, ["sales"])["sales"]})
-        result = copying(live, broker)
-        try:
-            deadline = time.monotonic() + 120
-            while not (copied := sum(end_offsets(broker, ["copies"])["copies"].values())):
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-            assert copied == 1
-        finally:
-            result.cancel()
+        assert copied(live, broker, 120) == 1
 
 
 def test_a_broker_with_the_certificate_of_another_address_is_refused(live: Live, tmp_path: Path) -> None:
