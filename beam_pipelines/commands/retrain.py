@@ -158,11 +158,12 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         name = str(recorded["name"])
         if "modules" not in recorded:  # earlier versions of Millrace kept the one file
             name = "definition.py"
-        definition = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
-        if definition.view.fingerprint != bundle.fingerprint:
+        project = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
+        definition = project.definition(model=str(manifest["model"]))
+        if definition.require_model().rows.fingerprint != bundle.fingerprint:
             raise MismatchError(
                 "The recorded definition gives the recorded fingerprint",
-                f"{definition.view.fingerprint} and {bundle.fingerprint}",
+                f"{definition.require_model().rows.fingerprint} and {bundle.fingerprint}",
                 "Use the code version that trained it: " + str(manifest.get("code_version")),
             )
         cutoff = instant(read["cutoff"]).date()
@@ -171,7 +172,7 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
             store=store,
             sources=sources_folder(manifest, store),
             run_id=run_id,
-            features_version=manifest["feature_table"]["version"],
+            features_versions=_versions(manifest),
             start=date.fromisoformat(read["start"]) if read["start"] else None,
             cutoff=cutoff,
             registry=registry,
@@ -182,6 +183,17 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
             beam_args=beam_args,
             label_version=manifest["label_table"]["version"],
         )
+
+
+def _versions(manifest: ModelManifest) -> dict[str, int]:
+    """Versions of the feature tables that a model was trained on, by view."""
+    views = manifest.get("views")
+    versions = (
+        {manifest["view"]: manifest["feature_table"]["version"]}
+        if views is None
+        else {each["view"]: each["version"] for each in views}
+    )
+    return {view: version for view, version in versions.items() if version is not None}
 
 
 def sources_folder(manifest: ModelManifest, store: str) -> str:
