@@ -301,7 +301,8 @@ class Journal:
             self.first.setdefault(micro_batch.source, {}).setdefault(micro_batch.partition, moment)
 
     def _find_beginning(self, name: str) -> None:
-        """Once all partitions of a source have sent a row, records the time from which none of its rows is missing."""
+        """Once all partitions of a source have sent a message, records the time from which none of its rows is
+        missing."""
         beginning, first = self.beginnings.of(name), self.first.get(name)
         if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
             since = max(*first.values(), ALWAYS) + self.completeness.rules[name].lateness
