@@ -38,7 +38,7 @@ class SplitRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
+class SplitBar:
     """A split on the timeline: its place there as shares, and how long it is."""
 
     name: str
@@ -51,7 +51,7 @@ class Span:
 class Timeline:
     """The splits to scale, gaps between them included."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[SplitBar, ...]
     first: str
     cutoff: str
 
@@ -181,7 +181,9 @@ def timeline(manifest: ModelManifest) -> Timeline | None:
     if end <= start or bounds[0][2] <= start:
         return None
     whole = end - start
-    found = [Span(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds]
+    found = [
+        SplitBar(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds
+    ]
     return Timeline(tuple(found), first, split["cutoff"])
 
 

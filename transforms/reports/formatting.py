@@ -1,6 +1,6 @@
 """How a report writes numbers, times and names: what one reads, beside the exact value.
 
-All but `shown`, `mark`, `category` and `metric_name` give HTML; what they are given is escaped.
+All but `format_number`, `mark`, `category` and `metric_name` give HTML; what they are given is escaped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NONE = Markup('<span class="none">{}</span>').format(DASH)
 _METRICS = {"auc": "AUC", "rmse": "RMSE", "mae": "MAE", "brier": "Brier score", "macro_auc": "macro AUC"}
 
 
-def shown(value: float, digits: int = 4) -> str:
+def format_number(value: float, digits: int = 4) -> str:
     """A number for reading: thousands apart, `digits` significant ones, a real minus sign.
 
-    >>> shown(336776), shown(0.75231), shown(-12.3456), shown(0.00001234), shown(0.0)
-    ('336,776', '0.7523', '−12.35', '1.234e−5', '0')
+    >>> [format_number(each) for each in (336776, 0.75231, -12.3456, 0.00001234, 0.0)]
+    ['336,776', '0.7523', '−12.35', '1.234e−5', '0']
     """
     if not math.isfinite(value):
         return DASH
@@ -71,7 +71,7 @@ def number(value: float | int | None, digits: int = 4, signed: bool = False) -> 
     """
     if value is None or not math.isfinite(value):
         return _NONE
-    return _data(value, ("+" if signed and value > 0 else "") + shown(value, digits))
+    return _data(value, ("+" if signed and value > 0 else "") + format_number(value, digits))
 
 
 def given(value: float | int | None) -> Markup:

@@ -18,7 +18,7 @@ import polars as pl
 from schemas.sources import Source
 
 Ints = npt.NDArray[np.int64]
-NEVER = 2**62
+NEVER_REPEATED = 2**62
 _ROW = "__row"
 
 
@@ -58,18 +58,19 @@ class KnownOrder:
         """The first row of each `unique` value."""
         return self.sort(rows).unique(list(self.unique), keep="first", maintain_order=True)
 
-    def repeated_from(self, rows: pl.DataFrame, shown: Ints, memory: int = NEVER) -> Ints:
+    def repeated_from(self, rows: pl.DataFrame, shown: Ints, memory: int = NEVER_REPEATED) -> Ints:
         """The number from which on each row is a repeat.
 
         Args:
             rows: the rows.
-            shown: the number from which on each row is known, like the position of a cut; `NEVER`: it repeats no row.
+            shown: the number from which on each row is known, like the position of a cut; `NEVER_REPEATED`: it
+                repeats no row.
             memory: µs.
 
         Returns:
-            The least number of the rows that make it a repeat; `NEVER` if there are none.
+            The least number of the rows that make it a repeat; `NEVER_REPEATED` if there are none.
         """
-        result = np.full(len(rows), NEVER, np.int64)
+        result = np.full(len(rows), NEVER_REPEATED, np.int64)
         several = np.flatnonzero(rows.select(self.unique).is_duplicated().to_numpy())
         if not len(several):
             return result
@@ -83,7 +84,7 @@ class KnownOrder:
 
 def _first_within(groups: Ints, moments: Ints, memory: int) -> Ints:
     """The position of the first row of the group of each row that is at most `memory` older, for rows in order."""
-    bounds = moments - min(memory, NEVER)  # moments are within ±2^60 or so
+    bounds = moments - min(memory, NEVER_REPEATED)  # moments are within ±2^60 or so
     kinds = np.repeat([1, 0], len(groups))  # a bound is before the rows of its time
     merged = np.lexsort((kinds, np.concatenate([moments, bounds]), np.concatenate([groups, groups])))
     before = np.cumsum(merged < len(groups))
@@ -94,9 +95,9 @@ def _first_within(groups: Ints, moments: Ints, memory: int) -> Ints:
 
 
 def _least_before(values: Ints, starts: Ints) -> Ints:
-    """For each position i, the least of `values[starts[i]:i]`; `NEVER` if that is empty."""
+    """For each position i, the least of `values[starts[i]:i]`; `NEVER_REPEATED` if that is empty."""
     lengths = np.arange(len(values)) - starts
-    result = np.full(len(values), NEVER, np.int64)
+    result = np.full(len(values), NEVER_REPEATED, np.int64)
     least, width = values, 1  # least[i] is that of values[i : i + width]
     while (mine := np.flatnonzero((lengths >= width) & (lengths < 2 * width))).size or (lengths >= 2 * width).any():
         result[mine] = np.minimum(least[starts[mine]], least[mine - width])

@@ -61,7 +61,7 @@ def write_file(path: str, content: bytes | pa.Buffer, exclusive: bool = False) -
 
 
 def write_aside(path: str, content: bytes | pa.Buffer) -> str:
-    """Writes `content` under a hidden name beside `path`, and returns that; `publish` gives it its name.
+    """Writes `content` under a hidden name beside `path`, and returns that; `rename_files` gives it its name.
 
     Raises:
         OSError: it cannot be written; no part of it is left.
@@ -78,7 +78,7 @@ def write_aside(path: str, content: bytes | pa.Buffer) -> str:
     return aside
 
 
-def publish(files: Sequence[tuple[str, str]]) -> None:
+def rename_files(files: Sequence[tuple[str, str]]) -> None:
     """Gives files (path aside, path) their names; they are durable when this returns.  Each is flushed once.
 
     Raises:

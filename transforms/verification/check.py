@@ -20,11 +20,11 @@ from transforms.sources.inventory import Slice
 from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows
-from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, every_row
+from transforms.verification.sample import ROWS_PER_FILE, choose_files, choose_rows, every_row
 
 # Rows verified by default, and the share of a run's time that this may take: of a run over everything, of any other.
-ROWS = 100
-SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
+VERIFIED_ROWS = 100
+VERIFIED_SHARE_OF_EVERYTHING, VERIFIED_SHARE = 0.05, 0.25
 # Values of a source that are read in a second, for what is left undone for want of time; and what a run's files take.
 VALUES_PER_SECOND = 12e6
 SECONDS_PER_GROUP, SECONDS_PER_VALUE = 0.002, 4e-5
@@ -36,7 +36,7 @@ EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Amount:
+class SampleSize:
     """How many rows to verify.
 
     Args:
@@ -46,7 +46,7 @@ class Amount:
         began: when the run began, µs since 1970.
     """
 
-    rows: int | None = ROWS
+    rows: int | None = VERIFIED_ROWS
     share: float | None = None
     began: int = 0
 
@@ -136,7 +136,7 @@ class Verification:
     view: FeatureView
     contracts: Mapping[str, Contract]
     slices: Mapping[str, Sequence[Slice]]
-    amount: Amount
+    amount: SampleSize
     run_id: str
 
     def of_files(self, files: Sequence[DataFile]) -> Verified:
@@ -150,7 +150,7 @@ class Verification:
                 result += self._rows(rows, tables, len(rows))
         elif self.amount.rows and total:
             count, chosen, starts, skip = self._affordable(files)
-            sample = choose(self.view, chosen, starts, count, self.run_id)
+            sample = choose_rows(self.view, chosen, starts, count, self.run_id)
             result += self._rows(sample.rows, dataclasses.replace(tables, skip=skip), sample.least)
         return dataclasses.replace(result, seconds=time.perf_counter() - began)
 

@@ -46,12 +46,12 @@ def evaluate(expr: pl.Expr, frame: pl.DataFrame) -> pl.Series:
     return result if len(result) == len(frame) else result.new_from_index(0, len(frame))
 
 
-def holds(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
+def where_true(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
     """Where `condition` is true; null is not."""
     return evaluate(condition, frame).fill_null(False)
 
 
-def stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
+def as_stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
     """`values` as a feature's stored type: null for what it does not hold, and for what is not finite."""
     result = values.cast(dtype, strict=False)
     return result.set(~result.is_finite().fill_null(True), None) if dtype.is_float() else result

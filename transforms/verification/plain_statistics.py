@@ -12,7 +12,7 @@ import numpy as np
 _VARIANCE = Fraction(1, 2**40)
 
 
-def statistic(stat: str, values: list[Any]) -> Any:
+def plain_statistic(stat: str, values: list[Any]) -> Any:
     """`stat` of the values, in order of time and without nulls; numbers as float64 where the statistic needs them."""
     if stat == "count":
         return len(values)
@@ -47,7 +47,7 @@ def quantile(values: list[float], q: float) -> float:
     return a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
 
 
-def variance(numbers: list[float]) -> Fraction | None:
+def exact_variance(numbers: list[float]) -> Fraction | None:
     """Unbiased variance (n − 1), exact; None of fewer than two values."""
     n = len(numbers)
     if n < 2:
