@@ -34,7 +34,7 @@ LIVE_COLUMNS = pa.schema(
     ]
 )
 
-# What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
+# The columns of a feature row that a live prediction keeps, and the feature row's origin in the features topic.
 SEEN = pa.schema([*(LIVE_COLUMNS.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN_FIELDS])
 
 
@@ -46,7 +46,7 @@ def live_sources(view: FeatureView) -> dict[str, Source]:
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
     """Columns that identify repeats among the events of `name`, which count once; empty if every row counts.
 
-    The rows of a spine are unique also where the spine is a source of events.
+    The rows of a spine are unique even where the spine is a source of events.
     """
     if name not in view.events:
         return ()

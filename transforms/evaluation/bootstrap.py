@@ -30,7 +30,7 @@ LEVEL = 0.95
 _STEPS, _BOUND = 128, 16
 # Low bits of a float32 error that are ignored: 8 bits of the mantissa stay, so a bin is 0.4 % wide.
 _DROPPED = 15
-# Most classes whose AUCs have intervals, and their bins per unit of log odds.
+# The most classes for which AUCs have intervals, and their bins per unit of log odds.
 MOST_CLASSES = 20
 _COARSE = 16
 # A row of a multi-class model is in one bin of each kind; the bits from this one on number the kind.
@@ -206,9 +206,7 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
         if mine.any():
             of_class["auc"] = _area(inner[mine], counts[mine])
         elif (kind > 1).any():
-            of_class["auc"] = np.where(
-                occurs > 0, 0.5, np.nan
-            )  # the model does not know the class, and ranks it by chance
+            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # the model has no such class, and ranks it at random
         for name, values in of_class.items():
             found[name].append(values)
             result[f"{name} of class {k}"] = values
@@ -311,7 +309,7 @@ def _centred(found: Mapping[str, Floats], exact: Mapping[str, float | None]) -> 
         if (value := exact.get(name)) is None:
             continue
         offset = value - drawn[-1]
-        # Bins that are too coarse for a metric, as for probabilities beyond the last bin, do not show its spread.
+        # Bins that are too coarse for a metric, such as probabilities beyond the last bin, do not show its spread.
         hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
         values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
     return Replicates(values)

@@ -38,9 +38,9 @@ from transforms.records.record_batches import frame
 Key = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
-# Most classes whose confusion matrix is reported, and the reported quantiles of the absolute error.
+# The most classes for which a confusion matrix is reported, and the reported quantiles of the absolute error.
 MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-# Metrics of each class that have intervals.
+# The metrics of each class that have intervals.
 OF_CLASS: tuple[Literal["auc", "precision", "recall"], ...] = ("auc", "precision", "recall")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
@@ -122,10 +122,10 @@ def _group(group: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[str, ...]] = ()) -> Tallies:
-    """What `scored` adds to the metrics of the whole and of each slice.
+    """The tally of `scored`, for the whole split and for each slice.
 
     Args:
-        scored: what `Score` makes of examples when it carries the columns named by `tally_columns`.
+        scored: the output of `Score` for examples, with the columns named by `tally_columns`.
     """
     rows = frame(scored)
     label = rows[carried_name(LABEL)].cast(pl.Float64).to_numpy()
@@ -308,7 +308,7 @@ class Evaluate(beam.PTransform):
 
 
 def metrics_record(report: Report) -> MetricsRecord:
-    """The report as JSON values, as `training.json` has them."""
+    """The report as JSON values, as in `training.json`."""
     return {
         "rows": report.rows,
         "metrics": dict(report.metrics),

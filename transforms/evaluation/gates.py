@@ -51,7 +51,7 @@ class Rival:
         version: its version; None if there is no champion.
         report: its report on the same test rows; None if it could not score them.
         reason: why it could not.
-        caveats: of the comparison: why it may have learnt from these rows, which features it read.
+        caveats: notes on the comparison: why it may have learnt from these rows, and which features it read.
     """
 
     version: str | None = None

@@ -19,10 +19,10 @@ from transforms.models.scoring import PinnedModel, Scorer, open_scorer, score
 from transforms.models.stored_records import InputPoints, InputShare, RequestExample
 from transforms.records.row_hashing import mix_bits
 
-# Most rows sampled, and the work that bounds how many are explained: a row costs leaves × depth².
+# The most rows that are sampled, and the work that limits how many of them are explained: a row costs leaves × depth².
 SAMPLE_ROWS = 2000
 WORK = 400_000_000
-# At least so many rows are explained, whatever they cost: fewer make no useful chart.
+# At least so many rows are explained, whatever the cost: fewer do not make a useful chart.
 LEAST = 200
 # Inputs whose contributions are stored row by row.
 SHOWN = 12
@@ -44,7 +44,7 @@ class Explanation:
             of a multi-class model, over classes): `input`, `mean_abs` and, of a multi-class model, `by_class`.
         points: the first inputs' `input`, `values`, `contributions` and `class` (None of one score), row by row.
         scores, labels: scores and labels of all sampled rows; empty for a multi-class model.
-        example: raw rows as a request has them (`columns`, `data`).
+        example: raw rows in the form of a request (`columns`, `data`).
         reason: why no rows are explained.
     """
 

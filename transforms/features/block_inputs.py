@@ -1,4 +1,4 @@
-"""A block's inputs: spine rows, the events they can see, and dimensions; with the tallies of all rows."""
+"""A block's inputs: spine rows, the events that they can see, and dimensions; with the tallies of all rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BlockInput:
 
 def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput:
     """The block's spine rows without repeats, sorted by time and key."""
-    # A spine that is a source of events too is digested as that, once.
+    # A spine that is also a source of events is digested once, as a source of events.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
     reads = stream_slices(plan.spine, block.spine, ReadOptions(block.start, block.end, own=block.own, span=span))
     return deduplicate_spine(view, plan, block, concat_reads(reads))
@@ -74,7 +74,7 @@ def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -
 
 
 def reads_alike(view: FeatureView, plan: FeaturePlan, block: Block) -> bool:
-    """Whether the spine is a source of events too, and the block reads the same slices of it as both."""
+    """Whether the spine is also a source of events, and the block reads the same slices of it for both."""
     name = view.spine.name
     return plan.contracts.get(name) is plan.spine and set(block.events[name]) == set(block.spine)
 
@@ -110,7 +110,7 @@ def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str)
 def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: SourceRows) -> BlockInput:
     """The events in `read` without repeats, and the tally of those that the block owns."""
     contract = plan.contracts[name]
-    if contract is plan.spine:  # a key has one spine row at a time
+    if contract is plan.spine:  # a key has at most one spine row at any time
         kept, _ = distinct_by_key(read.frame, (view.time, *view.key))
     else:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
@@ -186,7 +186,7 @@ def tally_dimension(
 ) -> tuple[pl.DataFrame, SourceTally]:
     """A dimension's dead letters, without a time, and the tally of its `total` rows.
 
-    Every run reads all of a dimension, so a dead letter dated by the run would be there once per run.
+    Every run reads all of a dimension, so dead letters dated by the run would be repeated by each run.
     """
     dead = (
         concat_dead_letters(dead_letters)

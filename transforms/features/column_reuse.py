@@ -3,7 +3,7 @@
 A column is copied for a day only if all of the following holds. Digests prove it, never timestamps.
 
 - The feature has the same meaning (`FeatureView.meanings`: expressions, windows, types, kernel), and so does the spine.
-- The day was computed from the rows that the older table's manifest has digests of.
+- The day was computed from the rows whose digests are in the older table's manifest.
 - Of each source that the feature needs, directly or through other features, every day within reach still has those
   rows, and the contract accepts the same rows as before. The content of each dimension is unchanged.
 
@@ -42,7 +42,7 @@ from transforms.storage.delta_tables import DataFile, read_file
 log = logging.getLogger("millrace.features")
 
 CANDIDATES = 3
-# What a float column must stay below to break no contract.
+# A float column satisfies every contract if its values stay below this.
 _LARGEST = 3.4e38
 
 
@@ -63,7 +63,7 @@ def describe_view(view: FeatureView) -> ViewDescription:
 
 
 def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, object]:
-    """Describes what decides which rows of a source count.
+    """Describes everything that decides which rows of a source count.
 
     Args:
         columns: all columns that are read. The contract checks those that are not in `ordering`.
@@ -122,9 +122,10 @@ class Copies:
 def find_copies(
     view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[OlderTable], days: Sequence[int]
 ) -> Copies | None:
-    """Returns the copies from the one of `tables` that gives the most columns for `days`; None if none gives any.
+    """Returns the copies from the table among `tables` that gives the most columns for `days`; None if no table gives
+    any.
 
-    Of tables that give the same number, the first is used.
+    If several tables give the same number, the first is used.
 
     Raises:
         ContractError: a changed source cannot be read.
@@ -226,7 +227,7 @@ def _proof(
 ) -> tuple[Proof, bool]:
     """Returns the proof for a source over the days of `span`, and whether the same columns were read.
 
-    If the same columns were read, rows of one moment have the same order.
+    If the same columns were read, rows with the same time have the same order.
     """
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
@@ -246,7 +247,7 @@ def _proof(
         content = manifest.dimensions.get(source) == current.dimensions[source]
         used = dimensions_digest(manifest.dimensions)
         return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
-    # What no window of these days can see need not be read.
+    # Rows that no window of these days can see need not be read.
     first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
     files = {
         path: span_of_file
@@ -256,7 +257,7 @@ def _proof(
     try:
         known = read_anew(manifest) if manifest.version < MANIFEST_VERSION else manifest
         rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
-    except ContractError:  # a column that is no longer needed need not be there
+    except ContractError:  # a column that is no longer needed may be missing
         return _never, False
     dropped = current.repeats[source].dropped if source in current.repeats else {}
     changed = sorted(
@@ -284,7 +285,8 @@ def _alike(
     """Returns the contract of an older view that read or checked other columns.
 
     Returns None if that contract may have accepted other rows. Columns decide about rows in two ways: numbers must be
-    finite, texts UTF-8 and dates within the years 1 to 9999, and of repeats at one moment the smallest row is kept.
+    finite, texts UTF-8 and dates within the years 1 to 9999; and of repeats with the same time, the smallest row is
+    kept.
     """
     declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
@@ -300,7 +302,8 @@ def _alike(
 
 
 def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[str]) -> bool:
-    """Whether all values of these columns keep the rules of their types. They are read: footers do not say."""
+    """Whether all values of these columns satisfy the rules of their types. The values are read, because footers do not
+    show this."""
     narrow = dataclasses.replace(contract, columns=tuple(columns), ordering=(), required=())
     broken = [condition for name, _, condition in narrow.rules if name in columns]
     return not broken or all(

@@ -87,7 +87,8 @@ class Summarise(beam.DoFn):
 
 
 def read_segment(view: FeatureView, plan: FeaturePlan, segment: SnapshotSegment, name: str) -> BlockInput:
-    """Events known in the segment, without repeats; with dead letters and a tally only if it accounts for them."""
+    """Events known in the segment, without repeats; with dead letters and a tally only if the segment accounts for
+    them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
@@ -102,7 +103,7 @@ def read_segment(view: FeatureView, plan: FeaturePlan, segment: SnapshotSegment,
 def merge_in_order(
     parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
 ) -> dict[int, tuple[str, ...]]:
-    """Writes the summary of everything before each time that a chain wants, and returns the file names.
+    """Writes the summary of everything before each time in a chain's `wanted`, and returns the file names.
 
     Raises:
         StoreError: the segments leave a gap or overlap, so that an event would be missed or counted twice.

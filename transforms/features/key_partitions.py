@@ -200,13 +200,13 @@ def _columns(features: Sequence[EventFeature], read: Sequence[str]) -> list[str]
     wanted |= set() if first.where is None else set(columns_of(first.where))
     for feature in features:
         if isinstance(feature, Latest) or any(each.stat in ORDERED for each in feature.statistics):
-            return list(read)  # which put rows of one moment in order
+            return list(read)  # they order rows with the same time
         wanted |= {each.column for each in feature.statistics}
     return [name for name in read if name in wanted]
 
 
 def _identifying(view: FeatureView, plan: FeaturePlan, name: str) -> tuple[str, ...]:
-    """Columns that rows have in common of which one is kept."""
+    """Columns that are equal in rows of which only one is kept."""
     contract = plan.contracts[name]
     return (view.time, *view.key) if contract is plan.spine else tuple(contract.source.unique or ())
 

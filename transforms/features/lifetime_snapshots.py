@@ -1,4 +1,4 @@
-"""Snapshots of all history: which of them a run makes from which segments of time, and the files they are stored in."""
+"""Snapshots of all history: which of them a run makes, from which segments of time, and the files that store them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SnapshotSegment:
     """A span of time `[start, end)` in µs to summarise.
 
     Args:
-        accounts: whether its events are accounted for nowhere else.
+        accounts: whether its events must be accounted for here, because no block does it.
         digests: whether its events are digested by day.
     """
 
@@ -60,7 +60,7 @@ class Chain:
     """The time `[start, end)` in µs, summarised without gaps.
 
     Args:
-        base: the snapshot it starts from; None: it starts with the first event there is.
+        base: the snapshot that it starts from; None: it starts with the first event.
         wanted: the times (µs) at which it writes the summary of everything before.
     """
 
@@ -82,7 +82,7 @@ SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
 def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
-    """The features of each history that some lifetime window sees, in the order of a snapshot's files."""
+    """The features of each history that lifetime windows see, in the order of a snapshot's files."""
     groups: dict[HistoryKey, list[EventFeature]] = {}
     for feature in view.features:
         if isinstance(feature, EventFeature):
@@ -97,7 +97,7 @@ def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Cha
     snapshot is later than that.
 
     Args:
-        found: per start of a range, the newest usable snapshot before it.
+        found: the newest usable snapshot before the start of each range.
     """
     made: list[Chain] = []
     for first, last in plan.ranges:

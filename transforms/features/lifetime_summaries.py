@@ -18,7 +18,7 @@ from transforms.features.window_statistics import Column
 from transforms.records.exact_sums import Floats
 from transforms.records.window_sums import Bools, Digits, Ints, Numbers, decompose, squared, window_sum, window_variance
 
-# The column of a summary that holds the last row; no key has that name.
+# The column of a summary that has the last row; no key may have this name.
 LATEST = " latest"
 SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
@@ -37,10 +37,10 @@ class Summary:
 
 
 def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
-    """Summary of `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
+    """Summarises `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
 
-    Columns: the keys, `#` (rows), and per column c what its statistics need: `c n`, `c s<unit>`, `c q<unit>`, `c min`,
-    `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
+    Columns: the keys, `#` (number of rows), and for each column c those that its statistics need: `c n`, `c s<unit>`,
+    `c q<unit>`, `c min`, `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
     """
     first = features[0]
     if first.condition is not None:
@@ -114,7 +114,7 @@ def _digit_columns(prefix: str, digits: Digits) -> list[pl.Series]:
 
 
 class PriorSummary:
-    """A group's summary joined to the windows: the values of each window's key, zero or null for new keys."""
+    """A group's summary, joined to the windows: the values for the key of each window; zero or null for new keys."""
 
     def __init__(self, summary: pl.DataFrame, rows: Ints) -> None:
         """`rows`: per window the row of `summary`, −1 for none."""
@@ -173,7 +173,7 @@ class PriorSummary:
         return result
 
     def value(self, name: str) -> pl.Series:
-        """A summary column per window, null without a summary."""
+        """A summary column, by window; null for keys without a summary."""
         at = (
             pl.Series(self.rows).set(pl.Series(~self.known), None)
             if len(self.summary)

@@ -29,7 +29,7 @@ LONG = 2
 
 
 def position(source: Source) -> pl.Expr:
-    """The time that decides which windows contain an event, µs."""
+    """The time, in µs, that decides which windows contain an event."""
     return pl.col(str(source.event_time or source.time)).to_physical()
 
 

@@ -46,7 +46,7 @@ def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
     """Warns a reader of the table that an older version may have computed some of its days incorrectly."""
     try:
         days = outdated(continued(view, read_manifest(table)))
-    except StoreError:  # commands that need the manifest report this error
+    except StoreError:  # the commands that need the manifest report the error
         return
     if days:
         log.warning(

@@ -90,7 +90,8 @@ class Route(PrefetchDoFn):
 
 
 def sent(rows: pl.DataFrame) -> bytes:
-    """Encodes rows as Arrow IPC with Zstandard: a run of ten million rows held 450 MB more with LZ4, to be 3 % quicker.
+    """Encodes rows as Arrow IPC with Zstandard: a run over ten million rows needed 450 MB more memory with LZ4, and was
+    only 3 % faster.
 
     Strings that repeat, as keys do, are replaced by their position among the distinct ones.
     """

@@ -45,9 +45,9 @@ class Serving:
         model: registered name.
         view: the view whose rows are scored.
         first: the version that served at launch; a worker that starts while the alias names a broken version uses it.
-        classes: scores per row.  Each is a column, so the number is fixed at launch.
+        classes: number of scores per row.  Each is a column, so the number is fixed at launch.
         alias: the version with this alias serves.
-        arm: part of the identity of every prediction.
+        arm: a part of the identity of every prediction.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
     """
@@ -65,7 +65,7 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model and the time since which it serves (µs since 1970)."""
+    """A model, and the time from which it serves (µs since 1970)."""
 
     scorer: Scorer
     since: int
@@ -161,7 +161,8 @@ class Champion:
         return self._current
 
     def acquire(self) -> tuple[LoadedModel, int]:
-        """The model that serves, and the time now (µs), which is before the `since` of any model that replaces it."""
+        """The model that serves, and the current time (µs), which is before the `since` of any model that replaces
+        it."""
         with self._lock:
             return self.current, time.time_ns() // 1000
 
@@ -305,7 +306,7 @@ def _state(folder: str) -> FolderState:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
         return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
-    except Exception as error:  # missing or unreadable: the same value until that changes
+    except Exception as error:  # missing or unreadable: the value stays the same until this changes
         return (type(error).__name__,)
 
 

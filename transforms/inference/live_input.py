@@ -52,7 +52,7 @@ _ARROW = b"\xff\xff\xff\xff"
 
 
 def features_source_name(view: FeatureView) -> str:
-    """The name of the features topic in offsets and dead letters, without the prefix."""
+    """The name of the features topic in offsets and dead letters: without the prefix."""
     return f"{view.name}.features"
 
 
@@ -63,9 +63,9 @@ def to_score(
 
     Args:
         view: the view of the feature rows.
-        messages: from the features topic.
-        by_row: offsets count rows (a replayed table), not messages.
-        limits: what a message may hold.
+        messages: messages from the features topic.
+        by_row: offsets count rows (of a replayed table), not messages.
+        limits: the most that a message may contain.
     """
     source, tables, dead_letters, ranges = features_source_name(view), list[pa.Table](), list[tuple[object, ...]](), []
     for (_, partition), some in by_partition(messages).items():
@@ -76,7 +76,7 @@ def to_score(
                 if heartbeat is None:
                     dead_letters.append(_dead_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
                 continue
-            heartbeat = None  # an end counts only if no message follows
+            heartbeat = None  # an end only counts if no message follows it
             try:
                 found = _feature_rows(view, message, limits)
             except ANY_ERROR as error:
@@ -146,7 +146,8 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
 
 
 def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str, str]]]:
-    """The rows with a complete spine key and times that can be written; (position, field, rule) of the others."""
+    """The rows that have a complete spine key and times that can be stored; and (position, field, rule) of the
+    others."""
     broken: dict[int, tuple[str, str]] = {}
     for field in rows.schema:
         if pa.types.is_temporal(field.type):
@@ -176,8 +177,8 @@ class DecodeFeatureRows(beam.DoFn):
         view: the view of the feature rows.
         most: messages of a batch.
         by_row: see `to_score`.
-        guard: folder of the crash guard; None: none.
-        limits: what a message may hold.
+        guard: folder of the crash guard; None: there is none.
+        limits: the most that a message may contain.
     """
 
     def __init__(
@@ -271,6 +272,6 @@ class SendFeatureRows(beam.DoFn):
 
 
 def rows_in(view: FeatureView, store: str) -> int:
-    """Number of feature rows that a replay reads."""
+    """The number of feature rows that a replay reads."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     return 0 if table is None else sum(file.rows for file in data_files(table))

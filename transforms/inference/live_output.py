@@ -149,7 +149,7 @@ def serving_model_of(envelope: bytes) -> ServingModel | None:
 
 
 class _NewIds(UnknownIds):
-    """`UnknownIds` that also keeps the rows it found to be new."""
+    """`UnknownIds` that also keeps the rows that it found to be new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _NewIds(UnknownIds):
 
 
 def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> ScoringState:
-    """The initial state: the record of the table's last commit, else `begin`, the first offset per partition."""
+    """The initial state: the record of the table's last commit, or else `begin`, the first offset per partition."""
     record = last_commit_record(open_table(outlet.uri), application_of(outlet.model))
     source = features_source_name(outlet.view)
     done = record.get("next", {}).get(source, {})
@@ -223,7 +223,7 @@ class PendingPredictions:
         return added
 
     def commit(self, now: int) -> PredictionsStatus | None:
-        """Commit what is there in order and keep the rest.
+        """Commits the micro-batches that are next in order, and keeps the others.
 
         Returns:
             The status; None if there was nothing to commit.
@@ -280,7 +280,7 @@ class PendingPredictions:
         return {**self.state.commit_record(), "model": self.outlet.model, "version": version}
 
     def _write_dead_letters(self, dead_letters: pl.DataFrame) -> int:
-        """Returns how many of them the table did not hold."""
+        """Writes dead letters; returns how many of them the table did not have."""
         outlet = self.outlet
         arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         view = pl.lit(outlet.view.name).alias("view")

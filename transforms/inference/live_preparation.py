@@ -31,7 +31,7 @@ log = logging.getLogger("millrace.serving")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LiveInferenceRequest:
-    """What a live inference job shall do.
+    """What a live inference job is to do.
 
     Args:
         definition: the definition of the view and the model.
@@ -41,7 +41,7 @@ class LiveInferenceRequest:
         alias: the version with this alias scores.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
-        broker: None if none is named.
+        broker: the broker; None if none is named.
         replaying: whether the live feature table is read instead of the features topic.
         pace: replay: time between messages, µs.
         prefix: the prefix of the names of all topics.
@@ -96,7 +96,7 @@ class LiveInferencePlan:
         request: the job.
         serving: the settings of scoring, with the first model.
         outlet: where predictions are written.
-        start: how far the job is.
+        start: the state from which the job continues.
         first_available: first offset by partition that the topic still has; empty for a replay.
         group: the consumer group of the launch.
     """
@@ -116,14 +116,14 @@ class LiveInferencePlan:
 
     @property
     def finished(self) -> bool:
-        """Whether all rows were scored before the launch: the last commit is at the end of every partition."""
+        """Whether all rows were scored before the launch, so that the last commit is at the end of every partition."""
         return self.start.at_end and self._nothing_unread(self.start.next)
 
     def finished_at(self, status: Head) -> bool:
         """Whether all rows are scored and committed.
 
         Args:
-            status: of the last commit; empty before the first.
+            status: status of the last commit; empty before the first.
         """
         if not status.get("last") or int(status["turn"]) <= self.start.turn:
             return False
@@ -212,7 +212,7 @@ def first_model(request: LiveInferenceRequest, outlet: Outlet) -> Serving:
 
 
 def serving_with(request: LiveInferenceRequest, outlet: Outlet, registry: Registry, version: str) -> Serving:
-    """The settings of scoring that begins with a version, which is loaded and checked.
+    """The settings of scoring with a first version, which is loaded and checked.
 
     Raises:
         StoreError: its files are missing or altered.
@@ -253,7 +253,7 @@ def live_inference_figures(plan: LiveInferencePlan, status: Head) -> dict[str, o
 
     Args:
         plan: the last launch.
-        status: of the last commit; empty if there was none.
+        status: status of the last commit; empty if there was none.
     """
     table, rows = open_table(plan.outlet.uri), status.get("rows", {})
     return {

@@ -105,7 +105,7 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
         "fingerprint": bundle.fingerprint,
         "features": features,
     }
-    days = 1  # of rows from TFRecord files nothing is known before they are read
+    days = 1  # nothing is known about rows in TFRecord files before they are read
     if files and not request.output_tfrecord:
         span = files[0].date, files[-1].date
         days = partition_days(uri, open_table(uri), sum(file.rows for file in files), span)
@@ -130,7 +130,8 @@ def feature_files(
 ) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
     """Returns address and version of the feature table, its files in the interval, and the dates of the interval.
 
-    An open end of the interval lies where the rows end, or the predictions: of rows that are gone none may stay.
+    An open end of the interval is where both the rows and the predictions end: predictions of rows that are gone must
+        not stay.
 
     Args:
         predicted: dates in the interval that have predictions.

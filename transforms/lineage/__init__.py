@@ -3,7 +3,7 @@
 `find_rows` and `find_prediction` find a row in a store; `origin_of` follows it back to the sources, commits and models
 that it was made from.  `check_parity` computes every live feature row again from exactly the events that it could
 see, and compares it with the batch table too; `rescore` does the same for predictions.  Each difference gets its cause.
-`Erasure` removes rows of a source and all that was made from them.
+`Erasure` removes rows of a source, and everything that was made from them.
 """
 
 from typing import TYPE_CHECKING

@@ -2,9 +2,9 @@
 
 A live feature row could see the rows that had arrived by its cut; the batch table sees every row that its sources hold
 now.  The rows of both sides are aligned by content, and each row that counts on one side alone gets a cause.  Which
-causes a difference has is then computed and never guessed.  Over live's rows the kernel must give live's bits, and with
-all causes applied it must give the batch table's.  A cause is named if the bits differ from the batch table's when that
-cause alone is left out.
+causes a difference has is then computed, not guessed.  From the live rows, the kernel must compute the bits of the live
+feature row; with all causes applied, it must compute those of the batch table.  A cause is named if leaving out only
+this cause changes the bits.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from transforms.streaming.live_tables import read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 EXAMPLES = 3
-# Feature rows explained at a time: a frame of features is held for each set of causes.
+# Feature rows that are explained at a time: for each set of causes, a frame of features is in memory.
 AT_ONCE = 50_000
 
 
 @dataclasses.dataclass
 class ParityDifference:
-    """The values and feature rows that differ by one cause, or by several together, and the first of them."""
+    """The values and feature rows that differ because of one cause, or of several together, and the first of them."""
 
     values: int = 0
     feature_rows: int = 0
@@ -63,13 +63,14 @@ class FullComparison:
 
     Args:
         batch: the table and its version, or the sources that the values were computed from.
-        feature_rows: number of rows compared, those that both sides have.
+        feature_rows: number of rows compared, which are those that both sides have.
         values: number of values compared.
         causes: what differs, by the names of the causes.
-        only_live: feature rows that batch lacks, by cause.
-        only_batch: batch's rows without a live feature row, between the first and the last live spine row, by cause.
-        pending: spine rows of these that live has and has not computed yet; they are no difference.
-        not_computed: live feature rows of dates of which the batch table has no row; they are no difference.
+        only_live: feature rows that the batch side lacks, by cause.
+        only_batch: rows of the batch side without a live feature row, between the first and the last live spine row, by
+            cause.
+        pending: how many of these the live job has accepted but not computed yet; they are not a difference.
+        not_computed: live feature rows on dates without a row in the batch table; they are not a difference.
     """
 
     batch: str
@@ -95,7 +96,7 @@ class FullComparison:
 def compare_with_full(
     view: FeatureView, store: str, batch: BatchSide, start: date | None = None, end: date | None = None
 ) -> FullComparison:
-    """Compares the live feature rows of `[start, end)` with batch's."""
+    """Compares the live feature rows of `[start, end)` with those of the batch side."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     cuts = cuts_of(files)
@@ -149,7 +150,7 @@ def _add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
 def _explain(
     result: FullComparison, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str
 ) -> None:
-    """Names the causes of every value in which some feature rows differ from batch's rows.
+    """Names the causes of every value in which some feature rows differ from those of the batch side.
 
     Args:
         versions: the versions of the dimensions that all these feature rows used, as JSON.
@@ -179,7 +180,7 @@ def _explain(
 
 
 def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
-    """For each of some rows, as bits, a set of causes that gives batch's value and of which none can be left out."""
+    """For each of some rows, as bits, a minimal set of causes that gives the value of the batch side."""
     needed = np.where(rows, variant.all, 0).astype(np.int64)
     for number in reversed(range(len(variant.causes))):
         bit = 1 << number
@@ -190,7 +191,7 @@ def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Int
 
 
 class _Variants:
-    """Features of some feature rows over live's rows, with the differences of some causes applied."""
+    """Features of some feature rows over the live rows, with the differences of some causes applied."""
 
     def __init__(self, sides: Sides, feature_rows: pl.DataFrame, versions: str) -> None:
         self.sides, view = sides, sides.view
@@ -206,8 +207,8 @@ class _Variants:
         theirs = pl.DataFrame(
             {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
         )
-        # Of two spine rows of one key and time batch keeps the smaller, and live the one that it had computed when the
-        # other arrived.
+        # Of two spine rows with the same key and time, batch keeps the smaller, and a live job the one that it had
+        # computed when the other arrived.
         positions = pl.int_range(pl.len()).alias("__at")
         other = theirs.with_columns(positions).join(
             self.live.with_columns(positions), on=[*content, "__at"], how="anti", nulls_equal=True
@@ -258,7 +259,8 @@ class _Variants:
         return self._made[mask]
 
     def _spine_rows(self, active: Sequence[str]) -> pl.DataFrame:
-        """The spine rows.  One that is another row in batch is batch's if the cause of that is applied."""
+        """The spine rows.  A spine row that differs in batch is replaced by the batch row if the cause of this is
+        applied."""
         none = np.zeros(0, np.int64)
         rows = np.concatenate(
             [none, *(positions for cause, positions in self.other_content.items() if cause in active)]
@@ -285,7 +287,7 @@ class _Variants:
 
 
 def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
-    """Whether they hold the same rows in the same order: a lookup takes the first of a key."""
+    """Whether they have the same rows in the same order: a lookup uses the first row of a key."""
     return a.select(b.columns).equals(b)
 
 

@@ -1,6 +1,7 @@
-"""What was erased, without what it was: the ids of rows and predictions, counts, and when. `trace` asks it.
+"""Records of erasures, without any erased value: the ids of rows and predictions, counts, and times.
 
-An id is a hash that nothing else in the store holds any more; neither the condition nor a value is kept.
+`trace` reads them. An id is a hash that nothing else in the store contains any more; neither the condition nor a value
+is stored.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ class ErasureRecord:
     """An erasure.
 
     Args:
-        erasure_id: the run that began it.
+        erasure_id: id of the run that began it.
         source: the source that the rows were in.
-        started: when, in UTC as ISO 8601.
-        finished: when; None: it was interrupted, and is completed by the same command.
-        row_ids: of feature rows.
-        prediction_ids: of predictions.
-        counts: rows and files removed, by what they were in.
+        started: when it started, in UTC as ISO 8601.
+        finished: when it finished; None: it was interrupted, and the same command completes it.
+        row_ids: ids of feature rows.
+        prediction_ids: ids of predictions.
+        counts: number of rows and files removed, by where they were.
         models: names and versions of the models that were trained on the rows.
-        live_row_ids: of live feature rows that were removed since they could see an erased row, or were of one.
+        live_row_ids: ids of live feature rows that were removed because they could see an erased row, or belonged to
+            one.
     """
 
     erasure_id: str
@@ -86,7 +88,7 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
         with explain_damage("The record of an erasure can be read", path):
             raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
-            ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record them
+            ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record these ids
             record = ErasureRecord(**{**raw, **ids})
             record.check()
             found.append(record)
@@ -116,8 +118,8 @@ class Erased:
     """What was erased from a live store.
 
     Args:
-        row_ids: of its feature rows and spine rows.
-        rows: by source, the most rows that were accepted, or rejected, and are gone.
+        row_ids: ids of its feature rows and spine rows.
+        rows: by source, the greatest number of accepted or rejected rows that may be gone.
     """
 
     row_ids: pl.Series

@@ -1,10 +1,10 @@
 """Computes every live feature row again, from exactly the events that it could see, and compares the bits.
 
-The cut of a feature row has, for each partition, the offset up to which it could see.  Cuts only grow, so they are
-ordered, and each event has a first cut that shows it (and, if a repeat that was known earlier replaced it, a first cut
-that no longer does).  If no event that was known before a spine row arrived after its cut, the features over all events
-equal those over the cut.  All such spine rows are computed at once, and the others cut by cut.  For the latter it is
-also counted how many feature rows the later arrivals would change.
+The cut of a feature row has, for each partition, the offset up to which it could see events.  Cuts only grow, so they
+are ordered, and each event has a first cut that shows it (and, if a repeat that was known earlier replaced it, a first
+cut that no longer does).  If no event that was known before a spine row arrived after its cut, the features over all
+events equal those over the cut.  All such spine rows are computed at once, and the others cut by cut.  For the latter,
+the feature rows that later arrivals would change are also counted.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Parity:
     """The result of a comparison.
 
     Args:
-        features: per feature.
+        features: the comparison of each feature.
         feature_rows: rows compared.
         cuts: distinct cuts among them.
         by_cut: feature rows that were computed by their own cut, since an event arrived after it.
         changed_later: how many of these have a value that later arrivals would change.
         uncomputed: spine rows that were accepted and have no feature row.
         unaccounted: how many of these are neither repeats nor dead letters, and were not pending at the last commit.
-        erased: how many of these could see a row that was erased: their feature rows went with it.
+        erased: how many of these could see a row that was erased, so that their feature rows were erased too.
     """
 
     features: dict[str, Compared]
@@ -138,7 +138,7 @@ def topic_dead_letters(view: FeatureView, store: str) -> pl.DataFrame:
 
 
 def about_spine_rows() -> pl.Expr:
-    """Whether a dead letter is of a spine row that was accepted, and then not computed."""
+    """Whether a dead letter belongs to a spine row that was accepted, and then not computed."""
     return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
 
 
@@ -149,7 +149,7 @@ def rejected_spine_rows(view: FeatureView, store: str) -> pl.DataFrame:
 
 
 def pending(view: FeatureView, store: str) -> int:
-    """Number of spine rows that were pending at the last commit."""
+    """The number of spine rows that were pending at the last commit."""
     tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
     tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
     records = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
@@ -232,7 +232,7 @@ def _check_rows(
 
 
 def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bools:
-    """Spine rows with an event before their time that began or ceased to count after their cut."""
+    """Spine rows for which an event before their time began or ceased to count after their cut."""
     result = np.zeros(len(moments), np.bool_)
     for each in seen:
         if not len(each.moments):

@@ -24,7 +24,8 @@ class LiveVisibleSource:
     Args:
         table: where its accepted rows are; None if they are not in this store.
         cut: next offset per partition.
-        days: (UTC day, rows that a feature could reach), of the spine none unless it is a source of events too.
+        days: (UTC day, number of rows that a feature could reach); empty for the spine unless it is also a source of
+            events.
     """
 
     source: str

@@ -1,7 +1,7 @@
 """Computes live feature rows again by plain code, each from the rows that its cut shows.
 
-Which rows a feature row could see is decided by the same code as in `parity`.  What is computed from them shares no
-code with it.
+Which rows a feature row could see is decided by the same code as in `parity`.  The features are computed from them by
+other code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AT_ONCE = 5_000
 def verify_live(
     view: FeatureView, store: str, rows: int | None, run_id: str, start: date | None = None, end: date | None = None
 ) -> Verified:
-    """Verifies so many live feature rows (None: all) of `[start, end)`.
+    """Verifies a number of live feature rows (None: all) of `[start, end)`.
 
     Raises:
         DataError: there are no feature rows.

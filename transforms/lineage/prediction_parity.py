@@ -35,7 +35,7 @@ class Rescored:
         other_cut: predictions of a feature row that had another cut on the topic than in the table; not compared.
         compared: number of predictions compared, by version.
         differing: predictions that differ in any bit from a batch job's.
-        examples: some of those, in words.
+        examples: some of those, as text.
     """
 
     feature_rows: int = 0
@@ -97,7 +97,7 @@ def _rows(table: DeltaTable | None, day: date) -> pl.DataFrame | None:
 def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFrame, published: pl.DataFrame) -> None:
     again = frame(predict(scorer, batch(rows, view.output_schema), str(published["arm"][0]))).sort("row_id")
     published = published.select(again.columns).sort("row_id")
-    # As bits: two NaN are the same, 0.0 and −0.0 are not.
+    # As bits: two NaN are equal, 0.0 and −0.0 are not.
     floats = [pl.col(name).reinterpret(signed=True) for name, dtype in again.schema.items() if dtype.is_float()]
     same = (
         again.with_columns(floats)

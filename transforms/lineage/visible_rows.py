@@ -1,4 +1,4 @@
-"""Rows that a live job accepted, and which of them a feature row could see by its cut."""
+"""The rows that a live job accepted, and which of them a feature row could see according to its cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisibleRows:
-    """A source's rows, and by the order of cuts: the first that shows each, and the first that no longer does."""
+    """A source's rows, and for each row the positions of two cuts: the first that shows it, and the first that no
+    longer does."""
 
     rows: pl.DataFrame
     moments: Ints
@@ -34,14 +35,14 @@ class VisibleRows:
     gone: Ints
 
     def at(self, cut: int, low: int, high: int) -> pl.DataFrame:
-        """Rows of time `[low, high)` that count as of `cut`."""
+        """The rows with times in `[low, high)` that count as of `cut`."""
         return self.rows.filter(
             pl.Series((self.shown <= cut) & (self.gone > cut) & (self.moments >= low) & (self.moments < high))
         )
 
     @property
     def latest(self) -> Ints:
-        """The last cut at which each row's standing changed."""
+        """The last cut at which each row began or ceased to count."""
         return np.maximum(self.shown, np.where(self.gone < NEVER_REPEATED, self.gone, 0))
 
 
@@ -78,12 +79,12 @@ def gone_at(view: FeatureView, store: str, name: str, rows: pl.DataFrame, shown:
         view: the view.
         store: the folder of the tables.
         name: name of the source.
-        rows: accepted rows, with the columns that decide.
+        rows: accepted rows, with the columns that decide which of them count.
         shown: the first cut that shows each.
-        cuts: in their order.
+        cuts: the cuts, in order.
     """
     memory, replaced = memory_of(store, name), np.full(len(rows), NEVER_REPEATED, np.int64)
-    if (memory.span_of(rows) == 0).any():  # what an earlier version of Millrace decided
+    if (memory.span_of(rows) == 0).any():  # rows for which an earlier version of Millrace has decided
         columns = [*ORIGIN_COLUMNS, "__instead", "__uncompared"]
         before = read_accepted(view, store, name, columns, None, None)
         before = before.filter(pl.col("__instead").is_not_null() & pl.Series(memory.span_of(before) == 0))
@@ -92,7 +93,7 @@ def gone_at(view: FeatureView, store: str, name: str, rows: pl.DataFrame, shown:
 
 
 def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
-    """Place of the first cut that shows each row; `len(cuts)` for those that came after the last."""
+    """Position of the first cut that shows each row; `len(cuts)` for rows that arrived after the last cut."""
     result = np.zeros(len(rows), np.int64)
     parsed = [cut_of(text) for text in cuts]
     partitions, offsets = rows["__partition"].to_numpy(), rows["__offset"].to_numpy()
@@ -106,7 +107,7 @@ def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
 def read_accepted(
     view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None
 ) -> pl.DataFrame:
-    """Columns of a source's accepted rows of the dates `[start, end)`."""
+    """Columns of a source's accepted rows with the dates `[start, end)`."""
     table = open_table(source_uri(sources_root(store), name))
     files = [] if table is None else data_files(table, start, end)
     schema = accepted(view, name)
@@ -115,7 +116,7 @@ def read_accepted(
 
 
 def replaced_at(rows: pl.DataFrame, replaced: pl.Series, shown: Ints) -> Ints:
-    """The first cut at which each row no longer counts, since a row that repeats it does; else `NEVER_REPEATED`.
+    """The first cut at which each row no longer counts, because a row that repeats it does; else `NEVER_REPEATED`.
 
     Args:
         replaced: identities of rows that other rows replace; null for a row that replaces none.

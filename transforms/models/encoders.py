@@ -45,7 +45,7 @@ class EncoderState(TypedDict, total=False):
         prior: mean of the label over all rows.
         offset, scale, rest: a value is encoded as (value - offset - rest) / scale.
         boundaries: of buckets; integers if `whole`.
-        value: what is put in place of null.
+        value: the value that replaces null.
         base: integer that is subtracted from integers beyond 2^24 before they become floats.
         columns: number of float32 columns whose sum is a value that is passed through or imputed.
     """
@@ -314,7 +314,7 @@ def _difference(whole: Counts, base: int) -> Floats:
     return high * 2.0**32 + low
 
 
-# Inputs of which this process has warned.
+# Inputs about which this process has already warned.
 _warned: set[str] = set()
 
 
@@ -329,7 +329,7 @@ def as_categories(column: pa.Array) -> pa.Array:
 
 
 def as_distinct_values(column: pa.Array) -> pa.Array:
-    """A column of values that are equal where their texts are: of 0.0 and -0.0 only one, and null instead of NaN."""
+    """A column whose values are equal if their texts are equal: 0.0 replaces -0.0, and null replaces NaN."""
     if pa.types.is_timestamp(column.type):
         return column.cast(pa.int64())
     if pa.types.is_floating(column.type):

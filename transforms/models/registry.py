@@ -72,9 +72,9 @@ class RunRecord:
     Args:
         params: parameters, shown as text of at most 6000 characters.
         metrics: numbers; None and NaN are left out.
-        artifacts: a local folder whose files are logged beside the model.
+        artifacts: a local folder; its files are logged beside the model.
         tags: tags of the run and of the version.
-        example: raw rows as a request has them (`columns`, `data`), stored as MLflow's input example.
+        example: raw rows in the form of a request (`columns`, `data`), stored as MLflow's input example.
     """
 
     params: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -93,8 +93,8 @@ class RegisteredVersion:
         champion: whether it has the alias `champion`.
         at: ms since 1970.
         run: id of Millrace's run.
-        gates: which gates failed, in words; or that all hold.
-        metrics: what MLflow has of the run.
+        gates: text that names the gates that failed, or states that all hold.
+        metrics: the metrics of the run in MLflow.
     """
 
     version: str
@@ -121,16 +121,16 @@ class Registry:
     def register(self, bundle: Bundle, run_id: str, record: RunRecord | None = None) -> str:
         """Record a training run and register its model; returns the version.
 
-        A second call with the same `run_id` adds what is missing and returns the same version, also when the first was
+        A second call with the same `run_id` adds what is missing and returns the same version, even if the first was
         killed.  The alias `champion` does not move.
 
         Args:
             bundle: the model, registered under its manifest's `model` and logged as an MLflow model folder `model/`.
             run_id: Millrace's run id, a tag of the MLflow run.
-            record: what else MLflow shows of the run.
+            record: what MLflow shows of the run besides its model.
         """
         record = record or RunRecord()
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # it names a folder
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # because it names a folder
             rule = "The name of a registered model is lower-case letters, digits and underscores"
             raise StoreError(rule, repr(bundle.name), "Train the model again")
         with self.client(write=True) as client:
@@ -271,7 +271,7 @@ class Registry:
             return moves.champion
 
     def rollback(self, name: str, why: str, who: str | None = None) -> tuple[str, str]:
-        """Make the previous champion the champion again; returns (from, to).  A second call goes back one further.
+        """Makes the previous champion the champion again; returns (from, to).  A second call goes back one more step.
 
         Raises:
             StoreError: there was no champion before, or as `promote`.
@@ -328,7 +328,8 @@ class Registry:
             return [] if client is None else ChampionMoves(client, name).moves
 
     def records(self, name: str) -> list[ChampionMove]:
-        """As `history`, with promotions of a version that was champion already (their `before` is their `version`)."""
+        """As `history`, including promotions of a version that was already champion (their `before` is their
+        `version`)."""
         with self.client() as client:
             return [] if client is None else ChampionMoves(client, name).records
 
@@ -397,7 +398,7 @@ class Registry:
         )
 
     def _store(self, client: MlflowClient, run: MlflowRun, folder: str, within: str = "") -> None:
-        """Store the files in `folder` as artifacts of a run: of a local registry beside its database.
+        """Stores the files in `folder` as artifacts of a run; a local registry keeps them beside its database.
 
         Raises:
             StoreError: they cannot be written.
@@ -483,7 +484,7 @@ _MLFLOW_TYPES = {
 
 
 def _mlflow() -> ModuleType:
-    """MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
+    """Imports MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
     settings = {
         "DISABLE_TELEMETRY": "true",
         "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -496,9 +497,11 @@ def _mlflow() -> ModuleType:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last logs every retry
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last of these logs every retry
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the traceback of what it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # logs the traceback of every error that it raises
     return mlflow
 
 
@@ -518,10 +521,11 @@ def _unless_there() -> Iterator[None]:
 
 
 def _plain_uri(path: Path) -> str:
-    """An address of a SQLite file in which nothing is quoted, for MLflow makes the folders of the address as it is
-    written.
+    """An address of a SQLite file without quoted characters, because MLflow creates the folders of an address
+    literally.
 
-    A path with other letters is reached through a link in a temporary folder, which is removed when the process ends.
+    A path with other characters is reached through a link in a temporary folder, which is removed when the process
+    ends.
     """
     uri = sqlite_uri(str(path))
     return uri if unquote(uri) == uri else sqlite_uri(os.path.join(_link(str(path.absolute().parent)), path.name))
@@ -547,7 +551,7 @@ def _require_database(uri: str) -> None:
     """Connect once to a database that is not SQLite, where MLflow would try for minutes.
 
     Raises:
-        SQLAlchemyError, ModuleNotFoundError: it does not respond, or its driver is not installed.
+        SQLAlchemyError, ModuleNotFoundError: the database does not respond, or its driver is not installed.
     """
     if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
         return
@@ -563,7 +567,7 @@ _making, _made = threading.Lock(), list[bytes]()
 
 
 def _make_database(path: Path) -> None:
-    """Write MLflow's tables under a temporary name first: the file is there whole, or not at all."""
+    """Writes MLflow's tables under a temporary name first, so that the file is complete or does not exist."""
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
         aside.write_bytes(_empty_database())
@@ -594,17 +598,17 @@ def _empty_database() -> bytes:
 
 @contextlib.contextmanager
 def preparing_database(uri: str) -> Iterator[None]:
-    """Make what a SQLite registry that does not exist yet will need, beside other work; nothing is written to it."""
+    """Prepares, in parallel with other work, what a new SQLite registry will need; nothing is written to it."""
     path = sqlite_path(uri)
-    if path is None or os.path.exists(path):  # which raises no error
+    if path is None or os.path.exists(path):  # this raises no error
         yield
         return
     pool = ThreadPoolExecutor(1, "registry")
-    pool.submit(_empty_database)  # an error comes again when the database is needed
+    pool.submit(_empty_database)  # the error is raised again when the database is needed
     try:
         yield
     finally:
-        pool.shutdown(wait=False)  # Ctrl-C does not wait for it
+        pool.shutdown(wait=False)  # Ctrl-C does not wait for this thread
 
 
 def _local(uri: str, tracking_uri: str) -> str:
@@ -620,5 +624,5 @@ def _local(uri: str, tracking_uri: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # the user id has no name, as in a container
+    except (KeyError, OSError):  # the user id has no name, for example in a container
         return str(os.getuid())

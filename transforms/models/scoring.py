@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Beam imports the standard module `resource` in one `try` with its ModelManager, which needs torch.  Without torch it
 # therefore has no `resource`, and warns that it cannot measure memory whenever it loads a model.  No Beam issue is
-# known for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once the two imports are apart.
+# known for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once Beam separates the two imports.
 base.resource = base.resource or resource
 
 Scores = npt.NDArray[np.float32]

@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
     """The partition of each row, 0 … parts − 1, by the hash of its `keys`.
 
-    Equal keys have the same partition, even if their integer types differ.
+    Equal keys get the same partition, even if their integer types differ.
     """
     if parts == 1:
         return np.zeros(len(rows), np.int64)

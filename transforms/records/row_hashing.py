@@ -63,7 +63,7 @@ def hash_column(column: pl.Series) -> UInt64s:
 
 
 def hash_columns(frame: pl.DataFrame, columns: Iterable[str]) -> dict[str, UInt64s]:
-    """By name what `hash_column` returns for each of some columns; strings are hashed in one pass."""
+    """The hashes of several columns by name, each as `hash_column` returns it; strings are hashed in one pass."""
     names = list(dict.fromkeys(columns))
     texts = [name for name in names if frame[name].dtype == pl.String]
     hashed = select(frame, *(plh.col(name).nchash.xxh3_64() for name in texts)) if texts else frame

@@ -14,13 +14,13 @@ from transforms.reports import charts
 from transforms.reports.charts import Axis, LegendEntry, Paths, Plot, Strip
 from transforms.reports.formatting import format_number
 
-# Points of a scatter, and the most classes whose confusion is shown.
+# The most points of a scatter, and the most classes for which a confusion matrix is shown.
 POINTS, CONFUSED = 800, 20
 
 
 @dataclasses.dataclass(frozen=True)
 class RivalDifference:
-    """The champion's value of a metric, and what the model's is above it."""
+    """The champion's value of a metric, and the model's value minus that."""
 
     theirs: float | None
     value: float | None
@@ -29,7 +29,7 @@ class RivalDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric with its 95 % interval; `against` is None where there is no champion to compare with."""
+    """A metric with its 95 % interval; `against` is None if there is no champion to compare with."""
 
     name: str
     value: float | None
@@ -43,9 +43,9 @@ class Curves:
     """ROC and precision by recall.
 
     Args:
-        keys: of what both show.
-        share: of positives.
-        threshold: that the gates use; None: none, or not among those that were judged.
+        keys: the legend of both.
+        share: the share of positives.
+        threshold: the threshold that the gates use; None: there is none, or it is not among the evaluated ones.
     """
 
     roc: Plot
@@ -59,7 +59,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """Rows of like scores: their mean score, how many they are, and the share of positives with its 95 % interval."""
+    """Rows with similar scores: their mean score, their number, and the share of positives with its 95 % interval."""
 
     score: float
     strip: Strip
@@ -70,7 +70,7 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Reliability diagram, and how many rows each of its points stands for."""
+    """A reliability diagram, and how many rows each of its points represents."""
 
     error: float | None
     plot: Plot
@@ -80,7 +80,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Rates of the rows that score `at` or more; `used` by the gates or not."""
+    """Rates among the rows whose score is at least `at`; `used`: whether the gates use this threshold."""
 
     at: float
     precision: float | None
@@ -93,7 +93,8 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Class:
-    """A class against all others: its rows, how many were taken for it, and metrics by name with their intervals."""
+    """A class against all others: its rows, how many rows were predicted to be in it, and metrics by name with their
+    intervals."""
 
     number: int
     rows: int
@@ -103,7 +104,8 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Confused:
-    """Rows of a true class that were taken for a class, and their share of the true class."""
+    """Rows of a true class that were predicted to be in another or the same class, and their share of the true
+    class."""
 
     rows: int
     share: float
@@ -111,7 +113,7 @@ class Confused:
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """Predicted against actual, of so many rows."""
+    """Predicted against actual values of a number of rows."""
 
     plot: Plot
     rows: int
@@ -119,7 +121,7 @@ class Scatter:
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:
-    """The absolute error that a share of rows stays within."""
+    """The absolute error that a share of rows does not exceed."""
 
     share: float
     strip: Strip
@@ -128,7 +130,7 @@ class Quantile:
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Predicted against actual on the sample, and quantiles of the absolute error over all rows."""
+    """Predicted against actual values on the sample, and quantiles of the absolute error over all rows."""
 
     scatter: Scatter | None
     scale: Axis
@@ -137,11 +139,11 @@ class Errors:
 
 @dataclasses.dataclass(frozen=True)
 class Performance:
-    """The section: metrics, and what the objective has to show.
+    """The content of the section: metrics, and details that depend on the objective.
 
     Args:
-        champion: version of the model that it is compared with; None: there is none.
-        auc_error: how far off AUC may be, where scores were binned.
+        champion: version of the model with which it is compared; None: there is none.
+        auc_error: the greatest error of AUC, if scores were binned.
     """
 
     objective: str
@@ -186,7 +188,7 @@ def metrics(content: TrainingRecord) -> tuple[Metric, ...]:
 
 
 def curves(content: TrainingRecord) -> Curves | None:
-    """The model's curves, the champion's beside."""
+    """The model's curves, and the champion's beside them."""
     if not content.get("roc"):
         return None
     rival, bins, at = content["rival"], content["calibration"], _at(content)
@@ -211,7 +213,7 @@ def curves(content: TrainingRecord) -> Curves | None:
 
 
 def _curve(x: Axis, y: Axis, points: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]] | None) -> Paths:
-    """A curve over its area, and the champion's between the two."""
+    """The area under a curve, the champion's curve, and the curve, in the order of drawing."""
     mine = np.array(points)
     paths = charts.band(x, y, mine[:, 0], np.zeros(len(mine)), mine[:, 1], "first")
     if theirs:
@@ -288,7 +290,7 @@ def classes(content: TrainingRecord) -> tuple[Class, ...]:
 
 
 def confusion(content: TrainingRecord) -> tuple[tuple[Confused, ...], ...]:
-    """How often each class was taken for each other."""
+    """How often each class was predicted for each true class."""
     found = content.get("confusion") or []
     if len(found) > CONFUSED:
         return ()

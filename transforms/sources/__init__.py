@@ -1,6 +1,6 @@
-"""The tables that users bring: their contracts, their files, reading them, and an account of every row.
+"""The tables that users provide: their contracts, their files, reading them, and an account of every row.
 
-`take_inventory` lists the files of a view's sources, refuses what is neither read nor passed over, and reads the
+`take_inventory` lists the files of a view's sources, refuses files that are neither read nor skipped, and reads the
 Parquet footers.  `require_unchanged` checks at the end that the files are still those that were listed.  `read_slices`
 reads the row groups and columns that are needed, checks each row against the contract of its source, and returns three
 things: the good rows, the bad ones as dead letters, and a `SourceTally` that counts each row in exactly one place.

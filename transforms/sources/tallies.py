@@ -18,7 +18,7 @@ class SourceTally:
     """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
     The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the
-    `outside` rows are within reach of none. `digests` are the digests by day, where a block was to compute them.
+    `outside` rows are not. `digests` are the digests by day, if a block computes them.
     """
 
     source: str

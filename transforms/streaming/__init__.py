@@ -3,9 +3,9 @@
 A message is decoded and its rows are put into a micro-batch with their offsets.  The journal receives all
 micro-batches, orders them, drops repeats, moves the completeness watermark, and releases spine rows whose sources are
 complete.  A shard holds the events of its keys and computes the features of a released spine row with the kernel of
-the batch engine.  `LiveFeatures` is the PTransform of all this.  The rows from before a job's start are accepted from
-files as its history.  Feature rows go to a topic at once and to the live tables at each commit; after a stop,
-`find_recovery_point` reads from these tables where to continue.
+the batch engine.  `LiveFeatures` is the PTransform that contains all of this.  The rows from before a job's start are
+accepted from files as its history.  Feature rows go to a topic at once and to the live tables at each commit; after a
+stop, `find_recovery_point` reads from these tables where to continue.
 """
 
 from typing import TYPE_CHECKING

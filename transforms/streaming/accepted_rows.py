@@ -18,7 +18,7 @@ from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
 
-# A piece of accepted rows has about so many.
+# A piece of accepted rows has about so many rows.
 SEED_ROWS = 200_000
 
 # Times beyond these (the years 1899 and 9999) have no date in Python.
@@ -27,13 +27,13 @@ EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AcceptedRows:
-    """The accepted rows of one source, as of a version of its table.
+    """The accepted rows of one source, at a version of its table.
 
     Args:
         view: the view.
         store: the folder of the tables.
         source: name of the source.
-        version: of its table.
+        version: version of its table.
         partition: only the rows of this partition; None: of all.
     """
 
@@ -53,12 +53,12 @@ class AcceptedRows:
     def pieces(
         self, low: int = ALWAYS, end: int = FOREVER, columns: Sequence[str] | None = None, rows: int = SEED_ROWS
     ) -> Iterator[pl.DataFrame]:
-        """Rows of the dates that overlap `[low, end)` µs, by date; other rows of these dates are among them.
+        """Rows of the dates that overlap `[low, end)` µs, by date; they include other rows of these dates.
 
         Args:
             low, end: see above.
             columns: the columns to read; None: all but the date.
-            rows: a piece has about this many rows.  Of a source with repeats it has whole dates.
+            rows: a piece has about this many rows.  If the source has repeats, a piece has whole dates.
         """
         table = open_table(source_uri(sources_root(self.store), self.source), self.version)
         assert table is not None
@@ -92,11 +92,11 @@ class AcceptedRows:
         return pl.concat(found)
 
     def counts(self, rows: pl.DataFrame, memory: RepeatMemory, replaced: pl.Series) -> pl.Series:
-        """Whether each row counts, if there are no others.
+        """Whether each row counts, if these are all rows.
 
         Args:
             rows: rows of the source, with the columns that decide.
-            memory: of the source.
+            memory: the memory of the source.
             replaced: see above.
         """
         gone = row_identity(rows).is_in(replaced.implode()).to_numpy()
@@ -109,7 +109,7 @@ class AcceptedRows:
 
         Args:
             end: see above.
-            memory: of the source; not used if it has no repeats.
+            memory: the memory of the source; not used if it has no repeats.
             replaced: see above.
         """
         columns = self.view.columns_held(self.source)
@@ -122,7 +122,7 @@ class AcceptedRows:
             both = pl.concat([before, rows]) if len(before) else rows
             counts = self.counts(both, memory, replaced)
             yield rows.filter(counts.slice(len(before)))
-            before = both.filter(time >= time.max() - memory.length)  # a row of a later date may repeat these
+            before = both.filter(time >= time.max() - memory.length)  # a row of a later date may repeat one of these
 
 
 def accepted_file(view: FeatureView, name: str, file: DataFile, columns: Sequence[str]) -> pl.DataFrame:

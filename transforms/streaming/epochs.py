@@ -1,7 +1,7 @@
-"""Epochs: a launch of a live job takes the tables of its store over from all launches before it.
+"""Epochs: each launch of a live job takes over the tables of its store from all earlier launches.
 
-A launcher may be killed while its job runs on in another process, and the job is started again.  Both would then commit
-to the same tables, and the older one might record offsets from before those that the newer one has recorded.  So each
+A launcher may be killed while its job continues in another process, and the job may be started again.  Then both would
+commit to the same tables, and the older one might record earlier offsets than the newer one has recorded.  So each
 launch begins with an empty commit on every table that it writes, which records its epoch, and no launch commits to a
 table that records a later one (see `live_tables.Writer`).
 
@@ -24,7 +24,7 @@ from transforms.streaming.progress import NO_EPOCH, Epoch
 
 
 def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
-    """Takes the tables of a features job over.  From now on no earlier launch commits to them.
+    """Takes over the tables of a features job.  From now on, no earlier launch commits to them.
 
     Args:
         view: the view of the job.
@@ -35,7 +35,7 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
         The epoch of this launch.
 
     Raises:
-        ConflictError: other launches do so at the same time, again and again.
+        ConflictError: other launches keep doing the same at the same time.
         StoreError: the store cannot be written.
     """
     number, exhausted = 0, ConflictError("A live job is started once", store, "Are several launches starting it?")

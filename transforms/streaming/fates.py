@@ -1,7 +1,7 @@
 """Fates: which of a live job's accepted rows count, as a function of the rows below a cut (ADR 16).
 
-`KnownOrder` decides what a repeat is.  The journal uses it as rows come.  Recovery and parity decide anew, by
-`repeated_from`, from the accepted rows alone.
+`KnownOrder` decides what a repeat is.  The journal applies it to rows as they arrive.  Recovery and parity decide
+again, by `repeated_from`, from the accepted rows alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RepeatMemory:
     """For how long (µs) repeats of a source's rows are recognised.  It only grows.
 
     Args:
-        spans: each length with the next offset by partition from which on rows have it.  For two rows, that of the one
-            with the later span holds.
+        spans: each length, with the offset in each partition from which on rows have it.  For two rows, the length of
+            the later span applies.
     """
 
     spans: tuple[tuple[int, Mapping[int, int]], ...] = ()
@@ -65,7 +65,7 @@ class RepeatMemory:
 
 
 def least_memory(view: FeatureView, name: str, keep: int) -> int:
-    """The memory (µs) that a view needs of a source: twice the longest bounded window over it, or `keep` if there is
+    """The memory (µs) that a view needs for a source: twice the longest bounded window over it, or `keep` if there is
     none."""
     return 2 * view.reach(name) or keep
 
@@ -79,7 +79,7 @@ def remembered(view: FeatureView, name: str, memory: int) -> int:
     """For how long (µs) before the journal's horizon rows are remembered, to find repeats.
 
     No bounded window reaches a row at the edge of what is compared.  A lifetime window does, so its fate must be right:
-    it may repeat one that is older by as much as `memory`.
+    it may repeat a row that is older by up to `memory`.
     """
     return comparison_span(view, name, memory) + (memory if name in lifetime_sources(view) else 0)
 
@@ -104,7 +104,7 @@ def repeated_from(order: KnownOrder, memory: RepeatMemory, rows: pl.DataFrame, s
         shown: the number from which on each row is known, like the position of a cut.
         replaced: the number from which on each row that was accepted before memory was recorded is replaced.
 
-    Of two such rows, and of two rows of history, it is stored which one counts.  All others are compared.
+    For two such rows, and for two rows of history, it is stored which one counts.  All others are compared.
     """
     history = (rows["__partition"] == HISTORY_PARTITION).to_numpy()
     alone = rows["__uncompared"].fill_null(False).to_numpy()

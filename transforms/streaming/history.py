@@ -45,7 +45,7 @@ Records = Mapping[str, CommitRecord | None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handover:
-    """The history of a job, and how its store gets it.
+    """The history of a job, and how it gets into the store.
 
     Args:
         view: the view.
@@ -54,7 +54,7 @@ class Handover:
         start: the job's --start, µs.
         keep: for how long (µs) after the watermark of the spine features are still computed for late spine rows.
         without: whether the job starts without history.
-        sent: the job is sent every row from this time on (µs; ALWAYS: all rows); None: the rows of a topic.
+        sent: the time (µs) from which on the job is sent every row (ALWAYS: all rows); None: the rows of a topic.
         run_id: prefix of file names.
     """
 
@@ -95,7 +95,7 @@ class Handover:
         """Accepts the rows of history that the job needs and the store does not have.
 
         Returns:
-            From when on the store has the rows of each source.
+            The times from which the store has the rows of each source.
 
         Raises:
             DefinitionError, StoreError: see `check`.
@@ -137,10 +137,10 @@ class Handover:
         """Accepts the history of sources that the store has no rows of, and earlier history that a view now needs.
 
         Args:
-            known: the beginnings of the sources that the store has rows of.
-            records: by source.
+            known: the beginnings of the sources of which the store has rows.
+            records: the records by source.
             given: the files by source.
-            fresh: sources that the store has no rows of.
+            fresh: sources of which the store has no rows.
         """
         starts = {name: min(files.end, FOREVER if self.start is None else self.start) for name, files in given.items()}
         horizon = known.horizon if known.sources else self._first_horizon(starts)
@@ -174,9 +174,9 @@ class Handover:
         return moment - self.keep if moment > ALWAYS else ALWAYS
 
     def _horizon_now(self, record: CommitRecord | None, horizon: int) -> int:
-        """The horizon after what the spine's table records: no features are computed for spine rows before it.
+        """The horizon by the record of the spine's table: no features are computed for spine rows before it.
 
-        For another definition of the view they are computed again for all spine rows.
+        For another definition of the view, features are computed again for all spine rows.
         """
         view, store = self.view, self.store
         watermark = ALWAYS if record is None else record.watermark_of(view.spine.name)
@@ -189,7 +189,7 @@ class Handover:
         return max(horizon, min(watermark - self.keep, oldest))
 
     def _low(self, name: str, horizon: int, record: CommitRecord | None) -> int:
-        """From when on (µs) a source's rows are needed, by windows of spine rows from `horizon` on or to find
+        """The time (µs) from which a source's rows are needed, by windows of spine rows from `horizon` on, or to find
         repeats."""
         if name in lifetime_sources(self.view) or horizon == ALWAYS:
             return ALWAYS
@@ -198,7 +198,7 @@ class Handover:
         return horizon - comparison_span(self.view, name, self._memory(name, record).length)
 
     def _memory(self, name: str, record: CommitRecord | None) -> RepeatMemory:
-        """The memory of a source with repeats, after the record of the newest commit of its table."""
+        """The memory of a source with repeats, by the record of the newest commit of its table."""
         before = CommitRecord() if record is None else record
         least = least_memory(self.view, name, self.keep)
         return before.memory.get(name, RepeatMemory()).grown(least, before.next_of(name))

@@ -51,10 +51,10 @@ class HistoryFiles:
     Args:
         view: the view.
         source: the source.
-        contract: of its rows.
+        contract: the contract of its rows.
         slices: its row groups.
-        version: of the source: a Delta table's version, or a digest of its files.
-        listings: the files as they were listed; none of a Delta table.
+        version: version of the source: a Delta table's version, or a digest of its files.
+        listings: the files as they were listed; empty for a Delta table.
     """
 
     view: FeatureView
@@ -85,7 +85,7 @@ class HistoryFiles:
 
     @property
     def end(self) -> int:
-        """The time after its last plausible one, µs; ALWAYS if there is none."""
+        """The µs after its last plausible time; ALWAYS if there is none."""
         inside = [each.high for each in self.slices if self.contract.earliest <= each.high < self.contract.latest]
         return max(inside) + 1 if inside else ALWAYS
 

@@ -1,6 +1,6 @@
-"""Dimensions of a live job: they are read again when their files change, and every content is stored as a version.
+"""Dimensions of a live job: they are read again when their files change, and each content is stored as a version.
 
-If a dimension cannot be read, because it is half written or lacks a column, the previous version keeps serving, also in
+If a dimension cannot be read, because it is half written or lacks a column, the previous version stays in use, even in
 a worker that starts meanwhile.  An error is logged at every check until the dimension is repaired.  If it can be read,
 rows that break its contract become dead letters, once per version.
 """
@@ -92,7 +92,7 @@ class Dimensions:
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
 
     def use(self, versions: Mapping[str, str]) -> None:
-        """Takes certain versions, which are stored, as the current ones."""
+        """Makes certain stored versions the current ones."""
         for name, version in versions.items():
             if self.versions.get(name) != version:
                 self.frames[name], self.versions[name] = kept_version(self.kept, name, version), version

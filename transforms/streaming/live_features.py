@@ -48,14 +48,14 @@ ENVELOPE_BYTES = 2 << 20
 class LiveFeatures(beam.PTransform):
     """PCollection of envelopes (see `Decode…` and `to_journal`) → PCollection of commits: (key, their status as JSON).
 
-    There is no PCollection of feature rows: a runner would do its work even if nothing reads it, and they are in their
-    topic and their table.
+    There is no PCollection of feature rows: a runner would compute it even if nothing read it, and feature rows are in
+        their topic and table.
 
     Args:
         view: the view whose features are computed.
         live: the settings.
         sends: the topics of feature rows and dead letters; None: there are none.  Rows are committed to a table after
-            the broker has acknowledged them, so that at any moment a topic has everything that a table has.
+            the broker has acknowledged them, so that a topic always has everything that a table has.
     """
 
     view: FeatureView
@@ -88,7 +88,7 @@ class Sends:
         view: the view of the feature rows.
         broker: the broker of the topics.
         prefix: prefix of their names.
-        most: the most bytes of a message of feature rows.
+        most: the most bytes of a message with feature rows.
     """
 
     view: FeatureView
@@ -132,7 +132,7 @@ def _keyed_step(step: beam.DoFn, *tags: str) -> beam.PTransform:
 
 
 def contracts_of(view: FeatureView) -> dict[str, Contract]:
-    """The contract of each topic's rows: the columns that features read, and all columns of the spine."""
+    """The contract for each topic's rows: the columns that features read, and all columns of the spine."""
     spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key))
     return {
         view.spine.name: spine,
@@ -160,7 +160,7 @@ def decode_messages(
         prefix: of the names of topics.
         index: position in the order of a replay.
         received: when the messages were received, µs.
-        limits: what a message may hold.
+        limits: the most that a message may contain.
     """
     micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
@@ -202,14 +202,13 @@ class DecodeChunks(beam.DoFn):
 
 
 class DecodeBundles(beam.DoFn):
-    """Message → envelopes: one for the messages of a bundle, or several if these are many, so that a backlog takes many
-    turns.
+    """Message → envelopes: one for the messages of a bundle, or several for many, so that a backlog takes many turns.
 
     Args:
-        view: whose sources the messages are of.
-        prefix: before the names of topics.
-        guard: folder of the crash guard; None: none.
-        limits: what a message may hold.
+        view: the view whose sources have these topics.
+        prefix: prefix of the names of topics.
+        guard: folder of the crash guard; None: there is none.
+        limits: the most that a message may contain.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def is_of_live_job(store: str, name: str) -> bool:
 def last_commit_record(table: DeltaTable | None, app: str) -> Head:
     """The record of the newest commit of `app`: turn, offsets, completeness and so on; empty if there is none.
 
-    Any number of other commits, as of a vacuum, may follow it.
+    Any number of other commits, such as those of a vacuum, may follow it.
 
     Raises:
         StoreError: the commit is no longer in the log.
@@ -116,7 +116,7 @@ class TableWriter:
         schema: its columns, with `date`.
         app: application id of the commits.
         run_id: prefix of file names.
-        epoch: of the launch that appends; without a number it is never refused.
+        epoch: epoch of the launch that appends; without a number it is never refused.
     """
 
     uri: str
@@ -213,7 +213,7 @@ class NewRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BeyondOffsets(NewRows):
-    """Rows whose offset is at or after the offsets of the table's last commit."""
+    """Finds rows whose offset is at or after the offsets of the table's last commit."""
 
     app: str
     source: str | None
@@ -238,9 +238,9 @@ class BeyondOffsets(NewRows):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewDeadLetters(NewRows):
-    """Dead letters beyond the offsets of the last commit, and those of dimensions that the table does not have.
+    """Finds dead letters beyond the offsets of the last commit, and those of dimensions that the table does not have.
 
-    The latter are of partition −1, and every worker that reads a version of a dimension reports them.
+    The latter have partition −1, and every worker that reads a version of a dimension reports them.
     """
 
     app: str
@@ -258,7 +258,8 @@ class NewDeadLetters(NewRows):
 
 
 class UnknownIds(NewRows):
-    """Rows whose `row_id` is in none of the table's files of the same dates.  Each file's ids are read once."""
+    """Finds rows whose `row_id` is in none of the table's files of the same dates.  The ids of each file are read
+    once."""
 
     def __init__(self) -> None:
         self.known: dict[date, dict[str, npt.NDArray[np.int64]]] = {}

@@ -19,7 +19,7 @@ from transforms.streaming.fates import RepeatMemory
 Offsets = Mapping[str, Mapping[int, int]]
 # Number of rows and messages by source and by what became of them.
 CountsBySource = Mapping[str, Mapping[str, int]]
-# The entry of a recovery point's versions that is the live feature table's; no source has such a name.
+# The key of the live feature table among a recovery point's versions; no source has this name.
 _FEATURES = "?answers"
 
 
@@ -28,15 +28,15 @@ class Epoch:
     """The place of a launch of a live job among those of its store.
 
     Args:
-        number: greater than that of every earlier launch; 0: it was made before there were epochs.
-        launch: tells launches apart that have one number, since they began with a store without tables.
+        number: greater than the number of every earlier launch; 0: the commit is from before there were epochs.
+        launch: distinguishes launches that have the same number because they began with a store without tables.
     """
 
     number: int = 0
     launch: str = ""
 
     def to_json(self) -> Head:
-        """An entry for a commit's record; none if there are no epochs."""
+        """An entry for a commit's record; empty if there are no epochs."""
         return {"epoch": [self.number, self.launch]} if self.number else {}
 
     @classmethod
@@ -46,7 +46,7 @@ class Epoch:
         return cls(int(number), str(launch))
 
 
-# Of jobs that were made before there were epochs.
+# The epoch of jobs from before there were epochs.
 NO_EPOCH = Epoch()
 
 
@@ -58,14 +58,14 @@ class CommitRecord:
         turn: number of the turn.
         last: whether every partition has reported its end.
         next: next offset by source and partition.
-        completeness: by source.
-        pending: number of spine rows that wait.
-        oldest_pending: time of the oldest of them, µs; None if none waits.
+        completeness: the state of completeness, by source.
+        pending: number of pending spine rows.
+        oldest_pending: time of the oldest of them, µs; None if none is pending.
         horizon: no window that is still needed begins before this time (µs) minus its length.
-        counts: rows and messages by source and by what became of them.
-        beginnings: from when on the store has the rows of each source.
+        counts: number of rows and messages by source and by what became of them.
+        beginnings: the times from which the store has the rows of each source.
         memory: for how long repeats are recognised, by source with `unique`.
-        epoch: of the launch.
+        epoch: epoch of the launch.
     """
 
     turn: int = 0
@@ -132,11 +132,11 @@ class RecoveryPoint:
     Args:
         turn: the last turn that is in some table.
         next: next offset by source and partition.
-        completeness: by source, as its table recorded it.
-        counts: by source, as its table recorded them.
-        versions: of the tables of sources, by source.
-        beginnings: from when on the store has the rows of each source.
-        features_version: of the live feature table; None if there is none.
+        completeness: the state of completeness by source, as its table recorded it.
+        counts: counts by source, as its table recorded them.
+        versions: versions of the tables of sources, by source.
+        beginnings: the times from which the store has the rows of each source.
+        features_version: version of the live feature table; None if there is none.
         memory: for how long repeats are recognised, by source, as its table recorded it.
     """
 
@@ -178,7 +178,7 @@ class RecoveryPoint:
 
 
 def offsets_to_json(offsets: Offsets) -> dict[str, dict[str, int]]:
-    """JSON has only text as keys."""
+    """The offsets as JSON, whose keys are text."""
     return {name: {str(number): offset for number, offset in each.items()} for name, each in offsets.items()}
 
 
@@ -196,7 +196,7 @@ def completeness_of_json(value: Head) -> dict[str, SourceCompleteness]:
 
 
 def memory_to_json(memory: Mapping[str, RepeatMemory]) -> Head:
-    """An entry for what holds the memory of sources; none without such sources."""
+    """An entry with the memory of sources; empty if no source has `unique`."""
     return {"memory": {name: each.to_json() for name, each in memory.items()}} if memory else {}
 
 

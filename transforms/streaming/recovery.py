@@ -1,4 +1,5 @@
-"""Recovery: a job continues from the tables alone, which show what was accepted and computed, and where to read on."""
+"""Recovery: a job continues from the tables alone, which show what was accepted and computed, and where to continue
+reading."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 def find_recovery_point(
     view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]], beginnings: Beginnings | None = None
 ) -> RecoveryPoint:
-    """Where a job continues: after the last commit of each source.
+    """Finds where a job continues: after the last commit of each source.
 
     Args:
         view: the view.
         store: the folder of the tables.
         begin: first offset by source and partition, for sources without a commit.
-        beginnings: from when on the store has the rows of each source; None: as the tables record it.
+        beginnings: the times from which the store has the rows of each source; None: as the tables record them.
     """
     if beginnings is None:
         beginnings = recorded_beginnings(
@@ -76,7 +77,7 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
     journal.beginnings = start.beginnings
     journal.remember(start.memory, start.next)
     for name, partitions in journal.next.items():
-        for number in of_topic(partitions):  # history is never waited for
+        for number in of_topic(partitions):  # a job never waits for history
             journal.completeness.expect(name, number, now)
             journal.completeness.partitions[name][number].heard = now
     if journal.view.spine.name in start.versions:
@@ -86,7 +87,7 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
 
 
 def hand_over(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
-    """As `restore_journal`, but with the rows of history alone: a replay sends all others again."""
+    """As `restore_journal`, but only with the rows of history: a replay sends all others again."""
     journal.beginnings = start.beginnings
     journal.next = {
         name: {HISTORY_PARTITION: each[HISTORY_PARTITION]} if HISTORY_PARTITION in each else {}
@@ -163,10 +164,10 @@ def _seed_shards(journal: Journal, store: str, start: RecoveryPoint, partition: 
     """Turns that send the shards every event that a window can still reach, and compacted older ones.
 
     Args:
-        journal: the journal, which also learns the events that a repeat may replace.
+        journal: the journal; it also receives the events that a repeat may replace.
         store: the folder of the tables.
         start: only sources with a version are sent.
-        partition: only events of this partition are sent; None: of all.
+        partition: only events of this partition are sent; None: of all partitions.
     """
     turns: list[Turn] = []
     for name in journal.view.events:

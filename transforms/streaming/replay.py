@@ -1,7 +1,7 @@
 """Files as a stream: the messages that producers would have sent, in order of arrival, in one Python process.
 
-It needs no broker and no Java, and the steps after the messages are those of a live job.  Rows arrive when they became
-known, or later by a seeded random delay.
+It needs no broker and no Java; the steps after the messages are those of a live job.  Rows arrive when they became
+known, or after a seeded random delay.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Replay:
         start, end: rows that were known in `[start, end)` µs are sent.
         partitions: number of partitions of every topic.
         disorder: rows arrive up to this much (µs) after they became known; the delay is uniform.
-        seed: of the delays.
-        chunk: messages that arrive within this long (µs) are received together, as from one poll of a broker.
+        seed: the seed of the delays.
+        chunk: messages that arrive within this time (µs) are received together, as from one poll of a broker.
         rows: the most rows of a message.
         format: "arrow" or "json" (one row per message).
     """
@@ -83,10 +83,10 @@ class _Topic:
     """The rows of one source in order of arrival.
 
     Args:
-        name: of the topic, which is the source's.
+        name: name of the topic, which is that of the source.
         frame: the rows.
         arrived: when each row arrives, µs.
-        partition: of each row.
+        partition: partition of each row.
         offsets: the next offset by partition.
     """
 

@@ -1,4 +1,4 @@
-"""The origin of a live row: partition, offset and position in its message, and what is derived from them.
+"""The origin of a live row: partition, offset and position in its message, and what is derived from these.
 
 A row's identity is a hash of its origin.  A *cut* is the next offset of every partition at one turn of the journal.
 """
@@ -25,7 +25,7 @@ def row_identity(rows: pl.DataFrame) -> pl.Series:
 
 
 def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
-    """Hash of the rows' content."""
+    """The hash of each row's content."""
     if not len(rows):
         return pl.Series("__digest", [], pl.UInt64)
     exact = [

@@ -115,7 +115,7 @@ class ShardDoFn(beam.DoFn):
 
 @dataclasses.dataclass(eq=False)
 class TurnParts:
-    """What has arrived of a turn that is assembled: its spine rows, and the features of its shards."""
+    """The parts of a turn that have arrived for its assembly: its spine rows, and the features of its shards."""
 
     spine_rows: ReadySpineRows | None = None
     features: list[ShardFeatures] = dataclasses.field(default_factory=list)
@@ -203,7 +203,7 @@ UNSET = unset_timer()
 
 
 class CommitDoFn(beam.DoFn):
-    """Entries and feature rows of turns → commits: turns in order, an interval at a time.  There is one key."""
+    """Entries and feature rows of turns → commits of turns in order, one commit per interval.  There is one key."""
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live

@@ -29,8 +29,8 @@ class Shard:
 
     Args:
         view: the view.
-        number: of the shard.
-        shards: how many there are.
+        number: number of the shard.
+        shards: number of all shards.
     """
 
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
@@ -81,7 +81,7 @@ class Shard:
         return features
 
     def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
-        """Keeps what lifetime windows need of events that the windows of all later spine rows contain."""
+        """Compacts events that the windows of all later spine rows contain, to what lifetime windows need of them."""
         groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
         if groups:
             rows = pl.concat(frames)
@@ -91,7 +91,8 @@ class Shard:
                 compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
-        """By number of a group, its features of the spine rows whose key is this shard's, with their `__position`."""
+        """For each number of a group, its features of the spine rows with keys of this shard, and their
+        `__position`."""
         hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
         result = {}
         for i, group in enumerate(self.groups):

@@ -2,10 +2,10 @@
 
 A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
 The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
-for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the tables
-show it.
+for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the owner follows
+from the tables.
 
-Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
+Offsets are only valid in their own stream: they depend on the flags of a replay, or on the topics of Kafka.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Owner:
 
     Args:
         view: name of the view.
-        fingerprint: of the view.
-        sources: what decides which rows are accepted, by source.
-        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+        fingerprint: fingerprint of the view.
+        sources: by source, everything that decides which rows are accepted.
+        stream: everything on which the offsets depend, by the names of flags; None: it is not known.
     """
 
     view: str
@@ -60,7 +60,7 @@ class Owner:
         return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream))
 
     def after(self, known: Owner) -> Owner:
-        """This owner, with what an earlier job noted of other sources and of the stream."""
+        """This owner, with other sources and the stream that an earlier job recorded."""
         stream = known.stream if self.stream is None else self.stream
         return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream)
 
@@ -95,7 +95,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
     Args:
         view: the view.
         store: the folder of the tables.
-        stream: everything that the offsets depend on; None: it is not checked.
+        stream: everything on which the offsets depend; None: it is not checked.
 
     Raises:
         StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
@@ -111,7 +111,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
                 with open(os.path.join(store, OWNER), "x") as handle:
                     handle.write(mine.to_text())
                 return
-            except FileExistsError:  # another job started at the same moment
+            except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
@@ -173,7 +173,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
         table = open_table(live_dead_letters_uri(store, other))
         if (
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
-        ):  # not a model's
+        ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
     if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)

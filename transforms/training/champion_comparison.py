@@ -1,5 +1,5 @@
-"""Evaluation of the champion on a challenger's test rows, if need be with its own feature table's rows of the same
-times."""
+"""Evaluation of the champion on a challenger's test rows, if necessary with the rows of its own feature table for the
+same times."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class ChampionComparison:
 
     Args:
         pinned: the champion.
-        caveats: of the comparison (see `Rival`).
-        own: its own feature table, if it reads other features.
+        caveats: notes on the comparison (see `Rival`).
+        own: its own feature table, if it reads other features than the challenger.
     """
 
     pinned: PinnedModel

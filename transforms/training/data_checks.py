@@ -30,8 +30,8 @@ log = logging.getLogger("millrace.training")
 
 # Files of a bundle beside the model.
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
-# An input leaks the label if it has at most `FEW` values with on average at least `LEAST_ROWS` rows, and each value
-# goes with one label only.
+# An input leaks the label if it has at most `FEW` values, with at least `LEAST_ROWS` rows on average, and each value
+# occurs with only one label.
 FEW, LEAST_ROWS = 20, 5
 # It also does if more than this share of the label's variance lies between its values.
 MOST = 0.8
@@ -46,7 +46,7 @@ class Findings:
     Args:
         drift: distance, 0 … 1, of each column of the training split from the champion's: the Jensen–Shannon divergence
             of numbers, the greatest change of a value's share of strings; empty without a champion.
-        skew: the same distance of the test split from the training split.
+        skew: the same distance between the test split and the training split.
         champion: version whose training data were compared.
         warnings: sentences, each naming an input.
     """
@@ -94,7 +94,7 @@ def check_data(
     model: Model,
     champion: tuple[str, bytes] | None,
 ) -> Findings:
-    """What there is to say; warnings go to the log too.
+    """Checks the data; warnings are logged too.
 
     Args:
         learnt, tested: statistics of the training and of the test split.
@@ -110,12 +110,13 @@ def check_data(
 
 
 def _dull(statistics: DatasetFeatureStatisticsList) -> Iterable[str]:
-    """Warnings of inputs with no or one value, and of a constant label."""
+    """Warnings about inputs with no value or only one, and about a constant label."""
     for feature in statistics.datasets[0].features:
         name = feature.path.step[0]
         number = feature.WhichOneof("stats") == "num_stats"
         stats = feature.num_stats if number else feature.string_stats
-        # Minimum and maximum would not do: they are doubles, which integers beyond 2^53 may share.
+        # Minimum and maximum are not sufficient: they are doubles, and different integers beyond 2^53 may be the same
+        # double.
         constant = (stats.std_dev == 0) if number else stats.unique == 1
         if name == LABEL:
             if constant:
@@ -145,7 +146,7 @@ class Level:
         least, most = float(labels.min()), float(labels.max())
         if (
             max(-least, most) <= _SMALL and (labels == np.floor(labels)).all()
-        ):  # as of classes: integers are exact, and quicker
+        ):  # such as classes: integers are exact, and faster
             total, squares = integer_sums(labels.astype(np.int64))
             return cls(least, most, len(labels), total << UNIT, squares << 2 * UNIT)
         return cls(least, most, len(labels), exact_sum(labels), exact_squares(labels))
@@ -162,7 +163,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
-    """Counts of an input's values and the labels that go with them.
+    """Counts of an input's values, and of the labels of each.
 
     Args:
         rows: rows with a value.
@@ -219,7 +220,7 @@ class Suspect:
         """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
         levels = list((self.levels or {}).values())
         rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)
-        # Both are multiplied by rows, as integers: for labels far from 0 doubles would cancel.
+        # Both are multiplied by the number of rows, as integers: with doubles, labels far from 0 would cancel.
         whole = rows * sum(each.squares for each in levels) - total * total
         between = sum(Fraction(rows * each.sum**2, each.rows) for each in levels) - total * total
         return float(between / whole) if whole > 0 else 0.0

@@ -79,7 +79,7 @@ class ExamplePlan:
 
     @property
     def alone(self) -> ExamplePlan:
-        """The plan without its blocks, which are elements of the graph and need not be pickled again."""
+        """The plan without its blocks, which are elements of the graph, so they need not be pickled again."""
         return dataclasses.replace(self, blocks=())
 
 
@@ -102,7 +102,7 @@ class ExampleShard:
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesAccount:
-    """Counts of what became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
+    """Counts of what became of feature rows: `rows` = outside + waiting + dropped + entered, over all splits.
 
     Args:
         rows: feature rows that were read.
@@ -137,7 +137,7 @@ class ExampleRequest:
         sources: folder of the label's source.
         folder: folder that the examples are written to.
         split: bounds of the splits.
-        now: µs since 1970; events stamped later are not known yet.
+        now: µs since 1970; events with a later time are not known yet.
         tfrecords: whether to write TFRecord files beside Parquet.
         version: version of the label's source, if it is a Delta table.
     """
@@ -236,7 +236,8 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
 
 
 def _rounded() -> pl.Expr:
-    """Whether float32 rounds a whole-number label; beyond 2^53 every one counts, since doubles are rounded already."""
+    """Whether float32 rounds a whole-number label; beyond 2^53 every label counts, because doubles are rounded
+    already."""
     label = pl.col(LABEL)
     beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
     return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
@@ -260,7 +261,7 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
 
 
 def shards_to_test(trained: object, account: ExamplesAccount) -> list[ExampleShard]:
-    """The shards of the test split; `trained` only makes this step wait for training."""
+    """The shards of the test split; `trained` is an input only so that this step waits for training."""
     return account.of("test")
 
 

@@ -30,7 +30,7 @@ from transforms.models.encoders import (
 )
 from transforms.records.exact_sums import Bins, Counts, Floats, Moments, as_fraction, exact_sum, group_sums
 
-# Most distinct values of which quantiles are exact; beyond, values are rounded to about 11 leading bits.
+# The most distinct values for which quantiles are exact; with more, values are rounded to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
 
 
@@ -140,8 +140,8 @@ class Ranks:
     Args:
         moments: least and greatest integer.
         bins: histogram of the integers as doubles.
-        whole: histogram of the integers themselves; None once it would have to round them, which depends on their
-            number and not on the order of merging.
+        whole: histogram of the integers themselves; None once it would have to round them; this depends on their number
+            and not on the order of merging.
     """
 
     moments: Moments

@@ -13,7 +13,7 @@ from schemas import Model
 from schemas.errors import DataError, DefinitionError
 from schemas.models import RISING, Params
 
-# Parameters that the model sets and `params` may not; the device is a flag of the run.
+# Parameters that the model itself sets, so that `params` must not; the device is a flag of the run.
 FIXED = (
     "objective",
     "num_class",
@@ -109,7 +109,7 @@ def first_trials(model: Model) -> list[Trial]:
 def budgets(model: Model) -> list[int]:
     """Boosting rounds of each rung, of which the last has the model's own; one rung without successive halving.
 
-    For 9 trials of 300 rounds, of which a third goes on: 33 rounds of 9 trials, 100 of 3, 300 of 1.
+    For 9 trials of 300 rounds, of which a third continues: 33 rounds of 9 trials, 100 of 3, 300 of 1.
     """
     search = model.search
     if search is None or search.method != "halving":
@@ -121,7 +121,7 @@ def budgets(model: Model) -> list[int]:
 
 
 def promoted(model: Model, results: Iterable[TrialResult], rung: int) -> list[Trial]:
-    """The best 1/factor of the trials of `rung`, with the next rung's rounds; ties go by number.
+    """The best 1/factor of the trials of `rung`, with the next rung's rounds; of ties, those with lower numbers.
 
     Raises:
         DataError: every trial failed.
@@ -137,7 +137,8 @@ def promoted(model: Model, results: Iterable[TrialResult], rung: int) -> list[Tr
 
 
 def best_result(model: Model, results: Iterable[TrialResult]) -> TrialResult:
-    """The result with the best metric on validation among those of the highest rung; ties go by number.
+    """The result with the best metric on validation among those of the highest rung; of ties, the one with the lower
+    number.
 
     Raises:
         DataError: every trial failed.
@@ -179,7 +180,7 @@ def over_folds(model: Model, results: Iterable[TrialResult]) -> list[TrialResult
 
 
 def _merit(model: Model, result: TrialResult) -> tuple[float, int]:
-    """Sort key of a result; less is better."""
+    """Sort key of a result; smaller is better."""
     return (-result.value if model.metric in RISING else result.value), result.trial.index
 
 

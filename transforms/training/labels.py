@@ -25,7 +25,7 @@ MOST_CLASSES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class LabelCounts:
-    """Counts of what became of the rows of one split: `rows = waiting + dropped + entered`.
+    """Counts of what became of the rows of one split: rows = waiting + dropped + entered.
 
     Args:
         rows: rows whose time is in the split.
@@ -58,8 +58,8 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     """Add `__label` (float64), `__label_time` and `__came`, whether a label was received, to `rows`.
 
     The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
-    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If
-    there is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and
+    `t ≤ time < t + within`; of several at the same time, it is the first by the source's `order`, or by all columns.
+    If there is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and
     `__label_time` is `t + within`.
 
     Args:

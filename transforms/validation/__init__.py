@@ -1,8 +1,8 @@
 """Checks of a table before it is published: statistics, the reviewed schema, and the share of dead letters.
 
 Every batch of rows goes through `describe_batch`, which keeps a mergeable sketch per column.  `Statistics` merges the
-sketches and writes a TensorFlow Metadata proto.  `Validate` compares it with the use case's `schema.pbtxt` by means of
-TFDV, and refuses the commit when there are anomalies or too many rows were rejected.
+sketches and writes a TensorFlow Metadata proto.  `Validate` compares it with the reviewed `schema.pbtxt` by means of
+TFDV, and refuses the commit if there are anomalies or if too many rows were rejected.
 """
 
 from typing import TYPE_CHECKING

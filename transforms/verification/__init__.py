@@ -1,9 +1,8 @@
 """The plain recomputation behind `--verify` and `millrace verify`.
 
-A few published rows are computed again from all rows of the sources, as the definition reads.  The package imports
-nothing that the kernel is made of.  `choose_rows` samples spine rows, `recompute` filters the events of each and
-computes its features one at a time, and `verify_written` compares every bit with the file that is about to be
-published.
+A few published rows are computed again from all rows of the sources, directly by the definition.  The package imports
+nothing that the kernel uses.  `choose_rows` samples spine rows, `recompute` filters the events of each and computes its
+features one at a time, and `verify_written` compares every bit with the file that is about to be published.
 """
 
 from typing import TYPE_CHECKING

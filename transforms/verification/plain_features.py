@@ -26,13 +26,13 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
     Args:
         spine: the spine source's columns.
-        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the
-            promised bits allow (see `plain_statistics`).
+        published: the published features of the same rows.  A published variance is returned if the promised bits allow
+            it (see `plain_statistics`).
     """
     frame, moments = spine, spine[view.time].to_physical().to_numpy()
     waiting: Waiting = []
     derived: list[Derived] = []
-    to_come: set[str] = set()  # names that `waiting` and `derived` will make
+    to_come: set[str] = set()  # names of columns that `waiting` and `derived` compute
 
     def computed(frame: pl.DataFrame) -> pl.DataFrame:
         frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
@@ -46,7 +46,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
             each.clear()
         return frame
 
-    # A source is read once for all features that can be computed together: whatever comes before one of their keys.
+    # A source is read once for all features that can be computed together, which are those whose keys are known.
     for feature in view.features:
         if isinstance(feature, Derived):
             derived.append(feature)
@@ -60,7 +60,8 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows' keys with the names and types of the source's; a key that its type does not hold is null."""
+    """The keys of the spine rows, with the names and types of the source's keys; a key that does not fit this type is
+    null."""
     types = feature.source.schema
     return pl.DataFrame([frame[left].cast(types[right], strict=False).alias(right) for left, right in feature.keys])
 
@@ -116,9 +117,9 @@ class _Windows:
     """The windows of some spine rows over the events that they could see.
 
     Args:
-        events: the events whose key some spine row has, by key and in order of place.
+        events: the events with the key of some spine row, sorted by key, then by `placed`.
         key: number of each event's key.
-        placed: time by which each event lies in a window, µs.
+        placed: the time that decides which windows contain an event, µs.
         known: time when each event became known, µs.
         of_row: number of each spine row's key; −1 if no event has it.
         moments: time of each spine row, µs.
@@ -133,7 +134,7 @@ class _Windows:
 
     @classmethod
     def of(cls, feature: Trailing | Latest, values: pl.DataFrame, moments: Ints, seen: pl.DataFrame) -> _Windows:
-        """The windows of one feature over the events in order of place (see `plain_sources.events`)."""
+        """The windows of one feature over the events in order of `placed` (see `plain_sources.events`)."""
         source, keys = feature.source, list(values.columns)
         if feature.where is not None:
             seen = seen.filter(where_true(feature.where, seen))
@@ -145,7 +146,7 @@ class _Windows:
         return cls(seen, seen["__key"].to_numpy(), placed, known, of_row, moments)
 
     def positions(self, length: int | None) -> list[Ints]:
-        """For each spine row the events in `[t − length, t)` that were known before t."""
+        """For each spine row, the events in `[t − length, t)` that were known before t."""
         return [self._positions(row, length) for row in range(len(self.moments))]
 
     def _positions(self, row: int, length: int | None) -> Ints:
@@ -196,7 +197,7 @@ def _parts(column: pl.Series, stat: str, inside: Sequence[Ints]) -> list[list[An
     """The values of each window, in order."""
     if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
         return [column.gather(pl.Series(positions)).drop_nulls().to_list() for positions in inside]
-    numbers = column.cast(pl.Float64).to_numpy()  # of which NaN is none: it was read as null
+    numbers = column.cast(pl.Float64).to_numpy()  # none of them is NaN, which was read as null
     return [values[~np.isnan(values)].tolist() for values in (numbers[positions] for positions in inside)]
 
 
