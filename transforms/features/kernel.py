@@ -152,7 +152,7 @@ def feature_columns(
 
     def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
-            return looked_up(feature, frame, tables.rows[feature.source.name])
+            return lookup_columns(feature, frame, tables.rows[feature.source.name])
         assert history is not None
         if isinstance(feature, Latest):
             return latest(feature, history)
@@ -220,16 +220,16 @@ def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl
 @functools.lru_cache(1024)
 def _derived(view: FeatureView, feature: Derived) -> tuple[pl.Expr, ...]:
     """The feature's columns as they are computed and stored."""
-    return tuple(stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
+    return tuple(cast_stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
 
 
-def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+def cast_stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     """`expr` as `dtype`, with float32 as the last conversion, and null for values that it cannot hold."""
     result = expr.cast(dtype, strict=False)
     return pl.when(result.is_finite()).then(result) if dtype.is_float() else result
 
 
-def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
+def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
     """Looks up the columns of the dimension row that has the key of each spine row."""
     left, right = codes(spine, dimension, feature.keys)
     rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
@@ -249,7 +249,7 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
         pl.select(
             pl.when(pl.Series(found))
             .then(series)
-            .otherwise(stored(pl.lit(before[column]), series.dtype))
+            .otherwise(cast_stored(pl.lit(before[column]), series.dtype))
             .alias(series.name)
         ).to_series()
         for column, series in zip(feature.renamed, own, strict=True)
@@ -279,7 +279,7 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
         (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
         if prior is None:
             return own
-        before = stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        before = cast_stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
         return pl.select(
             pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
         ).to_series()
@@ -310,7 +310,7 @@ def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: B
 
 
 def _stored(series: pl.Series, name: str) -> pl.Series:
-    """As `stored`."""
+    """As `cast_stored`."""
     result = series.cast(_kept(series.dtype), strict=False).alias(name)
     if not result.dtype.is_float() or np.isfinite(result.to_numpy()[result.is_not_null().to_numpy()]).all():
         return result

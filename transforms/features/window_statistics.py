@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, ExactSum, Ints, squared, variance
+from transforms.records.window_sums import Bools, ExactSum, Ints, squared, window_variance
 
 Value = TypeVar("Value")
 
@@ -187,7 +187,7 @@ class Column:
         def extreme(at: Ints, largest: bool) -> Floats:
             return self.extreme(lo[at], hi[at], largest)
 
-        return variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
+        return window_variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
 
 
 def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArray[np.generic], Bools]:

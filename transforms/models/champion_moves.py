@@ -29,7 +29,7 @@ ROLLBACK = "rollback: "
 # Kinds of record.  A confirmation names the version that was champion already.  Records of earlier versions of Millrace
 # have neither a kind nor a sequence number.
 PROMOTION, RETURN, CONFIRMATION = "promotion", "rollback", "confirmation"
-LONGEST = 5000  # characters of a tag's value in MLflow
+LONGEST_TAG = 5000  # characters of a tag's value in MLflow
 WAIT = 60.0
 
 
@@ -175,7 +175,7 @@ class ChampionMoves:
 
     def _record(self, tag: str, record: ChampionMove) -> None:
         record = {**record, "who": record["who"][:200]}
-        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST:
+        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST_TAG:
             record["why"] = record["why"][: len(record["why"]) * 3 // 4] + "…"
         self.client.set_registered_model_tag(self.name, tag, text)
         self.tags[tag] = record

@@ -32,23 +32,21 @@ from transforms.models.bundle import (
     Bundle,
     check_digest,
     check_mlmodel,
-    digest_of,
-    load,
     read_bytes,
-    save,
+    save_bundle,
 )
 from transforms.models.champion_moves import CHAMPION, RETURN, ROLLBACK, ChampionMoves, only_move
 from transforms.models.registry_address import (
+    absolute_address,
     artifacts_folder,
-    checked,
     file_uri,
     follow_move,
     registry_uri,
     relative_address,
     require_sqlite,
-    shown,
     sqlite_path,
     sqlite_uri,
+    without_password,
 )
 from transforms.models.stored_records import ChampionMove, RequestExample
 from transforms.storage import durable
@@ -59,7 +57,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
+__all__ = ["CHAMPION", "Registry", "registry_uri"]
 
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
@@ -188,7 +186,7 @@ class Registry:
         return str(found[version].tags.get(RUN, "")) if version in found else ""
 
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
-        """Find a version and the folder that `load` reads it from, and check its manifest's digest.
+        """Find a version and the folder that `load_bundle` reads it from, and check its manifest's digest.
 
         Files that Beam cannot read at their address are downloaded into a temporary folder.
 
@@ -338,7 +336,7 @@ class Registry:
     @contextlib.contextmanager
     def client(self, write: bool = False) -> Iterator[MlflowClient]:
         """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
-        path = sqlite_path(checked(self.uri))
+        path = sqlite_path(absolute_address(self.uri))
         there = path is not None and require_sqlite(path, write)
         if path is not None and not there and not write:
             yield None
@@ -357,13 +355,13 @@ class Registry:
         except ModuleNotFoundError as error:
             raise StoreError(
                 "The driver of a registry's database is installed",
-                f"no module {error.name!r} for {shown(self.uri)}",
+                f"no module {error.name!r} for {without_password(self.uri)}",
                 f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
                 "or name another driver, as mysql+pymysql://…",
             ) from None
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
             text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            value = f"{shown(self.uri)}: {shown(text)}"
+            value = f"{without_password(self.uri)}: {without_password(text)}"
             raise StoreError(
                 "The model registry can be reached",
                 value,
@@ -391,7 +389,7 @@ class Registry:
         return {str(each.version): each for each in sorted(found, key=lambda each: int(each.version))}
 
     def _folder(self, client: MlflowClient, name: str, found: ModelVersion) -> str:
-        """The folder from which `load` reads a version's files."""
+        """The folder from which `load_bundle` reads a version's files."""
         recorded = client.get_model_version_download_uri(name, str(found.version))
         path = sqlite_path(self.uri)
         relative = None if path is None else relative_address(recorded, found.run_id or "")
@@ -445,7 +443,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: RequestExam
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
 
-    digest = save(bundle, folder)
+    digest = save_bundle(bundle, folder)
     inputs = [ColSpec(_MLFLOW_TYPES[kind], name, required=False) for name, kind in bundle.manifest["inputs"].items()]
     outputs = [ColSpec("float", name) for name in scores(bundle.classes)]
     signature = ModelSignature(Schema(inputs), Schema(outputs))
@@ -614,7 +612,7 @@ def preparing_database(uri: str) -> Iterator[None]:
 
 
 def _local(uri: str, tracking_uri: str) -> str:
-    """The folder from which `load` reads the artifacts at `uri`."""
+    """The folder from which `load_bundle` reads the artifacts at `uri`."""
     parts = urlparse(uri)
     if parts.scheme in ("", "file"):
         return unquote(parts.path)

@@ -29,7 +29,7 @@ _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
 # What Arrow raises when it reads a file that is not Parquet, or whose footer is wrong.
-UNREADABLE = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
+READ_ERRORS = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
 
 
 def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
@@ -166,7 +166,7 @@ class Contract:
                     }
                 )
             return frame.cast({name: self.source.schema[name] for name in self.read})
-        except (*UNREADABLE, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (*READ_ERRORS, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise not_whole(self.source, file, error) from None
 
     def check(self, schema: pa.Schema, file: str) -> None:
@@ -202,7 +202,7 @@ class Contract:
                     f"{name!r}: {found} in {file}",
                     "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
                 )
-            if not holds(declared, found):
+            if not type_holds(declared, found):
                 raise ContractError(
                     f"{what}: column {name!r} is {declared}",
                     f"{found} in {file}",
@@ -271,13 +271,13 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 
 def fits(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether a file's column of Arrow type `found` is accepted for a column declared as Polars type `declared`."""
-    return holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
+    return type_holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
 
 
-def holds(declared: pl.DataType, found: pa.DataType) -> bool:
+def type_holds(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether every value of Arrow type `found` is also a value of Polars type `declared`."""
     if pa.types.is_dictionary(found):
-        return holds(declared, found.value_type)
+        return type_holds(declared, found.value_type)
     if declared == pl.String:
         return pa.types.is_string(found) or pa.types.is_large_string(found)
     if declared == pl.Boolean:

@@ -23,9 +23,9 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
+from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
-from transforms.storage.delta_log import path_within, versions
+from transforms.storage.delta_log import logged_versions, path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.paths import source_uri
@@ -92,7 +92,7 @@ def version_of(root: str, source: Source) -> int | None:
     return None if table is None else int(table.version())
 
 
-def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
+def source_files(root: str, source: Source, version: int | None = None) -> list[str]:
     """The source's Parquet files under `<root>/<name>`, sorted; for a Delta table, those of `version` (None: its
     newest).
 
@@ -110,7 +110,7 @@ def listing_of(root: str, source: Source) -> Listing:
     """The files of a source that is not a Delta table.
 
     Raises:
-        DataError, ContractError: as `files_of`.
+        DataError, ContractError: as `source_files`.
     """
     folder = source_uri(root, source.name)
     listing = list_files(source.name, folder)
@@ -163,7 +163,7 @@ def _check_commits(source: Source, folder: str, version: int) -> None:
         int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
     ]
     start = max((each for each in checkpoints if each <= version), default=-1)
-    for each in versions(folder):
+    for each in logged_versions(folder):
         if start < each <= version:
             path = os.path.join(log, f"{each:020}.json")
             with open(path, "rb") as file:
@@ -205,7 +205,7 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
     Raises:
         ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
     """
-    return survey(root, contract, version)[1]
+    return survey_source(root, contract, version)[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ class Surveyed:
         return () if self.listing is None else (self.listing,)
 
 
-def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
+def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
     """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
     log.
 
@@ -235,10 +235,10 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
 
 
 def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
-    """As `survey`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
+    """As `survey_source`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
 
     Raises:
-        ContractError: as `survey`.
+        ContractError: as `survey_source`.
     """
     table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
     listing = None
@@ -252,7 +252,7 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
         parts = list(file_pool().map(_Footers(contract).slices, batches))
     except ContractError:
-        with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
+        with contextlib.suppress(*READ_ERRORS):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
     return Surveyed(contract, Slices(each for part in parts for each in part), listing)
@@ -344,7 +344,7 @@ class _Footers:
         for path in paths:
             try:
                 result += self._slices_of(path)
-            except UNREADABLE as error:
+            except READ_ERRORS as error:
                 raise not_whole(self.contract.source, path, error) from None
         return result
 
@@ -416,7 +416,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()))
             raise
-    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None

@@ -39,7 +39,7 @@ MOST_DAYS = 10_000
 # Decoded files that stay in memory, since their dates are read one by one.
 FILES_CACHED = 4
 # What reading a damaged Parquet file can raise. The RuntimeError comes from pyarrow_hotfix.
-UNREADABLE = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
+TABLE_READ_ERRORS = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
 _FOOTER = b"millrace.segments"
 
 
@@ -141,7 +141,7 @@ def read_segments(path: str) -> tuple[Segment, ...]:
     try:
         status = os.stat(path)
         return _segments(path, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
 
 
@@ -168,7 +168,7 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
     try:
         require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     require_days(path, content, segments)
 
@@ -218,7 +218,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         status = os.stat(path)
         wanted = None if columns is None else tuple(columns)
         content, days = _decoded(path, wanted, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     start, rows = place
     first, last = map(as_number, dates)

@@ -219,7 +219,7 @@ def read_file(file: DataFile, columns: list[str] | None = None, optional: Collec
         else:
             require_regular(file.path)
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
-    except date_spans.UNREADABLE as error:
+    except date_spans.TABLE_READ_ERRORS as error:
         raise date_spans.unreadable(file.path, error) from None
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
@@ -243,7 +243,7 @@ def joined_files(files: Iterable[DataFile]) -> list[DataFile]:
     return found
 
 
-def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
+def file_groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
     """Neighbouring files in groups of about `rows` rows."""
     group: list[DataFile] = []
     for file in files:
@@ -302,7 +302,7 @@ def write_files(
 
     written = list(file_pool().map(write, date_spans.cuts(numbers, days, None if days > 1 else len(numbers))))
     with _writing(uri):
-        durable.publish([aside for _, aside in written if aside is not None])
+        durable.rename_files([aside for _, aside in written if aside is not None])
     return [each for parts, _ in written for each in parts]
 
 
@@ -354,7 +354,7 @@ def _write_file(
     return [(file, values) for file in files], None if aside is None else (aside, path)
 
 
-def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
+def write_file_atomically(folder: str, name: str, content: pa.Buffer) -> None:
     """Writes a file that is durable on return; readers see all of it or none.
 
     Raises:
@@ -363,7 +363,7 @@ def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
     aside = _put_aside(folder, name, content)
     path = FileSystems.join(folder, name)
     with _writing(path):
-        durable.publish([(aside, path)] if aside is not None else [])
+        durable.rename_files([(aside, path)] if aside is not None else [])
 
 
 def _put_aside(folder: str, name: str, content: pa.Buffer) -> str | None:
@@ -756,7 +756,7 @@ class _Layout:
                     [Segment(as_number(file.date), file.rows) for file, _ in files],
                 )
         with _writing(self.target.uri):
-            durable.publish([aside for _, aside in written if aside is not None])
+            durable.rename_files([aside for _, aside in written if aside is not None])
         return [each for files, _ in written for each in files]
 
 
@@ -852,7 +852,7 @@ def delta_schema(schema: pa.Schema) -> Schema:
     return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), nullable=True) for field in schema])
 
 
-def with_columns(table: DeltaTable | None, schema: Schema) -> Schema:
+def schema_with_columns(table: DeltaTable | None, schema: Schema) -> Schema:
     """The table's schema, extended by the columns of `schema` that it lacks; older rows have null there."""
     if table is None:
         return schema

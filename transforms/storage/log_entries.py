@@ -26,7 +26,7 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
-from transforms.storage.delta_log import LOG, root_of, versions
+from transforms.storage.delta_log import LOG_FOLDER, logged_versions, root_of
 from transforms.storage.durable import make_folders, sync_ancestors, sync_folder, write_file
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 
@@ -89,7 +89,7 @@ def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
         OSError: the log cannot be written; nothing was committed.
     """
     root, version = root_of(uri), 0 if table is None else int(table.version()) + 1
-    folder = os.path.join(root, LOG)
+    folder = os.path.join(root, LOG_FOLDER)
     make_folders(folder)
     lines = [json.dumps(action, separators=(",", ":")) for action in _actions(table, entry)]
     write_file(os.path.join(folder, f"{version:020}.json"), ("\n".join(lines) + "\n").encode(), exclusive=True)
@@ -104,7 +104,7 @@ def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
 def sync_log(uri: str) -> None:
     """Makes the commits in the log durable: a writer may have been killed before it flushed them."""
     if "://" not in root_of(uri):
-        sync_folder(os.path.join(root_of(uri), LOG))
+        sync_folder(os.path.join(root_of(uri), LOG_FOLDER))
 
 
 def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, object]]:
@@ -172,12 +172,12 @@ def write_checkpoint(uri: str, version: int) -> None:
     Raises:
         OSError, DeltaError: it cannot be made.
     """
-    folder = Path(root_of(uri), LOG)
+    folder = Path(root_of(uri), LOG_FOLDER)
     with tempfile.TemporaryDirectory(prefix="millrace-") as elsewhere:
-        links = Path(elsewhere, LOG)
+        links = Path(elsewhere, LOG_FOLDER)
         links.mkdir()
         last = _newest_checkpoint(folder)
-        for each in versions(uri):
+        for each in logged_versions(uri):
             if last <= each <= version:
                 name = f"{each:020}.json"
                 (links / name).symlink_to((folder / name).absolute())

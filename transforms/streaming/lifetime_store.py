@@ -17,7 +17,7 @@ from schemas.feature_groups import group_key, without_columns
 from schemas.features import ORDERED, Latest, Trailing
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, computing
-from transforms.features.lifetime_summaries import Summary, merge, summarise
+from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS
@@ -125,5 +125,5 @@ class LifetimeStore:
         if len(frames) == 1:
             return frames[0]
         if self.kind == "summary":
-            return merge(pl.concat(frames[:-1], how="diagonal"), frames[-1], self.keys)
+            return merge_summaries(pl.concat(frames[:-1], how="diagonal"), frames[-1], self.keys)
         return firsts_and_lasts(self.features, pl.concat(frames))

@@ -10,7 +10,7 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.fates import compared, known_columns, known_order
+from transforms.streaming.fates import comparison_span, known_columns, known_order
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets, key_hashes
 
@@ -60,13 +60,13 @@ class RepeatFinder:
 
         Args:
             rows: new events, with their origin and `RID`.
-            horizon: the journal's horizon (µs).  Events that are older than this by more than `compared` are not
+            horizon: the journal's horizon (µs).  Events that are older than this by more than `comparison_span` are not
                 compared. This is exact to the microsecond, because a shard cannot retract an event that it has
                 compacted.
         """
         whole, uncompared = rows, pl.Series(RID, [], pl.Int64)
         if horizon > ALWAYS:
-            bound = horizon - compared(self.view, self.name, self.memory)
+            bound = horizon - comparison_span(self.view, self.name, self.memory)
             old = rows[self.order.time].to_physical() < bound
             uncompared, rows = rows.filter(old)[RID], rows.filter(~old)
         hashes = key_hashes(rows, self.unique)

@@ -13,10 +13,10 @@ import polars as pl
 
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, compute, feature_columns
-from transforms.features.window_bounds import rising
+from transforms.features.window_bounds import is_sorted
 from transforms.records.columns import moments_of
 from transforms.records.times import ALWAYS
-from transforms.streaming.groups import Group, groups_of, held_back
+from transforms.streaming.groups import Group, held_back, shard_groups
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
@@ -35,7 +35,7 @@ class Shard:
 
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
-        self.groups = groups_of(view)
+        self.groups = shard_groups(view)
         self.buckets = {
             name: TimeBuckets(
                 str(source.time),
@@ -138,7 +138,7 @@ def assemble(
     columns: dict[str, pl.Series] = {}
     for frames in by_group.values():
         whole = frames[0] if len(frames) == 1 else pl.concat(frames)
-        if not rising(whole["__position"].to_numpy()):
+        if not is_sorted(whole["__position"].to_numpy()):
             whole = whole.sort("__position")
         if len(whole) != len(spine_rows):
             raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")

@@ -23,10 +23,10 @@ from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
@@ -118,7 +118,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
         _check_stream(view, store, mine, known)
         mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
+        write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
 def _read(store: str) -> Owner | None:
@@ -126,7 +126,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with understood("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store is written down as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 

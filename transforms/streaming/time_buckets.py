@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s, combine, hash_columns
+from transforms.records.row_hashing import UInt64s, combine_hashes, hash_columns
 
 Ints = npt.NDArray[np.int64]
 # A bucket and some of its rows.
@@ -43,7 +43,7 @@ def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tu
     if not len(frame):
         return {key: np.empty(0, np.uint64) for key in keys}
     hashed = hash_columns(frame, [name for key in keys for name in key])
-    return {key: combine([hashed[name] for name in key]) for key in keys}
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
 
 
 class IndexedRows:
