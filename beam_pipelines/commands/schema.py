@@ -1,4 +1,4 @@
-"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must keep."""
+"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must satisfy."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from transforms.validation.publish_check import (
 from transforms.validation.statistics import describe, nothing, proto, view_columns
 from transforms.validation.tfdv_schema import Anomaly, infer_schema, parse_schema, schema_text, update_schema, validate
 
-# More intervals than that say little more about how far two of them lie apart.
+# More intervals would add little information about the distance between two of them.
 PIECES = 60
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
-    """The options of one run.  `run_id` is None if none was named."""
+    """The options of one run.  `run_id` is None if the flag was not given."""
 
     definition: Definition
     store: str
@@ -76,7 +76,7 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     if rest:
         arguments.error(f"unknown flag {rest[0]}")
     definition = load_definition(flags.definition)
-    # Arguments names every run; here a name is only meant if it was given.
+    # `Arguments` gives every run an id; here only an id from the flag counts.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     return Options(
         definition,
@@ -98,7 +98,7 @@ def _days(text: str) -> int:
 
 
 def infer(options: Options) -> int:
-    """Write a first schema from the rows of the feature table (all, or of --start to --end)."""
+    """Write a first schema from the rows of the feature table (all, or those of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError(
             "infer writes a first schema",
@@ -118,7 +118,7 @@ def infer(options: Options) -> int:
 
 
 def check(options: Options) -> int:
-    """Print where statistics break the schema; exit code 7 if they do."""
+    """Print where statistics violate the schema; exit code 7 if they do."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     found = validate(statistics, schema, previous, meant)
@@ -127,7 +127,7 @@ def check(options: Options) -> int:
 
 
 def update(options: Options) -> int:
-    """Change the schema as little as needed for the statistics to match it, and show the difference."""
+    """Change the schema as little as needed for the statistics to satisfy it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     changed = update_schema(schema, statistics, view_columns(options.definition.view), previous)
@@ -150,10 +150,10 @@ ACTIONS = {"infer": infer, "check": check, "update": update}
 
 
 def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
-    """What statistics are meant, these, and those to measure drift from.
+    """A description of the chosen statistics, the statistics, and those from which to measure drift.
 
-    Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those
-    of the newest commit; else, where commits have none, of all rows.
+    They are those of the rows of --start to --end if one is given; else those that the run --run_id left, whether it
+    was stopped or not; else those of the newest commit; else, if commits have none, those of all rows.
     """
     if options.start or options.end:
         return f"rows of [{options.start or '…'}, {options.end or '…'})", statistics_of_rows(options), None
@@ -216,10 +216,10 @@ def statistics_of_files(options: Options, files: Sequence[DataFile]) -> DatasetF
 
 
 def read(options: Options) -> Schema:
-    """The schema as it stands.
+    """The present schema.
 
     Raises:
-        DefinitionError: there is none, or it is not one.
+        DefinitionError: there is no schema, or the file is not one.
     """
     text = read_schema(options.schema, required=False)
     if text is None:
@@ -232,7 +232,7 @@ def read(options: Options) -> Schema:
 
 
 def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
-    """The anomalies, one a line."""
+    """The anomalies, one per line."""
     if not found:
         return f"{meant}: keeps {schema}"
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
@@ -240,7 +240,7 @@ def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Whole or not at all.
+    """Writes the whole file or nothing.
 
     Raises:
         StoreError: the file cannot be written.
