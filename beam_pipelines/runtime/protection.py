@@ -22,7 +22,7 @@ _secrets: set[str] = set()
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """Has `printable` hide these texts from now on."""
+    """Makes `printable` hide these texts from now on."""
     _secrets.update(each for each in secrets if each)
 
 
