@@ -39,7 +39,7 @@ Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(InferenceRequest):
+class InferenceOptions(InferenceRequest):
     """The options of one run: what to score, and how to run it.
 
     Args:
@@ -56,8 +56,8 @@ class Options(InferenceRequest):
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Options from flags that mean one model.
+def parse(argv: Sequence[str]) -> InferenceOptions:
+    """InferenceOptions from flags that mean one model.
 
     Raises:
         DefinitionError: a flag or the definition is refused, or several models are meant.
@@ -69,8 +69,8 @@ def parse(argv: Sequence[str]) -> Options:
     return found[0]
 
 
-def parse_each(argv: Sequence[str]) -> list[Options]:
-    """Options from flags, of each model that is meant.
+def parse_each(argv: Sequence[str]) -> list[InferenceOptions]:
+    """InferenceOptions from flags, of each model that is meant.
 
     Of several models each has a run of its own, whose id ends in its name.
 
@@ -98,7 +98,7 @@ def parse_each(argv: Sequence[str]) -> list[Options]:
             models = ", ".join(each.require_model().name for each in definitions)
             raise DefinitionError(f"--{name} is that of one model", models, "Choose one with --model")
     return [
-        Options(
+        InferenceOptions(
             definition=definition,
             store=flags.store,
             registry=registry_uri(flags.store, flags.registry),
@@ -115,24 +115,26 @@ def parse_each(argv: Sequence[str]) -> list[Options]:
     ]
 
 
-def plan_inference(options: Options) -> InferencePlan:
-    """Which model scores which rows; see `transforms.inference.preparation`."""
+def plan_inference(options: InferenceOptions) -> InferencePlan:
+    """Decides which model scores which rows; see `transforms.inference.preparation`."""
     return prepare_inference(options)
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:
+def build(pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan) -> None:
     """The graph: features → predictions → files, counted → published at once."""
     features, counts = source(pipeline, options, plan)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
     listed = sum(file.rows for file in plan.tables[0]) if len(plan.tables) == 1 else None
-    checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(counts), listed, plan.features)
+    checked = files | "Conserve" >> beam.Map(require_all_scored, beam.pvalue.AsSingleton(counts), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
     publish = beam.Map(finish, beam.pvalue.AsSingleton(counts), options.output_tfrecord, plan.target, account)
     _ = checked | "Publish" >> publish
 
 
-def source(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> tuple[beam.PCollection, beam.PCollection]:
+def source(
+    pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan
+) -> tuple[beam.PCollection, beam.PCollection]:
     """Feature rows, as RecordBatches of the plan's columns, and one `JoinCounts` of them."""
     if len(plan.tables) > 1:
         features, counts = pipeline | "Features" >> ReadJoined(plan.rows, plan.tables, tuple(plan.columns.names))
@@ -152,18 +154,18 @@ def counted(rows: pa.RecordBatch) -> JoinCounts:
     return JoinCounts(rows.num_rows)
 
 
-def sink(options: Options, plan: InferencePlan) -> beam.PTransform:
-    """Predictions to files that nobody sees yet."""
+def sink(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
+    """Writes predictions to files that are not visible yet."""
     if options.output_tfrecord:
         return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
     return WriteFiles(plan.target.uri, plan.target.run_id, days=plan.target.days)
 
 
 def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) -> pa.RecordBatch:
-    """tf.Examples as feature rows: `row_id` and `date`, where they were left out, follow from key and time.
+    """Completes tf.Examples to feature rows: missing `row_id` and `date` are computed from key and time.
 
     Raises:
-        ContractError: a row without its key or time.
+        ContractError: a row lacks its key or time.
     """
     rows = frame(batch)
     for name in (*key, time):
@@ -179,7 +181,7 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def conserve(files: Written, counts: JoinCounts, listed: int | None, where: str) -> Written:
+def require_all_scored(files: Written, counts: JoinCounts, listed: int | None, where: str) -> Written:
     """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
 
     Args:
@@ -190,7 +192,7 @@ def conserve(files: Written, counts: JoinCounts, listed: int | None, where: str)
         where: they were read.
 
     Raises:
-        DataError: nothing is published then.
+        DataError: the numbers differ; nothing is published.
     """
     written, read = _total(files), counts.joined
     if read != written or listed not in (read, None):
@@ -203,7 +205,7 @@ def conserve(files: Written, counts: JoinCounts, listed: int | None, where: str)
 
 
 def _total(files: Written) -> int:
-    """Rows in `files`, each file once: equal rows written twice are one file, and count once."""
+    """Number of rows in `files`. Each file counts once: equal rows that were written twice are one file."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
@@ -224,7 +226,7 @@ def finish(files: Written, counts: JoinCounts, prefix: str | None, target: Commi
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; returns 0 if the predictions are published.
+    """Runs the pipeline; returns 0 if the predictions are published.
 
     With --streaming it runs `beam_pipelines.inference_streaming` instead.
     """
@@ -236,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def score_with(options: Options, several: bool) -> None:
+def score_with(options: InferenceOptions, several: bool) -> None:
     """Score with one model.
 
     Args:

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.arguments import Arguments, number, whole
+from beam_pipelines.runtime.arguments import Arguments, finite_number, whole
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
 from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_project
@@ -18,12 +18,12 @@ from transforms.validation.publish_rules import PublishRules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(FeaturesRequest):
+class FeaturesOptions(FeaturesRequest):
     """The options of one run: what to compute, and how to run and check it.
 
     Args:
         run_id: id of the run, which commits once.
-        rules: what the publish check is to check; None: there is none.
+        rules: the rules of the publish check; None: there is no check.
         verify: how many rows are verified before the commit.
         beam_args: flags for Beam.
     """
@@ -48,7 +48,7 @@ class Options(FeaturesRequest):
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> FeaturesOptions:
     """Parses the flags of `features` that mean one view.
 
     Raises:
@@ -65,7 +65,7 @@ def parse_each(
     argv: Sequence[str],
     command: str = "features",
     purpose: str = "Compute the features of views and commit them to their tables.",
-) -> list[Options]:
+) -> list[FeaturesOptions]:
     """Parses the flags of `features`, which are also those of `plan`: the options of each view that is meant.
 
     Raises:
@@ -87,7 +87,7 @@ def parse_each(
             "Choose one with --view, or write <view>.schema.pbtxt beside the definition",
         )
     return [
-        Options(
+        FeaturesOptions(
             definition=definition,
             store=flags.store,
             sources=flags.sources or FileSystems.join(flags.store, "sources"),
@@ -138,7 +138,7 @@ def add_division_of_work(arguments: Arguments) -> None:
     )
     arguments.add_argument(
         "--broadcast_mb",
-        type=number,
+        type=finite_number,
         default=BROADCAST_BYTES / 1e6,
         help="a larger dimension is read through by each block instead of held by each worker "
         f"(default {BROADCAST_BYTES / 1e6:g})",
@@ -172,7 +172,7 @@ def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishR
 
 
 def shards(text: str) -> int | None:
-    """A number of parts; None for "auto"."""
+    """Parses a number of parts; None for "auto"."""
     if text == "auto":
         return None
     if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:

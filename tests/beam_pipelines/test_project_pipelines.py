@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from tests.support.project_case import MODELS, VIEWS, Project
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.records.record_batches import batch
 from transforms.records.row_hashing import row_ids
 
@@ -36,7 +36,7 @@ def test_a_second_model_computes_no_rows(project: Project) -> None:
     assert project.figures("f3")["rows_in"] == 0
     for name in ("buying", "by_hour"):
         record = project.figures(f"t-{name}")
-        manifest = load(folder_of(project, name)).manifest
+        manifest = load_bundle(folder_of(project, name)).manifest
         assert (record["model"], record["rows_in"]) == (name, 1200)
         assert manifest["feature_table"]["version"] == 0
     assert {path: path.stat().st_mtime_ns for path in table.rglob("*") if path.is_file()} == before
@@ -49,12 +49,12 @@ def folder_of(project: Project, model: str) -> str:
 
 
 def test_a_model_reads_what_it_chose(project: Project) -> None:
-    assert list(load(folder_of(project, "by_hour")).encoders.inputs) == [
+    assert list(load_bundle(folder_of(project, "by_hour")).encoders.inputs) == [
         "hour",
         "sales_by_shop_amount_mean_3d",
         "sales_by_shop_amount_count_3d",
     ]
-    assert list(load(folder_of(project, "buying")).encoders.inputs)[-1] == "shop"
+    assert list(load_bundle(folder_of(project, "buying")).encoders.inputs)[-1] == "shop"
 
 
 def test_rows_are_joined_or_missing_in_a_view(project: Project) -> None:
@@ -78,7 +78,7 @@ def test_predictions_are_those_of_the_joined_rows(project: Project) -> None:
     buying, crowd = project.rows("features/buying"), project.rows("features/crowd")
     counts = [name for name in crowd.columns if name.startswith("visits_by")]
     joined = buying.join(crowd.select("visit", "asked", *counts), on=["visit", "asked"]).sort("visit")
-    scorer = open_scorer(Pinned(folder_of(project, "both")), 1)
+    scorer = open_scorer(PinnedModel(folder_of(project, "both")), 1)
     assert list(scorer.bundle.encoders.inputs) == ["age", "hour", *buying.columns[-4:-2], *counts]
     expected = score(scorer, batch(joined.to_arrow(), joined.to_arrow().schema))
     found = project.rows("predictions/both")
@@ -90,7 +90,7 @@ def test_predictions_are_those_of_the_joined_rows(project: Project) -> None:
 
 
 def test_a_model_names_the_tables_of_all_its_views(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
-    bundle = load(folder_of(project, "both"))
+    bundle = load_bundle(folder_of(project, "both"))
     views = bundle.manifest["views"]
     assert [(each["view"], each["version"]) for each in views] == [("buying", 0), ("crowd", 0)]
     assert bundle.fingerprint == ",".join(each["fingerprint"] for each in views)
@@ -128,7 +128,7 @@ def test_a_changed_view_is_refused_by_every_model_that_reads_it(
     assert main(["inference", *at, "--model", "by_hour", "--run_id", "c1"]) == 0
     capfd.readouterr()
     assert main(["inference", *at, "--model", "both", "--run_id", "c2"]) == 5
-    found, crowd = load(folder_of(project, "both")).manifest["views"], capfd.readouterr().err
+    found, crowd = load_bundle(folder_of(project, "both")).manifest["views"], capfd.readouterr().err
     assert f"was trained on buying/{found[0]['fingerprint']} and crowd/{found[1]['fingerprint']}" in crowd
     assert f"the definition describes buying/{found[0]['fingerprint']} and crowd/" in crowd
 

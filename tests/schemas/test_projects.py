@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import DefinitionError
-from schemas.loading import Project, decoded, load_definition, load_project, load_recorded
+from schemas.loading import Project, decode_python, load_definition, load_project, load_recorded
 
 BASE = """
 import polars as pl
@@ -147,14 +147,14 @@ def test_a_package_is_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert list(found.modules) == [f"{name}/{each}" for each in kept]
     before = found.definition("prices").digest
     # What was recorded loads again, whatever became of the files.
-    texts = {path: decoded(source) for path, source in found.modules.items()}
+    texts = {path: decode_python(source) for path, source in found.modules.items()}
     (folder / "sources.py").write_text(SOURCES + "# changed\n")
     assert found.definition("prices").digest != before
     for path in folder.rglob("*.py"):
         path.write_text("raise RuntimeError")
     (tmp_path / "again").mkdir()
     loaded = set(sys.modules)
-    again = load_recorded(found.name, decoded(found.source), texts, tmp_path / "again")
+    again = load_recorded(found.name, decode_python(found.source), texts, tmp_path / "again")
     assert {name: view.fingerprint for name, view in again.views.items()} == {
         name: view.fingerprint for name, view in found.views.items()
     }

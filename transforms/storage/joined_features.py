@@ -15,7 +15,7 @@ import transforms.records.record_batch_coder  # noqa: F401  registers the coder 
 from schemas.errors import DataError
 from schemas.feature_rows import FeatureRows
 from transforms.records.record_batches import batch, frame
-from transforms.storage.delta_tables import READ_ROWS, DataFile, groups, read_group
+from transforms.storage.delta_tables import READ_ROWS, DataFile, file_groups, read_group
 
 # Per view, in the order of the model's views, its files of some dates.
 TableFiles = tuple[tuple[DataFile, ...], ...]
@@ -56,7 +56,7 @@ def joined_groups(tables: Sequence[Sequence[DataFile]], rows: int = READ_ROWS) -
     With several tables a group has whole dates, since rows are joined within it.
     """
     if len(tables) == 1:
-        yield from ((group,) for group in groups(tables[0], rows))
+        yield from ((group,) for group in file_groups(tables[0], rows))
         return
     by_date: dict[date, list[list[DataFile]]] = {}
     for position, files in enumerate(tables):

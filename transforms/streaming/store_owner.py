@@ -2,10 +2,10 @@
 
 A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
 The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
-for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the tables
-show it.
+for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the owner follows
+from the tables.
 
-Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
+Offsets are only valid in their own stream: they depend on the flags of a replay, or on the topics of Kafka.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
@@ -41,9 +41,9 @@ class Owner:
 
     Args:
         view: name of the view.
-        fingerprint: of the view.
-        sources: what decides which rows are accepted, by source.
-        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+        fingerprint: fingerprint of the view.
+        sources: by source, everything that decides which rows are accepted.
+        stream: everything on which the offsets depend, by the names of flags; None: it is not known.
     """
 
     view: str
@@ -60,7 +60,7 @@ class Owner:
         return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream))
 
     def after(self, known: Owner) -> Owner:
-        """This owner, with what an earlier job noted of other sources and of the stream."""
+        """This owner, with other sources and the stream that an earlier job recorded."""
         stream = known.stream if self.stream is None else self.stream
         return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream)
 
@@ -95,7 +95,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
     Args:
         view: the view.
         store: the folder of the tables.
-        stream: everything that the offsets depend on; None: it is not checked.
+        stream: everything on which the offsets depend; None: it is not checked.
 
     Raises:
         StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
@@ -111,14 +111,14 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
                 with open(os.path.join(store, OWNER), "x") as handle:
                     handle.write(mine.to_text())
                 return
-            except FileExistsError:  # another job started at the same moment
+            except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
         _check_stream(view, store, mine, known)
         mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
+        write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
 def _read(store: str) -> Owner | None:
@@ -126,7 +126,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with understood("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store is written down as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 
@@ -173,7 +173,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
         table = open_table(live_dead_letters_uri(store, other))
         if (
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
-        ):  # not a model's
+        ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
     if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)
