@@ -38,6 +38,7 @@ from transforms.storage.delta_tables import (
     open_table,
     write_files,
 )
+from transforms.storage.feature_tables import lost_commit
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
@@ -236,6 +237,8 @@ def main(argv: Sequence[str]) -> int:
         run.where = options.table
         log.info("listing the sources under %s", options.sources)
         work = prepare(options)
+        if work.base is not None and (lost := lost_commit(options.table, work.base)):
+            log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
         for note in work.stale.notes:
             log.warning(note)
         if work.outdated:
