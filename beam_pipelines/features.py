@@ -39,6 +39,7 @@ from transforms.storage.delta_tables import (
     open_table,
     write_files,
 )
+from transforms.storage.feature_tables import lost_commit
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
 from transforms.validation.publish_check import AlsoChecked, CheckedRun, PublishCheck, Validate, make_check
@@ -251,6 +252,8 @@ def compute_view(run: Run, options: FeaturesOptions) -> dict[str, object]:
     run.where = options.table
     figures: dict[str, object] = {}
     work = prepare(options)
+    if work.base is not None and (lost := lost_commit(options.table, work.base)):
+        log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
     for note in work.stale.notes:
         log.warning(note)
     if work.outdated:

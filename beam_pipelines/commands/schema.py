@@ -62,7 +62,20 @@ class SchemaOptions:
         return f"{self.definition.flags} --store {self.store}"
 
 
-def parse(action: str, argv: Sequence[str]) -> list[SchemaOptions]:
+def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
+    """Options from flags that mean one view.
+
+    Raises:
+        DefinitionError: a flag or the definition is refused, or several views are meant.
+    """
+    found = parse_each(action, argv)
+    if len(found) > 1:
+        names = ", ".join(each.definition.view.name for each in found)
+        raise DefinitionError("One view is meant", names, "Choose one with --view")
+    return found[0]
+
+
+def parse_each(action: str, argv: Sequence[str]) -> list[SchemaOptions]:
     """SchemaOptions from flags, of each view that is meant.
 
     Raises:
@@ -284,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
         raise DefinitionError(
             "millrace schema does one of infer, check, update", repr(action), nearest(action, ACTIONS)
         )
-    return max([ACTIONS[action](options) for options in parse(action, rest)])
+    return max([ACTIONS[action](options) for options in parse_each(action, rest)])
 
 
 if __name__ == "__main__":
