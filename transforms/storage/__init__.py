@@ -72,7 +72,7 @@ if TYPE_CHECKING:
         sources_root,
         tables_below,
     )
-    from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
     from transforms.storage.run_markers import (
         ERASE,
         MARKER,
