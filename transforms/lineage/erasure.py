@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import DefinitionError, StoreError, nearest
 from schemas.features import Derived, Latest, Lookup, Trailing
+from schemas.live import repeats_by
 from schemas.loading import Definition
 from schemas.sources import Source
 from schemas.views import FeatureView
@@ -33,13 +34,16 @@ from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import open_parquet, source_files, survey_source
+from transforms.sources.repeats import KnownOrder
 from transforms.storage.delta_log import logged_versions
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.paths import folders, source_uri, sources_root, table_path_in_store, tables_below
-from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER
 from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
+from transforms.streaming.beginnings import HISTORY_PARTITION
+from transforms.streaming.fates import known_columns, known_order
 from transforms.streaming.live_dimensions import rewrite_versions
 from transforms.streaming.messages import ORIGIN_TYPES
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
@@ -473,7 +477,8 @@ class Erasure:
                 continue
             matches = functools.partial(place.matches, self.condition)
             if place.delta:
-                count += rewrite_delta(place.folder, matches, self.metadata, place.open)
+                revise = self._recounted(place)
+                count += rewrite_delta(place.folder, matches, self.metadata, place.open, revise)
                 purge(place.folder)
                 continue
             for path in place.paths:
@@ -484,6 +489,31 @@ class Erasure:
                     os.remove(file.path)
         return count
 
+    def _recounted(self, place: SourceFiles) -> Revise:
+        """Marks accepted rows as counted that repeated an erased one.
+
+        Whether a row of history counts, or one of a store of before, is decided when it is accepted and then only
+        stored (`fates`).  Of one `unique` value, the first row that is left counts if one that did is erased.
+        """
+        view, name = self.definition.view, self.source.name
+        if name not in view.events or not repeats_by(view, name):
+            return lambda rows: rows
+        order, found = known_order(view, name), list[pl.DataFrame]()
+        for path in place.paths:
+            file = place.open(path)
+            if not {*ORIGIN_COLUMNS, "__counted", *order.unique} <= set(file.schema_arrow.names):
+                return lambda rows: rows  # no accepted rows
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                columns = list(dict.fromkeys([*order.unique, order.time, *known_columns(view, name)]))
+                rows = place.rows(group, path, columns)
+                fates = frame(group.select([each for each in FATES if each in group.column_names]))
+                stored = pl.concat([rows, fates], how="horizontal").with_columns(
+                    pl.Series("#gone", place.matches(self.condition, group, path))
+                )
+                found.append(stored.join(self.erased, on=order.unique, how="semi"))
+        return _counting(newly_counted(order, pl.concat(found, how="diagonal"))) if found else lambda rows: rows
+
     def unread_files(self) -> list[str]:
         """Files beside those of the source that no command reads, and that an erasure does not change."""
         return sorted(
@@ -493,6 +523,42 @@ class Erasure:
             for file in files_below(place.folder)
             if file.path not in place.paths
         )
+
+
+# Columns of accepted rows that say where they come from and whether they count.
+FATES = (*ORIGIN_COLUMNS, "__counted", "__uncompared")
+
+
+def newly_counted(order: KnownOrder, rows: pl.DataFrame) -> pl.DataFrame:
+    """The origins of rows that count from now on, of those whose fate is stored.
+
+    Args:
+        order: of the source.
+        rows: accepted rows with `FATES` and `#gone`, whether they are erased.
+    """
+    if "__uncompared" not in rows.columns:
+        rows = rows.with_columns(pl.lit(None, pl.Boolean).alias("__uncompared"))
+    stored = rows.filter((pl.col("__partition") == HISTORY_PARTITION) | pl.col("__uncompared").is_null())
+    counts = pl.col("__counted").fill_null(True)
+    lost = stored.filter("#gone", counts)
+    left = stored.filter(~pl.col("#gone"))
+    left = left.join(lost, on=order.unique, how="semi").join(left.filter(counts), on=order.unique, how="anti")
+    return order.first(left).select(ORIGIN_COLUMNS)
+
+
+def _counting(origins: pl.DataFrame) -> Revise:
+    def revise(rows: pa.Table) -> pa.Table:
+        if not len(origins):
+            return rows
+        mine = frame(rows.select(ORIGIN_COLUMNS)).with_row_index("#")
+        at = mine.join(origins.cast({name: mine.schema[name] for name in ORIGIN_COLUMNS}), on=ORIGIN_COLUMNS)["#"]
+        if not len(at):
+            return rows
+        hit = pl.Series(np.isin(np.arange(len(rows)), at.to_numpy()))
+        counted = frame(rows.select(["__counted"]))["__counted"] | hit
+        return rows.set_column(rows.column_names.index("__counted"), "__counted", counted.to_arrow())
+
+    return revise
 
 
 def _with_ids(row_ids: Collection[int]) -> Matches:

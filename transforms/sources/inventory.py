@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from schemas.errors import ContractError, DataError
+from schemas.errors import ContractError, DataError, IncompleteLogError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.pickled_once import PickledOnce
@@ -29,7 +29,6 @@ from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems, require_regular
-from transforms.storage.log_check import IncompleteLogError
 from transforms.storage.paths import source_uri
 
 # Primitive types of Delta tables.
