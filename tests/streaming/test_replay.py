@@ -15,11 +15,11 @@ from beam_pipelines import features, features_streaming
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
+from schemas.live import sources_of
 from tests.support import market
 from tests.support.tables import figures_of, rows_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
-from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import UnknownIds
 from transforms.streaming.messages import decode, from_arrow
 from transforms.streaming.replay import Replay, chunks
@@ -175,13 +175,13 @@ def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
 def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path: Path) -> None:
     view = load_definition(case[0]).view
     market.write(tmp_path, market.sources(60))  # good rows: JSON has no infinity
-    contracts = contracts_of(view)
+    sources = sources_of(view)
 
     def rows(form: str) -> list[tuple[Any, ...]]:
         found = []
         for messages in chunks(view, Replay(str(tmp_path / "sources"), partitions=1, format=form, rows=1)):
             for message in messages:
-                held = decode(contracts[message.topic], [message])
+                held = decode(sources[message.topic], [message])
                 found.append(
                     (
                         message.topic,

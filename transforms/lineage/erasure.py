@@ -28,7 +28,6 @@ from schemas.loading import Definition
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.manifest_store import read_manifest
-from transforms.lineage.feature_parity import about_spine_rows
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
@@ -42,6 +41,7 @@ from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, u
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
 from transforms.streaming.live_dimensions import rewrite_versions
 from transforms.streaming.messages import ORIGIN
+from transforms.streaming.pending_spine_rows import about_spine_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # Columns of a predictions table that do not name the spine row.
