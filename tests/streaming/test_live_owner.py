@@ -16,7 +16,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas import load_definition
 from tests.support import market
 from tests.support.live_turns import read
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.lineage.visible_rows import read_accepted
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.store_owner import OWNER, claim
@@ -111,7 +111,7 @@ def test_a_definition_that_reads_other_columns_goes_on_with_all_rows_that_keep_i
     first = load_definition(str(market.define(tmp_path / "first"))).view
     second = load_definition(str(market.define(tmp_path / "second", FEWER))).view
     for view in (first, second):
-        assert check(view, str(after)).differing == 0
+        assert check_parity(view, str(after)).differing == 0
     columns = [*second.key, second.time, *second.columns]
     made, expected = (
         read(features_live_uri(str(each), second.name, second.fingerprint)).select(columns).sort(columns)

@@ -15,7 +15,7 @@ from beam_pipelines import features, features_streaming
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
-from schemas.live import sources_of
+from schemas.live import live_sources
 from tests.support import market
 from tests.support.tables import figures_of, rows_of
 from transforms.storage.delta_tables import data_files, open_table
@@ -175,7 +175,7 @@ def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
 def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path: Path) -> None:
     view = load_definition(case[0]).view
     market.write(tmp_path, market.sources(60))  # good rows: JSON has no infinity
-    sources = sources_of(view)
+    sources = live_sources(view)
 
     def rows(form: str) -> list[tuple[Any, ...]]:
         found = []

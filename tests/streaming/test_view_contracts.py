@@ -19,7 +19,7 @@ from schemas import FeatureView, Latest, Source, Trailing
 from tests.support import oracles
 from tests.support.live_turns import read
 from tests.support.turns import Job, JobOptions, unread
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.records.times import FOREVER
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.fates import least_memory
@@ -184,7 +184,7 @@ def audit(view: FeatureView, store: Path, sent: list[Sent], memory: int) -> int:
     table = read(features_live_uri(str(store), view.name, view.fingerprint))
     if not len(table):
         return 0
-    parity = check(view, str(store))
+    parity = check_parity(view, str(store))
     assert parity.differing == parity.unaccounted == 0
     stored = (
         read(f"{sources_root(str(store))}/events") if any(row.source == "events" for row in sent) else pl.DataFrame()

@@ -26,7 +26,7 @@ from transforms.records.window_sums import Bools, Ints, Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
-# Up to this many rows a group is computed by the thread that asks: to hand it over would cost more.
+# Up to this many rows, a group is computed on the calling thread: a thread pool would cost more.
 HANDED_OVER = 20_000
 _POOL = Once()
 log = logging.getLogger("millrace.features")
@@ -43,9 +43,9 @@ class KernelTables:
     """What the kernel reads in addition to the spine rows.
 
     Args:
-        rows: per source the rows within the view's reach of the spine rows, in any order. More rows do no harm. Repeats
-            by `unique` have been removed, and a dimension has one row per key. For windows over all history a source
-            has all its rows, or those that its summary lacks.
+        rows: per source, the rows within the view's reach of the spine rows, in any order. Further rows do not matter.
+            Repeats by `unique` have been removed, and a dimension has one row per key. For windows over all history a
+            source has all its rows, or those that its summary lacks.
         summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
         columns: feature columns that were computed elsewhere, in the order of the spine rows.
     """
@@ -95,7 +95,9 @@ def _stages(view: FeatureView) -> Iterator[Stage]:
             yield Stage(tuple(waiting), feature)
             waiting = []
             continue
-        if any(column in view.columns for column, _ in feature.keys):  # the key may be one of the waiting columns
+        if any(
+            column in view.columns for column, _ in feature.keys
+        ):  # the key may be among the columns that are not computed yet
             yield Stage(tuple(waiting))
             waiting = []
         waiting.append(feature)
@@ -150,7 +152,7 @@ def feature_columns(
 
     def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
-            return looked_up(feature, frame, tables.rows[feature.source.name])
+            return lookup_columns(feature, frame, tables.rows[feature.source.name])
         assert history is not None
         if isinstance(feature, Latest):
             return latest(feature, history)
@@ -189,7 +191,7 @@ def _parts(feature: SourceFeature) -> list[list[Statistic]]:
 
 @contextlib.contextmanager
 def computing(what: str) -> Iterator[None]:
-    """Turns a failure of the user's expression into an error that names the expression."""
+    """Turns a failure of a user's expression into an error that names the expression."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
@@ -201,7 +203,8 @@ def computing(what: str) -> Iterator[None]:
 
 
 def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
-    """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
+    """`frame` with the feature's columns in their stored types; values that are not finite, or beyond int64, become
+    null."""
     result = with_columns(frame, *_derived(view, feature))
     for name in feature.columns:
         each = view.arithmetic[name]
@@ -217,20 +220,20 @@ def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl
 @functools.lru_cache(1024)
 def _derived(view: FeatureView, feature: Derived) -> tuple[pl.Expr, ...]:
     """The feature's columns as they are computed and stored."""
-    return tuple(stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
+    return tuple(cast_stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
 
 
-def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """`expr` as `dtype`; float32 last, and null for what it cannot hold."""
+def cast_stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """`expr` as `dtype`, with float32 as the last conversion, and null for values that it cannot hold."""
     result = expr.cast(dtype, strict=False)
     return pl.when(result.is_finite()).then(result) if dtype.is_float() else result
 
 
-def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
+def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
     """Looks up the columns of the dimension row that has the key of each spine row."""
     left, right = codes(spine, dimension, feature.keys)
     rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
-    rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key wins
+    rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key is used
     found = rows[left]
     return _taken(dimension, feature.renamed, found, found >= 0)
 
@@ -246,7 +249,7 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
         pl.select(
             pl.when(pl.Series(found))
             .then(series)
-            .otherwise(stored(pl.lit(before[column]), series.dtype))
+            .otherwise(cast_stored(pl.lit(before[column]), series.dtype))
             .alias(series.name)
         ).to_series()
         for column, series in zip(feature.renamed, own, strict=True)
@@ -276,7 +279,7 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
         (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
         if prior is None:
             return own
-        before = stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        before = cast_stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
         return pl.select(
             pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
         ).to_series()
@@ -284,7 +287,7 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
         return pl.Series(wanted.name, values, pl.Int64)
     with np.errstate(over="ignore"):
         numbers = values.astype(np.float32)
-    # What is beyond float32 is not a number it can hold.
+    # Values beyond float32 become null.
     numbers[~(valid & np.isfinite(numbers))] = np.nan
     return pl.Series(wanted.name, numbers, nan_to_null=True)
 
@@ -307,7 +310,7 @@ def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: B
 
 
 def _stored(series: pl.Series, name: str) -> pl.Series:
-    """As `stored`."""
+    """As `cast_stored`."""
     result = series.cast(_kept(series.dtype), strict=False).alias(name)
     if not result.dtype.is_float() or np.isfinite(result.to_numpy()[result.is_not_null().to_numpy()]).all():
         return result
@@ -359,7 +362,7 @@ class History:
 
     @lazy
     def ordered_rows(self) -> Ints:
-        """As `rows`, places of one key and moment put in order by what breaks their source's ties."""
+        """As `rows`, with events of the same key and time in the order that breaks ties in their source."""
         tied = self.sorting.ties()
         if not len(tied):
             return self.rows
@@ -380,7 +383,8 @@ class History:
         if self.known is None:
             yield rows, lo, hi
             return
-        # Placed in time earlier than known: give every window rows of its own, less those not yet known.
+        # If events may be placed earlier than they became known, every window gets its own rows, without those that
+        # were not yet known.
         ends = np.cumsum(hi - lo)
         start = 0
         while start < len(lo):
@@ -402,14 +406,14 @@ class History:
 
     def column(self, name: str, rows: Ints) -> Column:
         """Values of a column in the order of `rows`."""
-        if self.known is not None:  # rows are a few windows' own
+        if self.known is not None:  # the rows belong to a few windows
             return self._column(name, rows)
         made: Column = self._columns.get((name, rows is self.rows), lambda: self._column(name, rows))
         return made
 
     def _column(self, name: str, rows: Ints) -> Column:
         series = self.events[name]
-        if series.dtype.is_float():  # null and NaN are both no value
+        if series.dtype.is_float():  # neither null nor NaN counts as a value
             numbers = series.to_numpy()[rows]
             valid = ~np.isnan(numbers)
             return Column(numbers, None if valid.all() else valid)
@@ -427,7 +431,7 @@ class History:
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
     ) -> tuple[Numbers, Bools]:
-        """`function` of all windows, in the spine's order of rows."""
+        """The results of `function` for all windows, in the spine's order of rows."""
         values, valid = [], np.empty(len(self.moments), np.bool_)
         start = 0
         for rows, lo, hi in windows:
@@ -440,7 +444,7 @@ class History:
         return result, valid
 
     def restored(self, series: pl.Series) -> pl.Series:
-        """A series in the order of windows, in the spine's order of rows."""
+        """Puts a series that is in the order of windows into the spine's order of rows."""
         back = np.empty(len(series), np.int64)
         back[self.sorting.spine_order] = np.arange(len(series))
         return series.gather(pl.Series(back))

@@ -1,4 +1,5 @@
-"""Feature tables of a view: the one of the definition's fingerprint is read, tables of other fingerprints are named."""
+"""Feature tables of a view: the one with the definition's fingerprint is read; an error names those with other
+fingerprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spine rows that wait until their sources are complete, and those that were computed lately: each is computed once."""
+"""Spine rows that wait until their sources are complete, and recently computed ones, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PendingSpineRows:
 
         Args:
             rows: the spine's columns and the origin.
-            watermark: the spine's (µs), before these rows; ALWAYS if there is none yet.
+            watermark: the watermark of the spine (µs) before these rows; ALWAYS if there is none yet.
             since: rows before it (µs) are too late to be computed; ALWAYS: none is.
 
         Returns:
@@ -75,7 +75,7 @@ class PendingSpineRows:
         return dead_letters
 
     def restore(self, pending: pl.DataFrame, known: pl.DataFrame) -> None:
-        """Adds spine rows that are known to be distinct: those that wait, and all that are known."""
+        """Adds spine rows that are known to be distinct: the pending ones, and all known ones."""
         self.pending.add(pending)
         moments = pl.Series("time", moments_of(known, self.view.time), pl.Int64)
         self.known.add(pl.DataFrame([known["row_id"], moments, known["__digest"]]))
@@ -90,7 +90,8 @@ class PendingSpineRows:
         return ready
 
     def evict(self, bound: int) -> None:
-        """Drops computed spine rows from before `bound` µs: they are too late if they are repeated."""
+        """Drops computed spine rows from before `bound` µs: if such a row is repeated, the repeat is too late
+        anyway."""
         self.known.evict(bound)
 
     def oldest(self) -> int | None:
@@ -100,7 +101,8 @@ class PendingSpineRows:
     def _distinct(self, rows: pl.DataFrame, before: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Compares new spine rows with each other and with known ones that have the same ids.
 
-        Identical rows count once.  Of rows with one id that differ, the smallest stays, unless one was computed.
+        Identical rows count once.  Of different rows with the same id, the smallest stays, unless one has been
+        computed.
 
         Returns:
             The rows to add, some of which were pending; and dead letters for the rows that differ.

@@ -1,7 +1,7 @@
 """Files as a stream: the messages that producers would have sent, in order of arrival, in one Python process.
 
-It needs no broker and no Java, and the steps after the messages are those of a live job.  Rows arrive when they became
-known, or later by a seeded random delay.
+It needs no broker and no Java; the steps after the messages are those of a live job.  Rows arrive when they became
+known, or after a seeded random delay.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.row_hashing import hash_column, mix
+from transforms.records.row_hashing import hash_column, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey_files
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
@@ -37,8 +37,8 @@ class Replay:
         start, end: rows that were known in `[start, end)` µs are sent.
         partitions: number of partitions of every topic.
         disorder: rows arrive up to this much (µs) after they became known; the delay is uniform.
-        seed: of the delays.
-        chunk: messages that arrive within this long (µs) are received together, as from one poll of a broker.
+        seed: the seed of the delays.
+        chunk: messages that arrive within this time (µs) are received together, as from one poll of a broker.
         rows: the most rows of a message.
         format: "arrow" or "json" (one row per message).
     """
@@ -58,17 +58,17 @@ def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
     found = {
         name: survey_files(replay.root, Contract(source, tuple(source.schema)))
-        for name, source in sources_of(view).items()
+        for name, source in live_sources(view).items()
     }
     frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
-    unchanged(frames, [listing for each in found.values() for listing in each.listings])
+    require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
     yield from chunks_of(view, frames, replay)
 
 
 def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
     random = np.random.default_rng(replay.seed)
-    topics = [_Topic.of(sources_of(view)[name], frame, replay, random) for name, frame in frames.items()]
+    topics = [_Topic.of(live_sources(view)[name], frame, replay, random) for name, frame in frames.items()]
     numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
     for number in numbers.tolist():
         start = number * replay.chunk
@@ -83,10 +83,10 @@ class _Topic:
     """The rows of one source in order of arrival.
 
     Args:
-        name: of the topic, which is the source's.
+        name: name of the topic, which is that of the source.
         frame: the rows.
         arrived: when each row arrives, µs.
-        partition: of each row.
+        partition: partition of each row.
         offsets: the next offset by partition.
     """
 
@@ -104,7 +104,9 @@ class _Topic:
         arrived = known + (random.integers(0, replay.disorder, len(known), endpoint=True) if replay.disorder else 0)
         first = next(iter(source.columns))
         keyed = frame[first] if not frame[first].dtype.is_float() else pl.Series(np.arange(len(frame)))
-        partition = (mix(hash_column(keyed)) % np.uint64(replay.partitions)).astype(np.int64) if len(frame) else known
+        partition = (
+            (mix_bits(hash_column(keyed)) % np.uint64(replay.partitions)).astype(np.int64) if len(frame) else known
+        )
         order = np.argsort(arrived, kind="stable")
         return cls(source.name, frame[order], arrived[order], partition[order])
 

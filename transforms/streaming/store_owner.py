@@ -5,7 +5,7 @@ the offsets of the first one.  Another definition of the view continues with the
 columns that it reads, of the types that it declares.  The first job on a store writes the owner to a file there.  If
 the file is missing, the tables show it.
 
-Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
+Offsets are only valid in their own stream: they depend on the flags of a replay, or on the topics of Kafka.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from schemas.errors import StoreError
-from schemas.live import accepted, sources_of
+from schemas.live import accepted, live_sources
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
-from transforms.storage.delta_tables import delta_schema, open_table, write_aside
+from transforms.storage.delta_tables import delta_schema, open_table, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import live_dead_letters_uri, source_uri, sources_root, tables_below
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_tables import application_of, source_record
 from transforms.streaming.view_contracts import contracts_of
@@ -53,12 +53,12 @@ class Owner:
     def of(cls, view: FeatureView, stream: Mapping[str, object] | None) -> Owner:
         declared = {
             name: {column: str(dtype) for column, dtype in source.schema.items()}
-            for name, source in sources_of(view).items()
+            for name, source in live_sources(view).items()
         }
         return cls(view.name, view.fingerprint, declared, None if stream is None else dict(stream))
 
     def after(self, known: Owner) -> Owner:
-        """This owner, with what an earlier job noted of other sources and of the stream."""
+        """This owner, with other sources and the stream that an earlier job recorded."""
         stream = known.stream if self.stream is None else self.stream
         return dataclasses.replace(self, declared={**known.declared, **self.declared}, stream=stream)
 
@@ -80,7 +80,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
     Args:
         view: the view.
         store: the folder of the tables.
-        stream: everything that the offsets depend on; None: it is not checked.
+        stream: everything on which the offsets depend; None: it is not checked.
 
     Raises:
         StoreError: the store belongs to another view or to another stream, or its rows do not have the columns that
@@ -97,7 +97,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
                 with open(os.path.join(store, OWNER), "x") as handle:
                     handle.write(mine.to_text())
                 return
-            except FileExistsError:  # another job started at the same moment
+            except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, known)
@@ -105,7 +105,7 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
         _check_columns(view, store)
         mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
+        write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
 def _read(store: str) -> Owner | None:
@@ -113,7 +113,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with understood("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store is written down as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 
@@ -156,7 +156,7 @@ def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> N
 
 def _has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
-    records = [source_record(store, name) for name in sources_of(view)]
+    records = [source_record(store, name) for name in live_sources(view)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
 
 
@@ -173,7 +173,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
         table = open_table(live_dead_letters_uri(store, other))
         if (
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
-        ):  # not a model's
+        ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
 
 

@@ -1,6 +1,6 @@
 """Rows of one source in time buckets: they are appended cheaply, found by key, and evicted by bucket.
 
-The rows of a bucket are in a few parts of growing size, which are merged like the levels of a log-structured merge
+The rows of a bucket are in a few parts of increasing size, which are merged like the levels of a log-structured merge
 tree.  Each part has an index per key, which is built when it is first needed.  So neither an addition nor a lookup
 reads all rows.
 """
@@ -17,17 +17,17 @@ import numpy.typing as npt
 import polars as pl
 
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s, combine, hash_columns
+from transforms.records.row_hashing import UInt64s, combine_hashes, hash_columns
 
 Ints = npt.NDArray[np.int64]
-# A bucket and rows of it.
+# A bucket and some of its rows.
 Piece = tuple[int, pl.DataFrame]
 # Number of slots of checkpointed state; buckets share them.
 SLOTS = 8
 # The most buckets that rows added at once are split into.  Rows of more buckets are put into wider ones: otherwise a
 # job that catches up would split them into very small parts.
 SPREAD = 8
-# The rows of a bucket's small parts are merged into one of up to this many rows: to search each costs more.
+# Small parts of a bucket are merged into parts of up to this many rows, because searching each part costs more.
 SMALL = 1000
 MINUTE = 60_000_000
 
@@ -43,11 +43,11 @@ def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tu
     if not len(frame):
         return {key: np.empty(0, np.uint64) for key in keys}
     hashed = hash_columns(frame, [name for key in keys for name in key])
-    return {key: combine([hashed[name] for name in key]) for key in keys}
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
 
 
 class IndexedRows:
-    """Some rows of a bucket, none before `low` µs, with an index per key; those of `keys` are built together."""
+    """Some rows of a bucket, none before `low` µs, with an index per key; the indexes of `keys` are built together."""
 
     def __init__(self, frame: pl.DataFrame, low: int, keys: Sequence[tuple[str, ...]] = ()) -> None:
         self.frame, self.low, self.keys = frame, low, keys
@@ -59,7 +59,7 @@ class IndexedRows:
 
     @property
     def bytes(self) -> int:
-        """Size of its rows and indexes."""
+        """Bytes of its rows and indexes."""
         return self._frame_bytes + sum(hashes.nbytes + rows.nbytes for hashes, rows in self._index.values())
 
     def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
@@ -91,7 +91,7 @@ class TimeBuckets:
     Args:
         time: column of the row's time.
         width: length of a bucket, µs.
-        keys: columns by which rows are taken.
+        keys: columns by which rows are looked up.
 
     Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` has the changes of each slot since
     they were last read: (bucket, rows) to append, or None if the slot must be rewritten.
@@ -119,7 +119,7 @@ class TimeBuckets:
         if low == high:
             self._add(low, frame, int(moments.min()))
             return
-        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of several buckets
+        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of several buckets that are joined
         order = np.argsort(numbers, kind="stable")
         numbers, moments, frame = numbers[order], moments[order], frame[order]
         starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
@@ -148,15 +148,15 @@ class TimeBuckets:
         self.changes[number % SLOTS] = None
 
     def _parts(self, low: int, high: int) -> Iterator[IndexedRows]:
-        """Parts that may have rows with times in `[low, high)`."""
+        """The parts that may have rows with times in `[low, high)`."""
         for number in sorted(self.buckets):
             if (number + 1) * self.width > low:
                 yield from (part for part in self.buckets[number] if part.low < high)
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
-        """Rows of buckets that overlap `[low, high)` whose `key` has one of the hashes `wanted`.
+        """Rows of buckets that overlap `[low, high)`, if their `key` has one of the hashes `wanted`.
 
-        A few rows outside the interval may be among them.
+        The result may include a few rows outside the interval.
         """
         wanted = np.unique(wanted)
         found = []
