@@ -15,11 +15,11 @@ from beam_pipelines import features, features_streaming
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import DefinitionError, FeatureView, load_definition
+from schemas.live import live_sources
 from tests.support import market
 from tests.support.tables import figures_of, rows_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
-from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import UnknownIds
 from transforms.streaming.messages import decode, from_arrow
 from transforms.streaming.replay import Replay, chunks
@@ -71,14 +71,18 @@ def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tupl
         assert counts[name].get("repeated", 0) == market.REPEATED[name]
     dead_letters = rows_of(live_dead_letters_uri(str(tmp_path), view.name))
     assert len(dead_letters) == sum(market.SET_ASIDE.values())  # a dimension's too
-    # Every row is in a table, once: accepted or set aside.
+    # Every row is accepted, or a dead letter since its time is not plausible; some are both, once each.
+    places = ["source", "partition", "offset", "place"]
+    assert not dead_letters.filter(pl.col("partition") >= 0).select(places).is_duplicated().any()
     for name, frame in market.spoiled(market.sources()).items():
         if name != "shops":
             kept = open_table(str(tmp_path / "sources" / name))
             assert kept is not None
-            assert sum(file.rows for file in data_files(kept)) + dead_letters.filter(
-                pl.col("source") == name, ~pl.col("rule").str.contains("one key asks")
-            ).height == len(frame)
+            accepted = sum(file.rows for file in data_files(kept))
+            assert accepted == counts[name]["rows"]
+            implausible = dead_letters.filter(pl.col("source") == name, pl.col("field") == market.TIMES[name])
+            assert accepted + len(implausible) == len(frame)
+            assert counts[name]["dead"] - counts[name].get("rejected", 0) == len(implausible)
     assert parity.main(["--definition", definition, "--store", str(tmp_path), "--run_id", "parity"]) == 0
     found_out = figures_of(tmp_path, "parity")
     assert found_out["answers_later_arrivals_change"] == 0
@@ -175,13 +179,13 @@ def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
 def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path: Path) -> None:
     view = load_definition(case[0]).view
     market.write(tmp_path, market.sources(60))  # good rows: JSON has no infinity
-    contracts = contracts_of(view)
+    sources = live_sources(view)
 
     def rows(form: str) -> list[tuple[Any, ...]]:
         found = []
         for messages in chunks(view, Replay(str(tmp_path / "sources"), partitions=1, format=form, rows=1)):
             for message in messages:
-                held = decode(contracts[message.topic], [message])
+                held = decode(sources[message.topic], [message])
                 found.append(
                     (
                         message.topic,

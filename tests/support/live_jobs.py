@@ -29,6 +29,7 @@ from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow
+from transforms.streaming.view_contracts import contract_of, keeps
 
 ROOT = Path(__file__).parents[2]
 # Of the rows, per partition: uneven, and the last one idle.
@@ -226,17 +227,18 @@ class Stage:
         assert not dead_letters.select("source", *PLACES).is_duplicated().any()
         assert len(dead_letters.filter(pl.col("source") == "shops")) == market.SET_ASIDE["shops"]
         for name in self.sources:
-            accepted = list(self.kept(name).select("__partition", "__offset", "__place").iter_rows())
+            kept = self.kept(name)
+            accepted = list(kept.select("__partition", "__offset", "__place").iter_rows())
             dead = set(dead_letters.filter(pl.col("source") == name, ~ABOUT_QUESTIONS).select(PLACES).iter_rows())
             assert len(accepted) == len(set(accepted)), f"{name}: a row is there twice"
-            assert not dead & set(accepted), f"{name}: a row was accepted and set aside"
+            keeping = pl.Series(keeps(contract_of(self.view, name), kept), dtype=pl.Boolean)
+            broken = set(kept.filter(~keeping).select("__partition", "__offset", "__place").iter_rows())
+            assert dead & set(accepted) == broken, f"{name}: what breaks the contract is a dead letter"
             assert set(accepted) | dead == self.rows.get(name, set()), f"{name}: a row is missing"
         answers, ids = self.answers(), [*self.view.key, self.view.time]
         asked = spine.select(*ids, pl.col("__partition", "__offset", "__place").name.map(lambda name: name[2:]))
         asked = (
-            asked.join(
-                dead_letters.filter(ABOUT_QUESTIONS, pl.col("source") == self.view.spine.name), on=PLACES, how="anti"
-            )
+            asked.join(dead_letters.filter(pl.col("source") == self.view.spine.name), on=PLACES, how="anti")
             .select(ids)
             .unique()
         )

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from schemas import FeatureView
+from schemas.live import live_sources
 from transforms.records.frame_packets import head_of
 from transforms.streaming.journal import Journal, Turn
-from transforms.streaming.live_features import contracts_of, decode_messages
+from transforms.streaming.live_features import decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
@@ -55,7 +56,7 @@ class Job:
             looked_up = AssembleDoFn(view, self.live)  # of the journal's process
             looked_up.setup()
             self.journal.dimensions = looked_up.dimensions
-        self.contracts = contracts_of(view)
+        self.sources = live_sources(view)
         self.now = 0
         start = start or find_recovery_point(view, str(store), begin)
         self.start = {
@@ -68,7 +69,7 @@ class Job:
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""
-        envelope = decode_messages(self.contracts, messages)
+        envelope = decode_messages(self.sources, messages)
         self.now = max(self.now, head_of(envelope)["arrived"])
         admitted, waiting = self.journal.admit(micro_batches_of(envelope), self.now)
         assert not waiting

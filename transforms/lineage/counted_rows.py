@@ -22,7 +22,6 @@ from transforms.features.block_inputs import dimension_rows, distinct_by_key
 from transforms.lineage.erasure_records import Erased
 from transforms.lineage.feature_parity import (
     _computed,
-    about_spine_rows,
     accepted_spine_rows,
     pending,
     rejected_spine_rows,
@@ -40,6 +39,7 @@ from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.fates import FATE_COLUMNS, known_columns
 from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.pending_spine_rows import about_spine_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # They are applied in this order, for a difference that several of them would explain.

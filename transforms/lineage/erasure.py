@@ -29,7 +29,6 @@ from schemas.loading import Definition
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.manifest_store import read_manifest
-from transforms.lineage.feature_parity import about_spine_rows
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
@@ -46,6 +45,7 @@ from transforms.streaming.beginnings import HISTORY_PARTITION
 from transforms.streaming.fates import known_columns, known_order
 from transforms.streaming.live_dimensions import rewrite_versions
 from transforms.streaming.messages import ORIGIN_TYPES
+from transforms.streaming.pending_spine_rows import about_spine_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # Columns of a predictions table that do not name the spine row.

@@ -1,4 +1,6 @@
-"""The rows that a live job accepted, and which of them a feature row could see according to its cut."""
+"""Rows that a live job accepted and that keep a view's contract, and which of them a feature row could see by its
+cut.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ def shown_at(source: str, rows: pl.DataFrame, cuts: Sequence[str]) -> Ints:
 def read_accepted(
     view: FeatureView, store: str, name: str, columns: Sequence[str], start: date | None, end: date | None
 ) -> pl.DataFrame:
-    """Columns of a source's accepted rows with the dates `[start, end)`."""
+    """Columns of a source's accepted rows of the dates `[start, end)` that keep the view's contract."""
     table = open_table(source_uri(sources_root(store), name))
     files = [] if table is None else data_files(table, start, end)
     schema = accepted(view, name)

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         replace_bag,
         write_head,
     )
+    from transforms.streaming.pending_spine_rows import about_spine_rows
     from transforms.streaming.preparation import (
         LiveFeaturesJob,
         LiveFeaturesPlan,

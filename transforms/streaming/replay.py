@@ -24,8 +24,8 @@ from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
-from transforms.streaming.live_features import contracts_of
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
+from transforms.streaming.view_contracts import contracts_of
 
 Ints = npt.NDArray[np.int64]
 
