@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")
-    definition = load_definition(flags.definition)
+    definition = load_definition(flags.definition, flags.view, flags.model)
     view = definition.view
     side = batch_side(view, flags)
     lines: list[str] = []

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse_each
 from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines, steps
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
@@ -23,7 +23,16 @@ MOST_LINES = 40
 
 def main(argv: Sequence[str]) -> int:
     """Prints the plan. Returns 0 whether or not there is anything to compute."""
-    options = parse(argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing.")
+    purpose = "Print what `millrace features` would do with the same flags, and run nothing."
+    for number, options in enumerate(parse_each(argv, "plan", purpose)):
+        if number:
+            print()
+        print_plan(options)
+    return 0
+
+
+def print_plan(options: FeaturesOptions) -> None:
+    """Prints the plan of one view."""
     work = prepare_features(options)
     view = options.view
     inventory = take_inventory(view, options.sources, options.now)
@@ -52,7 +61,6 @@ def main(argv: Sequence[str]) -> int:
             print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
     for note in work.stale.notes:
         print("\n" + wrapped(f"note: {note}", 0, hanging=2))
-    return 0
 
 
 def feature_lines(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:

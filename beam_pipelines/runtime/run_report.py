@@ -38,6 +38,7 @@ class Run:
         self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
         self.figures: dict[str, object] = {"pipeline": pipeline, "run_id": run_id}
         self.where = ""  # its table and dates, for messages
+        self.words: tuple[str, ...] = ()  # flags that choose what the command works on, for the command that resumes it
         progress()
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -98,7 +99,10 @@ def table(title: str, figures: dict[str, object]) -> str:
     for source, tally in tallies.items() if isinstance(tallies, dict) else ():
         flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
     width = max(map(len, flat), default=0)
-    return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())])
+    lines = [f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())]
+    views = figures.get("views")
+    lines += [table(f"{title}: {name}", each) for name, each in views.items()] if isinstance(views, dict) else []
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:

@@ -118,7 +118,7 @@ class StreamingArguments(Arguments):
             DefinitionError: a flag or the definition is refused, or a broker is needed and not named.
         """
         flags, rest = self.parse(argv)
-        definition = load_definition(flags.definition)
+        definition = load_definition(flags.definition, flags.view, flags.model)
         lengths = {
             each.name: microseconds(getattr(flags, each.name), f"--{each.name}", zero=each.zero)
             for each in self.lengths

@@ -467,9 +467,12 @@ def test_a_model_of_another_view_is_refused(tmp_path: Path) -> None:
         GOOD
         + """
 from schemas import Label, Model, TimeSplit
-other = FeatureView("w", spine=view.spine, key="a", features=[Derived(x=pl.col("a"))])
+other = FeatureView("v", spine=view.spine, key="a", features=[Derived(x=pl.col("a") * 7)])
 model = Model(other, Label(view.spine, on="a", value=pl.col("a"), within="1d"), TimeSplit("1d", "1d"))
 """
     )
-    with pytest.raises(DefinitionError, match="reads the view of the same file"):
+    with pytest.raises(
+        DefinitionError,
+        match=r"One name is one view. Got 'v' at .*definition.py, line \d+ and, with other content, at .*line \d+",
+    ):
         load_definition(str(path))

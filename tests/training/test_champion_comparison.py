@@ -220,7 +220,7 @@ def test_rows_are_joined_by_key_and_time_and_those_missing_are_counted(store: Pa
     )
     strangers = rows.head(3).with_columns(visit=pl.lit(-1, pl.Int64))
     asked = pl.concat([rows, strangers]).sample(fraction=1.0, shuffle=True, seed=1)
-    found, missing = own_rows(of(asked), own)
+    found, missing = own_rows(of(asked), [own])
     assert missing == 3
     assert found is not None
     result = pl.from_arrow(found)
@@ -231,7 +231,7 @@ def test_rows_are_joined_by_key_and_time_and_those_missing_are_counted(store: Pa
         maintain_order="left",
     )
     assert result.select(expected.columns).equals(expected)  # type: ignore[union-attr]
-    assert own_rows(of(asked).slice(0, 0), own) == (None, 0)
+    assert own_rows(of(asked).slice(0, 0), [own]) == (None, 0)
 
 
 def of(rows: pl.DataFrame) -> pa.RecordBatch:

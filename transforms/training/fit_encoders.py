@@ -36,7 +36,7 @@ QUANTILE_BINS = 1 << 16
 
 def declared_inputs(model: Model) -> tuple[Encoding, ...]:
     """The model's inputs in order, before fitting."""
-    schema = model.view.output_schema
+    schema = model.rows.schema
     return tuple(Encoding(name, str(schema.field(name).type), model.encode.get(name)) for name in model.inputs)
 
 
