@@ -33,7 +33,7 @@ from transforms.storage.tfrecord_io import (
     publish_tfrecord_files,
 )
 
-Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
+PredictionFiles = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def require_all_scored(files: Written, read: int, listed: int | None, where: str) -> Written:
+def require_all_scored(files: PredictionFiles, read: int, listed: int | None, where: str) -> PredictionFiles:
     """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
 
     Args:
@@ -166,12 +166,12 @@ def require_all_scored(files: Written, read: int, listed: int | None, where: str
     return files
 
 
-def _total(files: Written) -> int:
+def _total(files: PredictionFiles) -> int:
     """Rows in `files`, each file once: equal rows written twice are one file, and count once."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
-def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
+def finish(files: PredictionFiles, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
     figures: dict[str, object] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}

@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
+from datetime import date
 from typing import NoReturn
 
 from beam_pipelines.runtime.addresses import local_path, usable_address
@@ -212,7 +212,3 @@ def finite_number(text: str) -> float:
 
 # XGBoost starts as many threads as it is told to.
 threads = whole(0, 1024)
-
-
-def next_day(value: date) -> date:
-    return value + timedelta(days=1)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.live import live_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.arrays import Ints
 from transforms.records.row_hashing import hash_column, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
@@ -24,8 +24,6 @@ from transforms.sources.inventory import survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)

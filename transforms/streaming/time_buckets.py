@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from transforms.records.arrays import Ints, UInt64s
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s, combine_hashes, hash_columns
+from transforms.records.row_hashing import combine_hashes, hash_columns
 
-Ints = npt.NDArray[np.int64]
 # A bucket and some of its rows.
 Piece = tuple[int, pl.DataFrame]
 # Number of slots of checkpointed state; buckets share them.
