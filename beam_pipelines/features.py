@@ -38,6 +38,7 @@ from transforms.storage.delta_tables import (
     open_table,
     write_files,
 )
+from transforms.storage.feature_tables import lost_commit
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
@@ -92,8 +93,8 @@ def dead_letters_target(
 ) -> CommitTarget:
     """The commit of the dead letters of `days` (None: of all) and of the days that `work.carried` replaces.
 
-    A run that its dead letters stopped has committed them, and their rows may have been corrected before the run is
-    resumed. So every launch commits its dead letters under its own id.
+    A run that is stopped because of its dead letters has committed them, and their rows may be corrected before the run
+    is resumed. So every launch commits its dead letters under its own id.
     """
     uri, carried = dead_letters_uri(options.store, "features"), work.carried
     return CommitTarget(
@@ -106,7 +107,7 @@ def dead_letters_target(
         metadata=metadata,
         days=partition_days(uri, open_table(uri), 0, None),
         shared=(UNDATED,),
-        compares=True,  # runs that see the same files find the same dead letters, also of days of another run
+        compares=True,  # runs that see the same files find the same dead letters, even those of days of another run
     )
 
 
@@ -205,10 +206,10 @@ def write_account(
     path: str,
     carried: int = 0,
 ) -> None:
-    """Writes the run's figures where the launcher, on whatever machine, finds them.
+    """Writes the run's figures where the launcher finds them from any machine.
 
     Args:
-        carried: dead letters among those committed that are of days that the run did not compute.
+        carried: number of committed dead letters of days that the run did not compute.
     """
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(
@@ -236,6 +237,8 @@ def main(argv: Sequence[str]) -> int:
         run.where = options.table
         log.info("listing the sources under %s", options.sources)
         work = prepare(options)
+        if work.base is not None and (lost := lost_commit(options.table, work.base)):
+            log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
         for note in work.stale.notes:
             log.warning(note)
         if work.outdated:
@@ -258,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
-    """Commits the dead letters that have changed, of a run that computes no day."""
+    """Commits the dead letters that have changed, for a run that computes no day."""
     carried, view = work.carried, options.view
     if not carried.dates:
         return

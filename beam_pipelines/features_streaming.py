@@ -142,7 +142,7 @@ def arguments() -> StreamingArguments:
 
 
 def live_settings(options: StreamingOptions, sources: str | None, shards: int) -> LiveSettings:
-    """The settings of the engine; a replay takes each micro-batch at its own time."""
+    """The settings of the engine; in a replay, each micro-batch has its own time."""
     lengths = options.lengths
     return LiveSettings(
         store=options.job.store,
@@ -200,14 +200,14 @@ def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     guard = guard_folder(job.settings.store, f"{job.view.name}.features")
     decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
-    # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
+    # Each branch is mapped separately: a step after the Flatten would be one more exchange through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()
     return (first, decoded) | "Both" >> beam.Flatten()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job until the end of the replay, the end of every partition of the topics, or a signal."""
+    """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
     job.check_and_claim()
     with Run("features --streaming", options.job.run_id, options.folder) as run:
@@ -223,14 +223,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_replay(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Compute the features of the rows of files."""
+    """Computes the features for the rows of files."""
     pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
     build(pipeline, options, prepare_live_features(job))
     execute(pipeline)
 
 
 def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Launch the job until it ends: it is launched again when a topic has more partitions."""
+    """Launches the job until it ends: it is launched again when a topic gets more partitions."""
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
@@ -241,7 +241,7 @@ def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
 
 
 def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: PipelineOptions) -> bool:
-    """Run the job once.  Returns whether it must be launched again."""
+    """Runs the job once.  Returns whether it must be launched again."""
     broker, due = plan.job.required_broker(), plan.due
     warn_of_loss(plan.first_available, due)
     set_group_offsets(broker, plan.group, due)

@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> InferenceOptions:
 
 
 def plan_inference(options: InferenceOptions) -> InferencePlan:
-    """Which model scores which rows; see `transforms.inference.preparation`."""
+    """Decides which model scores which rows; see `transforms.inference.preparation`."""
     return prepare_inference(options)
 
 
@@ -117,17 +117,17 @@ def source(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
 
 
 def sink(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
-    """Predictions to files that nobody sees yet."""
+    """Writes predictions to files that are not visible yet."""
     if options.output_tfrecord:
         return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
     return WriteFiles(plan.target.uri, plan.target.run_id, days=plan.target.days)
 
 
 def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) -> pa.RecordBatch:
-    """tf.Examples as feature rows: `row_id` and `date`, where they were left out, follow from key and time.
+    """Completes tf.Examples to feature rows: missing `row_id` and `date` are computed from key and time.
 
     Raises:
-        ContractError: a row without its key or time.
+        ContractError: a row lacks its key or time.
     """
     rows = frame(batch)
     for name in (*key, time):
@@ -144,17 +144,17 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
 
 
 def require_all_scored(files: PredictionFiles, read: int, listed: int | None, where: str) -> PredictionFiles:
-    """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
+    """Returns `files` if they have one prediction for every feature row that was read, and that the table lists.
 
     Args:
-        files: written.
-        read: rows, counted from what was read.
-        listed: rows by the table's log; None where there is no table. 0: only predictions of rows that are gone are
-            removed.
-        where: they were read.
+        files: the files that were written.
+        read: number of rows that were read.
+        listed: number of rows in the table's log; None if there is no table. 0: only predictions of rows that are gone
+            are removed.
+        where: what was read.
 
     Raises:
-        DataError: nothing is published then.
+        DataError: the numbers differ; nothing is published.
     """
     written = _total(files)
     if read != written or listed not in (read, None):
@@ -167,12 +167,12 @@ def require_all_scored(files: PredictionFiles, read: int, listed: int | None, wh
 
 
 def _total(files: PredictionFiles) -> int:
-    """Rows in `files`, each file once: equal rows written twice are one file, and count once."""
+    """Number of rows in `files`. Each file counts once: equal rows that were written twice are one file."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
 def finish(files: PredictionFiles, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
-    """Make the predictions visible, and leave the run's figures where the launcher finds them."""
+    """Makes the predictions visible, and writes the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
     figures: dict[str, object] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
     if prefix:
@@ -186,7 +186,7 @@ def finish(files: PredictionFiles, read: int, prefix: str | None, target: Commit
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; returns 0 if the predictions are published.
+    """Runs the pipeline; returns 0 if the predictions are published.
 
     With --streaming it runs `beam_pipelines.inference_streaming` instead.
     """

@@ -158,7 +158,8 @@ class Tested:
 
 
 def build(pipeline: beam.Pipeline, options: TrainingOptions, plan: ExamplePlan, provenance: ProvenanceRecord) -> None:
-    """Build the graph.  Steps before the last write files and return their names; the last makes the model visible."""
+    """Builds the graph.  The steps before the last write files and return their names; the last makes the model
+    visible."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
     rival = tested.rows | "Compare" >> CompareWithChampion(challenge_of(options), plan.split)
     explained = tested.rows | "Explain" >> Explain(options.model, PinnedModel(options.bundle), options.cores)
@@ -272,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_problem(options: TrainingOptions) -> None:
-    """Refuse before training what registering would refuse after it.  An unreachable registry is only warned of.
+    """Refuses before training what registering would refuse afterwards.  An unreachable registry only causes a warning.
 
     Raises:
         MismatchError: the model's name stands for another problem.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.statistics [--rows 10000000] [--columns 18] [--json FILE]
 
-The limit that counts (0.6 × a straightforward Polars feature program) is held by `benchmarks/features.py`.
+The relevant limit (0.6 × a straightforward Polars feature program) is checked by `benchmarks/features.py`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def polars(source: str, out: str) -> Figures:
 
 
 def tfdv(source: str, out: str, files: int) -> Figures:
-    """TFDV's in-memory way, on the first files."""
+    """TFDV's in-memory function, on the first files."""
     import tensorflow_data_validation
 
     frame = pl.read_parquet(sorted(Path(source).glob("*.parquet"))[:files]).to_pandas()

@@ -472,7 +472,7 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:
-    """Whether a value of `feature` from the columns `used` depends on which of several rows with equal `known` is used.
+    """Whether a value of `feature` from columns `used` depends on which of several rows with equal `known` is used.
 
     Of rows that repeat a `unique` value at the same time, one stays; of rows with the same key and time, `ordered`
     statistics take one. Columns in which these rows are equal do not depend on which row it is.

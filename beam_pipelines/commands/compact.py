@@ -57,10 +57,10 @@ def compact(argv: Sequence[str]) -> int:
 
 
 def _matching(store: str, patterns: Sequence[str]) -> list[str]:
-    """Tables whose names match; a source's table only if a live job writes it.
+    """Tables whose names match; the table of a source only if a live job writes it.
 
     Raises:
-        DefinitionError: there is no table of a name without *.
+        DefinitionError: a name without * is not that of a table.
     """
     names = [name for name in tables_below(store) if not name.startswith("sources/") or is_of_live_job(store, name)]
     for pattern in patterns:
@@ -75,7 +75,8 @@ def _matching(store: str, patterns: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _marked(store: str, run_id: str) -> Iterator[None]:
-    """Marks the run, so that vacuum leaves its files and nothing is erased beside it.  It leaves no report."""
+    """Writes the marker of the run, so that vacuum spares its files and no erasure runs at the same time.  It leaves no
+    report."""
     folder = os.path.join(store, "runs", run_id)
     begin_run(folder, PIPELINE, run_id)
     try:

@@ -126,13 +126,13 @@ def batch_side(view: FeatureView, flags: argparse.Namespace) -> BatchSide | None
     if open_table(FileSystems.join(flags.store, "features", view.name, view.fingerprint)) is not None:
         return BatchSide.of(view, flags.store)
     root = _last_sources(flags.store)
-    if root is None or not _has_sources(view, root):  # there may be dimensions only
+    if root is None or not _has_sources(view, root):  # there may only be dimensions
         return None
     return BatchSide.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
 
 
 def _last_sources(store: str) -> str | None:
-    """The folder of sources that the store's last live job was given."""
+    """The folder of sources of the store's last live job."""
     newest: tuple[float, str] | None = None
     for each in FileSystems.match([FileSystems.join(store, "runs", "*", "run.json")])[0].metadata_list:
         ran = read_json(each.path)
@@ -150,7 +150,7 @@ def _has_sources(view: FeatureView, root: str) -> bool:
 
 
 def example(view: FeatureView, difference: Mapping[str, object]) -> str:
-    """One difference in words."""
+    """One difference as text."""
     dtype = view.columns[str(difference["feature"])]
     about = ", ".join(
         f"{name} = {format_value(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time)
@@ -198,7 +198,7 @@ def full_table(view: FeatureView, full: FullComparison) -> str:
 
 
 def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | None:
-    """The predictions scored again; None where the store has none."""
+    """The comparison of predictions; None if the store has none."""
     view, model = definition.view, definition.model
     if model is None or open_table(Outlet(view, model.name, flags.store, "").uri) is None:
         return None

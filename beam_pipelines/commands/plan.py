@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def feature_lines(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:
-    """(Name, type, source, how it is made) per feature."""
+    """(Name, type, source, how it is computed) per feature."""
     for feature in view.features:
         for name, source, how in _described(view, feature):
             yield name, str(view.columns[name]), source, how
@@ -111,7 +111,7 @@ def _length(reach: int) -> str:
 
 
 def reasons(options: FeaturesOptions, work: PreparedRun) -> list[tuple[int, int, str]]:
-    """(First day, last day, why) of neighbouring days with one reason."""
+    """(First day, last day, reason) of neighbouring days with the same reason."""
     result: list[tuple[int, int, str]] = []
     for day, why in sorted(work.stale.reasons.items()):
         if result and result[-1][1:] == (day - 1, why):
@@ -144,7 +144,8 @@ def _print_dates(options: FeaturesOptions, work: PreparedRun, plan: FeaturePlan)
 
 
 def estimated_spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
-    """About how many spine rows lie in `[first, last)` µs, taken to spread evenly over their row groups."""
+    """The approximate number of spine rows in `[first, last)` µs, on the assumption that row groups are evenly
+    filled."""
     total = 0.0
     for each in {piece for block in plan.blocks for piece in block.spine}:
         low, high = each.low, each.high + 1
@@ -174,7 +175,7 @@ def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
 
 
 def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[str, ...]]]:
-    """(First day, last day, columns copied) of neighbouring days that are alike."""
+    """(First day, last day, copied columns) of neighbouring days with the same columns."""
     result: list[tuple[int, int, tuple[str, ...]]] = []
     for day in days:
         names = copies.columns.get(day, ())

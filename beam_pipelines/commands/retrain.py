@@ -42,11 +42,11 @@ AGAIN = "retrain.json"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A version trained again, beside the registered one.
+    """The comparison of a version that was trained again with the registered one.
 
     Args:
         metrics: test metrics of the new training.
-        apart: by metric, the registered and the new value where they differ.
+        apart: by metric, the registered and the new value if they differ.
         same_model: whether booster and encoders are the same.
     """
 
@@ -55,7 +55,7 @@ class Comparison:
     same_model: bool
 
     def require_same(self, what: str, causes: Sequence[str]) -> None:
-        """Refuse any difference.
+        """Checks that there is no difference.
 
         Raises:
             MismatchError: the model or a metric differs.
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train a registered version again and compare; 0 when model and metrics are the same to the last bit."""
+    """Trains a registered version again and compares; returns 0 if model and metrics are the same to the last bit."""
     flags, rest = _arguments().parse(argv)
     registry = Registry(registry_uri(flags.store, flags.registry))
     name = flags.model or only_model(registry)
@@ -99,7 +99,7 @@ def _arguments() -> Arguments:
 
 
 def train_again(bundle: Bundle, options: TrainingOptions) -> list[str]:
-    """Run the training pipeline up to its test, and return what differs from the conditions of the first training."""
+    """Runs the training pipeline up to its test, and returns what differs from the conditions of the first training."""
     plan, provenance = resolve(options)
     differences = changed(bundle, provenance)
     for each in differences:
@@ -114,7 +114,7 @@ def train_again(bundle: Bundle, options: TrainingOptions) -> list[str]:
 
 
 def compare_again(bundle: Bundle, options: TrainingOptions, before: Mapping[str, float]) -> Comparison:
-    """Compare the model that `train_again` left with the registered `bundle` and its metrics `before`."""
+    """Compares the model that `train_again` left with the registered `bundle` and its metrics `before`."""
     found = read_record(RetrainingRecord, options.folder, AGAIN)
     again = load_bundle(options.bundle)
     now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
@@ -158,7 +158,7 @@ def recorded_options(
     with tempfile.TemporaryDirectory() as folder:
         recorded = manifest["definition"]
         name = str(recorded["name"])
-        if "modules" not in recorded:  # earlier versions of Millrace kept the one file
+        if "modules" not in recorded:  # earlier versions of Millrace kept only the file of the definition
             name = "definition.py"
         definition = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
         if definition.view.fingerprint != bundle.fingerprint:
@@ -187,7 +187,7 @@ def recorded_options(
 
 
 def recorded_sources_folder(manifest: ModelManifest, store: str) -> str:
-    """The folder of sources that a version was trained on; one within its store is found in `store`."""
+    """The folder of sources on which a version was trained; a folder within its store is found in `store`."""
     sources, table = str(manifest["read"]["sources"]), str(manifest["feature_table"]["uri"])
     if "://" in sources or os.path.isabs(sources):
         # Earlier versions of Millrace recorded whole paths: <store>/features/<view>/<fingerprint> gives the store.
@@ -225,9 +225,9 @@ def changed(bundle: Bundle, provenance: ProvenanceRecord) -> list[str]:
 
 
 def _label_files(manifest: ProvenanceRecord, content: bool) -> Mapping[str, str]:
-    """What identifies each file of the label's source, by path: its content, or its size and time of change.
+    """What identifies each file of the label's source, by path: its content, or its size and time of modification.
 
-    Earlier versions of Millrace recorded the latter alone.
+    Earlier versions of Millrace recorded only the latter.
     """
     if content:
         digests: Mapping[str, str] = manifest["label_content"]
@@ -237,7 +237,7 @@ def _label_files(manifest: ProvenanceRecord, content: bool) -> Mapping[str, str]
 
 
 def leave(report: Report, trained: Trained, account: ExamplesAccount, folder: str) -> None:
-    """Write the report where the launching process reads it."""
+    """Writes the report where the launching process reads it."""
     content: RetrainingRecord = {**metrics_record(report), "digest": trained.digest, "feature_rows": account.rows}
     write_file_atomically(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
 

@@ -1,4 +1,4 @@
-"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must keep."""
+"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must satisfy."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from transforms.validation.tfdv_schema import (
     update_schema,
 )
 
-# More intervals than that say little more about how far two of them lie apart.
+# More intervals would add little information about the distance between two of them.
 PIECES = 60
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SchemaOptions:
-    """The options of one run.  `run_id` is None if none was named."""
+    """The options of one run.  `run_id` is None if the flag was not given."""
 
     definition: Definition
     store: str
@@ -83,7 +83,7 @@ def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
     if rest:
         arguments.error(f"unknown flag {rest[0]}")
     definition = load_definition(flags.definition)
-    # Arguments names every run; here a name is only meant if it was given.
+    # `Arguments` gives every run an id; here only an id from the flag counts.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     return SchemaOptions(
         definition,
@@ -105,7 +105,7 @@ def _days(text: str) -> int:
 
 
 def infer(options: SchemaOptions) -> int:
-    """Write a first schema from the rows of the feature table (all, or of --start to --end)."""
+    """Write a first schema from the rows of the feature table (all, or those of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError(
             "infer writes a first schema",
@@ -125,7 +125,7 @@ def infer(options: SchemaOptions) -> int:
 
 
 def check(options: SchemaOptions) -> int:
-    """Print where statistics break the schema; exit code 7 if they do."""
+    """Print where statistics violate the schema; exit code 7 if they do."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     found = find_anomalies(statistics, schema, previous, meant)
@@ -134,7 +134,7 @@ def check(options: SchemaOptions) -> int:
 
 
 def update(options: SchemaOptions) -> int:
-    """Change the schema as little as needed for the statistics to match it, and show the difference."""
+    """Change the schema as little as needed for the statistics to satisfy it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     changed = update_schema(schema, statistics, view_columns(options.definition.view), previous)
@@ -157,10 +157,10 @@ ACTIONS = {"infer": infer, "check": check, "update": update}
 
 
 def chosen(options: SchemaOptions) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
-    """What statistics are meant, these, and those to measure drift from.
+    """A description of the chosen statistics, the statistics, and those from which to measure drift.
 
-    Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those
-    of the newest commit; else, where commits have none, of all rows.
+    They are those of the rows of --start to --end if one is given; else those that the run --run_id left, whether it
+    was stopped or not; else those of the newest commit; else, if commits have none, those of all rows.
     """
     if options.start or options.end:
         return f"rows of [{options.start or '…'}, {options.end or '…'})", statistics_of_rows(options), None
@@ -223,10 +223,10 @@ def statistics_of_files(options: SchemaOptions, files: Sequence[DataFile]) -> Da
 
 
 def read(options: SchemaOptions) -> Schema:
-    """The schema as it stands.
+    """The present schema.
 
     Raises:
-        DefinitionError: there is none, or it is not one.
+        DefinitionError: there is no schema, or the file is not one.
     """
     text = read_schema(options.schema, required=False)
     if text is None:
@@ -239,7 +239,7 @@ def read(options: SchemaOptions) -> Schema:
 
 
 def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
-    """The anomalies, one a line."""
+    """The anomalies, one per line."""
     if not found:
         return f"{meant}: keeps {schema}"
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
@@ -247,7 +247,7 @@ def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Whole or not at all.
+    """Writes the whole file or nothing.
 
     Raises:
         StoreError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""trace: follow a feature row or a prediction back to what it was made from."""
+"""trace: follow a feature row or a prediction back to its sources."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _trace_prediction(
 
 
 def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live: bool) -> None:
-    """Prints a prediction, its table, and the commit that brought it."""
+    """Prints a prediction, its table, and the commit that added it."""
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {row['model']}{', live' if live else ''}")
     print(
@@ -261,7 +261,7 @@ def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) ->
 
 
 def _here(store: str, table: str) -> str:
-    """A feature table, perhaps with @ and a version, where it lies now: stores may be moved."""
+    """The present path of a feature table, possibly with @ and a version: stores may be moved."""
     uri, at, version = table.rpartition("@") if "@" in table.rsplit("/", 1)[-1] else (table, "", "")
     return present_path(store, uri, "features") + at + version
 
@@ -294,7 +294,7 @@ def _print_trained(store: str, trained: TableVersion) -> None:
 
 
 def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: TableRow) -> None:
-    """Prints the feature row that a live prediction was made from, and where that came from if the store has it."""
+    """Prints the feature row of a live prediction, and its origin if the store has it."""
     view = definition.view
     print("\nthe feature row that was scored")
     print_scored(view, row)
@@ -307,7 +307,8 @@ def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: T
 
 
 def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: TableRow) -> None:
-    """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
+    """Prints the origin of the scored row, from the version of the feature table that was scored if that is still
+    there."""
     uri, _, version = features.rpartition("@")
     table = None
     if version.isdigit() and table_path_in_store(uri).startswith(

@@ -12,8 +12,8 @@ def print_seen(view: FeatureView, store: str, row: TableRow, days: bool, most: i
     """Prints where the spine row of a live feature row came from, and what the feature row could see.
 
     Args:
-        row: of the live feature table.
-        days: list the days of each source however many; else up to `most`.
+        row: a row of the live feature table.
+        days: list all days of each source; otherwise up to `most`.
     """
     late = ", after the watermark of its partition" if row["__late"] else ""
     print("\nquestion")
@@ -26,7 +26,7 @@ def print_seen(view: FeatureView, store: str, row: TableRow, days: bool, most: i
 
 
 def print_scored(view: FeatureView, row: TableRow) -> None:
-    """Prints which feature row a live prediction was made from, and when."""
+    """Prints the feature row from which a live prediction was made, and when."""
     where = _position(f"{view.name}.features", row)
     print(
         wrapped(

@@ -1,4 +1,4 @@
-"""verify: rows of a feature table computed again, plainly, from all rows of the sources."""
+"""verify: computes rows of a feature table again, by plain code, from all rows of the sources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transforms.verification.check import VERIFIED_ROWS, SampleSize, Verificatio
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when no value differs; 5 and the row, its feature and both values when one does."""
+    """Returns 0 if no value differs, else 5; prints a row that differs, its feature and both values."""
     arguments = Arguments(
         "millrace verify", "Compute rows of a feature table again by plain code, from all rows of the sources."
     )
@@ -63,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None) -> Verified:
-    """Verify rows of the view's batch table.
+    """Verifies rows of the view's batch table.
 
     Raises:
-        DataError: it has none in the interval.
+        DataError: it has no rows in the interval.
     """
     table = open_table(features_uri(flags.store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, flags.start, flags.end)

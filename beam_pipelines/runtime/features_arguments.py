@@ -22,7 +22,7 @@ class FeaturesOptions(FeaturesRequest):
 
     Args:
         run_id: id of the run, which commits once.
-        rules: what the publish check is to check; None: there is none.
+        rules: the rules of the publish check; None: there is no check.
         verify: how many rows are verified before the commit.
         beam_args: flags for Beam.
     """
@@ -142,7 +142,7 @@ def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishR
 
 
 def shards(text: str) -> int | None:
-    """A number of parts; None for "auto"."""
+    """Parses a number of parts; None for "auto"."""
     if text == "auto":
         return None
     if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:

@@ -18,8 +18,8 @@ OptionsType = TypeVar("OptionsType", bound=PipelineOptions)
 
 
 class BatchOptions(PipelineOptions):
-    """Beam's options, whose views are made once: Beam asks for one several times for each step, and each time parses
-    the flags."""
+    """Beam's options, with cached views: Beam requests a view several times for each step, and parses the flags each
+    time."""
 
     def view_as(self, cls: type[OptionsType]) -> OptionsType:
         views = self.__dict__.setdefault("_views", {})

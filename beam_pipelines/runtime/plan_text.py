@@ -68,7 +68,7 @@ def _history(chains: Sequence[Chain], segments: Sequence[SnapshotSegment]) -> It
 
 
 def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
-    """Labels of the steps that `features.build` makes, with those right below them.
+    """Labels of the steps that `features.build` adds, with the steps directly below them.
 
     They are listed here because building the graph imports Beam; a test compares the list with the graph.
 
@@ -103,7 +103,7 @@ def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
 
 
 def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Describes what is read before a run to find out what it has to do."""
+    """Describes what a run reads beforehand to find out what it has to do."""
     digested, repeats = looked.get(DIGESTED, {}), looked.get(REPEATS, {})
     if any(digested.values()):
         counts = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
@@ -152,7 +152,7 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
 
 
 def windows(view: FeatureView, source: str) -> Iterator[tuple[int, str]]:
-    """(µs, as written) of each window over `source` that has a length."""
+    """(length in µs, length as written) of each bounded window over `source`."""
     yield from {(length, window) for length, window, _ in _statistics(view, source) if length is not None}
 
 

@@ -17,7 +17,7 @@ from transforms.streaming.kafka_properties import read_properties, secrets_of
 from transforms.streaming.live_job import LiveJob
 from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 
-# Flag → its default, its greatest value, and what it counts.  Python's own stack bounds the depth.
+# Flag → its default, its greatest value, and what it limits.  Python's stack bounds the depth.
 LIMIT_FLAGS = {
     "max_message_rows": (DEFAULT_LIMITS.rows, 2**31 - 1, "rows"),
     "max_message_mb": (DEFAULT_LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
@@ -43,7 +43,7 @@ class StreamingOptions:
     Args:
         job: where the job reads and writes.
         lengths: µs by the name of the flag.
-        limits: what a message may hold.
+        limits: the most that a message may contain.
         beam_args: the flags for Beam.
     """
 
@@ -67,7 +67,7 @@ class StreamingArguments(Arguments):
     """The parser of a live pipeline: `Arguments`, with the shared flags.
 
     Args:
-        source: what --source means.
+        source: the help of --source.
         results: what the pipeline writes, for the help of --sink.
         lengths: flags whose values are lengths of time.
     """
@@ -144,7 +144,7 @@ class StreamingArguments(Arguments):
 
 
 def _broker(flags: argparse.Namespace) -> Broker | None:
-    """The broker of the flags; None if they name none."""
+    """The broker that the flags name; None if they name none."""
     if flags.bootstrap is None:
         return None
     java = read_properties(flags.kafka_properties) if flags.kafka_properties else {}

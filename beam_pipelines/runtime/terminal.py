@@ -1,4 +1,4 @@
-"""Text for terminals: a table if it fits, else a paragraph per row."""
+"""Text for terminals: a table if it fits, otherwise a paragraph per row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags that say how many rows a run verifies before its commit."""
+"""Flags that decide how many rows a run verifies before its commit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 from beam_pipelines.runtime.arguments import Arguments, fraction
 from transforms.verification.check import VERIFIED_ROWS, VERIFIED_SHARE, VERIFIED_SHARE_OF_EVERYTHING, SampleSize
 
-# Value of --verify and --rows for every row.
+# The value of --verify and --rows that means every row.
 ALL = -1
 
 
@@ -20,7 +20,7 @@ class VerifyFlags:
     share: float | None = None
 
     def amount(self, began: int, everything: bool) -> SampleSize | None:
-        """How many rows a run verifies that began at `began`, µs since 1970; None: none at all."""
+        """How many rows a run verifies that began at `began`, µs since 1970; None: it verifies none."""
         if self.rows == 0:
             return None
         if self.rows is not None:

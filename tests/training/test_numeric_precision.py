@@ -120,6 +120,23 @@ def test_integers_are_the_sum_of_their_columns(values: list[int], cuts: list[int
         assert state.keys() <= {"value"}
 
 
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=6),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.randoms(),
+    st.sampled_from(
+        [encoders.MinMax(), encoders.Standardize(), encoders.Robust(), encoders.Bucketize(3), encoders.Impute("median")]
+    ),
+    st.sampled_from([pa.float32(), pa.float64()]),
+)
+def test_the_sign_of_zero_does_not_depend_on_the_order_of_rows(
+    values: list[float], cuts: list[int], chance: Any, encoder: Any, kind: pa.DataType
+) -> None:
+    expected = fit(encoder, pa.array(values, kind), [], chance).to_json()
+    shuffled = chance.sample(values, len(values))
+    assert fit(encoder, pa.array(shuffled, kind), cuts, chance).to_json() == expected
+
+
 @given(st.integers(LOW, HIGH), st.integers(0, 2**64 - 1))
 def test_enough_columns_are_made_for_any_range(least: int, span: int) -> None:
     greatest = min(least + span, HIGH)

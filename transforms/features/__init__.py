@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transforms.features.long_windows import LONG, firsts_and_lasts
     from transforms.features.manifest import MANIFEST_VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
+    from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows, Keys, PackedEvents
     from transforms.features.plan import (
         BLOCK_ROWS,
         BROADCAST_BYTES,

@@ -1,10 +1,10 @@
 """Removes rows of a source, and everything in the store that was made from them, for good.
 
 Everything that the next runs make again is removed as a whole: feature tables that read the source, with all their
-    versions, lifetime summaries, digests and statistics, and the dead letters of the source. From everything else, only
-    the rows themselves and those that could see them are removed: predictions; accepted rows, feature rows and
-    dimension versions of live jobs. Files of older versions are deleted. The source comes last, so that an interrupted
-    erasure finds the same rows again.
+versions, lifetime summaries, digests and statistics, and the dead letters of the source. From everything else, only the
+rows themselves and those that could see them are removed: predictions; accepted rows, feature rows and dimension
+versions of live jobs. Files of older versions are deleted. The source comes last, so that an interrupted erasure finds
+the same rows again.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         hash_column,
         hash_columns,
         hash_text,
+        key_hashes,
+        keys_hashes,
         mix_bits,
         prediction_ids,
         row_ids,

@@ -131,7 +131,9 @@ class Moments:
         known = values[~np.isnan(values)]
         if not len(known):
             return cls()
-        return cls(len(known), exact_sum(known), exact_squares(known), float(known.min()), float(known.max()))
+        # Of 0.0 and −0.0, which are equal, the order of rows would choose the sign: + 0.0 makes both 0.0.
+        least, greatest = float(known.min()) + 0.0, float(known.max()) + 0.0
+        return cls(len(known), exact_sum(known), exact_squares(known), least, greatest)
 
     @classmethod
     def of_integers(cls, values: Ints) -> Moments:

@@ -82,6 +82,20 @@ def combine_hashes(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
     return state
 
 
+def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
+    """One hash per row of the key `columns`; integers of different widths have equal hashes."""
+    return keys_hashes(frame, [tuple(columns)])[tuple(columns)]
+
+
+def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], UInt64s]:
+    """As `key_hashes`, for several keys."""
+    keys = list(dict.fromkeys(keys))
+    if not len(frame):
+        return {key: np.empty(0, np.uint64) for key in keys}
+    hashed = hash_columns(frame, [name for key in keys for name in key])
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
+
+
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
     """The `row_id` (int64) of rows identified by `columns`.
 

@@ -1,9 +1,9 @@
 """Repeats: rows that satisfy the contract, but follow another row with the same `unique` value.
 
 Rows with the same value are in the order in which they became known: by time, then by the columns that break ties.  A
-    row is a repeat if another one, itself a repeat or not, became known before it by at most the *memory*.  Batch
-    remembers everything, so there the first row stays.  Whether a row is a repeat therefore depends on the rows alone
-    and not on the order in which they are read, and a further row can only turn a row that counts into a repeat.
+row is a repeat if another one, itself a repeat or not, became known before it by at most the *memory*.  Batch remembers
+everything, so there the first row stays.  Whether a row is a repeat therefore depends on the rows alone and not on the
+order in which they are read, and a further row can only turn a row that counts into a repeat.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
         write_files,
     )
     from transforms.storage.durable import rename_files, sync_file, sync_folder, sync_folders, write_file
-    from transforms.storage.feature_tables import open_feature_table
+    from transforms.storage.feature_tables import lost_commit, open_feature_table
     from transforms.storage.file_systems import FileSystems, open_regular, require_regular
+    from transforms.storage.log_check import IncompleteLogError
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,

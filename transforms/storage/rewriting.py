@@ -33,7 +33,7 @@ from transforms.storage.date_spans import (
 )
 from transforms.storage.delta_log import LOG_FOLDER, logged_versions, path_within, root_of
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES, LogEntry, RemovedFile, write_checkpoint
+from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_checkpoint
 from transforms.storage.stored_json import explain_damage, read_regular
 
 # (Rows of a row group, path of the file) → for each row, whether it is removed.
@@ -233,7 +233,7 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
 def _without_counts(line: str) -> str:
     action = json.loads(line)
     if "commitInfo" in action:
-        for name in (ADDED_FILES, REMOVED_FILES):
+        for name in COUNTS:
             action["commitInfo"].get("operationMetrics", {}).pop(name, None)
     return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
 

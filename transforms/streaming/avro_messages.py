@@ -1,9 +1,9 @@
 """Avro containers as messages, read within limits.
 
 The schema of an Avro file is part of the file, and fastavro trusts it: a schema that nests thousands of levels or
-    refers to itself overflows the stack, an array of two billion nulls takes a few bytes, and blocks decompress to any
-    size.  So the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro
-    reads only the declared columns from the resulting container without compression.
+refers to itself overflows the stack, an array of two billion nulls takes a few bytes, and blocks decompress to any
+size.  So the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro reads
+only the declared columns from the resulting container without compression.
 """
 
 from __future__ import annotations

@@ -340,17 +340,12 @@ class Journal:
             self._count(name, "late", late)
         if name in self.repeats:
             columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
-            rows = rows.select(*columns, row_identity(rows))
+            rows = rows[columns].hstack([row_identity(rows)])
             distinct = self.repeats[name].deduplicate(rows, self.horizon)
             if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
                 self._count(name, "repeated", distinct.repeated)
-            replaced = distinct.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
-            whole = whole.with_columns(
-                rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
-                rows.join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
-                rows[RID].is_in(distinct.uncompared.implode()).alias("__uncompared"),
-            )
-            rows = distinct.counted.select(*self.view.columns_held(name), RID)
+            whole = whole.hstack(distinct.fates(rows[RID]))
+            rows = distinct.counted[[*self.view.columns_held(name), RID]]
             if len(distinct.replaced):
                 routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:

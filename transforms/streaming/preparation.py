@@ -24,7 +24,7 @@ from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
 from transforms.streaming.recovery import find_recovery_point
-from transforms.streaming.replay import Replay
+from transforms.streaming.replay import Replay, stream_digests
 from transforms.streaming.store_owner import claim
 
 
@@ -78,10 +78,11 @@ class LiveFeaturesJob:
 
         Raises:
             DefinitionError: a source has no history, and the job does not start without.
-            StoreError: the store belongs to another view or stream.
+            StoreError: the store belongs to another view or stream, or a replay's files have changed since.
         """
         self.handover.check()
-        claim(self.view, self.settings.store, self.stream)
+        rows = None if self.replay is None else stream_digests(self.view, self.replay)
+        claim(self.view, self.settings.store, self.stream, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

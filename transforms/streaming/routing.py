@@ -12,9 +12,9 @@ import polars as pl
 
 from schemas.views import FeatureView
 from transforms.records.arrays import Bools, Ints, UInt64s
+from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
-from transforms.streaming.time_buckets import key_hashes, keys_hashes
 
 
 class TurnRouting:
