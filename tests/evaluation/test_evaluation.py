@@ -20,7 +20,7 @@ from schemas import Gates
 from schemas.models import METRICS_OF
 from transforms.evaluation.evaluate import EvaluationSlice, Report, Tallying, metrics_record, report, tally
 from transforms.evaluation.gates import Verdict, verdicts
-from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total_tally
+from transforms.evaluation.metrics import MetricTally, auc_error, metrics
 
 scored = st.tuples(
     st.sampled_from([0.0, 1.0]), st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -37,7 +37,7 @@ def test_binary_metrics_are_those_of_scikit_learn(rows: list[Any], positions: li
     cuts = [0, *sorted(min(position, len(rows)) for position in positions), len(rows)]
     parts = [binary(rows[low:high]) for low, high in itertools.pairwise(cuts)]
     random.shuffle(parts)
-    found = metrics("binary:logistic", total_tally(parts))
+    found = metrics("binary:logistic", sum(parts, MetricTally()))
     assert found == metrics("binary:logistic", binary(rows))
     label, score = np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.float32)
     assert found["brier"] == pytest.approx(theirs.brier_score_loss(label, score, pos_label=1))
@@ -58,7 +58,8 @@ def test_binned_ranking_stays_within_its_stated_error(monkeypatch: pytest.Monkey
     exact = MetricTally.of("binary:logistic", label, score)
     assert auc_error(exact.bins) == 0  # type: ignore[arg-type]
     monkeypatch.setattr("transforms.evaluation.metrics.SCORE_BINS", 256)
-    coarse = total_tally(MetricTally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3))
+    thirds = [MetricTally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3)]
+    coarse = sum(thirds, MetricTally())
     assert coarse.bins is not None
     assert len(coarse.bins.keys) <= 256
     stated = auc_error(coarse.bins)
@@ -108,7 +109,7 @@ def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, pos
         if high > low
     ]
     random.shuffle(parts)
-    found = metrics("multi:softprob", total_tally(parts))
+    found = metrics("multi:softprob", sum(parts, MetricTally()))
     assert found == metrics("multi:softprob", MetricTally.of("multi:softprob", label, score))
     expected = theirs_of_several(label, score)
     assert list(found) == list(METRICS_OF["multi:softprob"]) == list(expected)

@@ -13,11 +13,11 @@ from beam_pipelines import features
 from beam_pipelines.features import FeaturesOptions
 from schemas import Source
 from tests.support import shop
+from tests.support.slices import slices_of
 from transforms.features.source_digests import _dimension_digest
 from transforms.records.row_hashing import combine_hashes, hash_column
 from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import slices_of
 from transforms.sources.reader import READ_CHUNK_ROWS
 
 

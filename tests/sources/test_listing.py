@@ -13,8 +13,9 @@ from deltalake import write_deltalake
 
 from schemas import Source
 from schemas.errors import ContractError, DataError, MillraceError
+from tests.support.slices import slices_of
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import slices_of, source_files, survey_source
+from transforms.sources.inventory import source_files, survey_source
 from transforms.sources.listing import list_files
 
 source = Source("sales", columns={"id": pl.Int64})

@@ -17,11 +17,11 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from tests.support.slices import slices_of
 from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import YEARS, Contract, check_rows, type_holds
-from transforms.sources.inventory import slices_of
 from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
 

@@ -27,7 +27,7 @@ from transforms.models.encoders import Encoding, Fitted, columns_needed
 from transforms.models.mlflow_pyfunc import PyfuncModel
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import PinnedModel, open_scorer, score
-from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
+from transforms.records.exact_sums import UNIT, Moments, exact_squares, integer_sums, root
 from transforms.training.data_checks import Level, Suspect
 from transforms.training.fit_encoders import Fitting
 from transforms.validation.numeric_sketch import NumericSketch
@@ -213,7 +213,8 @@ def test_the_figures_of_the_report() -> None:
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=30))
 def test_squares_are_exact(values: list[float]) -> None:
-    assert square_ratio(exact_squares(np.array(values, np.float64))) == sum(Fraction(value) ** 2 for value in values)
+    squares = Fraction(exact_squares(np.array(values, np.float64)), 1 << 2 * UNIT)
+    assert squares == sum(Fraction(value) ** 2 for value in values)
 
 
 @given(st.lists(st.integers(LOW, HIGH), max_size=30))

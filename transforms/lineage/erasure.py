@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +27,7 @@ from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.manifest_store import read_manifest
+from transforms.records.arrays import Bools
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
@@ -118,7 +118,7 @@ class SourceFiles:
     paths: tuple[str, ...]
     contract: Contract
 
-    def matches(self, condition: Condition, group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+    def matches(self, condition: Condition, group: pa.Table, path: str) -> Bools:
         """Whether each row of a row group is to be erased."""
         return condition.of(self.rows(group, path, condition.columns)).to_numpy()
 
@@ -269,7 +269,7 @@ class Erasure:
         """
         names = [self.source.name, *(f"{view}.features" for view in self._views())]
 
-        def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        def matches(group: pa.Table, path: str) -> Bools:
             rows = frame(group)
             hit = rows["source"].is_in(names)
             if "place" in rows.columns:
@@ -387,7 +387,7 @@ class Erasure:
         for name in (*self._tables("predictions"), *self._tables("predictions_live")):
             gone = pl.Series(live_row_ids if name.startswith("predictions_live/") else [], dtype=pl.Int64)
 
-            def matches(group: pa.Table, path: str, gone: pl.Series = gone) -> npt.NDArray[np.bool_]:
+            def matches(group: pa.Table, path: str, gone: pl.Series = gone) -> Bools:
                 rows = frame(group)
                 hit = self._predicted(rows) | rows["row_id"].is_in(gone.implode())
                 ids.update(rows["prediction_id"].filter(hit).to_list())
@@ -566,7 +566,7 @@ def _counting(origins: pl.DataFrame) -> Revise:
 def _with_ids(row_ids: Collection[int]) -> Matches:
     ids = pl.Series(list(row_ids), dtype=pl.Int64)
 
-    def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+    def matches(group: pa.Table, path: str) -> Bools:
         return frame(group.select(["row_id"]))["row_id"].is_in(ids.implode()).to_numpy()
 
     return matches

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from beam_pipelines import features
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.protection import hide, printable, terminal_of, without_secrets
-from beam_pipelines.runtime.run_report import Run, progress, table, write_json
+from beam_pipelines.runtime.run_report import Run, figures_table, progress, write_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError
 from tests.support import market
@@ -37,7 +37,7 @@ def test_every_way_out_of_a_command_is_escaped(capsys: pytest.CaptureFixture[str
         print(ATTACK)
         sys.stderr.writelines([ATTACK])
         print(columns(["name", "x"], [[ATTACK + "\nforged", "1"]]))
-        print(table("t", {"x": ATTACK}))
+        print(figures_table("t", {"x": ATTACK}))
         progress()
         logging.getLogger("millrace.test").warning("says %s", ATTACK)
         raise DataError("A rule", ATTACK, "")
@@ -131,7 +131,7 @@ def test_a_value_with_line_feeds_begins_no_line_of_its_own(capsys: pytest.Captur
         progress()
         logging.getLogger("millrace.test").warning("row %s is odd", forged)
         print(columns(["name"], [[forged]]))
-        print(table("t", {"x": forged}))
+        print(figures_table("t", {"x": forged}))
         print(format_value(forged))
         with Run("features", "r", str(tmp_path / "r")):
             raise DataError("A rule", forged, forged)
