@@ -14,6 +14,7 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.streaming.accepted_rows import accepted_file
+    from transforms.streaming.beginnings import HISTORY_PARTITION
     from transforms.streaming.crash_guard import CrashGuard, guard_folder
     from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
     from transforms.streaming.groups import shard_groups
