@@ -15,7 +15,7 @@ from datetime import date
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import day, whole
+from beam_pipelines.runtime.arguments import utc_day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -34,7 +34,7 @@ from schemas.errors import DefinitionError
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
 from transforms.streaming.crash_guard import guard_folder
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         raise DefinitionError(
             "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
         )
-    groups_of(view)
+    shard_groups(view)
     handover = Handover(
         view,
         options.store,
@@ -110,12 +110,12 @@ def arguments() -> StreamingArguments:
     )
     result.add_argument(
         "--start",
-        type=day,
+        type=utc_day,
         help="first UTC day whose rows come as messages, like 2013-01-01; earlier rows under --sources are history "
         "(default: replay, the first day in the files; kafka, the end of each source's history)",
     )
     result.add_argument(
-        "--end", type=day, help="replay: the UTC day after the last (default: the day after the last in the files)"
+        "--end", type=utc_day, help="replay: the UTC day after the last (default: the day after the last in the files)"
     )
     result.add_argument(
         "--sources",

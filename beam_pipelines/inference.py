@@ -37,7 +37,7 @@ Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(InferenceRequest):
+class InferenceOptions(InferenceRequest):
     """The options of one run: what to score, and how to run it.
 
     Args:
@@ -54,7 +54,7 @@ class Options(InferenceRequest):
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> InferenceOptions:
     """Options from flags.
 
     Raises:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> Options:
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"
         raise DefinitionError("--start and --end choose rows of the feature table", "--input_tfrecord beside them", fix)
-    return Options(
+    return InferenceOptions(
         definition=load_definition(flags.definition),
         store=flags.store,
         registry=registry_uri(flags.store, flags.registry),
@@ -90,25 +90,25 @@ def parse(argv: Sequence[str]) -> Options:
     )
 
 
-def plan_inference(options: Options) -> InferencePlan:
+def plan_inference(options: InferenceOptions) -> InferencePlan:
     """Decides which model scores which rows; see `transforms.inference.preparation`."""
     return prepare_inference(options)
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:
+def build(pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan) -> None:
     """The graph: features → predictions → files, counted → published at once."""
     features = pipeline | "Features" >> source(options, plan)
     read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
     listed = None if options.input_tfrecord else sum(file.rows for file in plan.files)
-    checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(read), listed, plan.features)
+    checked = files | "Conserve" >> beam.Map(require_all_scored, beam.pvalue.AsSingleton(read), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
     publish = beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan.target, account)
     _ = checked | "Publish" >> publish
 
 
-def source(options: Options, plan: InferencePlan) -> beam.PTransform:
+def source(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
     """Feature rows: RecordBatches of the plan's columns."""
     if not options.input_tfrecord:
         return ReadTable(plan.files, tuple(plan.columns.names))
@@ -116,7 +116,7 @@ def source(options: Options, plan: InferencePlan) -> beam.PTransform:
     return ReadExamples(plan.paths, plan.columns) | "Complete" >> beam.Map(complete, view.name, view.key, view.time)
 
 
-def sink(options: Options, plan: InferencePlan) -> beam.PTransform:
+def sink(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
     """Writes predictions to files that are not visible yet."""
     if options.output_tfrecord:
         return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
@@ -143,7 +143,7 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def conserve(files: Written, read: int, listed: int | None, where: str) -> Written:
+def require_all_scored(files: Written, read: int, listed: int | None, where: str) -> Written:
     """Returns `files` if they have one prediction for every feature row that was read, and that the table lists.
 
     Args:

@@ -40,16 +40,16 @@ def write(folder: Path, rows: int, columns: int) -> None:
 
 def millrace(source: str, out: str) -> Figures:
     """What the features pipeline does with each batch, and the proto at the end."""
-    from transforms.validation.statistics import describe, described, nothing, proto
+    from transforms.validation.statistics import columns_described, describe_batch, describe_nothing, statistics_proto
 
     paths = sorted(Path(source).glob("*.parquet"))
     schema = pq.read_schema(paths[0])
-    columns = described(schema, schema.names)
-    total = nothing(columns)
+    columns = columns_described(schema, schema.names)
+    total = describe_nothing(columns)
     for path in paths:
         (batch,) = pq.read_table(path, use_threads=False).combine_chunks().to_batches()
-        total = total + describe(batch, columns)
-    statistics = proto(total)
+        total = total + describe_batch(batch, columns)
+    statistics = statistics_proto(total)
     Path(out).write_bytes(statistics.SerializeToString())
     return {"rows": total.rows, "mean": statistics.datasets[0].features[0].num_stats.mean}
 

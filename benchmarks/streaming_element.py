@@ -34,9 +34,9 @@ from apache_beam.transforms.userstate import (
 
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.loading import load_definition
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, set_group_offsets
 from transforms.streaming.messages import HEARTBEAT, Message
 
@@ -71,8 +71,8 @@ class Rows(beam.DoFn):
 
     def setup(self) -> None:
         view = load_definition(DEFINITION).view
-        self.spine, self.view, self.groups = view.spine, view, groups_of(view)
-        self.sources = sources_of(view)
+        self.spine, self.view, self.groups = view.spine, view, shard_groups(view)
+        self.sources = live_sources(view)
 
     def process(self, message: Message) -> Iterator[Element]:
         if message.key == HEARTBEAT:
@@ -99,7 +99,7 @@ class Windows(beam.DoFn):
     CLEAN = TimerSpec("clean", TimeDomain.REAL_TIME)
 
     def setup(self) -> None:
-        self.groups = groups_of(load_definition(DEFINITION).view)
+        self.groups = shard_groups(load_definition(DEFINITION).view)
 
     def process(
         self,
@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
     flags, rest = parser.parse_known_args(argv)
     broker, topics = (
         Broker(flags.bootstrap, flags.expansion_service),
-        tuple(sources_of(load_definition(DEFINITION).view)),
+        tuple(live_sources(load_definition(DEFINITION).view)),
     )
     group = f"element-{uuid.uuid4().hex[:8]}"
     set_group_offsets(broker, group, begin_offsets(broker, topics))

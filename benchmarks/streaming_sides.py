@@ -15,7 +15,7 @@ from benchmarks.measure import say
 from benchmarks.streaming_lag import completed, computed
 from benchmarks.streaming_rig import SHARE, STAMPED, Rig, Watch, distribution
 from deploy.streaming.processes import Child
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.kafka import Broker, end_offsets
 
 # Events of the year of flights per second of its own time.
@@ -194,7 +194,7 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
     """A backlog of some days through a DoFn with one element per row; how fast is it processed?"""
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
     with Rig(folder, sources) as rig, Watch(rig) as watch:
-        topic, parts = "elements", len(groups_of(rig.view))
+        topic, parts = "elements", len(shard_groups(rig.view))
         rig.broker.create(topic, partitions=rig.partitions, config=STAMPED)
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)

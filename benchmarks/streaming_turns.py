@@ -71,7 +71,7 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
     decode it."""
     from schemas.loading import load_definition
     from transforms.records.frame_packets import head_of
-    from transforms.streaming.live_features import contracts_of, decoded
+    from transforms.streaming.live_features import contracts_of, decode_messages
     from transforms.streaming.messages import heartbeat
     from transforms.streaming.replay import Replay, chunks
 
@@ -97,7 +97,7 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
             ]
             sent = [numbered(each, offsets) for each in [*some, *(beats if some is messages else ())]]
             cpu, wall = time.process_time(), time.perf_counter()
-            envelope = decoded(contracts, sent, index=index)
+            envelope = decode_messages(contracts, sent, index=index)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             yield envelope, sum(each[-1] for each in head_of(envelope)["parts"]), *spent
             index += 1

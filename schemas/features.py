@@ -28,7 +28,7 @@ ARITHMETIC = "64 bits"
 By = str | tuple[str, ...] | Mapping[str, str]
 
 
-def stored(dtype: pl.DataType, what: str) -> pl.DataType:
+def stored_type(dtype: pl.DataType, what: str) -> pl.DataType:
     """The type in which a feature is stored: Int64 for integers, Float32 for other numbers, strings and booleans
     unchanged."""
     if dtype.is_integer():
@@ -81,7 +81,7 @@ class Derived:
                     f"{what} = {expr}, beside the column {name!r} above it",
                     "Rename the feature",
                 )
-            result[name] = stored(dtype_of(expr, known, what), what)
+            result[name] = stored_type(dtype_of(expr, known, what), what)
         return result
 
     def computed(
@@ -225,7 +225,7 @@ class Trailing:
         if statistic.stat in ("count", "n_unique"):
             return pl.Int64()
         if statistic.stat in ORDERED:
-            return stored(self.source.schema[statistic.column], statistic.name)
+            return stored_type(self.source.schema[statistic.column], statistic.name)
         return pl.Float32()
 
     def meaning(self, name: str) -> dict[str, object]:
@@ -301,7 +301,7 @@ class Latest:
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
         _fitting_keys(self, known)
-        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+        return {name: stored_type(self.source.schema[column], name) for column, name in self.renamed.items()}
 
     def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
@@ -359,7 +359,7 @@ class Lookup:
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
         _fitting_keys(self, known)
-        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+        return {name: stored_type(self.source.schema[column], name) for column, name in self.renamed.items()}
 
     def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
@@ -472,7 +472,7 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:
-    """Whether a value of `feature` from columns `used` depends on which of several rows with equal `known` is taken.
+    """Whether a value of `feature` from columns `used` depends on which of several rows with equal `known` is used.
 
     Of rows that repeat a `unique` value at the same time, one stays; of rows with the same key and time, `ordered`
     statistics take one. Columns in which these rows are equal do not depend on which row it is.

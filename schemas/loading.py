@@ -119,7 +119,7 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
         return load_definition(str(folder / own) if name.endswith(".py") else name)
 
 
-def decoded(source: bytes) -> str:
+def decode_python(source: bytes) -> str:
     """The text of a Python file, in the encoding that it declares."""
     return source.decode(tokenize.detect_encoding(io.BytesIO(source).readline)[0])
 

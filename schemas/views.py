@@ -368,6 +368,7 @@ def _short(feature: object) -> str:
     return f"{type(feature).__name__}({source}, by={feature.by!r})" if source else str(feature)  # type: ignore[attr-defined]
 
 
+@functools.lru_cache(256)
 def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
     """Sources over which there are lifetime windows."""
     return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]

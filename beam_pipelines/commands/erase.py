@@ -20,7 +20,7 @@ from schemas.loading import Definition, load_definition, load_recorded
 from schemas.sources import Source
 from transforms.lineage.erasure import Condition, Erasure
 from transforms.lineage.erasure_records import ErasureRecord, erasures, now_text
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import ERASE, require_no_erasure
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
     with contextlib.ExitStack() as stack:
         definition = definition_of(flags, stack)
-        condition = Condition(source_of(definition, flags.source), flags.where)
+        condition = Condition(declared_source(definition, flags.source), flags.where)
         roots = (os.path.abspath(flags.sources),) if flags.sources else ()
         run_id = f"erase-{uuid.uuid4().hex[:12]}"
         erasure = Erasure(definition, condition, flags.store, roots, run_id, flags.keep_sources)
@@ -88,7 +88,7 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
     registry, found = Registry(registry_uri(flags.store, flags.registry)), list[str]()
     for name, version in sorted(registry.models(), key=lambda each: int(each[1]), reverse=True):
         _, folder, digest = registry.locate(name, version)
-        recorded = load(folder, digest).manifest.get("definition") or {}
+        recorded = load_bundle(folder, digest).manifest.get("definition") or {}
         if "source" not in recorded or "modules" not in recorded:  # manifests of earlier versions of Millrace
             continue
         files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -130,7 +130,7 @@ def declared_by(definition: Definition) -> dict[str, Source]:
     return declared
 
 
-def source_of(definition: Definition, name: str) -> Source:
+def declared_source(definition: Definition, name: str) -> Source:
     """The source that the definition declares under this name.
 
     Raises:

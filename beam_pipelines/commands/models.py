@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from beam_pipelines.runtime.arguments import Arguments, identifier
+from beam_pipelines.runtime.arguments import Arguments, file_name_part
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
@@ -105,7 +105,7 @@ def register(argv: Sequence[str]) -> int:
     from transforms.training.publish_model import failed_gates, register_run
 
     arguments = _arguments("register", register.__doc__ or "")
-    arguments.add_argument("run", type=identifier, help="the run that trained it")
+    arguments.add_argument("run", type=file_name_part, help="the run that trained it")
     flags = arguments.parse_all(argv)
     folder = FileSystems.join(flags.store, "runs", flags.run)
     if "://" not in folder and not os.path.isdir(folder):

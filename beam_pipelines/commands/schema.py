@@ -17,7 +17,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
 from schemas.loading import Definition, load_definition
-from transforms.storage.delta_tables import DataFile, data_files, groups, newest_version, open_table, read_group
+from transforms.storage.delta_tables import DataFile, data_files, file_groups, newest_version, open_table, read_group
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import (
     committed_statistics,
@@ -26,15 +26,22 @@ from transforms.validation.publish_check import (
     read_statistics,
     statistics_path,
 )
-from transforms.validation.statistics import describe, nothing, proto, view_columns
-from transforms.validation.tfdv_schema import Anomaly, infer_schema, parse_schema, schema_text, update_schema, validate
+from transforms.validation.statistics import describe_batch, describe_nothing, statistics_proto, view_columns
+from transforms.validation.tfdv_schema import (
+    Anomaly,
+    find_anomalies,
+    infer_schema,
+    parse_schema,
+    schema_text,
+    update_schema,
+)
 
 # More intervals would add little information about the distance between two of them.
 PIECES = 60
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options:
+class SchemaOptions:
     """The options of one run.  `run_id` is None if the flag was not given."""
 
     definition: Definition
@@ -55,7 +62,7 @@ class Options:
         return f"--definition {self.definition.name} --store {self.store}"
 
 
-def parse(action: str, argv: Sequence[str]) -> Options:
+def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
     """Options from flags.
 
     Raises:
@@ -78,7 +85,7 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     definition = load_definition(flags.definition)
     # `Arguments` gives every run an id; here only an id from the flag counts.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
-    return Options(
+    return SchemaOptions(
         definition,
         flags.store,
         flags.schema or definition.schema_path,
@@ -97,7 +104,7 @@ def _days(text: str) -> int:
     return length // DAY
 
 
-def infer(options: Options) -> int:
+def infer(options: SchemaOptions) -> int:
     """Write a first schema from the rows of the feature table (all, or those of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError(
@@ -117,16 +124,16 @@ def infer(options: Options) -> int:
     return 0
 
 
-def check(options: Options) -> int:
+def check(options: SchemaOptions) -> int:
     """Print where statistics violate the schema; exit code 7 if they do."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
-    found = validate(statistics, schema, previous, meant)
+    found = find_anomalies(statistics, schema, previous, meant)
     print(listed(found, meant, options.schema))
     return 7 if found else 0
 
 
-def update(options: Options) -> int:
+def update(options: SchemaOptions) -> int:
     """Change the schema as little as needed for the statistics to satisfy it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
@@ -140,7 +147,7 @@ def update(options: Options) -> int:
         write(options.schema, after)
         lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), "before", options.schema)
         print("".join(lines), end="")
-    left = validate(statistics, changed, previous, meant)
+    left = find_anomalies(statistics, changed, previous, meant)
     if left:
         print(f"{listed(left, meant, options.schema)}\n  No schema allows these: run once with --allow_anomalies")
     return 0
@@ -149,7 +156,7 @@ def update(options: Options) -> int:
 ACTIONS = {"infer": infer, "check": check, "update": update}
 
 
-def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
+def chosen(options: SchemaOptions) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
     """A description of the chosen statistics, the statistics, and those from which to measure drift.
 
     They are those of the rows of --start to --end if one is given; else those that the run --run_id left, whether it
@@ -172,19 +179,19 @@ def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, Dataset
     return f"run {run_id}, {account['interval']}", statistics, previous
 
 
-def statistics_of_rows(options: Options) -> DatasetFeatureStatisticsList:
+def statistics_of_rows(options: SchemaOptions) -> DatasetFeatureStatisticsList:
     """Statistics of the table's rows in the interval.
 
     Raises:
         DataError: there are none.
     """
-    return statistics_of_files(options, files_of(options))
+    return statistics_of_files(options, files_of_interval(options))
 
 
-def statistics_of_pieces(options: Options) -> list[DatasetFeatureStatisticsList]:
+def statistics_of_pieces(options: SchemaOptions) -> list[DatasetFeatureStatisticsList]:
     """Statistics of the newest whole intervals of `every` days, at most `PIECES`, oldest first."""
     pieces: dict[int, list[DataFile]] = {}
-    files = files_of(options)
+    files = files_of_interval(options)
     for file in files:
         pieces.setdefault((file.date - files[0].date).days // options.every, []).append(file)
     last = (files[-1].date - files[0].date).days + 1
@@ -192,7 +199,7 @@ def statistics_of_pieces(options: Options) -> list[DatasetFeatureStatisticsList]
     return [statistics_of_files(options, pieces[index]) for index in whole[-PIECES:]]
 
 
-def files_of(options: Options) -> list[DataFile]:
+def files_of_interval(options: SchemaOptions) -> list[DataFile]:
     """The table's files in the interval, by date."""
     table = open_table(options.table)
     files = [] if table is None else data_files(table, options.start, options.end)
@@ -206,16 +213,16 @@ def files_of(options: Options) -> list[DataFile]:
     return files
 
 
-def statistics_of_files(options: Options, files: Sequence[DataFile]) -> DatasetFeatureStatisticsList:
+def statistics_of_files(options: SchemaOptions, files: Sequence[DataFile]) -> DatasetFeatureStatisticsList:
     """Statistics of the files' rows."""
     columns = view_columns(options.definition.view)
-    total = nothing(columns)
-    for group in groups(files):
-        total = total + describe(read_group(group, columns.names), columns)
-    return proto(total)
+    total = describe_nothing(columns)
+    for group in file_groups(files):
+        total = total + describe_batch(read_group(group, columns.names), columns)
+    return statistics_proto(total)
 
 
-def read(options: Options) -> Schema:
+def read(options: SchemaOptions) -> Schema:
     """The present schema.
 
     Raises:

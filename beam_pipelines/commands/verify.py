@@ -16,11 +16,11 @@ from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri
-from transforms.verification.check import ROWS, Amount, Verification, Verified
+from transforms.verification.check import VERIFIED_ROWS, SampleSize, Verification, Verified
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    arguments.add_argument("--rows", type=some_or_all, default=ROWS, metavar="N|all", help=f"how many (default {ROWS})")
+    arguments.add_argument(
+        "--rows", type=some_or_all, default=VERIFIED_ROWS, metavar="N|all", help=f"how many (default {VERIFIED_ROWS})"
+    )
     arguments.add_argument(
         "--live", action="store_true", help="live feature rows, each from the rows that it could see"
     )
@@ -72,8 +74,8 @@ def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None)
         raise DataError(f"View {view.name!r} has rows to verify", f"none in {flags.store}", "Run: millrace features")
     inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
-    found = Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
-    return unchanged(found, inventory.listings)
+    found = Verification(view, contracts, inventory.slices, SampleSize(rows), flags.run_id).of_files(files)
+    return require_unchanged(found, inventory.listings)
 
 
 if __name__ == "__main__":

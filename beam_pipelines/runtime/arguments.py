@@ -49,14 +49,14 @@ class Arguments(argparse.ArgumentParser):
             self.add_argument(
                 "--run_id",
                 default=None,
-                type=identifier,
+                type=file_name_part,
                 help="id of the run; a run with the same id is resumed (default: a new one)",
             )
 
     def add_interval(self, of: str) -> None:
         """Add --start and --end."""
-        self.add_argument("--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first)")
-        self.add_argument("--end", type=day, help="the UTC day after the last (default: the day after the last)")
+        self.add_argument("--start", type=utc_day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first)")
+        self.add_argument("--end", type=utc_day, help="the UTC day after the last (default: the day after the last)")
 
     def add_schema(self) -> None:
         """Add --schema."""
@@ -160,7 +160,7 @@ def _known_to_beam(flag: str) -> bool:
     return flag in parser._option_string_actions
 
 
-def day(text: str) -> date:
+def utc_day(text: str) -> date:
     """Parse a UTC day."""
     try:
         return date.fromisoformat(text)
@@ -170,7 +170,7 @@ def day(text: str) -> date:
         ) from None
 
 
-def identifier(text: str) -> str:
+def file_name_part(text: str) -> str:
     """Check that the text can be part of file names."""
     if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
@@ -205,7 +205,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parsed
 
 
-def number(text: str) -> float:
+def finite_number(text: str) -> float:
     """Parse a finite number that is not negative."""
     return _within(text, lambda value: 0 <= value < float("inf"), "a number from 0 on")
 

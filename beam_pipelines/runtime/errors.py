@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from beam_pipelines.runtime.interrupts import INTERRUPT, STOPPED
-from beam_pipelines.runtime.protection import protected, without_secrets
+from beam_pipelines.runtime.protection import protected_output, without_secrets
 from schemas import errors
 from schemas.errors import DefinitionError, MillraceError, StoreError
 
@@ -58,7 +58,7 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
         try:
-            with protected():
+            with protected_output():
                 return reported(argv)
         except DefinitionError as error:  # raised for MILLRACE_UMASK
             print(f"millrace: {error}", file=sys.stderr, flush=True)

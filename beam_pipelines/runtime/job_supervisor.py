@@ -23,7 +23,7 @@ from schemas.errors import StoreError
 from transforms.records.frame_packets import Head
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 from transforms.streaming.kafka import Broker
-from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread
+from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread_offsets
 from transforms.streaming.micro_batches import SKIPPED
 
 log = logging.getLogger("millrace.live")
@@ -114,7 +114,7 @@ class Reading:
             for topic, partitions in self.begin.items()
         }
         try:
-            left = unread(self.broker, due)
+            left = unread_offsets(self.broker, due)
         except StoreError:
             return 0
         return sum(left[topic].get(number, 0) for topic, partitions in self.begin.items() for number in partitions)

@@ -9,7 +9,7 @@ from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
 from transforms.features.lifetime_snapshots import Chain, SnapshotSegment
 from transforms.features.long_windows import LONG
-from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
+from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, events_reached
 from transforms.features.preparation import PreparedRun
 from transforms.features.source_digests import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
@@ -120,8 +120,8 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
     block = max(cut, key=lambda each: (max(each.shards.values(), default=1), _rows(each)))
     shards, limit = max(block.shards.values(), default=1), MOST_BLOCKS * block.part_rows
     some = "" if len(cut) == len(plan.blocks) else f" of {len(cut)} of them"
-    name = max(block.events, key=lambda each: reached(view, block, each, unknown=1.0), default="")
-    rows = reached(view, block, name, unknown=1.0) if name else 0
+    name = max(block.events, key=lambda each: events_reached(view, block, each, unknown=1.0), default="")
+    rows = events_reached(view, block, name, unknown=1.0) if name else 0
     window = max(windows(view, name), default=(0, ""))[1] if name else ""
     if rows > limit and window:
         why = f"the {window} window of {name} reaches {many(rows, 'row')}, more than {limit:,}"

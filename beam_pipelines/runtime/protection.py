@@ -79,7 +79,7 @@ def terminal_of(stream: TextIO) -> TextIO:
 
 
 @contextlib.contextmanager
-def protected() -> Iterator[None]:
+def protected_output() -> Iterator[None]:
     """Applies the umask and makes what is printed printable, until the end.
 
     Raises:

@@ -17,7 +17,7 @@ from schemas.errors import MillraceError, in_one_line
 from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.run_markers import MARKER, begin, remove_marker
+from transforms.storage.run_markers import MARKER, begin_run, remove_marker
 from transforms.storage.stored_json import read_object
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Run:
         self.start = time.perf_counter()
         self._alone()
         try:
-            begin(self.folder, self.pipeline, str(self.figures["run_id"]))
+            begin_run(self.folder, self.pipeline, str(self.figures["run_id"]))
         except (MillraceError, KeyboardInterrupt) as error:
             error.run = self  # type: ignore[union-attr]
             raise

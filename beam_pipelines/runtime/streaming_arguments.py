@@ -14,14 +14,14 @@ from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_properties import read_properties, secrets_of
-from transforms.streaming.message_limits import LIMITS, MessageLimits
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 
 # Flag → its default, its greatest value, and what it limits.  Python's stack bounds the depth.
 LIMIT_FLAGS = {
-    "max_message_rows": (LIMITS.rows, 2**31 - 1, "rows"),
-    "max_message_mb": (LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
-    "max_message_columns": (LIMITS.columns, 1_000_000, "columns"),
-    "max_message_depth": (LIMITS.depth, 500, "levels of nested JSON, or of an Avro schema,"),
+    "max_message_rows": (DEFAULT_LIMITS.rows, 2**31 - 1, "rows"),
+    "max_message_mb": (DEFAULT_LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
+    "max_message_columns": (DEFAULT_LIMITS.columns, 1_000_000, "columns"),
+    "max_message_depth": (DEFAULT_LIMITS.depth, 500, "levels of nested JSON, or of an Avro schema,"),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from beam_pipelines.runtime.run_report import log, read_json
 from schemas.errors import MillraceError
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.paths import MANIFEST, table_path_in_store
 from transforms.storage.stored_json import read_object
 from transforms.storage.vacuum import pins_of
 
@@ -61,5 +61,5 @@ def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
         for name, manifest in every.items()
         if not (name.startswith("run ") and manifest.get("run_id") in registered)
         for pin in pins_of({name: manifest})
-        if pin.table == path_in_store(table) and version is not None and pin.version <= version
+        if pin.table == table_path_in_store(table) and version is not None and pin.version <= version
     ]

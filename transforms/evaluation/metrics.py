@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from schemas.models import METRICS_OF
 from transforms.models.stored_records import ClassMetrics, CurvePoints
-from transforms.records.exact_sums import Bins, Floats, exact_sum, ratio
+from transforms.records.exact_sums import Bins, Floats, as_fraction, exact_sum
 
 SCORE_BINS = 1 << 18
 # scikit-learn clips float32 probabilities by this before it takes logarithms.
@@ -83,7 +83,7 @@ class MetricTally:
         return MetricTally(self.rows + other.rows, sums, bins, classes, tuple(sorted(pairs.items())))
 
     def mean(self, name: str) -> float:
-        return float(ratio(dict(self.sums)[name]) / self.rows)
+        return float(as_fraction(dict(self.sums)[name]) / self.rows)
 
 
 def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[str, float | None]:
@@ -255,5 +255,5 @@ def _summed(sums: Mapping[str, npt.ArrayLike]) -> tuple[tuple[str, int], ...]:
     return tuple((name, exact_sum(np.asarray(values, np.float64))) for name, values in sums.items())
 
 
-def total(tallies: Iterable[MetricTally]) -> MetricTally:
+def total_tally(tallies: Iterable[MetricTally]) -> MetricTally:
     return functools.reduce(MetricTally.__add__, tallies, MetricTally())

@@ -18,16 +18,16 @@ import pyarrow as pa
 
 from schemas.durations import DAY
 from schemas.views import FeatureView
-from transforms.features.block_inputs import ONE_SPINE_ROW, distinct, joined, read_dimension
+from transforms.features.block_inputs import ONE_SPINE_ROW, concat_reads, distinct_by_key, read_dimension
 from transforms.features.manifest import Manifest
-from transforms.features.plan import FeaturePlan, size, within_sight
+from transforms.features.plan import FeaturePlan, memory_bytes, within_sight
 from transforms.features.routed_dimensions import account
 from transforms.features.source_digests import Current
 from transforms.records.record_batches import batch
 from transforms.records.times import as_date, days_within, midnight
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED, concat_dead_letters, dated_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import ReadOptions, locate, stream_slices
+from transforms.sources.reader import ReadOptions, locate_rows, stream_slices
 from transforms.storage.delta_tables import data_files, open_table, read_group
 
 
@@ -156,10 +156,10 @@ def _conflicts(state: Carrying, dropped: pl.DataFrame, changed: Sequence[str]) -
     for (day,) in dropped.filter(pl.col("rule") == ONE_SPINE_ROW).select("date").unique().iter_rows():
         low, high = midnight(day), midnight(day) + DAY
         near = [each for each in slices if each.low < high and each.high >= low]
-        _, conflicts = distinct(
-            joined(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
+        _, conflicts = distinct_by_key(
+            concat_reads(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
         )
-        parts.append(locate(spine, near, conflicts, view.key, ONE_SPINE_ROW))
+        parts.append(locate_rows(spine, near, conflicts, view.key, ONE_SPINE_ROW))
     return concat_dead_letters(parts).filter(pl.col("file").is_in(list(changed)))
 
 
@@ -188,6 +188,6 @@ def read_dimensions(view: FeatureView, inventory: Inventory, broadcast_bytes: fl
     plan = FeaturePlan((), (), (0, 0), (), slices, {}, inventory.contracts, inventory.spine)
     parts = []
     for name in view.dimensions:
-        large = size(inventory.contracts[name], slices[name]) > broadcast_bytes
+        large = memory_bytes(inventory.contracts[name], slices[name]) > broadcast_bytes
         parts.append((account if large else read_dimension)(view, plan, name).dead_letters)
     return dated_dead_letters(view, parts)

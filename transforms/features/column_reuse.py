@@ -29,14 +29,14 @@ from schemas.feature_groups import column_names
 from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.manifest import VERSION, Manifest, SourceDescription, ViewDescription, read_anew
+from transforms.features.manifest import MANIFEST_VERSION, Manifest, SourceDescription, ViewDescription, read_anew
 from transforms.features.source_digests import Current, digests_now, digests_within, dimensions_digest, reaches
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests
 from transforms.sources.inventory import Inventory, Slice, open_parquet
-from transforms.sources.reader import Repeats, read_raw
+from transforms.sources.reader import RepeatedKeys, read_raw
 from transforms.storage.delta_tables import DataFile, read_file
 
 log = logging.getLogger("millrace.features")
@@ -46,7 +46,7 @@ CANDIDATES = 3
 _LARGEST = 3.4e38
 
 
-def describe(view: FeatureView) -> ViewDescription:
+def describe_view(view: FeatureView) -> ViewDescription:
     """Describes the view so that later views can be compared with it. The result is stored in manifests."""
     described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
@@ -82,7 +82,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 
 def description_after(view: FeatureView, before: Manifest) -> ViewDescription:
     """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
-    described = describe(view)
+    described = describe_view(view)
     return described if not before.dates or before.about == described else {}
 
 
@@ -130,7 +130,7 @@ def find_copies(
     Raises:
         ContractError: a changed source cannot be read.
     """
-    described = describe(view)
+    described = describe_view(view)
     known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == described["spine"]]
     known.sort(key=lambda each: -len(_same(view, each.manifest)))
     found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
@@ -141,10 +141,10 @@ def find_copies(
 def _same(view: FeatureView, manifest: Manifest) -> list[str]:
     """Names of the features that have the same meaning in the older table and are worth copying."""
     before = manifest.about["meanings"]
-    return [name for name in reading(view) if before.get(name) == view.meanings[name]]
+    return [name for name in reading_features(view) if before.get(name) == view.meanings[name]]
 
 
-def reading(view: FeatureView) -> list[str]:
+def reading_features(view: FeatureView) -> list[str]:
     """Names of the features that read rows other than their own."""
     return [name for feature in view.features if not isinstance(feature, Derived) for name in column_names(feature)]
 
@@ -152,8 +152,8 @@ def reading(view: FeatureView) -> list[str]:
 def _copies(
     view: FeatureView, inventory: Inventory, current: Current, older: OlderTable, days: Sequence[int]
 ) -> Copies:
-    manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
-    if manifest.version < VERSION:
+    manifest, spine, needs, same = older.manifest, view.spine.name, sources_needed(view), _same(view, older.manifest)
+    if manifest.version < MANIFEST_VERSION:
         same = [name for name in same if name not in of_all_history(view)]
     back = dict(manifest.about["reaches"])
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
@@ -180,7 +180,7 @@ def _copies(
     return Copies(older.uri, older.version, columns, {day: tuple(files[day]) for day in columns})
 
 
-def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
+def sources_needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
     """Returns per feature the sources that decide it, directly or through the features it uses.
 
     Each source comes with whether the order of its rows matters.
@@ -255,7 +255,7 @@ def _proof(
         if span_of_file[1] <= last and span_of_file[2] >= first
     }
     try:
-        known = read_anew(manifest) if manifest.version < VERSION else manifest
+        known = read_anew(manifest) if manifest.version < MANIFEST_VERSION else manifest
         rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
     except ContractError:  # a column that is no longer needed may be missing
         return _never, False
@@ -280,7 +280,7 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 
 
 def _alike(
-    contract: Contract, before: SourceDescription, slices: Sequence[Slice], repeats: Repeats | None
+    contract: Contract, before: SourceDescription, slices: Sequence[Slice], repeats: RepeatedKeys | None
 ) -> Contract | None:
     """Returns the contract of an older view that read or checked other columns.
 

@@ -15,11 +15,11 @@ from transforms.storage.stored_json import DAMAGE, reason_of
 
 # Manifests of version 1 have no version. They may name lifetime summaries that contain events twice or too early, days
 # that were computed from such summaries, and digests of rows that no longer existed when they were last read.
-VERSION = 2
+MANIFEST_VERSION = 2
 # A digest that no inputs have: a day with this digest is always computed again.
 OUTDATED = -1
 WRITTEN_BEFORE = (
-    f"written before manifests of version {VERSION}, "
+    f"written before manifests of version {MANIFEST_VERSION}, "
     "when windows over all history could count events twice or too early: recomputed"
 )
 
@@ -74,7 +74,7 @@ class Manifest:
         dimensions: the digest of each dimension as last used; `looked_up` has it for each computed day.
         snapshots: end of a summary of all history (µs) → its files and the digest of that history.
         about: the view in terms that can be compared with another view (`column_reuse.describe`).
-        version: the version of the rules by which it was made (`VERSION`).
+        version: the version of the rules by which it was made (`MANIFEST_VERSION`).
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -86,7 +86,7 @@ class Manifest:
     looked_up: Mapping[int, int]
     snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
     about: ViewDescription = dataclasses.field(default_factory=lambda: ViewDescription())
-    version: int = VERSION
+    version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -143,7 +143,7 @@ def continued(view: FeatureView, manifest: Manifest) -> Manifest:
     """
     if reordered(view, manifest):
         return EMPTY
-    if manifest.version >= VERSION or not lifetime_sources(view):
+    if manifest.version >= MANIFEST_VERSION or not lifetime_sources(view):
         return manifest
     return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
 

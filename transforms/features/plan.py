@@ -114,13 +114,13 @@ def plan_features(
     return plan_blocks(
         view,
         inventory,
-        [interval(view, inventory, start, end)],
+        [resolve_interval(view, inventory, start, end)],
         repeats,
         PlanOptions(everything=start is None and end is None, block_rows=block_rows),
     )
 
 
-def interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
+def resolve_interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
     """`[start, end)` in µs; open ends are taken from the data.
 
     Raises:
@@ -198,7 +198,7 @@ def plan_blocks(
         routed=tuple(
             name
             for name, slices in dimensions.items()
-            if size(inventory.contracts[name], slices) > options.broadcast_bytes
+            if memory_bytes(inventory.contracts[name], slices) > options.broadcast_bytes
         ),
     )
 
@@ -286,15 +286,15 @@ def with_shards(
 ) -> Block:
     """`block`, partitioned by key hash if it would have too many rows in memory: those that it reads, or those that are
     sent to it."""
-    needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
-    in_memory = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    needed = {name: events_reached(view, block, name, unknown=1.0) for name in block.events}
+    in_memory = events_reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
     if key_shards == 1 or (key_shards is None and in_memory <= MOST_BLOCKS * block_rows):
         return block
     shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
     return dataclasses.replace(block, shards=shards, part_rows=block_rows)
 
 
-def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
+def events_reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
     """The approximate number of events of `source` that the block can see; without a source, the number of its spine
     rows."""
     if source is None:
@@ -316,7 +316,7 @@ def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0
     return round(total)
 
 
-def size(contract: Contract, slices: Sequence[Slice]) -> int:
+def memory_bytes(contract: Contract, slices: Sequence[Slice]) -> int:
     """The approximate number of bytes that the columns of `slices` take in memory."""
     width = sum(32 if contract.source.schema[name] == pl.String else 8 for name in contract.columns)
     return width * sum(each.rows for each in slices)
@@ -329,7 +329,10 @@ def _rows(block: Block) -> int:
 def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
     """The number of rows read per row that a block needs: little more than 1 for sources sorted by time."""
     read = sum(map(_rows, blocks))
-    needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
+    needed = sum(
+        events_reached(view, block) + sum(events_reached(view, block, name) for name in block.events)
+        for block in blocks
+    )
     return read / max(needed, 1)
 
 

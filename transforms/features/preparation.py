@@ -28,8 +28,8 @@ from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Snapshot, SnapshotSegment, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks, rows_within
-from transforms.features.source_digests import Current, examine
+from transforms.features.plan import FeaturePlan, PlanOptions, plan_blocks, resolve_interval, rows_within
+from transforms.features.source_digests import Current, digest_changes
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
@@ -150,7 +150,7 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     manifest = EMPTY if anew else continued(view, read_manifest(table))
     everything = not request.bounded and (anew or not manifest.dates)
     old_days = outdated(_readable_manifest(view, table) if anew else manifest)
-    current = examine(inventory, manifest, request.full)
+    current = digest_changes(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
     stale = _with_notes(stale, old_days, ranges, inventory, everything)
     carried = CarriedDeadLetters()
@@ -213,7 +213,7 @@ def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifes
     low, high = (None if each is None else midnight(each) for each in (request.start, request.end))
     inside = [each for each in computed if (low is None or each >= low) and (high is None or each < high)]
     if not inside:
-        return interval(request.view, inventory, request.start, request.end)
+        return resolve_interval(request.view, inventory, request.start, request.end)
     first, last = inventory.extent if inventory.extent[0] < inventory.extent[1] else (FOREVER, ALWAYS)
     return (
         min(first, min(inside)) if low is None else low,

@@ -11,15 +11,15 @@ import numpy as np
 import polars as pl
 
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.features.manifest import MANIFEST_VERSION, Manifest, read_anew
 from transforms.records.pickled_once import PickledOnce
-from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_text
 from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import Digests, add
+from transforms.sources.day_digests import Digests, add_digests
 from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Inventory, Slice
-from transforms.sources.reader import ReadOptions, Repeats, repeats_of, stream_slices
+from transforms.sources.reader import ReadOptions, RepeatedKeys, repeats_of, stream_slices
 
 _MASK = 2**64 - 1
 # The number of days back of a window over all history.
@@ -44,7 +44,7 @@ class Current(PickledOnce):
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
     digests: Mapping[str, Digests]
-    repeats: Mapping[str, Repeats]
+    repeats: Mapping[str, RepeatedKeys]
     dimensions: Mapping[str, int]
     whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
     digested: bool = False
@@ -52,13 +52,13 @@ class Current(PickledOnce):
     dead_letters: pl.DataFrame = dataclasses.field(default_factory=lambda: concat_dead_letters([]))
 
 
-def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
+def digest_changes(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
     """Digests by day the files that are new, changed or gone since `manifest`, and no others.
 
     Args:
         everything: digest all files, whatever the manifest has.
     """
-    known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
+    known = read_anew(manifest) if everything or manifest.version < MANIFEST_VERSION else manifest
     files, repeats, dimensions, whole = {}, {}, {}, {}
     digests: dict[str, Digests] = {}
     looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
@@ -124,7 +124,7 @@ def digests_now(
     timeless = [each for each in slices if each.path in changed and _timeless(contract, each)]
     if dead_letters is not None and timeless:
         dead_letters += [read.dead_letters for read in stream_slices(contract, timeless)]
-    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+    return {**{day: value for day, value in known.items() if day not in days}, **add_digests(parts)}
 
 
 def _timeless(contract: Contract, each: Slice) -> bool:
@@ -180,7 +180,7 @@ def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
     total = 0
     for read in stream_slices(contract, slices):
         if len(read.frame):
-            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.read])))
+            total += int(np.add.reduce(combine_hashes([hash_column(read.frame[name]) for name in contract.read])))
     return total & _MASK
 
 
@@ -208,7 +208,7 @@ def digests_within(
             *zip(*(_signed(raw.get(day, (0, 0))) + _signed(gone.get(day, (0, 0))) for day in seen), strict=True),
         ]
         mixed = (
-            combine([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
+            combine_hashes([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
             if seen
             else np.zeros(0, np.uint64)
         )
@@ -254,4 +254,4 @@ def reaches(view: FeatureView) -> dict[str, int]:
 
 def dimensions_digest(dimensions: Mapping[str, int]) -> int:
     """One number for the content of all dimensions."""
-    return int(combine([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])
+    return int(combine_hashes([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])

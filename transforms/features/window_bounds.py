@@ -41,7 +41,7 @@ class EventOrder:
     def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
         """(Rows by code and time, their keys in that order.)"""
         keys = codes * self.span + self._position(times)
-        if rising(times):
+        if is_sorted(times):
             order = by_code(codes)
         elif len(keys) < MANY:
             order = np.argsort(keys, kind="stable")
@@ -77,7 +77,7 @@ class EventOrder:
         return np.flatnonzero(np.concatenate([edge, same]) | np.concatenate([same, edge]))
 
 
-def rising(times: Ints) -> bool:
+def is_sorted(times: Ints) -> bool:
     """Whether the times never decrease."""
     return bool((times[1:] >= times[:-1]).all())
 

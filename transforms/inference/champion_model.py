@@ -26,12 +26,12 @@ from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel, Swap
 from transforms.models.bundle import Bundle
 from transforms.models.registry import CHAMPION, Registry
-from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
+from transforms.models.scoring import ARM, PinnedModel, Scorer, open_scorer, predict
 from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace.serving")
 # The most swaps and refusals that a worker reports.
-KEPT = 20
+KEPT_ENTRIES = 20
 # A value that changes when the files of a folder change.
 FolderState = tuple[object, ...]
 
@@ -55,7 +55,7 @@ class Serving:
     registry: str
     model: str
     view: FeatureView
-    first: Pinned
+    first: PinnedModel
     classes: int = 1
     alias: str = CHAMPION
     arm: str = ARM
@@ -106,7 +106,7 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
         raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
 
 
-def open_checked(serving: Serving, model: Pinned) -> Scorer:
+def open_checked(serving: Serving, model: PinnedModel) -> Scorer:
     """Load a model and check it: its files are as registered, it fits these features, and it scores a test row.
 
     Raises:
@@ -223,7 +223,7 @@ class Champion:
             return
         self._folder, state = folder, _state(folder)
         try:
-            scorer = open_checked(serving, Pinned(folder, version, digest))
+            scorer = open_checked(serving, PinnedModel(folder, version, digest))
         except Exception as error:  # a broken model may raise any exception
             self._refuse(version, error)
             self._skipped = version, state
@@ -238,7 +238,7 @@ class Champion:
             self._current = loaded
             if before is not None:
                 swap = Swap(loaded.since, before.version, loaded.version)
-                self.swaps = [*self.swaps, swap][-KEPT:]
+                self.swaps = [*self.swaps, swap][-KEPT_ENTRIES:]
                 self._counts["swaps"] += 1
         which = f"version {loaded.version} of {self.serving.model!r}"
         if before is None:
@@ -259,7 +259,7 @@ class Champion:
         value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
         entry = Refusal(time.time_ns() // 1000, version, rule, str(value), fix)
         with self._lock:
-            self.refused = [*self.refused, entry][-KEPT:]
+            self.refused = [*self.refused, entry][-KEPT_ENTRIES:]
             self._counts["refused"] += 1
         log.error(
             "version %s of %r is refused, %s serves on: %s  "

@@ -15,14 +15,14 @@ from schemas.views import FeatureView
 from transforms.inference.champion_model import Serving, check_model, open_checked
 from transforms.inference.live_output import Outlet, begin_at
 from transforms.inference.live_records import ScoringState, next_offsets
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import CHAMPION, Registry
-from transforms.models.scoring import ARM, Pinned
+from transforms.models.scoring import ARM, PinnedModel
 from transforms.records.frame_packets import Head
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.kafka import Broker, begin_offsets, ensure, topic_of
-from transforms.streaming.kafka_admin import unread
+from transforms.streaming.kafka import Broker, begin_offsets, ensure_topics, topic_of
+from transforms.streaming.kafka_admin import unread_offsets
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.micro_batches import SKIPPED
 
@@ -132,7 +132,7 @@ class LiveInferencePlan:
     def _nothing_unread(self, due: Mapping[int, int]) -> bool:
         """Whether no message follows the ends, as one does after a restart of the features job."""
         try:
-            left = unread(self.broker, {self.request.topic: due})[self.request.topic]
+            left = unread_offsets(self.broker, {self.request.topic: due})[self.request.topic]
         except StoreError:  # the next call tries the broker again
             return False
         return all(number in due and not count for number, count in left.items())
@@ -159,7 +159,7 @@ def prepare_live_inference(request: LiveInferenceRequest) -> LiveInferencePlan:
     )
     serving = first_model(request, outlet)
     outlet = dataclasses.replace(outlet, classes=serving.classes)
-    check_target(outlet)
+    check_live_target(outlet)
     first_available: Mapping[int, int] = {}
     if request.replaying:
         check_replayable(request)
@@ -168,7 +168,7 @@ def prepare_live_inference(request: LiveInferenceRequest) -> LiveInferencePlan:
         first_available = begin_offsets(request.broker, [request.topic])[request.topic]
     if "topic" in request.sinks:
         assert request.broker is not None
-        ensure(request.broker, outlet.topics)
+        ensure_topics(request.broker, outlet.topics)
     log.info("version %s of %r serves from the start", serving.first.version, request.model)
     start = begin_at(outlet, first_available or {0: 0})
     group = f"millrace-{outlet.model}-{request.run_id}-{uuid.uuid4().hex[:8]}"
@@ -219,13 +219,13 @@ def serving_with(request: LiveInferenceRequest, outlet: Outlet, registry: Regist
         MismatchError: it was trained on other features.
     """
     _, folder, digest = registry.locate(request.model, version)
-    bundle = load(folder, digest)
+    bundle = load_bundle(folder, digest)
     check_model(bundle, version, request.view, request.train_command)
     serving = Serving(
         request.registry,
         request.model,
         request.view,
-        Pinned(folder, version, digest),
+        PinnedModel(folder, version, digest),
         classes=bundle.classes,
         alias=request.alias,
         arm=outlet.arm,
@@ -236,7 +236,7 @@ def serving_with(request: LiveInferenceRequest, outlet: Outlet, registry: Regist
     return serving
 
 
-def check_target(outlet: Outlet) -> None:
+def check_live_target(outlet: Outlet) -> None:
     """
     Raises:
         StoreError: the predictions table has other columns, such as those of another number of classes.

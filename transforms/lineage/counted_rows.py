@@ -18,7 +18,7 @@ from deltalake import DeltaTable
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView
-from transforms.features.block_inputs import dimension_rows, distinct
+from transforms.features.block_inputs import dimension_rows, distinct_by_key
 from transforms.lineage.erasure_records import Erased
 from transforms.lineage.feature_parity import (
     _computed,
@@ -32,9 +32,9 @@ from transforms.lineage.visible_rows import Bools, VisibleRows, gone_at, memory_
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
@@ -76,7 +76,7 @@ def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Resul
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class BatchSide:
     """The batch side.
 
     Args:
@@ -90,7 +90,7 @@ class Batch:
     table: DeltaTable | None
 
     @classmethod
-    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
+    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> BatchSide:
         """The table of a store with its sources, or those in the folder `root`; without a store, sources alone."""
         assert store is not None or root is not None
         table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
@@ -112,7 +112,7 @@ class Batch:
         Raises:
             DataError: a file was removed or replaced meanwhile.
         """
-        return unchanged(found, self.inventory.listings if "inventory" in self.__dict__ else ())
+        return require_unchanged(found, self.inventory.listings if "inventory" in self.__dict__ else ())
 
     @memo
     def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -122,7 +122,7 @@ class Batch:
         good, dead_letters = check_rows(contract, raw)
         bad = raw[dead_letters["place"].to_numpy()]
         if name == self.view.spine.name:
-            counted = distinct(good, (self.view.time, *self.view.key))[0]
+            counted = distinct_by_key(good, (self.view.time, *self.view.key))[0]
         elif contract.source.time is None:
             counted = good.unique()
         elif contract.source.unique:
@@ -194,14 +194,14 @@ class Aligned:
 
     @property
     def seen(self) -> VisibleRows:
-        mine = self.shown < NEVER
+        mine = self.shown < NEVER_REPEATED
         return VisibleRows(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
 
     def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
         """The rows of `[low, high)` that the live side sees at `cut`, with the differences of the `active` causes
         applied."""
         live = (self.shown <= cut) & (self.gone > cut)
-        late = (self.shown < NEVER) & (self.shown > cut)
+        late = (self.shown < NEVER_REPEATED) & (self.shown > cut)
         cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
         applied = np.isin(cause, [_CODE[name] for name in active])
         inside = (self.moments >= low) & (self.moments < high)
@@ -211,7 +211,7 @@ class Aligned:
 class Sides:
     """The rows of both sides.  They are read when they are needed, and then kept in memory."""
 
-    def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
+    def __init__(self, view: FeatureView, store: str, batch: BatchSide, cuts: Sequence[str]) -> None:
         self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
         self.rank = {text: position for position, text in enumerate(cuts)}
 
@@ -240,7 +240,7 @@ class Sides:
             return int(begin)
         time_column = str((self.view.events.get(name) or self.view.spine).time)
         first = live.filter(pl.col("__partition") >= 0)[time_column].min()
-        return NEVER if first is None else int(pl.Series([first]).to_physical()[0])
+        return NEVER_REPEATED if first is None else int(pl.Series([first]).to_physical()[0])
 
     @memo
     def aligned(self, name: str) -> Aligned:
@@ -251,12 +251,12 @@ class Sides:
         live = read_accepted(view, self.store, name, wanted, None, None)
         started = self.started(name, live)
         shown = shown_at(name, live, self.cuts)
-        gone = np.full(len(live), NEVER, np.int64)
+        gone = np.full(len(live), NEVER_REPEATED, np.int64)
         counted = np.ones(len(live), np.bool_)
         if repeats:
             gone = gone_at(view, self.store, name, live, shown, self.cuts)
             counted = shown < gone
-            gone = np.where(counted, gone, NEVER)
+            gone = np.where(counted, gone, NEVER_REPEATED)
         ours = live.select(columns).with_columns(
             pl.Series("__shown", shown),
             pl.Series("__gone", gone),
@@ -271,7 +271,7 @@ class Sides:
         return Aligned(
             both.select(view.columns_held(name)),
             moments,
-            np.where(mine, both["__shown"].to_numpy(), NEVER),
+            np.where(mine, both["__shown"].to_numpy(), NEVER_REPEATED),
             np.where(mine, both["__gone"].to_numpy(), 0),
             both["__kept"].to_numpy(),
             cause,
@@ -341,7 +341,7 @@ class Sides:
         undecided = rows.filter(
             "__live",
             "__batch",
-            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER)),
+            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER_REPEATED)),
         )
         if not len(undecided):
             return
@@ -358,10 +358,10 @@ class Sides:
             .agg(pl.col("__theirs").max(), pl.col("__first").min())
         )
         undecided = undecided.join(found, on="__row", how="left")
-        replaced = undecided["__gone"].to_numpy() < NEVER
+        replaced = undecided["__gone"].to_numpy() < NEVER_REPEATED
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
         far = undecided["__moment"].to_numpy() - memory_of(self.store, name).length
-        expired = (undecided["__first"].fill_null(NEVER).to_numpy() < far) | undecided["__alone"].to_numpy()
+        expired = (undecided["__first"].fill_null(NEVER_REPEATED).to_numpy() < far) | undecided["__alone"].to_numpy()
         own_cause = np.where(replaced, _CODE[LATE], np.where(expired, _CODE[REPEAT], _CODE[TWICE]))
         # A row of history beyond this memory would have made no difference.
         own = (theirs == 0) | (expired & ~replaced & (theirs == _CODE[HISTORY]))
@@ -433,7 +433,7 @@ def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> 
         )
         .with_columns(
             pl.col("__live", "__batch", "__counted", "__kept", "__alone").fill_null(False),
-            pl.col("__shown", "__gone").fill_null(NEVER),
+            pl.col("__shown", "__gone").fill_null(NEVER_REPEATED),
         )
         .with_row_index("__row")
     )

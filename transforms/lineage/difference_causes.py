@@ -18,15 +18,25 @@ import numpy as np
 import polars as pl
 
 from schemas.views import FeatureView, reached_from
-from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
+from transforms.lineage.counted_rows import (
+    CAUSES,
+    CORRECTED,
+    DIMENSION,
+    LATE,
+    LOST,
+    TWICE,
+    UNEXPLAINED,
+    BatchSide,
+    Sides,
+)
 from transforms.lineage.feature_parity import _by_dates, _computed, _differ, cuts_of, disturbed_by
 from transforms.lineage.visible_rows import Bools
 from transforms.records.times import day_of
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.live_tables import read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
@@ -48,7 +58,7 @@ class ParityDifference:
 
 
 @dataclasses.dataclass
-class Full:
+class FullComparison:
     """The result of a comparison with the full batch table.
 
     Args:
@@ -83,12 +93,19 @@ class Full:
         return values + self.only_live.get(UNEXPLAINED, 0) + self.only_batch.get(UNEXPLAINED, 0)
 
 
-def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
+def compare_with_full(
+    view: FeatureView, store: str, batch: BatchSide, start: date | None = None, end: date | None = None
+) -> FullComparison:
     """Compares the live feature rows of `[start, end)` with those of the batch side."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     cuts = cuts_of(files)
-    result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
+    result, sides, covered, span = (
+        FullComparison(batch.name),
+        Sides(view, store, batch, cuts),
+        batch.dates(),
+        list[int](),
+    )
     computed = []
     for group in _by_dates(files) if files else ():
         feature_rows = pl.concat([read_feature_rows(view, file) for file in group])
@@ -130,7 +147,9 @@ def _add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
         counts[name] = counts.get(name, 0) + number
 
 
-def _explain(result: Full, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
+def _explain(
+    result: FullComparison, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str
+) -> None:
     """Names the causes of every value in which some feature rows differ from those of the batch side.
 
     Args:
@@ -199,14 +218,14 @@ class _Variants:
         self.other_content = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
         self.batch = theirs
         root = FileSystems.join(sides.store, "dimensions")
-        self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
+        self.known = {name: kept_version(root, name, version) for name, version in json.loads(versions).items()}
         self.now = sides.batch.dimensions
         rank = feature_rows["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
         moments = self.live[view.time].to_physical().to_numpy()
         disturbed = disturbed_by([each.seen for each in self.tables.values()], moments, rank)
         self.parts: list[tuple[Ints, int, int | None, int]] = []
         if (~disturbed).any():
-            self.parts.append((np.flatnonzero(~disturbed), NEVER - 1, None, NEVER))
+            self.parts.append((np.flatnonzero(~disturbed), NEVER_REPEATED - 1, None, NEVER_REPEATED))
         for cut in np.unique(rank[disturbed]).tolist():
             rows = np.flatnonzero(disturbed & (rank == cut))
             self.parts.append((rows, cut, int(moments[rows].min()), int(moments[rows].max())))
@@ -262,7 +281,7 @@ class _Variants:
     ) -> pl.DataFrame:
         rows, cut, first, high = part
         view = self.sides.view
-        low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}
+        low = {name: -NEVER_REPEATED if first is None else reached_from(view, name, first) for name in self.tables}
         tables = {name: each.at(cut, low[name], high, active) for name, each in self.tables.items()}
         return _computed(view, spine_rows[rows], tables, dimensions)
 
@@ -272,7 +291,7 @@ def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
     return a.select(b.columns).equals(b)
 
 
-def _add_batch_alone(result: Full, sides: Sides, computed: pl.Series, span: tuple[int, int]) -> None:
+def _add_batch_alone(result: FullComparison, sides: Sides, computed: pl.Series, span: tuple[int, int]) -> None:
     view, batch = sides.view, sides.batch
     days = [day_of(each) for each in span]
     moment = pl.col(view.time).to_physical()

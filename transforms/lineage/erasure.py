@@ -1,10 +1,10 @@
 """Removes rows of a source, and everything in the store that was made from them, for good.
 
 Everything that the next runs make again is removed as a whole: feature tables that read the source, with all their
-    versions, lifetime summaries, digests and statistics, and the dead letters of the source. From everything else, only
-    the rows themselves and those that could see them are removed: predictions; accepted rows, feature rows and
-    dimension versions of live jobs. Files of older versions are deleted. The source comes last, so that an interrupted
-    erasure finds the same rows again.
+versions, lifetime summaries, digests and statistics, and the dead letters of the source. From everything else, only the
+rows themselves and those that could see them are removed: predictions; accepted rows, feature rows and dimension
+versions of live jobs. Files of older versions are deleted. The source comes last, so that an interrupted erasure finds
+the same rows again.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from transforms.lineage.feature_parity import about_spine_rows
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import files_of, open_parquet, survey
-from transforms.storage.delta_log import versions
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
-from transforms.storage.paths import folders, path_in_store, source_uri, sources_root, tables_below
+from transforms.sources.inventory import open_parquet, source_files, survey_source
+from transforms.storage.delta_log import logged_versions
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
+from transforms.storage.paths import folders, source_uri, sources_root, table_path_in_store, tables_below
 from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER
-from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
+from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
 from transforms.streaming.live_dimensions import rewrite_versions
-from transforms.streaming.messages import ORIGIN
+from transforms.streaming.messages import ORIGIN_TYPES
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # Columns of a predictions table that do not name the spine row.
@@ -161,11 +161,11 @@ class Erasure:
         found = []
         for root in dict.fromkeys([*self.roots, sources_root(self.store)]):
             folder = source_uri(root, self.source.name)
-            delta = bool(versions(folder))
+            delta = bool(logged_versions(folder))
             if not delta and not os.path.isdir(folder) and not os.path.isfile(f"{folder}.parquet"):
                 continue
-            contract, _ = survey(root, Contract(self.source, tuple(self.condition.columns)))
-            found.append(SourceFiles(folder, delta, tuple(files_of(root, self.source)), contract))
+            contract, _ = survey_source(root, Contract(self.source, tuple(self.condition.columns)))
+            found.append(SourceFiles(folder, delta, tuple(source_files(root, self.source)), contract))
         if not found and not os.path.isdir(self._versions_folder):
             value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
             raise StoreError("The source is in the store", value, "Name its folder with --sources")
@@ -238,7 +238,7 @@ class Erasure:
         if not table or self.source.name in sources:
             return True
         return (
-            path_in_store(str(table.get("uri"))) in self.feature_tables
+            table_path_in_store(str(table.get("uri"))) in self.feature_tables
             or str(label.get("uri", "")).rstrip("/").rsplit("/", 1)[-1] == self.source.name
         )
 
@@ -281,7 +281,7 @@ class Erasure:
     @functools.cached_property
     def live_origins(self) -> pl.DataFrame:
         """The origins of the accepted rows of a live job that are erased."""
-        found = [pl.DataFrame(schema={name: ORIGIN[name] for name in ORIGIN_COLUMNS})]
+        found = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
         for place in self.places if self.source.name == self.definition.view.spine.name else ():
             for path in place.paths:
                 file = place.open(path)
@@ -450,18 +450,18 @@ class Erasure:
                 path = os.path.join(folder, name)
                 if not os.path.isfile(path):
                     continue
-                with understood("The example rows of a model can be read", path, "Restore or delete the file"):
+                with explain_damage("The example rows of a model can be read", path, "Restore or delete the file"):
                     content = parse_object(read_regular(path))
                     rows = functools.reduce(lambda held, key: held[key], inside, content)
                     found = bool(rows["data"])
                 if found:
                     rows["data"], count = [], count + 1
-                    write_aside(folder, name, pa.py_buffer(json.dumps(content).encode()))
+                    write_file_atomically(folder, name, pa.py_buffer(json.dumps(content).encode()))
             above = os.path.dirname(folder.rstrip("/"))
             for name in ("report.html", "report.json"):
                 path = os.path.join(above, name)
                 if os.path.isfile(path) and os.path.getsize(path) != len(_REMOVED[name]):
-                    write_aside(above, name, pa.py_buffer(_REMOVED[name]))
+                    write_file_atomically(above, name, pa.py_buffer(_REMOVED[name]))
                     count += 1
         return count
 

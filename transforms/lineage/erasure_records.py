@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids as ids_of
-from transforms.storage.delta_tables import TableRow, write_aside
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.delta_tables import TableRow, write_file_atomically
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 
-FOLDER = "erasures"
+ERASURES_FOLDER = "erasures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,9 @@ class ErasureRecord:
 
     def write(self, store: str) -> None:
         content = json.dumps(dataclasses.asdict(self), indent=1)
-        write_aside(os.path.join(store, FOLDER), f"{self.erasure_id}.json", pa.py_buffer(content.encode()))
+        write_file_atomically(
+            os.path.join(store, ERASURES_FOLDER), f"{self.erasure_id}.json", pa.py_buffer(content.encode())
+        )
 
 
 def now_text() -> str:
@@ -77,13 +79,13 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
     Raises:
         StoreError: a record cannot be read.
     """
-    folder = os.path.join(store, FOLDER)
+    folder = os.path.join(store, ERASURES_FOLDER)
     found = []
     for name in os.listdir(folder) if "://" not in store and os.path.isdir(folder) else ():
         if name.startswith(".") or not name.endswith(".json"):
             continue
         path = os.path.join(folder, name)
-        with understood("The record of an erasure can be read", path):
+        with explain_damage("The record of an erasure can be read", path):
             raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
             ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record these ids

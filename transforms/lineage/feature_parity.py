@@ -24,11 +24,11 @@ from transforms.lineage.erasure_records import Erased
 from transforms.lineage.visible_rows import Bools, VisibleRows, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.live_tables import application_of, last_commit_record, read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
@@ -78,7 +78,7 @@ class Parity:
         return sum(each.differing for each in self.features.values())
 
 
-def check(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
+def check_parity(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
     """Compares the live feature rows of `[start, end)` with batch.
 
     Raises:
@@ -98,7 +98,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
         feature_rows = pl.concat([read_feature_rows(view, file) for file in some])
         for (versions,), part in feature_rows.group_by("__dimensions"):
             dimensions = {
-                name: kept(FileSystems.join(store, "dimensions"), name, version)
+                name: kept_version(FileSystems.join(store, "dimensions"), name, version)
                 for name, version in json.loads(str(versions)).items()
             }
             _check_rows(view, store, part, cuts, dimensions, result)
@@ -205,7 +205,10 @@ def _check_rows(
     moments = spine_rows[view.time].to_physical().to_numpy()
     disturbed = disturbed_by(seen.values(), moments, of_row)
     whole = _computed(
-        view, spine_rows, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions
+        view,
+        spine_rows,
+        {name: each.at(NEVER_REPEATED - 1, -NEVER_REPEATED, NEVER_REPEATED) for name, each in seen.items()},
+        dimensions,
     )
     batch = whole
     if disturbed.any():

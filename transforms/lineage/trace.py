@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.views import FeatureView, lifetime_sources, reached_from
-from transforms.features.manifest import VERSION, Manifest
+from transforms.features.manifest import MANIFEST_VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
 from transforms.records.times import day_number
 from transforms.sources.inventory import stamp_of
@@ -39,7 +39,7 @@ class TableSummary:
     at: datetime | None
 
 
-def describe(store: str) -> list[TableSummary]:
+def describe_tables(store: str) -> list[TableSummary]:
     """Every table of the store, and sources that are Parquet files.
 
     Raises:
@@ -161,7 +161,7 @@ def find_rows(
     return found
 
 
-def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
+def parse_key(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
     """Parses `["flight_id=123"]` as values of the key's columns.
 
     Raises:
@@ -198,14 +198,14 @@ def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
     return values
 
 
-def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) -> Origin:
+def origin_of(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) -> Origin:
     """The origin of a row in a file: the commit that added the file, and what its run had read."""
     uri, entry = table_root(table), commit_of(table, file)
     made = open_table(uri, entry["version"]) if "version" in entry else None
     manifest = read_manifest(made) if made is not None else None
     store = uri.rsplit("/", 3)[0]
     seen = () if manifest is None else tuple(_seen(view, store, manifest, row[view.time]))
-    old = manifest is not None and manifest.version < VERSION and bool(lifetime_sources(view))
+    old = manifest is not None and manifest.version < MANIFEST_VERSION and bool(lifetime_sources(view))
     return Origin(row, uri, int(table.version()), file, entry, seen, old)
 
 

@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
+from transforms.models.registry_content import RegistryContent
 from transforms.models.stored_records import ChampionMove
 from transforms.storage.stored_json import DAMAGE, parse_record
 
@@ -29,7 +30,7 @@ ROLLBACK = "rollback: "
 # Kinds of record.  A confirmation names the version that was champion already.  Records of earlier versions of Millrace
 # have neither a kind nor a sequence number.
 PROMOTION, RETURN, CONFIRMATION = "promotion", "rollback", "confirmation"
-LONGEST = 5000  # characters of a tag's value in MLflow
+LONGEST_TAG = 5000  # characters of a tag's value in MLflow
 WAIT = 60.0
 
 
@@ -79,20 +80,25 @@ class ChampionMoves:
         next move removes it.  A move holds `only_move`.
 
     Args:
-        client: MLflow's client.
+        content: where alias and records are read.
         name: the registered model.
+        client: MLflow's client, to move the alias.
     """
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
-        self.client, self.name = client, name
+    def __init__(self, content: RegistryContent, name: str, client: MlflowClient | None = None) -> None:
+        self.content, self.name, self._client = content, name, client
         self.read()
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            raise ValueError("the alias is moved with MLflow's client")
+        return self._client
 
     def read(self) -> None:
         """Read alias and records."""
-        found = self.client.search_registered_models(f"name='{self.name}'")
-        model = self.client.get_registered_model(self.name) if found else None
-        aliases: Mapping[str, object] = model.aliases if model else {}
-        self.champion = None if CHAMPION not in aliases else str(aliases[CHAMPION])
+        model = self.content.model(self.name)
+        self.champion = model.aliases.get(CHAMPION) if model else None
         self.tags: dict[str, ChampionMove] = {}
         for tag, text in (model.tags if model else {}).items():
             if tag.startswith(f"{CHAMPION}.") and (record := _parsed(tag, text)) is not None:
@@ -175,7 +181,7 @@ class ChampionMoves:
 
     def _record(self, tag: str, record: ChampionMove) -> None:
         record = {**record, "who": record["who"][:200]}
-        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST:
+        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST_TAG:
             record["why"] = record["why"][: len(record["why"]) * 3 // 4] + "…"
         self.client.set_registered_model_tag(self.name, tag, text)
         self.tags[tag] = record

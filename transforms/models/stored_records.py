@@ -96,7 +96,7 @@ class SplitBounds(TypedDict, total=False):
 
 
 class SplitCounts(TypedDict):
-    """Counts of one split's rows; see `transforms.training.labels.Counts`."""
+    """Counts of one split's rows; see `transforms.training.labels.LabelCounts`."""
 
     rows: int
     waiting: int

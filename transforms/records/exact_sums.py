@@ -30,7 +30,7 @@ _MOST = 1 << 26
 def exact_sum(values: Floats) -> int:
     """Sum of finite doubles without rounding, as an integer number of 2^−1126.
 
-    >>> ratio(exact_sum(np.array([1e100, 1.0, -1e100])))
+    >>> as_fraction(exact_sum(np.array([1e100, 1.0, -1e100])))
     Fraction(1, 1)
     """
     return group_sums(values, np.zeros(len(values), np.int64), 1)[0]
@@ -116,7 +116,7 @@ def _positions(keys: Counts) -> tuple[Counts, Counts]:
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[keys]
 
 
-def ratio(total: int) -> Fraction:
+def as_fraction(total: int) -> Fraction:
     """What `exact_sum` counted, as a number."""
     return Fraction(total, 1 << UNIT)
 
@@ -137,7 +137,9 @@ class Moments:
         known = values[~np.isnan(values)]
         if not len(known):
             return cls()
-        return cls(len(known), exact_sum(known), exact_squares(known), float(known.min()), float(known.max()))
+        # Of 0.0 and −0.0, which are equal, the order of rows would choose the sign: + 0.0 makes both 0.0.
+        least, greatest = float(known.min()) + 0.0, float(known.max()) + 0.0
+        return cls(len(known), exact_sum(known), exact_squares(known), least, greatest)
 
     @classmethod
     def of_integers(cls, values: Counts) -> Moments:
@@ -159,7 +161,7 @@ class Moments:
     @property
     def exact_mean(self) -> Fraction:
         """The exact mean; 0 if there are no values."""
-        return ratio(self.total) / self.count if self.count else Fraction(0)
+        return as_fraction(self.total) / self.count if self.count else Fraction(0)
 
     @property
     def mean(self) -> float:

@@ -40,7 +40,7 @@ class ExactSum:
 
     def total(self, lo: Ints, hi: Ints) -> Floats:
         """Sum per window, float64."""
-        return total(self.digits(lo, hi), len(lo))
+        return window_sum(self.digits(lo, hi), len(lo))
 
 
 def _canonical(digits: Digits) -> list[Floats]:
@@ -59,7 +59,7 @@ def _canonical(digits: Digits) -> list[Floats]:
     return [_scaled(digit, unit) for unit, digit in result]
 
 
-def total(digits: Digits, rows: int) -> Floats:
+def window_sum(digits: Digits, rows: int) -> Floats:
     """Sum per window, correctly rounded to float64, as `math.fsum` rounds it."""
     parts = _canonical(digits)
     if len(parts) <= 2:  # one addition rounds once
@@ -73,7 +73,7 @@ def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
     return _two_sum(*_paired(_canonical(digits), rows))
 
 
-def variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
+def window_variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
     """Unbiased variance (n − 1) of windows of `n` ≥ 2 values, from the digits of Σx and Σx².
 
     `extreme` gives the least (or largest) values of the windows that are passed to it.

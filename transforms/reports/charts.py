@@ -153,7 +153,7 @@ class Strip:
         return "".join(f"M{at:.0f} 0V1000" for at, _ in self.x.positions)
 
 
-class Key(NamedTuple):
+class LegendEntry(NamedTuple):
     """An entry of a legend: the class of a mark, and its name."""
 
     kind: str

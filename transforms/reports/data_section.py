@@ -38,7 +38,7 @@ class SplitRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
+class SplitBar:
     """A split on the timeline: its start and end as shares of the timeline, and its length."""
 
     name: str
@@ -51,7 +51,7 @@ class Span:
 class Timeline:
     """The splits on a timeline, with the gaps between them."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[SplitBar, ...]
     first: str
     cutoff: str
 
@@ -182,7 +182,9 @@ def timeline(manifest: ModelManifest) -> Timeline | None:
     if end <= start or bounds[0][2] <= start:
         return None
     whole = end - start
-    found = [Span(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds]
+    found = [
+        SplitBar(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds
+    ]
     return Timeline(tuple(found), first, split["cutoff"])
 
 

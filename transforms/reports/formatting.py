@@ -1,6 +1,6 @@
 """Formats numbers, times and names in a report: text for readers, and the exact value.
 
-All functions but `shown`, `mark`, `category` and `metric_name` return HTML; their arguments are escaped.
+All functions but `format_number`, `mark`, `category` and `metric_name` return HTML; their arguments are escaped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NONE = Markup('<span class="none">{}</span>').format(DASH)
 _METRICS = {"auc": "AUC", "rmse": "RMSE", "mae": "MAE", "brier": "Brier score", "macro_auc": "macro AUC"}
 
 
-def shown(value: float, digits: int = 4) -> str:
+def format_number(value: float, digits: int = 4) -> str:
     """A number for readers: with separated thousands, `digits` significant digits and a real minus sign.
 
-    >>> shown(336776), shown(0.75231), shown(-12.3456), shown(0.00001234), shown(0.0)
-    ('336,776', '0.7523', '−12.35', '1.234e−5', '0')
+    >>> [format_number(each) for each in (336776, 0.75231, -12.3456, 0.00001234, 0.0)]
+    ['336,776', '0.7523', '−12.35', '1.234e−5', '0']
     """
     if not math.isfinite(value):
         return DASH
@@ -71,7 +71,7 @@ def number(value: float | int | None, digits: int = 4, signed: bool = False) -> 
     """
     if value is None or not math.isfinite(value):
         return _NONE
-    return _data(value, ("+" if signed and value > 0 else "") + shown(value, digits))
+    return _data(value, ("+" if signed and value > 0 else "") + format_number(value, digits))
 
 
 def given(value: float | int | None) -> Markup:

@@ -11,8 +11,8 @@ import numpy as np
 from schemas.models import RISING
 from transforms.models.stored_records import ExplanationRecord, ModelManifest, Spans, ThresholdRates, TrainingRecord
 from transforms.reports import charts
-from transforms.reports.charts import Axis, Key, Paths, Plot, Strip
-from transforms.reports.formatting import shown
+from transforms.reports.charts import Axis, LegendEntry, Paths, Plot, Strip
+from transforms.reports.formatting import format_number
 
 # The most points of a scatter, and the most classes for which a confusion matrix is shown.
 POINTS, CONFUSED = 800, 20
@@ -52,7 +52,7 @@ class Curves:
     auc: float | None
     precision_recall: Plot
     average_precision: float | None
-    keys: tuple[Key, ...]
+    keys: tuple[LegendEntry, ...]
     share: float
     threshold: float | None
 
@@ -195,18 +195,19 @@ def curves(content: TrainingRecord) -> Curves | None:
     auc, precision = content["metrics"]["auc"], content["metrics"]["average_precision"]
     x, y = Axis.share("false positive rate"), Axis.share("true positive rate")
     paths = charts.line(x, y, [0, 1], [0, 1], "thin") + _curve(x, y, content["roc"], rival.get("roc"))
-    roc = Plot(f"ROC curve, area {shown(auc or math.nan)}", x, y, paths, "1")
+    roc = Plot(f"ROC curve, area {format_number(auc or math.nan)}", x, y, paths, "1")
     share = sum(each["rows"] * each["share"] for each in bins) / sum(each["rows"] for each in bins)
     x, y = Axis.share("recall"), Axis.share("precision")
     paths = charts.line(x, y, [0, 1], [share, share], "thin")
     paths += _curve(x, y, content["precision_recall"], rival.get("precision_recall"))
     if at and at["precision"] is not None and at["recall"] is not None:
-        text = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
+        shown = f"precision {format_number(at['precision'])}, recall {format_number(at['recall'])}"
+        text = f"threshold {at['threshold']:g}: {shown}"
         paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [text])
-    by_recall = Plot(f"Precision by recall, average precision {shown(precision or math.nan)}", x, y, paths, "1")
+    by_recall = Plot(f"Precision by recall, average precision {format_number(precision or math.nan)}", x, y, paths, "1")
     keys = (
-        Key("first", "this model"),
-        *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
+        LegendEntry("first", "this model"),
+        *([LegendEntry("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
     )
     return Curves(roc, auc, by_recall, precision, keys, share, at["threshold"] if at else None)
 
@@ -235,7 +236,8 @@ def calibration(content: TrainingRecord) -> Calibration | None:
     x, y = Axis.share("mean score of a tenth of the scale"), Axis.share("share of positives")
     scores, shares = [each["score"] for each in points], [each["share"] for each in points]
     titles = [
-        f"{each['rows']:,} rows: score {shown(each['score'])}, positives {shown(each['share'])}" for each in points
+        f"{each['rows']:,} rows: score {format_number(each['score'])}, positives {format_number(each['share'])}"
+        for each in points
     ]
     paths = (
         charts.line(x, y, [0, 1], [0, 1], "thin")
@@ -243,7 +245,7 @@ def calibration(content: TrainingRecord) -> Calibration | None:
         + charts.spans(x, y, scores, [low for low, _ in spans], [high for _, high in spans], "first")
         + charts.dots(x, y, scores, shares, "big first", titles)
     )
-    plot = Plot(f"Share of positives by score; calibration error {shown(error or 0.0)}", x, y, paths, "1")
+    plot = Plot(f"Share of positives by score; calibration error {format_number(error or 0.0)}", x, y, paths, "1")
     most = Axis.over([0, *(each["rows"] for each in points)], "rows", ticks=3)
     bins = tuple(
         Bin(each["score"], Strip(most, charts.bar(most, each["rows"], "first"), 18), each["rows"], each["share"], span)

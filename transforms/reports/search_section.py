@@ -12,8 +12,8 @@ import numpy.typing as npt
 from schemas.models import RISING
 from transforms.models.stored_records import ModelManifest, TrainingRecord, TrialRecord
 from transforms.reports import charts
-from transforms.reports.charts import Axis, Key, Plot
-from transforms.reports.formatting import metric_name, shown
+from transforms.reports.charts import Axis, LegendEntry, Plot
+from transforms.reports.formatting import format_number, metric_name
 
 # The most trials that the table shows at once; trials and points of learning curves that are drawn; and pictures.
 SHOWN, TRIALS, ROUNDS, PICTURES = 12, 60, 160, 7
@@ -45,7 +45,7 @@ class SearchPicture:
 
     parameter: str | None
     plot: Plot
-    keys: tuple[Key, ...] = ()
+    keys: tuple[LegendEntry, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +138,15 @@ def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Sea
     paths = [path for at, found in others for path in charts.line(x, y, at, found, "thin solid")]
     at, found = thin[best["trial"]]
     paths += charts.line(x, y, at, found, "first")
-    rounds, value = best["rounds"], shown(_value(best))
+    rounds, value = best["rounds"], format_number(_value(best))
     if best["history"]:
         title = f"trial {best['trial']}, round {rounds}: {value}"
         paths += charts.dots(x, y, [rounds], [_number(best["history"][rounds - 1])], "big first", [title])
     label = f"Validation {metric_name(metric)} by boosting round; the best trial ends at {value} after {rounds} rounds"
-    keys = (Key("first", f"trial {best['trial']}, kept"), *([Key("thin solid", "others")] if others else []))
+    keys = (
+        LegendEntry("first", f"trial {best['trial']}, kept"),
+        *([LegendEntry("thin solid", "others")] if others else []),
+    )
     return SearchPicture(None, Plot(label, x, y, tuple(paths)), keys)
 
 
@@ -181,7 +184,7 @@ def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, me
     log = min(values) > 0 and max(values) / min(values) > 20
     x = Axis.over(values, name, log=log, pad=0.05)
     y = Axis.over(found, f"validation {metric_name(metric)}", pad=0.08)
-    titles = [f"trial {each['trial']}: {shown(_value(each))}" for each in worked]
+    titles = [f"trial {each['trial']}: {format_number(_value(each))}" for each in worked]
     marks = charts.dots(x, y, values, found, "second", titles)
     kept = f"trial {best['trial']}, kept"
     marks += charts.dots(x, y, [_number(best["params"][name])], [_value(best)], "big first", [kept])

@@ -29,7 +29,7 @@ _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
 # What Arrow raises when it reads a file that is not Parquet, or whose footer is wrong.
-UNREADABLE = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
+READ_ERRORS = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
 
 
 def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
@@ -166,7 +166,7 @@ class Contract:
                     }
                 )
             return frame.cast({name: self.source.schema[name] for name in self.read})
-        except (*UNREADABLE, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (*READ_ERRORS, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise not_whole(self.source, file, error) from None
 
     def check(self, schema: pa.Schema, file: str) -> None:
@@ -202,7 +202,7 @@ class Contract:
                     f"{name!r}: {found} in {file}",
                     "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
                 )
-            if not holds(declared, found):
+            if not type_holds(declared, found):
                 raise ContractError(
                     f"{what}: column {name!r} is {declared}",
                     f"{found} in {file}",
@@ -216,10 +216,19 @@ def as_frame(table: pa.Table) -> pl.DataFrame:
     columns: dict[str, pa.ChunkedArray] = {}
     for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
         zoned = pa.types.is_timestamp(column.type) and column.type.tz not in (None, "UTC")  # a cast imports pandas
-        columns[name] = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        column = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        seconds = pa.types.is_timestamp(column.type) and column.type.unit == "s"
+        columns[name] = _of_seconds(column) if seconds else column
     if not columns:
         return pl.DataFrame()
     return pl.DataFrame(pl.from_arrow(pa.table(columns)))
+
+
+def _of_seconds(times: pa.ChunkedArray) -> pa.Array:
+    """Times of seconds in µs, those beyond as the furthest there is: Polars would let them wrap around."""
+    numbers = pl.Series(pl.from_arrow(times.cast(pa.int64())))
+    most = (2**63 - 1) // 1_000_000
+    return (numbers.clip(-most, most) * 1_000_000).to_arrow().cast(pa.timestamp("us", times.type.tz))
 
 
 def _with_valid_text(table: pa.Table) -> pa.Table:
@@ -271,13 +280,13 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 
 def fits(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether a file's column of Arrow type `found` is accepted for a column declared as Polars type `declared`."""
-    return holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
+    return type_holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
 
 
-def holds(declared: pl.DataType, found: pa.DataType) -> bool:
+def type_holds(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether every value of Arrow type `found` is also a value of Polars type `declared`."""
     if pa.types.is_dictionary(found):
-        return holds(declared, found.value_type)
+        return type_holds(declared, found.value_type)
     if declared == pl.String:
         return pa.types.is_string(found) or pa.types.is_large_string(found)
     if declared == pl.Boolean:

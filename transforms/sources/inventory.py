@@ -9,7 +9,8 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedIOBase
 from typing import Any
 
@@ -23,11 +24,12 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
+from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
-from transforms.storage.delta_log import path_within, versions
+from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.log_check import IncompleteLogError
 from transforms.storage.paths import source_uri
 
 # Primitive types of Delta tables.
@@ -92,7 +94,7 @@ def version_of(root: str, source: Source) -> int | None:
     return None if table is None else int(table.version())
 
 
-def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
+def source_files(root: str, source: Source, version: int | None = None) -> list[str]:
     """The source's Parquet files under `<root>/<name>`, sorted; for a Delta table, those of `version` (None: its
     newest).
 
@@ -110,7 +112,7 @@ def listing_of(root: str, source: Source) -> Listing:
     """The files of a source that is not a Delta table.
 
     Raises:
-        DataError, ContractError: as `files_of`.
+        DataError, ContractError: as `source_files`.
     """
     folder = source_uri(root, source.name)
     listing = list_files(source.name, folder)
@@ -132,7 +134,14 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
     """
     if not _has_log(folder):
         return None
-    table = open_table(folder, version)
+    try:
+        table = open_table(folder, version)
+    except IncompleteLogError as error:
+        raise ContractError(
+            f"Source {source.name!r}: every commit of a Delta table is whole",
+            str(error.value),
+            "Restore the file, or restore the table to the version before it",
+        ) from None
     log = FileSystems.join(folder, LOG)
     if table is None:
         # Without the log, it is unknown which files hold rows that were replaced.
@@ -147,33 +156,7 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
             f"{folder} and {folder}{SUFFIX}",
             "Move one of them away",
         )
-    _check_commits(source, folder, int(table.version()))
     return table
-
-
-def _check_commits(source: Source, folder: str, version: int) -> None:
-    """Refuses truncated commits: delta-rs reads an empty one as a commit that changed nothing.
-
-    Only the commits that are read are checked: those after the last checkpoint.
-    """
-    log = FileSystems.join(folder, LOG)
-    if "://" in folder:
-        return  # an object is written whole or not at all
-    checkpoints = [
-        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
-    ]
-    start = max((each for each in checkpoints if each <= version), default=-1)
-    for each in versions(folder):
-        if start < each <= version:
-            path = os.path.join(log, f"{each:020}.json")
-            with open(path, "rb") as file:
-                first = file.readline().strip()
-            if first in (b"", b"{}"):
-                raise ContractError(
-                    f"Source {source.name!r}: every commit of a Delta table is whole",
-                    f"{path}, which is empty",
-                    "Restore the file, or restore the table to the version before it",
-                )
 
 
 def _has_log(folder: str) -> bool:
@@ -205,7 +188,7 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
     Raises:
         ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
     """
-    return survey(root, contract, version)[1]
+    return survey_source(root, contract, version)[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,7 +206,7 @@ class Surveyed:
         return () if self.listing is None else (self.listing,)
 
 
-def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
+def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
     """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
     log.
 
@@ -235,10 +218,10 @@ def survey(root: str, contract: Contract, version: int | None = None) -> tuple[C
 
 
 def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
-    """As `survey`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
+    """As `survey_source`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
 
     Raises:
-        ContractError: as `survey`.
+        ContractError: as `survey_source`.
     """
     table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
     listing = None
@@ -252,10 +235,31 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
         parts = list(file_pool().map(_Footers(contract).slices, batches))
     except ContractError:
-        with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
+        with contextlib.suppress(*READ_ERRORS):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
-    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
+    slices = Slices(each for part in parts for each in part)
+    if table is not None:
+        _require_logged_rows(contract.source, table, slices)
+    return Surveyed(contract, slices, listing)
+
+
+def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Slice]) -> None:
+    """Checks that each file of a Delta source has as many rows as its log says, where it says so."""
+    root, known = table_root(table), pl.DataFrame(table.get_add_actions(flatten=True))
+    if "num_records" not in known.columns:
+        return
+    found = Counter[str]()
+    for each in slices:
+        found[each.path] += each.rows
+    for logged, rows in known.select("path", "num_records").iter_rows():
+        path = FileSystems.join(root, path_within(root, logged))
+        if rows is not None and found[path] != rows:
+            raise ContractError(
+                f"Source {source.name!r}: a file of a Delta table has the rows that were committed with it",
+                f"{path}: {found[path]} rows, and {rows} by the table's log",
+                "Restore the file, or have the table's owner write the rows again",
+            )
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
@@ -344,7 +348,7 @@ class _Footers:
         for path in paths:
             try:
                 result += self._slices_of(path)
-            except UNREADABLE as error:
+            except READ_ERRORS as error:
                 raise not_whole(self.contract.source, path, error) from None
         return result
 
@@ -416,7 +420,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()))
             raise
-    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None

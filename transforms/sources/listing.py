@@ -62,7 +62,7 @@ class Listing(PickledOnce):
             parts = ((gone, "gone"), (replaced, "replaced"))
             raise DataError(
                 f"Source {self.source!r}: its files stay as they are while a run reads them",
-                "; ".join(f"{shown(paths)} {what} since the run began" for paths, what in parts if paths),
+                "; ".join(f"{first_few(paths)} {what} since the run began" for paths, what in parts if paths),
                 "Run the same command again; write new files aside and rename them",
             )
         return tuple(sorted(now.keys() - self.files.keys()))
@@ -71,7 +71,7 @@ class Listing(PickledOnce):
 Passed = TypeVar("Passed")
 
 
-def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
+def require_unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
     """Returns `passed` if every source still has the files that a run listed when it began; logs those that were added.
 
     Raises:
@@ -82,12 +82,12 @@ def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
             log.warning(
                 "source %s: not read, since they were added after the run began: %s; the next run reads them",
                 listing.source,
-                shown(added),
+                first_few(added),
             )
     return passed
 
 
-def shown(paths: Iterable[str], most: int = _NAMED) -> str:
+def first_few(paths: Iterable[str], most: int = _NAMED) -> str:
     """The first few of some names, and how many more there are."""
     names = list(paths)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
@@ -109,7 +109,7 @@ def list_files(source: str, folder: str) -> Listing:
 @functools.lru_cache(1024)
 def _name_passed_over(source: str, names: tuple[str, ...]) -> None:
     """Logs the skipped entries once, however often the source is listed."""
-    log.warning("source %s: passed over, since their names begin with . or _: %s", source, shown(names))
+    log.warning("source %s: passed over, since their names begin with . or _: %s", source, first_few(names))
 
 
 def is_hidden(name: str) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.sources.contracts import UNREADABLE, Contract, as_frame, check_rows, not_whole, readable
+from transforms.sources.contracts import READ_ERRORS, Contract, as_frame, check_rows, not_whole, readable
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
 from transforms.sources.inventory import FILES_AT_ONCE, Slice, open_parquet, stamp_of
@@ -23,7 +23,7 @@ from transforms.sources.repeats import KnownOrder
 from transforms.storage.delta_tables import file_pool
 
 # Rows in memory while a source is read in pieces.
-CHUNK_ROWS = 500_000
+READ_CHUNK_ROWS = 500_000
 # Rows among which repeats are searched for at once, by their unique columns alone; more rows are searched in parts, by
 # hash.
 REPEATS_AT_ONCE = 4_000_000
@@ -36,7 +36,7 @@ Owners = Callable[[int], int | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Read:
+class SourceRows:
     """The result of reading slices: rows that satisfy the contract, and dead letters with their file and row."""
 
     frame: pl.DataFrame
@@ -66,7 +66,7 @@ class ReadOptions:
 EVERYTHING = ReadOptions()
 
 
-def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOptions = EVERYTHING) -> Read:
+def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOptions = EVERYTHING) -> SourceRows:
     """Rows of `slices`, checked against the contract; repeats by `unique` are not removed.
 
     Raises:
@@ -74,7 +74,7 @@ def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOption
     """
     if not slices:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
-        return Read(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
+        return SourceRows(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
     whole = _read_files(contract, slices)
     owners = _owners(contract, slices, whole)
     return _checked(contract, slices, whole, owners, options)
@@ -84,8 +84,8 @@ def stream_slices(
     contract: Contract,
     slices: Sequence[Slice],
     options: ReadOptions = EVERYTHING,
-    chunk: int = CHUNK_ROWS,
-) -> Iterator[Read]:
+    chunk: int = READ_CHUNK_ROWS,
+) -> Iterator[SourceRows]:
     """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the size of row groups.
 
     Raises:
@@ -114,7 +114,7 @@ def _checked(
     whole: pl.DataFrame,
     owners: Owners,
     options: ReadOptions,
-) -> Read:
+) -> SourceRows:
     digests = {} if options.span is None else day_digests(contract, whole, *options.span)
     if options.numbered:
         whole = whole.with_columns(
@@ -132,7 +132,7 @@ def _checked(
         moment = pl.col(contract.source.time).to_physical()
         if options.low > ALWAYS or options.high < FOREVER:
             frame = frame.filter((moment >= options.low) & (moment < options.high))
-    return Read(frame, dead_letters, digests)
+    return SourceRows(frame, dead_letters, digests)
 
 
 def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:
@@ -221,7 +221,7 @@ def _cast_together(contract: Contract, alike: Sequence[_FileRows]) -> list[pl.Da
         ContractError: names the file whose rows cannot be converted.
     """
     if len(alike) > 1:
-        with contextlib.suppress(ContractError, *UNREADABLE):  # converting each file alone shows which of them it is
+        with contextlib.suppress(ContractError, *READ_ERRORS):  # converting each file alone shows which of them it is
             return [contract.cast(pa.concat_tables([each.table for each in alike]), alike[0].path)]
     return [contract.cast(each.table, each.path) for each in alike]
 
@@ -230,7 +230,7 @@ def _cast_together(contract: Contract, alike: Sequence[_FileRows]) -> list[pl.Da
 def _whole(contract: Contract, path: str) -> Iterator[None]:
     try:
         yield
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise not_whole(contract.source, path, error) from None
 
 
@@ -270,7 +270,7 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
     if contract.source.time not in file.schema_arrow.names:
         return None
     with _whole(contract, piece.path):
-        for batch in file.iter_batches(CHUNK_ROWS, [piece.group], [contract.source.time]):
+        for batch in file.iter_batches(READ_CHUNK_ROWS, [piece.group], [contract.source.time]):
             moments = readable(as_frame(pa.Table.from_batches([batch])))
             found = _plausible(contract, moments[contract.source.time])
             if found is not None:
@@ -314,7 +314,7 @@ def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners,
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Repeats:
+class RepeatedKeys:
     """Values of `unique` columns that occur more than once: `first` has them with the time (`__known`, µs) of the row
     that stays; `dropped` has the digests of the others by day."""
 
@@ -322,7 +322,7 @@ class Repeats:
     dropped: Digests
 
 
-def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
+def repeats_of(contract: Contract, slices: Sequence[Slice]) -> RepeatedKeys:
     """The repeats among a source's rows.
 
     There are two passes: the first reads only the unique columns, as many rows at once as memory allows; the second
@@ -333,17 +333,19 @@ def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
     unique = list(source.unique or ())
     narrow = dataclasses.replace(contract, columns=tuple(unique), ordering=(), required=())
     if not slices:
-        return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
+        return RepeatedKeys(
+            pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {}
+        )
     parts = -(-sum(each.rows for each in slices) // REPEATS_AT_ONCE)
     again = pl.concat([_again(narrow, slices, part, parts) for part in range(parts)])
     if not len(again):
-        return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
+        return RepeatedKeys(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
     occurrences = pl.concat(
         [check_rows(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)]
     )
     first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
     kept = without_repeats(source, occurrences, first)
-    return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
+    return RepeatedKeys(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
 
 
 def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> pl.DataFrame:
@@ -353,7 +355,7 @@ def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> 
     return ids.lazy().group_by(narrow.columns).len().filter(pl.col("len") > 1).select(narrow.columns).collect()
 
 
-def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -> Iterator[pl.DataFrame]:
+def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = READ_CHUNK_ROWS) -> Iterator[pl.DataFrame]:
     """Rows of `slices` in declared types, unchecked, in pieces of at most `chunk` rows."""
     held: list[Slice] = []
     rows = 0
@@ -387,7 +389,7 @@ def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame |
     return frame.filter(pl.Series(keep))
 
 
-def locate(
+def locate_rows(
     contract: Contract, slices: Sequence[Slice], rows: pl.DataFrame, key: Sequence[str], rule: str
 ) -> pl.DataFrame:
     """Dead letters for every occurrence of `rows` in their files."""

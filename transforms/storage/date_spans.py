@@ -39,7 +39,7 @@ MOST_DAYS = 10_000
 # Decoded files that stay in memory, since their dates are read one by one.
 FILES_CACHED = 4
 # What reading a damaged Parquet file can raise. The RuntimeError comes from pyarrow_hotfix.
-UNREADABLE = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
+TABLE_READ_ERRORS = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
 _FOOTER = b"millrace.segments"
 
 
@@ -120,7 +120,7 @@ def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path
         DataError: the file has other rows.
     """
     if (count := sum(each.rows for each in segments)) != len(gone):
-        raise _other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
+        raise other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
     found, start = [], 0
     for each in segments:
         lost = int(gone[start : start + each.rows].sum())
@@ -141,7 +141,7 @@ def read_segments(path: str) -> tuple[Segment, ...]:
     try:
         status = os.stat(path)
         return _segments(path, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
 
 
@@ -164,11 +164,11 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
         DataError: it has more or fewer rows.
     """
     if (count := sum(each.rows for each in segments)) != rows:
-        raise _other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
+        raise other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
     try:
         require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     require_days(path, content, segments)
 
@@ -183,10 +183,10 @@ def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> N
     found = _day_numbers(content)
     if len(found) != len(expected) or (found != expected).any():
         counts = f"{len(found)} rows of {len(np.unique(found))} dates"
-        raise _other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
+        raise other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
 
 
-def _other_rows(path: str, value: str) -> DataError:
+def other_rows(path: str, value: str) -> DataError:
     return DataError(
         "A data file holds the rows that were committed with it",
         f"{path}: {value}",
@@ -218,7 +218,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         status = os.stat(path)
         wanted = None if columns is None else tuple(columns)
         content, days = _decoded(path, wanted, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     start, rows = place
     first, last = map(as_number, dates)
@@ -228,7 +228,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         return content.slice(start, rows)
     found = content.filter(pl.Series((days >= first) & (days <= last)).to_arrow())
     if found.num_rows > rows:
-        raise _other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
+        raise other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
     return found
 
 

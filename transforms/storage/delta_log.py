@@ -24,7 +24,7 @@ from schemas.errors import ConflictError, StoreError
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import read_regular
 
-LOG = "_delta_log"
+LOG_FOLDER = "_delta_log"
 # An action of the log, such as the metadata of a commit: keys of the protocol, and ours.
 CommitInfo = dict[str, Any]
 
@@ -54,13 +54,13 @@ def path_within(root: str, logged: str) -> str:
     return path
 
 
-def versions(uri: str) -> list[int]:
+def logged_versions(uri: str) -> list[int]:
     """Versions whose commits are still in the log, oldest first.
 
     Raises:
         StoreError: the log cannot be listed.
     """
-    folder = FileSystems.join(root_of(uri), LOG)
+    folder = FileSystems.join(root_of(uri), LOG_FOLDER)
     if "://" not in folder:
         try:
             names = os.listdir(folder)
@@ -83,7 +83,7 @@ def commits(uri: str, version: int | None = None) -> Iterator[CommitInfo]:
     Raises:
         StoreError: the log cannot be read.
     """
-    for each in reversed(versions(uri)):
+    for each in reversed(logged_versions(uri)):
         if version is None or each <= version:
             yield commit_at(uri, each)
 
@@ -191,7 +191,7 @@ def merged_files(uri: str, version: int) -> set[str]:
 
 
 def _actions(uri: str, version: int, kind: str) -> Iterator[CommitInfo]:
-    path = FileSystems.join(root_of(uri), LOG, f"{version:020}.json")
+    path = FileSystems.join(root_of(uri), LOG_FOLDER, f"{version:020}.json")
     try:
         text = read_regular(path).decode()
         # Each line is an object with one member.

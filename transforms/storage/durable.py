@@ -61,7 +61,7 @@ def write_file(path: str, content: bytes | pa.Buffer, exclusive: bool = False) -
 
 
 def write_aside(path: str, content: bytes | pa.Buffer) -> str:
-    """Writes `content` under a hidden name beside `path`, and returns the hidden path; `publish` renames it.
+    """Writes `content` under a hidden name beside `path`, and returns the hidden path; `rename_files` renames it.
 
     Raises:
         OSError: it cannot be written; no part of it is left.
@@ -78,7 +78,7 @@ def write_aside(path: str, content: bytes | pa.Buffer) -> str:
     return aside
 
 
-def publish(files: Sequence[tuple[str, str]]) -> None:
+def rename_files(files: Sequence[tuple[str, str]]) -> None:
     """Renames files, given as (hidden path, path); they are durable on return.  Each file and each folder is flushed
     once.
 

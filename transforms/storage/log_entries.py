@@ -26,7 +26,7 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
-from transforms.storage.delta_log import LOG, root_of, versions
+from transforms.storage.delta_log import LOG_FOLDER, logged_versions, root_of
 from transforms.storage.durable import make_folders, sync_ancestors, sync_folder, write_file
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 
@@ -34,8 +34,15 @@ log = logging.getLogger("millrace.storage")
 
 # A reader of the log need not read entries before the last checkpoint.
 CHECKPOINT_EVERY = 100
-# An entry counts its files, so that a truncated entry is not taken for a smaller commit.
-ADDED_FILES, REMOVED_FILES = "num_added_files", "num_removed_files"
+# An entry counts what it has, so that one that has lost actions is not taken for a smaller commit.  The first three
+# are those of delta-rs.
+ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS = (
+    "num_added_files",
+    "num_removed_files",
+    "num_added_rows",
+    "num_actions",
+)
+COUNTS = (ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS)
 _KEPT = "/=:@!$&'()*+,;~"
 
 
@@ -89,7 +96,7 @@ def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
         OSError: the log cannot be written; nothing was committed.
     """
     root, version = root_of(uri), 0 if table is None else int(table.version()) + 1
-    folder = os.path.join(root, LOG)
+    folder = os.path.join(root, LOG_FOLDER)
     make_folders(folder)
     lines = [json.dumps(action, separators=(",", ":")) for action in _actions(table, entry)]
     write_file(os.path.join(folder, f"{version:020}.json"), ("\n".join(lines) + "\n").encode(), exclusive=True)
@@ -104,18 +111,24 @@ def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
 def sync_log(uri: str) -> None:
     """Makes the commits in the log durable: a writer may have been killed before it flushed them."""
     if "://" not in root_of(uri):
-        sync_folder(os.path.join(root_of(uri), LOG))
+        sync_folder(os.path.join(root_of(uri), LOG_FOLDER))
 
 
 def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, object]]:
     now = time.time_ns() // 1_000_000
     mode = "Overwrite" if entry.removed else "Append"
+    actions = 2 + (table is None) + (entry.schema is not None) + len(entry.removed) + len(entry.added)
     yield {
         "commitInfo": {
             "timestamp": now,
             "operation": "CREATE TABLE" if table is None else "WRITE" if entry.changes_rows else "OPTIMIZE",
             "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
-            "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
+            "operationMetrics": {
+                ADDED_FILES: len(entry.added),
+                REMOVED_FILES: len(entry.removed),
+                ADDED_ROWS: sum(json.loads(action.stats)["numRecords"] for action in entry.added),
+                ACTIONS: actions,
+            },
             **entry.metadata,
         }
     }
@@ -172,12 +185,12 @@ def write_checkpoint(uri: str, version: int) -> None:
     Raises:
         OSError, DeltaError: it cannot be made.
     """
-    folder = Path(root_of(uri), LOG)
+    folder = Path(root_of(uri), LOG_FOLDER)
     with tempfile.TemporaryDirectory(prefix="millrace-") as elsewhere:
-        links = Path(elsewhere, LOG)
+        links = Path(elsewhere, LOG_FOLDER)
         links.mkdir()
-        last = _newest_checkpoint(folder)
-        for each in versions(uri):
+        last = newest_checkpoint(folder)
+        for each in logged_versions(uri):
             if last <= each <= version:
                 name = f"{each:020}.json"
                 (links / name).symlink_to((folder / name).absolute())
@@ -191,7 +204,7 @@ def write_checkpoint(uri: str, version: int) -> None:
         write_file(str(folder / "_last_checkpoint"), (links / "_last_checkpoint").read_bytes())
 
 
-def _newest_checkpoint(folder: Path) -> int:
+def newest_checkpoint(folder: Path) -> int:
     """The version of the checkpoint that the log names; 0 if there is none."""
     try:
         return int(parse_object(read_regular(str(folder / "_last_checkpoint")))["version"])

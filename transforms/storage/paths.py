@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from transforms.storage.delta_log import root_of, versions
+from transforms.storage.delta_log import logged_versions, root_of
 from transforms.storage.file_systems import FileSystems
 
 BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
@@ -27,7 +27,7 @@ def tables_below(store: str) -> list[str]:
         f"{position}/{'/'.join(parts)}"
         for position, depth in TABLE_DEPTHS.items()
         for parts in folders(FileSystems.join(store, position), depth)
-        if position != "sources" or versions(FileSystems.join(store, position, *parts))
+        if position != "sources" or logged_versions(FileSystems.join(store, position, *parts))
     ]
 
 
@@ -44,7 +44,7 @@ def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
     return [(name, *rest) for name in names for rest in folders(os.path.join(folder, name), depth - 1)]
 
 
-def path_in_store(uri: str) -> str:
+def table_path_in_store(uri: str) -> str:
     """A feature table's path within its store: stores may be moved."""
     return "/".join(root_of(uri).split("/")[-3:])
 

@@ -31,10 +31,10 @@ from transforms.storage.date_spans import (
     schema_with_segments,
     stats_of,
 )
-from transforms.storage.delta_log import LOG, path_within, root_of, versions
+from transforms.storage.delta_log import LOG_FOLDER, logged_versions, path_within, root_of
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES, LogEntry, RemovedFile, write_checkpoint
-from transforms.storage.stored_json import read_regular, understood
+from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_checkpoint
+from transforms.storage.stored_json import explain_damage, read_regular
 
 # (Rows of a row group, path of the file) → for each row, whether it is removed.
 Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
@@ -197,7 +197,7 @@ def purge(uri: str) -> int:
     root, needed, count = root_of(table.table_uri), set(paths_of(table)), 0
     for folder, _, names in os.walk(root):
         inside = os.path.relpath(folder, root).split(os.sep)
-        if inside[0] == LOG or (inside[0].startswith("_") and inside[0] != "_change_data"):
+        if inside[0] == LOG_FOLDER or (inside[0].startswith("_") and inside[0] != "_change_data"):
             continue
         for name in names:
             path = os.path.join(folder, name)
@@ -215,11 +215,11 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
     For a table whose files have several dates, it keeps the first and last date of each file, which other tables have
     in their paths.
     """
-    folder, dates = os.path.join(root, LOG), days_of(table) > 1
+    folder, dates = os.path.join(root, LOG_FOLDER), days_of(table) > 1
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
-    for version in versions(root):
+    for version in logged_versions(root):
         path = os.path.join(folder, f"{version:020}.json")
-        with understood("A table's log can be read", path):
+        with explain_damage("A table's log can be read", path):
             lines = [line for line in read_regular(path).decode().splitlines() if line.strip()]
             scrubbed = [_scrubbed(line, root, None if ours else needed, dates) for line in lines]
         after = [each for each in scrubbed if each is not None]
@@ -233,7 +233,7 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
 def _without_counts(line: str) -> str:
     action = json.loads(line)
     if "commitInfo" in action:
-        for name in (ADDED_FILES, REMOVED_FILES):
+        for name in COUNTS:
             action["commitInfo"].get("operationMetrics", {}).pop(name, None)
     return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
 
@@ -242,7 +242,7 @@ def _renew_checkpoints(root: str, version: int) -> None:
     """Replaces the checkpoints, which repeat what was in the log, by one of the newest version, and removes the
     checksum files of other programs, which repeat it too.
     """
-    folder = os.path.join(root, LOG)
+    folder = os.path.join(root, LOG_FOLDER)
     names = os.listdir(folder)
     checkpoints = [name for name in names if ".checkpoint" in name and not name.startswith((".", "_"))]
     for name in names:
@@ -251,7 +251,7 @@ def _renew_checkpoints(root: str, version: int) -> None:
     if not checkpoints:
         return
     whole = (
-        versions(root)[0] == 0
+        logged_versions(root)[0] == 0
     )  # made from the entries alone; otherwise the last checkpoint replaces missing entries
     if whole:
         for name in [*checkpoints, "_last_checkpoint"]:

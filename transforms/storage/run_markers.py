@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from schemas.errors import ConflictError, MillraceError
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 
 MARKER = "started.json"
 # The pipeline that the marker of an erasure names.
@@ -68,10 +68,10 @@ def write_marker(folder: str, pipeline: str, run_id: str) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    write_aside(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
+    write_file_atomically(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
 
 
-def begin(folder: str, pipeline: str, run_id: str) -> None:
+def begin_run(folder: str, pipeline: str, run_id: str) -> None:
     """Writes the marker of a run, then checks that no erasure works on the store; for an erasure, that no run does.
 
     Args:
@@ -141,7 +141,7 @@ def _markers(folder: str) -> Iterator[str]:
 
 
 def _read(path: str) -> RunMarker:
-    with understood("The mark of a run can be read", path, "If that run has ended, delete the file"):
+    with explain_damage("The mark of a run can be read", path, "If that run has ended, delete the file"):
         entry = parse_object(read_regular(path))
         names = [entry[name] for name in ("run_id", "pipeline", "host")]
         if not all(isinstance(name, str) for name in names) or not isinstance(entry["pid"], int):

@@ -39,7 +39,7 @@ def read_regular(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def understood(rule: str, path: str, fix: str = RESTORE, missing: str | None = None) -> Iterator[None]:
+def explain_damage(rule: str, path: str, fix: str = RESTORE, missing: str | None = None) -> Iterator[None]:
     """Turns anything that reading and interpreting a stored file raises into one error.
 
     Args:
@@ -93,7 +93,7 @@ def read_object(path: str, rule: str, fix: str = RESTORE) -> dict[str, Any]:
     Raises:
         StoreError: it cannot be read, or holds something else.
     """
-    with understood(rule, path, fix):
+    with explain_damage(rule, path, fix):
         return parse_object(read_regular(path))
 
 

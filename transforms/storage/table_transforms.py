@@ -15,7 +15,7 @@ from transforms.storage.delta_tables import (
     Committed,
     DataFile,
     commit,
-    groups,
+    file_groups,
     read_group,
     write_files,
 )
@@ -32,7 +32,7 @@ class ReadTable(beam.PTransform):
         columns = None if self.columns is None else list(self.columns)
         return (
             begin
-            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
+            | "Files" >> beam.Create(list(file_groups(self.files)), reshuffle=len(self.files) > 1)
             | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
         )
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import ContractError, StoreError
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.durable import rename
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.tfrecord_codec import gzipped
@@ -36,7 +36,7 @@ _HEAD = struct.Struct("<QI")
 _SUM = struct.Struct("<I")
 
 
-def matching(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """Paths that match `pattern`, sorted.
 
     Raises:
@@ -189,7 +189,7 @@ def write_tfrecord_file(batch: pa.RecordBatch, prefix: str, run_id: str) -> TFRe
     first = batch.column(batch.schema.get_field_index("date")).slice(0, 1).to_pylist()
     folder, base = FileSystems.split(prefix)
     name = f".{base}.{run_id}-{digest}.part"
-    write_aside(folder or ".", name, pa.py_buffer(content))
+    write_file_atomically(folder or ".", name, pa.py_buffer(content))
     return TFRecordFile(FileSystems.join(folder or ".", name), f"{first[0] if first else ''}-{digest}", batch.num_rows)
 
 

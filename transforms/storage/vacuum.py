@@ -17,20 +17,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 
 from schemas.errors import StoreError
-from transforms.storage.delta_log import LOG, commit_at, commits, file_actions, merged_files, versions
+from transforms.storage.delta_log import LOG_FOLDER, commit_at, commits, file_actions, logged_versions, merged_files
 from transforms.storage.delta_tables import open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
-from transforms.storage.paths import MANIFEST, path_in_store, tables_below
+from transforms.storage.log_check import DATA_FILE, entry_problem, incomplete
+from transforms.storage.log_entries import ADDED_FILES
+from transforms.storage.paths import MANIFEST, table_path_in_store, tables_below
 from transforms.storage.run_markers import MARKER, RunMarker
-from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
+from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
-# Names of Millrace's files: `<run>-<digest>.parquet`, and the hidden files that it or delta-rs writes before a rename.
-DATA_FILE = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
+# What Millrace or delta-rs writes aside before a rename.
 TEMPORARY_FILE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
 TEMPORARY_LOG_FILE = re.compile(r".*(\.tmp|#\d+)")
-EXAMPLES = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
+EXAMPLE_FILE = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
 # A run that trained a model has left at least one of these.
 LEFT = (("model", MANIFEST), ("run.json",))
 
@@ -127,17 +127,17 @@ def waste_of(store: str, table: str, rules: VacuumRules) -> list[Waste]:
     kept = _retained(uri, table, rules)
     needed, once = _paths(uri, kept)
     theirs = table.startswith("sources/")
-    merged = set[str]().union(*(merged_files(uri, version) for version in versions(uri) if theirs))
+    merged = set[str]().union(*(merged_files(uri, version) for version in logged_versions(uri) if theirs))
     manifests, runs = _named(uri, kept)
     summaries = _summaries(uri, manifests)
-    newest = max(versions(uri), default=0)
+    newest = max(logged_versions(uri), default=0)
     reported = functools.cache(lambda run: _reported_later(store, run, newest))
     found = []
     for file in listed:
         inside = file.path[len(uri) + 1 :]
         folder, name = inside.split("/")[0], inside.split("/")[-1]
         age = rules.now - file.changed
-        if folder == LOG:
+        if folder == LOG_FOLDER:
             kind = "aside" if TEMPORARY_LOG_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name) else None
         elif TEMPORARY_FILE.fullmatch(name):
             kind = "aside"
@@ -174,7 +174,7 @@ def require_unfinished(uri: str, files: Iterable[StoredFile], rules: VacuumRules
         raise StoreError(
             "Files are removed from a table only where its log can be read",
             f"{uri} has no log and {len(others):,} data files, as {others[0].path}",
-            f"Restore {LOG} from a backup; if no run ever committed to this table, delete its folder. "
+            f"Restore {LOG_FOLDER} from a backup; if no run ever committed to this table, delete its folder. "
             "Nothing was removed",
         )
 
@@ -189,19 +189,20 @@ def runs_without_counts(uri: str) -> set[str]:
         StoreError: an entry is missing or truncated.
     """
     runs = set()
-    every = versions(uri)
+    every = logged_versions(uri)
     gaps = [high - 1 for low, high in itertools.pairwise(every) if high != low + 1]
     for version in gaps[:1]:
-        raise _unreadable(uri, version, "the entry is missing")
+        raise incomplete(uri, version, "the entry is missing")
+    folder = FileSystems.join(uri, LOG_FOLDER)
     for version in every:
-        info, added, removed = commit_at(uri, version), *file_actions(uri, version)
+        info = commit_at(uri, version)
         if "timestamp" not in info:
-            raise _unreadable(uri, version, "the entry has no metadata of its commit")
+            raise incomplete(uri, version, "the entry has no metadata of its commit")
+        if "://" not in folder and (problem := entry_problem(folder, version)):
+            raise incomplete(uri, version, problem)
         counts = info.get("operationMetrics")
         if not isinstance(counts, dict) or ADDED_FILES not in counts:
             runs.add(str(info.get("run_id")))
-        elif (int(counts[ADDED_FILES]), int(counts[REMOVED_FILES])) != (len(added), len(removed)):
-            raise _unreadable(uri, version, f"it has {len(added)} of {counts[ADDED_FILES]} added files")
     return runs
 
 
@@ -214,26 +215,20 @@ def _reported_later(store: str, run: str, newest: int) -> bool:
     return isinstance(version, int) and version > newest
 
 
-def _unreadable(uri: str, version: int, why: str) -> StoreError:
-    return StoreError(
-        "A table's log is as it was written",
-        f"version {version} of {uri}: {why}",
-        f"Restore {LOG} from a backup; nothing was removed",
-    )
-
-
 def _data_files(files: Iterable[StoredFile]) -> Iterator[StoredFile]:
     """The files of a table that hold rows."""
     for each in files:
         *folders, name = each.path.split("/")
-        if DATA_FILE.fullmatch(name) and not {LOG, MANIFESTS, STATISTICS, SUMMARIES} & set(folders[-2:]):
+        if DATA_FILE.fullmatch(name) and not {LOG_FOLDER, MANIFESTS, STATISTICS, SUMMARIES} & set(folders[-2:]):
             yield each
 
 
 def _of_first_runs(store: str, rules: VacuumRules) -> set[str]:
     """Runs that were killed and whose files stay because their table has no commit yet."""
     uris = [FileSystems.join(store, *name.split("/")) for name in tables_below(store)]
-    owners = (_owner(each.path, rules.unfinished) for uri in uris if not versions(uri) for each in files_below(uri))
+    owners = (
+        _owner(each.path, rules.unfinished) for uri in uris if not logged_versions(uri) for each in files_below(uri)
+    )
     return {owner.run_id for owner in owners if owner is not None}
 
 
@@ -249,7 +244,7 @@ def waste_of_runs(store: str, rules: VacuumRules) -> list[Waste]:
             kind = "aside" if TEMPORARY_FILE.fullmatch(name) else None
             if name == MARKER and position == "runs" and file.path.rsplit("/", 2)[-2] not in first:
                 kind = "mark"
-            if position == "examples" and EXAMPLES.fullmatch(name):
+            if position == "examples" and EXAMPLE_FILE.fullmatch(name):
                 run = file.path.rsplit("/", 2)[-2]
                 if run not in ended:
                     ended[run] = any(FileSystems.exists(FileSystems.join(store, "runs", run, *path)) for path in LEFT)
@@ -270,7 +265,7 @@ class _Retained:
 
 
 def _retained(uri: str, table: str, rules: VacuumRules) -> _Retained:
-    every = versions(uri)
+    every = logged_versions(uri)
     young: list[int] = []
     for version in reversed(every):
         young.insert(0, version)
@@ -290,7 +285,7 @@ def _paths(uri: str, kept: _Retained) -> tuple[set[str], set[str]]:
     for version in (*kept.young[:1], *kept.pinned):
         needed |= _paths_at(uri, version) or set()
     once = set(needed)
-    for version in versions(uri):
+    for version in logged_versions(uri):
         added, removed = file_actions(uri, version)
         once |= added | removed
         needed |= added if version in kept.young else set()
@@ -330,13 +325,13 @@ def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
         path = FileSystems.join(uri, MANIFESTS, name)
         if "://" not in path and not os.path.lexists(path):
             continue  # it was removed, so no run needs the files that it named
-        with understood("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+        with explain_damage("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
             snapshots = parse_object(read_regular(path)).get("snapshots", {})
             named |= {str(file) for files, _ in snapshots.values() for file in files}
     return named
 
 
-def remove(waste: Iterable[Waste]) -> tuple[int, int]:
+def remove_waste(waste: Iterable[Waste]) -> tuple[int, int]:
     """Deletes the files, and returns how many and how many bytes.  A file that is already gone counts as removed.
 
     Raises:
@@ -367,5 +362,5 @@ def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
     for name, manifest in models.items():
         table = manifest.get("feature_table")
         if isinstance(table, Mapping) and "uri" in table and "version" in table:
-            pins.append(Pin(path_in_store(str(table["uri"])), int(str(table["version"])), name))
+            pins.append(Pin(table_path_in_store(str(table["uri"])), int(str(table["version"])), name))
     return tuple(pins)

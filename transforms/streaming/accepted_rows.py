@@ -9,13 +9,13 @@ from datetime import date, timedelta
 import numpy as np
 import polars as pl
 
-from schemas.live import accepted, repeats_by, sources_of
+from schemas.live import accepted, live_sources, repeats_by
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER, day_of
-from transforms.sources.repeats import NEVER
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.paths import source_uri, sources_root
-from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
+from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
 
 # A piece of accepted rows has about so many rows.
@@ -45,7 +45,7 @@ class AcceptedRows:
 
     def since(self, low: int) -> pl.DataFrame:
         """All rows that were known at or after `low` µs, with all columns but the date."""
-        time = pl.col(str(sources_of(self.view)[self.source].time)).to_physical()
+        time = pl.col(str(live_sources(self.view)[self.source].time)).to_physical()
         parts = self.pieces(low)
         empty = pl.DataFrame(pl.from_arrow(accepted(self.view, self.source).empty_table())).drop("date")
         return pl.concat([empty, *(part.filter(time >= low) for part in parts)])
@@ -83,7 +83,7 @@ class AcceptedRows:
         """Whether some rows repeat others and do not count."""
         return bool(repeats_by(self.view, self.source))
 
-    def replaced(self, low: int, memory: Memory) -> pl.Series:
+    def replaced(self, low: int, memory: RepeatMemory) -> pl.Series:
         """Identities of rows that an earlier version of Millrace replaced by one known at or after `low` µs."""
         found = [pl.Series("__instead", [], pl.Int64)]
         columns = [*ORIGIN_COLUMNS, "__instead", "__uncompared"]
@@ -91,7 +91,7 @@ class AcceptedRows:
             found.append(part.filter(pl.Series(memory.span_of(part) == 0))["__instead"].drop_nulls())
         return pl.concat(found)
 
-    def counts(self, rows: pl.DataFrame, memory: Memory, replaced: pl.Series) -> pl.Series:
+    def counts(self, rows: pl.DataFrame, memory: RepeatMemory, replaced: pl.Series) -> pl.Series:
         """Whether each row counts, if these are all rows.
 
         Args:
@@ -102,9 +102,9 @@ class AcceptedRows:
         gone = row_identity(rows).is_in(replaced.implode()).to_numpy()
         none = np.zeros(len(rows), np.int64)
         order = known_order(self.view, self.source)
-        return pl.Series(repeated_from(order, memory, rows, none, np.where(gone, 0, NEVER)) == NEVER)
+        return pl.Series(repeated_from(order, memory, rows, none, np.where(gone, 0, NEVER_REPEATED)) == NEVER_REPEATED)
 
-    def counted(self, end: int, memory: Memory, replaced: pl.Series) -> Iterator[pl.DataFrame]:
+    def counted(self, end: int, memory: RepeatMemory, replaced: pl.Series) -> Iterator[pl.DataFrame]:
         """The rows of `pieces` up to `end` µs that count, with the columns that features need.
 
         Args:
@@ -117,7 +117,7 @@ class AcceptedRows:
             yield from self.pieces(end=end, columns=[*columns, *ORIGIN_COLUMNS])
             return
         known = dict.fromkeys([*known_columns(self.view, self.source), *columns, *ORIGIN_COLUMNS, *FATE_COLUMNS])
-        time, before = pl.col(str(sources_of(self.view)[self.source].time)).to_physical(), pl.DataFrame()
+        time, before = pl.col(str(live_sources(self.view)[self.source].time)).to_physical(), pl.DataFrame()
         for rows in self.pieces(end=end, columns=list(known)):
             both = pl.concat([before, rows]) if len(before) else rows
             counts = self.counts(both, memory, replaced)

@@ -1,9 +1,9 @@
 """Avro containers as messages, read within limits.
 
 The schema of an Avro file is part of the file, and fastavro trusts it: a schema that nests thousands of levels or
-    refers to itself overflows the stack, an array of two billion nulls takes a few bytes, and blocks decompress to any
-    size.  So the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro
-    reads only the declared columns from the resulting container without compression.
+refers to itself overflows the stack, an array of two billion nulls takes a few bytes, and blocks decompress to any
+size.  So the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro reads
+only the declared columns from the resulting container without compression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.errors import ContractError
-from transforms.streaming.message_limits import LIMITS, MessageLimits, json_depth
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, json_depth
 
 MAGIC = b"Obj\x01"
 _SYNC = b"\0" * 16
@@ -55,7 +55,7 @@ class _Input:
         return self.value[self.position - length : self.position]
 
 
-def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = LIMITS) -> list[object]:
+def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = DEFAULT_LIMITS) -> list[object]:
     """The rows of an Avro container, with only the declared columns.
 
     Args:
@@ -89,7 +89,7 @@ def _schemas(text: bytes, columns: tuple[str, ...], limits: MessageLimits) -> tu
     return _header_bytes(json.dumps(schema).encode()), {**schema, "fields": wanted}
 
 
-def check_avro(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_avro(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks the blocks of an Avro container, which must be decompressed for it.
 
     Returns:

@@ -14,7 +14,7 @@ from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 
 # The partition of rows that came from files, before the topic's.
-HISTORY = -1
+HISTORY_PARTITION = -1
 # The name, in counts and dead letters, of rows of a topic that are refused because history may have them too.
 BEFORE_START = "before_start"
 

@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 from schemas.errors import ConflictError
 from schemas.views import FeatureView
 from transforms.storage.delta_tables import COMMIT_ATTEMPTS, CommittedMeanwhile, open_table, retry_commits
-from transforms.streaming.live_tables import Writer, last_commit_record, writers_of
+from transforms.streaming.live_tables import TableWriter, last_commit_record, writers_of
 from transforms.streaming.progress import NO_EPOCH, Epoch
 
 
@@ -49,7 +49,7 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
     raise exhausted
 
 
-def _take(writer: Writer, exhausted: ConflictError) -> bool:
+def _take(writer: TableWriter, exhausted: ConflictError) -> bool:
     """Records the epoch in a table, if there is one.  Returns False if another launch has taken this or a later one."""
 
     def attempt(table: DeltaTable | None) -> bool:

@@ -12,8 +12,8 @@ from schemas.expressions import columns_of, dtype_of
 from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import looked_up, with_derived
-from transforms.streaming.fates import compared
+from transforms.features.kernel import lookup_columns, with_derived
+from transforms.streaming.fates import comparison_span
 from transforms.streaming.lifetime_store import Kind, by_kind
 
 
@@ -50,7 +50,7 @@ class Group:
         return [name for feature in self.features for name in column_names(feature)]
 
 
-def groups_of(view: FeatureView) -> tuple[Group, ...]:
+def shard_groups(view: FeatureView) -> tuple[Group, ...]:
     """The view's groups.
 
     Raises:
@@ -81,7 +81,7 @@ def held_back(view: FeatureView, source: str, memory: int) -> int:
         source: name of the source.
         memory: for how long (µs) repeats of its events are recognised; 0 if the source has none.
     """
-    return compared(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
+    return comparison_span(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
@@ -149,7 +149,7 @@ class GroupKeys:
             if isinstance(step, Derived):
                 spine_rows = with_derived(self.view, step, spine_rows)
             else:
-                spine_rows = spine_rows.with_columns(looked_up(step, spine_rows, dimensions[step.source.name]))
+                spine_rows = spine_rows.with_columns(lookup_columns(step, spine_rows, dimensions[step.source.name]))
         return spine_rows
 
 

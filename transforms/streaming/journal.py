@@ -23,11 +23,11 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
-from transforms.streaming.fates import Memory, known_columns, least_memory, remembered
-from transforms.streaming.groups import GroupKeys, groups_of, held_back
+from transforms.streaming.fates import RepeatMemory, known_columns, least_memory, remembered
+from transforms.streaming.groups import GroupKeys, held_back, shard_groups
 from transforms.streaming.live_dimensions import Dimensions
-from transforms.streaming.messages import ORIGIN
-from transforms.streaming.micro_batches import MicroBatch, NextAvailable, in_order, no_topic
+from transforms.streaming.messages import ORIGIN_TYPES
+from transforms.streaming.micro_batches import MicroBatch, NextAvailable, admissible, no_topic
 from transforms.streaming.pending_spine_rows import PendingSpineRows
 from transforms.streaming.progress import (
     CommitRecord,
@@ -93,7 +93,7 @@ class JournalCheckpoint:
     next: Mapping[str, Mapping[int, int]]
     beginnings: Beginnings
     first: Mapping[str, Mapping[int, int]]
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         return {
@@ -138,7 +138,7 @@ class Journal:
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
         self.next_available: NextAvailable = no_topic
-        self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
+        self.groups, self.lifetime = shard_groups(view), lifetime_sources(view)
         self.keys = GroupKeys.of(view)
         self.dimensions: Dimensions | None = None  # it is needed if some key comes from a Lookup
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
@@ -152,7 +152,7 @@ class Journal:
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         self.spine_rows = PendingSpineRows(view, keep, self._count)
         self.repeats = {name: RepeatFinder(view, name, 0) for name in view.events if repeats_by(view, name)}
-        self.memory: dict[str, Memory] = {}
+        self.memory: dict[str, RepeatMemory] = {}
         self.remember({}, {})
 
     # -- state to checkpoint -------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Journal:
         self.beginnings, self.first = checkpoint.beginnings, _copied(checkpoint.first)
         self.remember(checkpoint.memory, self.next)
 
-    def remember(self, recorded: Mapping[str, Memory], offsets: Mapping[str, Mapping[int, int]]) -> None:
+    def remember(self, recorded: Mapping[str, RepeatMemory], offsets: Mapping[str, Mapping[int, int]]) -> None:
         """Recognises repeats for as long as the view needs, and at least for as long as before.
 
         Args:
@@ -194,7 +194,7 @@ class Journal:
         """
         for name, each in self.repeats.items():
             least = least_memory(self.view, name, self.keep)
-            self.memory[name] = recorded.get(name, Memory()).grown(least, offsets.get(name, {}))
+            self.memory[name] = recorded.get(name, RepeatMemory()).grown(least, offsets.get(name, {}))
             each.memory = self.memory[name].length
 
     def held_back(self, name: str) -> int:
@@ -205,7 +205,7 @@ class Journal:
 
     def admit(self, inbox: Sequence[MicroBatch], now: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """Micro-batches that are due, in order of offsets, and those that wait for an earlier one."""
-        return in_order(inbox, self.next, now, self._count, self.next_available)
+        return admissible(inbox, self.next, now, self._count, self.next_available)
 
     def turn(self, admitted: Sequence[MicroBatch], now: int) -> Turn:
         """Applies the `admit`ted micro-batches, decides which spine rows can be computed, and numbers the turn."""
@@ -340,17 +340,12 @@ class Journal:
             self._count(name, "late", late)
         if name in self.repeats:
             columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
-            rows = rows.select(*columns, row_identity(rows))
+            rows = rows[columns].hstack([row_identity(rows)])
             distinct = self.repeats[name].deduplicate(rows, self.horizon)
             if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
                 self._count(name, "repeated", distinct.repeated)
-            replaced = distinct.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
-            whole = whole.with_columns(
-                rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
-                rows.join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
-                rows[RID].is_in(distinct.uncompared.implode()).alias("__uncompared"),
-            )
-            rows = distinct.counted.select(*self.view.columns_held(name), RID)
+            whole = whole.hstack(distinct.fates(rows[RID]))
+            rows = distinct.counted[[*self.view.columns_held(name), RID]]
             if len(distinct.replaced):
                 routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:
@@ -388,7 +383,7 @@ class Journal:
             frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
         shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
         cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
-        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN]].hstack([cold])
+        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN_TYPES]].hstack([cold])
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
 
     def _output(

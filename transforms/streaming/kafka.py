@@ -243,7 +243,7 @@ def send_end(broker: Broker, topic: str) -> None:
     sender.acknowledged()
 
 
-def ensure(broker: Broker, topics: Sequence[str]) -> None:
+def ensure_topics(broker: Broker, topics: Sequence[str]) -> None:
     """Creates missing topics with the defaults of the broker.
 
     Raises:

@@ -75,7 +75,7 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
         return ALWAYS if found is None else found
 
 
-def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+def unread_offsets(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """Number of unread offsets by topic and partition, up to the last stable offset; 0 if none of them is a record.
 
     Args:

@@ -33,7 +33,7 @@ from transforms.streaming.kafka import (
     topic_of,
 )
 from transforms.streaming.live_settings import LiveSettings
-from transforms.streaming.message_limits import LIMITS, MessageLimits
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
@@ -144,13 +144,13 @@ def contracts_of(view: FeatureView) -> dict[str, Contract]:
     }
 
 
-def decoded(
+def decode_messages(
     contracts: Mapping[str, Contract],
     messages: Iterable[Message],
     prefix: str = "",
     index: int | None = None,
     received: int = 0,
-    limits: MessageLimits = LIMITS,
+    limits: MessageLimits = DEFAULT_LIMITS,
 ) -> bytes:
     """Messages of any topics and partitions as one envelope for the journal.
 
@@ -185,7 +185,7 @@ def decoded(
 
 def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decoded(contracts_of(view), [message], prefix, limits=limits)
+    decode_messages(contracts_of(view), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
@@ -198,7 +198,7 @@ class DecodeChunks(beam.DoFn):
         self.contracts = contracts_of(self.view)
 
     def process(self, chunk: tuple[int, list[Message]]) -> Iterator[bytes]:
-        yield decoded(self.contracts, chunk[1], self.prefix, chunk[0])
+        yield decode_messages(self.contracts, chunk[1], self.prefix, chunk[0])
 
 
 class DecodeBundles(beam.DoFn):
@@ -212,7 +212,7 @@ class DecodeBundles(beam.DoFn):
     """
 
     def __init__(
-        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = LIMITS
+        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = DEFAULT_LIMITS
     ) -> None:
         self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
 
@@ -239,6 +239,6 @@ class DecodeBundles(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             with self.guard.decoding(self.messages) as messages:
-                envelope = decoded(self.contracts, messages, self.prefix, None, now_us(), self.limits)
+                envelope = decode_messages(self.contracts, messages, self.prefix, None, now_us(), self.limits)
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

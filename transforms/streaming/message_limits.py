@@ -52,7 +52,7 @@ class MessageLimits:
             raise _beyond(f"A message nests at most {self.depth} levels", f"{depth:,}")
 
 
-LIMITS = MessageLimits()
+DEFAULT_LIMITS = MessageLimits()
 
 
 def _beyond(rule: str, value: str) -> ContractError:
@@ -71,7 +71,7 @@ _CONTINUES = b"\xff\xff\xff\xff"
 _ARROW_RULE = "A message of rows is a whole Arrow IPC stream"
 
 
-def check_arrow(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_arrow(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks an Arrow IPC stream by its metadata alone.
 
     Returns:
@@ -175,7 +175,7 @@ def _table(value: bytes, parent: int, field: int) -> int:
 
 
 def read_arrow(
-    value: bytes, columns: Collection[str], check: Callable[[pa.Schema], None], limits: MessageLimits = LIMITS
+    value: bytes, columns: Collection[str], check: Callable[[pa.Schema], None], limits: MessageLimits = DEFAULT_LIMITS
 ) -> pa.Table:
     """The rows of an Arrow IPC stream, of which only `columns` are decoded.
 
@@ -234,7 +234,7 @@ def _expanded(table: pa.Table, limits: MessageLimits) -> pa.Table:
 _VALUE_BYTES = 60
 
 
-def check_json(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_json(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks JSON text before it is parsed.
 
     Returns:

@@ -25,11 +25,11 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
-from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, read_arrow
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, check_arrow, check_json, read_arrow
 
 HEARTBEAT = b"__heartbeat"
 # Columns besides the source's own: the origin of a row.
-ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
+ORIGIN_TYPES = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
@@ -56,7 +56,7 @@ class Decoded:
     """The rows of some messages of one partition.
 
     Args:
-        rows: the rows that satisfy the contract, with the declared columns and `ORIGIN`.
+        rows: the rows that satisfy the contract, with the declared columns and `ORIGIN_TYPES`.
         dead_letters: rows and messages that break the contract, with the columns `MESSAGE_DEAD_LETTERS`.
         heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
     """
@@ -106,14 +106,14 @@ def heartbeat(until: int) -> tuple[bytes, bytes]:
     return HEARTBEAT, str(until).encode()
 
 
-def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = LIMITS) -> Decoded:
+def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = DEFAULT_LIMITS) -> Decoded:
     """The rows of one partition's messages that satisfy the contract, and dead letters for the others."""
     (decoded,) = decode_topic(contract, [messages], limits)
     return decoded
 
 
 def decode_topic(
-    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = LIMITS
+    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = DEFAULT_LIMITS
 ) -> list[Decoded]:
     """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
@@ -153,7 +153,7 @@ def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | No
 
 @functools.lru_cache(256)
 def _empty(source: Source) -> pl.DataFrame:
-    return pl.DataFrame(schema={**source.schema, **ORIGIN})
+    return pl.DataFrame(schema={**source.schema, **ORIGIN_TYPES})
 
 
 def _frames(
@@ -398,7 +398,7 @@ def out_of_calendar(times: pl.Series) -> pl.Series:
 EXPANDED_BYTES = 64 << 20
 
 
-def expanded_size(message: Message, limits: MessageLimits = LIMITS) -> int:
+def expanded_size(message: Message, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """The approximate bytes to which the value of a message expands; 0 if it will be refused."""
     try:
         if message.value[:4] == _ARROW:

@@ -103,7 +103,7 @@ def no_topic(source: str, partition: int, offset: int) -> int:
     return FOREVER
 
 
-def in_order(
+def admissible(
     inbox: Sequence[MicroBatch],
     due: Mapping[str, Mapping[int, int]],
     now: int,

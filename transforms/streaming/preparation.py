@@ -8,23 +8,23 @@ import uuid
 from collections.abc import Mapping
 
 from schemas.errors import MismatchError, StoreError
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.times import FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
-from transforms.streaming.beginnings import HISTORY, of_topic
+from transforms.streaming.beginnings import HISTORY_PARTITION, of_topic
 from transforms.streaming.epochs import take_epoch
 from transforms.streaming.history import Handover
-from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure, topic_of
-from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
+from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure_topics, topic_of
+from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread_offsets
 from transforms.streaming.live_features import Sends
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
 from transforms.streaming.recovery import find_recovery_point
-from transforms.streaming.replay import Replay
+from transforms.streaming.replay import Replay, stream_digests
 from transforms.streaming.store_owner import claim
 
 
@@ -51,7 +51,7 @@ class LiveFeaturesJob:
     @property
     def topics(self) -> dict[str, str]:
         """The topic of each source."""
-        return {name: f"{self.settings.prefix}{name}" for name in sources_of(self.view)}
+        return {name: f"{self.settings.prefix}{name}" for name in live_sources(self.view)}
 
     @property
     def stream(self) -> dict[str, object]:
@@ -78,10 +78,11 @@ class LiveFeaturesJob:
 
         Raises:
             DefinitionError: a source has no history, and the job does not start without.
-            StoreError: the store belongs to another view or stream.
+            StoreError: the store belongs to another view or stream, or a replay's files have changed since.
         """
         self.handover.check()
-        claim(self.view, self.settings.store, self.stream)
+        rows = None if self.replay is None else stream_digests(self.view, self.replay)
+        claim(self.view, self.settings.store, self.stream, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ class LiveFeaturesPlan:
             return False
         due = self._due(record.next)
         try:
-            left = unread(self.job.required_broker(), due)
+            left = unread_offsets(self.job.required_broker(), due)
         except StoreError:  # the next call tries again
             return False
         return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
@@ -168,7 +169,7 @@ def output_topics(job: LiveFeaturesJob) -> Sends | None:
         return None
     broker, prefix = job.required_broker(), job.settings.prefix
     topics = topic_of(job.view, prefix), dead_letters_topic(job.view, prefix)
-    ensure(broker, topics)
+    ensure_topics(broker, topics)
     limits = [size_limit(broker, [topic]) for topic in topics]
     properties = {**broker.properties, "message.max.bytes": str(max(limits))}
     sender = dataclasses.replace(broker, properties=properties)
@@ -251,7 +252,7 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
     counts: dict[str, dict[str, int]] = {}
     for name, own in records.items():
         table = open_table(source_uri(sources_root(store), name))
-        history = 0 if own is None else own.next_of(name).get(HISTORY, 0)
+        history = 0 if own is None else own.next_of(name).get(HISTORY_PARTITION, 0)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
         known = {} if record is None else record.counts_of(name)
         counts[name] = {**known, "rows": rows - history, "history": history}
@@ -268,6 +269,6 @@ def unread_messages(job: LiveFeaturesJob, record: CommitRecord | None) -> dict[s
     due = {topic: of_topic({} if record is None else record.next_of(name)) for name, topic in job.topics.items()}
     with contextlib.suppress(StoreError):
         check_reachable("The broker", "--bootstrap", broker.bootstrap)
-        left = unread(broker, due)
+        left = unread_offsets(broker, due)
         result = {name: sum(left[topic].values()) for name, topic in job.topics.items() if topic in left}
     return result

@@ -13,12 +13,12 @@ from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS
 from transforms.streaming.beginnings import Beginnings
 from transforms.streaming.completeness import SourceCompleteness
-from transforms.streaming.fates import Memory
+from transforms.streaming.fates import RepeatMemory
 
 # Next offset by source and partition.
 Offsets = Mapping[str, Mapping[int, int]]
 # Number of rows and messages by source and by what became of them.
-Counts = Mapping[str, Mapping[str, int]]
+CountsBySource = Mapping[str, Mapping[str, int]]
 # The key of the live feature table among a recovery point's versions; no source has this name.
 _FEATURES = "?answers"
 
@@ -75,9 +75,9 @@ class CommitRecord:
     pending: int = 0
     oldest_pending: int | None = None
     horizon: int = ALWAYS
-    counts: Counts = dataclasses.field(default_factory=dict)
+    counts: CountsBySource = dataclasses.field(default_factory=dict)
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
     epoch: Epoch = NO_EPOCH
 
     def next_of(self, source: str) -> Mapping[int, int]:
@@ -143,11 +143,11 @@ class RecoveryPoint:
     turn: int
     next: Offsets
     completeness: Mapping[str, SourceCompleteness]
-    counts: Counts
+    counts: CountsBySource
     versions: Mapping[str, int]
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
     features_version: int | None = None
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         features = {} if self.features_version is None else {_FEATURES: self.features_version}
@@ -195,10 +195,10 @@ def completeness_of_json(value: Head) -> dict[str, SourceCompleteness]:
     return {name: SourceCompleteness.of_json(each) for name, each in value.items()}
 
 
-def memory_to_json(memory: Mapping[str, Memory]) -> Head:
+def memory_to_json(memory: Mapping[str, RepeatMemory]) -> Head:
     """An entry with the memory of sources; empty if no source has `unique`."""
     return {"memory": {name: each.to_json() for name, each in memory.items()}} if memory else {}
 
 
-def memory_of_json(value: Head) -> dict[str, Memory]:
-    return {name: Memory.of_json(each) for name, each in value.items()}
+def memory_of_json(value: Head) -> dict[str, RepeatMemory]:
+    return {name: RepeatMemory.of_json(each) for name, each in value.items()}

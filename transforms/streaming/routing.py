@@ -12,10 +12,9 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.views import FeatureView
-from transforms.records.row_hashing import UInt64s
+from transforms.records.row_hashing import UInt64s, key_hashes, keys_hashes
 from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
-from transforms.streaming.time_buckets import key_hashes, keys_hashes
 
 Bools = npt.NDArray[np.bool_]
 

@@ -16,12 +16,12 @@ import pyarrow as pa
 from schemas import Model
 from schemas.splits import LABEL
 from transforms.evaluation.gates import Verdict
-from transforms.models.encoders import Encoding, column_of, distinguished, numbers
+from transforms.models.encoders import Encoding, as_distinct_values, as_doubles, input_column
 from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
 from transforms.training.examples import schema_of
-from transforms.training.fit_encoders import declared
-from transforms.validation.statistics import described
-from transforms.validation.tfdv_schema import infer_schema, measured, parse_statistics, schema_text
+from transforms.training.fit_encoders import declared_inputs
+from transforms.validation.statistics import columns_described
+from transforms.validation.tfdv_schema import infer_schema, measure_drift, parse_statistics, schema_text
 
 if TYPE_CHECKING:
     from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
@@ -69,7 +69,7 @@ class Findings:
 
 def model_columns(model: Model) -> pa.Schema:
     """The columns of which statistics are computed: inputs and label."""
-    return described(schema_of(model), [*model.inputs, LABEL])
+    return columns_described(schema_of(model), [*model.inputs, LABEL])
 
 
 def bundle_files(statistics: DatasetFeatureStatisticsList, model: Model) -> dict[str, bytes]:
@@ -83,11 +83,11 @@ def distances(
 ) -> dict[str, float]:
     """Distance, 0 … 1, of each column that both statistics have."""
     shared = {feature.path.step[0] for feature in before.datasets[0].features}
-    found = measured(infer_schema(now, columns), now, before)
+    found = measure_drift(infer_schema(now, columns), now, before)
     return {name: value for name, value in sorted(found.items()) if name in shared}
 
 
-def examine(
+def check_data(
     learnt: DatasetFeatureStatisticsList,
     tested: DatasetFeatureStatisticsList,
     leaks: Mapping[str, str],
@@ -98,7 +98,7 @@ def examine(
 
     Args:
         learnt, tested: statistics of the training and of the test split.
-        leaks: see `Leaks`.
+        leaks: see `FindLeaks`.
         champion: its version and its training data's statistics, serialised.
     """
     columns = model_columns(model)
@@ -178,8 +178,8 @@ class Suspect:
     @classmethod
     def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
         strings = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        values = None if strings or pa.types.is_temporal(column.type) else numbers(column)
-        rows = pl.DataFrame({"x": pl.from_arrow(distinguished(column)), "y": label.cast(pl.Float64)}).drop_nulls()
+        values = None if strings or pa.types.is_temporal(column.type) else as_doubles(column)
+        rows = pl.DataFrame({"x": pl.from_arrow(as_distinct_values(column)), "y": label.cast(pl.Float64)}).drop_nulls()
         equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
         # Most inputs have more values than `FEW` among their first rows.
         if rows["x"].head(_FIRST).n_unique() > FEW or rows["x"].n_unique() > FEW:
@@ -227,21 +227,21 @@ class Suspect:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
-class Leaks(beam.CombineFn):
+class FindLeaks(beam.CombineFn):
     """RecordBatches of training examples → a warning for each input that equals or determines the label."""
 
     encodings: tuple[Encoding, ...]
 
     @classmethod
-    def of(cls, model: Model) -> Leaks:
-        return cls(declared(model))
+    def of(cls, model: Model) -> FindLeaks:
+        return cls(declared_inputs(model))
 
     def create_accumulator(self) -> dict[str, Suspect]:
         return {}
 
     def add_input(self, state: dict[str, Suspect], batch: pa.RecordBatch) -> dict[str, Suspect]:
         label = pl.Series("y", pl.from_arrow(batch.column(batch.schema.get_field_index(LABEL))))
-        found = {each.input: Suspect.of(each, column_of(batch, each), label) for each in self._open(state)}
+        found = {each.input: Suspect.of(each, input_column(batch, each), label) for each in self._open(state)}
         return self.merge_accumulators([state, found])
 
     def _open(self, state: dict[str, Suspect]) -> list[Encoding]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from transforms.records import exact_sums
-from transforms.records.exact_sums import UNIT, exact_squares, exact_sum, integer_sums, ratio
+from transforms.records.exact_sums import UNIT, as_fraction, exact_squares, exact_sum, integer_sums
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -115,7 +115,7 @@ class NumericSketch:
 
     @property
     def mean(self) -> float:
-        return float(ratio(self.total) / self.values)
+        return float(as_fraction(self.total) / self.values)
 
     @property
     def deviation(self) -> float:

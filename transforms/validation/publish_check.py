@@ -19,17 +19,17 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
 from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_log import commits
-from transforms.storage.delta_tables import Committed, write_aside
+from transforms.storage.delta_tables import Committed, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, reason_of
 from transforms.validation.publish_rules import PublishRules
-from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate
+from transforms.validation.tfdv_schema import Anomaly, find_anomalies, parse_schema, parse_statistics
 
 log = logging.getLogger("millrace.validation")
 
 # Delta and its readers skip folders whose names begin with an underscore.
-FOLDER = "_statistics"
-HISTORY = 1000
+STATISTICS_FOLDER = "_statistics"
+COMMITS_SEARCHED = 1000
 _SHOWN = 10
 
 
@@ -119,7 +119,7 @@ class PublishCheck:
         if self.schema is None:
             return ()
         previous = None if self.previous is None else parse_statistics(self.previous)
-        return validate(statistics, parse_schema(self.schema, self.rules.schema), previous, self.run.interval)
+        return find_anomalies(statistics, parse_schema(self.schema, self.rules.schema), previous, self.run.interval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class CheckOutcome:
         run, anomalies = self.check.run, self.account["anomalies"][:_SHOWN]
         allowed = {"allow_anomalies": "true", "anomalies": json.dumps(anomalies, ensure_ascii=False)}
         return {
-            "statistics": f"{FOLDER}/{run.run_id}.pb",
+            "statistics": f"{STATISTICS_FOLDER}/{run.run_id}.pb",
             "statistics_first": run.first.isoformat(),
             "statistics_last": run.last.isoformat(),
             "statistics_previous": self.check.before,
@@ -193,7 +193,7 @@ def read_schema(path: str, required: bool) -> str | None:
 
 def statistics_path(table: str, run_id: str) -> str:
     """The path of a run's statistics, whether the run was committed or not."""
-    return FileSystems.join(table, FOLDER, f"{run_id}.pb")
+    return FileSystems.join(table, STATISTICS_FOLDER, f"{run_id}.pb")
 
 
 def read_statistics(path: str) -> DatasetFeatureStatisticsList:
@@ -214,7 +214,7 @@ def committed_statistics(table: str, version: int | None) -> list[StatisticsComm
     """The commits up to `version` that name their statistics, newest first."""
     if version is None:
         return []
-    newest = itertools.islice(commits(table, version), HISTORY)
+    newest = itertools.islice(commits(table, version), COMMITS_SEARCHED)
     return [cast(StatisticsCommit, entry) for entry in newest if entry.get("statistics")]
 
 
@@ -245,7 +245,7 @@ def read_account(table: str, run_id: str) -> Account:
         StoreError: it cannot be read.
     """
     try:
-        account = parse_object(read_regular(FileSystems.join(table, FOLDER, f"{run_id}.json")))
+        account = parse_object(read_regular(FileSystems.join(table, STATISTICS_FOLDER, f"{run_id}.json")))
         return {
             "run_id": run_id,
             "interval": str(account["interval"]),
@@ -324,10 +324,10 @@ def check_statistics(
 def store_outcome(outcome: CheckOutcome, statistics: DatasetFeatureStatisticsList) -> None:
     """Stores the account and the statistics of a run beside its table."""
     run = outcome.check.run
-    folder = FileSystems.join(run.table, FOLDER)
+    folder = FileSystems.join(run.table, STATISTICS_FOLDER)
     account = json.dumps(outcome.account, ensure_ascii=False, indent=2)
-    write_aside(folder, f"{run.run_id}.json", pa.py_buffer(account.encode()))
-    write_aside(folder, f"{run.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
+    write_file_atomically(folder, f"{run.run_id}.json", pa.py_buffer(account.encode()))
+    write_file_atomically(folder, f"{run.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
 
 
 def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:

@@ -114,7 +114,7 @@ class Description:
         return Description(self.rows + other.rows, columns, self.integers)
 
 
-def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
+def columns_described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """The columns among `names` that have statistics: numbers, booleans and strings."""
     return pa.schema(
         [schema.field(name) for name in names if _number(schema.field(name).type) or _string(schema.field(name).type)]
@@ -124,10 +124,10 @@ def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
 def view_columns(view: FeatureView) -> pa.Schema:
     """The columns of a view's table that are described: features and context columns, but neither key, time nor ids."""
     beside = [name for name in view.context if name not in (*view.key, view.time)]
-    return described(view.output_schema, [*beside, *view.feature_names])
+    return columns_described(view.output_schema, [*beside, *view.feature_names])
 
 
-def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
+def describe_batch(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
     """The description of a RecordBatch's `columns` (see `view_columns`)."""
 
     def of_column(field: pa.Field) -> NumericSketch | StringSketch:
@@ -138,7 +138,7 @@ def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
     return Description(rows.num_rows, kept, _integers(columns))
 
 
-def nothing(columns: pa.Schema) -> Description:
+def describe_nothing(columns: pa.Schema) -> Description:
     """The description of no rows."""
     kept = {field.name: NumericSketch() if _number(field.type) else StringSketch() for field in columns}
     return Description(0, kept, _integers(columns))
@@ -154,7 +154,7 @@ class Statistics(beam.PTransform):
         return (
             batches
             | "Describe" >> beam.CombineGlobally(Describe(self.columns))
-            | "Proto" >> beam.Map(proto).with_output_types(pb.DatasetFeatureStatisticsList)
+            | "Proto" >> beam.Map(statistics_proto).with_output_types(pb.DatasetFeatureStatisticsList)
         )
 
 
@@ -165,19 +165,19 @@ class Describe(beam.CombineFn):
         self.columns = columns
 
     def create_accumulator(self) -> Description:
-        return nothing(self.columns)
+        return describe_nothing(self.columns)
 
     def add_input(self, accumulator: Description, rows: pa.RecordBatch) -> Description:
-        return accumulator + describe(rows, self.columns)
+        return accumulator + describe_batch(rows, self.columns)
 
     def merge_accumulators(self, accumulators: Iterable[Description]) -> Description:
-        return functools.reduce(lambda one, other: one + other, accumulators, nothing(self.columns))
+        return functools.reduce(lambda one, other: one + other, accumulators, describe_nothing(self.columns))
 
     def extract_output(self, accumulator: Description) -> Description:
         return accumulator
 
 
-def proto(description: Description) -> pb.DatasetFeatureStatisticsList:
+def statistics_proto(description: Description) -> pb.DatasetFeatureStatisticsList:
     """The description as a `DatasetFeatureStatisticsList` of one dataset."""
     result = pb.DatasetFeatureStatisticsList()
     dataset = result.datasets.add(num_examples=description.rows)

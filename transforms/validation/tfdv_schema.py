@@ -93,7 +93,7 @@ def infer_schema(
     """
     serialised = tfdv().InferSchema(_dataset(statistics), CATEGORIES, True)
     schema = _completed(Schema.FromString(serialised), columns, set())
-    pairs = [measured(schema, now, before) for before, now in itertools.pairwise(pieces)]
+    pairs = [measure_drift(schema, now, before) for before, now in itertools.pairwise(pieces)]
     for feature in schema.feature if pairs else ():
         bound = max(MARGIN * max(pair.get(feature.name, 0.0) for pair in pairs), LEAST_DRIFT)
         if bound < 1:
@@ -114,14 +114,14 @@ def update_schema(
     known = {feature.name for feature in schema.feature}
     serialised = tfdv().UpdateSchema(schema.SerializeToString(), _dataset(statistics), CATEGORIES)
     updated = _completed(Schema.FromString(serialised), columns, known)
-    moved = {} if previous is None else measured(updated, statistics, previous)
+    moved = {} if previous is None else measure_drift(updated, statistics, previous)
     for feature in updated.feature:
         if feature.name in known & set(moved) and moved[feature.name] > _bound(feature).threshold:
             _bound(feature).threshold = _up(moved[feature.name])
     return updated
 
 
-def measured(
+def measure_drift(
     schema: Schema, statistics: DatasetFeatureStatisticsList, previous: DatasetFeatureStatisticsList
 ) -> dict[str, float]:
     """The drift of each feature for which the schema has a bound."""
@@ -157,7 +157,7 @@ def _up(value: float) -> float:
     return min(math.ceil(value * 100) / 100, 1.0)
 
 
-def validate(
+def find_anomalies(
     statistics: DatasetFeatureStatisticsList,
     schema: Schema,
     previous: DatasetFeatureStatisticsList | None = None,

@@ -20,12 +20,12 @@ from transforms.sources.inventory import Slice
 from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows
-from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, every_row
+from transforms.verification.sample import ROWS_PER_FILE, choose_files, choose_rows, every_row
 
 # Rows verified by default, and the share of a run's time that this may take: for a run over everything, and for any
 # other run.
-ROWS = 100
-SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
+VERIFIED_ROWS = 100
+VERIFIED_SHARE_OF_EVERYTHING, VERIFIED_SHARE = 0.05, 0.25
 # For estimates of time: values of a source that are read per second; seconds per row group of a source, and per value
 # of a feature row.
 VALUES_PER_SECOND = 12e6
@@ -38,7 +38,7 @@ EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Amount:
+class SampleSize:
     """How many rows to verify.
 
     Args:
@@ -48,7 +48,7 @@ class Amount:
         began: when the run began, µs since 1970.
     """
 
-    rows: int | None = ROWS
+    rows: int | None = VERIFIED_ROWS
     share: float | None = None
     began: int = 0
 
@@ -139,7 +139,7 @@ class Verification:
     view: FeatureView
     contracts: Mapping[str, Contract]
     slices: Mapping[str, Sequence[Slice]]
-    amount: Amount
+    amount: SampleSize
     run_id: str
 
     def of_files(self, files: Sequence[DataFile]) -> Verified:
@@ -153,7 +153,7 @@ class Verification:
                 result += self._rows(rows, tables, len(rows))
         elif self.amount.rows and total:
             count, chosen, starts, skip = self._affordable(files)
-            sample = choose(self.view, chosen, starts, count, self.run_id)
+            sample = choose_rows(self.view, chosen, starts, count, self.run_id)
             result += self._rows(sample.rows, dataclasses.replace(tables, skip=skip), sample.least)
         return dataclasses.replace(result, seconds=time.perf_counter() - began)
 

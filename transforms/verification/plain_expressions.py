@@ -46,12 +46,12 @@ def evaluate(expr: pl.Expr, frame: pl.DataFrame) -> pl.Series:
     return result if len(result) == len(frame) else result.new_from_index(0, len(frame))
 
 
-def holds(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
+def where_true(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
     """Where `condition` is true; null counts as false."""
     return evaluate(condition, frame).fill_null(False)
 
 
-def stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
+def as_stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
     """Converts `values` to a feature's stored type: null for values that it cannot hold, and for values that are not
     finite."""
     result = values.cast(dtype, strict=False)

@@ -12,9 +12,9 @@ import polars as pl
 
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.views import FeatureView
-from transforms.verification.plain_expressions import evaluate, holds, stored
-from transforms.verification.plain_sources import Tables, Wanted, dimension_rows, events
-from transforms.verification.plain_statistics import rounded, statistic, variance, variances_allowed
+from transforms.verification.plain_expressions import as_stored, evaluate, where_true
+from transforms.verification.plain_sources import Tables, Wanted, dimension_row_of_each, events
+from transforms.verification.plain_statistics import exact_variance, plain_statistic, rounded, variances_allowed
 
 Ints = npt.NDArray[np.int64]
 Reading = Trailing | Latest | Lookup
@@ -38,7 +38,8 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
         frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
         for feature in derived:
             made = [
-                stored(evaluate(expr, frame), view.columns[name]).alias(name) for name, expr in feature.columns.items()
+                as_stored(evaluate(expr, frame), view.columns[name]).alias(name)
+                for name, expr in feature.columns.items()
             ]
             frame = frame.with_columns(made)
         for each in (waiting, derived, to_come):
@@ -105,10 +106,10 @@ def _length(feature: Trailing | Latest) -> int | None:
 
 def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables: Tables) -> list[pl.Series]:
     keys = values.columns
-    rows = dimension_rows(tables, feature.source.name, keys, values)
+    rows = dimension_row_of_each(tables, feature.source.name, keys, values)
     rows = rows.select(*keys, *(pl.col(column).alias(f"__{column}") for column in feature.columns))
     found = values.join(rows, on=keys, how="left", maintain_order="left")
-    return [stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
+    return [as_stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ class _Windows:
         """The windows of one feature over the events in order of `placed` (see `plain_sources.events`)."""
         source, keys = feature.source, list(values.columns)
         if feature.where is not None:
-            seen = seen.filter(holds(feature.where, seen))
+            seen = seen.filter(where_true(feature.where, seen))
         groups = values.drop_nulls().unique().with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__key"))
         seen = seen.join(groups, on=keys, how="inner", maintain_order="left").sort("__key", maintain_order=True)
         of_row = values.join(groups, on=keys, how="left", maintain_order="left")["__key"].fill_null(-1).to_numpy()
@@ -163,7 +164,7 @@ def _latest(view: FeatureView, feature: Latest, windows: _Windows) -> list[pl.Se
     found = windows.positions(feature.length)
     last = pl.Series([int(positions[-1]) if len(positions) else None for positions in found], dtype=pl.Int64)
     return [
-        stored(windows.events[column].gather(last), view.columns[name]).alias(name)
+        as_stored(windows.events[column].gather(last), view.columns[name]).alias(name)
         for column, name in feature.renamed.items()
     ]
 
@@ -188,8 +189,8 @@ def _statistic(
         dtype = events[each.column].dtype
     elif each.stat in ("count", "n_unique"):
         dtype = pl.Int64()
-    results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
-    return stored(results, view.columns[each.name]).alias(each.name)
+    results = pl.Series(each.name, [plain_statistic(each.stat, part) for part in parts], dtype)
+    return as_stored(results, view.columns[each.name]).alias(each.name)
 
 
 def _parts(column: pl.Series, stat: str, inside: Sequence[Ints]) -> list[list[Any]]:
@@ -203,7 +204,7 @@ def _parts(column: pl.Series, stat: str, inside: Sequence[Ints]) -> list[list[An
 def _variances(name: str, stat: str, parts: Sequence[list[float]], published: pl.Series) -> pl.Series:
     results: list[float | None] = []
     for part, given in zip(parts, published.to_list(), strict=True):
-        exact = variance(part)
+        exact = exact_variance(part)
         if exact is None:
             results.append(None)
             continue

@@ -101,7 +101,7 @@ class Files:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Frames:
+class SourceFrames:
     """Sources in memory: valid rows without repeats."""
 
     contracts: Mapping[str, Contract]
@@ -115,7 +115,7 @@ class Frames:
         yield frame.select(name for name in columns if name in frame.columns)
 
 
-Tables = Files | Frames
+Tables = Files | SourceFrames
 
 
 def identity(view: FeatureView, source: Source) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def spine_rows(view: FeatureView, tables: Tables, identities: pl.DataFrame) -> p
     )
 
 
-def dimension_rows(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:
+def dimension_row_of_each(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:
     """The row of a dimension for each row of `values`, whose columns are named as `keys`. Of several rows, the smallest
     by all declared columns is taken.
     """

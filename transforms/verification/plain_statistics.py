@@ -12,7 +12,7 @@ import numpy as np
 _VARIANCE = Fraction(1, 2**40)
 
 
-def statistic(stat: str, values: list[Any]) -> Any:
+def plain_statistic(stat: str, values: list[Any]) -> Any:
     """`stat` of the values, which are in order of time and without nulls; numbers are float64 if the statistic needs
     it."""
     if stat == "count":
@@ -48,7 +48,7 @@ def quantile(values: list[float], q: float) -> float:
     return a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
 
 
-def variance(numbers: list[float]) -> Fraction | None:
+def exact_variance(numbers: list[float]) -> Fraction | None:
     """Exact unbiased variance (n − 1); None for fewer than two values."""
     n = len(numbers)
     if n < 2:

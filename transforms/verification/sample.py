@@ -13,7 +13,7 @@ from schemas.feature_groups import GroupKey, group_key
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
 from transforms.records.record_batches import frame
-from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_text
 from transforms.storage.delta_tables import DataFile, read_file
 
 # Sampled rows per opened file.
@@ -30,7 +30,7 @@ class Sample:
     least: int
 
 
-def lifetime_groups(view: FeatureView) -> list[list[str]]:
+def lifetime_feature_names(view: FeatureView) -> list[list[str]]:
     """Names of the features over all history, grouped by source, key and condition."""
     groups: dict[GroupKey, list[str]] = {}
     for feature in view.features:
@@ -69,7 +69,9 @@ def _spread(files: Sequence[DataFile], most: int, run_id: str) -> list[DataFile]
     return [files[int((i + offset) * len(files) / most)] for i in range(max(most, 0))]
 
 
-def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str) -> Sample:
+def choose_rows(
+    view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str
+) -> Sample:
     """Chooses `count` rows of `files`: from each file its first and last row, then alternately rows with many values
     and random ones."""
     quota = 2 * -(-count // max(len(files), 1))  # a file with few rows leaves part of its share to the others
@@ -79,7 +81,7 @@ def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFi
         ranked.append(_ranked(view, rows, quota, run_id))
         if file in starts:
             first.append(rows)
-    groups = lifetime_groups(view)
+    groups = lifetime_feature_names(view)
     least = [_with_history(view, first, names, run_id) for names in groups] if first else []
     # Older files may lack the column that records how a row was computed.
     mixed = pl.concat(ranked, how="diagonal").sort("__rank", maintain_order=True).drop("__rank")
@@ -117,7 +119,7 @@ def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequ
 
 
 def _draw(rows: pl.DataFrame, run_id: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return combine([hash_column(rows["row_id"]), hash_text(run_id)])
+    return combine_hashes([hash_column(rows["row_id"]), hash_text(run_id)])
 
 
 def every_row(files: Iterable[DataFile], at_once: int) -> Iterator[pl.DataFrame]:
