@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn; the same whichever way rows are cut; gates that say why."""
+"""Metrics against scikit-learn; the same however rows are divided; gates that give their reasons."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_intervals_of_several_classes_are_those_of_a_plain_bootstrap() -> None:
         assert np.allclose(found.intervals[name], (low, high), atol=0.25 * (high - low)), name  # type: ignore[arg-type]
 
 
-def test_where_cells_hide_the_ranking_there_is_no_interval() -> None:
+def test_where_bins_hide_the_ranking_there_is_no_interval() -> None:
     label, score = several(1500, 9)
     score[:, 2] *= np.float32(1e-9)
     found = report("multi:softprob", tally(scored_classes(label, score), "multi:softprob"))
@@ -175,7 +175,7 @@ def scored_classes(label: Any, score: Any) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()})
 
 
-def test_slices_of_several_classes_are_judged_by_their_own_rows_and_merge_in_any_order() -> None:
+def test_slices_of_several_classes_are_evaluated_by_their_own_rows_and_merge_in_any_order() -> None:
     label, score = several(900, 5)
     whole = scored_classes(label, score)
     found = report("multi:softprob", tally(whole, "multi:softprob", SLICES))
@@ -228,7 +228,7 @@ def batch(rows: int, seed: int) -> pa.RecordBatch:
 SLICES = ("origin", ("origin", "hour"))
 
 
-def test_slices_are_judged_by_their_own_rows() -> None:
+def test_slices_are_evaluated_by_their_own_rows() -> None:
     whole = batch(300, 1)
     found = report("binary:logistic", tally(whole, "binary:logistic", SLICES))
     rows = whole.to_pandas()

@@ -26,7 +26,7 @@ def at(options: FeaturesOptions, moment: datetime) -> FeaturesOptions:
     return dataclasses.replace(options, now=int(moment.timestamp() * 1_000_000))
 
 
-def test_questions_too_far_ahead_are_answered_once_their_time_comes(tmp_path: Path) -> None:
+def test_spine_rows_too_far_ahead_are_computed_once_their_time_comes(tmp_path: Path) -> None:
     """Their file has not changed: a day of which some rows were set aside for their stamp does not count as known."""
     definition = shop.write(tmp_path, 600)
     options = features.parse(["--definition", str(definition), "--store", str(tmp_path), "--no-statistics"])

@@ -22,7 +22,7 @@ from transforms.storage.paths import features_live_uri
 from transforms.streaming.store_owner import OWNER, claim
 
 OTHER = market.DEFINITION.replace('"demand"', '"another"')
-# Windows of another length: the same columns are read, and so rows are judged alike.
+# Windows of another length: the same columns are read, and so rows are checked alike.
 LONGER = market.DEFINITION.replace('over="1d", where', 'over="2d", where')
 # Does not read `sales.price`, so a row without a finite one keeps its contract.
 FEWER = market.DEFINITION.replace('"price": ("mean", "std", "q95", "max", "last"), ', "").replace(
@@ -88,8 +88,8 @@ def test_another_view_or_other_columns_are_refused_before_anything_is_written(
     try:
         before = content(store)
         assert guard(features_streaming.main)(argv(folder, store, text, "second")) == 4
-        said = capsys.readouterr().err
-        assert all(word in said for word in [*words, "another --store", str(store)]), said
+        printed = capsys.readouterr().err
+        assert all(word in printed for word in [*words, "another --store", str(store)]), printed
         assert content(store) == before
     finally:
         if old:
@@ -136,7 +136,7 @@ def test_the_view_goes_on_and_so_does_one_that_reads_the_same_columns(lived: tup
     assert features_streaming.main(argv(folder, store, name="again")) == 0
 
 
-def test_a_model_s_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
+def test_a_model_s_dead_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(20))
     definition = market.define(tmp_path, OTHER)
     assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
@@ -161,8 +161,10 @@ def test_another_stream_is_refused_before_anything_is_written(
     folder, store = lived
     before = content(store)
     assert guard(features_streaming.main)([*argv(folder, store, name="other"), *flags]) == 4
-    said = capsys.readouterr().err
-    assert all(word in said for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), said
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), (
+        printed
+    )
     assert content(store) == before
 
 

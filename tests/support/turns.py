@@ -76,14 +76,14 @@ class Job:
         self._pass_on(self.journal.turn(admitted, self.now))
 
     def _pass_on(self, turn: Turn) -> None:
-        answers = []
+        feature_rows = []
         for number, given in turn.shards.items():
-            answer = self.shards[number].apply(given)
-            answers += [answer] if answer is not None else []
+            feature_row = self.shards[number].apply(given)
+            feature_rows += [feature_row] if feature_row is not None else []
         self.ledger.take(turn.entry)
         if turn.spine_rows is not None:
-            assert turn.spine_rows.shards == len(answers)
-            self.ledger.take(self.assemble.compute_features(turn.spine_rows, answers))
+            assert turn.spine_rows.shards == len(feature_rows)
+            self.ledger.take(self.assemble.compute_features(turn.spine_rows, feature_rows))
 
     def commit(self) -> dict[str, Any]:
         return self.ledger.commit(turns).to_json() if (turns := self.ledger.whole()) else {}

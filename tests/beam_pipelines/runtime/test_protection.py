@@ -27,7 +27,7 @@ ATTACK = "a\x1b[2Kb\r\x9b31m\x08\u202ec\x7f"
 @given(st.text())
 def test_what_is_printed_has_no_control_characters(text: str) -> None:
     shown = printable(text)
-    assert all(letter.isprintable() or letter in "\n\t" or ord(letter) >= 0x80 for letter in shown)
+    assert all(dead_letter.isprintable() or dead_letter in "\n\t" or ord(dead_letter) >= 0x80 for dead_letter in shown)
     assert not set(shown) & {"\x1b", "\r", "\x9b", "\u202e", "\x7f", "\u2028"}
     assert printable(shown) == shown
 
@@ -154,7 +154,7 @@ DEFINITIONS = {
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_what_a_definition_says_has_no_control_characters(name: str, tmp_path: Path) -> None:
+def test_the_output_of_a_definition_has_no_control_characters(name: str, tmp_path: Path) -> None:
     """In a process of its own, so that what Python itself prints counts too."""
     text, code = DEFINITIONS[name]
     (tmp_path / "definition.py").write_text(text)
