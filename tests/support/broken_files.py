@@ -113,6 +113,53 @@ def made_store(folder: Path) -> Path:
     return folder
 
 
+def made_live_store(folder: Path) -> Path:
+    """A store of live jobs in `<folder>/live`, beside the batch store that has its model, and its files."""
+    definition = shop.write(folder, 150, definition=DEFINITION)
+    flags, registry = ["--definition", str(definition)], f"sqlite:///{folder}/registry/mlflow.db"
+    batch, live = [*flags, "--store", str(folder)], [*flags, "--store", str(folder / "live")]
+    for argv in (
+        ["features", *batch, "--run_id", "f1"],
+        ["training", *batch, "--run_id", "t1", "--threads=1"],
+        ["promote", "1", "--store", str(folder), "--why", "to try"],
+        ["features", "--streaming", *live, "--sources", str(folder / "sources"), "--run_id", "l1", "--chunk=60d"],
+        ["inference", "--streaming", *live, "--registry", registry, "--run_id", "p1"],
+    ):
+        said = run(*argv)
+        assert said.code in (0, 6), said.text
+    guard = folder / "live" / "crash_guard" / "buying.features"
+    guard.mkdir(parents=True)
+    (guard / "suspect-1").write_text('["visits", 0, 3, 4]')
+    (guard / "verdicts").write_text('{"message": "visits/0@3 ab", "reason": "it died"}\n')
+    note = b'[["sales", 0, 1, 2]]'
+    (guard / "note-1").write_bytes(len(note).to_bytes(8, "little") + note + bytes(100))
+    (guard / "lock").touch()
+    return folder
+
+
+def live_commands(folder: Path) -> dict[str, list[str]]:
+    """Commands that read what a live store keeps, each by a name."""
+    live = ["--store", str(folder / "live")]
+    both = ["--definition", str(folder / "definition.py"), *live]
+    registry = ["--registry", f"sqlite:///{folder}/registry/mlflow.db"]
+    features = ["features", "--streaming", *both, "--sources", str(folder / "sources"), "--chunk=60d"]
+    kafka = ["--source", "kafka", "--bootstrap", "127.0.0.1:1"]
+    return {
+        "live features": [*features, "--run_id", "l2"],
+        "live features again": [*features, "--run_id", "l1"],
+        "live features of topics": ["features", "--streaming", *both, "--run_id", "l1", *kafka],
+        "live inference": ["inference", "--streaming", *both, *registry, "--run_id", "p2"],
+        "live inference again": ["inference", "--streaming", *both, *registry, "--run_id", "p1"],
+        "parity": ["parity", *both, *registry, "--batch_store", str(folder), "--run_id", "q1"],
+        "verify": ["verify", *both, "--live", "--run_id", "v1"],
+        "trace": ["trace", *both, "--live", "--key", "visit=120"],
+        "tables": ["tables", *live],
+        "compact": ["compact", *live],
+        "vacuum": ["vacuum", *live, "--older_than", "0s", "--force", "--retention", "0s"],
+        "erase": ["erase", "sales", *both, *registry, "--where", "visit = 3", "--keep_sources"],
+    }
+
+
 # Values of another type, size or sign, in place of one in a JSON file.
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 2**31, 2**63, 2**64, 10**400, -(10**30), 1.5, 1e308, float("inf"), float("nan")),
