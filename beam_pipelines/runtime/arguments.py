@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 MAX_DEAD_FRACTION = 0.5
 
 
-class Arguments(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are those of Millrace."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
+
+
+class Arguments(Parser):
     """An argparse parser that passes unknown flags on to Beam, unless one is almost a flag of Millrace.
 
     >>> arguments = Arguments("millrace features", "Compute features.")
@@ -131,9 +138,6 @@ class Arguments(argparse.ArgumentParser):
             ours = [option for action in self._actions for option in action.option_strings]
             self.error(f"unknown flag {rest[0]}; {nearest(rest[0].split('=')[0], ours)}")
         return namespace
-
-    def error(self, message: str) -> NoReturn:
-        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
 
 
 def require_usable_path(flag: str, text: str | None) -> None:
