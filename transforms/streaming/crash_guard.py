@@ -127,8 +127,8 @@ class CrashGuard:
         with contextlib.suppress(OSError, *DAMAGE):
             for line in read_regular(str(self.folder / _VERDICTS)).decode(errors="replace").splitlines():
                 with contextlib.suppress(*DAMAGE):  # cut short, as by a full disk
-                    each = parse_object(line)
-                    self.verdicts[str(each["message"])] = str(each["reason"])
+                    verdict = parse_object(line)
+                    self.verdicts[str(verdict["message"])] = str(verdict["reason"])
 
     @contextlib.contextmanager
     def decoding(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
