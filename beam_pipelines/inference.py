@@ -35,7 +35,7 @@ from transforms.storage.tfrecord_io import (
     publish_tfrecord_files,
 )
 
-Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
+PredictionFiles = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def require_all_scored(files: Written, counts: JoinCounts, listed: int | None, where: str) -> Written:
+def require_all_scored(files: PredictionFiles, counts: JoinCounts, listed: int | None, where: str) -> PredictionFiles:
     """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
 
     Args:
@@ -204,12 +204,12 @@ def require_all_scored(files: Written, counts: JoinCounts, listed: int | None, w
     return files
 
 
-def _total(files: Written) -> int:
+def _total(files: PredictionFiles) -> int:
     """Number of rows in `files`. Each file counts once: equal rows that were written twice are one file."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
-def finish(files: Written, counts: JoinCounts, prefix: str | None, target: CommitTarget, account: str) -> None:
+def finish(files: PredictionFiles, counts: JoinCounts, prefix: str | None, target: CommitTarget, account: str) -> None:
     """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
     missing = {f"{MISSING}{view}": rows for view, rows in counts.missing.items()}

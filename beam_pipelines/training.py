@@ -332,7 +332,7 @@ def train_one(options: TrainingOptions, several: bool) -> None:
         with preparing_database(options.registry):
             execute(pipeline)
         report = read_record(TrainingRecord, options.folder, REPORT)
-        run.update(figures(report))
+        run.update(training_figures(report))
         if not options.keep_examples:
             delete_files([options.examples])
     if failed := failed_gates(report):
@@ -356,7 +356,7 @@ def check_problem(options: TrainingOptions) -> None:
         log.warning("whether the name %r is free is not known: %s", options.model.name, error)
 
 
-def figures(report: TrainingRecord) -> dict[str, object]:
+def training_figures(report: TrainingRecord) -> dict[str, object]:
     """The figures of `run.json` and of the closing table."""
     splits = report["splits"].values()
     shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}

@@ -302,7 +302,7 @@ def test_a_listed_name_can_be_imported_from_its_package(package: str) -> None:
         _ = module.no_such_name
 
 
-def test_a_package_comes_in_without_its_modules() -> None:
+def test_a_package_is_imported_without_its_modules() -> None:
     imports = "; ".join(f"import transforms.{package}" for package in PUBLIC)
     program = f"import sys; {imports}; print(*sorted(name.split('.')[0] for name in sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -456,7 +456,7 @@ def test_steps_over_record_batches_are_found() -> None:
     assert CODER not in imported_at_once("transforms.records.record_batches")
 
 
-def test_schemas_comes_in_under_half_a_second_and_alone() -> None:
+def test_schemas_is_imported_in_under_half_a_second_and_alone() -> None:
     subprocess.run([sys.executable, "-m", "compileall", "-q", "schemas"], cwd=ROOT, check=True)
     program = (
         "import sys, time; start = time.process_time(); import schemas; took = time.process_time() - start\n"

@@ -141,17 +141,17 @@ def _print_dates(options: FeaturesOptions, work: PreparedRun, plan: FeaturePlan)
     lines = reasons(options, work)
     rows = []
     for first, last, why in lines[:MOST_LINES]:
-        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        count = estimated_spine_rows(plan, midnight(first), midnight(last + 1))
         rows.append((f"{as_date(first)}–{as_date(last)}", f"{last - first + 1:,}", f"{count:,}", why))
     print(columns(("dates", "days", "about rows", "why"), rows, ("days", "about rows")))
     if len(lines) > MOST_LINES:
         print(f"  and {many(len(lines) - MOST_LINES, 'more range')}")
-    total = sum(spine_rows(plan, first, last) for first, last in plan.ranges)
+    total = sum(estimated_spine_rows(plan, first, last) for first, last in plan.ranges)
     days = len(days_within(plan.ranges))
     print(f"  together {many(days, 'day')}, about {many(total, 'row')}")
 
 
-def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
+def estimated_spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
     """The approximate number of spine rows in `[first, last)` µs, on the assumption that row groups are evenly
     filled."""
     total = 0.0
@@ -168,7 +168,7 @@ def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
     rows = []
     days = days_within(plan.ranges)
     for first, last, names in _spans(copies, days):
-        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        count = estimated_spine_rows(plan, midnight(first), midnight(last + 1))
         span = f"{as_date(first)}–{as_date(last)}"
         rows.append((span, f"{last - first + 1:,}", f"{count:,}", str(len(names)), str(len(every) - len(names))))
     numbers = ("days", "about rows", "copied", "computed")

@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
+from datetime import date
 from typing import TYPE_CHECKING, NoReturn
 
 from beam_pipelines.runtime.addresses import local_path, usable_address
@@ -235,7 +235,3 @@ threads = whole(0, 1024)
 def run_of_model(run_id: str, definition: Definition, models: int) -> str:
     """The id of the run of one of so many models: of several each has a run of its own."""
     return run_id if models == 1 else f"{run_id}-{definition.require_model().name}"
-
-
-def next_day(value: date) -> date:
-    return value + timedelta(days=1)

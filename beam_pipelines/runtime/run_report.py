@@ -85,10 +85,10 @@ class Run:
             self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
         write_json(FileSystems.join(self.folder, "run.json"), self.figures)
         if not self.quiet:
-            print(table(self.pipeline, self.figures), flush=True)
+            print(figures_table(self.pipeline, self.figures), flush=True)
 
 
-def table(title: str, figures: dict[str, object]) -> str:
+def figures_table(title: str, figures: dict[str, object]) -> str:
     """The figures as lines of a name and a value; nested figures are only in `run.json`."""
     flat = {
         name.replace("_", " "): _text(value)
@@ -101,7 +101,9 @@ def table(title: str, figures: dict[str, object]) -> str:
     width = max(map(len, flat), default=0)
     lines = [f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())]
     views = figures.get("views")
-    lines += [table(f"{title}: {name}", each) for name, each in views.items()] if isinstance(views, dict) else []
+    lines += (
+        [figures_table(f"{title}: {name}", each) for name, each in views.items()] if isinstance(views, dict) else []
+    )
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         stream_slices,
         without_repeats,
     )
-    from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
+    from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
     from transforms.sources.tallies import (
         AS_EVENTS,
         SourceTally,

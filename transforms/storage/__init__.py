@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.storage.bounded import NoResponse, first_contact
     from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
     from transforms.storage.date_spans import TABLE_READ_ERRORS, partition_days
     from transforms.storage.delta_log import (
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
         joined_groups,
         read_joined,
     )
-    from transforms.storage.log_check import IncompleteLogError
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
         table_path_in_store,
         tables_below,
     )
-    from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
     from transforms.storage.run_markers import (
         ERASE,
         MARKER,
