@@ -15,7 +15,8 @@ from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace")
 
-# Object stores that both Beam and delta-rs know: what Beam needs for each, and what installs it.
+# Object stores that both Beam and delta-rs support: the module that Beam needs for each, and the package that installs
+# it.
 REMOTE = {
     "gs": ("google.cloud.storage", "pip install 'apache-beam[gcp]'"),
     "s3": ("boto3", "pip install 'apache-beam[aws]'"),
@@ -23,10 +24,10 @@ REMOTE = {
 
 
 def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
-    """`address` as the pipelines take it: a path, or an address in an object store that can be reached from here.
+    """`address` in the form that pipelines take: a path, or an address in an object store that this process can use.
 
     Args:
-        flag: that names it, for messages.
+        flag: the flag that has the address, for messages.
         beam_args: flags for Beam; its file systems take their options from them.
 
     Raises:
@@ -82,12 +83,12 @@ def _require_response(flag: str, address: str) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
+    except ModuleNotFoundError:  # a package above the module
         return False
 
 
 def _prepare_beam(beam_args: Sequence[str]) -> None:
-    """Gives Beam's file systems their options, which a pipeline would do only when it is made."""
+    """Gives Beam's file systems their options; a pipeline would do so only when it is created."""
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -98,5 +99,5 @@ def _prepare_beam(beam_args: Sequence[str]) -> None:
 
 
 def local_path(path: str) -> str:
-    """An absolute path; an address in an object store as it is."""
+    """An absolute path; an address in an object store stays unchanged."""
     return path if "://" in path else os.path.abspath(path)

@@ -25,7 +25,7 @@ from tests.support import shop
 from tests.support.loads import leftovers, same
 from tests.support.processes import PIPELINES, Ended, Zygote
 from tests.support.tables import figures_of
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import RUN, Registry, registry_uri
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import open_table
@@ -97,7 +97,7 @@ def registered(store: Path) -> dict[str, str]:
     versions = registry.versions("buying")
     for each in versions:
         _, folder = registry.resolve("buying", each.version)
-        assert load(folder).manifest["run_id"] == each.run
+        assert load_bundle(folder).manifest["run_id"] == each.run
     assert registry.champion("buying") in {None, *(each.version for each in versions)}
     runs = {each.run: each.version for each in versions}
     assert len(runs) == len(versions), "a run has one version"

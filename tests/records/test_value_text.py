@@ -9,7 +9,7 @@ import polars as pl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 
 
 def digits(text: str) -> str:
@@ -20,7 +20,7 @@ def digits(text: str) -> str:
 @given(st.floats(width=32))
 @example(999999986991104.0)  # 1000000000000000.0: one digit, and more letters
 def test_a_float32_is_shown_with_the_fewest_digits_that_read_back_to_it(value: float) -> None:
-    text = shown(value, pl.Float32())
+    text = format_value(value, pl.Float32())
     assert np.float32(text).tobytes() == np.float32(value).tobytes() or np.isnan(value)
     assert len(digits(text)) <= len(digits(str(value)))
     if np.isfinite(value) and len(digits(text)) > 1:
@@ -29,10 +29,10 @@ def test_a_float32_is_shown_with_the_fewest_digits_that_read_back_to_it(value: f
 
 
 def test_other_values_are_shown_as_they_are() -> None:
-    assert shown(23.329999923706055, pl.Float32()) == "23.33"
-    assert shown(23.329999923706055, pl.Float64()) == "23.329999923706055"
-    assert shown(16777217, pl.Int64()) == "16777217"
-    assert shown("1.50", pl.String()) == "1.50"
-    assert shown(True) == "True"
-    assert shown(None, pl.Float32()) == "null"
-    assert shown(datetime(2024, 5, 1, 12, tzinfo=UTC)) == "2024-05-01T12:00:00+00:00"
+    assert format_value(23.329999923706055, pl.Float32()) == "23.33"
+    assert format_value(23.329999923706055, pl.Float64()) == "23.329999923706055"
+    assert format_value(16777217, pl.Int64()) == "16777217"
+    assert format_value("1.50", pl.String()) == "1.50"
+    assert format_value(True) == "True"
+    assert format_value(None, pl.Float32()) == "null"
+    assert format_value(datetime(2024, 5, 1, 12, tzinfo=UTC)) == "2024-05-01T12:00:00+00:00"

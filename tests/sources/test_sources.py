@@ -20,7 +20,7 @@ from schemas.errors import ContractError, DataError
 from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
-from transforms.sources.contracts import YEARS, Contract, check_rows, holds
+from transforms.sources.contracts import YEARS, Contract, check_rows, type_holds
 from transforms.sources.inventory import slices_of
 from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
@@ -459,7 +459,7 @@ def test_a_dimension_without_rules_keeps_every_row() -> None:
 )
 def test_a_type_holds_what_fits_into_it_without_loss(declared: Any, found: pa.DataType, expected: bool) -> None:
     dtype = declared() if isinstance(declared, type) else declared
-    assert holds(dtype, found) is expected
+    assert type_holds(dtype, found) is expected
 
 
 # Where a letter says its row was

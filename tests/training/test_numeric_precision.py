@@ -26,7 +26,7 @@ from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted, columns_needed
 from transforms.models.mlflow_pyfunc import PyfuncModel
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
 from transforms.training.data_checks import Level, Suspect
 from transforms.training.fit_encoders import Fitting
@@ -388,7 +388,7 @@ def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_lo
         assert warning.startswith("Input 'far'")
         assert "MinMax()" in warning
     # Behind MLflow's function the same code encodes.
-    scorer = open_scorer(Pinned(Registry(registry_uri(str(tmp_path / "store"))).resolve("vw_plain")[1]))
+    scorer = open_scorer(PinnedModel(Registry(registry_uri(str(tmp_path / "store"))).resolve("vw_plain")[1]))
     asked = pl.DataFrame({"day": [20240128, 20240129, None], "far": [0, 1, None]})
     frame = asked.to_pandas().astype(object)
     (batch,) = asked.to_arrow().combine_chunks().to_batches()

@@ -1,4 +1,5 @@
-"""Feature tables of a view: the one of the definition's fingerprint is read, tables of other fingerprints are named."""
+"""Feature tables of a view: the one with the definition's fingerprint is read; an error names those with other
+fingerprints."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ import os
 from deltalake import DeltaTable
 
 from schemas.errors import MillraceError, MismatchError, StoreError
-from transforms.storage.delta_log import LOG, root_of
+from transforms.storage.delta_log import LOG_FOLDER, root_of
 from transforms.storage.delta_tables import open_table
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import path_in_store
+from transforms.storage.paths import table_path_in_store
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 
 
@@ -40,7 +41,7 @@ def open_feature_table(
             raise StoreError(
                 "The log of a feature table has the commit of the last run of features",
                 f"{lost}; its newest in {uri} is version {table.version()}",
-                f"Restore {LOG} from a backup, or compute what is missing with: {command}",
+                f"Restore {LOG_FOLDER} from a backup, or compute what is missing with: {command}",
             )
         return table
     root, fingerprint = FileSystems.split(uri)
@@ -78,7 +79,7 @@ def lost_commit(uri: str, newest: int | None) -> str | None:
         version, table = figures.get("commit_version"), figures.get("table")
         if figures.get("pipeline") != "features" or not isinstance(version, int) or not isinstance(table, str):
             continue
-        if path_in_store(table) == path_in_store(root) and (last is None or changed > last[0]):
+        if table_path_in_store(table) == table_path_in_store(root) and (last is None or changed > last[0]):
             last = changed, run, version
     if last is None or (newest is not None and last[2] <= newest):
         return None

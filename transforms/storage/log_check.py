@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from schemas.errors import IncompleteLogError
-from transforms.storage.delta_log import LOG, root_of
+from transforms.storage.delta_log import LOG_FOLDER, root_of
 from transforms.storage.log_entries import ACTIONS, ADDED_FILES, ADDED_ROWS, REMOVED_FILES, newest_checkpoint
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, reason_of
 
@@ -38,7 +38,7 @@ def require_whole_entries(uri: str, version: int) -> None:
     """
     if "://" in root_of(uri):
         return  # an object is written whole or not at all
-    folder = os.path.join(root_of(uri), LOG)
+    folder = os.path.join(root_of(uri), LOG_FOLDER)
     first = newest_checkpoint(Path(folder))
     if not 0 < first <= version:  # no hint, or an older version
         first = max((each for each in _checkpoints(folder) if each <= version), default=-1)
@@ -53,7 +53,7 @@ def incomplete(uri: str, version: int, problem: str) -> IncompleteLogError:
     return IncompleteLogError(
         "A table's log is as it was written",
         f"version {version} of {uri}: {problem}",
-        f"Restore {LOG} from a backup; nothing was changed or removed",
+        f"Restore {LOG_FOLDER} from a backup; nothing was changed or removed",
     )
 
 

@@ -2,8 +2,8 @@
 
 A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
 The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
-for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the tables
-show it.
+for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the owner follows
+from the tables.
 
 Offsets are only valid in their own stream: the flags and files of a replay decide its offsets, the topics of Kafka
 theirs.
@@ -24,10 +24,10 @@ from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
@@ -42,9 +42,9 @@ class Owner:
 
     Args:
         view: name of the view.
-        fingerprint: of the view.
-        sources: what decides which rows are accepted, by source.
-        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+        fingerprint: fingerprint of the view.
+        sources: by source, everything that decides which rows are accepted.
+        stream: everything on which the offsets depend, by the names of flags; None: it is not known.
         rows: of a replay, digests of what its messages hold, by source; None: there are none.
     """
 
@@ -63,7 +63,7 @@ class Owner:
         return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream), rows)
 
     def after(self, known: Owner) -> Owner:
-        """This owner, with what an earlier job noted of other sources and of the stream."""
+        """This owner, with other sources and the stream that an earlier job recorded."""
         stream, rows = (self.stream, self.rows) if self.stream is not None else (known.stream, known.rows)
         return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream, rows=rows)
 
@@ -106,7 +106,7 @@ def claim(
     Args:
         view: the view.
         store: the folder of the tables.
-        stream: everything that the offsets depend on; None: it is not checked.
+        stream: everything on which the offsets depend; None: it is not checked.
         rows: of a replay, digests of what its messages hold, by source.
 
     Raises:
@@ -123,7 +123,7 @@ def claim(
                 with open(os.path.join(store, OWNER), "x") as handle:
                     handle.write(mine.to_text())
                 return
-            except FileExistsError:  # another job started at the same moment
+            except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
@@ -131,7 +131,7 @@ def claim(
         _check_replayed(view, store, mine, known)
         mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
+        write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
 def _read(store: str) -> Owner | None:
@@ -139,7 +139,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with understood("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store is written down as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 
@@ -156,7 +156,7 @@ def _check_note(view: FeatureView, store: str, mine: Owner, known: Owner) -> Non
 
 def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
     before, now = known.stream, mine.stream
-    if before is None or now is None or before == now or not _has_read(view, store):
+    if before is None or now is None or before == now or not has_read(view, store):
         return
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
@@ -167,7 +167,7 @@ def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> N
     )
 
 
-def _has_read(view: FeatureView, store: str) -> bool:
+def has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
     records = [source_record(store, name) for name in contracts_of(view)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
@@ -175,7 +175,7 @@ def _has_read(view: FeatureView, store: str) -> bool:
 
 def _check_replayed(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
     """Checks that the files of a replay hold the messages that the store has read, whenever they were written."""
-    if known.rows is None or mine.rows is None or not _has_read(view, store):
+    if known.rows is None or mine.rows is None or not has_read(view, store):
         return
     changed = sorted(name for name, digest in mine.rows.items() if known.rows.get(name, digest) != digest)
     if changed:
@@ -199,7 +199,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
         table = open_table(live_dead_letters_uri(store, other))
         if (
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
-        ):  # not a model's
+        ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
     if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)
