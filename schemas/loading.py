@@ -49,11 +49,13 @@ class Definition:
 
     def require_model(self) -> Model:
         if self.model is None:
-            raise DefinitionError(f"{self.name} names a model", "only a view", "Write model = Model(view, …)")
+            raise DefinitionError(
+                f"{self.name} must define a model", "it defines only a view", "Write model = Model(view, …)"
+            )
         return self.model
 
 
-_RULE = "The definition is an importable module or a .py file"
+_RULE = "The definition must be an importable module or a .py file"
 
 
 def load_definition(name: str) -> Definition:
@@ -64,7 +66,9 @@ def load_definition(name: str) -> Definition:
     """
     before = set(sys.modules)
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
-        raise DefinitionError(_RULE, repr(name), "Name it like examples.flights.definition, or path/definition.py")
+        raise DefinitionError(
+            _RULE, f"it is {name!r}", "Write it like examples.flights.definition, or path/definition.py"
+        )
     module = _file(Path(name)) if name.endswith(".py") else _module(name)
     source, modules = _read(getattr(module, "__file__", None)), neighbours(module, before)
     if name.endswith(".py"):  # another definition may have other neighbours of these names
@@ -76,14 +80,14 @@ def load_definition(name: str) -> Definition:
     view = getattr(module, "view", None) or getattr(model, "view", None)
     if not isinstance(view, FeatureView) or not isinstance(model, Model | None):
         raise DefinitionError(
-            f"{name} names a FeatureView `view` and a Model `model`",
-            f"view={view!r}, model={model!r}",
+            f"{name} must define a FeatureView `view`, and may define a Model `model`",
+            f"it has view={view!r}, model={model!r}",
             "Write view = FeatureView(…) and model = Model(view, …)",
         )
     if model is not None and model.view is not view:
         raise DefinitionError(
-            f"{name}: the model reads the view of the same file",
-            f"{model.view.name!r} and {view.name!r}",
+            f"{name}: the model must read the view of the same file",
+            f"it reads {model.view.name!r}, and the view is {view.name!r}",
             "Write model = Model(view, …)",
         )
     return Definition(name, str(module.__file__), view, model, source, modules)
@@ -108,7 +112,9 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
     for path, text in files.items():
         parts = PurePosixPath(path).parts
         if not parts or not all(part.removesuffix(".py").isidentifier() for part in parts[:-1]) or ".." in parts:
-            raise DefinitionError("The recorded modules of a definition lie in one folder", repr(path), "Restore it")
+            raise DefinitionError(
+                "The recorded modules of a definition must be in one folder", f"{path!r} is not", "Restore it"
+            )
         for depth in range(1, len(parts)):  # a package with this name elsewhere must not be found first
             package = folder.joinpath(*parts[:depth])
             package.mkdir(exist_ok=True)
@@ -192,7 +198,7 @@ def _is_of_user(module: ModuleType) -> bool:
 
 def _read(path: str | None) -> bytes:
     if path is None:
-        raise DefinitionError(_RULE, "a module that is no Python file")
+        raise DefinitionError(_RULE, "it is a module without a Python file")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -226,7 +232,7 @@ def _module(name: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise DefinitionError(_RULE, str(path), "No such file")
+        raise DefinitionError(_RULE, f"there is no file {path}", "Check the path")
     name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
     module = ModuleType(name)
     module.__file__ = str(path)
@@ -262,22 +268,24 @@ def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise DefinitionError(
                 _RULE,
-                repr(name),
-                f"No module {error.name!r} here: check the name, or give a path ending in .py",
+                f"for {name!r}, there is no module {error.name!r}",
+                "Check the name, or give a path that ends in .py",
             ) from None
         raise DefinitionError(
-            f"{name} imports what is installed", f"no module {error.name!r}", "Install it, or remove the import"
+            f"{name} must import only installed modules",
+            f"there is no module {error.name!r}",
+            "Install it, or remove the import",
         ) from None
     except SyntaxError as error:
         raise DefinitionError(
-            f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
+            f"{name} must be valid Python", f"line {error.lineno}: {error.msg}", "Correct the file"
         ) from None
     except (Exception, SystemExit) as error:
         ours = (__file__, importlib.__file__, "<frozen")
         frames = traceback.extract_tb(error.__traceback__)
         line = next((each for each in frames if not each.filename.startswith(ours)), frames[-1])
         raise DefinitionError(
-            f"{name} can be imported",
-            f"{type(error).__name__}: {error}, line {line.lineno} of {line.filename}",
+            f"{name} must be importable",
+            f"line {line.lineno} of {line.filename}: {type(error).__name__}: {error}",
             "Correct the file",
         ) from error

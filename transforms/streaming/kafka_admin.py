@@ -138,4 +138,4 @@ def check_reachable(what: str, flag: str, addresses: str) -> None:
             return
         except (OSError, ValueError) as error:
             reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
-    raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")
+    raise StoreError(f"{what} must be reachable", "; ".join(reasons), f"Start it, or correct {flag}")

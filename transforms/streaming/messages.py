@@ -32,7 +32,7 @@ HEARTBEAT = b"__heartbeat"
 ORIGIN_TYPES = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
-_READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
+_READABLE = "a message must be an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, whatever error it raises, because it would stop the job again.
 ANY_ERROR = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
@@ -90,7 +90,7 @@ def from_arrow(value: bytes) -> pa.RecordBatch:
             return reader.read_next_batch()
     except Exception as error:  # crafted bytes may raise any error
         reason = (str(error).splitlines() or [repr(error)])[0][:300]
-        raise ContractError("A message of rows is an Arrow IPC stream", reason, "") from None
+        raise ContractError("A message of rows must be an Arrow IPC stream", reason, "") from None
 
 
 def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
@@ -184,7 +184,9 @@ def _one(contract: Contract, message: Message, limits: MessageLimits) -> pl.Data
         return together(contract, [message], limits)
     if message.value[:4] == MAGIC:
         return _from_rows(contract, _avro_rows(contract, message, limits), [message])
-    raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
+    raise ContractError(
+        _READABLE.capitalize(), f"it has {len(message.value)} bytes that begin with {message.value[:12]!r}", ""
+    )
 
 
 def _together(message: Message) -> Callable[[Contract, Sequence[Message], MessageLimits], pl.DataFrame] | None:
@@ -257,11 +259,13 @@ def _from_rows(
     source, read, objects = contract.source, set(contract.columns), []
     for row in rows:
         if not isinstance(row, dict):
-            raise ContractError("A message holds an object or a list of them", repr(row)[:100], "")
+            raise ContractError("A message must be an object or a list of objects", f"it has {repr(row)[:100]}", "")
         if not read <= row.keys():
-            missing = next(name for name in contract.columns if name not in row)
-            what = f"Source {source.name!r}: every row has the declared column {missing!r}"
-            raise ContractError(what, ", ".join(map(str, row)), nearest(missing, map(str, row)))
+            missing = [name for name in contract.columns if name not in row]
+            what = f"Source {source.name!r}: every row must have the declared column{'s' * (len(missing) > 1)}"
+            found = f"a row has {', '.join(map(str, row)) or 'none'}"
+            hint = nearest(missing[0], map(str, row)) if len(missing) == 1 else ""
+            raise ContractError(f"{what} {', '.join(map(repr, missing))}", found, hint)
         objects.append(row)
     columns = [
         _column(source, name, dtype, [each.get(name) for each in objects]) for name, dtype in source.schema.items()
@@ -283,8 +287,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
         return pl.Series(name, values, dtype)
     if not found <= allowed:
         raise ContractError(
-            f"Source {source.name!r}: column {name!r} is {dtype}",
-            ", ".join(sorted(each.__name__ for each in found - allowed)),
+            f"Source {source.name!r}: column {name!r} must be {dtype}",
+            f"it has {', '.join(sorted(each.__name__ for each in found - allowed))}",
             "",
         )
     if dtype.is_integer() or dtype.is_float():
@@ -295,7 +299,7 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             return series.cast(dtype)
         except (OverflowError, TypeError, pl.exceptions.PolarsError):
             raise ContractError(
-                f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", ""
+                f"Source {source.name!r}: column {name!r} must be {dtype}", "it has a number beyond it", ""
             ) from None
     series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
     if dtype.is_temporal():
@@ -306,7 +310,9 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
         )
         if parsed.null_count() > series.null_count():
             bad = series.filter(parsed.is_null() & series.is_not_null())[0]
-            raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")
+            raise ContractError(
+                f"Source {source.name!r}: {name!r} must be ISO 8601 with a time zone", f"it is {bad!r}", ""
+            )
         return parsed
     return series
 
@@ -317,7 +323,7 @@ def _avro_rows(contract: Contract, message: Message, limits: MessageLimits) -> l
     except ContractError:
         raise
     except Exception as error:  # fastavro may raise any error on bytes that are not Avro
-        raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
+        raise ContractError("An Avro container must be readable", repr(error)[:200], "") from None
 
 
 def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:

@@ -109,8 +109,8 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
     files = data_files(table, request.start, request.cutoff)
     if not files:
         raise DataError(
-            "The feature table has rows before the cutoff",
-            f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
+            "The feature table must have rows before the cutoff",
+            f"there are none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
             "Choose other dates, or compute features",
         )
     cutoff = instant(request.cutoff or max(file.date for file in files) + timedelta(days=1))
@@ -204,7 +204,7 @@ def content_digests(root: str, paths: Iterable[str]) -> dict[str, str]:
             return {path_within_source(root, path): value for path, value in pool.map(digest, sorted(paths))}
     except OSError as error:
         raise StoreError(
-            "The label's source can be read while it is trained on", str(error), "Run the same command again"
+            "The label's source must stay readable during training", str(error), "Run the same command again"
         ) from None
 
 
