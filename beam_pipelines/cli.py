@@ -79,8 +79,8 @@ def _run(argv: Sequence[str]) -> int:
 
     command, *rest = argv
     if command not in COMMANDS:
-        rule = f"millrace has the commands {', '.join(COMMANDS)}"
-        raise DefinitionError(rule, repr(command), nearest(command, COMMANDS))
+        rule = f"The command must be one of {', '.join(COMMANDS)}"
+        raise DefinitionError(rule, f"it is {command!r}", nearest(command, COMMANDS))
     module, _, function = COMMANDS[command][0].partition(":")
     return int(getattr(importlib.import_module(module), function or "main")(rest))
 

@@ -87,7 +87,9 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         )
     elif flags.end is not None:
         raise DefinitionError(
-            "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
+            "--end must be left out for topics, which are read to their end",
+            f"it is {flags.end}",
+            "Leave it out, or add --source replay",
         )
     shard_groups(view)
     handover = Handover(
@@ -174,8 +176,8 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
         sources = os.path.abspath(sources)
     if options.job.replaying and (sources is None or sources == sources_root(options.job.store)):
         raise DefinitionError(
-            "A replay reads its files from another place than it writes to",
-            f"--sources {sources or 'left out'}, --store {options.job.store}",
+            "A replay must read its files from another folder than the one that it writes to",
+            f"--sources is {sources or 'left out'}, --store is {options.job.store}",
             "Name the folder of the files with --sources, and a store that only the live job uses",
         )
     return sources

@@ -91,7 +91,11 @@ def parse_each(argv: Sequence[str]) -> list[InferenceOptions]:
     flags, rest = arguments.parse(argv)
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"
-        raise DefinitionError("--start and --end choose rows of the feature table", "--input_tfrecord beside them", fix)
+        raise DefinitionError(
+            "--start and --end must be left out with --input_tfrecord: they select rows of the feature table",
+            "both are given",
+            fix,
+        )
     definitions = load_project(flags.definition).each_model(flags.view, flags.model)
     for name in ("model_version", "input_tfrecord", "output_tfrecord"):
         if getattr(flags, name) and len(definitions) > 1:
@@ -172,7 +176,7 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
         if count := rows[name].null_count():
             fix = "Write the key and the time (µs since 1970) into every example"
             raise ContractError(
-                "An example has the key and time of its spine row", f"{count} of {len(rows)} without {name!r}", fix
+                "An example must have the key and time of its spine row", f"{count} of {len(rows)} lack {name!r}", fix
             )
     identity = row_ids(view, [rows[name] for name in (*key, time)])
     filled = rows.with_columns(
@@ -198,9 +202,9 @@ def require_all_scored(files: PredictionFiles, counts: JoinCounts, listed: int |
     if read != written or listed not in (read, None):
         value = f"{read if listed is None else listed} rows listed, {read} read, {written} predictions"
         fix = "Nothing was published; files may have changed while they were read: run the same command again"
-        raise DataError("Rows are conserved: one prediction for each feature row", value, fix)
+        raise DataError("Every feature row must have exactly one prediction", value, fix)
     if not counts.rows and listed is None:
-        raise DataError("There are rows to score", f"none in {where}", "Name files that hold examples")
+        raise DataError("There must be rows to score", f"there are none in {where}", "Name files that hold examples")
     return files
 
 

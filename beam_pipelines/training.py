@@ -337,7 +337,7 @@ def train_one(options: TrainingOptions, several: bool) -> None:
             delete_files([options.examples])
     if failed := failed_gates(report):
         raise GateError(
-            f"Version {report['model_version']} of {report['model']} passes its gates to become champion",
+            f"Version {report['model_version']} of {report['model']} must pass its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
             f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. "
             f"Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",

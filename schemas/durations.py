@@ -32,16 +32,18 @@ def microseconds(text: str, what: str = "a duration", zero: bool = False) -> int
     match = re.fullmatch(r"(\d+)(us|ms|s|m|h|d|w)", text) if isinstance(text, str) else None
     if match is None:
         raise DefinitionError(
-            f"{what} is a whole number and a unit of us, ms, s, m, h, d, w", repr(text), 'Write it like "10m" or "7d"'
+            f"{what} must be a whole number and a unit: us, ms, s, m, h, d or w",
+            f"it is {text!r}",
+            'Write it like "10m" or "7d"',
         )
     length = int(match[1]) * MICROSECONDS[match[2]]
     if length == 0 and not zero:
-        raise DefinitionError(
-            f"{what} is longer than zero", repr(text), "A window of no length sees no event; drop it or lengthen it"
-        )
+        raise DefinitionError(f"{what} must be longer than zero", f"it is {text!r}", "Remove it or lengthen it")
     if length > LONGEST:
         raise DefinitionError(
-            f"{what} is at most a century", repr(text), 'For a whole history write "all" (or max_age="forever")'
+            f"{what} must be at most a century",
+            f"it is {text!r}",
+            'For a whole history write "all" (or max_age="forever")',
         )
     return length
 
@@ -51,13 +53,17 @@ def instant(text: str | date | datetime, what: str = "a moment") -> datetime:
     try:
         value = datetime.fromisoformat(text) if isinstance(text, str) else text
     except ValueError:
-        raise DefinitionError(f"{what} is an ISO date or moment", repr(text), 'Write it like "2013-10-01"') from None
+        raise DefinitionError(
+            f"{what} must be an ISO date or time", f"it is {text!r}", 'Write it like "2013-10-01"'
+        ) from None
     if not isinstance(value, date):
-        raise DefinitionError(f"{what} is an ISO date or moment", repr(text), 'Write it like "2013-10-01"')
+        raise DefinitionError(f"{what} must be an ISO date or time", f"it is {text!r}", 'Write it like "2013-10-01"')
     if not isinstance(value, datetime):
         return datetime(value.year, value.month, value.day, tzinfo=UTC)
     if value.tzinfo is None:
         if isinstance(text, str) and len(text) > 10:
-            raise DefinitionError(f"{what} names its time zone", repr(text), "Add +00:00 (UTC) or another offset")
+            raise DefinitionError(
+                f"{what} must have a time zone", f"it is {text!r}", "Add +00:00 (UTC) or another offset"
+            )
         return value.replace(tzinfo=UTC)
     return value.astimezone(UTC)

@@ -11,7 +11,7 @@ from schemas.errors import DefinitionError
 
 def _require(condition: bool, rule: str, value: object, fix: str) -> None:
     if not condition:
-        raise DefinitionError(rule, repr(value), fix)
+        raise DefinitionError(rule, f"it is {value!r}", fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Ordinal:
     min_count: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.max_size >= 1, "Ordinal: max_size is at least 1", self.max_size, "Raise it")
-        _require(self.min_count >= 1, "Ordinal: min_count is at least 1", self.min_count, "Raise it")
+        _require(self.max_size >= 1, "Ordinal: max_size must be at least 1", self.max_size, "Raise it")
+        _require(self.min_count >= 1, "Ordinal: min_count must be at least 1", self.min_count, "Raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Hashing:
     buckets: int = 1024
 
     def __post_init__(self) -> None:
-        _require(self.buckets >= 2, "Hashing: buckets is at least 2", self.buckets, "Raise it")
+        _require(self.buckets >= 2, "Hashing: buckets must be at least 2", self.buckets, "Raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Bucketize:
     buckets: int = 10
 
     def __post_init__(self) -> None:
-        _require(self.buckets >= 2, "Bucketize: buckets is at least 2", self.buckets, "Raise it")
+        _require(self.buckets >= 2, "Bucketize: buckets must be at least 2", self.buckets, "Raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Impute:
         ok = self.value in ("mean", "median") or (
             isinstance(self.value, int | float) and not isinstance(self.value, bool)
         )
-        _require(ok, "Impute: value is 'mean', 'median' or a number", self.value, "Choose one")
+        _require(ok, "Impute: value must be 'mean', 'median' or a number", self.value, "Choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Target:
     smoothing: float = 20.0
 
     def __post_init__(self) -> None:
-        _require(self.smoothing > 0, "Target: smoothing is above 0", self.smoothing, "Raise it")
+        _require(self.smoothing > 0, "Target: smoothing must be above 0", self.smoothing, "Raise it")
 
 
 Encoder = Ordinal | OneHot | Native | Hashing | Standardize | MinMax | Robust | Bucketize | Log | Impute | Target

@@ -31,19 +31,22 @@ def without_long_words(text: str) -> str:
 class MillraceError(Exception):
     """A user's mistake or a refused state.  Printed without a traceback by the command line.
 
+    >>> print(MillraceError("Search: trials must be at least 1", "it is 0", "Raise it"))
+    Search: trials must be at least 1; it is 0. Raise it.
+    >>> print(MillraceError("definition.py must be valid Python", "line 3: invalid syntax", "Correct the file"))
+    definition.py must be valid Python; line 3: invalid syntax. Correct the file.
+
     Args:
-        rule: what holds, in one sentence.
-        value: what was found instead.
-        fix: what to do about it.
+        rule: what must hold, in one sentence that names the thing and has "must" or "needs".
+        value: what is wrong, as a clause ("it is 0"), or as a place and what is wrong there ("line 3: …").
+        fix: what to write or do instead.
     """
 
     exit_code = 1
 
     def __init__(self, rule: str, value: object = None, fix: str = "") -> None:
         self.rule, self.value, self.fix = rule, value, fix
-        parts = [rule.rstrip(".") + "."]
-        if value is not None:
-            parts.append(f"Got {value}.")
+        parts = [f"{rule.rstrip('.')}." if value is None else f"{rule.rstrip('.')}; {str(value).rstrip('.')}."]
         if fix:
             parts.append(fix if fix.endswith("?") else fix.rstrip(".") + ".")
         super().__init__(without_long_words(in_one_line(" ".join(parts))))
@@ -102,6 +105,17 @@ class AnomalyError(MillraceError):
     """Data that breaks its reviewed schema; nothing was published."""
 
     exit_code = 7
+
+
+def listed(items: Iterable[str], most: int = 20) -> str:
+    """Some texts in one, and how many more there are.
+
+    >>> listed(["'a' is missing", "'b' is missing", "'c' is missing"], most=2)
+    "'a' is missing; 'b' is missing; and 1 more"
+    """
+    found = list(items)
+    more = [f"and {len(found) - most:,} more"] if len(found) > most else []
+    return "; ".join([*found[:most], *more])
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -64,19 +64,25 @@ def require_row_local(expr: pl.Expr, what: str) -> None:
         DefinitionError: names the part at fault, and the reason.
     """
     if not isinstance(expr, pl.Expr):
-        raise DefinitionError(f"{what} is a Polars expression", repr(expr), 'Write it with pl.col("…") or pl.lit(…)')
+        raise DefinitionError(
+            f"{what} must be a Polars expression", f"it is {expr!r}", 'Write it with pl.col("…") or pl.lit(…)'
+        )
     if expr.meta.has_multiple_outputs():
-        raise DefinitionError(f"{what} yields one column", str(expr), "Name a single column instead of a selector")
+        raise DefinitionError(
+            f"{what} must give one column", f"it is {expr}", "Name a single column instead of a selector"
+        )
     try:
         tree = serialised(expr)
     except Exception as error:
         raise DefinitionError(
-            f"{what} can be written down (no Python function)", f"{expr}: {error}", "Use Polars' own functions"
+            f"{what} must not call a Python function, because it is stored",
+            f"{expr}: {error}",
+            "Use Polars' own functions",
         ) from None
     for part, reason in _offences(tree):
         raise DefinitionError(
-            f"{what} is row-local: its value at a row comes from that row alone",
-            f"{expr}, of which {part} {reason}",
+            f"{what} must be row-local: its value at a row must depend on that row alone",
+            f"in {expr}, {part} {reason}",
             "History belongs in Trailing or Latest, another table in Lookup",
         )
 
@@ -89,13 +95,15 @@ def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl
     """
     for name in columns_of(expr):
         if name not in columns:
-            raise DefinitionError(f"{what} reads columns that exist", repr(name), nearest(name, columns))
+            raise DefinitionError(
+                f"{what} must read columns that exist", f"there is no {name!r}", nearest(name, columns)
+            )
     try:
         # The expression is evaluated over no rows, because a lazy schema has a type even for the hour of a text.
         return pl.DataFrame(schema=dict(columns)).select(expr.alias("_"))["_"].dtype
     except pl.exceptions.PolarsError as error:
         raise DefinitionError(
-            f"{what} fits the types of its columns", str(error).splitlines()[0], "Cast the columns first"
+            f"{what} must fit the types of its columns", str(error).splitlines()[0], "Cast the columns first"
         ) from None
 
 

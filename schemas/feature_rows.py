@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import polars as pl
 import pyarrow as pa
@@ -65,8 +65,8 @@ class FeatureRows:
                 other = result.setdefault(name, view)
                 if other.meanings[name] != view.meanings[name]:
                     raise DefinitionError(
-                        f"{self.what}: one name is one feature",
-                        f"{name!r} of view {other.name!r} and of view {view.name!r}, which are computed differently",
+                        f"{self.what}: a name must stand for one feature",
+                        f"{name!r} is computed differently in view {other.name!r} and in view {view.name!r}",
                         f"Rename one, or choose one, as features=[{other.name + '.' + name!r}, …]",
                     )
         return result
@@ -84,8 +84,8 @@ class FeatureRows:
         if not found:
             names = dict.fromkeys(name for view in views or self.views for name in view.columns)
             raise DefinitionError(
-                f"{self.what}: features names features of {_listed(views or self.views)}, or patterns of them",
-                f"{pattern!r}, which matches none",
+                f"{self.what}: features must name features of {_listed(views or self.views)}, or patterns of them",
+                f"{pattern!r} matches none",
                 nearest_names(text, names),
             )
         return found
@@ -118,17 +118,18 @@ class FeatureRows:
         fields = [view.output_schema.field(name) for name, view in self.origins.items()]
         return pa.schema([*fields, *(self.first.output_schema.field(name) for name in ("row_id", "date"))])
 
-    def require(self, name: str, what: str) -> None:
-        """Refuse a `name` that is neither a feature nor a spine column.
+    def require(self, names: Iterable[str], what: str) -> None:
+        """Refuses `names` that are neither features nor spine columns.
 
         Raises:
-            DefinitionError: it is neither.
+            DefinitionError: some are neither; it names all of them.
         """
-        if name not in self.origins:
+        unknown = [name for name in names if name not in self.origins]
+        if unknown:
             raise DefinitionError(
-                f"{what} names a feature or a spine column of {_listed(self.views)}",
-                repr(name),
-                nearest_names(name, self.origins),
+                f"{what} must name features or spine columns of {_listed(self.views)}",
+                f"there is no {', '.join(map(repr, unknown))}",
+                " ".join(dict.fromkeys(nearest_names(name, self.origins) for name in unknown)),
             )
 
 
@@ -136,13 +137,15 @@ def _check_views(views: Sequence[FeatureView], what: str) -> None:
     if not views or not all(isinstance(view, FeatureView) for view in views):
         wrong = next((view for view in views if not isinstance(view, FeatureView)), None)
         raise DefinitionError(
-            f"{what} reads a FeatureView, or several", repr(wrong) if views else "none", "Write Model(view, …)"
+            f"{what} must read a FeatureView, or several",
+            f"it is {wrong!r}" if views else "there is none",
+            "Write Model(view, …)",
         )
     first = views[0]
     for view in views[1:]:
         if view.spine is not first.spine or view.key != first.key:
             raise DefinitionError(
-                f"{what}: its views have the same spine (one Source object) and the same key",
+                f"{what}: its views must have the same spine (one Source object) and the same key",
                 f"{_identity(first)}; {_identity(view)}",
                 "Give both views one spine and one key, or train a model on each",
             )
@@ -150,8 +153,8 @@ def _check_views(views: Sequence[FeatureView], what: str) -> None:
         twins = [view for view in views if view.name == name]
         if len(twins) > 1:
             raise DefinitionError(
-                f"{what} names each view once",
-                " and ".join(f"{name!r} at {view.place}" for view in twins),
+                f"{what} must name each view once",
+                "there is " + " and ".join(f"{name!r} at {view.place}" for view in twins),
                 "Remove one",
             )
 

@@ -38,8 +38,8 @@ def stored_type(dtype: pl.DataType, what: str) -> pl.DataType:
     if dtype in (pl.String, pl.Boolean):
         return dtype
     raise DefinitionError(
-        f"{what} is a number, a string or a boolean",
-        str(dtype),
+        f"{what} must be a number, a string or a boolean",
+        f"it is {dtype}",
         "Turn a time into a number: .dt.hour(), .dt.epoch('s'), …",
     )
 
@@ -64,7 +64,9 @@ class Derived:
     def __init__(self, **columns: pl.Expr) -> None:
         if not columns:
             raise DefinitionError(
-                "Derived names at least one column", "none", 'Write Derived(hour=pl.col("due_at").dt.hour())'
+                "Derived must name at least one column",
+                "there is none",
+                'Write Derived(hour=pl.col("due_at").dt.hour())',
             )
         for name, expr in columns.items():
             require_row_local(expr, f"Derived {name!r}")
@@ -77,8 +79,8 @@ class Derived:
             what = f"Derived {name!r}"
             if name in known and not passes(expr, name):
                 raise DefinitionError(
-                    "A feature has a name of its own",
-                    f"{what} = {expr}, beside the column {name!r} above it",
+                    "A feature must have a name of its own",
+                    f"{what} = {expr} has the name of the column {name!r} above it",
                     "Rename the feature",
                 )
             result[name] = stored_type(dtype_of(expr, known, what), what)
@@ -137,7 +139,7 @@ class Trailing:
 
     def __post_init__(self) -> None:
         what = _of_events(self)
-        over = names(self.over, f"{what}: over")
+        over = names(self.over, f"{what}: over", "length of time", 'Write "7d" or ("1h", "7d")')
         object.__setattr__(self, "over", over)
         for window in over:
             if window == "all":
@@ -146,35 +148,37 @@ class Trailing:
                 microseconds(window, f"{what}: a window")
         if not isinstance(self.stats, Mapping) or not self.stats:
             raise DefinitionError(
-                f"{what}: stats maps columns to statistics", repr(self.stats), 'Write {"dep_delay": ("mean", "max")}'
+                f"{what}: stats must map columns to statistics",
+                f"it is {self.stats!r}",
+                'Write {"dep_delay": ("mean", "max")}',
             )
+        self.source.require((column for column in self.stats if column != "*"), "stats")
         object.__setattr__(
             self, "stats", {column: self._checked(what, column, stats) for column, stats in self.stats.items()}
         )
 
     def _checked(self, what: str, column: str, stats: str | tuple[str, ...]) -> tuple[str, ...]:
-        chosen = names(stats, f"{what}: the statistics of {column!r}")
+        chosen = names(stats, f"{what}: the statistics of {column!r}", "statistic", 'Write "mean" or ("mean", "max")')
         for stat in chosen:
             if stat not in STATISTICS and not QUANTILE.fullmatch(stat):
                 raise DefinitionError(
-                    f"{what}: a statistic is one of {', '.join(STATISTICS)} or q01 … q99",
-                    repr(stat),
+                    f"{what}: a statistic must be one of {', '.join(STATISTICS)} or q01 … q99",
+                    f"it is {stat!r}",
                     nearest(stat, STATISTICS),
                 )
         if column == "*":
             if chosen != ("count",):
                 raise DefinitionError(
-                    f'{what}: "*" stands for rows, which can only be counted',
-                    repr(chosen),
+                    f'{what}: the statistic of "*", which stands for rows, must be count',
+                    f"it is {chosen!r}",
                     "Name a column for other statistics",
                 )
             return chosen
-        self.source.require(column, "stats")
         for stat in chosen:
             if "all" in names(self.over, f"{what}: over") and stat not in COMPACT:
                 raise DefinitionError(
-                    f"{what}: a lifetime window keeps a summary per key, which has {', '.join(COMPACT)}",
-                    repr(stat),
+                    f"{what}: a statistic over all history must be one of {', '.join(COMPACT)}",
+                    f"it is {stat!r}",
                     'Give this statistic a window of its own, such as "365d"',
                 )
         dtype = self.source.schema[column]
@@ -182,12 +186,12 @@ class Trailing:
             if dtype == pl.String and stat not in ("count", "n_unique", "first", "last"):
                 raise DefinitionError(
                     f"{what}: {stat} needs numbers",
-                    f"{column!r}: {dtype}",
+                    f"{column!r} is {dtype}",
                     "Strings have count, n_unique, first and last",
                 )
             if dtype.is_temporal() and stat not in ("count", "n_unique"):
                 raise DefinitionError(
-                    f"{what}: {stat} needs numbers", f"{column!r}: {dtype}", "Times have count and n_unique"
+                    f"{what}: {stat} needs numbers", f"{column!r} is {dtype}", "Times have count and n_unique"
                 )
         return chosen
 
@@ -271,14 +275,15 @@ class Latest:
     def __post_init__(self) -> None:
         what = _of_events(self)
         if self.max_age is None:
-            raise DefinitionError(f"{what}: max_age is how old the row may be", "none", 'Write max_age="6h"')
+            raise DefinitionError(
+                f"{what}: max_age must state how old the row may be", "it is missing", 'Write max_age="6h"'
+            )
         if self.max_age == "forever":
             _lifetime(self.source, f'{what}: max_age="forever"')
         else:
             microseconds(self.max_age, f"{what}: max_age")
         object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
-        for column in self.columns:
-            self.source.require(column, "columns")
+        self.source.require(self.columns, "columns")
 
     @functools.cached_property
     def condition(self) -> pl.Expr | None:
@@ -333,19 +338,19 @@ class Lookup:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Source):
-            raise DefinitionError("Lookup reads a Source", repr(self.source), "Write Lookup(planes, …)")
+            raise DefinitionError("Lookup must read a Source", f"it is {self.source!r}", "Write Lookup(planes, …)")
         what = f"Lookup in {self.source.name!r}"
         if self.source.time is not None:
             raise DefinitionError(
-                f"{what}: a dimension has no time", f"time={self.source.time!r}", "Use Latest for rows that have a time"
+                f"{what}: its source must be a dimension, without time",
+                f"it has time={self.source.time!r}",
+                "Use Latest for rows that have a time",
             )
         if self.name is not None:
             identifier(self.name, f"{what}: name")
-        for _, column in pairs(self.by, f"{what}: by"):
-            self.source.require(column, "by")
+        self.source.require((column for _, column in pairs(self.by, f"{what}: by")), "by")
         object.__setattr__(self, "columns", names(self.columns, f"{what}: columns"))
-        for column in self.columns:
-            self.source.require(column, "columns")
+        self.source.require(self.columns, "columns")
 
     where = condition = None
 
@@ -392,27 +397,26 @@ def _of_events(feature: Trailing | Latest) -> str:
     """The checks that Trailing and Latest have in common; returns the feature's name in errors."""
     kind = type(feature).__name__
     if not isinstance(feature.source, Source):
-        raise DefinitionError(f"{kind} reads a Source", repr(feature.source), f"Write {kind}(departures, …)")
+        raise DefinitionError(f"{kind} must read a Source", f"it is {feature.source!r}", f"Write {kind}(departures, …)")
     what = f"{kind} over {feature.source.name!r}"
     if feature.source.time is None:
         raise DefinitionError(
-            f"{what}: its source has a time", "a dimension", "Declare Source(…, time=…), or use Lookup"
+            f"{what}: its source must have a time", "it is a dimension", "Declare Source(…, time=…), or use Lookup"
         )
-    for _, column in pairs(feature.by, f"{what}: by"):
-        feature.source.require(column, "by")
+    feature.source.require((column for _, column in pairs(feature.by, f"{what}: by")), "by")
     if feature.name is not None:
         identifier(feature.name, f"{what}: name")
     if feature.where is not None:
         if feature.name is None:
             raise DefinitionError(
-                f"{what}: a condition needs a name",
-                f"where={feature.where}",
-                'Say what is counted: name="late_departures"',
+                f"{what}: a feature with a condition needs a name",
+                f"where is {feature.where}",
+                'Name what is counted: name="late_departures"',
             )
         require_row_local(feature.where, f"{what}: where")
         if dtype_of(feature.where, feature.source.schema, f"{what}: where") != pl.Boolean:
             raise DefinitionError(
-                f"{what}: where is a condition", str(feature.where), "Compare with something: pl.col(…) > 15"
+                f"{what}: where must be a condition", f"it is {feature.where}", "Compare with something: pl.col(…) > 15"
             )
     return what
 
@@ -425,8 +429,8 @@ def _condition(feature: Trailing | Latest) -> Arithmetic:
 def _lifetime(source: Source, what: str) -> None:
     if source.event_time is not None:
         raise DefinitionError(
-            f"{what} follows the time at which rows become known",
-            f"event_time={source.event_time!r}",
+            f"{what} must follow the time at which rows become known",
+            f"the source has event_time={source.event_time!r}",
             "Use a window of some length, or a source without event_time",
         )
 
@@ -437,16 +441,22 @@ def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.Da
     for spine, column in feature.keys:
         if spine not in known:
             raise DefinitionError(
-                f"{what} names a column of the spine or a feature above", repr(spine), nearest(spine, known)
+                f"{what} must be a column of the spine or a feature above",
+                f"there is no {spine!r}",
+                nearest(spine, known),
             )
         left, right = known[spine], feature.source.schema[column]
         if left.is_float() or right.is_float():
             raise DefinitionError(
-                f"{what} is not a float", f"{spine!r}: {left}, {column!r}: {right}", "Key by integers or strings"
+                f"{what} must not be a float",
+                f"{spine!r} is {left}, {column!r} is {right}",
+                "Key by integers or strings",
             )
         if left != right and not (left.is_integer() and right.is_integer()):
             raise DefinitionError(
-                f"{what} has one type on both sides", f"{spine!r}: {left}, {column!r}: {right}", "Cast one of them"
+                f"{what} must have the same type on both sides",
+                f"{spine!r} is {left}, {column!r} is {right}",
+                "Cast one of them",
             )
 
 

@@ -60,8 +60,8 @@ class Definition:
             return str(shared)
         if shared.exists():
             raise DefinitionError(
-                f"{self.name} names several views, each with a schema of its own",
-                f"{shared}",
+                f"Each of the views of {self.name} must have a schema of its own",
+                f"{shared} is not named after a view",
                 f"Rename it to that of its view, as {own.name}",
             )
         return str(own)
@@ -90,8 +90,12 @@ class Definition:
             over = [] if self.project is None else self.project.models_over(self.view)
             if over:
                 names = ", ".join(each.name for each in over)
-                raise DefinitionError(f"One of the models of {self.name} is chosen", names, "Choose one with --model")
-            raise DefinitionError(f"{self.name} names a model", "only a view", "Write model = Model(view, …)")
+                raise DefinitionError(
+                    f"One of the models of {self.name} must be chosen", f"there are {names}", "Choose one with --model"
+                )
+            raise DefinitionError(
+                f"{self.name} must name a model", "it names only a view", "Write model = Model(view, …)"
+            )
         return self.model
 
 
@@ -130,14 +134,16 @@ class Project:
             chosen = self._named("model", self.models, model)
             if view is not None and self._named("view", self.views, view).name not in (v.name for v in chosen.views):
                 raise DefinitionError(
-                    f"Model {model!r} reads the views {', '.join(each.name for each in chosen.views)}",
-                    f"--view {view}",
+                    f"--view must be one of those that model {model!r} reads: {', '.join(each.name for each in chosen.views)}",
+                    f"it is {view}",
                     "Leave --view out",
                 )
             return self._of(chosen.view if view is None else self.views[view], chosen)
         if view is None and len(self.views) > 1:
             raise DefinitionError(
-                f"{self.name} names the views {', '.join(self.views)}", "none chosen", "Choose one with --view"
+                f"One of the views of {self.name} must be chosen",
+                f"there are {', '.join(self.views)}",
+                "Choose one with --view",
             )
         found = next(iter(self.views.values())) if view is None else self._named("view", self.views, view)
         over = self.models_over(found)
@@ -161,9 +167,9 @@ class Project:
         names = {each.name: {of.name for of in each.views} for each in self.models.values()}
         found = [each for each in self.models.values() if read is None or read.name in names[each.name]]
         if not found:
-            what = "only views" if len(self.views) > 1 else "only a view"
+            what = "only a view" if len(self.views) == 1 else "none, only views"
             about = self.name if read is None else f"{self.name} over view {view!r}"
-            raise DefinitionError(f"A model is named in {about}", what, "Write model = Model(view, …)")
+            raise DefinitionError(f"A model must be named in {about}", f"there is {what}", "Write model = Model(view, …)")
         return [self._of(each.view, each) for each in found]
 
     def _of(self, view: FeatureView, model: Model | None) -> Definition:
@@ -171,12 +177,12 @@ class Project:
 
     def _named(self, kind: str, known: Mapping[str, Named], name: str) -> Named:
         if name not in known:
-            there = f"{kind}s {', '.join(known)}" if known else f"no {kind}"
-            raise DefinitionError(f"{self.name} names the {there}", f"--{kind} {name}", nearest(name, known))
+            there = f"the {kind}s {', '.join(known)}" if known else f"the {kind}s (there are none)"
+            raise DefinitionError(f"--{kind} must be one of {there} of {self.name}", f"it is {name}", nearest(name, known))
         return known[name]
 
 
-_RULE = "The definition is an importable module or a .py file, or the folder of a package"
+_RULE = "The definition must be an importable module or a .py file, or the folder of a package"
 
 
 def load_definition(name: str, view: str | None = None, model: str | None = None) -> Definition:
@@ -225,14 +231,14 @@ def _project(name: str, module: ModuleType, before: set[str]) -> Project:
         value, kind = getattr(module, wrong, None), FeatureView if wrong == "view" else Model
         if value is not None and not isinstance(value, kind | ModuleType):
             raise DefinitionError(
-                f"{name} names a FeatureView `view` and a Model `model`",
+                f"{name} must name a FeatureView `view` and a Model `model`",
                 f"{wrong}={value!r}",
                 "Write view = FeatureView(…) and model = Model(view, …)",
             )
     named = _by_name("view", views, _view_content)
     if not named:
-        rule = f"{name} names a FeatureView `view`, or several under any public names"
-        raise DefinitionError(rule, "view=None", "Write view = FeatureView(…)")
+        rule = f"{name} must name a FeatureView `view`, or several under any public names"
+        raise DefinitionError(rule, "there is none", "Write view = FeatureView(…)")
     sources = [source for view in named.values() for source in (view.spine, *view.sources.values())]
     sources += [model.label.source for model in models.values()]
     known = _by_name("source", sources, _source_content)
@@ -258,7 +264,7 @@ def _imports_schemas(source: bytes, path: str) -> bool:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise DefinitionError(f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct it") from None
+        raise DefinitionError(f"{path} must be valid Python", f"line {error.lineno}: {error.msg}", "Correct it") from None
     imports = [each for each in ast.walk(tree) if isinstance(each, ast.Import | ast.ImportFrom)]
     names = [node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
     names += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
@@ -277,8 +283,8 @@ def _by_name(kind: str, found: Iterable[Named], content: Callable[[Named], objec
         if other is not each and content(other) != content(each):
             fix = "Give one of them name=…" if kind == "model" else "Rename one of them, or import it from the other"
             raise DefinitionError(
-                f"One name is one {kind}",
-                f"{each.name!r} at {other.place} and, with other content, at {each.place}",
+                f"A name must stand for one {kind}",
+                f"there is {each.name!r} at {other.place} and, with other content, at {each.place}",
                 fix,
             )
     return result
@@ -320,7 +326,9 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
     for path, text in files.items():
         parts = PurePosixPath(path).parts
         if not parts or not all(part.removesuffix(".py").isidentifier() for part in parts[:-1]) or ".." in parts:
-            raise DefinitionError("The recorded modules of a definition lie in one folder", repr(path), "Restore it")
+            raise DefinitionError(
+                "The recorded modules of a definition must be in one folder", f"{path!r} is not", "Restore it"
+            )
         for depth in range(1, len(parts)):  # a package with this name elsewhere must not be found first
             package = folder.joinpath(*parts[:depth])
             package.mkdir(exist_ok=True)
@@ -406,7 +414,7 @@ def _is_of_user(module: ModuleType) -> bool:
 
 def _read(path: str | None) -> bytes:
     if path is None:
-        raise DefinitionError(_RULE, "a module that is no Python file")
+        raise DefinitionError(_RULE, "it is a module without a Python file")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -440,7 +448,7 @@ def _module(name: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise DefinitionError(_RULE, str(path), "No such file")
+        raise DefinitionError(_RULE, f"there is no file {path}", "Check the path")
     name = f"millrace_definition_{abs(hash(str(path.resolve())))}"
     module = ModuleType(name)
     module.__file__ = str(path)
@@ -476,22 +484,24 @@ def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise DefinitionError(
                 _RULE,
-                repr(name),
-                f"No module {error.name!r} here: check the name, or give a path ending in .py",
+                f"for {name!r}, there is no module {error.name!r}",
+                "Check the name, or give a path that ends in .py",
             ) from None
         raise DefinitionError(
-            f"{name} imports what is installed", f"no module {error.name!r}", "Install it, or remove the import"
+            f"{name} must import only installed modules",
+            f"there is no module {error.name!r}",
+            "Install it, or remove the import",
         ) from None
     except SyntaxError as error:
         raise DefinitionError(
-            f"{name} is valid Python", f"{error.msg}, line {error.lineno}", "Correct the file"
+            f"{name} must be valid Python", f"line {error.lineno}: {error.msg}", "Correct the file"
         ) from None
     except (Exception, SystemExit) as error:
         ours = (__file__, importlib.__file__, "<frozen")
         frames = traceback.extract_tb(error.__traceback__)
         line = next((each for each in frames if not each.filename.startswith(ours)), frames[-1])
         raise DefinitionError(
-            f"{name} can be imported",
-            f"{type(error).__name__}: {error}, line {line.lineno} of {line.filename}",
+            f"{name} must be importable",
+            f"line {line.lineno} of {line.filename}: {type(error).__name__}: {error}",
             "Correct the file",
         ) from error

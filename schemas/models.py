@@ -69,21 +69,24 @@ class Label:
     def __post_init__(self) -> None:
         if not isinstance(self.source, Source) or self.source.time is None:
             raise DefinitionError(
-                "Label: source is a Source with a time", repr(self.source), "Declare Source(…, time=…)"
+                "Label: source must be a Source with a time", f"it is {self.source!r}", "Declare Source(…, time=…)"
             )
         what = f"Label from {self.source.name!r}"
-        for _, column in self.keys:
-            self.source.require(column, f"{what}: on")
+        self.source.require((column for _, column in self.keys), f"{what}: on")
         require_row_local(self.value, f"{what}: value")
         dtype = dtype_of(self.value, self.source.schema, f"{what}: value")
         if not (dtype.is_numeric() or dtype == pl.Boolean):
             raise DefinitionError(
-                f"{what}: value is a number or a condition", f"{self.value}: {dtype}", "Number the classes from 0"
+                f"{what}: value must be a number or a condition",
+                f"{self.value} is {dtype}",
+                "Number the classes from 0",
             )
         microseconds(self.within, f"{what}: within")
         if self.absent != "drop" and (isinstance(self.absent, str) or not isinstance(self.absent, int | float | bool)):
             raise DefinitionError(
-                f'{what}: absent is "drop" or a value', repr(self.absent), "Write absent=0 to count silence as no"
+                f'{what}: absent must be "drop" or a number',
+                f"it is {self.absent!r}",
+                "Write absent=0 to count a row without a label as 0",
             )
 
     @property
@@ -118,13 +121,13 @@ class Search:
 
     def __post_init__(self) -> None:
         if self.trials < 1:
-            raise DefinitionError("Search: trials is at least 1", self.trials, "Raise it")
+            raise DefinitionError("Search: trials must be at least 1", f"it is {self.trials}", "Raise it")
         if self.factor < 2:
-            raise DefinitionError("Search: factor is at least 2", self.factor, "Raise it")
+            raise DefinitionError("Search: factor must be at least 2", f"it is {self.factor}", "Raise it")
         if self.method not in ("random", "sobol", "halving"):
             raise DefinitionError(
-                "Search: method is random, sobol or halving",
-                repr(self.method),
+                "Search: method must be random, sobol or halving",
+                f"it is {self.method!r}",
                 nearest(self.method, ("random", "sobol", "halving")),
             )
         for name, values in self.space.items():
@@ -136,8 +139,8 @@ class Search:
             )
             if not bounds and not (isinstance(values, list) and values):
                 raise DefinitionError(
-                    f"Search: {name!r} has a list of choices or a pair of bounds",
-                    repr(values),
+                    f"Search: {name!r} must have a list of choices or a pair of bounds",
+                    f"it is {values!r}",
                     "Write [4, 6, 8] or (0.02, 0.3)",
                 )
 
@@ -184,27 +187,35 @@ class Gates:
         missing = tuple(name for name in self.protected if name not in self.slices)
         object.__setattr__(self, "slices", (*self.slices, *missing))
         if not _is_number(self.threshold) or not 0 < self.threshold < 1:
-            raise DefinitionError("Gates: threshold is a score between 0 and 1", repr(self.threshold), "Write 0.5")
+            raise DefinitionError(
+                "Gates: threshold must be a score between 0 and 1", f"it is {self.threshold!r}", "Write 0.5"
+            )
         for field in ("at_least", "max_gap", "max_difference"):
             bounds = getattr(self, field)
             if not isinstance(bounds, Mapping) or not all(_is_number(bound) for bound in bounds.values()):
-                raise DefinitionError(f"Gates: {field} maps metrics to numbers", repr(bounds), 'Write {"auc": 0.7}')
+                raise DefinitionError(
+                    f"Gates: {field} must map metrics to numbers", f"it is {bounds!r}", 'Write {"auc": 0.7}'
+                )
         if self.max_drift is not None and not (_is_number(self.max_drift) and 0 <= self.max_drift <= 1):
-            raise DefinitionError("Gates: max_drift is from 0 to 1", repr(self.max_drift), "Write 0.2")
+            raise DefinitionError("Gates: max_drift must be from 0 to 1", f"it is {self.max_drift!r}", "Write 0.2")
         for name in self.max_difference:
             if name not in FAIRNESS:
                 raise DefinitionError(
-                    f"Gates: max_difference bounds {', '.join(FAIRNESS)}", repr(name), nearest(name, FAIRNESS)
+                    f"Gates: max_difference must bound {', '.join(FAIRNESS)}",
+                    f"there is no {name!r}",
+                    nearest(name, FAIRNESS),
                 )
         if self.max_difference and not self.protected:
             raise DefinitionError(
-                "Gates: max_difference compares the values of protected columns",
-                "none protected",
+                "Gates: max_difference needs protected columns, whose values it compares",
+                "there are none",
                 'Write protected=("sex",)',
             )
         for field in ("min_slice_rows", "margin"):
             if not _is_number(getattr(self, field)) or getattr(self, field) < 0:
-                raise DefinitionError(f"Gates: {field} is at least 0", repr(getattr(self, field)), "Raise it")
+                raise DefinitionError(
+                    f"Gates: {field} must be at least 0", f"it is {getattr(self, field)!r}", "Raise it"
+                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -274,8 +285,8 @@ class Model:
         views = (*self.view, *self.others) if isinstance(self.view, list | tuple) else (self.view, *self.others)
         if not views or not all(isinstance(view, FeatureView) for view in views):
             wrong = next((view for view in views if not isinstance(view, FeatureView)), None)
-            value = repr(wrong) if views else "none"
-            raise DefinitionError("A model reads a FeatureView, or several", value, "Write Model(view, …)")
+            value = f"it is {wrong!r}" if views else "there is none"
+            raise DefinitionError("A model must read a FeatureView, or several", value, "Write Model(view, …)")
         object.__setattr__(self, "view", views[0])
         object.__setattr__(self, "others", views[1:])
         object.__setattr__(self, "name", identifier(self.name or self.view.name, "The name of a model"))
@@ -287,8 +298,8 @@ class Model:
         _ = self.rows
         if self.objective not in OBJECTIVES:
             raise DefinitionError(
-                f"{what}: objective is one of {', '.join(OBJECTIVES)}",
-                repr(self.objective),
+                f"{what}: objective must be one of {', '.join(OBJECTIVES)}",
+                f"it is {self.objective!r}",
                 nearest(self.objective, OBJECTIVES),
             )
         named = [
@@ -298,87 +309,95 @@ class Model:
         for metric, known in named:
             if metric not in known[self.objective]:
                 raise DefinitionError(
-                    f"{what}: {self.objective} has the metrics {', '.join(known[self.objective])}",
-                    repr(metric),
+                    f"{what}: a metric of {self.objective} must be one of {', '.join(known[self.objective])}",
+                    f"it is {metric!r}",
                     nearest(metric, known[self.objective]),
                 )
         if self.gates.protected and self.objective != "binary:logistic":
             raise DefinitionError(
-                f"{what}: protected columns are compared by who is selected",
-                self.objective,
+                f"{what}: protected columns need a binary objective, because groups are compared by selected rows",
+                f"it is {self.objective}",
                 'Use slices and max_gap, or objective="binary:logistic"',
             )
-        for group in self.gates.slices:
-            for column in (group,) if isinstance(group, str) else group:
-                self.rows.require(column, f"{what}: slices")
+        slices = [(group,) if isinstance(group, str) else group for group in self.gates.slices]
+        self.rows.require((column for group in slices for column in group), f"{what}: slices")
         sources = {self.view.spine.name: self.view.spine}
         for view in self.views:
             for source in view.sources.values():
                 if sources.setdefault(source.name, source) is not source:
                     raise DefinitionError(
-                        f"{what}: one name is one source",
-                        f"{source.name!r} at {sources[source.name].place} and at {source.place}",
+                        f"{what}: a name must stand for one source",
+                        f"there is {source.name!r} at {sources[source.name].place} and at {source.place}",
                         "Rename one, or use the same Source object in all views",
                     )
         if sources.get(self.label.source.name, self.label.source) is not self.label.source:
             raise DefinitionError(
-                f"{what}: one name is one source",
-                repr(self.label.source.name),
+                f"{what}: a name must stand for one source",
+                f"there are two sources {self.label.source.name!r}",
                 "Rename one, or use the same Source object in view and label",
             )
-        for column, _ in self.label.keys:
-            if column not in self.rows.origins:
-                raise DefinitionError(
-                    f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context)
-                )
-        for column in self.split.by if isinstance(self.split, GroupSplit) else ():
-            if column not in self.view.context:
-                raise DefinitionError(
-                    f"{what}: groups are named by spine columns", repr(column), nearest(column, self.view.context)
-                )
+        joined = [column for column, _ in self.label.keys if column not in self.rows.origins]
+        self._require_spine(joined, f"{what}: the label must be joined on spine columns")
+        groups = self.split.by if isinstance(self.split, GroupSplit) else ()
+        self._require_spine(groups, f"{what}: groups must be defined by spine columns")
         if self.rounds < 1 or self.early_stopping < 0:
             raise DefinitionError(
-                f"{what}: rounds is at least 1 and early_stopping at least 0",
-                (self.rounds, self.early_stopping),
+                f"{what}: rounds must be at least 1, and early_stopping at least 0",
+                f"they are {self.rounds} and {self.early_stopping}",
                 "Raise them",
             )
         self._check_inputs(what)
 
+    def _require_spine(self, columns: Sequence[str], rule: str) -> None:
+        unknown = [column for column in columns if column not in self.view.context]
+        if unknown:
+            fixes = dict.fromkeys(nearest(column, self.view.context) for column in unknown)
+            raise DefinitionError(rule, f"there is no {', '.join(map(repr, unknown))}", " ".join(fixes))
+
     def _check_inputs(self, what: str) -> None:
+        self.rows.require(self.encode, f"{what}: encode")
+        left_out = [column for column in self.encode if column not in self.inputs]
+        if left_out:
+            listed = ", ".join(map(repr, left_out))
+            raise DefinitionError(
+                f"{what}: encode must name inputs, which features chooses",
+                f"it does not choose {listed}",
+                f"Add {listed} to features, or leave it out of encode",
+            )
         for column, encoder in self.encode.items():
-            self.rows.require(column, f"{what}: encode")
-            if column not in self.inputs:
-                raise DefinitionError(
-                    f"{what}: encode names inputs, and features chooses them",
-                    f"{column!r}, which it does not choose",
-                    f"Add {column!r} to features, or leave it out of encode",
-                )
-            dtype = self.inputs[column]
             if not isinstance(encoder, encoders.Encoder):
                 raise DefinitionError(
-                    f"{what}: encode maps inputs to encoders", f"{column!r}: {encoder!r}", "Write encoders.Ordinal()"
+                    f"{what}: encode must map inputs to encoders",
+                    f"{column!r} has {encoder!r}",
+                    "Write encoders.Ordinal()",
                 )
             size = getattr(encoder, "max_size", getattr(encoder, "buckets", 0))
             if size > 1 << 24:
                 raise DefinitionError(
-                    f"{what}: {type(encoder).__name__} numbers at most 2^24 categories or buckets, which float32 "
-                    "tells apart",
-                    f"{column!r}: {size}",
+                    f"{what}: {type(encoder).__name__} must have at most 2^24 categories or buckets, which float32 "
+                    "can distinguish",
+                    f"{column!r} has {size}",
                     "Lower it",
                 )
-            if isinstance(encoder, encoders.NUMERIC) and not (dtype.is_numeric() or dtype == pl.Boolean):
-                raise DefinitionError(
-                    f"{what}: {type(encoder).__name__} encodes numbers",
-                    f"{column!r}: {dtype}",
-                    "Use Ordinal, OneHot, Native, Hashing or Target",
-                )
-        for column, dtype in self.inputs.items():
-            if column not in self.encode and not (dtype.is_numeric() or dtype == pl.Boolean):
-                raise DefinitionError(
-                    f"{what}: XGBoost takes numbers, so a string input has an encoder",
-                    repr(column),
-                    f"Add encode={{{column!r}: encoders.Ordinal()}}",
-                )
+        texts = {
+            column: dtype for column, dtype in self.inputs.items() if not (dtype.is_numeric() or dtype == pl.Boolean)
+        }
+        wrong = [column for column in texts if isinstance(self.encode.get(column), encoders.NUMERIC)]
+        if wrong:
+            kinds = sorted({type(self.encode[column]).__name__ for column in wrong})
+            raise DefinitionError(
+                f"{what}: the input of {', '.join(kinds)} must be a number",
+                ", ".join(f"{column!r} is {texts[column]}" for column in wrong),
+                "Use Ordinal, OneHot, Native, Hashing or Target",
+            )
+        without = [column for column in texts if column not in self.encode]
+        if without:
+            encode = ", ".join(f"{column!r}: encoders.Ordinal()" for column in without)
+            raise DefinitionError(
+                f"{what}: a string input needs an encoder, because XGBoost reads numbers",
+                f"{', '.join(map(repr, without))} {'has' if len(without) == 1 else 'have'} none",
+                f"Add encode={{{encode}}}",
+            )
 
     @property
     def views(self) -> tuple[FeatureView, ...]:

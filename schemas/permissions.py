@@ -20,5 +20,7 @@ def umask() -> int | None:
     if text == "inherit":
         return None
     if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise DefinitionError(f"{UMASK_VARIABLE} is three octal digits or `inherit`", repr(text), "077 is the default")
+        raise DefinitionError(
+            f"{UMASK_VARIABLE} must be three octal digits or `inherit`", f"it is {text!r}", "077 is the default"
+        )
     return int(text, 8)

@@ -11,7 +11,7 @@ from datetime import datetime
 import polars as pl
 
 from schemas.durations import instant, microseconds
-from schemas.errors import DefinitionError, nearest
+from schemas.errors import DefinitionError, listed, nearest
 from schemas.places import built_at
 
 TIME = pl.Datetime("us", "UTC")
@@ -20,15 +20,18 @@ _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.Str
 RESERVED = ("date", "row_id")
 
 
-def names(value: str | Iterable[str], what: str, of: str = "column name") -> tuple[str, ...]:
+def names(
+    value: str | Iterable[str],
+    what: str,
+    kind: str = "column name",
+    example: str = 'Write "origin" or ("origin", "carrier")',
+) -> tuple[str, ...]:
     """One name or several as a tuple, without repeats."""
     result = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
     if not result or not all(isinstance(name, str) and name for name in result):
-        raise DefinitionError(
-            f"{what} is a {of} or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
-        )
+        raise DefinitionError(f"{what} must be a {kind} or a tuple of them", f"it is {value!r}", example)
     if len(set(result)) != len(result):
-        raise DefinitionError(f"{what} names each {of.split()[0]} once", repr(value), "Remove the repeat")
+        raise DefinitionError(f"{what} must have each {kind} once", f"it is {value!r}", "Remove the repeat")
     return result
 
 
@@ -36,7 +39,9 @@ def identifier(value: str, what: str) -> str:
     """Checks a lower-case name that can be used in paths, column names and SQL."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", value):
         raise DefinitionError(
-            f"{what} is lower-case letters, digits and underscores", repr(value), 'Write it like "late_departures"'
+            f"{what} must consist of lower-case letters, digits and underscores",
+            f"it is {value!r}",
+            'Write it like "late_departures"',
         )
     return value
 
@@ -81,29 +86,31 @@ class Source:
         what = f"Source {self.name!r}"
         if not isinstance(self.columns, Mapping) or not self.columns:
             raise DefinitionError(
-                f"{what}: columns maps names to Polars types", repr(self.columns), 'Write {"origin": pl.String}'
+                f"{what}: columns must map names to Polars types",
+                f"it is {self.columns!r}",
+                'Write {"origin": pl.String}',
             )
-        object.__setattr__(
-            self, "columns", {name: _dtype(self.name, name, dtype) for name, dtype in self.columns.items()}
-        )
+        object.__setattr__(self, "columns", _dtypes(self.name, self.columns))
         for field in ("time", "event_time"):
             column = getattr(self, field)
             if column is not None:
                 _column(self.name, column)
             if column is not None and self.columns.get(column, TIME) != TIME:
                 raise DefinitionError(
-                    f"{what}: {field} is a Datetime in microseconds and UTC",
-                    f"{column!r}: {self.columns[column]}",
-                    "Leave it out of columns, it has that type by itself",
+                    f"{what}: {field} must be a Datetime in microseconds and UTC",
+                    f"{column!r} is {self.columns[column]}",
+                    "Leave it out of columns: it has this type anyway",
                 )
         if self.event_time is not None and self.time is None:
             raise DefinitionError(
-                f"{what}: event_time places a row of a source that has time",
-                "no time",
-                "Say when rows became known: time=…",
+                f"{what}: a source with event_time must have time",
+                "it has none",
+                "Name the column in which rows became known: time=…",
             )
         if self.event_time is not None and self.event_time == self.time:
-            raise DefinitionError(f"{what}: event_time differs from time", repr(self.time), "Leave event_time out")
+            raise DefinitionError(
+                f"{what}: event_time must differ from time", f"both are {self.time!r}", "Leave event_time out"
+            )
         microseconds(self.lateness, f"{what}: lateness", zero=True)
         microseconds(self.ahead, f"{what}: ahead", zero=True)
         if self.idle is not None:
@@ -115,11 +122,12 @@ class Source:
                 continue
             if self.time is None:
                 raise DefinitionError(
-                    f"{what}: {field} belongs to events", "a dimension (no time)", f"Drop {field}, or say time=…"
+                    f"{what}: only events may have {field}",
+                    "this is a dimension (it has no time)",
+                    f"Remove {field}, or add time=…",
                 )
             object.__setattr__(self, field, names(value, f"{what}: {field}"))
-            for column in getattr(self, field):
-                self.require(column, field)
+            self.require(getattr(self, field), field)
 
     @functools.cached_property
     def schema(self) -> dict[str, pl.DataType]:
@@ -140,23 +148,48 @@ class Source:
         known = set(columns)
         return [name for name in self.tie_order if name in known]
 
-    def require(self, column: str, use: str) -> None:
-        """Refuses a `column` that this source does not declare."""
-        if column not in self.schema:
+    def require(self, columns: Iterable[str], use: str) -> None:
+        """Refuses `columns` that this source does not declare; one error names all of them."""
+        unknown = [column for column in columns if column not in self.schema]
+        if unknown:
             raise DefinitionError(
-                f"{use} of source {self.name!r} names a declared column", repr(column), nearest(column, self.schema)
+                f"{use} of source {self.name!r} must name declared columns",
+                f"there is no {', '.join(map(repr, unknown))}",
+                " ".join(dict.fromkeys(nearest(column, self.schema) for column in unknown)),
             )
 
 
 def _column(source: str, column: object) -> None:
     if not isinstance(column, str) or not column:
-        raise DefinitionError(f"Source {source!r}: a column has a name", repr(column), 'Write {"origin": pl.String}')
+        raise DefinitionError(
+            f"Source {source!r}: a column must have a name", f"it is {column!r}", 'Write {"origin": pl.String}'
+        )
     if column in RESERVED or column.startswith("__"):
         raise DefinitionError(
-            f"Source {source!r}: {', '.join(RESERVED)} and names starting with __ are Millrace's own",
-            repr(column),
+            f"Source {source!r}: a column must not be named {', '.join(RESERVED)}, nor begin with __, as Millrace's do",
+            f"it is {column!r}",
             "Rename the column",
         )
+
+
+def _dtypes(source: str, columns: Mapping[str, object]) -> dict[str, pl.DataType]:
+    """The declared types; one error names all columns that are refused."""
+    found, refused = {}, list[DefinitionError]()
+    for column, dtype in columns.items():
+        try:
+            found[column] = _dtype(source, column, dtype)
+        except DefinitionError as error:
+            refused.append(error)
+    if len(refused) > 1:
+        fixes = dict.fromkeys(f"{error.rule.partition(': ')[2]} ({error.fix})" for error in refused)
+        raise DefinitionError(
+            f"Source {source!r}: every column must be one that a source may have",
+            listed(str(error.value) for error in refused),
+            f"Rules: {'; '.join(fixes)}",
+        )
+    if refused:
+        raise refused[0]
+    return found
 
 
 def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
@@ -167,12 +200,12 @@ def _dtype(source: str, column: str, dtype: object) -> pl.DataType:
         return TIME
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is None:
         raise DefinitionError(
-            f"Source {source!r}: a timestamp names its zone",
-            f"{column!r}: {dtype}",
+            f"Source {source!r}: a timestamp must have a time zone",
+            f"{column!r} is {dtype}",
             'Write pl.Datetime("us", "UTC") and convert the data',
         )
     raise DefinitionError(
-        f'Source {source!r}: a column is a signed integer, float, String, Boolean, Date or Datetime("us", "UTC")',
-        f"{column!r}: {dtype}",
+        f'Source {source!r}: a column must be a signed integer, float, String, Boolean, Date or Datetime("us", "UTC")',
+        f"{column!r} is {dtype}",
         "Cast it where the data is written",
     )

@@ -91,7 +91,9 @@ class TimeSplit:
         microseconds(self.embargo, "TimeSplit: embargo", zero=True)
         if _is_date(self.validate) and _is_date(self.test) and instant(self.validate) >= instant(self.test):
             raise DefinitionError(
-                "TimeSplit: validation comes before test", f"{self.validate} and {self.test}", "Exchange them"
+                "TimeSplit: validation must come before test",
+                f"they are {self.validate} and {self.test}",
+                "Exchange them",
             )
 
     def resolve(self, cutoff: datetime) -> Split:
@@ -102,8 +104,8 @@ class TimeSplit:
         validate = _start(self.validate, validate_end)
         if not validate < validate_end or not test < cutoff:
             raise DefinitionError(
-                "TimeSplit: every part has a length",
-                f"validate from {validate}, test from {test}, cutoff {cutoff}",
+                "TimeSplit: every part must have a length",
+                f"validate begins at {validate}, test at {test}, and the cutoff is {cutoff}",
                 "Shorten the embargo or move the dates",
             )
         return Split(validate - gap, validate, validate_end, test, cutoff)
@@ -130,9 +132,11 @@ class RollingOrigin:
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise DefinitionError("RollingOrigin: folds is at least 2", self.folds, "Use TimeSplit for one")
+            raise DefinitionError(
+                "RollingOrigin: folds must be at least 2", f"it is {self.folds}", "Use TimeSplit for one fold"
+            )
         if _is_date(self.validate):
-            raise DefinitionError("RollingOrigin: validate is a length", repr(self.validate), 'Write "30d"')
+            raise DefinitionError("RollingOrigin: validate must be a length", f"it is {self.validate!r}", 'Write "30d"')
         TimeSplit(self.validate, self.test, self.embargo)
 
     def resolve(self, cutoff: datetime) -> Split:
@@ -164,12 +168,22 @@ class GroupSplit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "by", (self.by,) if isinstance(self.by, str) else tuple(self.by))
         if not self.by:
-            raise DefinitionError("GroupSplit: by names columns", "none", 'Write GroupSplit(by="customer")')
+            raise DefinitionError(
+                "GroupSplit: by must name columns", "there are none", 'Write GroupSplit(by="customer")'
+            )
         for name in ("validate", "test"):
             if not 0 < getattr(self, name) < 1:
-                raise DefinitionError(f"GroupSplit: {name} is a share of groups", getattr(self, name), "Write 0.1")
+                raise DefinitionError(
+                    f"GroupSplit: {name} must be a share of groups, between 0 and 1",
+                    f"it is {getattr(self, name)}",
+                    "Write 0.1",
+                )
         if self.validate + self.test >= 1:
-            raise DefinitionError("GroupSplit: something is left to train on", self.validate + self.test, "Lower them")
+            raise DefinitionError(
+                "GroupSplit: validate + test must leave groups to train on",
+                f"it is {self.validate + self.test}",
+                "Lower them",
+            )
 
     def resolve(self, cutoff: datetime) -> Split:
         """All times before `cutoff`, in each part."""

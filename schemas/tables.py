@@ -34,10 +34,8 @@ def predictions(features: pa.Schema, key: tuple[str, ...], time: str, classes: i
     """
     taken = sorted({*key, time} & {*PREDICTION.names, *scores(classes)})
     if taken:
-        rule = (
-            f"Keys and time have other names than a prediction's own columns, {', '.join(PREDICTION.names)} and score"
-        )
-        raise DefinitionError(rule, ", ".join(taken), "Rename the column in the spine")
+        rule = f"Keys and time must not be named as a prediction's columns, {', '.join(PREDICTION.names)} and score"
+        raise DefinitionError(rule, f"the spine has {', '.join(taken)}", "Rename the column in the spine")
     identity = [features.field(name) for name in (*key, time, "row_id")]
     numbers = [pa.field(name, pa.float32()) for name in scores(classes)]
     return pa.schema([*identity, PREDICTION.field("prediction_id"), *numbers, *list(PREDICTION)[1:]])

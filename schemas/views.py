@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import polars as pl
@@ -71,47 +71,51 @@ class FeatureView:
         what = f"View {self.name!r}"
         if not isinstance(self.spine, Source) or self.spine.time is None:
             raise DefinitionError(
-                f"{what}: the spine is a Source with a time",
-                getattr(self.spine, "name", self.spine),
+                f"{what}: the spine must be a Source with a time",
+                f"it is {getattr(self.spine, 'name', self.spine)}",
                 "Declare Source(…, time=…)",
             )
         if self.spine.event_time is not None:
             raise DefinitionError(
-                f"{what}: a spine row has one time, that of the prediction",
-                f"event_time={self.spine.event_time!r}",
+                f"{what}: the spine must have one time, that of the prediction",
+                f"it has event_time={self.spine.event_time!r}",
                 "Leave event_time out of the spine",
             )
         if self.spine.unique is not None or self.spine.order is not None:
             raise DefinitionError(
-                f"{what}: key and time identify a spine row",
-                "unique or order on the spine",
-                "Leave them out of the spine",
+                f"{what}: the spine must not have unique or order, because key and time identify its rows",
+                f"it has {' and '.join(each for each in ('unique', 'order') if getattr(self.spine, each))}",
+                "Leave them out",
             )
         object.__setattr__(self, "key", names(self.key, f"{what}: key"))
+        self.spine.require(self.key, f"{what}: key")
         for column in self.key:
-            self.spine.require(column, f"{what}: key")
             if self.spine.schema[column].is_float() or self.spine.schema[column] == TIME:
                 raise DefinitionError(
-                    f"{what}: a key is an integer, a string, a boolean or a date",
-                    repr(column),
-                    "The time belongs to a spine row's identity by itself",
+                    f"{what}: a key must be an integer, a string, a boolean or a date",
+                    f"{column!r} is not",
+                    "Leave out the time: it identifies a spine row together with the key anyway",
                 )
         if not isinstance(self.features, list | tuple):
-            raise DefinitionError(f"{what}: features is a list", repr(self.features), "Write features=[…]")
+            raise DefinitionError(f"{what}: features must be a list", f"it is {self.features!r}", "Write features=[…]")
         object.__setattr__(self, "features", tuple(self.features))
         if not self.features:
-            raise DefinitionError(f"{what} has at least one feature", "none", "Add Derived, Trailing, Latest or Lookup")
+            raise DefinitionError(
+                f"{what} must have at least one feature", "it has none", "Add Derived, Trailing, Latest or Lookup"
+            )
         for feature in self.features:
             if not isinstance(feature, Derived | Trailing | Latest | Lookup):
                 raise DefinitionError(
-                    f"{what}: a feature is Derived, Trailing, Latest or Lookup", repr(feature), "See docs/definition.md"
+                    f"{what}: a feature must be Derived, Trailing, Latest or Lookup",
+                    f"it is {feature!r}",
+                    "See docs/definition.md",
                 )
         seen: dict[str, Source] = {}
         for source in (self.spine, *iter_sources(self.features)):
             if seen.setdefault(source.name, source) is not source:
                 raise DefinitionError(
-                    f"{what}: one name is one source",
-                    repr(source.name),
+                    f"{what}: a name must stand for one source",
+                    f"there are two sources {source.name!r}",
                     "Rename one, or use the same Source object twice",
                 )
         _ = self.columns
@@ -127,19 +131,19 @@ class FeatureView:
                 outputs = feature.outputs({**known, **result})
             except DefinitionError as error:
                 later = self._made_below(feature)
-                name = str(error.value).strip("'")
-                if name in later:
+                name = next((each for each in later if error.value == f"there is no {each!r}"), None)
+                if name is not None:
                     raise DefinitionError(
-                        f"View {self.name!r}: a feature uses only what stands above it (no cycles)",
-                        repr(name),
-                        f"Move the feature that makes {name!r} up",
+                        f"View {self.name!r}: a feature must use only features above it",
+                        f"{name!r} is below",
+                        f"Move the feature that computes {name!r} up",
                     ) from None
                 raise
             for name, dtype in outputs.items():
                 if name in (*self.key, self.time) and not _alike(dtype, self.spine.schema[name]):
                     raise DefinitionError(
-                        f"View {self.name!r}: key and time stay as the spine has them",
-                        f"{_short(feature)} of type {dtype}",
+                        f"View {self.name!r}: key and time must stay as the spine has them",
+                        f"{_short(feature)} has type {dtype}",
                         "Give the feature another name",
                     )
                 if (
@@ -150,8 +154,8 @@ class FeatureView:
                 ):
                     other = made_by.get(name, "the spine" if name in known else "Millrace's own columns")
                     raise DefinitionError(
-                        f"View {self.name!r}: a feature has a name of its own",
-                        f"{name!r} from {_short(other)} and from {_short(feature)}",
+                        f"View {self.name!r}: a feature must have a name of its own",
+                        f"{name!r} comes from {_short(other)} and from {_short(feature)}",
                         "Give one of them name=…",
                     )
                 result[name], made_by[name] = dtype, feature
@@ -341,13 +345,15 @@ class FeatureView:
         fields = [pa.field(field.name, _plain(field.type)) for field in frame.to_arrow().schema]
         return pa.schema([*fields, pa.field("row_id", pa.int64()), pa.field("date", pa.date32())])
 
-    def require_feature(self, name: str, what: str) -> None:
-        """Refuses a `name` that is neither a feature nor a spine column."""
-        if name not in self.columns and name not in self.context:
+    def require_features(self, names: Iterable[str], what: str) -> None:
+        """Refuses `names` that are neither features nor spine columns; one error names all of them."""
+        known = [*self.columns, *self.context]
+        unknown = [name for name in names if name not in known]
+        if unknown:
             raise DefinitionError(
-                f"{what} names a feature or a spine column of view {self.name!r}",
-                repr(name),
-                nearest(name, [*self.columns, *self.context]),
+                f"{what} must name features or spine columns of view {self.name!r}",
+                f"there is no {', '.join(map(repr, unknown))}",
+                " ".join(dict.fromkeys(nearest(name, known) for name in unknown)),
             )
 
 

@@ -39,11 +39,13 @@ def compact(argv: Sequence[str]) -> int:
     flags = arguments.parse_all(argv)
     if "://" in flags.store:
         raise StoreError(
-            "compact works on folders", flags.store, "Use delta-rs's optimize.compact for tables of an object store"
+            "compact must be given a store on a local disk",
+            f"--store is {flags.store}",
+            "Use delta-rs's optimize.compact for tables of an object store",
         )
     if flags.most_files < 1:
         raise DefinitionError(
-            "--most_files is at least 1", str(flags.most_files), f"Leave it out: the default is {MOST_FILES}"
+            "--most_files must be at least 1", f"it is {flags.most_files}", f"Leave it out: the default is {MOST_FILES}"
         )
     names = _matching(flags.store, flags.tables)
     run_id = f"compact-{uuid.uuid4().hex[:12]}"
@@ -66,8 +68,8 @@ def _matching(store: str, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if "*" not in pattern and pattern not in names:
             raise DefinitionError(
-                f"{store} has a table that a live or batch run writes, of this name",
-                repr(pattern),
+                f"A name must be that of a table in {store} that a live or batch run writes",
+                f"there is none named {pattern!r}",
                 "List the tables with: millrace tables",
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

@@ -50,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
     flags = arguments.parse_all(argv)
     require_own_sources(flags)
     if "://" in flags.store or "://" in (flags.sources or ""):
-        raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
+        raise StoreError(
+            "erase must be given a store on a local disk",
+            f"--store is {flags.store}",
+            "Copy the store to a disk, or mount it",
+        )
     with contextlib.ExitStack() as stack:
         project = project_of(flags, stack)
         condition = Condition(source_of(project, flags.source), flags.where)
@@ -98,7 +102,7 @@ def project_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Projec
             return project
         found.append(f"{name} {version}")
     raise DefinitionError(
-        "Without --definition, that of a registered model is used",
+        "Without --definition, a registered model must have recorded the definition",
         f"no model has recorded one with a source {flags.source!r} (looked at: {', '.join(found) or 'none'})",
         "Name the file with --definition",
     )
@@ -115,8 +119,8 @@ def require_own_sources(flags: argparse.Namespace) -> None:
     there = [each for each in ("features", "features_live", "runs") if os.path.isdir(os.path.join(other, each))]
     if name == "sources" and there and other != os.path.abspath(flags.store):
         raise DefinitionError(
-            "Rows are erased from the sources of a store together with all that the store made of them",
-            f"--sources {flags.sources}, of the store {other}",
+            "Rows must be erased from the sources of a store together with everything that the store made from them",
+            f"--sources {flags.sources} belongs to the store {other}",
             f"Add --keep_sources here; then erase them in their own store, with --store {other}",
         )
 
@@ -128,8 +132,8 @@ def source_of(project: Project, name: str) -> Source:
         DefinitionError: there is no such source.
     """
     if name not in project.sources:
-        rule = f"The definition declares the sources {', '.join(project.sources)}"
-        raise DefinitionError(rule, repr(name), nearest(name, project.sources))
+        rule = f"--source must be one of the definition's sources: {', '.join(project.sources)}"
+        raise DefinitionError(rule, f"it is {name!r}", nearest(name, project.sources))
     return project.sources[name]
 
 

@@ -35,7 +35,7 @@ def _named(flags: argparse.Namespace) -> tuple[Registry, str]:
     if flags.model is None or flags.model not in names:
         value = f"{', '.join(names) or 'no model'} in {registry.uri}"
         fix = "Name one with --model" if names else "Train one with: millrace training"
-        raise DataError("A model is named where there are several, and is registered", value, fix)
+        raise DataError("A model must be registered, and must be named if there are several", value, fix)
     return registry, flags.model
 
 
@@ -49,8 +49,8 @@ def models(argv: Sequence[str]) -> int:
     )
     if not names:
         raise DataError(
-            "Models are registered before they are listed",
-            f"none in {registry.uri}",
+            "There must be registered models",
+            f"there are none in {registry.uri}",
             "Train one with: millrace training",
         )
     for name in names:
@@ -110,8 +110,8 @@ def register(argv: Sequence[str]) -> int:
     folder = FileSystems.join(flags.store, "runs", flags.run)
     if "://" not in folder and not os.path.isdir(folder):
         raise StoreError(
-            "A model is trained before it is registered",
-            f"no run {flags.run} in {flags.store}",
+            "A model must be trained before it is registered",
+            f"there is no run {flags.run} in {flags.store}",
             f"Run: millrace training --run_id {flags.run}",
         )
     done = register_run(folder, flags.run, registry_uri(flags.store, flags.registry))
@@ -120,7 +120,7 @@ def register(argv: Sequence[str]) -> int:
     print(f"{done['model']}: version {done['model_version']} is registered; the champion is {champion}{kept}")
     if failed := failed_gates(done):
         raise GateError(
-            f"Version {done['model_version']} of {done['model']} passes its gates to become champion",
+            f"Version {done['model_version']} of {done['model']} must pass its gates to become champion",
             "; ".join(f"{each['gate']}: {each['reason']}" for each in failed),
             f"Improve the model, or promote it by hand: millrace promote {done['model_version']} --why …",
         )

@@ -168,11 +168,11 @@ def write(folder: Path, name: str, store: Path) -> None:
             (folder / file).write_text(filled, encoding="utf-8")
     except FileExistsError:
         raise DefinitionError(
-            "A new case goes into a new folder", str(folder), "Choose another name, or --folder"
+            "The folder of a new case must not exist yet", f"{folder} exists", "Choose another name, or --folder"
         ) from None
     except OSError as error:
         raise StoreError(
-            "The folder can be written", f"{folder}: {error.strerror}", "Choose another --folder"
+            "The folder must be writable", f"{folder}: {error.strerror}", "Choose another --folder"
         ) from None
 
 

@@ -84,21 +84,21 @@ def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None,
     if found.differing:
         name, worst = max(found.features.items(), key=lambda item: item[1].differing)
         raise MismatchError(
-            "Live and batch agree to the last bit",
+            "Live and batch must agree to the last bit",
             f"{found.differing} values differ, {worst.differing} of them in {name!r}, such as "
             f"{example(view, {**worst.examples[0], 'feature': name})}",
             "Please report it, with run.json",
         )
     if found.unaccounted:
         raise MismatchError(
-            "Every spine row that a live job accepted is computed, rejected or pending",
+            "Every spine row that a live job accepted must be computed, rejected or pending",
             f"{found.unaccounted} are none of these",
             "Please report it, with run.json and the job's",
         )
     if scored is not None and (scored.differing or scored.doubled or scored.stray):
         raise MismatchError(
-            "Live predictions equal a batch job's, one for each feature row",
-            f"{scored.differing} differ, {scored.doubled} doubled, {scored.stray} of no "
+            "Live predictions must equal those of a batch job, one for each feature row",
+            f"{scored.differing} differ, {scored.doubled} are doubled, {scored.stray} belong to no "
             f"feature row{'; such as ' + scored.examples[0] if scored.examples else ''}",
             "Please report it, with run.json",
         )
@@ -112,7 +112,7 @@ def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None,
             if name.startswith(UNEXPLAINED):
                 value += f"; {each.values} values ({name}), such as {example(view, each.examples[0])}"
         raise MismatchError(
-            f"What differs from the full batch table ({full.batch}) comes from a known cause",
+            f"Every difference from the full batch table ({full.batch}) must have a known cause",
             value,
             "If its sources changed since it was computed, run: millrace features; else please report it, with "
             "run.json",

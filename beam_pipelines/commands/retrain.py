@@ -64,7 +64,7 @@ class Comparison:
             return
         values = ", ".join(f"{metric} was {was}, is {value}" for metric, (was, value) in self.apart.items())
         raise MismatchError(
-            f"{what} comes out the same from what it records",
+            f"{what}, trained again from what it records, must be the same",
             values or "the booster's bytes differ",
             "; ".join(causes) or "Train on the type of machine that it was trained on: XGBoost's sums depend on it",
         )
@@ -131,7 +131,11 @@ def only_model(registry: Registry) -> str:
     with registry.client() as client:
         names = [] if client is None else sorted(each.name for each in client.search_registered_models())
     if len(names) != 1:
-        raise DataError("A model is named where there are several", ", ".join(names) or "none", "Write --model NAME")
+        raise DataError(
+            "A model must be named if there are several",
+            f"registered models: {', '.join(names) or 'none'}",
+            "Write --model NAME",
+        )
     return str(names[0])
 
 
@@ -150,8 +154,8 @@ def recorded_options(
     missing = [key for key in ("read", "definition", "cores", "feature_table") if key not in manifest]
     if missing or "source" not in manifest["definition"]:
         raise StoreError(
-            "A version records what it was trained on",
-            f"no {', '.join(missing) or 'definition'}",
+            "A version must record what it was trained on",
+            f"its record lacks {', '.join(missing) or 'the definition'}",
             "Train it again with: millrace training",
         )
     read = manifest["read"]
@@ -164,8 +168,8 @@ def recorded_options(
         definition = project.definition(model=str(manifest["model"]))
         if definition.require_model().rows.fingerprint != bundle.fingerprint:
             raise MismatchError(
-                "The recorded definition gives the recorded fingerprint",
-                f"{definition.require_model().rows.fingerprint} and {bundle.fingerprint}",
+                "The recorded definition must have the recorded fingerprint",
+                f"they are {definition.require_model().rows.fingerprint} and {bundle.fingerprint}",
                 "Use the code version that trained it: " + str(manifest.get("code_version")),
             )
         cutoff = instant(read["cutoff"]).date()
@@ -220,8 +224,8 @@ def changed(bundle: Bundle, provenance: ProvenanceRecord) -> list[str]:
         gone = sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
         if gone:
             raise MismatchError(
-                "The label's source holds the files that the version was trained on",
-                f"{len(gone)} differ, as {gone[0]}",
+                "The label's source must have the files that the version was trained on",
+                f"{len(gone)} differ, such as {gone[0]}",
                 "Restore them; a source that is a Delta table keeps its versions",
             )
     words = []

@@ -119,7 +119,7 @@ def parse_each(action: str, argv: Sequence[str]) -> list[SchemaOptions]:
 def _days(text: str) -> int:
     length = microseconds(text, "--every")
     if length % DAY:
-        raise DefinitionError("--every is whole days", repr(text), "Write it like 1d or 4w")
+        raise DefinitionError("--every must be a number of whole days", f"it is {text!r}", "Write it like 1d or 4w")
     return length // DAY
 
 
@@ -127,8 +127,8 @@ def infer(options: SchemaOptions) -> int:
     """Write a first schema from the rows of the feature table (all, or those of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError(
-            "infer writes a first schema",
-            f"{options.schema} is there",
+            "infer must not replace a schema",
+            f"{options.schema} exists",
             "Change it with update, or write over it with --force",
         )
     columns = view_columns(options.definition.view)
@@ -224,9 +224,9 @@ def files_of_interval(options: SchemaOptions) -> list[DataFile]:
     files = [] if table is None else data_files(table, options.start, options.end)
     if not files:
         raise DataError(
-            f"The feature table of {options.definition.view.name!r} has "
+            f"The feature table of {options.definition.view.name!r} must have "
             f"rows{' in the interval' if options.start or options.end else ''}",
-            "none",
+            "there are none",
             f"Compute them first: millrace features {options.command}",
         )
     return files
@@ -250,8 +250,8 @@ def read(options: SchemaOptions) -> Schema:
     text = read_schema(options.schema, required=False)
     if text is None:
         raise DefinitionError(
-            "The use case has a schema",
-            f"no {options.schema}",
+            "The use case must have a schema",
+            f"there is no {options.schema}",
             f"Write a first one: millrace schema infer {options.command}",
         )
     return parse_schema(text, options.schema)
@@ -277,7 +277,7 @@ def write(path: str, text: str) -> None:
         os.replace(path + ".part", path)
     except OSError as error:
         raise StoreError(
-            "The schema can be written",
+            "The schema must be writable",
             f"{path}: {error.strerror}",
             "Grant access, or choose another place with --schema",
         ) from None
@@ -295,7 +295,9 @@ def main(argv: Sequence[str]) -> int:
     action, *rest = argv
     if action not in ACTIONS:
         raise DefinitionError(
-            "millrace schema does one of infer, check, update", repr(action), nearest(action, ACTIONS)
+            "The action of millrace schema must be infer, check or update",
+            f"it is {action!r}",
+            nearest(action, ACTIONS),
         )
     return max([ACTIONS[action](options) for options in parse_each(action, rest)])
 

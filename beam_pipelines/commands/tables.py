@@ -28,7 +28,9 @@ def tables(argv: Sequence[str]) -> int:
         )
     if not rows:
         raise DataError(
-            "A store has tables", f"none in {flags.store}", "Write sources there, then run: millrace features"
+            "A store must have tables",
+            f"there are none in {flags.store}",
+            "Write sources there, then run: millrace features",
         )
     print(
         columns(

@@ -103,8 +103,8 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
             f"{name} = {value}" for name, value in {**key, **({view.time: flags.time} if moment else {})}.items()
         )
         raise DataError(
-            "The row is in the feature table",
-            f"{value}: not in version {table.version()} of {table_root(table)}",
+            "The row must be in the feature table",
+            f"{value} is not in version {table.version()} of {table_root(table)}",
             fix,
         )
     found.sort(key=lambda each: each[1][view.time])

@@ -39,8 +39,8 @@ def vacuum(argv: Sequence[str]) -> int:
     retention = max(longest, timedelta(microseconds=microseconds(flags.retention, "--retention", zero=True)))
     if longest < HOUR and not flags.force:
         raise DefinitionError(
-            "--older_than is at least 1h: a run's files are not committed until it ends",
-            flags.older_than,
+            "--older_than must be at least 1h, because files are committed only at the end of their run",
+            f"it is {flags.older_than}",
             "If no run is at work, repeat it with --force",
         )
     require_no_erasure(flags.store, "vacuum")

@@ -79,7 +79,9 @@ def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None)
     table = open_table(features_uri(flags.store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, flags.start, flags.end)
     if not files:
-        raise DataError(f"View {view.name!r} has rows to verify", f"none in {flags.store}", "Run: millrace features")
+        raise DataError(
+            f"View {view.name!r} must have rows to verify", f"there are none in {flags.store}", "Run: millrace features"
+        )
     inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
     found = Verification(view, contracts, inventory.slices, SampleSize(rows), flags.run_id).of_files(files)

@@ -36,26 +36,30 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
             store does not respond.
     """
     if not address or "\0" in address:
-        raise DefinitionError(f"{flag} names a folder, or an address that begins with gs:// or s3://", repr(address))
+        raise DefinitionError(
+            f"{flag} must name a folder, or an address that begins with gs:// or s3://", f"it is {address!r}"
+        )
     if "://" not in address:
         return address
     try:
         parts = urlsplit(address)
     except ValueError as error:
-        raise StoreError(f"{flag} names a folder, or an address", f"{address!r}: {error}", "Correct it") from None
+        raise StoreError(f"{flag} must name a folder, or an address", f"{address!r}: {error}", "Correct it") from None
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return unquote(parts.path)
     if parts.scheme not in REMOTE:
         raise StoreError(
-            f"{flag} names a folder, or an address that begins with gs:// or s3://",
-            repr(address),
+            f"{flag} must name a folder, or an address that begins with gs:// or s3://",
+            f"it is {address!r}",
             "Name a folder that is mounted here, or a bucket",
         )
     if not parts.netloc:
-        raise StoreError(f"{flag} names a bucket", repr(address), f"Write it like {parts.scheme}://bucket/folder")
+        raise StoreError(
+            f"{flag} must name a bucket", f"it is {address!r}", f"Write it like {parts.scheme}://bucket/folder"
+        )
     module, install = REMOTE[parts.scheme]
     if not _installed(module):
-        raise StoreError(f"{flag} at {parts.scheme}:// needs the package {module}", "none installed", install)
+        raise StoreError(f"{flag} with {parts.scheme}:// needs the package {module}", "it is not installed", install)
     _prepare_beam(beam_args)
     _require_response(flag, address.rstrip("/"))
     return address.rstrip("/")

@@ -151,12 +151,12 @@ def require_usable_path(flag: str, text: str | None) -> None:
     """
     if text is None:
         return
-    rule, fix = f"The path that --{flag} names can be written down", "Rename the folder"
+    rule, fix = f"The path of --{flag} must consist of plain characters", "Rename the folder"
     if any(not letter.isprintable() for letter in text):
         shown = text.encode("unicode_escape", "surrogatepass").decode()
-        raise DefinitionError(rule, f"{shown}, with characters that cannot be printed", fix)
+        raise DefinitionError(rule, f"{shown} has characters that cannot be printed", fix)
     if "://" not in text and (found := re.search(r"%[0-9A-Fa-f]{2}|\\", os.path.abspath(text))):
-        raise DefinitionError(rule, f"{text}, in which {found[0]} stands for another letter", fix)
+        raise DefinitionError(rule, f"in {text}, {found[0]} stands for another letter", fix)
 
 
 def _edits(a: str, b: str) -> int:

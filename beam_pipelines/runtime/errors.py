@@ -106,7 +106,9 @@ def as_store_error(error: BaseException) -> StoreError | None:
     if not type(error).__module__.startswith(_OBJECT_STORES):
         return None
     reason = " ".join(str(error).split()) or type(error).__name__
-    return StoreError("The store can be reached, read and written", reason, "Check the address, and the access to it")
+    return StoreError(
+        "The store must be reachable, readable and writable", reason, "Check the address, and the access to it"
+    )
 
 
 def resume_hint(error: BaseException, argv: Sequence[str]) -> str:

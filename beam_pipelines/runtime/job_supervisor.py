@@ -325,7 +325,7 @@ def _runner_error(error: Exception) -> StoreError:
     text = str(error.details() if isinstance(error, grpc.Call) else error)
     reason = next((line.strip() for line in text.splitlines() if line.strip()), "no word")
     fix = "See its log, and start it if it is gone; nothing is lost, the same command goes on from the last commit"
-    return StoreError("The runner keeps the job running", reason[:500], fix)
+    return StoreError("The runner must keep the job running", reason[:500], fix)
 
 
 def write_status(commit: tuple[bytes, bytes], path: str) -> None:

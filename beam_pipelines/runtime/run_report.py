@@ -66,9 +66,9 @@ class Run:
                 continue
             if other != self.pipeline:
                 raise errors.DefinitionError(
-                    "A --run_id names one run of one pipeline",
-                    f"{self.figures['run_id']!r}, which is a run of {other} in {self.folder}",
-                    "Choose another, or leave it out and have one made up",
+                    "A --run_id must name one run of one pipeline",
+                    f"{self.figures['run_id']!r} is a run of {other} in {self.folder}",
+                    "Choose another, or leave it out",
                 )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -132,7 +132,7 @@ def write_json(path: str, value: object) -> None:
         durable.write_file(path, text.encode())
     except OSError as error:
         raise errors.StoreError(
-            "The store can be written",
+            "The store must be writable",
             f"{path}: {error.strerror}",
             "Free space or grant access, then run the same command again",
         ) from None
@@ -144,7 +144,7 @@ def read_json(path: str) -> Head:
     Raises:
         StoreError: it cannot be read, or has other content.
     """
-    rule, fix = "A file of a run is a JSON object", "Restore the file, or run again under another --run_id"
+    rule, fix = "A file of a run must be a JSON object", "Restore the file, or run again under another --run_id"
     return read_object(path, rule, fix)
 
 

@@ -115,11 +115,11 @@ class StreamingArguments(Arguments):
         replaying = flags.source == "replay"
         if not replaying and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --source replay"
-            raise DefinitionError("--source kafka needs a broker", "no --bootstrap", fix)
+            raise DefinitionError("--source kafka needs a broker", "there is no --bootstrap", fix)
         sink = flags.sink or ("table" if replaying else "both")
         if sink != "table" and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --sink table"
-            raise DefinitionError(f"--sink {sink} needs a broker", "no --bootstrap", fix)
+            raise DefinitionError(f"--sink {sink} needs a broker", "there is no --bootstrap", fix)
         job = LiveJob(
             definition=definition,
             store=flags.store,

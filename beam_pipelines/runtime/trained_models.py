@@ -46,7 +46,7 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
     runs = Path(store, "runs")  # they may be in another registry, or theirs was unreachable
     for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
         with reading(f"the model of run {path.parts[-3]}"):
-            rule, fix = "The manifest of a trained model can be read", "Restore it, or delete its run's folder"
+            rule, fix = "The manifest of a trained model must be readable", "Restore it, or delete its run's folder"
             found.setdefault(f"run {path.parts[-3]}", read_object(str(path), rule, fix))
     return found
 

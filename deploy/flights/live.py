@@ -89,12 +89,14 @@ def check(figures: Figures) -> None:
     for what, count in counts.items():
         if count != spine_rows:
             fix = "Please report it, with the folder above"
-            raise DataError(f"Every spine row is {what} once", f"{count:,} of {spine_rows:,}", fix)
+            raise DataError(
+                f"Every spine row must be {what} once", f"there are {count:,} for {spine_rows:,} spine rows", fix
+            )
     full = figures["parity"]["full_batch"]
     compared = full.get("answers_compared", 0) + full.get("answers_of_dates_not_computed", 0)
     if full.get("values_differing") != 0 or compared != spine_rows:
         raise DataError(
-            "Live feature rows equal those of the batch table, from the first one on",
+            "Live feature rows must equal those of the batch table, from the first one on",
             f"{full.get('values_differing', 'no')} values of {compared:,} feature rows differ from {full['batch']}",
             "See the causes above, and in run.json",
         )

@@ -45,7 +45,9 @@ def through_kafka(case: Case) -> Figures:
             figures = follow(Progress(case, watch, children, swap))
             for name, child in children.items():  # each job ends by itself when its topic ends
                 if child.wait(60):
-                    raise DataError("The live processes end well", f"{name}: {_tail(case, name)}", f"See {case.folder}")
+                    raise DataError(
+                        "The live processes must succeed", f"{name}: {_tail(case, name)}", f"See {case.folder}"
+                    )
         return figures
     finally:
         shutil.rmtree(case.folder / "data", ignore_errors=True)  # the broker's
@@ -152,7 +154,7 @@ class Progress:
         for name, child in self.children.items():
             if not child.running and not (self.sent["done"] and child.wait() == 0):
                 raise DataError(
-                    "The live processes run until everything is sent",
+                    "The live processes must run until everything is sent",
                     f"{name} ended: {_tail(self.case, name)}",
                     f"See {self.case.folder}",
                 )

@@ -67,7 +67,11 @@ def read(source: Source, root: Path, topic: str, start: int, end: int, share: Se
     """
     folder = root / source.name
     if not any(folder.rglob("*.parquet")):
-        raise DataError(f"Source {source.name!r} has files", f"none in {folder}", "Write it first, as for a batch run")
+        raise DataError(
+            f"Source {source.name!r} must have files",
+            f"there are none in {folder}",
+            "Write it first, as for a batch run",
+        )
     moment = pl.col(str(source.time)).dt.timestamp("us")
     rows = (
         pl.scan_parquet(folder / "**/*.parquet", hive_partitioning=False)
@@ -135,7 +139,7 @@ class Sender:
 
     def _check(self) -> None:
         if self.failed is not None:
-            raise StoreError("The broker takes what is sent", self.failed.str(), "See the broker's log")
+            raise StoreError("The broker must accept what is sent", self.failed.str(), "See the broker's log")
 
 
 def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
@@ -145,7 +149,7 @@ def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
     for future in made.values():
         error = future.exception()
         if error is not None and error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise StoreError("The broker makes topics", str(error.args[0]), f"Is it at {bootstrap}?")
+            raise StoreError("The broker must create topics", str(error.args[0]), f"Is it at {bootstrap}?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_of_two_loads_of_the_same_dates_one_commits_and_the_other_reports_it(cas
     (loser,) = (i for i, ended in enumerate(ends) if ended.code)
     printed = ends[loser].err
     winner, name = ("right", "left") if loser == 0 else ("left", "right")
-    assert "Nobody else changes the dates of a run while it works on" in printed
+    assert "No other run may change the dates of a run while it works on" in printed
     assert f"written by run {winner}" in printed
     assert "2024-03-0" in printed
     assert f"--run_id {name}" in printed.splitlines()[-1]

@@ -70,11 +70,11 @@ def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, 
             if fits:
                 break
             committed = same(content(store, case.table)[case.table], content(case.after, case.table)[case.table])
-            refused(ended, "The store can be written", "space" if "os error" not in ended.err else "os error 28")
+            refused(ended, "The store must be writable", "space" if "os error" not in ended.err else "os error 28")
             if not committed:
                 unchanged(case, store)
             assert not [path for path in store.rglob(".*") if path.is_file()], "half a file takes up room"
-            printed = ended.err.partition("Got ")[2]
+            printed = ended.err.partition("; ")[2]
             positions |= {
                 position
                 for position in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters")
@@ -115,7 +115,7 @@ def test_a_disk_too_full_for_the_commit_itself_is_a_full_disk(case: Case, tmp_pa
         remount(mounted, f"size={used}k")
         process.resume()
         ended = process.wait()
-        refused(ended, "The store can be written", "free space", f"{store}/{case.table}")
+        refused(ended, "The store must be writable", "free space", f"{store}/{case.table}")
         unchanged(case, store)
         remount(mounted, "size=64m")
         goes_on(case, store)
@@ -131,7 +131,7 @@ def test_a_read_only_store_is_read_and_not_written(case: Case, tmp_path: Path) -
         store = mounted / "store"
         shutil.copytree(case.before, store)
         remount(mounted, "ro")
-        refused(case.load(store, "held"), "The store can be written", "Read-only file system")
+        refused(case.load(store, "held"), "The store must be writable", "Read-only file system")
         for command in (["tables"], ["vacuum", "--older_than", "0s", "--force"], ["plan", *case.arguments]):
             ended = case.zygote.run(*command, "--store", str(store), watch=store)
             assert ended.code == 0, ended.err
@@ -149,7 +149,7 @@ def test_a_folder_that_belongs_to_others_is_named(case: Case, tmp_path: Path, cl
     for path in paths:
         path.chmod(path.stat().st_mode & ~0o222)
     ended = case.load(store, "held", user=NOBODY)
-    refused(ended, "can be written", str(store), "denied")
+    refused(ended, "must be writable", str(store), "denied")
     unchanged(case, store)
     for path in paths:
         path.chmod(path.stat().st_mode | 0o222)
@@ -208,7 +208,7 @@ def test_files_that_may_not_grow_are_a_store_that_cannot_be_written(case: Case, 
         ended = case.load(store, "held", limit=limit)
         codes.add(ended.code)
         if ended.code:
-            refused(ended, "The store can be written")
+            refused(ended, "The store must be writable")
             unchanged(case, store)
             goes_on(case, store)
     assert codes == {0, 4}

@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_message_and_room_lets_the_command_go_on(
                 assert ended.code == 4, (ended.code, ended.err)
                 assert "Traceback" not in ended.err, ended.err
                 reported = [
-                    line for line in ended.err.splitlines() if line.startswith("millrace: ") and ". Got " in line
+                    line for line in ended.err.splitlines() if line.startswith("millrace: ") and " must " in line
                 ]
                 assert len(reported) == 1, ended.err
                 again = models.run(*words(command, store), watch=store)

@@ -117,15 +117,15 @@ def refused(store: Path, *flags: str) -> tuple[type[Exception], str]:
         ),
         (
             with_column("visits", size=pl.col("size").cast(pl.Float64)),
-            ["'visits'", "column 'size' is Float32", "double", "part-0.parquet"],
+            ["'visits'", "column 'size' must be Float32", "double", "part-0.parquet"],
         ),
         (
             with_column("sales", price=pl.col("price").cast(pl.String)),
-            ["'sales'", "column 'price' is Float64", "string"],
+            ["'sales'", "column 'price' must be Float64", "string"],
         ),
         (
             with_column("stock", counted=pl.col("counted").dt.replace_time_zone(None)),
-            ["'stock'", "'counted'", "names its time zone"],
+            ["'stock'", "'counted'", "must have a time zone"],
         ),
         (
             with_column("visits", asked=pl.col("asked").dt.replace_time_zone(None)),
@@ -174,9 +174,10 @@ def test_a_column_whose_type_changes_between_files_is_refused_by_both(
     other = retyped(tmp_path, source, 1, **{column: change})
     kind, message = refused(tmp_path)
     assert kind is ContractError
-    assert f"Source {source!r}: column {column!r} has one type in every file" in message
+    assert f"Source {source!r}: column {column!r} must be " in message
     first = other.with_name("part-0.parquet")
     assert f"{types[0]} in {first}, and {types[1]} in {other}" in message
+    assert "in every file" in message
     assert f"Write {other} again with {column!r} as {types[0]}" in message
 
 
@@ -280,7 +281,7 @@ def test_an_interval_without_spine_rows_is_refused_with_those_there_are(tmp_path
     market.write(tmp_path, market.sources(30))
     kind, message = refused(tmp_path, "--start", "2025-01-01", "--end", "2025-02-01")
     assert kind is DataError
-    assert "there are rows from 2024-03-01" in message
+    assert "but rows from 2024-03-01" in message
 
 
 def test_an_interval_with_a_day_without_questions_inside_is_answered(tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_zero_questions_are_refused(tmp_path: Path) -> None:
     frames = market.sources(30)
     kind, message = refused(market.write(tmp_path, {**frames, "visits": frames["visits"].clear()}))
     assert kind is DataError
-    assert "Source 'visits' has rows in the interval" in message
+    assert "Source 'visits' must have rows in the interval" in message
 
 
 def test_zero_events_and_dimensions_answer_with_nothing(tmp_path: Path) -> None:
@@ -319,10 +320,10 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     store.mkdir()
     (store / "features").write_text("a file where a folder should be")
     flags = ["--definition", str(path), "--sources", str(tmp_path / "data" / "sources"), "--run_id", "r"]
-    with pytest.raises(StoreError, match=r"can be (written|read)") as caught:
+    with pytest.raises(StoreError, match=r"must be (writable|readable)") as caught:
         main([*flags, "--store", str(store)])
     assert str(store) in str(caught.value)
-    with pytest.raises(StoreError, match=r"can be (written|read)"):
+    with pytest.raises(StoreError, match=r"must be (writable|readable)"):
         main([*flags, "--store", str(store / "features")])
 
 
@@ -344,7 +345,7 @@ def test_an_expression_that_fails_on_a_row_is_named_and_nothing_is_committed(tmp
     )
     kind, message = refused(tmp_path)
     assert kind is DataError
-    assert "Derived(hour, size) has a value for every row" in message
+    assert "Derived(hour, size) must be computable for every row" in message
     assert "Compute" in message
 
 
@@ -390,7 +391,7 @@ def test_files_that_change_during_a_run_stop_it_even_if_no_block_reads_them(
     during(happens[change], monkeypatch)
     kind, message = refused(tmp_path)
     assert kind is DataError
-    assert f"Source {source!r}: its files stay as they are while a run reads them" in message
+    assert f"Source {source!r}: its files must not change while a run reads them" in message
     assert f"{other} {'replaced' if change == 'replaced' else 'gone'} since the run began" in message
 
 
@@ -410,7 +411,12 @@ def test_files_that_are_added_during_a_run_are_named_and_read_by_the_next(
 
 
 MISTAKES = {
-    "cycle": ("Derived(density=", 'Derived(a=pl.col("b")), Derived(b=pl.col("a")), Derived(density=', "no cycles", 2),
+    "cycle": (
+        "Derived(density=",
+        'Derived(a=pl.col("b")), Derived(b=pl.col("a")), Derived(density=',
+        "must use only features above it",
+        2,
+    ),
     "unknown column": ('"price": ("mean"', '"prise": ("mean"', "Did you mean 'price'?", 2),
     "window of zero": ('over=("6h", "2d")', 'over=("0h", "2d")', "longer than zero", 2),
     "looks around": ('pl.col("price") > 20', 'pl.col("price") > pl.col("price").mean()', "row-local", 2),
@@ -446,10 +452,10 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
     (tmp_path / "blocked" / "dead_letters").write_text("in the way")
     cases += [
         (["--definition", good, "--store", str(tmp_path)], "declared column 'price'", 3),
-        (["--definition", good, "--store", str(tmp_path / "nowhere")], "has Parquet files", 3),
-        (["--definition", str(failing), "--store", str(tmp_path / "failing")], "has a value for every row", 3),
+        (["--definition", good, "--store", str(tmp_path / "nowhere")], "must have Parquet files", 3),
+        (["--definition", str(failing), "--store", str(tmp_path / "failing")], "must be computable for every row", 3),
         (["--definition", good, "--store", str(tmp_path / "blocked")], "can be", 4),
-        (["--definition", "no_such_module", "--store", str(tmp_path)], "No module 'no_such_module' here", 2),
+        (["--definition", "no_such_module", "--store", str(tmp_path)], "there is no module 'no_such_module'", 2),
         (["--definition", good, "--store", str(tmp_path), "--strat", "2024-03-01"], "did you mean --start?", 2),
         (
             ["--definition", good, "--store", str(tmp_path), "--start", "1st of March"],

@@ -76,8 +76,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["models", "--store", "http://[::1"], 4, "Invalid IPv6 URL"),
         (["models", "--store", "{store}", "--registry", "http://[::1"], 4, "Invalid IPv6 URL"),
-        (["plan", "--definition", "sys", "--store", "{store}"], 2, "a module that is no Python file"),
-        (["plan", "--definition", "..", "--store", "{store}"], 2, "Name it like examples.flights.definition"),
+        (["plan", "--definition", "sys", "--store", "{store}"], 2, "a module without a Python file"),
+        (["plan", "--definition", "..", "--store", "{store}"], 2, "Write it like examples.flights.definition"),
         (["plan", "--definition", "{fifo}", "--store", "{store}"], 2, "an importable module or a .py file"),
         (["plan", "--schema", "{fifo}"], 0, ""),
         (["features", "--full", "--schema", "{fifo}"], 2, "not a regular file"),

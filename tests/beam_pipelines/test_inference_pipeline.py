@@ -213,7 +213,7 @@ def test_missing_things_name_the_command_to_run(house: House, capsys: pytest.Cap
         in line
     )
     assert "Registered: 1" in refused(house, capsys, 4, "--model_version", "9")
-    assert "matches some" in refused(house, capsys, 4, "--input_tfrecord", str(house.store / "no-*.gz"))
+    assert "must match some files" in refused(house, capsys, 4, "--input_tfrecord", str(house.store / "no-*.gz"))
     assert "Leave them out" in refused(house, capsys, 2, "--input_tfrecord", "x", "--start", "2024-01-01")
     view = house.store / "features" / "orders"
     (table,) = view.iterdir()
@@ -251,9 +251,9 @@ def test_a_cut_tfrecord_is_refused(house: House, capsys: pytest.CaptureFixture[s
     content = b"".join(gzipped(feature_rows(house.definition, house.store)))
     path = house.store / "cut.tfrecord.gz"
     path.write_bytes(content[: len(content) // 2])
-    assert "TFRecord file is whole" in refused(house, capsys, 4, "--input_tfrecord", str(path))
+    assert "TFRecord file must be complete" in refused(house, capsys, 4, "--input_tfrecord", str(path))
     path.write_bytes(b"")
-    assert "There are rows to score" in refused(house, capsys, 3, "--input_tfrecord", str(path))
+    assert "There must be rows to score" in refused(house, capsys, 3, "--input_tfrecord", str(path))
 
 
 def test_the_graph_is_small_and_shuffles_no_rows(house: House) -> None:

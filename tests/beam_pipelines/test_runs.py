@@ -34,7 +34,7 @@ def test_a_run_id_that_another_pipeline_has_used_is_refused(tmp_path: Path, caps
     for pipeline in ("training", "inference"):
         assert run(tmp_path, pipeline, "monday") == DefinitionError.exit_code
         printed = capsys.readouterr().err
-        assert "A --run_id names one run of one pipeline. Got 'monday', which is a run of features in" in printed
+        assert "A --run_id must name one run of one pipeline; 'monday' is a run of features in" in printed
         assert "Choose another" in printed
         assert "Traceback" not in printed
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -44,7 +44,7 @@ def test_a_run_id_that_another_pipeline_has_used_is_refused(tmp_path: Path, caps
 def test_a_run_id_of_another_pipeline_that_is_at_work_or_was_killed_is_refused(tmp_path: Path) -> None:
     folder = str(tmp_path / "runs" / "a")
     with Run("features", "a", folder):
-        with pytest.raises(DefinitionError, match="'a', which is a run of features"), Run("training", "a", folder):
+        with pytest.raises(DefinitionError, match="'a' is a run of features"), Run("training", "a", folder):
             raise AssertionError("it has started")
         assert (tmp_path / "runs" / "a" / "started.json").exists(), "the mark of the run at work stays"
 

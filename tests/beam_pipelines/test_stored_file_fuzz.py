@@ -92,12 +92,12 @@ def fuzz(base: Path, folder: Path, names: Sequence[str], count: int) -> int:
     ("file", "kind", "name", "words"),
     [
         ("features/buying/*/_manifests/f2-1.json", "UTF-16", "inference", ""),
-        ("features/buying/*/_manifests/f2-1.json", "UTF-16", "features", "manifest can be read"),
+        ("features/buying/*/_manifests/f2-1.json", "UTF-16", "features", "manifest must be readable"),
         ("features/buying/*/_statistics/f1.pb", "empty", "check", ""),
-        ("schema.pbtxt", "UTF-16", "features full", "is a text file. Got"),
+        ("schema.pbtxt", "UTF-16", "features full", "must be a text file;"),
         ("features/buying/*/date=*/f2-*.parquet", "FIFO", "inference", "it is not a regular file"),
-        ("runs/t9/started.json", "FIFO", "vacuum", "The mark of a run can be read"),
-        ("runs/t9/started.json", "zeros", "vacuum", "The mark of a run can be read"),
+        ("runs/t9/started.json", "FIFO", "vacuum", "The marker of a run must be readable"),
+        ("runs/t9/started.json", "zeros", "vacuum", "The marker of a run must be readable"),
     ],
 )
 def test_what_the_fuzzer_has_found(base: Path, tmp_path: Path, file: str, kind: str, name: str, words: str) -> None:

@@ -99,27 +99,27 @@ def test_features_of_another_definition_are_refused(store: Path) -> None:
     path.write_text(shop.DEFINITION.replace('over="3d"', 'over="4d"'))
     (other,) = (each.name for each in (store / "features/buying").iterdir())
     with pytest.raises(
-        MismatchError, match=f"own fingerprint, [0-9a-f]{{16}}. Got {other} .*Run: millrace features --definition"
+        MismatchError, match=f"own fingerprint, [0-9a-f]{{16}}; there are {other} .*Run: millrace features --definition"
     ):
         training.main(flags(store, "mismatch"))
     shutil.rmtree(store / "features")
-    with pytest.raises(DataError, match=r"has a feature table\. Got none"):
+    with pytest.raises(DataError, match=r"must have a feature table; there is none"):
         training.main(flags(store, "none"))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (('pl.col("amount") > 0', 'pl.col("amount") > -1'), DataError, "train split has examples of two classes"),
+        (('pl.col("amount") > 0', 'pl.col("amount") > -1'), DataError, "train split must have examples of two classes"),
         (
             ('on="visit", value=pl.col("amount") > 0', 'on="visit", value=pl.lit(None, pl.Int64)'),
             DataError,
             "have no label",
         ),
-        (('value=pl.col("amount") > 0', 'value=pl.col("amount")'), DataError, "is 0 or 1"),
+        (('value=pl.col("amount") > 0', 'value=pl.col("amount")'), DataError, "must be 0 or 1"),
         (('"12d", "12d"', '"12d", "2024-02-29"'), DataError, "wait for their label's horizon"),
-        (('"eta": 0.3', '"eta": 0.3, "seed": 3'), DefinitionError, "leaves .*seed.* to the model"),
-        (('"eta": 0.3', '"eta": -3'), DataError, "A trial succeeds"),
+        (('"eta": 0.3', '"eta": 0.3, "seed": 3'), DefinitionError, "must not set .*seed.*"),
+        (('"eta": 0.3', '"eta": -3'), DataError, "At least one trial must succeed"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_a_reason(

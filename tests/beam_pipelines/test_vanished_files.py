@@ -102,7 +102,7 @@ def vanish(base: Base, folder: Path, command: str, what: str, share: float) -> i
     if ended.code not in (0, 6):  # else it had read everything
         assert ended.code in (3, 4), (ended.code, ended.err)
         assert "Traceback" not in ended.err, ended.err
-        assert sum(line.startswith("millrace: ") and ". Got " in line for line in ended.err.splitlines()) == 1, (
+        assert sum(line.startswith("millrace: ") and " must " in line for line in ended.err.splitlines()) == 1, (
             ended.err
         )
         assert published(store) == before

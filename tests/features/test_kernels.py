@@ -322,5 +322,7 @@ def test_times_before_1970_and_far_ahead_are_times() -> None:
     ],
 )
 def test_an_expression_that_fails_on_a_row_is_named(feature: Any) -> None:
-    with pytest.raises(DataError, match=r"(Derived\(n\)|where of 'odd') has a value for every row.*strict=False"):
+    with pytest.raises(
+        DataError, match=r"(Derived\(n\)|where of 'odd') must be computable for every row.*strict=False"
+    ):
         feature_rows(feature, spine_at(at(1)), events=event_rows((at(0), 1.0)))

@@ -300,7 +300,7 @@ class Sequences(RuleBasedStateMachine):
         try:
             work = features.prepare(options)
         except DataError as error:
-            if "has rows in the interval" not in str(error):
+            if "must have rows in the interval" not in str(error):
                 raise
             return
         if flags.killed:

@@ -219,14 +219,16 @@ def test_one_stray_time_of_the_future_does_not_stretch_the_interval(view: Featur
 def test_an_interval_without_spine_rows_is_refused_with_those_there_are(
     view: FeatureView, shared: Path, start: date | None, end: date | None
 ) -> None:
-    with pytest.raises(DataError, match=r"'visits' has rows in the interval.*from 2024-03-01 to 2024-03-0\d.*--start"):
+    with pytest.raises(
+        DataError, match=r"'visits' must have rows in the interval.*from 2024-03-01 to 2024-03-0\d.*--start"
+    ):
         plan_of(view, shared, start, end)
 
 
 def test_a_spine_of_no_rows_is_refused(view: FeatureView, tmp_path: Path) -> None:
     frames = market.sources(30)
     market.write(tmp_path, {**frames, "visits": frames["visits"].clear()})
-    with pytest.raises(DataError, match="no row with a plausible time"):
+    with pytest.raises(DataError, match="no row has a plausible time"):
         plan_of(view, tmp_path)
 
 

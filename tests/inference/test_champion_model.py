@@ -205,7 +205,7 @@ def test_altered_files_are_refused_once_and_taken_when_they_are_restored(
     assert refused.version == "2"
     assert champion.take_counts() == {"swaps": 0, "refused": 1}
     (printed,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert "version 2 of 'asks' is refused, version 1 serves on" in printed
+    assert "version 2 of 'asks' is refused, version 1 stays in use" in printed
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(kept, folder)
     champion.look()
@@ -215,9 +215,9 @@ def test_altered_files_are_refused_once_and_taken_when_they_are_restored(
 @pytest.mark.parametrize(
     ("number", "changes", "rule"),
     [
-        (10, {"fingerprint": "0123456789abcdef"}, "A model scores the features it was trained on"),
-        (11, {"classes": 3}, "A booster gives the scores that its manifest declares"),
-        (12, {"view": "another"}, "A model scores the features it was trained on"),
+        (10, {"fingerprint": "0123456789abcdef"}, "A model must score the features on which it was trained"),
+        (11, {"classes": 3}, "A booster must give the scores that its manifest declares"),
+        (12, {"view": "another"}, "A model must score the features on which it was trained"),
     ],
 )
 def test_a_model_made_for_something_else_is_refused(
@@ -285,7 +285,7 @@ def test_nothing_serves_when_even_the_launch_version_is_gone(shop: Shop, tmp_pat
     serving = shop.serving(
         registry=f"sqlite:///{tmp_path}/none.db", first=PinnedModel(str(tmp_path / "none"), "9", "0")
     )
-    with pytest.raises(StoreError, match="files can be read"):
+    with pytest.raises(StoreError, match="files must be readable"):
         Champion(serving, watch=False)
     with pytest.raises(MismatchError, match="same columns throughout"):
         open_checked(shop.serving(classes=3), shop.serving().first)

@@ -139,12 +139,12 @@ def test_a_broken_champion_is_refused_and_the_old_one_serves_on(
     status = house.status("broken")
     (refused,) = status["refused"]  # once, though it was looked at again and again
     assert refused["version"] == "2"
-    assert refused["rule"] == "A model's files are as they were saved"
+    assert refused["rule"] == "A model's files must be as they were saved"
     assert "restore" in refused["fix"].lower()
     assert (status["version"], status["swaps"]) == ("1", [])
     (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert (
-        "version 2 of 'orders' is refused, version 1 serves on: A model's files are as they were saved"
+        "version 2 of 'orders' is refused, version 1 stays in use: A model's files must be as they were saved"
         in error.getMessage()
     )
 
@@ -382,7 +382,7 @@ def test_parity_scores_again_what_was_predicted(
     )
     alter(house, lambda rows: rows.with_columns(_nudged(rows)))
     assert guard(parity.main)([*command, "again"]) == 5
-    assert "Live predictions equal a batch job's" in capsys.readouterr().err
+    assert "Live predictions must equal those of a batch job" in capsys.readouterr().err
 
 
 def test_without_a_champion_the_job_does_not_start(
@@ -390,7 +390,7 @@ def test_without_a_champion_the_job_does_not_start(
 ) -> None:
     assert house.run("--registry", f"sqlite:///{tmp_path}/empty.db") == 4
     error = capsys.readouterr().err
-    assert "A live job has a model before it starts" in error
+    assert "A live job must have a model before it starts" in error
     assert "millrace training" in error
     assert house.run("--source=kafka") == 2
     assert "--bootstrap" in capsys.readouterr().err
@@ -405,9 +405,9 @@ def test_a_champion_that_is_broken_at_launch_leaves_the_one_before_it_serving(
     (house.folder("2") / BOOSTER).write_bytes(b"nothing")
     house.registry.promote("orders", "2", "a test")
     assert house.run("--run_id", "no") == 4  # nothing has served before
-    assert "A model's files are as they were saved" in capsys.readouterr().err
+    assert "A model's files must be as they were saved" in capsys.readouterr().err
     outlet = Outlet(load_definition(house.definition).view, "orders", str(house.store), "by-hand")
     feed(house, outlet, "1", [next(replayed(outlet.view, str(house.store), {}))], by_row=True)
     assert house.run("--run_id", "yes") == 0
-    assert "version 2 of 'orders' is refused, version 1, which served before, serves on" in capsys.readouterr().err
+    assert "version 2 of 'orders' is refused, version 1 stays in use" in capsys.readouterr().err
     assert house.status("yes")["by_version"] == {"1": ROWS}

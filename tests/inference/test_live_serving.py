@@ -208,7 +208,7 @@ def test_a_missing_topic_a_missing_broker_and_a_missing_model_are_named(
     assert "127.0.0.1:1" in capsys.readouterr().err
     assert run([*flags(house, live, "none-", "r"), "--alias=nobody"]) == 4
     error = capsys.readouterr().err
-    assert "A live job has a model before it starts" in error
+    assert "A live job must have a model before it starts" in error
     assert "millrace promote" in error
 
 

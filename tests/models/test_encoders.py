@@ -229,7 +229,7 @@ def test_strings_may_come_large_or_coded_but_no_other_type() -> None:
     fitted = fitted_on(encoders.Ordinal(), pa.array(["a", "b", "a"]))
     for column in (pa.array(["b"], pa.large_string()), pa.array(["b"]).dictionary_encode()):
         assert applied(fitted, column).tolist() == [[1.0]]
-    with pytest.raises(MismatchError, match=r"'x' has the type it was trained with, string\. Got int64"):
+    with pytest.raises(MismatchError, match=r"'x' must have the type that it had in training, string; it is int64"):
         applied(fitted, pa.array([1]))
     with pytest.raises(MismatchError, match="Did you mean 'xy'"):
         fitted.apply(pa.RecordBatch.from_pydict({"xy": ["a"]}))

@@ -246,7 +246,7 @@ def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(StoreError, match=r"registry can be reached.*http://127\.0\.0\.1:9.*--registry"):
+    with pytest.raises(StoreError, match=r"registry must be reachable.*http://127\.0\.0\.1:9.*--registry"):
         Registry("http://127.0.0.1:9").champion("delay")
 
 

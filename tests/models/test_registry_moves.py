@@ -61,7 +61,7 @@ def test_a_copied_registry_reads_and_writes_in_its_own_folder(made: Path, store:
     registry = Registry(registry_uri(str(store)))
     assert registry.resolve("delay")[1].startswith(str(store))
     shutil.rmtree(Path(registry.resolve("delay", "2")[1]))
-    with pytest.raises(StoreError, match="can be read"):  # although the first store still has them
+    with pytest.raises(StoreError, match="must be readable"):  # although the first store still has them
         registry.resolve("delay", "2")
     assert registry.register(trained(9), "run-9") == "4"
     registry.attach("delay", "run-9", "note.txt", "a note")

@@ -88,5 +88,5 @@ def test_the_encoding_that_a_file_declares_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../evil.py", "/tmp/evil.py", "a/../../evil.py", ""])
 def test_a_recorded_module_stays_in_its_folder(tmp_path: Path, path: str) -> None:
     (tmp_path / "again").mkdir()
-    with pytest.raises(DefinitionError, match="lie in one folder"):
+    with pytest.raises(DefinitionError, match="must be in one folder"):
         load_recorded("definition.py", "", {path: "x = 1"}, tmp_path / "again")

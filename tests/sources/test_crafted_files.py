@@ -33,7 +33,7 @@ def test_a_parquet_file_whose_schema_names_code_is_refused(tmp_path: Path, colum
     path = next((tmp_path / "sources" / "sales").rglob("*.parquet"))
     table = pq.read_table(path)
     pq.write_table(with_schema(table, running_code(table.schema, tmp_path / "ran", column)), path)
-    with pytest.raises(ContractError, match=r"Source 'sales': every file is whole Parquet.*py_extension_type"):
+    with pytest.raises(ContractError, match=r"Source 'sales': every file must be complete Parquet.*py_extension_type"):
         run(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -103,7 +103,7 @@ LEAVING = [
 
 @pytest.mark.parametrize("path", LEAVING)
 def test_a_path_in_a_log_that_leaves_the_table_is_refused(path: str) -> None:
-    with pytest.raises(StoreError, match="The files of a Delta table lie in its folder"):
+    with pytest.raises(StoreError, match="The files of a Delta table must be in its folder"):
         path_within("/store/table", path)
 
 
@@ -135,7 +135,7 @@ def test_a_delta_source_does_not_read_files_elsewhere(tmp_path: Path, path: str)
         if "add" in line:
             line["add"]["path"] = path
     log.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-    with pytest.raises(StoreError, match="The files of a Delta table lie in its folder"):
+    with pytest.raises(StoreError, match="The files of a Delta table must be in its folder"):
         run(tmp_path)
 
 
@@ -151,9 +151,9 @@ def test_a_table_of_ours_does_not_read_or_remove_files_elsewhere(tmp_path: Path,
     table = open_table(str(log.parent))
     assert table is not None
     for read in (paths_of, data_files):
-        with pytest.raises(StoreError, match="lie in its folder"):
+        with pytest.raises(StoreError, match="be in its folder"):
             read(table)
     (log / f"{2:020}.json").write_text(json.dumps(more[1], separators=(",", ":")) + "\n")
     for version in (1, 2):
-        with pytest.raises(StoreError, match="lie in its folder"):
+        with pytest.raises(StoreError, match="be in its folder"):
             file_actions(str(log.parent), version)

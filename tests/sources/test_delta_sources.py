@@ -119,7 +119,7 @@ def delete_rows(line: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(map_columns, "column mapping in"), (delete_rows, "deletion vectors in")]
+    ("change", "words"), [(map_columns, "uses column mapping"), (delete_rows, "uses deletion vectors")]
 )
 def test_what_files_and_partitions_do_not_tell_is_refused(tmp_path: Path, change: Any, words: str) -> None:
     as_delta(tmp_path, market.sources(40), WHOLE)

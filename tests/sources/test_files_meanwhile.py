@@ -117,7 +117,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     owner, name, source, read = CASES[case]
     after(owner, name, store / "sources" / source, how, monkeypatch)
-    with pytest.raises(DataError, match=f"Source '{source}': its files stay as they are"):
+    with pytest.raises(DataError, match=f"Source '{source}': its files must not change"):
         read(store)
     assert open_table(str(store / "live" / "sources" / "events")) is None, "nothing was accepted"
 
@@ -144,7 +144,7 @@ def test_verify_does_not_judge_by_a_source_that_changes(
     after(Verification, "of_files", store / "sources" / "events", how, monkeypatch)
     capsys.readouterr()
     assert main(["verify", *flags]) == 3
-    assert "Source 'events': its files stay as they are" in capsys.readouterr().err
+    assert "Source 'events': its files must not change" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -153,7 +153,7 @@ def test_a_comparison_with_batch_notices(store: Path, how: str) -> None:
     assert batch.checked("untouched") == "untouched"
     assert len(batch.rows("events")[0])
     disturb(store / "sources" / "events", how)
-    with pytest.raises(DataError, match="its files stay as they are"):
+    with pytest.raises(DataError, match="its files must not change"):
         batch.checked("found")
 
 

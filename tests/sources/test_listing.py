@@ -89,14 +89,14 @@ def socket_at(path: Path) -> None:
         (lambda folder: (folder / "x").symlink_to("x"), ["a link that leads back to itself"]),
         (lambda folder: (folder / "x").symlink_to(folder), ["x: the same as", "by way of a link"]),
         (lambda folder: (folder / "x.parquet").symlink_to("a.parquet"), ["x.parquet: the same as", "a.parquet"]),
-        (lambda folder: os.link(folder / "a.parquet", folder / "x.parquet"), ["holds each file once"]),
+        (lambda folder: os.link(folder / "a.parquet", folder / "x.parquet"), ["must have each file once"]),
         (lambda folder: os.mkfifo(folder / "x.parquet"), ["x.parquet: a named pipe"]),
         (lambda folder: socket_at(folder / "x"), ["x: a socket"]),
         (lambda folder: (folder / "x.parquet").symlink_to("/dev/null"), ["a character device"]),
         (lambda folder: (folder / "x.csv").write_text("id\n1\n"), ["x.csv: 5 bytes", "let its name begin with _"]),
         (lambda folder: (folder / "x.parquet.gz").write_bytes(b""), ["x.parquet.gz: 0 bytes"]),
         (lambda folder: put(folder / "x", 1), ["x: ", "name it .parquet if it is Parquet"]),
-        (lambda folder: put(folder / "x.parquet").write_bytes(b""), ["x.parquet", "whole Parquet"]),
+        (lambda folder: put(folder / "x.parquet").write_bytes(b""), ["x.parquet", "complete Parquet"]),
         (
             lambda folder: shutil.copy(folder / "a.parquet", folder / os.fsdecode(b"x\xff.parquet")),
             ["x\\udcff.parquet: a name that is not UTF-8"],
@@ -159,7 +159,7 @@ def test_files_that_are_gone_or_replaced_since_they_were_listed_are_refused(
     listed = list_files("sales", str(folder))
     assert listed.check_unchanged() == ()
     change(folder)
-    with pytest.raises(DataError, match="stay as they are while a run reads them") as caught:
+    with pytest.raises(DataError, match="must not change while a run reads them") as caught:
         listed.check_unchanged()
     assert words in str(caught.value)
 
@@ -251,4 +251,4 @@ def test_a_log_that_is_empty_or_broken_is_refused_and_its_files_are_not_read_as_
 
 def test_a_file_beside_a_delta_table_is_refused(folder: Path) -> None:
     put(delta(folder).parent / "sales.parquet", 3)
-    assert "is a Delta table or Parquet files, not both" in refusal(folder)
+    assert "must be either a Delta table or Parquet files" in refusal(folder)

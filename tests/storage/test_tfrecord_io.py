@@ -141,7 +141,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, packed: bool) -> None:
     record = len(whole) // 5
     for size in sizes if packed else sorted(sizes - {record * i for i in range(6)})[::7]:
         path.write_bytes(whole[:size])
-        with pytest.raises(StoreError, match="TFRecord file is whole"):
+        with pytest.raises(StoreError, match="TFRecord file must be complete"):
             list(read_examples(str(path), SCHEMA))
 
 
@@ -167,7 +167,7 @@ def test_what_is_no_example_and_what_does_not_fit_is_refused(tmp_path: Path) -> 
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="matches some"):
+    with pytest.raises(StoreError, match="must match some files"):
         matching_files(str(tmp_path / "*.gz"))
     with pytest.raises(StoreError, match="nothing"):
         list(read_examples(str(tmp_path / "nothing"), SCHEMA))

@@ -147,7 +147,7 @@ def test_avro_containers_are_read() -> None:
         (
             b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, '
             b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
-            "ISO 8601 with its zone",
+            "ISO 8601 with a time zone",
         ),
         (
             b'{"id": 1, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
@@ -317,5 +317,5 @@ def test_dead_letters_are_sent_as_json() -> None:
 
 def test_a_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transforms.streaming.kafka.TIMEOUT_SECONDS", 0.5)
-    with pytest.raises(StoreError, match=r"broker can be reached.*127\.0\.0\.1:1"):
+    with pytest.raises(StoreError, match=r"broker must be reachable.*127\.0\.0\.1:1"):
         begin_offsets(Broker("127.0.0.1:1"), ["sales"])

@@ -45,7 +45,7 @@ def test_a_key_known_only_after_events_were_read_is_refused() -> None:
     ]
     for key in ("most", "numbered_g"):
         other = Trailing(events, by={key: "g"}, over="1m", stats={"v": "sum"}, name="other")
-        with pytest.raises(DefinitionError, match="keys come from the spine's columns") as refused:
+        with pytest.raises(DefinitionError, match="keys must be columns of the spine") as refused:
             shard_groups(FeatureView("v", spine_rows, key="id", features=[*features, other]))
         assert repr(key) in str(refused.value)
 

@@ -104,7 +104,7 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
         stage.send_slots(to_send[:third], partitions=speaking)
         assert job.wait(120) == 4, job.output()
         printed = job.output()
-    assert "The broker accepts the messages of a job" in printed
+    assert "The broker must accept the messages of a job" in printed
     assert "max.message.bytes" in printed
     assert "no message is lost" in printed
     assert "Traceback" not in printed, printed
@@ -151,13 +151,13 @@ def launched(stage: Stage, **changes: str) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"topic_prefix": "none-"}, ["Every source has its topic", "'none-", "--topic_prefix"]),
-        ({"bootstrap": "127.0.0.1:1"}, ["The broker can be reached", "127.0.0.1:1", "refused", "--bootstrap"]),
+        ({"topic_prefix": "none-"}, ["Every source must have its topic", "'none-", "--topic_prefix"]),
+        ({"bootstrap": "127.0.0.1:1"}, ["The broker must be reachable", "127.0.0.1:1", "refused", "--bootstrap"]),
         (
             {"expansion_service": "localhost:1"},
-            ["The expansion service can be reached", "localhost:1", "--expansion_service"],
+            ["The expansion service must be reachable", "localhost:1", "--expansion_service"],
         ),
-        ({"job_endpoint": "localhost:1"}, ["The runner can be reached", "localhost:1", "--job_endpoint"]),
+        ({"job_endpoint": "localhost:1"}, ["The runner must be reachable", "localhost:1", "--job_endpoint"]),
     ],
 )
 def test_what_is_missing_is_named_at_once(

@@ -56,6 +56,6 @@ def test_a_message_that_kills_its_worker_is_the_only_dead_letter_after_a_restart
     whole = stage.dead_letters().filter(pl.col("place") == -1, pl.col("source") != "shops")
     (deadly, beyond) = whole.sort("offset")["rule"].to_list()
     assert "kills the process that does (SIGSEGV)" in deadly
-    assert f"A message has at most {ROWS} rows" in beyond
+    assert f"A message must have at most {ROWS} rows" in beyond
     folder = stage.store / "crash_guard"
     assert not list(folder.rglob("suspect-*"))

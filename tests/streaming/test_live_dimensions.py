@@ -60,7 +60,7 @@ def test_a_dimension_that_breaks_serves_on_as_it_was_until_it_is_mended(
         caplog.clear()
         with caplog.at_level(logging.ERROR, "millrace.live"):
             each.refresh()
-        assert f"dimension shops is broken; version {version} serves on" in caplog.text
+        assert f"dimension shops is broken; version {version} stays in use" in caplog.text
         assert each.frames["shops"].equals(before)
         assert each.versions["shops"] == version
     shops.parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def test_a_dimension_that_never_could_be_read_is_refused(tmp_path: Path, shops: 
     with pytest.raises(ContractError, match="Parquet"):
         dimensions(tmp_path).refresh()
     broken(shops, "all gone")
-    with pytest.raises(DataError, match="has Parquet files"):
+    with pytest.raises(DataError, match="must have Parquet files"):
         dimensions(tmp_path).refresh()
 
 

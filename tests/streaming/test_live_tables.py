@@ -56,5 +56,5 @@ def test_a_table_of_others_alone_has_no_record_and_a_lost_log_is_reported(tmp_pa
     table.create_checkpoint()
     log.unlink()
     table = open_table(f"{sources_root(str(tmp_path))}/events")
-    with pytest.raises(StoreError, match="log can be read"):
+    with pytest.raises(StoreError, match="log must be readable"):
         last_commit_record(table, application_of("events"))

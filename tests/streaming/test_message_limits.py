@@ -126,7 +126,7 @@ AVRO: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     ),
     "a field that nests 10,000 levels": (
         container(b'{"type":"record","name":"r","fields":[{"name":"a","type":' + nested(10_000) + b"}]}", (1, b"\0")),
-        "nests at most 64",
+        "must nest at most 64",
     ),
     "a type that contains itself": (
         container(with_more(SELF), (1, ROW + long(1) * 100_000 + long(0))),
@@ -135,17 +135,17 @@ AVRO: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "two billion rows without bytes": (container(record(), (MANY, b"")), "at most 500,000 rows"),
     "rows of many blocks": (container(record(), *[(400_000, b"")] * 3), "at most 500,000 rows"),
     "a negative number of rows": (container(record(), (-1, b"")), "a block of -1 rows"),
-    "an array of nulls": (container(with_more(NULLS), (1, ROW + long(MANY) + long(0))), "has bytes"),
+    "an array of nulls": (container(with_more(NULLS), (1, ROW + long(MANY) + long(0))), "must have bytes"),
     "an array of empty records": (
         container(with_more({"type": "array", "items": EMPTY}), (1, ROW + long(MANY) + long(0))),
-        "has bytes",
+        "must have bytes",
     ),
     "an array of empty fixed": (
         container(
             with_more({"type": "array", "items": {"type": "fixed", "name": "f", "size": 0}}),
             (1, ROW + long(MANY) + long(0)),
         ),
-        "has bytes",
+        "must have bytes",
     ),
     "a deflate bomb": (
         lambda: container(record(*DECLARED, DUE), (1, zlib.compress(bytes(300 << 20), 9)[2:-4]), codec=b"deflate"),
@@ -170,7 +170,7 @@ AVRO: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         "expands",
     ),
     "a codec nobody knows": (container(record(*DECLARED, DUE), (1, ROW), codec=b"lz9"), "is compressed by"),
-    "a length beyond the bytes": (container(record(*DECLARED, DUE), (1, ROW))[:-20], "whole Avro container"),
+    "a length beyond the bytes": (container(record(*DECLARED, DUE), (1, ROW))[:-20], "complete Avro container"),
     "types that name types that name types": (
         container(
             record(
@@ -257,12 +257,12 @@ def dictionaries(rows: int, size: int) -> pa.Table:
 
 
 ARROW: dict[str, tuple[Callable[[], bytes], str]] = {
-    "zstd that expands": (lambda: arrow(plain(more=zeros(300 << 20))), "expands to at most"),
-    "lz4 that expands": (lambda: arrow(plain(more=zeros(300 << 20)), "lz4"), "expands to at most"),
-    "a claim of 2**62 bytes": (lambda: claiming(arrow(plain(2000)), 2**62), "expands to at most"),
+    "zstd that expands": (lambda: arrow(plain(more=zeros(300 << 20))), "expand to at most"),
+    "lz4 that expands": (lambda: arrow(plain(more=zeros(300 << 20)), "lz4"), "expand to at most"),
+    "a claim of 2**62 bytes": (lambda: claiming(arrow(plain(2000)), 2**62), "expand to at most"),
     "a claim of a negative size": (lambda: claiming(arrow(plain(2000)), -2), "a buffer of -2 bytes"),
     "a claim of another size": (lambda: claiming(arrow(plain(2000)), 100), ""),
-    "a dictionary of one long text": (lambda: arrow(dictionaries(400_000, 1000)), "expands to at most"),
+    "a dictionary of one long text": (lambda: arrow(dictionaries(400_000, 1000)), "expand to at most"),
     "nulls without bytes": (lambda: arrow(plain(600_000, more=pa.nulls(600_000))), "at most 500,000 rows"),
     "too many columns": (lambda: arrow(plain(**{f"c{n}": [1] for n in range(5000)})), "at most 4,096 columns"),
     "two columns of one name": (
@@ -315,15 +315,15 @@ def test_declared_columns_alone_are_decoded() -> None:
     assert table.column_names == ["id", "shop"]
     assert table["id"].to_pylist() == [0, 1, 2]
     assert len(seen) == 1
-    with pytest.raises(ContractError, match="A message has declared columns"):
+    with pytest.raises(ContractError, match="A message must have declared columns"):
         read_arrow(value, ["absent"], seen.append)
 
 
 JSON = {
-    "nested": (b'[{"a":' + b"[" * 900 + b"]" * 900 + b"}]", "nests at most 64 levels"),
-    "nested very deep": (b"[" * 400_000 + b"]" * 400_000, "nests at most 64 levels"),
-    "never closed": (b'{"a":' * 400_000, "nests at most 64 levels"),
-    "many values": (b"[" + b"0," * 5_000_000 + b"0]", "expands to at most"),
+    "nested": (b'[{"a":' + b"[" * 900 + b"]" * 900 + b"}]", "must nest at most 64 levels"),
+    "nested very deep": (b"[" * 400_000 + b"]" * 400_000, "must nest at most 64 levels"),
+    "never closed": (b'{"a":' * 400_000, "must nest at most 64 levels"),
+    "many values": (b"[" + b"0," * 5_000_000 + b"0]", "expand to at most"),
     "many rows": (b"[" + b"{}," * 500_000 + b"{}]", "at most 500,000 rows"),
 }
 

@@ -219,7 +219,7 @@ def test_the_same_seed_gives_the_same_messages_and_offsets_have_no_holes(case: t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "from another place than it writes to"),
+        ([], "from another folder than the one that it writes to"),
         (["--source", "kafka"], "--source kafka needs a broker"),
         (["--sources", "/elsewhere", "--sink", "topic"], "--sink topic needs a broker"),
         (["--sources", "/elsewhere", "--pase", "1s"], "--pace"),

@@ -74,7 +74,7 @@ def test_halving_gives_few_trials_many_rounds(count: int, rounds: int, factor: i
 
 def test_a_rung_where_all_fail_ends_the_search() -> None:
     chosen = model(search=Search(3, SPACE, "halving"))
-    with pytest.raises(DataError, match="A trial succeeds"):
+    with pytest.raises(DataError, match="At least one trial must succeed"):
         promoted(chosen, [TrialResult(each, math.nan, error="no") for each in first_trials(chosen)], 0)
 
 

@@ -157,12 +157,12 @@ def test_an_absent_label_may_have_a_value() -> None:
 @pytest.mark.parametrize(
     ("objective", "counts", "seen", "words"),
     [
-        ("binary:logistic", {}, {}, "The train split has rows"),
+        ("binary:logistic", {}, {}, "The train split must have rows"),
         ("binary:logistic", {"train": labels.LabelCounts(9, 9)}, {}, "9 wait for their label's horizon"),
-        ("binary:logistic", None, {"train": {0.0: 5}}, "5 of class 0 only"),
-        ("binary:logistic", None, {"train": {0.0: 1, 3.0: 4}}, "is 0 or 1. Got 3"),
+        ("binary:logistic", None, {"train": {0.0: 5}}, "all 5 have class 0"),
+        ("binary:logistic", None, {"train": {0.0: 1, 3.0: 4}}, "must be 0 or 1; there is 3"),
         ("multi:softprob", None, {"train": {0.5: 1, 3.0: 4}}, "numbered from 0"),
-        ("multi:softprob", None, {"test": {0.0: 1, 2013.0: 4}}, "at most 1000 of them. Got class 2013"),
+        ("multi:softprob", None, {"test": {0.0: 1, 2013.0: 4}}, "at most 1000 of them; there is class 2013"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused(objective: str, counts: Any, seen: Any, words: str) -> None:

@@ -170,14 +170,14 @@ def test_what_flags_and_params_cannot_mean_is_refused(
     assert cli.main(["training", *flags(store, "gpu", "--device=cuda")]) == 3
     printed = capsys.readouterr().err
     assert (
-        "Trials run on the device that --device names. Got cuda, where XGBoost reports: No visible GPU is found"
+        "Trials must run on the device that --device names; for cuda, XGBoost reports: No visible GPU is found"
         in printed
     )
     assert "Train with --device=cpu, or on workers with such a GPU" in printed
     assert "Traceback" not in printed
     (store / "definition.py").write_text(shop.DEFINITION.replace('"eta"', '"etta"'))
     assert cli.main(["training", *flags(store, "typo")]) == 2
-    assert "Got 'etta'. Did you mean 'eta'?" in capsys.readouterr().err
+    assert "there is 'etta'. Did you mean 'eta'?" in capsys.readouterr().err
     assert not (store / "registry").exists()
 
 

@@ -123,7 +123,7 @@ def merge_in_order(
                 start, end, names = waiting.pop() if waiting else (moment, moment, ())
                 if start != until or end > moment:
                     raise StoreError(
-                        "Summaries of a source's past follow each other without a gap",
+                        "Summaries of a source's past must follow each other without a gap",
                         f"what follows {until} begins at {start} and ends at {end}, on the way to {moment}",
                         "Nothing was committed; this is a defect of Millrace: please report it",
                     )

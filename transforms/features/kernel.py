@@ -294,9 +294,9 @@ def computing(what: str) -> Iterator[None]:
         yield
     except pl.exceptions.PolarsError as error:
         raise DataError(
-            f"{what} has a value for every row",
+            f"{what} must be computable for every row",
             str(error).splitlines()[0],
-            "Let what does not fit be null, as in cast(…, strict=False)",
+            "Make values that do not fit null, as in cast(…, strict=False)",
         ) from None
 
 

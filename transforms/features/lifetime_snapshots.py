@@ -26,7 +26,7 @@ from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import explain_damage, read_regular, reason_of
 
-_RULE, _FIX = "A summary of all history can be read", "Restore it, or recompute with --full"
+_RULE, _FIX = "A summary of all history must be readable", "Restore it, or recompute with --full"
 SUMMARIES_FOLDER = "_summaries"
 
 

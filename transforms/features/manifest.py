@@ -135,7 +135,7 @@ class Manifest:
             )
         except DAMAGE as error:
             raise StoreError(
-                "A feature table's manifest can be read", reason_of(error), "Recompute with --full"
+                "A feature table's manifest must be readable", reason_of(error), "Recompute with --full"
             ) from None
 
 

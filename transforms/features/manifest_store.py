@@ -38,7 +38,7 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
     if table is None or name is None:
         return EMPTY
     path = FileSystems.join(table_root(table), MANIFESTS_FOLDER, name)
-    with explain_damage("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+    with explain_damage("A feature table's manifest must be readable", path, "Restore it, or recompute with --full"):
         return Manifest.from_json(read_regular(path).decode())
 
 

@@ -135,12 +135,12 @@ def resolve_interval(view: FeatureView, inventory: Inventory, start: date | None
     if first >= last or not inventory.slices[view.spine.name].overlapping(first, last):
         where = f"[{day_of(first)}, {day_of(max(last, first))})"
         there = (
-            f"none in {where}; there are rows from {day_of(low)} to {day_of(high - 1)}"
+            f"there are none in {where}, but rows from {day_of(low)} to {day_of(high - 1)}"
             if low < high
-            else "no row with a plausible time"
+            else "no row has a plausible time"
         )
         raise DataError(
-            f"Source {view.spine.name!r} has rows in the interval",
+            f"Source {view.spine.name!r} must have rows in the interval",
             there,
             "Choose another --start and --end, or write the rows first",
         )

@@ -102,12 +102,14 @@ def check_model(bundle: Bundle, version: str, view: FeatureView | FeatureRows, t
             "If it is the same, a newer Millrace computes some of its features differently "
             "(see CHANGELOG.md): train again"
         )
-        raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
+        raise MismatchError("A model must score the features on which it was trained (view/fingerprint)", value, fix)
     known = {field.name: str(field.type) for field in rows.schema}
     wanted = bundle.encoders.inputs
     if wrong := [f"{name}: {kind}" for name, kind in wanted.items() if known.get(name) != kind]:
         value = f"{', '.join(wrong)}, not in the view of {rows.fingerprint}"
-        raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
+        raise MismatchError(
+            f"The inputs of version {version} must be those of the view", value, "Train again on this view"
+        )
 
 
 def open_checked(serving: Serving, model: PinnedModel) -> Scorer:
@@ -123,7 +125,7 @@ def open_checked(serving: Serving, model: PinnedModel) -> Scorer:
     if bundle.classes != serving.classes:
         value = f"version {scorer.version} gives {bundle.classes}, the job began with {serving.classes}"
         fix = "Start the job anew with a predictions table of its own: give the model another name"
-        raise MismatchError("A live job's scores are the same columns throughout", value, fix)
+        raise MismatchError("The scores of a live job must have the same columns throughout", value, fix)
     schema = scorable(view)
     row = pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)
     predict(scorer, row, serving.arm, SEEN.names)
@@ -197,7 +199,7 @@ class Champion:
             version = self._registry.bearer(serving.model, serving.alias)
             if version is None:
                 value = f"no version of {serving.model!r} has the alias {serving.alias!r} in {serving.registry}"
-                raise StoreError("A version has the alias of a live job", value, "Set it with: millrace promote")
+                raise StoreError("A version must have the alias of a live job", value, "Set it with: millrace promote")
         except Exception as error:  # on any error of the registry, the model in memory keeps serving
             self._report(error)
             return
@@ -259,19 +261,19 @@ class Champion:
     def _refuse(self, version: str, error: Exception) -> None:
         serving = "what served at launch" if self._current is None else f"version {self._current.version}"
         known = isinstance(error, MillraceError)
-        rule = error.rule if isinstance(error, MillraceError) else "A model can be loaded and scores a row"
+        rule = error.rule if isinstance(error, MillraceError) else "A model must be loadable, and must score a row"
         value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
         entry = Refusal(time.time_ns() // 1000, version, rule, str(value), fix)
         with self._lock:
             self.refused = [*self.refused, entry][-KEPT_ENTRIES:]
             self._counts["refused"] += 1
         log.error(
-            "version %s of %r is refused, %s serves on: %s  "
+            "version %s of %r is refused, %s stays in use: %s "
             "It is tried again when the alias moves or its files change.",
             version,
             self.serving.model,
             serving,
-            error if known else f"{rule}. Got: {value}.",
+            error if known else f"{rule}; {value}.",
         )
 
     def _report(self, error: Exception) -> None:

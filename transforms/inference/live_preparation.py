@@ -171,7 +171,7 @@ def check_replayable(request: LiveInferenceRequest) -> None:
     uri = features_live_uri(request.job.store, request.view.name, request.view.fingerprint)
     if open_table(uri) is None:
         fix = "Run first: millrace features --streaming, or read a topic with --source kafka"
-        raise StoreError("A replay reads the live feature table", f"no table at {uri}", fix)
+        raise StoreError("A replay needs the live feature table", f"there is none at {uri}", fix)
 
 
 def first_model(request: LiveInferenceRequest, outlet: Outlet) -> Serving:
@@ -186,16 +186,14 @@ def first_model(request: LiveInferenceRequest, outlet: Outlet) -> Serving:
     if version is None:
         value = f"no version of {name!r} has the alias {request.alias!r} in {request.registry}"
         fix = f"Train one with: {request.train_command}; or: millrace promote VERSION --why …"
-        raise StoreError("A live job has a model before it starts", value, fix)
+        raise StoreError("A live job must have a model before it starts", value, fix)
     try:
         return serving_with(request, outlet, registry, version)
     except MillraceError as error:
         before = last_commit_record(open_table(outlet.uri), application_of(outlet.model)).get("version")
         if before is None or before == version:
             raise
-        log.error(
-            "version %s of %r is refused, version %s, which served before, serves on: %s", version, name, before, error
-        )
+        log.error("version %s of %r is refused, version %s stays in use: %s", version, name, before, error)
         return serving_with(request, outlet, registry, str(before))
 
 
@@ -233,7 +231,7 @@ def check_live_target(outlet: Outlet) -> None:
     if table is not None and (found := {field.name for field in table.schema().fields}) != set(wanted.names):
         value = f"{outlet.uri}: only one of them has {', '.join(sorted(found ^ set(wanted.names)))}"
         fix = "Give the model a new name, or move the old table away"
-        raise StoreError("The table of live predictions has this model's columns", value, fix)
+        raise StoreError("The table of live predictions must have this model's columns", value, fix)
 
 
 def live_inference_figures(plan: LiveInferencePlan, status: Head) -> dict[str, object]:

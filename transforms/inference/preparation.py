@@ -123,7 +123,9 @@ def pinned(request: InferenceRequest, name: str) -> tuple[PinnedModel, Bundle]:
     version = request.model_version or registry.champion(name)
     if version is None:
         fix = f"Train one with: {_command('training', request)}; or name a version with --model_version"
-        raise StoreError("A model has a champion before it scores", f"none for {name!r} in {request.registry}", fix)
+        raise StoreError(
+            "A model must have a champion before it scores", f"{name!r} has none in {request.registry}", fix
+        )
     version, folder = registry.resolve(name, version)
     digest = bundle_digest(folder)
     return PinnedModel(folder, version, digest), load_bundle(folder, digest)
@@ -160,7 +162,7 @@ def feature_files(
         every.sort(key=lambda file: file.date)
         has = f"{every[0].date} to {every[-1].date}" if every else "none at all"
         value = f"none in [{request.start or 'the first'}, {request.end or 'the last'}) of {uri}, which has {has}"
-        raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
+        raise DataError("The interval must have feature rows", value, f"Compute them with: {again}")
     dates = days_between(request.start or dated[0], request.end or dated[-1] + timedelta(days=1))
     return ", ".join(names), tuple(tables), dates
 
@@ -196,7 +198,7 @@ def check_fields(uri: str, table: DeltaTable, schema: pa.Schema, fix: str) -> No
         if found.get(name) != kind
     ]
     if wrong:
-        raise MismatchError(f"The table {uri} has the columns of this definition", "; ".join(wrong), fix)
+        raise MismatchError(f"The table {uri} must have the columns of this definition", "; ".join(wrong), fix)
 
 
 def _command(pipeline: str, request: InferenceRequest) -> str:

@@ -79,23 +79,25 @@ class Condition:
             names = expression.meta.root_names()
         except pl.exceptions.PolarsError as error:
             reason = (str(error).splitlines() or ["it cannot be parsed"])[0]
-            raise DefinitionError("--where is a condition on one row", f"{self.text!r}: {reason}", example) from None
+            raise DefinitionError(
+                "--where must be a condition on one row", f"{self.text!r}: {reason}", example
+            ) from None
         unknown = [name for name in names if name not in schema]
         if unknown:
             raise DefinitionError(
-                f"--where names columns that source {self.source.name!r} declares: {', '.join(schema)}",
+                f"--where must name columns that source {self.source.name!r} declares: {', '.join(schema)}",
                 repr(unknown[0]),
                 nearest(unknown[0], schema),
             )
         if not names:
-            raise DefinitionError("--where names a column", repr(self.text), example)
+            raise DefinitionError("--where must name a column", repr(self.text), example)
         try:
             kind = pl.DataFrame(schema=schema).select(expression.alias("_")).schema["_"]
         except pl.exceptions.PolarsError as error:
             reason = (str(error).splitlines() or ["types do not fit"])[0]
-            raise DefinitionError("--where fits the columns' types", f"{self.text!r}: {reason}", example) from None
+            raise DefinitionError("--where must fit the columns' types", f"{self.text!r}: {reason}", example) from None
         if kind != pl.Boolean:
-            raise DefinitionError("--where is true or false for a row", f"{self.text!r}, which is {kind}", example)
+            raise DefinitionError("--where must be true or false for a row", f"{self.text!r} is {kind}", example)
         return expression
 
     @property
@@ -171,7 +173,7 @@ class Erasure:
             found.append(SourceFiles(folder, delta, tuple(source_files(root, self.source)), contract))
         if not found and not os.path.isdir(self._versions_folder):
             value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
-            raise StoreError("The source is in the store", value, "Name its folder with --sources")
+            raise StoreError("The source must be in the store", value, "Name its folder with --sources")
         return found
 
     @functools.cached_property
@@ -455,7 +457,7 @@ class Erasure:
                 path = os.path.join(folder, name)
                 if not os.path.isfile(path):
                     continue
-                with explain_damage("The example rows of a model can be read", path, "Restore or delete the file"):
+                with explain_damage("The example rows of a model must be readable", path, "Restore or delete the file"):
                     content = parse_object(read_regular(path))
                     rows = functools.reduce(lambda held, key: held[key], inside, content)
                     found = bool(rows["data"])

@@ -85,7 +85,7 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
         if name.startswith(".") or not name.endswith(".json"):
             continue
         path = os.path.join(folder, name)
-        with explain_damage("The record of an erasure can be read", path):
+        with explain_damage("The record of an erasure must be readable", path):
             raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
             ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record these ids

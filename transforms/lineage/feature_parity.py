@@ -91,8 +91,8 @@ def check_parity(view: FeatureView, store: str, start: date | None = None, end: 
     files = [] if table is None else data_files(table, start, end)
     if not files:
         raise DataError(
-            f"View {view.name!r} has live feature rows to compare",
-            f"none in {store}",
+            f"View {view.name!r} must have live feature rows to compare",
+            f"there are none in {store}",
             "Run: millrace features --streaming",
         )
     cuts = cuts_of(files)
@@ -220,7 +220,7 @@ def _check_rows(
     )
     if spine_rows[view.time].null_count():
         raise DataError(
-            "The spine row of every feature row is in its source's table",
+            "The spine row of every feature row must be in its source's table",
             f"{spine_rows[view.time].null_count()} are not",
             "Was the table cleaned up?",
         )

@@ -46,8 +46,8 @@ def verify_live(
     files = [] if table is None else data_files(table, start, end)
     if not files:
         raise DataError(
-            f"View {view.name!r} has live feature rows to verify",
-            f"none in {store}",
+            f"View {view.name!r} must have live feature rows to verify",
+            f"there are none in {store}",
             "Run: millrace features --streaming",
         )
     total = sum(file.rows for file in files)

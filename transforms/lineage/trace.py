@@ -171,8 +171,8 @@ def parse_key(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if len(given) != len(words) or set(given) != set(view.key):
         raise DefinitionError(
-            f"A row of view {view.name!r} is named by {', '.join(view.key)}",
-            " ".join(words) or "no --key",
+            f"A row of view {view.name!r} must be identified by {', '.join(view.key)}",
+            f"given: {' '.join(words) or 'no --key'}",
             f"Write {example}",
         )
     values = {}
@@ -193,7 +193,7 @@ def parse_key(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
                     else pl.Series([int(text)]).cast(dtype)
                 )
         except (pl.exceptions.PolarsError, ValueError, KeyError):
-            raise DefinitionError(f"{name!r} is {dtype}", repr(text), f"Write {example}") from None
+            raise DefinitionError(f"{name!r} must be {dtype}", f"it is {text!r}", f"Write {example}") from None
         values[name] = series[0]
     return values
 
@@ -270,8 +270,8 @@ def find_prediction(
         for file, row in find_rows(table, {"prediction_id": prediction}, day):
             return name, table, file, row
     raise DataError(
-        "The prediction is in the store",
-        f"{prediction} not in {', '.join(looked) or 'any table: there are no predictions'}",
+        "The prediction must be in the store",
+        f"{prediction} is not in {', '.join(looked) or 'any table: there are no predictions'}",
         "See the tables with: millrace tables",
     )
 

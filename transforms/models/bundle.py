@@ -70,7 +70,9 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> str:
     """
     missing = [name for name in _REQUIRED if name not in bundle.manifest]
     if missing:
-        raise StoreError(f"A model's manifest has {', '.join(_REQUIRED)}", f"no {', '.join(missing)}", "Add them")
+        raise StoreError(
+            f"A model's manifest must have {', '.join(_REQUIRED)}", f"it lacks {', '.join(missing)}", "Add them"
+        )
     files = {BOOSTER: bundle.booster, ENCODERS: bundle.encoders.to_json().encode(), **bundle.extra}
     digests = {name: {"sha256": _sha256(content), "bytes": len(content)} for name, content in files.items()}
     manifest = {**bundle.manifest, "format": FORMAT, "files": digests}
@@ -85,7 +87,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> str:
                 handle.write(content)
     except OSError as error:
         raise StoreError(
-            "A model's folder can be written", f"{folder}: {error}", "Grant access or free space"
+            "A model's folder must be writable", f"{folder}: {error}", "Grant access or free space"
         ) from None
     return _sha256(text)
 
@@ -109,7 +111,9 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     if about["format"] != FORMAT or not {BOOSTER, ENCODERS} <= set(files) or any("/" in name for name in files):
         value = f"{folder}: {', '.join(sorted(files))}"
         raise StoreError(
-            f"A model has format {FORMAT}: {BOOSTER} and {ENCODERS}", value, "Read it with the Millrace that wrote it"
+            f"A model must have format {FORMAT}: {BOOSTER} and {ENCODERS}",
+            value,
+            "Read it with the Millrace that wrote it",
         )
     contents = {name: read_bytes(folder, name) for name in files}
     for name, expected in files.items():
@@ -121,7 +125,7 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
         fitted = Fitted.from_json(encoders.decode())
     except DAMAGE as error:
         value = f"{folder}/{ENCODERS}: {reason_of(error)}"
-        raise StoreError("A model's encoders are as Millrace writes them", value, _RESTORE) from None
+        raise StoreError("A model's encoders must be as Millrace writes them", value, _RESTORE) from None
     return Bundle(booster, fitted, cast(ModelManifest, manifest), contents)
 
 
@@ -130,7 +134,7 @@ def _parsed(kind: type[Record], text: bytes, folder: str | Path) -> Record:
         return parse_record(kind, text)
     except DAMAGE as error:
         value = f"{folder}/{MANIFEST}: {reason_of(error)}"
-        raise StoreError("A model's manifest is JSON as Millrace writes it", value, _RESTORE) from None
+        raise StoreError("A model's manifest must be JSON as Millrace writes it", value, _RESTORE) from None
 
 
 def model_manifest(folder: str | Path) -> ModelManifest:
@@ -150,7 +154,7 @@ def bundle_digest(folder: str | Path) -> str:
 def check_digest(folder: str | Path, name: str, content: bytes, expected: str) -> None:
     if (found := _sha256(content)) != expected:
         value = f"{folder}/{name} with SHA-256 {found}, saved with {expected}"
-        raise StoreError("A model's files are as they were saved", value, _RESTORE)
+        raise StoreError("A model's files must be as they were saved", value, _RESTORE)
 
 
 def check_mlmodel(folder: str | Path) -> None:
@@ -166,7 +170,10 @@ def check_mlmodel(folder: str | Path) -> None:
         return
     import yaml
 
-    rule, fix = f"MLflow loads a model of Millrace with {LOADER}, and with no other code", "Register the model again"
+    rule, fix = (
+        f"MLflow must load a model of Millrace with {LOADER}, and with no other code",
+        "Register the model again",
+    )
     try:
         found = yaml.safe_load(read_bytes(folder, MLMODEL))
         flavor = found["flavors"].get("python_function", {})
@@ -175,10 +182,10 @@ def check_mlmodel(folder: str | Path) -> None:
         loader = flavor.get("loader_module", LOADER)
     except (yaml.YAMLError, *DAMAGE) as error:
         value = f"{path}: {(str(error).splitlines() or [repr(error)])[0]}"
-        raise StoreError(f"{MLMODEL} describes a model of MLflow", value, fix) from None
+        raise StoreError(f"{MLMODEL} must describe a model of MLflow", value, fix) from None
     if loader != LOADER or keys or foreign:
         named = f"loader_module {loader!r}" if loader != LOADER else ", ".join(map(str, [*keys, *foreign]))
-        raise StoreError(rule, f"{path} with {named}", fix)
+        raise StoreError(rule, f"{path} names {named}", fix)
 
 
 def read_bytes(folder: str | Path, name: str) -> bytes:
@@ -192,7 +199,7 @@ def read_bytes(folder: str | Path, name: str) -> bytes:
         return read_regular(path)
     except OSError as error:
         raise StoreError(
-            "A model's files can be read", f"{path}: {getattr(error, 'strerror', None) or error}", _RESTORE
+            "A model's files must be readable", f"{path}: {getattr(error, 'strerror', None) or error}", _RESTORE
         ) from None
 
 

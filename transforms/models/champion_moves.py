@@ -50,7 +50,7 @@ def only_move(folder: Path | None) -> Iterator[None]:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise StoreError("The model registry can be written", f"{path}: {error.strerror}", "Grant access") from None
+        raise StoreError("The model registry must be writable", f"{path}: {error.strerror}", "Grant access") from None
     try:
         while True:
             try:
@@ -59,8 +59,8 @@ def only_move(folder: Path | None) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise StoreError(
-                        "The champion of a registry is moved by one command at a time",
-                        f"{path} has been held by another for {WAIT:.0f} s",
+                        "Only one command at a time may move the champion of a registry",
+                        f"another has held {path} for {WAIT:.0f} s",
                         "Wait for that command to end, or stop it",
                     ) from None
                 time.sleep(0.02)
@@ -166,8 +166,8 @@ class ChampionMoves:
             stack.append(self.champion)
         if len(stack) < 2 or self.champion is None:
             raise StoreError(
-                f"Model {self.name!r} had a champion before this one",
-                ", ".join(stack) or "none at all",
+                f"Model {self.name!r} must have had a champion before this one",
+                f"its champions: {', '.join(stack) or 'none'}",
                 "Name one: millrace promote VERSION --why …",
             )
         return stack[-2]

@@ -242,8 +242,8 @@ class Fitted:
         content = json.loads(text)
         if content.get("format") not in (_FORMAT, _WHOLE_FORMAT):
             raise MismatchError(
-                f"Encoders are in format {_FORMAT} or {_WHOLE_FORMAT}",
-                content.get("format"),
+                f"Encoders must have format {_FORMAT} or {_WHOLE_FORMAT}",
+                f"it is {content.get('format')}",
                 "Use the version of Millrace that trained the model",
             )
         return cls(
@@ -262,7 +262,9 @@ def input_column(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
     position = batch.schema.get_field_index(each.input)
     if position < 0:
         raise MismatchError(
-            "A batch has every input of the model", repr(each.input), nearest(each.input, batch.schema.names)
+            "A batch must have every input of the model",
+            f"{each.input!r} is missing",
+            nearest(each.input, batch.schema.names),
         )
     column = batch.column(position)
     kind = str(column.type)
@@ -271,8 +273,8 @@ def input_column(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
             column = column.dictionary_decode()
         if each.type != "string" or column.type not in (pa.string(), pa.large_string()):
             raise MismatchError(
-                f"Input {each.input!r} has the type it was trained with, {each.type}",
-                kind,
+                f"Input {each.input!r} must have the type that it had in training, {each.type}",
+                f"it is {kind}",
                 "Use the feature table of the model's view",
             )
     return column
@@ -367,5 +369,9 @@ def _encoder(content: dict[str, Any] | None) -> encoders.Encoder | None:
     kinds = {kind.__name__: kind for kind in (*encoders.CATEGORICAL, *encoders.NUMERIC)}
     kind = kinds.get(content["kind"])
     if kind is None:
-        raise DataError("An encoder is one this version knows", content["kind"], nearest(content["kind"], kinds))
+        raise DataError(
+            "An encoder must be one that this version knows",
+            f"it is {content['kind']}",
+            nearest(content["kind"], kinds),
+        )
     return kind(**{name: value for name, value in content.items() if name != "kind"})

@@ -49,7 +49,9 @@ def rows_of(scorer: Scorer, rows: Any) -> pa.RecordBatch:
                 # pandas has whole numbers with gaps as doubles, and values that JSON leaves out as NaN.
                 column = pa.array(values.astype(object).where(values.notna(), None).tolist()).cast(wanted)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            raise MismatchError(f"The input {name!r} is {kind}", str(error).splitlines()[0], "Send it so") from None
+            raise MismatchError(
+                f"The input {name!r} must be {kind}", str(error).splitlines()[0], "Send values of this type"
+            ) from None
         columns.append(column)
         fields.append(pa.field(name, wanted))
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))

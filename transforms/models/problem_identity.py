@@ -52,7 +52,7 @@ def require_same_problem(registry: Registry, name: str, mine: Mapping[str, objec
     if apart:
         was, now = (", ".join(f"{part} {_shown(each, part)}" for part in apart) for each in (theirs, mine))
         raise MismatchError(
-            f"Versions of the registered model {name!r} predict the same thing",
+            f"All versions of the registered model {name!r} must predict the same thing",
             f"version {version} has {was}; this definition has {now}",
             f"Give this model a name of its own, as Model(…, name={name + '_2'!r}): "
             "its versions, champion, predictions and examples are then kept apart",

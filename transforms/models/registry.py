@@ -132,8 +132,8 @@ class Registry:
         """
         record = record or RunRecord()
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # because it names a folder
-            rule = "The name of a registered model is lower-case letters, digits and underscores"
-            raise StoreError(rule, repr(bundle.name), "Train the model again")
+            rule = "The name of a registered model must consist of lower-case letters, digits and underscores"
+            raise StoreError(rule, f"it is {bundle.name!r}", "Train the model again")
         with self.client(write=True) as client:
             run = self.run(client, bundle.name, run_id, {**record.tags, FINGERPRINT: bundle.fingerprint})
             of_this_run = f"name='{bundle.name}' and run_id='{run.info.run_id}'"
@@ -212,25 +212,27 @@ class Registry:
             versions = content.versions(name)
             if not versions:
                 value = f"no model {name!r} in {self.uri}"
-                raise StoreError("A model is registered before it is used", value, "Train one with: millrace training")
+                raise StoreError(
+                    "A model must be registered before it is used", value, "Train one with: millrace training"
+                )
             if version is None and (version := _aliases(content, name).get(CHAMPION)) is None:
                 value = f"{name!r} with versions {', '.join(versions)}"
                 raise StoreError(
-                    "A model has a champion once one passed its gates",
+                    "A model must have a champion, which is a version that passed its gates",
                     value,
                     "Name one with --model_version, or: millrace promote",
                 )
             if (found := versions.get(str(version))) is None:
                 raise StoreError(
-                    f"Model {name!r} has the version named",
-                    repr(str(version)),
+                    f"The version must be one of model {name!r}",
+                    f"it is {str(version)!r}",
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
             recorded = content.address(name, found.version)
         if (expected := found.tags.get(DIGEST)) is None:
             value = f"version {version} of {name!r} without the tag {DIGEST}"
             raise StoreError(
-                "Millrace scores with models that it registered", value, "Register it with: millrace training"
+                "A model must have been registered by Millrace", value, "Register it with: millrace training"
             )
         return found.version, self._folder(recorded, found.run_id), expected
 
@@ -339,10 +341,10 @@ class Registry:
             yield _connect(self.uri if path is None else _plain_uri(path))
         except ModuleNotFoundError as error:
             raise StoreError(
-                "The driver of a registry's database is installed",
-                f"no module {error.name!r} for {without_password(self.uri)}",
+                "The driver of a registry's database must be installed",
+                f"there is no module {error.name!r} for {without_password(self.uri)}",
                 f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
-                "or name another driver, as mysql+pymysql://…",
+                "or name another driver, such as mysql+pymysql://…",
             ) from None
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, NoResponse) as error:
             raise self._unreachable(error) from None
@@ -373,7 +375,7 @@ class Registry:
         text = (str(error).splitlines() or [type(error).__name__])[0][:300]
         value = f"{without_password(self.uri)}: {without_password(text)}"
         fix = "Start it or correct --registry, then run the same command again"
-        return StoreError("The model registry can be reached", value, fix)
+        return StoreError("The model registry must be reachable", value, fix)
 
     def run(self, client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> MlflowRun:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
@@ -433,8 +435,8 @@ def _require(content: RegistryContent, name: str, version: str) -> None:
     versions = content.versions(name)
     if version not in versions:
         raise StoreError(
-            f"Model {name!r} has the version to promote",
-            repr(version),
+            f"The version to promote must be one of model {name!r}",
+            f"it is {version!r}",
             f"Registered: {', '.join(versions) or 'none'}",
         )
 

@@ -46,7 +46,9 @@ def registry_uri(store: str, uri: str | None = None) -> str:
         return absolute_address(uri)
     if "://" in store:
         raise StoreError(
-            "A registry in SQLite lives on a local disk", store, "Name an MLflow server: --registry https://…"
+            "A registry in SQLite must be on a local disk",
+            f"the store is {store}",
+            "Name an MLflow server: --registry https://…",
         )
     return sqlite_uri(os.path.join(os.path.abspath(store), "registry", "mlflow.db"))
 
@@ -67,7 +69,7 @@ def absolute_address(uri: str) -> str:
     Raises:
         StoreError: it does not name a registry that can be used.
     """
-    rule, fix = "A model registry is an MLflow server or a database", f"Name {_KNOWN}"
+    rule, fix = "A model registry must be an MLflow server or a database", f"Name {_KNOWN}"
     try:
         urlsplit(uri)
     except ValueError as error:
@@ -76,20 +78,24 @@ def absolute_address(uri: str) -> str:
     if scheme in ("", "file") and uri not in ("databricks", "uc"):
         path = os.path.abspath(unquote(urlsplit(uri).path) if scheme else uri)
         raise StoreError(
-            "A model registry is a SQLite file rather than a folder",
-            without_password(uri),
+            "A model registry must be a SQLite file, not a folder",
+            f"it is {without_password(uri)}",
             f"Write --registry {sqlite_uri(os.path.join(path, 'mlflow.db'))}",
         )
     if scheme == "sqlite":
         path, _, query = uri.removeprefix(SQLITE).partition("?")
         if not uri.startswith(SQLITE) or unquote(path) in ("", ":memory:") or unquote(path).startswith("file:"):
             raise StoreError(
-                "A registry in SQLite is a file that is named by its path",
-                uri,
+                "A registry in SQLite must be a file that is named by its path",
+                f"it is {uri}",
                 "Write --registry sqlite:////folder/mlflow.db, with four slashes before an absolute path",
             )
         if query and not re.fullmatch(r"\w+=[^/&]*(&\w+=[^/&]*)*", query):
-            raise StoreError("A question mark in the path of a registry is written %3F", uri, "Write %3F instead of ?")
+            raise StoreError(
+                "A question mark in the path of a registry must be written as %3F",
+                f"it is {uri}",
+                "Write %3F instead of ?",
+            )
         return sqlite_uri(os.path.abspath(unquote(path))) + (f"?{query}" if query else "")
     if scheme not in _SERVERS and uri not in ("databricks", "uc"):
         raise StoreError(rule, without_password(uri), fix)
@@ -177,7 +183,7 @@ def require_sqlite(path: Path, write: bool) -> bool:
                 raise OSError(f"it is a database of something else, with {', '.join(sorted(tables)[:3])}")
         return True
     except (OSError, sqlite3.Error) as error:
-        raise StoreError("The model registry is a SQLite file that can be used", f"{path}: {error}", fix) from None
+        raise StoreError("The model registry must be a SQLite file that can be used", f"{path}: {error}", fix) from None
 
 
 def follow_move(path: Path) -> None:

@@ -79,10 +79,12 @@ def open_scorer(model: PinnedModel, threads: int = 0) -> Scorer:
         booster.load_model(bytearray(bundle.booster))
     except xgboost.core.XGBoostError as error:
         value = f"{model.folder}: {str(error).splitlines()[-1]}"
-        raise StoreError("A booster is one that this XGBoost reads", value, "Use the XGBoost that trained it") from None
+        raise StoreError(
+            "A booster must be readable by this XGBoost", value, "Use the XGBoost that trained it"
+        ) from None
     if booster.num_features() != len(bundle.encoders.names):
         value = f"{booster.num_features()} and {len(bundle.encoders.names)} columns"
-        raise MismatchError("A booster takes the columns that its encoders make", value, "Train and register it again")
+        raise MismatchError("A booster must have the columns of its encoders", value, "Train and register it again")
     scorer = Scorer(bundle, booster, model.version or digest[:12])
     _predict(scorer, np.zeros((1, booster.num_features()), np.float32))
     return scorer
@@ -108,7 +110,7 @@ def _predict(scorer: Scorer, matrix: Scores) -> Scores:
     if found.shape[1] != scorer.bundle.classes:
         value = f"{found.shape[1]} scores a row, {scorer.bundle.classes} in the manifest"
         raise MismatchError(
-            "A booster gives the scores that its manifest declares", value, "Train and register it again"
+            "A booster must give the scores that its manifest declares", value, "Train and register it again"
         )
     return found
 

@@ -67,7 +67,7 @@ class DiskPartitions:
                         self._write(file, part, rows[positions])
         except OSError as error:
             raise DataError(
-                "Rows of a block that is too large for memory are written to local disk",
+                "The local disk must be writable for rows of a block that is too large for memory",
                 f"{self._path}: {error.strerror or error}",
                 "Free space there, point TMPDIR at a larger disk, or choose a larger --block_rows if there is memory",
             ) from None

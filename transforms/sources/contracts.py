@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.durations import instant, microseconds
-from schemas.errors import ContractError, nearest
+from schemas.errors import ContractError, listed, nearest
 from schemas.sources import Source
 from transforms.records.columns import select, with_columns
 from transforms.records.times import EPOCH, MICROSECOND
@@ -36,7 +36,7 @@ def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
     """The error for a file that cannot be read."""
     reason = (str(error).splitlines() or ["unreadable"])[0]
     return ContractError(
-        f"Source {source.name!r}: every file is whole Parquet",
+        f"Source {source.name!r}: every file must be complete Parquet",
         f"{path}: {reason}",
         "Write the file again (aside, then rename), or remove it",
     )
@@ -176,42 +176,55 @@ class Contract:
     def check(self, schema: pa.Schema, file: str) -> None:
         """Refuses a file whose columns do not have the declared types; columns that are not declared are ignored."""
         what = f"Source {self.source.name!r}"
+        refused = [each for name in self.read if (each := self._refusal(schema, file, name))]
+        if len(refused) > 1:
+            raise ContractError(
+                f"{what}: every file must have the declared columns with their types and zones",
+                f"in {file}, {listed(value for value, _ in refused)}",
+                "Correct the file, or the declaration if it was wrong",
+            )
+        if refused:
+            raise refused[0][1]
+
+    def _refusal(self, schema: pa.Schema, file: str, name: str) -> tuple[str, ContractError] | None:
+        """What is wrong with a declared column of a file, in short and as an error of its own; None if it is right."""
+        what = f"Source {self.source.name!r}"
         given = {} if self.partitions is None else self.partitions.types
         added = {} if self.partitions is None else self.partitions.columns
-        for name in self.read:
-            count = 0 if name in given else schema.names.count(name)
-            if count > 1:
-                raise ContractError(
-                    f"{what}: a file has each declared column once",
-                    f"{count} columns {name!r} in {file}",
-                    "Write the file again, each column under a name of its own",
-                )
-            if name in given:
-                found = given[name]
-            elif count and (self.partitions is None or name in added):
-                found = schema.field(name).type
-            elif name in added:
-                found = added[name]
-            else:
-                where = f"{file} with {', '.join(schema.names)}"
-                if count:
-                    where = f"{file} has it, but the newest version of its table does not"
-                raise ContractError(
-                    f"{what}: every file has the declared column {name!r}", where, nearest(name, schema.names)
-                )
-            declared = self.source.schema[name]
-            if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
-                raise ContractError(
-                    f"{what}: a timestamp names its time zone",
-                    f"{name!r}: {found} in {file}",
-                    "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
-                )
-            if not type_holds(declared, found):
-                raise ContractError(
-                    f"{what}: column {name!r} is {declared}",
-                    f"{found} in {file}",
-                    "Correct the file, or the declaration if it was wrong",
-                )
+        count = 0 if name in given else schema.names.count(name)
+        if count > 1:
+            return f"{name!r} occurs {count} times", ContractError(
+                f"{what}: a file must have each declared column once",
+                f"{file} has {count} columns {name!r}",
+                "Write the file again, with a name of its own for each column",
+            )
+        if name in given:
+            found = given[name]
+        elif count and (self.partitions is None or name in added):
+            found = schema.field(name).type
+        elif name in added:
+            found = added[name]
+        else:
+            where = f"{file} has {', '.join(schema.names)}"
+            if count:
+                where = f"{file} has it, but the newest version of its table does not"
+            return f"{name!r} is missing", ContractError(
+                f"{what}: every file must have the declared column {name!r}", where, nearest(name, schema.names)
+            )
+        declared = self.source.schema[name]
+        if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
+            return f"{name!r} is {found} without a zone", ContractError(
+                f"{what}: a timestamp must have a time zone",
+                f"{name!r} is {found} in {file}",
+                "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
+            )
+        if not type_holds(declared, found):
+            return f"{name!r} is {found} instead of {declared}", ContractError(
+                f"{what}: column {name!r} must be {declared}",
+                f"it is {found} in {file}",
+                "Correct the file, or the declaration if it was wrong",
+            )
+        return None
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:

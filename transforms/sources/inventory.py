@@ -117,8 +117,8 @@ def listing_of(root: str, source: Source) -> Listing:
     listing = list_files(source.name, folder)
     if not listing.files:
         raise DataError(
-            f"Source {source.name!r} has Parquet files",
-            f"none under {folder}",
+            f"Source {source.name!r} must have Parquet files",
+            f"there are none under {folder}",
             "Write its rows there, or name another folder with --sources",
         )
     return listing
@@ -137,7 +137,7 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
         table = open_table(folder, version)
     except IncompleteLogError as error:
         raise ContractError(
-            f"Source {source.name!r}: every commit of a Delta table is whole",
+            f"Source {source.name!r}: every commit of a Delta table must be complete",
             str(error.value),
             "Restore the file, or restore the table to the version before it",
         ) from None
@@ -145,14 +145,14 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
     if table is None:
         # Without the log, it is unknown which files hold rows that were replaced.
         raise ContractError(
-            f"Source {source.name!r}: a Delta table has a log",
-            f"no commit in {log}",
+            f"Source {source.name!r}: a Delta table must have a log",
+            f"there is no commit in {log}",
             f"Restore the log, or remove {log} if every Parquet file under {folder} is to be read",
         )
     if "://" not in folder and os.path.lexists(folder + SUFFIX):
         raise ContractError(
-            f"Source {source.name!r} is a Delta table or Parquet files, not both",
-            f"{folder} and {folder}{SUFFIX}",
+            f"Source {source.name!r} must be either a Delta table or Parquet files",
+            f"there are {folder} and {folder}{SUFFIX}",
             "Move one of them away",
         )
     return table
@@ -248,8 +248,8 @@ def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Sli
         path = FileSystems.join(root, path_within(root, logged))
         if rows is not None and found[path] != rows:
             raise ContractError(
-                f"Source {source.name!r}: a file of a Delta table has the rows that were committed with it",
-                f"{path}: {found[path]} rows, and {rows} by the table's log",
+                f"Source {source.name!r}: a file of a Delta table must have the rows that were committed with it",
+                f"{path} has {found[path]} rows, and {rows} by the table's log",
                 "Restore the file, or have the table's owner write the rows again",
             )
 
@@ -268,8 +268,8 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
             if len(found) == 2:
                 (good, right), (bad, wrong) = found[True], found[False]
                 raise ContractError(
-                    f"Source {contract.source.name!r}: column {name!r} has one type in every file, declared {declared}",
-                    f"{right} in {good}, and {wrong} in {bad}",
+                    f"Source {contract.source.name!r}: column {name!r} must be {declared} in every file",
+                    f"it is {right} in {good}, and {wrong} in {bad}",
                     f"Write {bad} again with {name!r} as {right}, or move it away",
                 )
 
@@ -280,21 +280,21 @@ def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         raise ContractError(
-            f"{what}: the files of a Delta table name its columns",
-            f"column mapping in {uri}",
+            f"{what}: the files of a Delta table must have the names of its columns",
+            f"{uri} uses column mapping",
             "Write the table again without delta.columnMapping.mode",
         )
     if "deletionVectors" in features and _deleted(table):
         raise ContractError(
-            f"{what}: the files of a Delta table hold its rows and no others",
-            f"deletion vectors in {uri}",
-            "Have its owner rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and "
+            f"{what}: the files of a Delta table must have its rows and no others",
+            f"{uri} uses deletion vectors",
+            "Ask its owner to rewrite the files: REORG TABLE … APPLY (PURGE) in Spark, and "
             "delta.enableDeletionVectors=false",
         )
     columns = [name for name in table.metadata().partition_columns if name in contract.read]
     if contract.source.time in columns:
         raise ContractError(
-            f"{what}: the time of its rows is in its files",
+            f"{what}: the time of its rows must be in its files",
             f"{contract.source.time!r} partitions {uri}",
             "Partition it by the date of the time instead",
         )
@@ -415,9 +415,11 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
-            raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None
+            raise ContractError(
+                f"Source {source.name!r}: every file must be readable", reason, "Grant access"
+            ) from None
         raise ContractError(
-            f"Source {source.name!r}: every file is whole Parquet",
+            f"Source {source.name!r}: every file must be complete Parquet",
             f"{path}: {reason}",
             "Write the file again (aside, then rename), or remove it",
         ) from None

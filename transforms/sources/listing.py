@@ -61,7 +61,7 @@ class Listing(PickledOnce):
         if gone or replaced:
             parts = ((gone, "gone"), (replaced, "replaced"))
             raise DataError(
-                f"Source {self.source!r}: its files stay as they are while a run reads them",
+                f"Source {self.source!r}: its files must not change while a run reads them",
                 "; ".join(f"{first_few(paths)} {what} since the run began" for paths, what in parts if paths),
                 "Run the same command again; write new files aside and rename them",
             )
@@ -140,7 +140,7 @@ class _Walk:
                 self._walk(path, status)
             elif path == folder:
                 self._refuse(
-                    path, "a file" if stat.S_ISREG(status.st_mode) else _kind(status), "Every source is a folder"
+                    path, "a file" if stat.S_ISREG(status.st_mode) else _kind(status), "Every source must be a folder"
                 )
             else:
                 self._file(path, status)
@@ -157,7 +157,7 @@ class _Walk:
                     self._refuse(
                         entry.path,
                         "a Delta table inside the source",
-                        "A Delta table is the whole source",
+                        "A Delta table must be the whole source",
                         "Make it a source of its own, or write its rows as Parquet files",
                     )
                 if is_hidden(entry.name):
@@ -178,7 +178,7 @@ class _Walk:
             raise self._changed(folder) from None
         except OSError as error:
             raise DataError(
-                "Every folder of a source can be looked into", f"{error.filename}: {error.strerror}", "Grant access"
+                "Every folder of a source must be readable", f"{error.filename}: {error.strerror}", "Grant access"
             ) from None
 
     def _status(self, path: str, linked: bool) -> os.stat_result:
@@ -204,7 +204,7 @@ class _Walk:
         if not path.casefold().endswith(SUFFIX):
             self._refuse(
                 path,
-                f"{status.st_size:,} bytes under a name without {SUFFIX}",
+                f"{status.st_size:,} bytes with a name without {SUFFIX}",
                 fix=f"Move it away, or let its name begin with _; name it {SUFFIX} if it is Parquet",
             )
         self._once(path, status)
@@ -215,12 +215,12 @@ class _Walk:
         other = self.seen.setdefault((status.st_dev, status.st_ino), path) if status.st_ino else path
         if other != path:
             self._refuse(
-                path, f"the same as {other}, by way of a link", "A source holds each file once", "Remove the link"
+                path, f"the same as {other}, by way of a link", "A source must have each file once", "Remove the link"
             )
 
     def _changed(self, path: str) -> DataError:
         return DataError(
-            f"Source {self.source!r}: its files stay as they are while a run lists them",
+            f"Source {self.source!r}: its files must not change while a run lists them",
             f"{path} disappeared",
             "Run the same command again; write new files aside and rename them",
         )
@@ -229,7 +229,7 @@ class _Walk:
         self,
         path: str,
         what: str,
-        rule: str = "Every entry of a source is a folder or a Parquet file",
+        rule: str = "Every entry of a source must be a folder or a Parquet file",
         fix: str = "Move it away",
     ) -> NoReturn:
         raise ContractError(f"Source {self.source!r}: {rule[0].lower()}{rule[1:]}", f"{path}: {what}", fix)
@@ -261,8 +261,8 @@ def _list_remote(source: str, folder: str) -> Listing:
                 continue  # web consoles write an empty object to show a folder
             elif not each.path.casefold().endswith(SUFFIX):
                 raise ContractError(
-                    f"Source {source!r}: every entry of a source is a folder or a Parquet file",
-                    f"{each.path}: {each.size_in_bytes:,} bytes under a name without {SUFFIX}",
+                    f"Source {source!r}: every entry of a source must be a folder or a Parquet file",
+                    f"{each.path} has {each.size_in_bytes:,} bytes and a name without {SUFFIX}",
                     f"Move it away, or let its name begin with _; name it {SUFFIX} if it is Parquet",
                 )
             else:

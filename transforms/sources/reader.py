@@ -274,7 +274,7 @@ def _complete(contract: Contract, path: str, found: int, rows: int) -> None:
 def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
     if stamp is not None and stamp_of(path) != stamp:
         raise ContractError(
-            f"Source {contract.source.name!r}: files stay as they are while a run reads them",
+            f"Source {contract.source.name!r}: its files must not change while a run reads them",
             f"{path} was replaced",
             "Run the same command again; write new files aside and rename them",
         )

@@ -67,9 +67,9 @@ def require_conserved(files: WrittenFiles, tallies: Mapping[str, SourceTally], s
     computed = sum(file.rows for file in {file for file, _ in files})
     if lost or computed != tallies.get(spine, SourceTally(spine)).used:
         raise DataError(
-            "Rows are conserved: read = used + outside + repeated + dead, and every spine row is computed once",
+            "Every row must be used, outside every window, repeated or dead, and every spine row computed once",
             f"{computed} feature rows of {tallies.get(spine, SourceTally(spine)).used} spine rows; "
-            f"{lost or 'accounts balance'}",
+            f"{lost or 'the counts balance'}",
             "Nothing was committed; a source may have changed while it was read: run the same command again",
         )
     return files

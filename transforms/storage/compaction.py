@@ -113,9 +113,9 @@ def compact_table(uri: str, run_id: str, most_files: int = MOST_FILES) -> Compac
             sum(each.action.size for each in merged),
         )
 
-    rule = f"A commit succeeds within {COMMIT_ATTEMPTS} attempts"
+    rule = f"A commit must succeed within {COMMIT_ATTEMPTS} attempts"
     fix = "Run the same command again when fewer runs write to this table"
-    return retry_commits(uri, attempt, StoreError(rule, uri, fix))
+    return retry_commits(uri, attempt, StoreError(rule, f"it did not on {uri}", fix))
 
 
 def _files(table: DeltaTable) -> list[_File]:
@@ -170,7 +170,7 @@ def _merge(uri: str, files: tuple[_File, ...], run_id: str) -> _Merged:
         rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
     except DataError as error:
         raise StoreError(
-            "The files of a table have the rows that its log counts",
+            "The files of a table must have the rows that its log counts",
             error.value,
             "Nothing was changed. Restore the files from a backup",
         ) from None

@@ -189,7 +189,7 @@ def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> N
 
 def other_rows(path: str, value: str) -> DataError:
     return DataError(
-        "A data file holds the rows that were committed with it",
+        "A data file must have the rows that were committed with it",
         f"{path}: {value}",
         "Nothing was changed: restore the file, or compute all dates again with --full",
     )
@@ -198,7 +198,7 @@ def other_rows(path: str, value: str) -> DataError:
 def unreadable(path: str, error: Exception) -> StoreError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return StoreError(
-        "A committed data file can be read",
+        "A committed data file must be readable",
         f"{path}: {text}",
         "Restore the file, or recompute its date with --full",
     )

@@ -47,8 +47,8 @@ def path_within(root: str, logged: str) -> str:
     elsewhere = path.startswith(("/", "\\")) or re.match(r"[A-Za-z][\w+.-]*:[/\\]", path)
     if not path or elsewhere or ".." in parts or "\0" in path:
         raise StoreError(
-            "The files of a Delta table lie in its folder",
-            f"{logged!r} in the log of {root}",
+            "The files of a Delta table must be in its folder",
+            f"{logged!r} in the log of {root} is not",
             "Write the table again with its files below it; shallow clones, whose files lie elsewhere, are not read",
         )
     return path
@@ -68,7 +68,7 @@ def logged_versions(uri: str) -> list[int]:
             names = []
         except OSError as error:
             raise StoreError(
-                "A table's log can be read", f"{folder}: {error.strerror}", "Grant access, then try again"
+                "A table's log must be readable", f"{folder}: {error.strerror}", "Grant access, then try again"
             ) from None
     else:
         names = [each.path.rsplit("/", 1)[-1] for each in FileSystems.match([f"{folder}/*.json"])[0].metadata_list]
@@ -159,7 +159,7 @@ def conflict(
     days = {day.isoformat() for _, day in (*gone, *new)}
     since = "there was no table" if base is None else f"version {base}"
     return ConflictError(
-        f"Nobody else changes the dates of a run while it works on {uri}",
+        f"No other run may change the dates of a run while it works on {uri}",
         f"{_some(sorted(days))} changed since {since}; it has version {version} now, written by run "
         f"{_some(sorted(names))}",
         "Another run won: run the same command again to build on its result",
@@ -197,4 +197,4 @@ def _actions(uri: str, version: int, kind: str) -> Iterator[CommitInfo]:
         # Each line is an object with one member.
         yield from (json.loads(line)[kind] for line in text.splitlines() if line.startswith(f'{{"{kind}":'))
     except (OSError, ValueError) as error:
-        raise StoreError("A table's log can be read", f"{path}: {error}", "Restore the file") from None
+        raise StoreError("A table's log must be readable", f"{path}: {error}", "Restore the file") from None

@@ -123,9 +123,9 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
         return None
     except (DeltaError, OSError) as error:
         raise StoreError(
-            f"The table {uri} can be read{'' if version is None else f' at version {version}'}",
+            f"The table {uri} must be readable{'' if version is None else f' at version {version}'}",
             _in_a_line(error),
-            "List what there is with: millrace tables",
+            "List the tables with: millrace tables",
         ) from None
     require_whole_entries(uri, int(table.version()))
     return table
@@ -397,7 +397,7 @@ def _writing(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            "The store can be written",
+            "The store must be writable",
             f"{path}: {error.strerror or error}",
             "Free space or grant access, then run the same command again: nothing half-written is visible",
         ) from None
@@ -457,7 +457,7 @@ def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[Non
     except (DeltaError, OSError) as error:
         if table is None and open_table(uri) is not None:
             raise CommittedMeanwhile(uri) from None
-        raise StoreError("The store can be written", f"{uri}: {_in_a_line(error)}", fix) from None
+        raise StoreError("The store must be writable", f"{uri}: {_in_a_line(error)}", fix) from None
 
 
 def retry_commits(uri: str, attempt: Callable[[DeltaTable | None], Result], exhausted: StoreError) -> Result:
@@ -542,8 +542,8 @@ def commit(
     strays = sorted({file.date.isoformat() for file, _ in written} - {day.isoformat() for day in target.dates or ()})
     if strays and target.dates is not None:
         raise StoreError(
-            "A run writes rows of its own dates only",
-            ", ".join(strays[:5]),
+            "A run must write only rows of its own dates",
+            f"there are rows of {', '.join(strays[:5])}",
             "This is a defect of Millrace: please report it",
         )
     unique = {file: (file, values) for file, values in written}
@@ -553,8 +553,8 @@ def commit(
         target.uri,
         replacement.attempt,
         ConflictError(
-            f"A commit succeeds within {COMMIT_ATTEMPTS} attempts",
-            f"as many commits of other runs to {target.uri} meanwhile",
+            f"A commit must succeed within {COMMIT_ATTEMPTS} attempts",
+            f"other runs kept committing to {target.uri}",
             "Run the same command again when fewer runs write to this table",
         ),
     )
@@ -790,7 +790,9 @@ def add_actions(uri: str, files: Iterable[tuple[DataFile, dict[str, str]]]) -> l
             stats = date_spans.stats_of([Segment(as_number(file.date), file.rows) for file, _ in parts])
             if rows != first.whole:
                 raise StoreError(
-                    "A file is committed with all its dates", path, "This is a defect of Millrace: please report it"
+                    "A file must be committed with all its dates",
+                    f"{path} was not",
+                    "This is a defect of Millrace: please report it",
                 )
         size = os.path.getsize(path) if first.whole else first.bytes
         actions.append(AddAction(path[len(uri.rstrip("/")) + 1 :], size, values, 0, True, json.dumps(stats)))

@@ -39,20 +39,20 @@ def open_feature_table(
     if table is not None:
         if version is None and (lost := lost_commit(uri, int(table.version()))):
             raise StoreError(
-                "The log of a feature table has the commit of the last run of features",
-                f"{lost}; its newest in {uri} is version {table.version()}",
+                "The log of a feature table must have the commit of the last run of features",
+                f"{lost}, but its newest in {uri} is version {table.version()}",
                 f"Restore {LOG_FOLDER} from a backup, or compute what is missing with: {command}",
             )
         return table
     root, fingerprint = FileSystems.split(uri)
     if others := fingerprints_in(root):
         raise mismatch(
-            f"Features are read under the definition's own fingerprint, {fingerprint}",
-            f"{', '.join(others)} in {root}",
+            f"The feature table must have the definition's own fingerprint, {fingerprint}",
+            f"there are {', '.join(others)} in {root}",
             f"Run: {command}",
         )
     view = FileSystems.split(root)[1]
-    raise missing(f"View {view!r} has a feature table", f"none at {uri}", f"Run: {command}")
+    raise missing(f"View {view!r} must have a feature table", f"there is none at {uri}", f"Run: {command}")
 
 
 def lost_commit(uri: str, newest: int | None) -> str | None:

@@ -94,7 +94,9 @@ def write_without(
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(aside)
-        raise StoreError("The files of a source can be written", f"{target}: {error.strerror or error}", FIX) from None
+        raise StoreError(
+            "The files of a source must be writable", f"{target}: {error.strerror or error}", FIX
+        ) from None
     return stayed, removed
 
 
@@ -180,7 +182,7 @@ def _require_plain(table: DeltaTable) -> None:
     beyond = sorted(features - _KEPT_FEATURES)
     if beyond:
         raise StoreError(
-            "Rows are removed from Delta tables without features that their writer has to keep up",
+            "A Delta table from which rows are removed must not have features that only its writer can maintain",
             f"{table.table_uri} has {', '.join(beyond)}",
             "Delete the rows with the program that writes the table, vacuum it without retention, then erase the rest "
             "of the store with the same command",
@@ -235,7 +237,7 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
     for version in logged_versions(root):
         path = os.path.join(folder, f"{version:020}.json")
-        with explain_damage("A table's log can be read", path):
+        with explain_damage("A table's log must be readable", path):
             lines = [line for line in read_regular(path).decode().splitlines() if line.strip()]
             scrubbed = [_scrubbed(line, root, None if ours else needed, dates) for line in lines]
         after = [each for each in scrubbed if each is not None]

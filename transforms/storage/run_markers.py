@@ -126,8 +126,8 @@ def require_no_erasure(store: str, pipeline: str, run_id: str = "") -> None:
     for each in running_runs(store) if "://" not in store else ():
         if each.run_id != run_id and each.may_be_at_work and ERASE in (pipeline, each.pipeline):
             raise ConflictError(
-                "Nothing works on a store while rows are erased from it",
-                f"run {each.run_id} ({each.pipeline}), started {each.started:%Y-%m-%d %H:%M} UTC on {each.host}",
+                "No run may work on a store while rows are erased from it",
+                f"run {each.run_id} ({each.pipeline}) has started {each.started:%Y-%m-%d %H:%M} UTC on {each.host}",
                 f"Wait for it or stop it. If it was killed, delete {store}/runs/{each.run_id}/{MARKER}",
             )
 
@@ -141,7 +141,7 @@ def _markers(folder: str) -> Iterator[str]:
 
 
 def _read(path: str) -> RunMarker:
-    with explain_damage("The mark of a run can be read", path, "If that run has ended, delete the file"):
+    with explain_damage("The marker of a run must be readable", path, "If that run has ended, delete the file"):
         entry = parse_object(read_regular(path))
         names = [entry[name] for name in ("run_id", "pipeline", "host")]
         if not all(isinstance(name, str) for name in names) or not isinstance(entry["pid"], int):

@@ -46,9 +46,13 @@ def matching_files(pattern: str) -> list[str]:
         (match,) = FileSystems.match([pattern])
         paths = sorted(each.path for each in match.metadata_list)
     except OSError as error:
-        raise StoreError("TFRecord files can be listed", f"{pattern}: {error}", "Correct the pattern") from None
+        raise StoreError("TFRecord files must be listable", f"{pattern}: {error}", "Correct the pattern") from None
     if not paths:
-        raise StoreError("A pattern of TFRecord files matches some", pattern, "Correct it, and quote it for the shell")
+        raise StoreError(
+            "A pattern of TFRecord files must match some files",
+            f"{pattern} matches none",
+            "Correct it, and quote it for the shell",
+        )
     return paths
 
 
@@ -70,7 +74,9 @@ def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Itera
         except (pa.ArrowInvalid, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [repr(error)])[0][:300]
             fix = "Write tf.Example with one value of the feature's type per row"
-            raise ContractError("A TFRecord file holds the features that are read", f"{where}: {reason}", fix) from None
+            raise ContractError(
+                "A TFRecord file must have the features that are read", f"{where}: {reason}", fix
+            ) from None
 
 
 def _chunks(path: str, rows: int) -> Iterator[tuple[int, list[bytes]]]:
@@ -99,7 +105,7 @@ def read_records(path: str) -> Iterator[bytes]:
                 number += 1
     except (OSError, EOFError, struct.error, ValueError) as error:
         value = f"{path}, record {number}: {error}"
-        raise StoreError("A TFRecord file is whole", value, "Restore the file, or write it again") from None
+        raise StoreError("A TFRecord file must be complete", value, "Restore the file, or write it again") from None
 
 
 def _require(holds: bool, what: str) -> None:
@@ -215,7 +221,9 @@ def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
         for source, target in todo if "://" not in prefix else ():
             rename(source, target)
     except OSError as error:
-        raise StoreError("TFRecord files can be written", f"{prefix}: {error}", "Grant access or free space") from None
+        raise StoreError(
+            "TFRecord files must be writable", f"{prefix}: {error}", "Grant access or free space"
+        ) from None
     return names
 
 

@@ -172,8 +172,8 @@ def require_unfinished(uri: str, files: Iterable[StoredFile], rules: VacuumRules
     others = [each for each in _data_files(files) if _owner(each.path, rules.unfinished) is None]
     if others:
         raise StoreError(
-            "Files are removed from a table only where its log can be read",
-            f"{uri} has no log and {len(others):,} data files, as {others[0].path}",
+            "A table's log must be readable before files are removed",
+            f"{uri} has no log and {len(others):,} data files, such as {others[0].path}",
             f"Restore {LOG_FOLDER} from a backup; if no run ever committed to this table, delete its folder. "
             "Nothing was removed",
         )
@@ -296,8 +296,8 @@ def _paths_at(uri: str, version: int | None) -> set[str] | None:
     opened = open_table(uri, version)
     if opened is None and version is not None:
         raise StoreError(
-            "A version that must stay can be read",
-            f"version {version} of {uri}",
+            "A version that must stay must be readable",
+            f"version {version} of {uri} is not",
             "Restore its log; nothing was removed",
         )
     return None if opened is None else {path[len(table_root(opened)) + 1 :] for path in paths_of(opened)}
@@ -325,7 +325,9 @@ def _summaries(uri: str, manifests: Iterable[str]) -> set[str]:
         path = FileSystems.join(uri, MANIFESTS, name)
         if "://" not in path and not os.path.lexists(path):
             continue  # it was removed, so no run needs the files that it named
-        with explain_damage("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+        with explain_damage(
+            "A feature table's manifest must be readable", path, "Restore it, or recompute with --full"
+        ):
             snapshots = parse_object(read_regular(path)).get("snapshots", {})
             named |= {str(file) for files, _ in snapshots.values() for file in files}
     return named
@@ -348,7 +350,7 @@ def remove_waste(waste: Iterable[Waste]) -> tuple[int, int]:
             pass
         except Exception as error:  # Beam's file systems raise errors of many types
             raise StoreError(
-                "The store can be written",
+                "The store must be writable",
                 f"{each.file.path}: {error}",
                 f"{count} files were removed; grant access, then run the same command again",
             ) from None

@@ -25,7 +25,7 @@ from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, j
 
 MAGIC = b"Obj\x01"
 _SYNC = b"\0" * 16
-_RULE = "A message is a whole Avro container"
+_RULE = "A message must be a complete Avro container"
 _PRIMITIVES = {"null", "boolean", "int", "long", "float", "double", "bytes", "string"}
 _NAMED = {"record", "error", "enum", "fixed"}
 
@@ -40,7 +40,7 @@ class _Input:
         result = shift = 0
         while True:
             if self.position >= len(self.value) or shift > 63:
-                raise ContractError(_RULE, f"no number at byte {self.position}", "")
+                raise ContractError(_RULE, f"there is no number at byte {self.position}", "")
             byte = self.value[self.position]
             self.position += 1
             result |= (byte & 0x7F) << shift
@@ -50,7 +50,7 @@ class _Input:
 
     def take(self, length: int) -> bytes:
         if not 0 <= length <= len(self.value) - self.position:
-            raise ContractError(_RULE, f"{length} bytes at byte {self.position} of {len(self.value)}", "")
+            raise ContractError(_RULE, f"it has {length} bytes at byte {self.position} of {len(self.value)}", "")
         self.position += length
         return self.value[self.position - length : self.position]
 
@@ -110,14 +110,14 @@ def _container(value: bytes, limits: MessageLimits) -> tuple[bytes, list[tuple[i
     while source.position < len(value):
         count, data = source.long(), source.take(source.long())
         if count < 0:
-            raise ContractError(_RULE, f"a block of {count} rows", "")
+            raise ContractError(_RULE, f"it has a block of {count} rows", "")
         rows += count
         limits.check_rows(rows)
         data = _decompressed(codec, data, size, limits)
         size += len(data)
         limits.check_bytes(size)
         if source.take(16) != sync:
-            raise ContractError(_RULE, f"another marker at byte {source.position - 16}", "")
+            raise ContractError(_RULE, f"it has another marker at byte {source.position - 16}", "")
         blocks.append((count, data))
     return header.get("avro.schema", b""), blocks
 
@@ -155,7 +155,7 @@ def _checked_schema(schema: Any, limits: MessageLimits) -> dict[str, Any]:
         ContractError: it is not a record, refers to itself, nests too deep, or has items without bytes.
     """
     if not isinstance(schema, dict) or schema.get("type") != "record" or not isinstance(schema.get("fields"), list):
-        raise ContractError("The Avro schema of a row is a record", json.dumps(schema)[:100], "")
+        raise ContractError("The Avro schema of a row must be a record", f"it is {json.dumps(schema)[:100]}", "")
     walk = _SchemaWalk(limits)
     fields = [walk.field(each, "") for each in schema["fields"]]
     limits.check_columns(len(fields))
@@ -170,7 +170,7 @@ class _SchemaWalk:
 
     def field(self, field: Any, space: str, depth: int = 1, inside: tuple[str, ...] = ()) -> dict[str, Any]:
         if not isinstance(field, dict) or not isinstance(field.get("name"), str):
-            raise ContractError("A field of an Avro record has a name", json.dumps(field)[:100], "")
+            raise ContractError("A field of an Avro record must have a name", f"it is {json.dumps(field)[:100]}", "")
         return {"name": field["name"], "type": self.type(field.get("type"), space, depth, inside)}
 
     def type(self, schema: Any, space: str, depth: int, inside: tuple[str, ...]) -> Any:
@@ -182,7 +182,9 @@ class _SchemaWalk:
         if isinstance(schema, str):
             return schema if schema in _PRIMITIVES else self._resolved(schema, space, depth, inside)
         if not isinstance(schema, dict):
-            raise ContractError("An Avro type is a name, an object or a list", json.dumps(schema)[:100], "")
+            raise ContractError(
+                "An Avro type must be a name, an object or a list", f"it is {json.dumps(schema)[:100]}", ""
+            )
         kind = schema.get("type")
         if isinstance(kind, dict | list):
             return self.type(kind, space, depth + 1, inside)
@@ -192,7 +194,7 @@ class _SchemaWalk:
             key = "items" if kind == "array" else "values"
             items = self.type(schema.get(key), space, depth + 1, inside)
             if kind == "array" and _without_bytes(items):
-                raise ContractError("An item of an Avro array has bytes", json.dumps(items)[:100], "")
+                raise ContractError("An item of an Avro array must have bytes", f"it is {json.dumps(items)[:100]}", "")
             return {"type": kind, key: items}
         if kind not in _NAMED:
             return self._resolved(str(kind), space, depth, inside)
@@ -203,12 +205,14 @@ class _SchemaWalk:
     def _resolved(self, name: str, space: str, depth: int, inside: tuple[str, ...]) -> Any:
         full = name if name in self.named and "." in name else _full_name(name, space)
         if full not in self.named:
-            raise ContractError("An Avro schema names types that it has", repr(name)[:100], "")
+            raise ContractError(
+                "An Avro schema must define the types that it names", f"there is no {repr(name)[:100]}", ""
+            )
         return self._definition(full, depth, inside)
 
     def _definition(self, name: str, depth: int, inside: tuple[str, ...]) -> dict[str, Any]:
         if name in inside:
-            raise ContractError("An Avro type does not contain itself", repr(name)[:100], "")
+            raise ContractError("An Avro type must not contain itself", f"{repr(name)[:100]} does", "")
         schema, space = self.named[name]
         own = {"type": schema["type"], "name": f"type_{self.count}"}
         if schema["type"] == "enum":
@@ -263,7 +267,9 @@ def _decompressed(codec: bytes, data: bytes, before: int, limits: MessageLimits)
         limits.check_bytes(before + length)
         return _snappy(data[:-4], length, data[-4:])
     raise ContractError(
-        "A block of an Avro container is compressed by deflate, zstandard, snappy, bzip2, xz or not at all", codec, ""
+        "A block of an Avro container must be compressed by deflate, zstandard, snappy, bzip2, xz or not at all",
+        f"it is compressed by {codec!r}",
+        "",
     )
 
 
@@ -273,11 +279,11 @@ def _varint(data: bytes) -> int:
         result |= (byte & 0x7F) << (7 * number)
         if not byte & 0x80:
             return result
-    raise ContractError(_RULE, "a block of snappy without its length", "")
+    raise ContractError(_RULE, "it has a block of snappy without its length", "")
 
 
 def _snappy(data: bytes, length: int, checksum: bytes) -> bytes:
     plain = bytes(pa.Codec("snappy").decompress(data, decompressed_size=length, asbytes=True)) if length else b""
     if struct.pack(">I", zlib.crc32(plain)) != checksum:
-        raise ContractError(_RULE, "a block with a wrong checksum", "")
+        raise ContractError(_RULE, "it has a block with a wrong checksum", "")
     return plain

@@ -38,7 +38,14 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
         ConflictError: other launches keep doing the same at the same time.
         StoreError: the store cannot be written.
     """
-    number, exhausted = 0, ConflictError("A live job is started once", store, "Are several launches starting it?")
+    number, exhausted = (
+        0,
+        ConflictError(
+            "A live job must be started once",
+            f"several launches start on {store} at the same time",
+            "Stop the others, then run the same command again",
+        ),
+    )
     for _ in range(COMMIT_ATTEMPTS):
         writers = list(writers_of(view, store, run_id, NO_EPOCH))
         recorded = [Epoch.of_record(last_commit_record(open_table(each.uri), each.app)) for each in writers]

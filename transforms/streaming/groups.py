@@ -114,9 +114,9 @@ class GroupKeys:
                 for name, _ in feature.keys:
                     if name not in known:
                         raise DefinitionError(
-                            f"View {view.name!r}, live: keys come from the spine's columns, a Lookup, or are Derived "
+                            f"View {view.name!r}, live: keys must be columns of the spine, of a Lookup, or Derived "
                             "from those alone",
-                            f"{name!r}, by which {feature.source.name!r} is read",
+                            f"{name!r}, by which {feature.source.name!r} is read, is not",
                             "Put the column into the spine, under a name of its own, or compute this view in batch",
                         )
                     wanted.append(name)

@@ -85,8 +85,8 @@ class Handover:
                 else f"under {self.root}"
             )
             raise DefinitionError(
-                f"View {self.view.name!r}: a live job has history, or is started without",
-                f"no files of {', '.join(map(repr, missing))} {where}",
+                f"View {self.view.name!r}: a live job must have history, or be started without",
+                f"there are no files of {', '.join(map(repr, missing))} {where}",
                 "Name the folder of the sources' files or Delta tables with --sources, or add --without_history: "
                 "feature rows are then marked __cold until every window has filled",
             )
@@ -126,7 +126,7 @@ class Handover:
         try:
             source_files(self.root, live_sources(self.view)[name])
         except DataError as error:
-            if error.rule.endswith("has Parquet files"):
+            if error.rule.endswith("must have Parquet files"):
                 return False
             raise
         return True
@@ -235,7 +235,11 @@ class Handover:
         if repeats_by(self.view, name):
             record = dataclasses.replace(record, memory={**record.memory, name: self._memory(name, before)})
         if not writer.commit(table, written, record.turn, record.to_json()):
-            raise StoreError("A live job starts while no other one writes its tables", uri, "Stop the other job first")
+            raise StoreError(
+                "No other live job may write the tables of a live job",
+                f"{uri} was written meanwhile",
+                "Stop the other job first",
+            )
         log.info(
             "history of %s: %d rows known in [%s, %s) accepted from %s",
             name,
@@ -321,7 +325,7 @@ def checked_record(view: FeatureView, store: str, name: str) -> CommitRecord | N
     table = open_table(uri)
     if table is not None and "__partition" not in {field.name for field in table.schema().fields}:
         raise StoreError(
-            f"Source {name!r}: a live store's own table holds the rows that its jobs accepted",
+            f"Source {name!r}: a live store's own table must have only rows that its jobs accepted",
             f"{uri} was written by something else",
             "Give the live job a --store of its own, and name the folder of that table with --sources: "
             "its rows are then history",

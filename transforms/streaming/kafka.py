@@ -81,7 +81,9 @@ class Broker:
             return kind({**self.config, **config, "log_level": 0})
         except (KafkaException, ValueError, TypeError) as error:
             reason = hidden(str(error.args[0].str() if isinstance(error, KafkaException) else error), self.java)
-            raise StoreError("Kafka's client takes its properties", reason, "Correct --kafka_properties") from None
+            raise StoreError(
+                "Kafka's client must accept its properties", reason, "Correct --kafka_properties"
+            ) from None
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -115,7 +117,7 @@ class ReadTopics(beam.PTransform):
         except RuntimeError as error:  # errors of the expansion service, which may quote the properties
             reason = (hidden(str(error), self.broker.java).splitlines() or ["no word"])[0][:500]
             fix = "See its log, and correct --expansion_service or --kafka_properties"
-            raise StoreError("The expansion service makes KafkaIO's steps", reason, fix) from None
+            raise StoreError("The expansion service must make KafkaIO's steps", reason, fix) from None
         return read | "Message" >> beam.Map(_message).with_output_types(Message)
 
 
@@ -228,7 +230,7 @@ class Sender:
 
     def _refuse(self, value: str) -> None:
         raise StoreError(
-            "The broker accepts the messages of a job",
+            "The broker must accept the messages of a job",
             f"{self.broker.bootstrap}, {value}",
             "Check its disk, its quotas and the topic's max.message.bytes; no message is lost, "
             "the job continues from its last commit",
@@ -263,7 +265,9 @@ def ensure_topics(broker: Broker, topics: Sequence[str]) -> None:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 fix = "Create it yourself, or grant the right to"
                 value = f"{topic}: {error.args[0].str()}"
-                raise StoreError("An output topic is there or can be created", value, fix) from None
+                raise StoreError(
+                    "An output topic must exist, or it must be possible to create it", value, fix
+                ) from None
 
 
 def feature_row_messages(
@@ -330,8 +334,8 @@ def _offsets(broker: Broker, topics: Sequence[str], which: int) -> dict[str, dic
         for topic in topics:
             if topic not in known:
                 raise StoreError(
-                    "Every source has its topic",
-                    repr(topic),
+                    "Every source must have its topic",
+                    f"there is no {topic!r}",
                     f"{nearest(topic, known)} Create it, or correct --topic_prefix",
                 )
         return {
@@ -368,7 +372,9 @@ def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[
         client.commit(offsets=positions, asynchronous=False)
     except KafkaException as error:
         raise StoreError(
-            "The offsets of a new consumer group can be set", f"{group}: {error}", "Use a new group for every launch"
+            "It must be possible to set the offsets of a new consumer group",
+            f"{group}: {error}",
+            "Use a new group for every launch",
         ) from None
     finally:
         client.close()
@@ -396,7 +402,7 @@ def _metadata(
         }
     except KafkaException as error:
         raise StoreError(
-            "The broker can be reached",
+            "The broker must be reachable",
             f"{broker.bootstrap}: {error.args[0].str()}",
             "Start it, or correct --bootstrap",
         ) from None

@@ -148,4 +148,4 @@ def check_reachable(what: str, flag: str, addresses: str) -> None:
     except NoResponse as error:
         reasons.append(str(error))
     if reasons:
-        raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")
+        raise StoreError(f"{what} must be reachable", "; ".join(reasons), f"Start it, or correct {flag}")

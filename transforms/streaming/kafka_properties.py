@@ -37,7 +37,7 @@ def read_properties(path: str) -> dict[str, str]:
     Raises:
         DefinitionError: the file cannot be read, or sets what the jobs set themselves.  Values are never quoted.
     """
-    rule = "--kafka_properties names a file of properties of Kafka's clients"
+    rule = "--kafka_properties must name a file of properties of Kafka's clients"
     try:
         with open_regular(path) as file:
             mode, text = os.fstat(file.fileno()).st_mode, file.read().decode()
@@ -47,7 +47,7 @@ def read_properties(path: str) -> dict[str, str]:
     for name in found:
         if name.removeprefix(LIBRDKAFKA) in OURS:
             raise DefinitionError(
-                "The jobs set some properties of Kafka's clients themselves", f"{name} in {path}", "Leave it out"
+                "A properties file must not set what the jobs set themselves", f"{path} sets {name}", "Leave it out"
             )
     if mode & (stat.S_IRGRP | stat.S_IROTH) and any(map(SECRET.search, found)):
         log.warning("%s has secrets, and others may read it: chmod 600", path)
@@ -149,7 +149,7 @@ def _of_keystore(properties: Mapping[str, str], own: Mapping[str, str]) -> dict[
 
 def _untranslated(name: str, value: str, instead: str) -> DefinitionError:
     return DefinitionError(
-        f"Millrace's own Kafka clients (librdkafka) can use {name}", value, f"Add {LIBRDKAFKA}{instead}"
+        f"Millrace's own Kafka clients (librdkafka) must be able to use {name}", value, f"Add {LIBRDKAFKA}{instead}"
     )
 
 

@@ -68,7 +68,7 @@ class Dimensions:
                 if name not in self.frames and not self._as_before(name):
                     raise
                 self.refused.inc()
-                log.error("dimension %s is broken; version %s serves on: %s", name, self.versions[name], error)
+                log.error("dimension %s is broken; version %s stays in use: %s", name, self.versions[name], error)
 
     def _contract(self, name: str, source: Source) -> Contract:
         return Contract(source, tuple(self.view.columns_read(name)), ordering=self.view.columns_ordering(name))
@@ -131,7 +131,7 @@ class Dimensions:
         path = FileSystems.join(self.kept, name, SERVING)
         if not FileSystems.exists(path):
             return False
-        with explain_damage("A live job's note of a dimension can be read", path, "Restore it, or remove it"):
+        with explain_damage("A live job's record of a dimension must be readable", path, "Restore it, or remove it"):
             version = str(parse_object(read_regular(path))["version"])
         frame = kept_version(self.kept, name, version)
         schema = self.view.dimensions[name].schema
@@ -171,7 +171,9 @@ def kept_version(folder: str, name: str, version: str) -> pl.DataFrame:
     try:
         return pl.read_ipc(io.BytesIO(read_regular(path)))
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise StoreError("A kept version of a dimension can be read", f"{path}: {error}", "Restore the file") from None
+        raise StoreError(
+            "A stored version of a dimension must be readable", f"{path}: {error}", "Restore the file"
+        ) from None
 
 
 def rewrite_versions(folder: str, matches: Callable[[pl.DataFrame], pl.Series], dry_run: bool = False) -> int:

@@ -86,7 +86,7 @@ def last_commit_record(table: DeltaTable | None, app: str) -> Head:
         return {}
     for version in range(table.version(), -1, -1):
         if (record := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
-            with explain_damage("A live table's log can be read", table_root(table)):
+            with explain_damage("A live table's log must be readable", table_root(table)):
                 return parse_object(record)
     return {}
 
@@ -152,9 +152,11 @@ class TableWriter:
                 raise CommittedMeanwhile(self.uri)
             return len(rows)
 
-        rule = f"A commit succeeds within {COMMIT_ATTEMPTS} attempts"
+        rule = f"A commit must succeed within {COMMIT_ATTEMPTS} attempts"
         return retry_commits(
-            self.uri, attempt, StoreError(rule, self.uri, "Is another live job writing the same table?")
+            self.uri,
+            attempt,
+            StoreError(rule, f"it did not on {self.uri}", "Is another live job writing the same table?"),
         )
 
     def commit(
@@ -196,10 +198,10 @@ class TableWriter:
         theirs = Epoch.of_record(last_commit_record(table, self.app))
         if theirs.number > mine.number or (theirs.number == mine.number and theirs.launch != mine.launch):
             raise ConflictError(
-                "The tables of a live store are written by the job that was started last",
-                f"{self.uri} belongs to launch {theirs.number} ({theirs.launch}), and this is launch {mine.number} "
-                f"({mine.launch})",
-                "This job has stopped; the other one goes on from the last commit, nothing is lost or written twice",
+                "Only the job that was started last may write the tables of a live store",
+                f"{self.uri} belongs to launch {theirs.number} ({theirs.launch}), "
+                f"and this is launch {mine.number} ({mine.launch})",
+                "This job has stopped; the other one continues from the last commit: nothing is lost or written twice",
             )
 
 

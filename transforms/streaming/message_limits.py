@@ -37,19 +37,19 @@ class MessageLimits:
 
     def check_rows(self, rows: int) -> None:
         if not 0 <= rows <= self.rows:
-            raise _beyond(f"A message has at most {self.rows:,} rows", f"{rows:,}")
+            raise _beyond(f"A message must have at most {self.rows:,} rows", f"it has {rows:,}")
 
     def check_bytes(self, size: int) -> None:
         if not 0 <= size <= self.expanded_bytes:
-            raise _beyond(f"A message expands to at most {self.expanded_bytes:,} bytes", f"{size:,}")
+            raise _beyond(f"A message must expand to at most {self.expanded_bytes:,} bytes", f"it expands to {size:,}")
 
     def check_columns(self, columns: int) -> None:
         if not 0 <= columns <= self.columns:
-            raise _beyond(f"A message has at most {self.columns:,} columns", f"{columns:,}")
+            raise _beyond(f"A message must have at most {self.columns:,} columns", f"it has {columns:,}")
 
     def check_depth(self, depth: int) -> None:
         if depth > self.depth:
-            raise _beyond(f"A message nests at most {self.depth} levels", f"{depth:,}")
+            raise _beyond(f"A message must nest at most {self.depth} levels", f"it nests {depth:,}")
 
 
 DEFAULT_LIMITS = MessageLimits()
@@ -68,7 +68,7 @@ _V5 = 4
 _INT16, _INT32, _UINT32, _INT64 = struct.Struct("<h"), struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<q")
 _BUFFER = struct.Struct("<qq")
 _CONTINUES = b"\xff\xff\xff\xff"
-_ARROW_RULE = "A message of rows is a whole Arrow IPC stream"
+_ARROW_RULE = "A message of rows must be a complete Arrow IPC stream"
 
 
 def check_arrow(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
@@ -85,7 +85,7 @@ def check_arrow(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
         while position < len(value):
             length = int.from_bytes(value[position + 4 : position + 8], "little", signed=True)
             if value[position : position + 4] != _CONTINUES or length < 0:
-                raise ContractError(_ARROW_RULE, f"no message at byte {position}", "")
+                raise ContractError(_ARROW_RULE, f"there is no message at byte {position}", "")
             if length == 0:
                 break
             start = position + 8
@@ -94,9 +94,9 @@ def check_arrow(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
             limits.check_rows(rows)
             limits.check_bytes(size)
         if position > len(value):
-            raise ContractError(_ARROW_RULE, f"{len(value)} bytes of {position}", "")
+            raise ContractError(_ARROW_RULE, f"it has {len(value)} bytes of {position}", "")
     except (struct.error, ValueError, IndexError, TypeError, OverflowError) as error:
-        raise ContractError(_ARROW_RULE, f"metadata that cannot be read ({type(error).__name__})", "") from None
+        raise ContractError(_ARROW_RULE, f"it has metadata that cannot be read ({type(error).__name__})", "") from None
     return size
 
 
@@ -108,22 +108,22 @@ def _measured(value: bytes, start: int, body: int) -> tuple[int, int, int]:
     at = _field(value, message, _HEADER_TYPE)
     kind = value[at] if at else 0
     if body_length < 0:
-        raise ContractError(_ARROW_RULE, f"a body of {body_length} bytes", "")
+        raise ContractError(_ARROW_RULE, f"it has a body of {body_length} bytes", "")
     if kind == _SCHEMA:
         return 0, 0, body_length
     if kind not in (_RECORD_BATCH, _DICTIONARY_BATCH):
-        raise ContractError(_ARROW_RULE, f"a message of kind {kind}", "")
+        raise ContractError(_ARROW_RULE, f"it has a message of kind {kind}", "")
     at = _field(value, message, _MESSAGE_VERSION)
     version = _INT16.unpack_from(value, at)[0] if at else 0
     if version < _V5 and _field(value, message, _CUSTOM_METADATA):  # Arrow 0.17 named a compression here
-        raise ContractError(_ARROW_RULE, "a compression of the format of before Arrow 1.0", "Use a newer writer")
+        raise ContractError(_ARROW_RULE, "it has a compression from before Arrow 1.0", "Use a newer writer")
     batch = _table(value, message, _HEADER)
     if kind == _DICTIONARY_BATCH:
         batch = _table(value, batch, _DICTIONARY_DATA)
     at = _field(value, batch, _BATCH_LENGTH)
     rows = _INT64.unpack_from(value, at)[0] if at else 0
     if rows < 0:
-        raise ContractError(_ARROW_RULE, f"a batch of {rows} rows", "")
+        raise ContractError(_ARROW_RULE, f"it has a batch of {rows} rows", "")
     size = _buffer_bytes(value, batch, body, body_length)
     return rows if kind == _RECORD_BATCH else 0, size, body_length
 
@@ -146,11 +146,11 @@ def _buffer_bytes(value: bytes, batch: int, body: int, body_length: int) -> int:
     for number in range(count):  # ends with the bytes
         offset, length = _BUFFER.unpack_from(value, at + 4 + 16 * number)
         if offset < 0 or length < 0 or offset + length > body_length:
-            raise ContractError(_ARROW_RULE, "a buffer outside its body", "")
+            raise ContractError(_ARROW_RULE, "it has a buffer outside its body", "")
         if compressed and length:
             (expanded,) = _INT64.unpack_from(value, body + offset)
             if expanded < -1 or length < 8:
-                raise ContractError(_ARROW_RULE, f"a buffer of {expanded} bytes", "")
+                raise ContractError(_ARROW_RULE, f"it has a buffer of {expanded} bytes", "")
             size += length - 8 if expanded == -1 else expanded
         else:
             size += length
@@ -170,7 +170,7 @@ def _table(value: bytes, parent: int, field: int) -> int:
     """The position of the table to which a field refers."""
     at = _field(value, parent, field)
     if not at:
-        raise ContractError(_ARROW_RULE, "a message without its batch", "")
+        raise ContractError(_ARROW_RULE, "it has a message without its batch", "")
     return at + int(_UINT32.unpack_from(value, at)[0])
 
 
@@ -197,12 +197,14 @@ def read_arrow(
         for number in wanted:
             _check_plain(schema.field(number))
         if len({schema.names[number] for number in wanted}) < len(wanted):
-            raise ContractError("Each column of a message has its own name", ", ".join(schema.names), "")
+            raise ContractError(
+                "Each column of a message must have its own name", f"it has {', '.join(schema.names)}", ""
+            )
         check(schema)
         if len(wanted) == len(schema):
             return _expanded(reader.read_all(), limits)
     if not wanted:
-        raise ContractError("A message has declared columns", ", ".join(schema.names), "")
+        raise ContractError("A message must have declared columns", f"it has {', '.join(schema.names)}", "")
     with pa.ipc.open_stream(value, options=pa.ipc.IpcReadOptions(included_fields=wanted)) as reader:
         return _expanded(reader.read_all(), limits)
 
@@ -211,7 +213,9 @@ def _check_plain(field: pa.Field) -> None:
     """Refuses an extension type, whether pyarrow knows it or not: only other code defines the meaning of its values."""
     kind = field.type
     if isinstance(kind, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-        raise ContractError(f"Column {field.name!r} has one of Arrow's own types", f"an extension type ({kind})", "")
+        raise ContractError(
+            f"Column {field.name!r} must have one of Arrow's own types", f"it has an extension type ({kind})", ""
+        )
 
 
 def _expanded(table: pa.Table, limits: MessageLimits) -> pa.Table:

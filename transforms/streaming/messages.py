@@ -39,7 +39,7 @@ ABSENT = "__absent"
 ORIGIN_TYPES = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
-_READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
+_READABLE = "a message must be an Arrow IPC stream, JSON or an Avro container with the declared columns"
 # A message that cannot be read must never stop a job, whatever error it raises, because it would stop the job again.
 ANY_ERROR = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
@@ -97,7 +97,7 @@ def from_arrow(value: bytes) -> pa.RecordBatch:
             return reader.read_next_batch()
     except Exception as error:  # crafted bytes may raise any error
         reason = (str(error).splitlines() or [repr(error)])[0][:300]
-        raise ContractError("A message of rows is an Arrow IPC stream", reason, "") from None
+        raise ContractError("A message of rows must be an Arrow IPC stream", reason, "") from None
 
 
 def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
@@ -319,8 +319,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
         return pl.Series(name, values, dtype)
     if not found <= allowed:
         raise ContractError(
-            f"Source {source.name!r}: column {name!r} is {dtype}",
-            ", ".join(sorted(each.__name__ for each in found - allowed)),
+            f"Source {source.name!r}: column {name!r} must be {dtype}",
+            f"it has {', '.join(sorted(each.__name__ for each in found - allowed))}",
             "",
         )
     if dtype.is_integer() or dtype.is_float():
@@ -331,7 +331,7 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             return series.cast(dtype)
         except (OverflowError, TypeError, pl.exceptions.PolarsError):
             raise ContractError(
-                f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", ""
+                f"Source {source.name!r}: column {name!r} must be {dtype}", "it has a number beyond it", ""
             ) from None
     series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
     if dtype.is_temporal():
@@ -342,7 +342,9 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
         )
         if parsed.null_count() > series.null_count():
             bad = series.filter(parsed.is_null() & series.is_not_null())[0]
-            raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")
+            raise ContractError(
+                f"Source {source.name!r}: {name!r} must be ISO 8601 with a time zone", f"it is {bad!r}", ""
+            )
         return parsed
     return series
 
@@ -353,7 +355,7 @@ def _avro_rows(source: Source, message: Message, limits: MessageLimits) -> list[
     except ContractError:
         raise
     except Exception as error:  # fastavro may raise any error on bytes that are not Avro
-        raise ContractError("An Avro container can be read", repr(error)[:200], "") from None
+        raise ContractError("An Avro container must be readable", repr(error)[:200], "") from None
 
 
 def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Sequence[int]) -> pl.DataFrame:

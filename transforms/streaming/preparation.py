@@ -234,7 +234,7 @@ class LiveFeaturesFigures:
         """
         if ended and self.job.settings.table and self.unaccounted:
             raise MismatchError(
-                "Every spine row that a live job accepts has a feature row, is rejected or waits",
+                "Every spine row that a live job accepts must have a feature row, be rejected or be pending",
                 f"{self.unaccounted} of {self.job.table} are none of these",
                 "Please report it, with run.json",
             )

@@ -126,7 +126,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with explain_damage("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store must be stored as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 
@@ -161,7 +161,7 @@ def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> N
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
     raise StoreError(
-        "A live store continues with the stream that it has read: the offsets of another stream mean other rows",
+        "A live store must continue with the stream that it has read, because offsets depend on it",
         f"{shown[1]}, where {store} was written with {shown[0]}",
         "Use the same flags as before, or give this job another --store (rows before its --start are history)",
     )
@@ -180,7 +180,7 @@ def _check_replayed(view: FeatureView, store: str, mine: Owner, known: Owner) ->
     changed = sorted(name for name, digest in mine.rows.items() if known.rows.get(name, digest) != digest)
     if changed:
         raise StoreError(
-            "A replay continues with the rows that it began with: with other rows the same offsets mean other messages",
+            "A replay must continue with the rows that it began with, because offsets depend on them",
             f"files of {', '.join(changed)} that have changed since {store} was written",
             "Restore the files, or replay them into another --store",
         )
@@ -205,7 +205,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
 
 def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
     raise StoreError(
-        "A store holds the live jobs of one view",
+        "A store must have the live jobs of only one view",
         f"view {view.name!r} on {store}, which is view {other!r}'s ({where})",
         _FIX,
     )

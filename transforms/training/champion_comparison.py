@@ -108,7 +108,7 @@ def comparison(challenge: Challenge, split: Split) -> ChampionComparison | Rival
         bundle = open_scorer(pinned, challenge.threads).bundle
     except MillraceError as error:
         log.warning("no champion to compare with: %s", error)
-        return Rival(version, None, f"the champion could not be read ({error.rule}: {error.value})")
+        return Rival(version, None, f"the champion could not be read ({error.rule}; {error.value})")
     caveats = may_know(bundle.manifest, split)
     if bundle.manifest["objective"] != model.objective:
         return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")

@@ -180,8 +180,8 @@ def plan_examples(tables: Sequence[Sequence[DataFile]], request: ExampleRequest)
     parts = list(joined_groups([[file for file in each if _midnight(file.date) < split.cutoff] for each in tables]))
     if not parts:
         raise DataError(
-            "There are features before the cutoff",
-            f"none before {split.cutoff:%Y-%m-%d}",
+            "There must be features before the cutoff",
+            f"there are none before {split.cutoff:%Y-%m-%d}",
             "Compute them, or move --cutoff",
         )
     within = microseconds(label.within)
@@ -297,7 +297,7 @@ def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Ite
     except TABLE_READ_ERRORS as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise StoreError(
-            "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
+            "Examples must stay readable during training", f"{shard.path}: {reason}", "Run the same command again"
         ) from None
 
 
@@ -375,7 +375,7 @@ def require_usable(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccou
             or account.outside < 0
         ):
             raise DataError(
-                "Rows are conserved: every feature row is outside, waiting, dropped or an example",
+                "Every feature row must be outside, waiting, dropped or an example",
                 f"{name}: {count}, {written} written",
                 "The feature table may have changed while it was read: run the same command again",
             )

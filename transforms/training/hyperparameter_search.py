@@ -84,9 +84,9 @@ def first_trials(model: Model) -> list[Trial]:
     for name in (*model.params, *(search.space if search else ())):
         if name in FIXED:
             raise DefinitionError(
-                f"params leaves {', '.join(FIXED)} to the model",
-                repr(name),
-                "Say it in Model(objective=…, metric=…, seed=…), the device with --device",
+                f"params must not set {', '.join(FIXED)}, which the model sets",
+                f"it has {name!r}",
+                "Set it in Model(objective=…, metric=…, seed=…), the device with --device",
             )
     if search is None:
         return [Trial(0, dict(model.params))]
@@ -147,7 +147,7 @@ def best_result(model: Model, results: Iterable[TrialResult]) -> TrialResult:
     worked = [each for each in ordered if not math.isnan(each.value)]
     if not worked:
         raise DataError(
-            "A trial succeeds",
+            "At least one trial must succeed",
             f"{len(ordered)} failed, the first with: {ordered[0].error or 'an undefined metric'}",
             "Correct the model's params, or its label",
         )

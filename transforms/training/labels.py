@@ -178,12 +178,14 @@ def check_splits(objective: str, counts: Mapping[str, LabelCounts], labels: Mapp
 def _require_examples(name: str, count: LabelCounts) -> None:
     if not count.rows:
         raise DataError(
-            f"The {name} split has rows", "none", "Move its dates, change --cutoff, or compute more features"
+            f"The {name} split must have rows",
+            "it has none",
+            "Move its dates, change --cutoff, or compute more features",
         )
     if not count.entered:
         reason = f"{count.rows} rows: {count.waiting} wait for their label's horizon, {count.absent} have no label"
         raise DataError(
-            f"The {name} split has examples",
+            f"The {name} split must have examples",
             reason,
             "Check the label's key and value, shorten `within`, or set `absent`",
         )
@@ -195,14 +197,14 @@ def _require_classes(objective: str, labels: Mapping[str, Mapping[float, int]]) 
         wrong = [value for value in labels[name] if value < 0 or value != int(value) or (binary and value > 1)]
         if wrong:
             raise DataError(
-                f"A label of {objective} is {'0 or 1' if binary else 'a class, numbered from 0'}",
-                f"{wrong[0]:g} in the {name} split",
+                f"A label of {objective} must be {'0 or 1' if binary else 'a class, numbered from 0'}",
+                f"there is {wrong[0]:g} in the {name} split",
                 "Correct the label's value expression",
             )
     if (most := max((max(each) for each in labels.values() if each), default=0.0)) >= MOST_CLASSES:
         raise DataError(
-            f"Classes are numbered from 0, at most {MOST_CLASSES} of them",
-            f"class {most:g}",
+            f"Classes must be numbered from 0, at most {MOST_CLASSES} of them",
+            f"there is class {most:g}",
             "Number them without gaps in the label's value expression",
         )
 
@@ -211,8 +213,8 @@ def _require_two_classes(name: str, count: LabelCounts, labels: Mapping[float, i
     if len(labels) < 2:
         (only,) = labels
         raise DataError(
-            f"The {name} split has examples of two classes",
-            f"{count.entered} of class {only:g} only",
+            f"The {name} split must have examples of two classes",
+            f"all {count.entered} have class {only:g}",
             "Check the label's value expression, or move the split's dates",
         )
 

@@ -117,8 +117,8 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
         if not files[-1]:
             whose = "" if len(tables) == 1 else f" of view {view.name!r}"
             raise DataError(
-                f"The feature table{whose} has rows before the cutoff",
-                f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
+                f"The feature table{whose} must have rows before the cutoff",
+                f"there are none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
                 "Choose other dates, or compute features",
             )
     # After the last day of one table no row of all views is there.
@@ -233,7 +233,7 @@ def content_digests(root: str, paths: Iterable[str]) -> dict[str, str]:
             return {path_within_source(root, path): value for path, value in pool.map(digest, sorted(paths))}
     except OSError as error:
         raise StoreError(
-            "The label's source can be read while it is trained on", str(error), "Run the same command again"
+            "The label's source must stay readable during training", str(error), "Run the same command again"
         ) from None
 
 

@@ -212,7 +212,7 @@ def register_run(folder: str, run_id: str, uri: str) -> TrainingRecord:
     except _DAMAGE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise StoreError(
-            f"{REPORT} and {PENDING} are as a training run left them",
+            f"{REPORT} and {PENDING} must be as a training run left them",
             f"{folder}: {reason[:300]}",
             f"Restore them, or train again: millrace training --run_id {run_id}",
         ) from None
@@ -235,7 +235,7 @@ def read_record(kind: type[Record], folder: str, name: str) -> Record:
     except (ValueError, RecursionError) as error:
         value = f"{folder}/{name}: {reason_of(error)}"
         fix = "Restore the file, or train again"
-        raise StoreError("The files of a run are JSON as a run writes it", value, fix) from None
+        raise StoreError("The files of a run must be JSON as a run writes it", value, fix) from None
 
 
 def _require_own(content: TrainingRecord, pending: RegistrationRecord, folder: str, run_id: str) -> None:
@@ -246,14 +246,14 @@ def _require_own(content: TrainingRecord, pending: RegistrationRecord, folder: s
     """
     fix = "Restore registration.json, or train again"
     if pending["run_id"] != run_id:
-        raise StoreError("A run's folder holds its own record", f"{folder} that of {pending['run_id']!r}", fix)
+        raise StoreError("A run's folder must have its own record", f"{folder} has that of {pending['run_id']!r}", fix)
     names = [name for name in pending["files"] if name in ("", ".", "..", "model") or "/" in name or "\0" in name]
     if names:
         value = f"{names[0]!r} in {folder}/{PENDING}"
-        raise StoreError("A run registers files of its own folder, by their names alone", value, fix)
+        raise StoreError("A run must register only files of its own folder, by their names alone", value, fix)
     if str(content["bundle"]).rstrip("/").split("/")[-2:] != [run_id, BUNDLE]:
         value = f"{content['bundle']!r} in {folder}/{REPORT}"
-        raise StoreError(f"A run registers the model in its own folder, {BUNDLE}/", value, fix)
+        raise StoreError(f"A run must register the model in its own folder, {BUNDLE}/", value, fix)
 
 
 def _register(registry: Registry, bundle: Bundle, content: TrainingRecord, pending: RegistrationRecord) -> str:

@@ -60,8 +60,8 @@ def require_known(objective: str, trials: Sequence[Trial]) -> None:
         name = min(unused)
         fix = "Rounds are Model(rounds=…)" if name in ("n_estimators", "num_boost_round") else nearest(name, _KNOWN)
         raise DefinitionError(
-            "A parameter of params or of the search is one that XGBoost goes by",
-            repr(name),
+            "A parameter of params or of the search must be one that XGBoost uses",
+            f"there is {name!r}",
             fix if "Did" in fix or "Rounds" in fix else "Correct its name, or leave it out",
         )
 
@@ -118,8 +118,8 @@ def require_device(device: str) -> None:
     )
     if reason:
         raise DataError(
-            "Trials run on the device that --device names",
-            f"{device}, where XGBoost reports: {reason.rstrip('.')}",
+            "Trials must run on the device that --device names",
+            f"for {device}, XGBoost reports: {reason.rstrip('.')}",
             "Train with --device=cpu, or on workers with such a GPU, its driver, and an XGBoost built for CUDA",
         )
 

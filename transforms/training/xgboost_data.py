@@ -87,8 +87,8 @@ def matrices(
     for part in (training, validation) if fold is not None else ():
         if next(batches(model, part, [LABEL]), None) is None:
             raise DataError(
-                "Every fold has examples to learn from and to be validated on",
-                f"none before {part.end:%Y-%m-%d %H:%M}",
+                "Every fold must have examples for training and for validation",
+                f"there are none before {part.end:%Y-%m-%d %H:%M}",
                 "Take fewer or shorter folds, or compute more features",
             )
     external = is_external(fitted, account)

@@ -178,15 +178,17 @@ def read_schema(path: str, required: bool) -> str | None:
     if not os.path.lexists(path):
         if required:
             raise DefinitionError(
-                "--schema names a schema.pbtxt", path, "No such file; millrace schema infer writes one"
+                "--schema must name a schema.pbtxt", f"there is no file {path}", "Write one with: millrace schema infer"
             )
         return None
-    rule = "--schema names a text file" if required else "The schema beside a definition is a text file"
+    rule = "--schema must name a text file" if required else "The schema beside a definition must be a text file"
     try:
         text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise DefinitionError(rule, f"{path}: {reason}", "Write a fresh one: millrace schema infer --force") from None
+        raise DefinitionError(
+            rule, f"{path}: {reason}", "Write a new one with: millrace schema infer --force"
+        ) from None
     parse_schema(text, path)
     return text
 
@@ -206,7 +208,7 @@ def read_statistics(path: str) -> DatasetFeatureStatisticsList:
         return parse_statistics(read_regular(path))
     except Exception as error:  # Beam's file systems raise what they like
         raise StoreError(
-            "A run's statistics can be read", f"{path}: {error}", "See the runs with: millrace tables"
+            "A run's statistics must be readable", f"{path}: {error}", "See the runs with: millrace tables"
         ) from None
 
 
@@ -254,7 +256,7 @@ def read_account(table: str, run_id: str) -> Account:
         }
     except Exception as error:  # Beam's file systems raise what they like
         raise StoreError(
-            "A run's account of its statistics can be read",
+            "A run's account of its statistics must be readable",
             f"run {run_id}: {reason_of(error)}",
             "See the runs with: millrace tables",
         ) from None
@@ -342,10 +344,10 @@ def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
             continue
         fraction = tally.dead / tally.read
         raise ContractError(
-            f"At most {most:g} of a source's rows are rejected (--max_dead_fraction)",
-            f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r}, that is {fraction:.3g}, in "
+            f"At most {most:g} of a source's rows may be rejected (--max_dead_fraction)",
+            f"{tally.dead:,} of {tally.read:,} rows of {tally.source!r} were, that is {fraction:.3g}, in "
             f"{check.run.interval}",
-            f"Nothing was committed; {check.run.dead_letters} holds the rows and the rules they broke.  Mend the "
+            f"Nothing was committed; {check.run.dead_letters} has the rows and the rules that they broke. Correct the "
             "source, "
             f"or run again with --max_dead_fraction {fraction + 0.0005:.3f}",
         )
@@ -356,9 +358,9 @@ def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyErr
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
     where = f" --schema {check.rules.schema}" if check.rules.required else ""
     return AnomalyError(
-        f"The features of {check.run.interval} keep {check.rules.schema}",
+        f"The features of {check.run.interval} must satisfy {check.rules.schema}",
         f"{count}: {_listed(found)}",
-        "Nothing was committed.  If the data is right, let the schema follow it: "
+        "Nothing was committed.  If the data is right, update the schema with: "
         f"millrace schema update {check.run.command}{where} --run_id {check.run.run_id}; to publish as it is, "
         "run again with --allow_anomalies",
     )

@@ -211,9 +211,9 @@ def parse_schema(text: str, path: str = "schema.pbtxt") -> Schema:
         return text_format.Parse(text, Schema())
     except text_format.ParseError as error:
         raise DefinitionError(
-            f"{path} is a TensorFlow Metadata Schema",
+            f"{path} must be a TensorFlow Metadata Schema",
             str(error),
-            "Correct it, or write a fresh one with: millrace schema infer --force",
+            "Correct it, or write a new one with: millrace schema infer --force",
         ) from None
 
 

@@ -260,13 +260,13 @@ def _read(
             yield from _pieces(contract, file, each, columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise ContractError(
-            f"Source {source.name!r}: every file is whole Parquet",
+            f"Source {source.name!r}: every file must be complete Parquet",
             f"{each.path}: {str(error).splitlines()[0]}",
             "Write the file again, or remove it",
         ) from None
     if each.stamp and stamp_of(each.path) != each.stamp:
         raise ContractError(
-            f"Source {source.name!r}: files stay as they are while a run reads them",
+            f"Source {source.name!r}: its files must not change while a run reads them",
             f"{each.path} was replaced",
             "Run the same command again; write new files aside and rename them",
         )

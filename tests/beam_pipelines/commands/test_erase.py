@@ -147,10 +147,10 @@ def test_a_store_at_work_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
     ("where", "printed"),
     [
         ("customer = 'a'", "declares: at, k, cust, note, price"),
-        ("1 = 1", "--where names a column"),
+        ("1 = 1", "--where must name a column"),
         ("price + 1", "true or false"),
         ("cust =", "a condition on one row"),
-        ("cust > 5", "fits the columns"),
+        ("cust > 5", "must fit the columns"),
     ],
 )
 def test_a_condition_that_says_nothing_of_a_row_is_refused(

@@ -44,7 +44,7 @@ def test_the_commands_it_prints_take_the_new_case_through_all_three_pipelines(
 def test_a_folder_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "definition.py").write_text("# work of weeks\n")
-    with pytest.raises(DefinitionError, match="new folder"):
+    with pytest.raises(DefinitionError, match="must not exist yet"):
         main(["mine", "--folder", str(tmp_path)])
     assert (tmp_path / "mine" / "definition.py").read_text() == "# work of weeks\n"
 

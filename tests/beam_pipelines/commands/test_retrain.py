@@ -49,7 +49,7 @@ def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: py
     # A source without versions whose files have changed is refused.
     pl.read_parquet(store / "sources/sales/part.parquet").head(-1).write_parquet(store / "sources/sales/part.parquet")
     assert cli.main(["retrain", "1", "--store", str(store)]) == MismatchError.exit_code
-    assert "holds the files that the version was trained on" in capsys.readouterr().err
+    assert "must have the files that the version was trained on" in capsys.readouterr().err
 
 
 def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
@@ -114,4 +114,4 @@ def test_the_same_content_is_accepted_and_neighbours_are_kept_with_the_model(
     sales = moved / "sources/sales/part.parquet"
     pl.read_parquet(sales).with_columns(amount=pl.col("amount") + 1).write_parquet(sales)
     assert cli.main(["retrain", "1", "--store", str(moved)]) == MismatchError.exit_code
-    assert "1 differ, as part.parquet" in capsys.readouterr().err
+    assert "1 differ, such as part.parquet" in capsys.readouterr().err

@@ -157,10 +157,10 @@ def test_rows_of_an_interval_can_be_meant(call) -> None:  # type: ignore[no-unty
             "infer",
             ("--start", "2030-01-01"),
             3,
-            "has rows in the interval. Got none. Compute them first: millrace features",
+            "must have rows in the interval; there are none. Compute them first: millrace features",
         ),
         ("inferr", (), 2, "Did you mean 'infer'?"),
-        ("infer", ("--every", "36h"), 2, "--every is whole days. Got '36h'"),
+        ("infer", ("--every", "36h"), 2, "--every must be a number of whole days; it is '36h'"),
         ("infer", ("--forse",), 2, "did you mean --force?"),
         ("infer", ("--runner=Prism",), 2, "unknown flag --runner=Prism"),
     ],
@@ -176,7 +176,7 @@ def test_a_run_without_statistics_is_told(call) -> None:  # type: ignore[no-unty
     call("infer")
     code, _, printed = call("check", "--run_id", "unknown")
     assert code == 4
-    assert "statistics can be read" in printed
+    assert "statistics must be readable" in printed
 
 
 def test_the_schema_stands_beside_the_definition_by_default(store: Path) -> None:

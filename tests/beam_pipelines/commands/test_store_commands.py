@@ -177,13 +177,13 @@ def test_a_prediction_leads_to_model_run_features_and_sources(store: Path, capsy
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
-        (["--key", "visit=99999"], DataError, "visit = 99999: not in version 1"),
+        (["--key", "visit=99999"], DataError, "visit = 99999 is not in version 1"),
         (["--key", "visit=1", "--time", "2024-01-02T03:04:05+00:00"], DataError, "2024-01-02T03:04:05"),
-        (["--key", "visit=seven"], DefinitionError, "'visit' is Int64"),
+        (["--key", "visit=seven"], DefinitionError, "'visit' must be Int64"),
         (["--key", "shop=north"], DefinitionError, "Write --key visit=…"),
         ([], DefinitionError, "--prediction ID"),
         (["--key", "visit=1", "--prediction", "1"], DefinitionError, "--prediction ID"),
-        (["--prediction", "12345"], DataError, "12345 not in predictions/buying"),
+        (["--prediction", "12345"], DataError, "12345 is not in predictions/buying"),
         (["--key", "visit=1", "--live"], StoreError, "features_live"),
     ],
 )

@@ -32,7 +32,7 @@ def test_the_address_of_a_file_is_its_path(address: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["abfss", "azfs", "hdfs", "http", "s3a", "S4"])
 def test_a_scheme_that_beam_or_delta_rs_does_not_know_is_refused(scheme: str) -> None:
-    with pytest.raises(StoreError, match="--sources names a folder, or an address that begins with gs:// or s3://"):
+    with pytest.raises(StoreError, match="--sources must name a folder, or an address that begins with gs:// or s3://"):
         usable_address("--sources", f"{scheme}://bucket/store", [])
 
 
@@ -50,7 +50,7 @@ def test_what_is_no_path_is_refused(address: str) -> None:
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "_installed", lambda module: False)
-    with pytest.raises(StoreError, match=r"needs the package boto3\. Got none installed\. pip install"):
+    with pytest.raises(StoreError, match=r"needs the package boto3; it is not installed\. pip install"):
         usable_address("--store", "s3://bucket/store", [])
 
 
@@ -88,7 +88,9 @@ def test_an_object_store_that_fails_is_one_message(capsys: pytest.CaptureFixture
 
     assert guard(fails)([]) == 4
     printed = capsys.readouterr().err
-    assert printed.startswith("millrace: The store can be reached, read and written. Got Match operation failed with")
+    assert printed.startswith(
+        "millrace: The store must be reachable, readable and writable; Match operation failed with"
+    )
     assert printed.count("\n") == 1
 
 

@@ -121,7 +121,7 @@ def test_a_umask_that_is_none_is_refused(
 ) -> None:
     monkeypatch.setenv("MILLRACE_UMASK", value)
     assert guard(lambda argv: 0)([]) == 2
-    assert "MILLRACE_UMASK is three octal digits" in capsys.readouterr().err
+    assert "MILLRACE_UMASK must be three octal digits" in capsys.readouterr().err
 
 
 def test_a_value_with_line_feeds_begins_no_line_of_its_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ DEFINITIONS = {
     "prints": (f"import sys; print({ATTACK!r}); print({ATTACK!r}, file=sys.stderr)", 2),
     "warns": (f"import warnings; warnings.warn({ATTACK!r})", 2),
     "has no view": (f"view = {ATTACK!r}", 2),
-    "is no Python": (f"'''\n{ATTACK}", 2),
+    "without a Python": (f"'''\n{ATTACK}", 2),
 }
 
 
