@@ -260,7 +260,7 @@ def test_any_partition_by_key_gives_the_same_bits_dead_letters_and_tallies(
     whole = computed(view, store, key_shards=1)
     with pytest.MonkeyPatch.context() as patch:
         for module in (reader, key_partitions, routed_dimensions):
-            patch.setattr(module, "CHUNK_ROWS", cut.chunk)
+            patch.setattr(module, "READ_CHUNK_ROWS", cut.chunk)
         patch.setattr(reader.stream_slices, "__defaults__", (*reader.stream_slices.__defaults__[:-1], cut.chunk))  # type: ignore[index]
         choices = {
             "block_rows": cut.block_rows,
