@@ -133,8 +133,9 @@ class Project:
         if model is not None:
             chosen = self._named("model", self.models, model)
             if view is not None and self._named("view", self.views, view).name not in (v.name for v in chosen.views):
+                read = ", ".join(each.name for each in chosen.views)
                 raise DefinitionError(
-                    f"--view must be one of those that model {model!r} reads: {', '.join(each.name for each in chosen.views)}",
+                    f"--view must be one that model {model!r} reads, that is {read}",
                     f"it is {view}",
                     "Leave --view out",
                 )
@@ -169,7 +170,9 @@ class Project:
         if not found:
             what = "only a view" if len(self.views) == 1 else "none, only views"
             about = self.name if read is None else f"{self.name} over view {view!r}"
-            raise DefinitionError(f"A model must be named in {about}", f"there is {what}", "Write model = Model(view, …)")
+            raise DefinitionError(
+                f"A model must be named in {about}", f"there is {what}", "Write model = Model(view, …)"
+            )
         return [self._of(each.view, each) for each in found]
 
     def _of(self, view: FeatureView, model: Model | None) -> Definition:
@@ -178,7 +181,9 @@ class Project:
     def _named(self, kind: str, known: Mapping[str, Named], name: str) -> Named:
         if name not in known:
             there = f"the {kind}s {', '.join(known)}" if known else f"the {kind}s (there are none)"
-            raise DefinitionError(f"--{kind} must be one of {there} of {self.name}", f"it is {name}", nearest(name, known))
+            raise DefinitionError(
+                f"--{kind} must be one of {there} of {self.name}", f"it is {name}", nearest(name, known)
+            )
         return known[name]
 
 
@@ -264,7 +269,9 @@ def _imports_schemas(source: bytes, path: str) -> bool:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise DefinitionError(f"{path} must be valid Python", f"line {error.lineno}: {error.msg}", "Correct it") from None
+        raise DefinitionError(
+            f"{path} must be valid Python", f"line {error.lineno}: {error.msg}", "Correct it"
+        ) from None
     imports = [each for each in ast.walk(tree) if isinstance(each, ast.Import | ast.ImportFrom)]
     names = [node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
     names += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
