@@ -31,7 +31,7 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
         beam_args: flags for Beam; its file systems take their options from them.
 
     Raises:
-        DefinitionError: it is no path.
+        DefinitionError: it is not a path.
         StoreError: nothing can be stored at such an address, before anything was sent over the network; or the object
             store does not respond.
     """

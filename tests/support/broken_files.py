@@ -1,4 +1,5 @@
-"""Stored files that are broken in every way, and commands that read them: what each command said and how it ended."""
+"""Stored files that are broken in every way, and commands that read them: what each command printed and how it
+ended."""
 
 from __future__ import annotations
 
@@ -78,17 +79,17 @@ def run(*argv: str) -> Said:
     return Said(argv, code, out.getvalue(), err.getvalue())
 
 
-def one_message(said: Said) -> None:
+def one_message(printed: Said) -> None:
     """A documented exit code, and if it is not 0 one message that says what is wrong, without a traceback."""
-    assert said.code in EXIT_CODES, said.text
-    assert "Traceback" not in said.err + said.out, said.text
-    if said.code not in (0, 6, 7):
-        told = [line for line in said.err.splitlines() if line.startswith("millrace: ")]
-        assert told, said.text
-        last = said.err[said.err.rindex("\nmillrace: ") if "\nmillrace: " in said.err else 0 :].strip()
+    assert printed.code in EXIT_CODES, printed.text
+    assert "Traceback" not in printed.err + printed.out, printed.text
+    if printed.code not in (0, 6, 7):
+        reported = [line for line in printed.err.splitlines() if line.startswith("millrace: ")]
+        assert reported, printed.text
+        last = printed.err[printed.err.rindex("\nmillrace: ") if "\nmillrace: " in printed.err else 0 :].strip()
         lines = last.splitlines()
-        assert all(line.startswith("  ") for line in lines[1:]), said.text  # the run, and how it is resumed
-        assert len(lines[0]) < 6000, said.text
+        assert all(line.startswith("  ") for line in lines[1:]), printed.text  # the run, and how it is resumed
+        assert len(lines[0]) < 6000, printed.text
 
 
 def made_store(folder: Path) -> Path:
@@ -106,8 +107,8 @@ def made_store(folder: Path) -> Path:
         ["features", *flags, "--run_id", "f2b"],
         ["training", *flags, "--run_id", "t3", "--threads=1", "--registry", "sqlite:////dev/null/mlflow.db"],
     ):
-        said = run(*argv)
-        assert said.code == (4 if "t3" in argv else 0), said.text
+        printed = run(*argv)
+        assert printed.code == (4 if "t3" in argv else 0), printed.text
     write_marker(str(folder / "runs" / "t9"), "training", "t9")
     return folder
 
@@ -333,8 +334,8 @@ def files_read(store: Path, names: Sequence[str]) -> dict[str, set[str]]:
         place = Path(f"{prefix}{name.replace(' ', '-')}")
         argv = commands(copied(store, place))[name]
         read.clear()
-        said = run(*argv)
-        one_message(said)
+        printed = run(*argv)
+        one_message(printed)
         shutil.rmtree(place)
         found[name] = (read & kept) | {
             each for each in kept if "_delta_log" in each or (each.endswith("parquet") and "/date=" in each)

@@ -135,11 +135,11 @@ def _placed(text: str, places: dict[str, str]) -> str:
 @functools.cache
 def flags_of(command: str) -> dict[str, bool]:
     """The flags that the command's help lists; whether each takes a value."""
-    said = run(*command.split(), "--help")
+    printed = run(*command.split(), "--help")
     if command in (*LIVE, *KAFKA):
-        said = run(command.split()[0], "--streaming", "--help")
-    assert said.code == 0, said.text
-    found = re.findall(r"^  (--\w+)(?:, (--no-\w+))?( \S+)?", said.out, re.MULTILINE)
+        printed = run(command.split()[0], "--streaming", "--help")
+    assert printed.code == 0, printed.text
+    found = re.findall(r"^  (--\w+)(?:, (--no-\w+))?( \S+)?", printed.out, re.MULTILINE)
     flags = {name: bool(value) for name, _, value in found} | {other: False for _, other, _ in found if other}
     return {name: value for name, value in flags.items() if name not in ("--help", "--streaming", "--source")}
 

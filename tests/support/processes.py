@@ -50,9 +50,9 @@ class Process:
         """Until it has ended."""
         status, seconds = self.zygote.ask(do="wait", pid=self.pid, stopped=False)
         steps = Path(f"{self.log}.steps")
-        told = tuple(steps.read_text().splitlines()) if steps.exists() else ()
+        reported = tuple(steps.read_text().splitlines()) if steps.exists() else ()
         out, err = (Path(f"{self.log}.{name}").read_text() for name in ("out", "err"))
-        return Ended(os.waitstatus_to_exitcode(status), out, err, told, seconds)
+        return Ended(os.waitstatus_to_exitcode(status), out, err, reported, seconds)
 
     def stopped(self) -> bool:
         """Wait until it has stopped; False where it ended instead."""
@@ -232,11 +232,11 @@ def _serve(modules: Sequence[str]) -> None:
             if pid == 0:
                 _child(main, what)
             begun[pid] = time.perf_counter()
-            answer: Any = pid
+            feature_row: Any = pid
         else:
             _, status = os.waitpid(what["pid"], os.WUNTRACED if what["stopped"] else 0)
-            answer = status, time.perf_counter() - begun[what["pid"]]
-        print(json.dumps(answer), flush=True)
+            feature_row = status, time.perf_counter() - begun[what["pid"]]
+        print(json.dumps(feature_row), flush=True)
 
 
 if __name__ == "__main__":

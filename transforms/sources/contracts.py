@@ -68,6 +68,7 @@ class Contract:
         now: µs since 1970; times that are later by more than `source.ahead` are implausible.
         partitions: columns of a Delta table that its files may lack (see `inventory.survey`).
         ordering: further columns that are read only to put rows in order (see `FeatureView.columns_ordering`).
+        time_only: whether rows are checked by their time alone, and not by what views need of them.
     """
 
     source: Source
@@ -76,6 +77,7 @@ class Contract:
     now: int = 2**62
     partitions: Partitions | None = None
     ordering: tuple[str, ...] = ()
+    time_only: bool = False
 
     @functools.cached_property
     def read(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class Contract:
         """(field, rule, condition under which a row breaks it). The first broken rule is the reason for a rejection."""
         source = self.source
         rules: list[tuple[str, str, pl.Expr]] = []
-        for name in (source.time, source.event_time):
+        for name in (source.time, None if self.time_only else source.event_time):
             if name is None:
                 continue
             moment = pl.col(name).dt.epoch("us")
@@ -115,6 +117,8 @@ class Contract:
             rules.append(
                 (name, f"a time is at most {source.ahead} ahead of the run's clock (ahead)", moment >= self.latest)
             )
+        if self.time_only:
+            return rules
         if source.time is not None and source.event_time is not None:
             rules.append(
                 (

@@ -181,15 +181,6 @@ def stamp_of(path: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
 
 
-def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
-    """Every row group of a source, from the files' footers; for a Delta table, those of `version` (None: its newest).
-
-    Raises:
-        ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
-    """
-    return survey_source(root, contract, version)[1]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
     """What a survey found: the contract by which to read the source, its row groups, and its files (None for a Delta
@@ -206,11 +197,13 @@ class Surveyed:
 
 
 def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
-    """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
-    log.
+    """The contract by which to read a source, and its row groups, from the footers of its files.
+
+    Of a Delta table, they are those of `version` (None: its newest), and the contract has the columns of the log.
 
     Raises:
-        ContractError: as `slices_of`; or a Delta table uses a feature without which it cannot be read correctly.
+        ContractError: a file is not Parquet, is truncated, or does not have the declared columns; or a Delta table uses
+            a feature without which it cannot be read correctly.
     """
     found = survey_files(root, contract, version)
     return found.contract, list(found.slices)

@@ -55,6 +55,14 @@ if TYPE_CHECKING:
     from transforms.storage.durable import rename_files, sync_file, sync_folder, sync_folders, write_file
     from transforms.storage.feature_tables import lost_commit, open_feature_table
     from transforms.storage.file_systems import FileSystems, open_regular, require_regular
+    from transforms.storage.joined_features import (
+        JoinCounts,
+        ReadJoined,
+        TableFiles,
+        add_counts,
+        joined_groups,
+        read_joined,
+    )
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
@@ -109,6 +117,7 @@ if TYPE_CHECKING:
         files_below,
         pins_of,
         remove_waste,
+        tables_of,
         waste_of,
         waste_of_runs,
     )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from schemas.errors import StoreError
+from transforms.records.arrays import Bools
 from transforms.storage import durable
 from transforms.storage.date_spans import (
     days_of,
@@ -37,7 +37,7 @@ from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_
 from transforms.storage.stored_json import explain_damage, read_regular
 
 # (Rows of a row group, path of the file) → for each row, whether it is removed.
-Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
+Matches = Callable[[pa.Table, str], Bools]
 # Rows of a row group that stay → the rows to write in their place; the very same table if they stay as they are.
 Revise = Callable[[pa.Table], pa.Table]
 FIX = "Grant access and free space, then run the same command again: it completes what was begun"

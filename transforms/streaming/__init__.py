@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transforms.streaming.kafka_properties import read_properties, secrets_of
     from transforms.streaming.live_dimensions import kept_version, rewrite_versions
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
+    from transforms.streaming.live_job import LiveJob
     from transforms.streaming.live_settings import LiveSettings
     from transforms.streaming.live_tables import (
         BeyondOffsets,
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
         replace_bag,
         write_head,
     )
+    from transforms.streaming.pending_spine_rows import about_spine_rows
     from transforms.streaming.preparation import (
         LiveFeaturesJob,
         LiveFeaturesPlan,

@@ -100,7 +100,7 @@ class CrashGuard:
         if folder.stat().st_uid != os.getuid():  # in a temporary folder, other users could create files of known names
             raise PermissionError(f"{folder} belongs to another user")
         self.folder = folder
-        # So that no other worker takes the note for that of a dead worker before it is locked.
+        # So that no other worker takes it for the note of a dead worker before it is locked.
         with os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read_notes()

@@ -1,5 +1,5 @@
 """`millrace erase` on a live store: a marked person, a search over every byte of it, and what parity, verify and trace
-then say; and on a full store, what erasing reaches."""
+then report; and on a full store, what erasing reaches."""
 
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ from transforms.storage.run_markers import remove_marker, write_marker
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
 SOURCES = ("returns", "people", "orders")
-# What a store may hold.  Whoever adds to it has to say how rows are erased from it (docs/erase.md).
+# What a store may hold.  A new kind of table needs a rule for how rows are erased from it (docs/erase.md).
 KNOWN = {
     *("sources", "features", "predictions", "examples", "dead_letters", "registry", "runs", "erasures"),
     *("features_live", "predictions_live", "dimensions", "live_view.json", "crash_guard"),
@@ -138,7 +138,7 @@ def test_a_job_that_starts_again_knows_nothing_of_the_person(store: LiveStore) -
 
 
 def test_erasing_reaches_every_table_of_a_full_store(store: LiveStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch and live in one folder: whoever adds a kind of table meets this test."""
+    """Batch and live in one folder: a new kind of table makes this test fail."""
     shutil.copytree(store.batch.store, store.store, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sources"))
     assert {path.name for path in store.store.iterdir()} <= KNOWN
     tables, reached = set(tables_below(str(store.store))), set[str]()

@@ -87,9 +87,9 @@ def test_an_object_store_that_fails_is_one_message(capsys: pytest.CaptureFixture
         raise BeamIOError("Match operation failed\nwith exceptions", {"s3://b/x": OSError("no route")})
 
     assert guard(fails)([]) == 4
-    said = capsys.readouterr().err
-    assert said.startswith("millrace: The store can be reached, read and written. Got Match operation failed with")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("millrace: The store can be reached, read and written. Got Match operation failed with")
+    assert printed.count("\n") == 1
 
 
 @pytest.fixture
