@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Slices,
         files_of,
         open_parquet,
+        open_stamped,
         stamp_of,
         survey,
         survey_files,
