@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import date
+from typing import TypeVar
 
 from deltalake import DeltaTable
 
@@ -28,8 +29,15 @@ from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Snapshot, SnapshotSegment, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks, rows_within
-from transforms.features.source_digests import Current, examine
+from transforms.features.plan import (
+    FeaturePlan,
+    PlanOptions,
+    block_cuts,
+    plan_blocks,
+    resolve_interval,
+    rows_within,
+)
+from transforms.features.source_digests import Current, digest_changes
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
@@ -38,20 +46,21 @@ from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import dead_letters_uri, features_uri
 
 Ranges = list[tuple[int, int]]
+Request = TypeVar("Request", bound="FeaturesRequest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeaturesRequest:
-    """Which features to compute, from what, and how the work may be divided.
+    """Which features to compute, from which sources, and how the work may be divided.
 
     Args:
-        definition: the view's.
-        store: its address.
+        definition: name of the definition.
+        store: address of the store.
         sources: folder of the sources.
-        now: µs since 1970; rows stamped later are not known yet.
-        start: first day to compute; None: the first there is.
-        end: the day after the last; None: the day after the last there is.
-        full: compute every date again, whatever the table holds.
+        now: µs since 1970; rows with a later time are not known yet.
+        start: first day to compute; None: the first day of the data.
+        end: the day after the last; None: the day after the last day of the data.
+        full: compute every date again, whatever the table has.
         refresh: also count dates as stale whose dimensions have changed.
         block_rows: rows computed at once.
         shuffled: send rows to their blocks instead of letting each block read; None: whichever reads less.
@@ -89,18 +98,18 @@ class FeaturesRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """What there is to compute, why, and the state of the sources and of the table that this was decided on.
+    """What to compute, why, and the state of the sources and of the table on which this was decided.
 
     Args:
-        plan: None: there is nothing to compute.
+        plan: the blocks; None: there is nothing to compute.
         stale: reasons per date, and notes for the user.
         current: digests of the sources.
         base: version of the feature table; None: there is no table yet.
         copies: columns that are copied from an older table.
-        inventory: of the sources.
+        inventory: the inventory of the sources.
         everything: whether all dates are computed.
-        segments: of the history that is summarised for windows without a beginning.
-        chains: of those segments, each with the snapshot it starts from.
+        segments: segments of the history, which are summarised for lifetime windows.
+        chains: chains of those segments, each with the snapshot that it starts from.
         outdated: days of the table that an older version wrote, and whose values may be wrong.
         partition_days: how many days a partition of the feature table spans.
         carried: dead letters of days that the run does not compute.
@@ -143,14 +152,14 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     view = request.view
     inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
     base = None if table is None else int(table.version())
-    # A run over some days keeps the record of the others, even if it computes its own days anew.
-    # Without any spine row left, `--full` too goes by the days of the table: their rows are to be removed.
+    # A run over some days keeps the record of the others, even if it computes its own days again.
+    # If no spine row is left, `--full` also uses the days of the table: their rows must be removed.
     empty = inventory.extent[0] >= inventory.extent[1]
     anew = request.full and not request.bounded and not empty
     manifest = EMPTY if anew else continued(view, read_manifest(table))
     everything = not request.bounded and (anew or not manifest.dates)
     old_days = outdated(_readable_manifest(view, table) if anew else manifest)
-    current = examine(inventory, manifest, request.full)
+    current = digest_changes(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
     stale = _with_notes(stale, old_days, ranges, inventory, everything)
     carried = CarriedDeadLetters()
@@ -204,7 +213,7 @@ def _stale_ranges(
 
 
 def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifest) -> tuple[int, int]:
-    """Returns the requested `[start, end)` in µs. It contains the days of the table whose spine rows are all gone.
+    """Returns the requested `[start, end)` in µs. It includes days of the table whose spine rows are all gone.
 
     Raises:
         DataError: neither the spine nor the table has rows there.
@@ -213,7 +222,7 @@ def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifes
     low, high = (None if each is None else midnight(each) for each in (request.start, request.end))
     inside = [each for each in computed if (low is None or each >= low) and (high is None or each < high)]
     if not inside:
-        return interval(request.view, inventory, request.start, request.end)
+        return resolve_interval(request.view, inventory, request.start, request.end)
     first, last = inventory.extent if inventory.extent[0] < inventory.extent[1] else (FOREVER, ALWAYS)
     return (
         min(first, min(inside)) if low is None else low,
@@ -233,7 +242,7 @@ def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: In
 def _snapshots(
     request: FeaturesRequest, manifest: Manifest, current: Current, ranges: Ranges
 ) -> dict[int, Snapshot | None]:
-    """Returns per start of a range the newest usable snapshot before it.
+    """Returns the newest usable snapshot before the start of each range.
 
     There is none if everything is computed again.
     """
@@ -249,7 +258,12 @@ def _plan(
     request: FeaturesRequest, inventory: Inventory, current: Current, ranges: Ranges, everything: bool
 ) -> FeaturePlan:
     """Divides the ranges into blocks."""
-    options = PlanOptions(
+    repeats = {name: each.first for name, each in current.repeats.items()}
+    return plan_blocks(request.view, inventory, ranges, repeats, _plan_options(request, current, everything))
+
+
+def _plan_options(request: FeaturesRequest, current: Current, everything: bool) -> PlanOptions:
+    return PlanOptions(
         everything=everything,
         digest=not current.digested,
         summarised=lifetime_sources(request.view),
@@ -258,8 +272,67 @@ def _plan(
         key_shards=request.key_shards,
         broadcast_bytes=request.broadcast_bytes,
     )
-    repeats = {name: each.first for name, each in current.repeats.items()}
-    return plan_blocks(request.view, inventory, ranges, repeats, options)
+
+
+def computed_together(works: Sequence[tuple[Request, PreparedRun]]) -> list[list[tuple[Request, PreparedRun]]]:
+    """Divides prepared runs into groups whose views are computed together, block by block; a group may have one view.
+
+    Views of a group have one spine and one key, compute the same ranges, and read slices into memory: none has windows
+    over all history, a shuffle, key shards, or a dimension too large to broadcast.  The plans of a group have blocks of
+    the same times.
+    """
+    groups: list[list[tuple[Request, PreparedRun]]] = []
+    for request, work in works:
+        for group in groups:
+            if _fit_together(group[0], (request, work)):
+                group.append((request, work))
+                break
+        else:
+            groups.append([(request, work)])
+    result: list[list[tuple[Request, PreparedRun]]] = []
+    for group in groups:
+        replanned = _with_common_blocks(group) if len(group) > 1 else None
+        result += [[each] for each in group] if replanned is None else [replanned]
+    return result
+
+
+def _fit_together(one: tuple[FeaturesRequest, PreparedRun], other: tuple[FeaturesRequest, PreparedRun]) -> bool:
+    """Whether two views can be computed together."""
+    (first, mine), (second, theirs) = one, other
+    if mine.plan is None or theirs.plan is None:
+        return False
+    return (
+        first.view.spine is second.view.spine
+        and first.view.key == second.view.key
+        and (mine.plan.ranges, mine.everything) == (theirs.plan.ranges, theirs.everything)
+        and not (mine.chains or theirs.chains)
+        and _in_memory(mine.plan)
+        and _in_memory(theirs.plan)
+    )
+
+
+def _in_memory(plan: FeaturePlan) -> bool:
+    """Whether each block reads its slices, and holds them and all dimensions in memory."""
+    return not plan.shuffled and not plan.routed and not any(block.shards for block in plan.blocks)
+
+
+def _with_common_blocks(group: Sequence[tuple[Request, PreparedRun]]) -> list[tuple[Request, PreparedRun]] | None:
+    """The runs with blocks of the same times; None if these would not fit in memory."""
+    request, first = group[0]
+    ranges = list(first.required_plan.ranges)
+    # A first run digests what it reads, so the cuts look at all of it.
+    digest = any(not work.current.digested for _, work in group)
+    options = dataclasses.replace(_plan_options(request, first.current, first.everything), digest=digest)
+    cuts = block_cuts([(each.view, work.required_inventory) for each, work in group], ranges, options)
+    result = []
+    for each, work in group:
+        own = dataclasses.replace(_plan_options(each, work.current, work.everything), cuts=cuts)
+        repeats = {name: found.first for name, found in work.current.repeats.items()}
+        plan = plan_blocks(each.view, work.required_inventory, ranges, repeats, own)
+        if not _in_memory(plan):
+            return None
+        result.append((each, dataclasses.replace(work, plan=plan)))
+    return result
 
 
 def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:
