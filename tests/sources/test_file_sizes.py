@@ -25,7 +25,7 @@ from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import add_digests
-from transforms.sources.inventory import Slices, survey_files
+from transforms.sources.inventory import READ_AT_ONCE, Slices, open_stamped, stamp_of, survey_files
 from transforms.sources.reader import ReadOptions, read_slices, stream_slices
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +115,20 @@ def test_small_files_read_together_are_what_each_is_by_itself(tmp_path: Path) ->
     pieces = list(stream_slices(contract, slices, options, chunk=50))
     assert len(pieces) > 5
     assert_frame_equal(pl.concat([each.frame for each in pieces]), together.frame)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100_000])
+def test_a_file_is_opened_with_the_stamp_that_it_has_on_disk(tmp_path: Path, rows: int) -> None:
+    """A small one is read at once, and stamped as it was read; a large one is stamped by whoever has read it."""
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"x": range(rows)}, schema={"x": pl.Int64}).write_parquet(path, compression="uncompressed")
+    file, stamp = open_stamped(str(path), Source("events", time="t", columns={"x": pl.Int64}))
+    assert stamp == (stamp_of(str(path)) if path.stat().st_size <= READ_AT_ONCE else None)
+    assert (stamp is None) == (rows == 100_000)
+    before = stamp_of(str(path))
+    pl.DataFrame({"x": range(rows + 1)}).write_parquet(path)
+    assert file.read()["x"].to_pylist() == list(range(rows)) if stamp else file.metadata.num_rows == rows
+    assert stamp_of(str(path)) != before
 
 
 def test_the_damaged_one_of_many_small_files_is_named(tmp_path: Path) -> None:

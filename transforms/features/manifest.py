@@ -108,7 +108,9 @@ class Manifest:
     version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        # Not by `dataclasses.asdict`, which copies every day and file of it: 0.6 s for 100,000 files.
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(content, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

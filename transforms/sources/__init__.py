@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Slice,
         Slices,
         open_parquet,
+        open_stamped,
         source_files,
         stamp_of,
         survey_files,

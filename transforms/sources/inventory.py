@@ -11,8 +11,8 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from io import BufferedIOBase
-from typing import Any
+from io import BufferedIOBase, BytesIO
+from typing import Any, BinaryIO
 
 import polars as pl
 import pyarrow as pa
@@ -28,7 +28,7 @@ from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_f
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
 from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
-from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.file_systems import FileSystems, open_regular
 from transforms.storage.paths import source_uri
 
 # Primitive types of Delta tables.
@@ -48,6 +48,8 @@ _ARROW = {
 }
 # Number of files that a thread takes at a time.
 FILES_AT_ONCE = 64
+# A file of at most so many bytes is read with one call: Arrow reads as many of any file for its footer.
+READ_AT_ONCE = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +176,14 @@ def stamp_of(path: str) -> str:
         return f"{meta.size_in_bytes}-{meta.last_updated_in_seconds}"
     status = os.stat(path)
     with open(path, "rb") as handle:
-        handle.seek(max(status.st_size - 8, 0))
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(max(status.st_size - 8 - length, 0))
-        footer = hashlib.blake2b(handle.read(length), digest_size=8).hexdigest()
+        return _stamp(status, handle)
+
+
+def _stamp(status: os.stat_result, handle: BinaryIO) -> str:
+    handle.seek(max(status.st_size - 8, 0))
+    length = int.from_bytes(handle.read(4), "little")
+    handle.seek(max(status.st_size - 8 - length, 0))
+    footer = hashlib.blake2b(handle.read(length), digest_size=8).hexdigest()
     return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
 
 
@@ -346,7 +352,8 @@ class _Footers:
 
     def _slices_of(self, path: str) -> list[Slice]:
         contract = self.contract
-        file, stamp = open_parquet(path, contract.source), stamp_of(path)
+        file, stamp = open_stamped(path, contract.source)
+        stamp = stamp or stamp_of(path)
         schema, metadata = file.schema_arrow, file.metadata
         if self.checked is None or not schema.equals(self.checked):
             contract.check(schema, path)
@@ -399,18 +406,34 @@ def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | No
 
 def open_parquet(path: str, source: Source) -> pq.ParquetFile:
     """Opens a Parquet file of `source`, local or on any Beam filesystem."""
+    return open_stamped(path, source)[0]
 
-    def opened() -> str | BufferedIOBase:
-        if "://" not in path:
-            require_regular(path)
-        return path if "://" not in path else FileSystems.open(path, compression_type="uncompressed")
+
+def open_stamped(path: str, source: Source) -> tuple[pq.ParquetFile, str | None]:
+    """As `open_parquet`; and the stamp of what will be read from it, if the file is so small that it was read at once.
+
+    The stamp of a larger file has to be asked for when its rows have been read.
+    """
+    stamp: str | None = None
+
+    def opened() -> str | BufferedIOBase | pa.BufferReader:
+        nonlocal stamp
+        if "://" in path:
+            return FileSystems.open(path, compression_type="uncompressed")
+        with open_regular(path) as handle:
+            status = os.fstat(handle.fileno())
+            if status.st_size > READ_AT_ONCE:
+                return path
+            content = handle.read()
+        stamp = _stamp(status, BytesIO(content))
+        return pa.BufferReader(content)
 
     try:
         try:
-            return pq.ParquetFile(opened())
+            return pq.ParquetFile(opened()), stamp
         except pa.ArrowInvalid:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
-                return pq.ParquetFile(opened(), metadata=_metadata(opened()))
+                return pq.ParquetFile(opened(), metadata=_metadata(opened())), stamp
             raise
     except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
@@ -425,7 +448,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
         ) from None
 
 
-def _metadata(file: str | BufferedIOBase) -> pq.FileMetaData:
+def _metadata(file: str | BufferedIOBase | pa.BufferReader) -> pq.FileMetaData:
     """A file's metadata without the Arrow types that its writer stored beside Parquet's own. Newer writers (delta-rs
     for Polars) store types that this environment's Arrow does not know, such as string views."""
     with open(file, "rb") if isinstance(file, str) else file as handle:

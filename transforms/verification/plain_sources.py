@@ -19,7 +19,7 @@ from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.arrays import Bools, Ints
 from transforms.sources.contracts import Contract, check_rows
-from transforms.sources.inventory import Slice, open_parquet, stamp_of
+from transforms.sources.inventory import Slice, open_stamped, stamp_of
 
 # Rows of a source in memory before they are reduced to those that are needed.
 PIECE = 500_000
@@ -84,16 +84,17 @@ class Files:
         Args:
             wanted: row groups without a row within reach are left out.
         """
-        contract = self.contracts[name]
-        held: list[pl.DataFrame] = []
-        for each in self.slices[name]:
-            if wanted is not None and self.skip and not _overlaps(each, wanted):
+        contract, slices = self.contracts[name], self.slices[name]
+        held, count = list[pl.DataFrame](), 0
+        for each, near in zip(slices, overlapping(slices, wanted), strict=True):
+            if self.skip and not near:
                 continue
-            for frame in _read(contract, each, columns, wanted):
+            for frame in _read(contract, each, columns, None if near else wanted):
                 held.append(frame)
-                if sum(map(len, held)) >= PIECE:
+                count += len(frame)
+                if count >= PIECE:
                     yield pl.concat(held)
-                    held = []
+                    held, count = [], 0
         if held:
             yield pl.concat(held)
 
@@ -233,30 +234,32 @@ def _moments(times: pl.Series) -> Ints:
     return times.to_physical().to_numpy()
 
 
-def _overlaps(each: Slice, wanted: Sequence[Wanted]) -> bool:
-    """Whether some row of the row group is within reach according to its footer."""
-    for one in wanted:
+def overlapping(slices: Sequence[Slice], wanted: Sequence[Wanted] | None) -> Bools:
+    """For each row group, whether by its footer some row of it is within reach (None: all are)."""
+    found = np.full(len(slices), wanted is None)
+    low, high = (np.array([getattr(each, field) for each in slices], np.int64) for field in ("low", "high"))
+    for one in wanted or ():
         moments = np.sort(one.moments)
-        after = np.searchsorted(moments, each.low, "right")
-        if after < len(moments) and (one.length is None or moments[after] - one.length <= each.high):
-            return True
-    return False
+        after = np.searchsorted(moments, low, "right")
+        later = np.append(moments, EVER)[after]
+        found |= (after < len(moments)) & (one.length is None or later - high <= one.length)
+    return found
 
 
 def _read(
     contract: Contract, each: Slice, columns: Sequence[str], wanted: Sequence[Wanted] | None
 ) -> Iterator[pl.DataFrame]:
-    """Columns of a row group; nothing if none of its times is within reach."""
+    """Columns of a row group.
+
+    Args:
+        wanted: nothing is read where by its times no row is within reach; None reads it in any case.
+    """
     source = contract.source
-    file = open_parquet(each.path, source)
+    file, stamp = open_stamped(each.path, source)
     times = [name for name in (source.time, source.event_time) if name is not None]
     try:
         # The times are read even if the footer has nothing within reach: footers are not trusted here.
-        if (
-            wanted is None
-            or _overlaps(each, wanted)
-            or any(_any_within(source, frame, wanted) for frame in _pieces(contract, file, each, times))
-        ):
+        if wanted is None or any(_any_within(source, frame, wanted) for frame in _pieces(contract, file, each, times)):
             yield from _pieces(contract, file, each, columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise ContractError(
@@ -264,7 +267,7 @@ def _read(
             f"{each.path}: {str(error).splitlines()[0]}",
             "Write the file again, or remove it",
         ) from None
-    if each.stamp and stamp_of(each.path) != each.stamp:
+    if each.stamp and (stamp or stamp_of(each.path)) != each.stamp:
         raise ContractError(
             f"Source {source.name!r}: its files must not change while a run reads them",
             f"{each.path} was replaced",
