@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.records.columns import moments_of, select, whole_numbers, with_columns, with_series
+    from transforms.records.columns import comparable, moments_of, select, whole_numbers, with_columns, with_series
     from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
     from transforms.records.exact_sums import (
         UNIT,

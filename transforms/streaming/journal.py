@@ -17,6 +17,7 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
+from transforms.features.packed_events import PackedRows
 from transforms.records.columns import moments_of
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
@@ -376,12 +377,12 @@ class Journal:
 
         Where keys come from dimensions, the assembly looks up in the same versions of these.
         """
-        frames, versions = dict[str, pl.DataFrame](), None
+        looked_up, versions = dict[str, PackedRows](), None
         if self.keys.dimensions:
             assert self.dimensions is not None
             self.dimensions.refresh()
-            frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
-        shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
+            looked_up, versions = dict(self.dimensions.packed), dict(self.dimensions.versions)
+        shards = routing.add_spine_rows(self.keys.added_to(ready, looked_up))
         cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
         rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN]].hstack([cold])
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
