@@ -15,7 +15,7 @@ from datetime import date
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import day, whole
+from beam_pipelines.runtime.arguments import utc_day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -34,7 +34,7 @@ from schemas.errors import DefinitionError
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
 from transforms.streaming.crash_guard import guard_folder
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
@@ -66,11 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         DefinitionError: a flag or the definition is refused.
     """
     options, flags = arguments().parse_streaming(argv)
-    view, sources = options.definition.view, sources_folder(options, flags)
+    view, sources = options.job.definition.view, sources_folder(options, flags)
     start, end = _microseconds(flags.start), _microseconds(flags.end)
     settings = live_settings(options, sources, flags.shards)
     replay = None
-    if options.replaying:
+    if options.job.replaying:
         assert sources is not None
         replay = Replay(
             sources,
@@ -85,18 +85,18 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         raise DefinitionError(
             "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
         )
-    groups_of(view)
+    shard_groups(view)
     handover = Handover(
         view,
-        options.store,
-        root=None if sources == sources_root(options.store) else sources,
+        options.job.store,
+        root=None if sources == sources_root(options.job.store) else sources,
         start=start,
         keep=settings.keep,
         without=flags.without_history,
         sent=None if replay is None else replay.start,
-        run_id=options.run_id,
+        run_id=options.job.run_id,
     )
-    return options, LiveFeaturesJob(view, settings, replay, options.broker, options.sinks, handover)
+    return options, LiveFeaturesJob(view, settings, replay, options.job.broker, options.job.sinks, handover)
 
 
 def arguments() -> StreamingArguments:
@@ -110,12 +110,12 @@ def arguments() -> StreamingArguments:
     )
     result.add_argument(
         "--start",
-        type=day,
+        type=utc_day,
         help="first UTC day whose rows come as messages, like 2013-01-01; earlier rows under --sources are history "
         "(default: replay, the first day in the files; kafka, the end of each source's history)",
     )
     result.add_argument(
-        "--end", type=day, help="replay: the UTC day after the last (default: the day after the last in the files)"
+        "--end", type=utc_day, help="replay: the UTC day after the last (default: the day after the last in the files)"
     )
     result.add_argument(
         "--sources",
@@ -142,20 +142,20 @@ def arguments() -> StreamingArguments:
 
 
 def live_settings(options: StreamingOptions, sources: str | None, shards: int) -> LiveSettings:
-    """The settings of the engine; a replay takes each micro-batch at its own time."""
+    """The settings of the engine; in a replay, each micro-batch has its own time."""
     lengths = options.lengths
     return LiveSettings(
-        store=options.store,
-        run_id=options.run_id,
-        dimensions=sources or sources_root(options.store),
+        store=options.job.store,
+        run_id=options.job.run_id,
+        dimensions=sources or sources_root(options.job.store),
         shards=shards,
         keep=lengths["keep"],
-        pace=0 if options.replaying else max(lengths["pace"], 1000),
+        pace=0 if options.job.replaying else max(lengths["pace"], 1000),
         commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"],
-        prefix=options.prefix,
-        table="table" in options.sinks,
-        kafka=None if options.replaying else options.broker,
+        prefix=options.job.prefix,
+        table="table" in options.job.sinks,
+        kafka=None if options.job.replaying else options.job.broker,
     )
 
 
@@ -168,10 +168,10 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
     sources: str | None = flags.sources
     if sources and "://" not in sources:
         sources = os.path.abspath(sources)
-    if options.replaying and (sources is None or sources == sources_root(options.store)):
+    if options.job.replaying and (sources is None or sources == sources_root(options.job.store)):
         raise DefinitionError(
             "A replay reads its files from another place than it writes to",
-            f"--sources {sources or 'left out'}, --store {options.store}",
+            f"--sources {sources or 'left out'}, --store {options.job.store}",
             "Name the folder of the files with --sources, and a store that only the live job uses",
         )
     return sources
@@ -180,7 +180,7 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> None:
     """The graph: messages → micro-batches → feature rows → topics and tables."""
     envelopes = (
-        replayed_envelopes(pipeline, plan) if options.replaying else envelopes_of_topics(pipeline, options, plan)
+        replayed_envelopes(pipeline, plan) if options.job.replaying else envelopes_of_topics(pipeline, options, plan)
     )
     commits = envelopes | "Live" >> LiveFeatures(plan.job.view, plan.settings, plan.sends)
     _ = commits | "Status" >> beam.Map(write_status, options.status)
@@ -200,48 +200,48 @@ def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     guard = guard_folder(job.settings.store, f"{job.view.name}.features")
     decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
-    # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
+    # Each branch is mapped separately: a step after the Flatten would be one more exchange through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()
     return (first, decoded) | "Both" >> beam.Flatten()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job until the end of the replay, the end of every partition of the topics, or a signal."""
+    """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
     job.check_and_claim()
-    with Run("features --streaming", options.run_id, options.folder) as run:
-        if options.replaying:
+    with Run("features --streaming", options.job.run_id, options.folder) as run:
+        if options.job.replaying:
             run_replay(options, job)
         else:
             run_live(options, job)
         status = read_status(options.status)
         figures = live_features_figures(job, status)
         run.update(figures.to_json())
-    figures.check(ended=status.get("last", options.replaying))
+    figures.check(ended=status.get("last", options.job.replaying))
     return 0
 
 
 def run_replay(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Compute the features of the rows of files."""
+    """Computes the features for the rows of files."""
     pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
     build(pipeline, options, prepare_live_features(job))
     execute(pipeline)
 
 
 def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Launch the job until it ends: it is launched again when a topic has more partitions."""
+    """Launches the job until it ends: it is launched again when a topic gets more partitions."""
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
-    compaction = compacting(options.store, FEATURES_TABLES, options.lengths["compact_every"])
+    compaction = compacting(options.job.store, FEATURES_TABLES, options.lengths["compact_every"])
     with stopped_by_signals(), compaction:
         while launch(options, prepare_live_features(job), pipeline_options):
             pass
 
 
 def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: PipelineOptions) -> bool:
-    """Run the job once.  Returns whether it must be launched again."""
+    """Runs the job once.  Returns whether it must be launched again."""
     broker, due = plan.job.required_broker(), plan.due
     warn_of_loss(plan.first_available, due)
     set_group_offsets(broker, plan.group, due)
@@ -254,11 +254,11 @@ def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: 
     text = f"running: turn {plan.start.turn}, reading on from {json.dumps(plan.start.next)}"
     skipped = skipped_in({"counts": plan.start.counts})
     commit_every = options.lengths["commit_every"]
-    reading = Reading(broker, due, options.prefix, options.status, commit_every, skipped)
+    reading = Reading(broker, due, options.job.prefix, options.status, commit_every, skipped)
     if run_until(pipeline, finished, text, reading):
         return True
-    if "topic" in options.sinks and finished():  # so that jobs that read the feature rows end too
-        send_end(broker, topic_of(plan.job.view, options.prefix))
+    if "topic" in options.job.sinks and finished():  # so that jobs that read the feature rows end too
+        send_end(broker, topic_of(plan.job.view, options.job.prefix))
     return False
 
 

@@ -23,7 +23,7 @@ from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
 from benchmarks.streaming_rig import DEFINITION
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.loading import load_definition
 from transforms.streaming import BagState, KeyedBytes, ValueState
 from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, set_group_offsets
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", required=True)
     flags, rest = parser.parse_known_args(argv)
     broker = Broker(flags.bootstrap, flags.expansion_service)
-    topics = tuple(sources_of(load_definition(DEFINITION).view))
+    topics = tuple(live_sources(load_definition(DEFINITION).view))
     group = f"empty-{uuid.uuid4().hex[:8]}"
     set_group_offsets(broker, group, begin_offsets(broker, topics))
 

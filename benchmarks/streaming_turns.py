@@ -26,7 +26,7 @@ START, DAYS, BEFORE = datetime(2013, 3, 1, tzinfo=UTC), 4, 28
 MINUTES = 3
 
 
-class Cell:
+class MemoryState:
     """Beam's state of a key, in memory."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Cell:
 class Cost(TypedDict):
     """Milliseconds of CPU (all threads, mean) and of wall time (median) per turn.
 
-    Those of the turns that compute features, those of the others, and to decode the messages of one before it.
+    There are those of turns that compute features, those of other turns, and those to decode the messages of a turn.
     """
 
     turns: int
@@ -68,14 +68,15 @@ def microseconds(moment: datetime) -> int:
 
 def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, float]]:
     """Envelopes of a replay, the month before `START` as one; rows of each, and CPU and wall seconds to decode it."""
+    from schemas.live import live_sources
     from schemas.loading import load_definition
     from transforms.records.frame_packets import head_of
-    from transforms.streaming.live_features import contracts_of, decoded
+    from transforms.streaming.live_features import decode_messages
     from transforms.streaming.messages import heartbeat
     from transforms.streaming.replay import Replay, chunks
 
     view = load_definition(DEFINITION).view
-    contracts, border = contracts_of(view), microseconds(START)
+    declared, border = live_sources(view), microseconds(START)
     replay = Replay(
         str(sources),
         start=microseconds(START - timedelta(days=BEFORE)),
@@ -91,12 +92,10 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
             continue
         end = max(each.timestamp for each in messages)
         for some in [before, messages] if before else [messages]:
-            beats = [
-                Message(topic, partition, 0, end, *heartbeat(end)) for topic in contracts for partition in range(2)
-            ]
+            beats = [Message(topic, partition, 0, end, *heartbeat(end)) for topic in declared for partition in range(2)]
             sent = [numbered(each, offsets) for each in [*some, *(beats if some is messages else ())]]
             cpu, wall = time.process_time(), time.perf_counter()
-            envelope = decoded(contracts, sent, index=index)
+            envelope = decode_messages(declared, sent, index=index)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             yield envelope, sum(each[-1] for each in head_of(envelope)["parts"]), *spent
             index += 1
@@ -104,14 +103,14 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
 
 
 def numbered(message: Message, offsets: dict[tuple[str, int], int]) -> Message:
-    """The message with the next offset of its partition."""
-    place = message.topic, message.partition
-    offsets[place] = offsets.get(place, -1) + 1
-    return message._replace(offset=offsets[place])
+    """The message, with the next offset of its partition."""
+    partition = message.topic, message.partition
+    offsets[partition] = offsets.get(partition, -1) + 1
+    return message._replace(offset=offsets[partition])
 
 
 def turn(out: Path, sources: Path, days: int = 1) -> Cost:
-    """What each turn of `days` days costs."""
+    """The cost of each turn of `days` days."""
     from schemas.loading import load_definition
     from transforms.streaming.journal_dofn import JournalDoFn
     from transforms.streaming.live_settings import LiveSettings
@@ -120,7 +119,7 @@ def turn(out: Path, sources: Path, days: int = 1) -> Cost:
 
     step = JournalDoFn(load_definition(DEFINITION).view, LiveSettings(str(out), "turns", str(sources), shards=1))
     step.setup()
-    head, bag, *slots = (Cell() for _ in range(2 + SLOTS))
+    head, bag, *slots = (MemoryState() for _ in range(2 + SLOTS))
     decoding: list[tuple[float, float]] = []
     computing: list[tuple[float, float]] = []
     quiet: list[tuple[float, float]] = []
@@ -129,7 +128,7 @@ def turn(out: Path, sources: Path, days: int = 1) -> Cost:
         cpu, wall = time.process_time(), time.perf_counter()
         outputs = list(step.process((SINGLE_KEY, envelope), head, bag, *slots))
         seconds = time.process_time() - cpu, time.perf_counter() - wall
-        if number < 20:  # the month before, and what is prepared once
+        if number < 20:  # the month before, and one-time preparations
             continue
         total += rows
         decoding.append((decode[0], decode[1]))

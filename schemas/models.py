@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +16,10 @@ from schemas.arithmetic import in_64_bits
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, dtype_of, require_row_local
+from schemas.feature_rows import FeatureRows
 from schemas.features import By, pairs
-from schemas.sources import Source, identifier
+from schemas.places import built_at
+from schemas.sources import Source, identifier, names
 from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
 from schemas.views import FeatureView
 
@@ -27,14 +30,14 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
-# Metrics of a test beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes
-# the plain means over those that occur, each against all others.
+# Further metrics of a test: at `Gates.threshold`, and over ten equal bins of the score; for several classes, the
+# unweighted means over classes that occur, each against all others.
 _BEYOND = {
     "binary:logistic": ("calibration_error", "precision", "recall"),
     "multi:softprob": ("macro_auc", "macro_precision", "macro_recall"),
 }
 METRICS_OF = {objective: (*names, *_BEYOND.get(objective, ())) for objective, names in OBJECTIVES.items()}
-# Metrics of which more is better.
+# Metrics of which a greater value is better.
 RISING = {"auc", "average_precision", "accuracy", "precision", "recall", "macro_auc", "macro_precision", "macro_recall"}
 # Differences between groups, as Fairlearn names them.
 FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
@@ -46,15 +49,15 @@ Params = Mapping[str, Any]
 class Label:
     """What became of a spine row at *t*: `value` of the first row of `source` with its key, known in `[t, t + within)`.
 
-    An example may be used only once `t + within` has passed, whether or not its label came: otherwise quick outcomes
-    would be over-represented.
+    An example is used only after `t + within`, whether or not a label was received: otherwise quick outcomes would be
+    over-represented.
 
     Args:
         source: events.
         on: key columns, as in `Trailing`.
         value: row-local expression over the source's columns; null means no label.
         within: the horizon.
-        absent: `"drop"`, or the label of a row for which none came within the horizon.
+        absent: `"drop"`, or the label of a row that received none within the horizon.
     """
 
     source: Source
@@ -89,7 +92,7 @@ class Label:
 
     @property
     def computed(self) -> pl.Expr:
-        """`value` as it is computed: in 64 bits."""
+        """`value` as it is computed, in 64 bits."""
         return in_64_bits(self.value, self.source.schema).expr
 
 
@@ -99,12 +102,12 @@ class Search:
     when both are above 0).
 
     Args:
-        trials: how many.
-        space: XGBoost parameter to choices or bounds.
-        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials of few rounds, of
-            which one in `factor` goes on with `factor` times the rounds, until one is left.
+        trials: number of trials.
+        space: choices or bounds by XGBoost parameter.
+        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials with few rounds, of
+            which one in `factor` continues with `factor` times the rounds, until one is left.
         seed: decides every trial.
-        factor: of halving.
+        factor: the factor of halving.
     """
 
     trials: int
@@ -145,22 +148,23 @@ def _is_number(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """What a model must show on the test split before it becomes champion.
+    """The conditions on the test split that a model must satisfy before it becomes champion.
 
     Args:
-        at_least: metric to floor (for error metrics to ceiling).
+        at_least: the least value by metric (for error metrics, the greatest).
         slices: columns, or tuples of columns, by whose values metrics are also computed.
-        max_gap: metric to the most by which a slice may be worse than the whole; a slice fails when its gap is above by
-            more than chance explains, that is with its whole 95 % interval.
-        min_slice_rows: smaller slices and groups are shown, not judged.
+        max_gap: by metric, how much worse than the whole a slice may be; a slice fails if the whole 95 % interval of
+            its gap is above that, so that chance does not explain it.
+        min_slice_rows: smaller slices and groups are shown, but cannot make a gate fail.
         margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 %
-            interval of the paired difference.  Where the two cannot be compared the champion stays.
+            interval of the paired difference.  If the two cannot be compared, the champion stays.
         protected: columns whose values must be treated alike; they are slices too.
         max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
-            (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
-        threshold: the score from which a row is selected, for `precision`, `recall` and the above.
-        max_drift: the most by which a column of the training data may lie from the champion's, 0 … 1: Jensen–Shannon
-            divergence of numbers, greatest change of a value's share of strings; None reports it only.
+            (in recall or false positive rate, whichever is greater): the greatest allowed difference between two
+            groups.
+        threshold: the score from which on a row is selected, for `precision`, `recall` and `max_difference`.
+        max_drift: the greatest allowed distance, 0 … 1, of a column of the training data from the champion's:
+            Jensen–Shannon divergence of numbers, or greatest change of the share of a string; None only reports it.
     """
 
     at_least: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -205,23 +209,26 @@ class Gates:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """An XGBoost model over a view's features and those spine columns that `encode` names.
+    """An XGBoost model over features of a view, or of several, and those spine columns that `encode` names.
 
     Args:
-        view: the features.
+        view: the features; a list of views is joined by key and time, and is kept as `view` (the first) and `others`.
         label: what to predict.
         objective: one of XGBoost's objectives listed in `OBJECTIVES`.
-        metric: chooses among trials and stops early.
+        metric: the metric that chooses among trials and decides when to stop early.
         split: how examples are divided.
-        encode: input to encoder; a string input needs one, a number without one is passed as it is.
+        encode: encoder by input; a string input needs one, a number without one is passed unchanged.
         params: XGBoost parameters.
-        rounds: boosting rounds, at most.
-        early_stopping: stop after so many rounds without a better `metric` on validation; 0 never stops.
+        rounds: the most boosting rounds.
+        early_stopping: training stops after so many rounds without a better `metric` on validation; 0: never.
         search: trials over parameters; None trains once.
-        gates: what it must show.
+        gates: the conditions for becoming champion.
         seed: XGBoost's seed.
         name: names the registered model and its tables; default the view's name.  One name is one problem (see
             `problem`).
+        features: the features that it takes: names, or patterns such as `or_*`, or `weather.or_*` of the view
+            `weather`; None takes all.
+        others: further views.
     """
 
     view: FeatureView
@@ -237,12 +244,26 @@ class Model:
     gates: Gates = dataclasses.field(default_factory=Gates)
     seed: int = 0
     name: str = ""
+    features: Sequence[str] | None = None
+    others: Sequence[FeatureView] = ()
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.view, FeatureView):
-            raise DefinitionError("A model reads a FeatureView", repr(self.view), "Write Model(view, …)")
+        object.__setattr__(self, "place", built_at())
+        views = (*self.view, *self.others) if isinstance(self.view, list | tuple) else (self.view, *self.others)
+        if not views or not all(isinstance(view, FeatureView) for view in views):
+            wrong = next((view for view in views if not isinstance(view, FeatureView)), None)
+            value = repr(wrong) if views else "none"
+            raise DefinitionError("A model reads a FeatureView, or several", value, "Write Model(view, …)")
+        object.__setattr__(self, "view", views[0])
+        object.__setattr__(self, "others", views[1:])
         object.__setattr__(self, "name", identifier(self.name or self.view.name, "The name of a model"))
         what = f"Model {self.name!r}"
+        if self.features is not None:
+            object.__setattr__(
+                self, "features", names(self.features, f"{what}: features", "name or pattern of features")
+            )
+        _ = self.rows
         if self.objective not in OBJECTIVES:
             raise DefinitionError(
                 f"{what}: objective is one of {', '.join(OBJECTIVES)}",
@@ -268,8 +289,16 @@ class Model:
             )
         for group in self.gates.slices:
             for column in (group,) if isinstance(group, str) else group:
-                self.view.require_feature(column, f"{what}: slices")
-        sources = {self.view.spine.name: self.view.spine, **self.view.sources}
+                self.rows.require(column, f"{what}: slices")
+        sources = {self.view.spine.name: self.view.spine}
+        for view in self.views:
+            for source in view.sources.values():
+                if sources.setdefault(source.name, source) is not source:
+                    raise DefinitionError(
+                        f"{what}: one name is one source",
+                        f"{source.name!r} at {sources[source.name].place} and at {source.place}",
+                        "Rename one, or use the same Source object in all views",
+                    )
         if sources.get(self.label.source.name, self.label.source) is not self.label.source:
             raise DefinitionError(
                 f"{what}: one name is one source",
@@ -277,7 +306,7 @@ class Model:
                 "Rename one, or use the same Source object in view and label",
             )
         for column, _ in self.label.keys:
-            if column not in self.view.context and column not in self.view.columns:
+            if column not in self.rows.origins:
                 raise DefinitionError(
                     f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context)
                 )
@@ -296,7 +325,13 @@ class Model:
 
     def _check_inputs(self, what: str) -> None:
         for column, encoder in self.encode.items():
-            self.view.require_feature(column, f"{what}: encode")
+            self.rows.require(column, f"{what}: encode")
+            if column not in self.inputs:
+                raise DefinitionError(
+                    f"{what}: encode names inputs, and features chooses them",
+                    f"{column!r}, which it does not choose",
+                    f"Add {column!r} to features, or leave it out of encode",
+                )
             dtype = self.inputs[column]
             if not isinstance(encoder, encoders.Encoder):
                 raise DefinitionError(
@@ -325,14 +360,26 @@ class Model:
                 )
 
     @property
+    def views(self) -> tuple[FeatureView, ...]:
+        """Its views; the first gives the ids of its predictions."""
+        return (self.view, *self.others)
+
+    @functools.cached_property
+    def rows(self) -> FeatureRows:
+        """The feature rows that it reads."""
+        patterns = None if self.features is None else tuple(self.features)
+        return FeatureRows(self.views, patterns, f"Model {self.name!r}")
+
+    @functools.cached_property
     def inputs(self) -> dict[str, pl.DataType]:
-        """Type per input: the features in order, then the spine columns that `encode` names."""
-        extra = [column for column in self.encode if column not in self.view.columns]
-        return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
+        """Type per input: the chosen features in order, then the spine columns that `encode` names."""
+        known = {name for view in self.views for name in view.columns}
+        extra = [column for column in self.encode if column not in known]
+        return {**self.rows.columns, **{column: self.view.spine.schema[column] for column in extra}}
 
     @property
     def problem(self) -> dict[str, object]:
-        """What is predicted, flat, as JSON values: versions of one registered model have it in common.
+        """What is predicted, as flat JSON values. All versions of a registered model have the same problem.
 
         Features, encoders, parameters, split and gates are not part of it, so that a model can get better.
         """

@@ -1,12 +1,15 @@
-"""trace: follow a feature row or a prediction back to what it was made from."""
+"""trace: follow a feature row or a prediction back to its sources."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
+from typing import cast
 
 import polars as pl
 from deltalake import DeltaTable
@@ -17,7 +20,7 @@ from beam_pipelines.runtime.arguments import Arguments, whole
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import instant
 from schemas.errors import DataError, StoreError
-from schemas.loading import Definition, load_definition
+from schemas.loading import Definition, Project, load_project
 from transforms.features.manifest_store import read_manifest
 from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures
 from transforms.lineage.trace import (
@@ -26,20 +29,21 @@ from transforms.lineage.trace import (
     commit_of,
     find_prediction,
     find_rows,
-    key_of,
-    origin,
+    origin_of,
+    parse_key,
     view_table,
 )
 from transforms.models.bundle import model_manifest
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.stored_records import ModelManifest, TableVersion
 from transforms.records.times import as_date
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 from transforms.storage.delta_log import CommitInfo
 from transforms.storage.delta_log import root_of as root_of_uri
 from transforms.storage.delta_tables import TableRow, open_table, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import features_live_uri, path_in_store, present_path
+from transforms.storage.paths import features_live_uri, present_path, table_path_in_store
+from transforms.storage.vacuum import tables_of
 
 DAYS_SHOWN = 8
 
@@ -60,23 +64,23 @@ def trace(argv: Sequence[str]) -> int:
         "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
     )
     flags = arguments.parse_all(argv)
-    definition = load_definition(flags.definition) if flags.definition else None
+    project = load_project(flags.definition) if flags.definition else None
     if (flags.prediction is None) == (not flags.key):
         arguments.error("name a row with --key COLUMN=VALUE, or a prediction with --prediction ID")
     moment = None if flags.time is None else instant(flags.time, "--time")
     if flags.prediction is not None:
-        model = definition.model.name if definition is not None and definition.model is not None else None
-        _trace_prediction(flags, definition, model, None if moment is None else moment.date())
+        only = next(iter(project.models)) if project is not None and len(project.models) == 1 else None
+        _trace_prediction(flags, project, flags.model or only, None if moment is None else moment.date())
         return 0
-    if definition is None:
+    if project is None:
         arguments.error("a feature row is traced with its --definition")
-    _trace_row(flags, definition, moment)
+    _trace_row(flags, project.definition(flags.view, flags.model), moment)
     return 0
 
 
 def _trace_row(flags: argparse.Namespace, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
-    key = key_of(view, flags.key)
+    key = parse_key(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
     erased = erased_row(flags.store, view, {**key, **exact}, flags.live) if exact else None
@@ -110,7 +114,7 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
             print(f"  {row[view.time].isoformat()}")
         print()
     file, row = found[-1]
-    _print_origin(origin(view, table, file, row), definition, flags)
+    _print_origin(origin_of(view, table, file, row), definition, flags)
 
 
 def _print_erased(record: ErasureRecord, what: str) -> None:
@@ -119,11 +123,13 @@ def _print_erased(record: ErasureRecord, what: str) -> None:
 
 def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
     view, row = definition.view, found.row
-    key = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
+    key = ", ".join(f"{name} = {format_value(row[name], view.spine.schema[name])}" for name in view.key)
     print(f"{view.name}: {key} at {row[view.time].isoformat()}, row_id {row['row_id']}")
     print(
         columns(
-            ("feature", "value"), [(name, shown(row[name], dtype)) for name, dtype in view.columns.items()], ("value",)
+            ("feature", "value"),
+            [(name, format_value(row[name], dtype)) for name, dtype in view.columns.items()],
+            ("value",),
         )
     )
     print("\ntable")
@@ -193,9 +199,7 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             )
 
 
-def _trace_prediction(
-    flags: argparse.Namespace, definition: Definition | None, model: str | None, day: date | None
-) -> None:
+def _trace_prediction(flags: argparse.Namespace, project: Project | None, model: str | None, day: date | None) -> None:
     try:
         where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
     except DataError:
@@ -212,21 +216,30 @@ def _trace_prediction(
     about = f"version {version} of {row['model']} in {registry}, {folder}"
     _print_model(about, flags.store, folder, manifest)
     _print_label_files(flags.store, manifest.get("label_files", []))
-    _print_trained(flags.store, manifest.get("feature_table", {}))
-    if definition is not None and live:
+    for trained in tables_of(manifest):
+        _print_trained(flags.store, cast(TableVersion, trained))
+    if project is None:
+        return
+    named = row["model"] if row["model"] in project.models else None
+    definition = project.definition(flags.view if named is None else None, named)
+    if live:
         _print_feature_row(flags, definition, row)
-    elif definition is not None:
+    else:
         _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
 def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live: bool) -> None:
-    """Prints a prediction, its table, and the commit that brought it."""
+    """Prints a prediction, its table, and the commit that added it."""
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {row['model']}{', live' if live else ''}")
     print(
         columns(
             ("column", "value"),
-            [(column, shown(value, types.get(column))) for column, value in row.items() if column != "prediction_id"],
+            [
+                (column, format_value(value, types.get(column)))
+                for column, value in row.items()
+                if column != "prediction_id"
+            ],
         )
     )
     print("\ntable")
@@ -239,15 +252,16 @@ def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live:
 
 
 def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) -> None:
-    """Prints a model version, what it was trained on, and its definition."""
-    trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
+    """Prints a model version, the feature tables that it was trained on, and its definition."""
+    made_by = manifest.get("definition", {})
     split = ", ".join(f"{part} {value}" for part, value in manifest.get("split", {}).items())
-    table = f"{_here(store, root_of_uri(str(trained.get('uri'))))} version {trained.get('version')}"
     print("\nmodel")
     print(wrapped(name, hanging=2))
     code = f"code {manifest.get('code_version')}"
     print(wrapped(f"trained by run {manifest.get('run_id')}, {code}, split {split}", hanging=2))
-    print(wrapped(f"on {table}, fingerprint {manifest['fingerprint']}", hanging=2))
+    for trained in tables_of(manifest) or [{}]:
+        table = f"{_here(store, root_of_uri(str(trained.get('uri'))))} version {trained.get('version')}"
+        print(wrapped(f"on {table}, fingerprint {trained.get('fingerprint', manifest['fingerprint'])}", hanging=2))
     print("\ndefinition")
     kept = os.path.join(os.path.dirname(folder.rstrip("/")), "definition.py")
     where = kept if os.path.exists(kept) else made_by.get("name")
@@ -255,9 +269,16 @@ def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) ->
 
 
 def _here(store: str, table: str) -> str:
-    """A feature table, perhaps with @ and a version, where it lies now: stores may be moved."""
+    """Feature tables, perhaps with @ and a version, where they lie now: stores may be moved."""
+    if len(several := _versions(table)) > 1:
+        return ", ".join(_here(store, f"{uri}@{version}") for uri, version in several)
     uri, at, version = table.rpartition("@") if "@" in table.rsplit("/", 1)[-1] else (table, "", "")
     return present_path(store, uri, "features") + at + version
+
+
+def _versions(features: str) -> list[tuple[str, str]]:
+    """Addresses and versions of the feature tables that a commit of predictions names."""
+    return re.findall(r"(.+?)@(\d+)(?:, |$)", features)
 
 
 def _print_label_files(store: str, files: Sequence[str]) -> None:
@@ -272,7 +293,7 @@ def _print_label_files(store: str, files: Sequence[str]) -> None:
 
 def _print_trained(store: str, trained: TableVersion) -> None:
     """What the training table was made from."""
-    uri = FileSystems.join(store, *path_in_store(trained["uri"]).split("/")) if trained else ""
+    uri = FileSystems.join(store, *table_path_in_store(trained["uri"]).split("/")) if trained else ""
     table = open_table(uri, trained["version"]) if trained else None
     if table is None:
         return
@@ -288,7 +309,7 @@ def _print_trained(store: str, trained: TableVersion) -> None:
 
 
 def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: TableRow) -> None:
-    """Prints the feature row that a live prediction was made from, and where that came from if the store has it."""
+    """Prints the feature row of a live prediction, and its origin if the store has it."""
     view = definition.view
     print("\nthe feature row that was scored")
     print_scored(view, row)
@@ -297,22 +318,39 @@ def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: T
     if table is None or not found:
         print("  it is not in the live feature table of this store and definition")
         return
-    _print_origin(origin(view, table, *found[0]), definition, flags)
+    _print_origin(origin_of(view, table, *found[0]), definition, flags)
 
 
 def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: TableRow) -> None:
-    """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
-    uri, _, version = features.rpartition("@")
-    table = None
-    if version.isdigit() and path_in_store(uri).startswith(
-        f"features/{definition.view.name}/{definition.view.fingerprint}"
-    ):
-        with contextlib.suppress(StoreError):
-            table = view_table(flags.store, definition.view, int(version))
+    """Prints where the scored row came from, as `_print_scored_of` does, of each view of the model."""
+    versions = dict(_versions(features))
+    model = definition.model
+    for view in (definition.view,) if model is None else model.views:
+        if view is definition.view:
+            conditions = {"row_id": row["row_id"]}
+        else:  # the prediction has the row id of the first view
+            conditions = {name: row[name] for name in (*view.key, view.time)}
+        of = definition if view is definition.view else dataclasses.replace(definition, view=view)
+        _print_scored_of(flags, versions, of, row, conditions)
+
+
+def _print_scored_of(
+    flags: argparse.Namespace,
+    versions: Mapping[str, str],
+    definition: Definition,
+    row: TableRow,
+    conditions: Mapping[str, object],
+) -> None:
+    """Prints where a row of one view came from, in the version of its table that was scored if that is still there."""
+    view, table = definition.view, None
+    for uri, version in versions.items():
+        if table_path_in_store(uri).startswith(f"features/{view.name}/{view.fingerprint}"):
+            with contextlib.suppress(StoreError):
+                table = view_table(flags.store, view, int(version))
     print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
-    table = table or view_table(flags.store, definition.view)
-    for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
-        _print_origin(origin(definition.view, table, file, found), definition, flags)
+    table = table or view_table(flags.store, view)
+    for file, found in find_rows(table, conditions, row["date"]):
+        _print_origin(origin_of(view, table, file, found), definition, flags)
 
 
 def _when(entry: CommitInfo) -> str:

@@ -7,9 +7,10 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.arguments import Arguments, number, whole
+from beam_pipelines.runtime.arguments import Arguments, finite_number, whole
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
-from schemas.loading import Definition, load_definition
+from schemas.errors import DefinitionError
+from schemas.loading import Definition, load_project
 from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
 from transforms.features.preparation import FeaturesRequest
 from transforms.storage.file_systems import FileSystems
@@ -17,12 +18,12 @@ from transforms.validation.publish_rules import PublishRules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(FeaturesRequest):
+class FeaturesOptions(FeaturesRequest):
     """The options of one run: what to compute, and how to run and check it.
 
     Args:
         run_id: id of the run, which commits once.
-        rules: what the publish check is to check; None: there is none.
+        rules: the rules of the publish check; None: there is no check.
         verify: how many rows are verified before the commit.
         beam_args: flags for Beam.
     """
@@ -37,46 +38,75 @@ class Options(FeaturesRequest):
         """Folder of the run's report."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
+    @property
+    def account(self) -> str:
+        """File with the figures of the view's commit."""
+        name = f"account-{self.view.name}.json" if self.definition.is_one_of_several else "account.json"
+        return FileSystems.join(self.folder, name)
+
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
-def parse(
+def parse(argv: Sequence[str]) -> FeaturesOptions:
+    """Parses the flags of `features` that mean one view.
+
+    Raises:
+        DefinitionError: a flag or the definition is invalid, or several views are meant.
+    """
+    found = parse_each(argv)
+    if len(found) > 1:
+        names = ", ".join(each.view.name for each in found)
+        raise DefinitionError("One view is meant", names, "Choose one with --view")
+    return found[0]
+
+
+def parse_each(
     argv: Sequence[str],
     command: str = "features",
-    purpose: str = "Compute a view's features and commit them to its table.",
-) -> Options:
-    """Parses the flags of `features`, which are also those of `plan`.
+    purpose: str = "Compute the features of views and commit them to their tables.",
+) -> list[FeaturesOptions]:
+    """Parses the flags of `features`, which are also those of `plan`: the options of each view that is meant.
 
     Raises:
         DefinitionError: a flag or the definition is invalid.
     """
-    arguments = Arguments(f"millrace {command}", purpose)
+    arguments = Arguments(f"millrace {command}", purpose, every="view")
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     add_choice_of_dates(arguments)
     add_division_of_work(arguments)
     add_checks(arguments)
     flags, rest = arguments.parse(argv)
-    definition = load_definition(flags.definition)
-    return Options(
-        definition=definition,
-        store=flags.store,
-        sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id,
-        start=flags.start,
-        end=flags.end,
-        full=flags.full,
-        refresh=flags.refresh,
-        block_rows=flags.block_rows,
-        shuffled=PLANS[flags.plan],
-        key_shards=flags.key_shards,
-        broadcast_bytes=flags.broadcast_mb * 1e6,
-        rules=publish_rules(flags, definition),
-        verify=VerifyFlags(flags.verify, flags.verify_share),
-        now=time.time_ns() // 1000,
-        beam_args=tuple(rest),
-    )
+    now = time.time_ns() // 1000
+    definitions = load_project(flags.definition).each_view(flags.view, flags.model)
+    if flags.schema and len(definitions) > 1:
+        raise DefinitionError(
+            "--schema is that of one view",
+            ", ".join(each.view.name for each in definitions),
+            "Choose one with --view, or write <view>.schema.pbtxt beside the definition",
+        )
+    return [
+        FeaturesOptions(
+            definition=definition,
+            store=flags.store,
+            sources=flags.sources or FileSystems.join(flags.store, "sources"),
+            run_id=flags.run_id,
+            start=flags.start,
+            end=flags.end,
+            full=flags.full,
+            refresh=flags.refresh,
+            block_rows=flags.block_rows,
+            shuffled=PLANS[flags.plan],
+            key_shards=flags.key_shards,
+            broadcast_bytes=flags.broadcast_mb * 1e6,
+            rules=publish_rules(flags, definition),
+            verify=VerifyFlags(flags.verify, flags.verify_share),
+            now=now,
+            beam_args=tuple(rest),
+        )
+        for definition in definitions
+    ]
 
 
 def add_choice_of_dates(arguments: Arguments) -> None:
@@ -108,7 +138,7 @@ def add_division_of_work(arguments: Arguments) -> None:
     )
     arguments.add_argument(
         "--broadcast_mb",
-        type=number,
+        type=finite_number,
         default=BROADCAST_BYTES / 1e6,
         help="a larger dimension is read through by each block instead of held by each worker "
         f"(default {BROADCAST_BYTES / 1e6:g})",
@@ -142,7 +172,7 @@ def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishR
 
 
 def shards(text: str) -> int | None:
-    """A number of parts; None for "auto"."""
+    """Parses a number of parts; None for "auto"."""
     if text == "auto":
         return None
     if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:

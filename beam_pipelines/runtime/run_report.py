@@ -17,7 +17,7 @@ from schemas.errors import MillraceError, in_one_line
 from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.run_markers import MARKER, begin, remove_marker
+from transforms.storage.run_markers import MARKER, begin_run, remove_marker
 from transforms.storage.stored_json import read_object
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ log = logging.getLogger("millrace")
 
 
 class Run:
-    """The figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
+    """The figures of one run.  As a context manager, it prints them at the end and writes `<folder>/run.json`.
 
     with Run("features", run_id, folder) as run:
         run["rows out"] = 336776
@@ -38,6 +38,7 @@ class Run:
         self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
         self.figures: dict[str, object] = {"pipeline": pipeline, "run_id": run_id}
         self.where = ""  # its table and dates, for messages
+        self.words: tuple[str, ...] = ()  # flags that choose what the command works on, for the command that resumes it
         progress()
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -50,14 +51,14 @@ class Run:
         self.start = time.perf_counter()
         self._alone()
         try:
-            begin(self.folder, self.pipeline, str(self.figures["run_id"]))
+            begin_run(self.folder, self.pipeline, str(self.figures["run_id"]))
         except (MillraceError, KeyboardInterrupt) as error:
             error.run = self  # type: ignore[union-attr]
             raise
         return self
 
     def _alone(self) -> None:
-        """Refuse a run id that another pipeline has used, since both would write the same files."""
+        """Refuses a run id that another pipeline has used, because both would write the same files."""
         for name in (MARKER, "run.json"):
             try:
                 other = read_json(FileSystems.join(self.folder, name))["pipeline"]
@@ -84,10 +85,10 @@ class Run:
             self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
         write_json(FileSystems.join(self.folder, "run.json"), self.figures)
         if not self.quiet:
-            print(table(self.pipeline, self.figures), flush=True)
+            print(figures_table(self.pipeline, self.figures), flush=True)
 
 
-def table(title: str, figures: dict[str, object]) -> str:
+def figures_table(title: str, figures: dict[str, object]) -> str:
     """The figures as lines of a name and a value; nested figures are only in `run.json`."""
     flat = {
         name.replace("_", " "): _text(value)
@@ -98,7 +99,12 @@ def table(title: str, figures: dict[str, object]) -> str:
     for source, tally in tallies.items() if isinstance(tallies, dict) else ():
         flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
     width = max(map(len, flat), default=0)
-    return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())])
+    lines = [f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())]
+    views = figures.get("views")
+    lines += (
+        [figures_table(f"{title}: {name}", each) for name, each in views.items()] if isinstance(views, dict) else []
+    )
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:
@@ -116,7 +122,7 @@ def _text(value: object) -> str:
 
 
 def write_json(path: str, value: object) -> None:
-    """Write `value` as a JSON file; on a local disk at once, and durable when this returns."""
+    """Writes `value` as a JSON file; on a local disk, atomically and durably."""
     text = without_secrets(json.dumps(value, indent=2, default=str)) + "\n"
     if "://" in path:
         with FileSystems.create(path, mime_type="application/json") as handle:
@@ -133,17 +139,17 @@ def write_json(path: str, value: object) -> None:
 
 
 def read_json(path: str) -> Head:
-    """Read the JSON object of a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        StoreError: it cannot be read, or holds something else.
+        StoreError: it cannot be read, or has other content.
     """
     rule, fix = "A file of a run is a JSON object", "Restore the file, or run again under another --run_id"
     return read_object(path, rule, fix)
 
 
 def progress() -> None:
-    """Print the library's log records: each over the last on a terminal, line by line elsewhere."""
+    """Prints the library's log records: on a terminal, each replaces the last; elsewhere, line by line."""
     if not log.handlers:
         log.addHandler(_Progress())
         log.setLevel(logging.INFO)
@@ -178,7 +184,7 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
     """Run the pipeline to its end.
 
     Raises:
-        MillraceError: a step raised it, on whatever worker.
+        MillraceError: a step raised it, on any worker.
         Translated: the flags contain `--dry_run`.
     """
     # Commands without a pipeline do not import Beam.

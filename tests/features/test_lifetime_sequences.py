@@ -39,7 +39,7 @@ from transforms.features.kernel import KernelTables, compute
 from transforms.features.lifetime_snapshots import lifetime_groups, read_summary
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
-from transforms.features.source_digests import examine
+from transforms.features.source_digests import digest_changes
 from transforms.features.staleness import usable_snapshots
 from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
@@ -113,7 +113,7 @@ of_some = st.integers(0, 99)  # decides which
 changes = st.one_of(
     st.tuples(st.just("late rows"), st.lists(payments, min_size=1, max_size=3)),
     st.tuples(st.just("questions"), st.lists(spine_rows, min_size=1, max_size=4)),
-    st.tuples(st.just("days with questions"), st.sets(days, min_size=1, max_size=4)),
+    st.tuples(st.just("days with spine rows"), st.sets(days, min_size=1, max_size=4)),
     st.tuples(st.just("repeats"), st.lists(payments, min_size=1, max_size=2), of_some),
     st.tuples(st.just("deleted"), st.sampled_from(["asks", "pays", "pays"]), of_some),
     st.tuples(st.just("day deleted"), st.sampled_from(["asks", "pays"]), days),
@@ -193,14 +193,14 @@ class Sequences(RuleBasedStateMachine):
 
     @initialize(
         paid=st.lists(payments, max_size=8),
-        asked=st.sets(days, min_size=1, max_size=6),
+        spine_days=st.sets(days, min_size=1, max_size=6),
         sizes=st.tuples(st.integers(1, 12), st.integers(2, 30), st.integers(0, 3)),
     )
-    def begin(self, paid: list[Row], asked: set[int], sizes: tuple[int, int, int]) -> None:
+    def begin(self, paid: list[Row], spine_days: set[int], sizes: tuple[int, int, int]) -> None:
         # Partitions of one date, of some and of all; several files in one; merged at once or later.
         date_spans.SPAN_ROWS, date_spans.FILE_ROWS, date_spans.FEW_FILES = sizes
         self.change(("late rows", paid))
-        self.change(("days with questions", asked))
+        self.change(("days with spine rows", spine_days))
 
     @rule(several=st.lists(changes, max_size=2), flags=runs)
     def run(self, several: list[Any], flags: Flags) -> None:
@@ -282,7 +282,7 @@ class Sequences(RuleBasedStateMachine):
 
     # Runs.
 
-    def options(self, flags: Flags, folder: str, run_id: str) -> features.Options:
+    def options(self, flags: Flags, folder: str, run_id: str) -> features.FeaturesOptions:
         path = self.root / ("more.py" if flags.view else "definition.py")
         argv = ["--definition", str(path), "--store", str(self.root / folder), "--sources", str(self.root / "sources")]
         options = features.parse([*argv, "--run_id", run_id, "--no-statistics", *flags.words])
@@ -320,7 +320,7 @@ class Sequences(RuleBasedStateMachine):
             self.known[flags.view] = {**known, **dict.fromkeys(done, len(self.town) - 1)}
         self.check(flags, options, before)
 
-    def table(self, options: features.Options) -> pl.DataFrame | None:
+    def table(self, options: features.FeaturesOptions) -> pl.DataFrame | None:
         if open_table(options.table) is None:
             return None
         return pl.read_delta(options.table).sort("at", "id")
@@ -340,7 +340,7 @@ class Sequences(RuleBasedStateMachine):
         shops = [{"k": key, "town": where} for key, where in self.town[town].items()]
         return {**frames, "pays": first, "shops": pl.DataFrame(shops, schema=SOURCES["shops"].schema, orient="row")}
 
-    def check(self, flags: Flags, options: features.Options, before: pl.DataFrame | None) -> None:
+    def check(self, flags: Flags, options: features.FeaturesOptions, before: pl.DataFrame | None) -> None:
         view, got = VIEWS[flags.view], self.table(options)
         assert got is not None
         day = pl.col("date").cast(pl.Int32)
@@ -371,13 +371,15 @@ class Sequences(RuleBasedStateMachine):
         for town in {known[day] for day in days} or {len(self.town) - 1}:
             tables = self.rows(town)
             some = [as_date(day) for day in days if known[day] == town]
-            asked = tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
-            asked = asked if days else asked.filter(inside_of(asked, inside))
-            kernel = compute(view, asked, KernelTables(tables))
+            spine_rows = (
+                tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
+            )
+            spine_rows = spine_rows if days else spine_rows.filter(inside_of(spine_rows, inside))
+            kernel = compute(view, spine_rows, KernelTables(tables))
             columns = [*view.context, *view.columns]
             mine = got.filter(pl.col("date").is_in(some)).select(columns)
             assert_frame_equal(mine, kernel.select(columns), check_exact=True)
-            scanned = pl.DataFrame(oracles.features(view, asked, tables), schema=mine.schema, orient="row")
+            scanned = pl.DataFrame(oracles.features(view, spine_rows, tables), schema=mine.schema, orient="row")
             rounded = [name for name in view.columns if "_std_" in name]
             assert_frame_equal(mine.drop(rounded), scanned.drop(rounded), check_exact=True)
 
@@ -395,10 +397,10 @@ class Sequences(RuleBasedStateMachine):
             return table
         return pl.DataFrame(schema=self.table(self.options(plain, "store", "none")).schema)  # type: ignore[union-attr]
 
-    def check_snapshots(self, view: FeatureView, options: features.Options) -> None:
+    def check_snapshots(self, view: FeatureView, options: features.FeaturesOptions) -> None:
         """Whatever the next run may start from is the summary of all rows before."""
         manifest = read_manifest(open_table(options.table))
-        current = examine(take_inventory(view, options.sources, options.now), manifest)
+        current = digest_changes(take_inventory(view, options.sources, options.now), manifest)
         tables, groups = self.rows(0), lifetime_groups(view).values()
         for until, files in usable_snapshots(view, manifest, current, 2**62):
             for file, group in zip(files, groups, strict=True):
@@ -407,10 +409,10 @@ class Sequences(RuleBasedStateMachine):
                 assert_summaries_equal(read_summary(options.table, file), summarise(group, events), keys)
 
 
-def inside_of(asked: pl.DataFrame, inside: pl.Expr) -> pl.Series:
+def inside_of(spine_rows: pl.DataFrame, inside: pl.Expr) -> pl.Series:
     return (
-        asked.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series()
-        if len(asked)
+        spine_rows.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series()
+        if len(spine_rows)
         else pl.Series([], dtype=pl.Boolean)
     )
 
@@ -474,7 +476,7 @@ def pay(day: int, hour: int = 6) -> Row:
 
 
 def ask(story: Sequences, days: Iterable[int], **how: Any) -> None:
-    story.change(("days with questions", set(days)))
+    story.change(("days with spine rows", set(days)))
     story.launch(dataclasses.replace(PLAIN, **how))
 
 
@@ -503,15 +505,15 @@ def test_a_launch_that_was_killed_leaves_the_snapshots_of_the_one_before(story: 
     ask(story, (8,))
 
 
-def test_questions_that_were_all_deleted_may_come_back(story: Sequences) -> None:
+def test_spine_rows_that_were_all_deleted_may_come_back(story: Sequences) -> None:
     ask(story, (2, 5, 7))
-    asked = dict(story.files["asks"])
-    for name in asked:
+    spine_rows = dict(story.files["asks"])
+    for name in spine_rows:
         story.files["asks"][name] = []
         story.write("asks", name, [])
     story.launch(PLAIN)
-    story.files["asks"] = asked
-    for name, rows in asked.items():
+    story.files["asks"] = spine_rows
+    for name, rows in spine_rows.items():
         story.write("asks", name, rows)
     story.launch(PLAIN)
 

@@ -18,13 +18,13 @@ from schemas.errors import DataError, StoreError
 from tests.support import market
 from transforms.features.block_features import features_batch
 from transforms.features.block_inputs import read_dimension
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
+from transforms.features.plan import FeaturePlan, PlanOptions, plan_blocks, resolve_interval
 from transforms.features.trailing_features import TrailingFeatures, compute_block
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
-from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
 from transforms.storage.delta_tables import (
     CommitTarget,
     Committed,
@@ -55,7 +55,7 @@ def view(store: Path) -> FeatureView:
 def plan_of(view: FeatureView, store: Path, shuffled: bool, block_rows: int = 150) -> FeaturePlan:
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"sales": repeats_of(inventory.contracts["sales"], inventory.slices["sales"]).first}
-    ranges = [interval(view, inventory, None, None)]
+    ranges = [resolve_interval(view, inventory, None, None)]
     options = PlanOptions(everything=True, block_rows=block_rows, shuffled=shuffled)
     return plan_blocks(view, inventory, ranges, repeats, options)
 
@@ -70,7 +70,7 @@ def whole(view: FeatureView, store: Path) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_trailing_features_answers_every_question_once_whatever_the_plan(
+def test_trailing_features_computes_every_spine_row_once_whatever_the_plan(
     view: FeatureView, store: Path, whole: pl.DataFrame, shuffled: bool
 ) -> None:
     plan = plan_of(view, store, shuffled)
@@ -107,7 +107,7 @@ def test_trailing_features_answers_every_question_once_whatever_the_plan(
         assert_that(tallies | beam.CombineGlobally(add_tallies), check_tallies, "tallies")
 
 
-def test_features_carry_the_id_of_their_question_and_its_utc_date(view: FeatureView, whole: pl.DataFrame) -> None:
+def test_features_carry_the_id_of_their_spine_row_and_its_utc_date(view: FeatureView, whole: pl.DataFrame) -> None:
     assert whole["row_id"].n_unique() == len(whole)
     assert (whole["date"] == whole["asked"].dt.date()).all()
     again = features_batch(view, whole.drop("row_id", "date")[::-1])
@@ -213,12 +213,12 @@ def pairs(rows: pa.RecordBatch) -> Iterator[tuple[date, int]]:
     yield from zip(rows.column(0).to_pylist(), rows.column(1).to_pylist(), strict=True)
 
 
-def test_files_that_do_not_answer_every_question_are_not_committed() -> None:
+def test_files_without_a_feature_row_for_every_spine_row_are_not_committed() -> None:
     written = [(DataFile("a", DAYS[0], 3, 1), {"date": "2020-01-01"})]
-    assert conserve(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
+    assert require_conserved(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
     with pytest.raises(DataError, match=r"3 feature rows of 4 spine rows.*Nothing was committed"):
-        conserve(written, {"q": SourceTally("q", 4, 4)}, "q")
+        require_conserved(written, {"q": SourceTally("q", 4, 4)}, "q")
     with pytest.raises(DataError, match="Rows are conserved"):
-        conserve(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")
+        require_conserved(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")
     # The same file told twice is one file.
-    assert conserve([*written, *written], {"q": SourceTally("q", 3, 3)}, "q")
+    assert require_conserved([*written, *written], {"q": SourceTally("q", 3, 3)}, "q")

@@ -32,12 +32,12 @@ from transforms.inference.live_input import replayed, to_score
 from transforms.inference.live_output import Outlet, PendingPredictions, begin_at, to_envelope
 from transforms.inference.live_records import BatchOrigin, MessageRange, ScoringState
 from transforms.lineage.prediction_parity import Rescored, rescore
-from transforms.models.scoring import Pinned, open_scorer
+from transforms.models.scoring import PinnedModel, open_scorer
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import BOOSTER
-from transforms.streaming.live_tables import Writer
+from transforms.streaming.live_tables import TableWriter
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
 
@@ -67,7 +67,7 @@ def at() -> Iterator[Callable[[int, Callable[[], Any]], None]]:
         log.removeHandler(handler)
 
 
-def test_every_answer_is_scored_once_as_a_batch_job_would(house: House) -> None:
+def test_every_feature_row_is_scored_once_as_a_batch_job_would(house: House) -> None:
     assert house.run("--run_id", "one") == 0
     found, expected = house.predictions.sort("row_id"), house.expected("1")
     assert found.select(expected.columns).equals(expected)
@@ -75,7 +75,7 @@ def test_every_answer_is_scored_once_as_a_batch_job_would(house: House) -> None:
     status = house.status("one")
     assert status["rows"] == {"read": ROWS, "predicted": ROWS, "repeated": 0, "letters": 0}
     assert (status["version"], status["last"], status["by_version"]) == ("1", True, {"1": ROWS})
-    seen = pl.DataFrame(pl.from_arrow(house.answers())).sort("row_id")
+    seen = pl.DataFrame(pl.from_arrow(house.feature_rows())).sort("row_id")
     assert found.select("__cut", "__late", "__answered").equals(seen.select("__cut", "__late", "__answered"))
     assert house.run("--run_id", "again") == 0  # nothing is left to do
     assert len(house.predictions) == ROWS
@@ -116,9 +116,9 @@ def test_a_new_champion_takes_over_between_two_batches(
     scored = found["__scored"].to_physical()
     assert scored[border - 1] < swap_told["at"] <= scored[border]
     assert status["by_version"] == {"1": border, "2": ROWS - border}
-    said = [record.getMessage() for record in caplog.records if record.name == "millrace.serving"]
-    assert any("version 2 of 'orders' serves instead of version 1 since" in line for line in said)
-    assert any(f"version 2 of 'orders' scores from orders.features/0@{border} on" in line for line in said)
+    printed = [record.getMessage() for record in caplog.records if record.name == "millrace.serving"]
+    assert any("version 2 of 'orders' serves instead of version 1 since" in line for line in printed)
+    assert any(f"version 2 of 'orders' scores from orders.features/0@{border} on" in line for line in printed)
 
 
 def test_a_broken_champion_is_refused_and_the_old_one_serves_on(
@@ -169,7 +169,7 @@ def feed(
     house: House, outlet: Outlet, version: str, messages: list[Message], by_row: bool = False, commit: bool = True
 ) -> PendingPredictions:
     """One job's life by hand: messages → scores → a ledger that starts where the table stands."""
-    model = Pinned(str(house.folder(version)), version)
+    model = PinnedModel(str(house.folder(version)), version)
     serving = Serving(house.registry.uri, "orders", outlet.view, model)
     ledger = PendingPredictions(outlet, begin_at(outlet, {0: 0, 1: 0}))
     champion = Champion(serving, watch=False)
@@ -212,7 +212,7 @@ def test_every_row_is_in_the_table_once_whatever_comes_again_and_wherever_it_die
         Message("orders.features", p, len(part) + (p == 0), 2**50, *heartbeat(FOREVER)) for p, part in enumerate(stream)
     ]
     every = [*stream[0], *stream[1], garbage, *ends]
-    append = Writer.append
+    append = TableWriter.append
     for life in range(random.randrange(1, 6)):
         start = begin_at(outlet, {0: 0, 1: 0}).next
         unread = [each for each in every if each.offset >= start[each.partition]]
@@ -220,14 +220,14 @@ def test_every_row_is_in_the_table_once_whatever_comes_again_and_wherever_it_die
         seen, dies = unread[: random.randrange(len(unread) + 1)], random.randrange(3)
         done: list[str] = []
 
-        def dying(self: Writer, *args: Any, done: list[str] = done, dies: int = dies, **named: Any) -> int:
+        def dying(self: TableWriter, *args: Any, done: list[str] = done, dies: int = dies, **named: Any) -> int:
             if len(done) == dies:
                 raise Killed
             done.append(self.uri)
             return append(self, *args, **named)
 
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(Writer, "append", dying)
+            patch.setattr(TableWriter, "append", dying)
             feed(house, outlet, "123"[life % 3], seen)
     start = begin_at(outlet, {0: 0, 1: 0}).next
     ledger = feed(house, outlet, "1", [each for each in every if each.offset >= start[each.partition]])
@@ -265,7 +265,7 @@ def shared(built: House) -> House:
         ({"key": b"__heartbeat", "value": b"soon"}, "a heartbeat is an integer"),
     ],
 )
-def test_a_message_that_is_no_answer_becomes_a_letter_and_spoils_no_other(
+def test_a_message_without_feature_rows_becomes_a_dead_letter_and_spoils_no_other(
     house: House, change: dict[str, Any], rule: str
 ) -> None:
     view = load_definition(house.definition).view
@@ -279,17 +279,17 @@ def test_a_message_that_is_no_answer_becomes_a_letter_and_spoils_no_other(
     assert rule in dead_letter["rule"]
 
 
-def test_answers_of_another_schema_or_without_their_question_become_letters(house: House) -> None:
+def test_feature_rows_of_another_schema_or_without_their_key_become_dead_letters(house: House) -> None:
     view = load_definition(house.definition).view
-    answers = pl.DataFrame(pl.from_arrow(house.answers().slice(0, 4)))
+    feature_rows = pl.DataFrame(pl.from_arrow(house.feature_rows().slice(0, 4)))
     good, *_ = messages_of(house, 10, partitions=1)
-    rows = to_score(view, [good._replace(value=to_arrow(answers.drop("amount")))])
+    rows = to_score(view, [good._replace(value=to_arrow(feature_rows.drop("amount")))])
     (less,) = BatchOrigin.of(rows).dead_letters.rows(named=True)
     assert "column 'amount' must be float; it is missing" in less["rule"]
-    holed = answers.with_columns(
-        pl.when(pl.col("row_id") == answers["row_id"][2]).then(None).otherwise(pl.col("row_id")).alias("row_id")
+    holed = feature_rows.with_columns(
+        pl.when(pl.col("row_id") == feature_rows["row_id"][2]).then(None).otherwise(pl.col("row_id")).alias("row_id")
     )
-    schema = pa.schema(house.answers().schema)
+    schema = pa.schema(house.feature_rows().schema)
     rows = to_score(view, [good._replace(value=to_arrow(batch(holed, schema)))])
     (dead_letter,) = BatchOrigin.of(rows).dead_letters.rows(named=True)
     assert rows.num_rows == 3
@@ -301,7 +301,7 @@ def test_an_end_is_one_only_while_nothing_follows(house: House) -> None:
     first, second, *_ = messages_of(house, 1200, partitions=1)
     end = Message("orders.features", 0, 1, 2**50, *heartbeat(FOREVER))
     ledger = PendingPredictions(outlet, ScoringState("orders.features", {0: 0}))
-    serving = Serving(house.registry.uri, "orders", outlet.view, Pinned(str(house.folder("1")), "1"))
+    serving = Serving(house.registry.uri, "orders", outlet.view, PinnedModel(str(house.folder("1")), "1"))
     champion = Champion(serving, watch=False)
 
     def take(*messages: Message) -> None:

@@ -21,7 +21,7 @@ from schemas.errors import MismatchError, StoreError
 from tests.support.trained_models import trained
 from transforms.models.mlflow_pyfunc import load_pyfunc
 from transforms.models.registry import Registry, RunRecord, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.storage.paths import BOOSTER
 
 ROOT = Path(__file__).parents[2]
@@ -48,15 +48,15 @@ def rows() -> tuple[list[list[float | int | None]], pa.RecordBatch]:
 def invoke(port: int, body: bytes) -> list[dict[str, float]]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())["predictions"]  # type: ignore[no-any-return]
+        with urllib.request.urlopen(request, timeout=60) as feature_row:
+            return json.loads(feature_row.read())["predictions"]  # type: ignore[no-any-return]
     except urllib.error.HTTPError as error:
         pytest.fail(error.read().decode())
 
 
 def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> None:
     data, batch = rows()
-    expected = score(open_scorer(Pinned(folder)), batch)
+    expected = score(open_scorer(PinnedModel(folder)), batch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +95,7 @@ def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> Non
     assert np.array([each["score"] for each in found], np.float32).tobytes() == expected.tobytes()
     x, n = zip(*EXAMPLE["data"])
     raw = pa.RecordBatch.from_arrays([pa.array(x, pa.float32()), pa.array(n, pa.int64())], ["x", "n"])
-    of_example = score(open_scorer(Pinned(folder)), raw)
+    of_example = score(open_scorer(PinnedModel(folder)), raw)
     assert np.array([each["score"] for each in example], np.float32).tobytes() == of_example.tobytes()
 
 

@@ -1,5 +1,5 @@
-"""The report of a training run: what it says is what `training.json` says, whole, safe, alone, and kept with the
-model."""
+"""The report of a training run: its content is that of `training.json`; it is complete, safe, self-contained, and
+stored with the model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from beam_pipelines import features, training
 from schemas.errors import GateError
 from tests.support import shop
 from transforms.evaluation.shap import ExplainedSample, by_input, contributions, explain
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer
+from transforms.models.scoring import PinnedModel, open_scorer
 from transforms.reports.charts import Axis
-from transforms.reports.formatting import given, interval, named, number, shown
+from transforms.reports.formatting import format_number, given, interval, named, number
 from transforms.reports.header import outcome
 from transforms.reports.report import FILE, render, templates
 
@@ -135,23 +135,23 @@ RUNS = ("binary", "classes", "amount")
 @pytest.mark.parametrize("run", RUNS)
 def test_the_page_says_what_the_account_says(store: Path, run: str) -> None:
     content, page = account(store, run), Page((store / "runs" / run / FILE).read_text())
-    told = list(content["metrics"].values()) + [content["rows"], content["feature_rows"]]
-    told += [end for span in content["intervals"].values() if span and set(content["metrics"]) for end in span][:2]
-    told += [
+    reported = list(content["metrics"].values()) + [content["rows"], content["feature_rows"]]
+    reported += [end for span in content["intervals"].values() if span and set(content["metrics"]) for end in span][:2]
+    reported += [
         value for split in content["splits"].values() for value in (split["rows"], split["waiting"], split["entered"])
     ]
-    told += [trial["value"] for trial in content["trials"]] + [trial["rounds"] for trial in content["trials"]]
+    reported += [trial["value"] for trial in content["trials"]] + [trial["rounds"] for trial in content["trials"]]
     metric = next(iter(content["validate"]))
-    told += [each["metrics"][metric] for each in content["slices"]] + [each["rows"] for each in content["slices"]]
-    told += [each["mean_abs"] for each in content["explanation"]["inputs"]] + list(content["data"]["skew"].values())
-    told += [value for found in content["fairness"] for value in found["differences"].values()]
-    told += [cell for row in content.get("confusion", []) for cell in row] + [
+    reported += [each["metrics"][metric] for each in content["slices"]] + [each["rows"] for each in content["slices"]]
+    reported += [each["mean_abs"] for each in content["explanation"]["inputs"]] + list(content["data"]["skew"].values())
+    reported += [value for found in content["fairness"] for value in found["differences"].values()]
+    reported += [cell for row in content.get("confusion", []) for cell in row] + [
         each["error"] for each in content.get("errors", [])
     ]
-    told += [each["auc"] for each in content.get("classes", [])] + [
+    reported += [each["auc"] for each in content.get("classes", [])] + [
         each["share"] for each in content.get("calibration", [])
     ]
-    for value in told:
+    for value in reported:
         assert value is None or repr(value) in page.values, value
     for gate in content["gates"]:
         assert gate["gate"] in page.text
@@ -195,9 +195,9 @@ def texts(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_no_text_of_the_account_becomes_markup(store: Path) -> None:
-    """Every text in turn is a script, whatever it says: a name, a reason, an address, a version."""
+    """Every text in turn is a script: a name, a reason, an address, a version."""
     for run in RUNS:
-        kept = json.dumps([account(store, run), load(store / "runs" / run / "model").manifest])
+        kept = json.dumps([account(store, run), load_bundle(store / "runs" / run / "model").manifest])
         seen = 0
         for way in texts(json.loads(kept)):
             arguments = json.loads(kept)
@@ -245,7 +245,7 @@ def test_the_report_is_an_artifact_and_in_the_closing_account(store: Path) -> No
 
 
 def scorer_and_rows(store: Path, run: str) -> tuple[Any, pa.RecordBatch]:
-    scorer = open_scorer(Pinned(str(store / "runs" / run / "model")), 1)
+    scorer = open_scorer(PinnedModel(str(store / "runs" / run / "model")), 1)
     rows = pl.read_parquet(store / f"examples/{run}/{run}/test-*.parquet").to_arrow().combine_chunks()
     (batch,) = rows.to_batches()
     schema = pa.schema(
@@ -267,11 +267,11 @@ def test_contributions_add_up_to_the_margin(store: Path, run: str) -> None:
     names = list(scorer.bundle.encoders.inputs)
     one_hot = [i for i, name in enumerate(scorer.bundle.encoders.names) if name.startswith("shop=")]
     assert np.allclose(inputs[:, :, names.index("shop")], found[:, :, one_hot].sum(axis=2), atol=1e-6)
-    told = account(store, run)["explanation"]
+    reported = account(store, run)["explanation"]
     sampled = ExplainedSample().add_input(None, rows)
-    again = by_input(scorer, contributions(scorer, sampled.slice(0, told["rows"])))  # type: ignore[union-attr]
+    again = by_input(scorer, contributions(scorer, sampled.slice(0, reported["rows"])))  # type: ignore[union-attr]
     means = np.abs(again).mean(axis=0).sum(axis=0)
-    for each in told["inputs"]:
+    for each in reported["inputs"]:
         assert each["mean_abs"] == pytest.approx(means[names.index(each["input"])], rel=1e-4, abs=1e-7)
 
 
@@ -293,9 +293,9 @@ def test_the_same_rows_are_sampled_however_they_are_cut() -> None:
 def test_a_model_without_contributions_still_has_a_report(store: Path) -> None:
     content = account(store, "binary")
     content["explanation"] = {"rows": 0, "unit": "", "base": [], "inputs": [], "reason": "XGBoost refused"}
-    page = Page(render(content, load(store / "runs/binary/model").manifest))
+    page = Page(render(content, load_bundle(store / "runs/binary/model").manifest))
     assert "There are no contributions: XGBoost refused" in page.text
-    assert explain(None, Pinned("nowhere"), "binary:logistic").reason == "there are no test rows"
+    assert explain(None, PinnedModel("nowhere"), "binary:logistic").reason == "there are no test rows"
 
 
 def test_a_report_compares_with_the_champion(store: Path) -> None:
@@ -319,7 +319,7 @@ def test_markup_escapes_and_keeps_exact_values() -> None:
     assert written.replace("&#34;", "&quot;") == '<b title="&quot;&amp;">&lt;i&gt;</b>'
     assert named("a_b<c>") == '<span class="name">a_<wbr>b&lt;c&gt;</span>'
     assert Page(str(number(0.1 + 0.2))).values == ["0.30000000000000004"]
-    assert [shown(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == [
+    assert [format_number(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == [
         "336,776",
         "0.7523",
         "−12.35",

@@ -1,4 +1,5 @@
-"""Sources in very many small files, and in one large one: the same answers, in time and memory that follow the rows."""
+"""Sources in very many small files, and in one large one: the same feature rows, in time and memory that depend on the
+rows."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from polars.testing import assert_frame_equal
 from schemas.errors import ContractError
 from schemas.sources import Source
 from tests.support import market
-from tests.support.features_runs import answers, run, same
+from tests.support.features_runs import feature_rows, run, same
 from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import add
+from transforms.sources.day_digests import add_digests
 from transforms.sources.inventory import Slices, survey_files
 from transforms.sources.reader import ReadOptions, read_slices, stream_slices
 
@@ -64,7 +65,7 @@ def test_five_hundred_files_give_what_one_gives(tmp_path: Path) -> None:
     frames = market.spoiled(market.sources(400))
     run(market.write(tmp_path / "one", frames, group=10_000))
     run(scattered(tmp_path / "many", frames, 500))
-    same(answers(tmp_path / "many"), answers(tmp_path / "one"))
+    same(feature_rows(tmp_path / "many"), feature_rows(tmp_path / "one"))
 
 
 TIMES = [pa.timestamp("ms", "UTC"), pa.timestamp("us", "UTC"), pa.timestamp("ns", "America/New_York")]
@@ -105,7 +106,7 @@ def test_small_files_read_together_are_what_each_is_by_itself(tmp_path: Path) ->
     together = read_slices(contract, slices, options)
     assert_frame_equal(together.frame, pl.concat([each.frame for each in alone]))
     assert_frame_equal(together.dead_letters, pl.concat([each.dead_letters for each in alone]))
-    assert together.digests == add([each.digests for each in alone])
+    assert together.digests == add_digests([each.digests for each in alone])
     assert {*together.dead_letters["rule"]} == {"a text is UTF-8", "a number is finite"}
     spoiled = together.dead_letters.filter(pl.col("rule") == "a text is UTF-8")
     assert spoiled.select(pl.col("file").str.slice(-12), "row", "value").rows() == [
@@ -150,7 +151,7 @@ def test_ten_thousand_files_take_seconds_and_no_memory_of_their_own(tmp_path: Pa
         if name == "one":
             baseline = first
     print(baseline, first, again)
-    same(answers(tmp_path / "many"), answers(tmp_path / "one"))
+    same(feature_rows(tmp_path / "many"), feature_rows(tmp_path / "one"))
     assert first["cpu"] < baseline["cpu"] + 60
     assert again["cpu"] < 30
     assert first["mb"] < baseline["mb"] + 300

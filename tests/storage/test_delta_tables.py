@@ -23,7 +23,7 @@ from transforms.storage.delta_tables import (
     commit,
     data_files,
     days_between,
-    groups,
+    file_groups,
     newest_version,
     open_table,
     read_file,
@@ -229,7 +229,7 @@ def test_files_of_an_interval_come_in_order(uri: str) -> None:
     assert data_files(table, date(2021, 1, 1)) == []
 
 
-def test_a_file_is_read_with_the_columns_asked_for(uri: str) -> None:
+def test_a_file_is_read_with_the_requested_columns(uri: str) -> None:
     put(uri, rows(DAYS[0]), DAYS, "run-1")
     (file,) = data_files(open_table(uri))
     assert read_file(file, ["date", "n"]).to_pylist() == [{"date": DAYS[0], "n": 0}]
@@ -255,7 +255,7 @@ def test_groups_hold_every_file_once_in_order_and_do_not_grow(sizes: list[int], 
             self.rows = rows
 
     files: list[Any] = [File(size) for size in sizes]
-    made = list(groups(files, limit))
+    made = list(file_groups(files, limit))
     assert [file for group in made for file in group] == files
     assert all(len(group) == 1 or sum(file.rows for file in group) <= limit for group in made)
 

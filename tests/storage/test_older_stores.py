@@ -13,8 +13,8 @@ from polars.testing import assert_frame_equal
 from beam_pipelines import cli
 from tests.support.stores import ARCHIVES, Stored, restored
 from tests.support.tables import rows_of
-from transforms.lineage.feature_parity import check
-from transforms.models.bundle import load
+from transforms.lineage.feature_parity import check_parity
+from transforms.models.bundle import load_bundle
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import predictions_uri
 
@@ -41,9 +41,9 @@ def same(left: pl.DataFrame, right: pl.DataFrame, *by: str) -> None:
 def test_the_archives_stay_small_and_each_is_explained() -> None:
     archives = sorted(ARCHIVES.glob("*.tar.gz"))
     assert sum(path.stat().st_size for path in ARCHIVES.iterdir()) < SIZE
-    told = (ARCHIVES / "README.md").read_text()
+    reported = (ARCHIVES / "README.md").read_text()
     for path in archives:
-        assert f"`{path.name.removesuffix('.tar.gz')}`" in told
+        assert f"`{path.name.removesuffix('.tar.gz')}`" in reported
     assert len(archives) == len(list(ARCHIVES.glob("*.json"))) == 6
 
 
@@ -86,7 +86,7 @@ def test_a_changed_day_makes_only_what_can_see_it_stale(shop: Stored) -> None:
 def test_its_champion_scores_as_it_did(shop: Stored) -> None:
     version, folder = shop.registry.resolve("buying")
     assert version == shop.expected["version"]
-    assert load(folder).fingerprint == shop.view().fingerprint
+    assert load_bundle(folder).fingerprint == shop.view().fingerprint
     uri = predictions_uri(str(shop.store), "buying")
     before = rows_of(uri)
     shop.millrace("inference", "--run_id", "again")
@@ -172,24 +172,26 @@ def test_a_view_beside_wrapped_ones_keeps_fingerprint_and_table(tmp_path: Path) 
 
 
 def test_a_live_store_goes_on_from_its_tables(live: Stored) -> None:
-    """Every answer is the one that a job which was never stopped gave."""
-    stored = live.answers()
+    """Every feature row is that of a job which was never stopped."""
+    stored = live.feature_rows()
     assert len(stored) == live.expected["answers_stored"]
     whole = pl.read_parquet(live.folder / "answers_whole.parquet")
     live.go_on([*live.messages("before")[-3:], *live.messages("to_come")])
-    found = live.answers()
+    found = live.feature_rows()
     assert len(found) == live.expected["answers_whole"]
-    # A spine row that waits over a stop is judged late by the completeness at the restart: more of them are late, none
-    # less.
+    # Whether a spine row that is pending over a stop is late depends on the completeness at the restart: more are late,
+    # none less.
     late = pl.col("__late")
     assert whole.filter(late).join(found.filter(late), on="row_id", how="anti").is_empty()
     newly = found.filter(late).join(whole.filter(late), on="row_id", how="anti")
     assert newly.join(stored, on="row_id", how="semi").is_empty()
-    told = [name for name in whole.columns if name not in ("__answered", "__late")]  # later versions may say more
-    same(found.select(told), whole.select(told), "row_id")
+    reported = [
+        name for name in whole.columns if name not in ("__answered", "__late")
+    ]  # later versions may have more keys
+    same(found.select(reported), whole.select(reported), "row_id")
     kept = found.join(stored, on="row_id", how="semi").select(stored.columns)
     same(kept, stored, "row_id")
-    checked = check(live.view(), str(live.store))
+    checked = check_parity(live.view(), str(live.store))
     assert (checked.feature_rows, checked.differing) == (len(found), 0)
     live.millrace("inference", "--streaming", "--run_id", "went-on")
     live.millrace("parity")

@@ -1,4 +1,5 @@
-"""Live answers against the slow and obvious one: random arrival, ties, late rows, repeats, and stops at any moment."""
+"""Live feature rows against the slow and obvious ones: random arrival, ties, late rows, repeats, and stops at any
+moment."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Sourc
 from tests.support import histories
 from tests.support.live_turns import SOURCES, VALUES, audit, events, placed, run, sales, shops, spine_rows, stream
 from tests.support.turns import Job, JobOptions, unread
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.journal import Turn
 from transforms.streaming.messages import Message, to_arrow
 
@@ -25,7 +26,7 @@ numbered = Source("numbered", columns={"n": pl.Int32, "g": pl.Int32})
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
 @settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
 @given(seed=st.integers(0, 2**32))
-def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
+def test_every_feature_row_is_batch_over_what_it_could_see(seed: int) -> None:
     random = Random(seed)
     chunks = stream(random)
     commits = {random.randrange(len(chunks)) for _ in range(random.randrange(4))}
@@ -45,7 +46,7 @@ def test_a_key_known_only_after_events_were_read_is_refused() -> None:
     for key in ("most", "numbered_g"):
         other = Trailing(events, by={key: "g"}, over="1m", stats={"v": "sum"}, name="other")
         with pytest.raises(DefinitionError, match="keys come from the spine's columns") as refused:
-            groups_of(FeatureView("v", spine_rows, key="id", features=[*features, other]))
+            shard_groups(FeatureView("v", spine_rows, key="id", features=[*features, other]))
         assert repr(key) in str(refused.value)
 
 
@@ -54,11 +55,11 @@ def test_a_derived_with_the_name_of_a_key_is_the_key_if_it_has_its_values() -> N
     below = Trailing(events, by={"g": "k"}, over="1m", stats={"v": "sum"}, name="below")
     text = Derived(g=pl.col("g").cast(pl.String))
     with pytest.raises(DefinitionError, match="'g', by which 'events' is read"):
-        groups_of(FeatureView("v", spine_rows, key="id", features=[text, below]))
-    groups_of(FeatureView("v", spine_rows, key="id", features=[above, text]))
+        shard_groups(FeatureView("v", spine_rows, key="id", features=[text, below]))
+    shard_groups(FeatureView("v", spine_rows, key="id", features=[above, text]))
     below = Trailing(events, by="g", over="1m", stats={"v": "sum"}, name="below")
     for same in (pl.col("g"), pl.col("g").cast(pl.Int64)):
-        (group,) = groups_of(FeatureView("v", spine_rows, key="id", features=[above, Derived(g=same), below]))
+        (group,) = shard_groups(FeatureView("v", spine_rows, key="id", features=[above, Derived(g=same), below]))
         assert group.spine_columns == ("g",)
 
 
@@ -69,11 +70,11 @@ def test_what_a_key_is_derived_from_is_as_a_derived_above_it_has_it() -> None:
         Derived(odd=(pl.col("y") % 2).cast(pl.Int64)),
         Trailing(events, by={"odd": "g"}, over="1m", stats={"v": "sum"}),
     ]
-    groups_of(FeatureView("v", spine_rows, key="id", features=features))
+    shard_groups(FeatureView("v", spine_rows, key="id", features=features))
     hidden = Derived(g=pl.col("g").cast(pl.Float32))
     odd = Derived(odd=(pl.col("g") % 2).cast(pl.Int64))
     with pytest.raises(DefinitionError, match="'odd', by which 'events' is read"):
-        groups_of(FeatureView("v", spine_rows, key="id", features=[hidden, odd, features[2]]))
+        shard_groups(FeatureView("v", spine_rows, key="id", features=[hidden, odd, features[2]]))
 
 
 looked_up = FeatureView(
@@ -154,28 +155,28 @@ def test_a_key_derived_from_the_spine_is_routed() -> None:
         key="id",
         features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})],
     )
-    (group,) = groups_of(derived)
+    (group,) = shard_groups(derived)
     assert group.spine_columns == ("near",)
 
 
-def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: Path) -> None:
+def test_state_holds_what_windows_lateness_and_keep_reach_and_is_reported(tmp_path: Path) -> None:
     reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
     minute = FeatureView("m", spine_rows, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
     job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(keep=10_000_000))
     held = []
-    for number in range(100):  # ten rows a second for a thousand seconds, a question in each
+    for number in range(100):  # ten rows a second for a thousand seconds, a spine row in each
         seconds = range(10 * number, 10 * number + 10)
         rows = {"at": [histories.at(second, 1000 * i) for second in seconds for i in range(10)]}
-        told = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
-        asked = [
+        reported = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
+        rows_of_spine = [
             {**dict.fromkeys(spine_rows.schema), "id": second, "t": histories.at(second), "k": "a"}
             for second in seconds
         ]
-        spine = pl.DataFrame(asked, schema=spine_rows.schema, orient="row")
+        spine = pl.DataFrame(rows_of_spine, schema=spine_rows.schema, orient="row")
         job.take(
             [
                 Message(name, 0, number, 2**51, None, to_arrow(each))
-                for name, each in (("reads", told), ("questions", spine))
+                for name, each in (("reads", reported), ("questions", spine))
             ]
         )
         if number % 5 == 4:
@@ -183,7 +184,7 @@ def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: 
             held.append((state["shards"]["rows"], state["journal"]["rows"]))
             assert state["shards"]["bytes"] > 16 * state["shards"]["rows"]
     shards, journal = (max(each) for each in zip(*held, strict=True))
-    # A minute of windows, one of a pane, keep, lateness of both sources and what came at once.
+    # A minute of windows, one of a time bucket, keep, lateness of both sources and rows that arrived at once.
     assert 600 <= shards <= 10 * (60 + 60 + 10 + 5 + 1 + 10)
     assert max(held[:10])[0] == shards
     assert journal <= 2 * (60 + 10 + 5 + 1 + 10 + 10)

@@ -1,4 +1,4 @@
-"""Tables of a live job that others write to as well: what the job last told is found however much came after it."""
+"""Tables of a live job that others write to as well: the job's last record is found however many commits follow it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from schemas.errors import StoreError
 from tests.support.live_turns import audit, run, stream
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import sources_root
-from transforms.streaming.live_tables import Writer, application_of, last_commit_record
+from transforms.streaming.live_tables import TableWriter, application_of, last_commit_record
 
 
 @contextlib.contextmanager
 def others_commit(times: int) -> Iterator[None]:
     """After every commit of the job others commit to the table as well, as a vacuum or a change of properties does."""
-    append = Writer.append
+    append = TableWriter.append
 
-    def crowded(self: Writer, *args: Any) -> int:
+    def crowded(self: TableWriter, *args: Any) -> int:
         done = append(self, *args)
         table = open_table(self.uri)
         for number in range(times if table is not None else 0):
@@ -31,7 +31,7 @@ def others_commit(times: int) -> Iterator[None]:
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "append", crowded)
+        patch.setattr(TableWriter, "append", crowded)
         yield
 
 
@@ -45,7 +45,7 @@ def test_commits_of_others_between_two_of_the_job_do_not_make_it_read_again(tmp_
     assert table.version() > 21
 
 
-def test_a_table_of_others_alone_has_been_told_nothing_and_a_lost_log_is_said(tmp_path: Path) -> None:
+def test_a_table_of_others_alone_has_no_record_and_a_lost_log_is_reported(tmp_path: Path) -> None:
     chunks = stream(Random(7), 3)
     run(tmp_path, chunks, {1}, {})
     table = open_table(f"{sources_root(str(tmp_path))}/events")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.state_cells import Cell
+from transforms.records.frame_packets import pack
 from transforms.records.row_hashing import key_hashes
 from transforms.streaming import mirrored_state
 from transforms.streaming.mirrored_state import load_slots, save_slots
@@ -36,7 +37,7 @@ def bucket_ends(times: list[int], width: int) -> list[int]:
 
 
 @given(st.integers(0, 2**32))
-def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) -> None:
+def test_time_buckets_hold_what_a_list_would_and_their_slots_restore_them(seed: int) -> None:
     random = Random(seed)
     width = random.choice([1, 7, 100])
     buckets, plain, next_id = TimeBuckets("t", width), [], 0
@@ -87,11 +88,11 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
     for key in (("k",), ("k", "n")):
         wanted = pl.DataFrame([("a", 1), (None, 2)], schema={"k": pl.String, "n": pl.Int64}, orient="row")
         found = rows(buckets.take(key, key_hashes(wanted, key), -1000, 1000))
-        asked = [row[: len(key)] for row in wanted.rows()]
-        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in asked), key=str)
+        wanted_keys = [row[: len(key)] for row in wanted.rows()]
+        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in wanted_keys), key=str)
 
 
-def test_only_panes_that_reach_into_the_span_are_looked_at() -> None:
+def test_only_time_buckets_that_reach_into_the_span_are_looked_at() -> None:
     buckets = TimeBuckets("t", 10)
     buckets.add(pl.DataFrame({"t": [5, 15, 25, 35], "k": ["a"] * 4, "n": [1] * 4, "rid": [1, 2, 3, 4]}, schema=SCHEMA))
     wanted = key_hashes(pl.DataFrame({"k": ["a"]}), ("k",))
@@ -107,7 +108,7 @@ def test_appending_builds_few_parts() -> None:
     assert len(buckets) == 1000
 
 
-def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
+def test_rows_far_apart_go_to_few_time_buckets_that_end_no_earlier() -> None:
     buckets = TimeBuckets("t", 10)
     times = list(range(0, 100_000, 7))
     buckets.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))
@@ -115,3 +116,18 @@ def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
     assert all(part.frame["t"].max() < (number + 1) * 10 for number, parts in buckets.buckets.items() for part in parts)
     buckets.evict(50_000)
     assert 30_000 < min(row[0] for row in rows(buckets.all())) < 50_000
+
+
+def test_slots_that_an_earlier_version_wrote_are_read_and_continued() -> None:
+    slots, counts = [Cell() for _ in range(SLOTS)], [0] * SLOTS
+    for first in (0, 2):
+        new = pl.DataFrame([(5, "a", 1, first), (6, "b", 2, first + 1)], schema=SCHEMA, orient="row")
+        slots[0].add(pack({"store": "s", "pane": 0}, {"rows": new}))
+    restored = TimeBuckets("t", 100)
+    assert load_slots({"s": restored}, slots) == [2, *counts[1:]]
+    assert [row[3] for row in rows(restored.all())] == [0, 2, 1, 3]
+    restored.drop("rid", np.array([1]))
+    save_slots({"s": restored}, slots, [2, *counts[1:]])
+    again = TimeBuckets("t", 100)
+    load_slots({"s": again}, slots)
+    assert [row[3] for row in rows(again.all())] == [0, 2, 3]

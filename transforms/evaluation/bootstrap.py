@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from transforms.evaluation.metrics import of_true_class
-from transforms.records.exact_sums import Floats
-from transforms.records.row_hashing import mix
+from transforms.records.arrays import Floats, Ints
+from transforms.records.row_hashing import mix_bits
 
 REPLICATES = 200
 # Fewest rows that get an interval: replicates of fewer hardly differ from the rows themselves.
@@ -30,8 +30,8 @@ LEVEL = 0.95
 _STEPS, _BOUND = 128, 16
 # Low bits of a float32 error that are ignored: 8 bits of the mantissa stay, so a bin is 0.4 % wide.
 _DROPPED = 15
-# Most classes whose AUCs have intervals, and their bins per unit of log odds.
-CLASSES = 20
+# The most classes for which AUCs have intervals, and their bins per unit of log odds.
+MOST_CLASSES = 20
 _COARSE = 16
 # A row of a multi-class model is in one bin of each kind; the bits from this one on number the kind.
 _KIND = 1 << 40
@@ -41,7 +41,7 @@ _CACHED = 1024
 HIDDEN = 0.02
 _EPSILON = float(np.finfo(np.float32).eps)
 
-Counts = npt.NDArray[np.int32]
+DrawCounts = npt.NDArray[np.int32]
 
 
 def _inverse() -> npt.NDArray[np.uint8]:
@@ -53,7 +53,7 @@ def _inverse() -> npt.NDArray[np.uint8]:
 _POISSON = _inverse()
 
 
-def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
+def weights(row_ids: Ints, replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
     """How often each row enters each replicate, uint8 [rows, replicates].
 
     >>> weights(np.array([7, 8]), 4).tolist() == [weights(np.array([row]), 4)[0].tolist() for row in (7, 8)]
@@ -64,8 +64,8 @@ def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt
     with np.errstate(over="ignore"):
         steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         for start in range(0, len(row_ids), _CACHED):
-            mixed = mix(row_ids[start : start + _CACHED].view(np.uint64))
-            hashed = mix((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
+            mixed = mix_bits(row_ids[start : start + _CACHED].view(np.uint64))
+            hashed = mix_bits((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
             np.take(_POISSON, hashed.view(np.uint16), out=result[start : start + _CACHED], mode="clip")
     return result[:, :replicates]
 
@@ -80,9 +80,9 @@ class ReplicateBins:
         plain: rows per bin, each counted once, int64 [bins].
     """
 
-    keys: npt.NDArray[np.int64]
-    counts: Counts
-    plain: npt.NDArray[np.int64]
+    keys: Ints
+    counts: DrawCounts
+    plain: Ints
 
     def __add__(self, other: ReplicateBins) -> ReplicateBins:
         if len(self.keys) == len(other.keys) and bool((self.keys == other.keys).all()):
@@ -101,7 +101,7 @@ class ReplicateBins:
         return int(self.plain[self.keys < _KIND].sum())
 
 
-def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
+def replicate_bins(keys: Ints, drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
     """Count rows by bin and replicate.
 
     Args:
@@ -124,7 +124,7 @@ def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) ->
     return ReplicateBins(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
 
 
-def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> Ints:
     """Key of each row's bin: [rows], or [kinds, rows] of a multi-class model.
 
     A binary model's key is twice the score's bin plus the label.  A regression's key is the leading bits of the error.
@@ -137,7 +137,7 @@ def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> n
     if objective == "multi:softprob":
         true, chosen = label.astype(np.int64), scores.argmax(axis=1)
         kinds = [_odds(of_true_class(label, scores)) * 2 + (chosen == true), _KIND + (true << 16) + chosen]
-        if scores.shape[1] <= CLASSES:
+        if scores.shape[1] <= MOST_CLASSES:
             step = _STEPS // _COARSE
             kinds += [(2 + k) * _KIND + _odds(scores[:, k]) // step * 2 + (true == k) for k in range(scores.shape[1])]
         return np.stack(kinds)
@@ -145,14 +145,14 @@ def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> n
     return (error.view(np.uint32) >> np.uint32(_DROPPED)).astype(np.int64)
 
 
-def _odds(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def _odds(scores: npt.NDArray[np.float32]) -> Ints:
     share = np.clip(scores.astype(np.float64), _EPSILON, 1 - _EPSILON)
     # One value at a time from the C library, as in `metrics`.
     odds = pc.ln(pa.array(share / (1 - share))).to_numpy()
     return np.floor(np.clip(odds, -_BOUND, _BOUND) * _STEPS).astype(np.int64) + _BOUND * _STEPS
 
 
-def _share(by_replicate: npt.NDArray[np.int64]) -> Floats:
+def _share(by_replicate: Ints) -> Floats:
     """The midpoint of each bin, as a probability."""
     return 1 / (1 + np.exp(_BOUND - (by_replicate + 0.5) / _STEPS))
 
@@ -170,7 +170,7 @@ def replicated(objective: str, by_replicate: ReplicateBins, threshold: float = 0
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
 
 
-def _counts(by_replicate: ReplicateBins) -> npt.NDArray[np.int64]:
+def _counts(by_replicate: ReplicateBins) -> Ints:
     """Rows per bin in every replicate, and those of the rows themselves."""
     return np.column_stack([by_replicate.counts, by_replicate.plain]).astype(np.int64)
 
@@ -190,7 +190,7 @@ def error_quantiles(by_replicate: ReplicateBins, shares: Sequence[float]) -> lis
     return [(share, float(_errors(by_replicate)[position])) for share, position in zip(shares, positions, strict=True)]
 
 
-def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
+def _multiple(keys: Ints, counts: Ints) -> dict[str, Floats]:
     """Metrics of a multi-class model, and `… of class k`; means are over the classes that occur in a replicate."""
     kind, inner = keys // _KIND, keys % _KIND
     plain, pairs = counts[kind == 0], counts[kind == 1]
@@ -206,9 +206,7 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
         if mine.any():
             of_class["auc"] = _area(inner[mine], counts[mine])
         elif (kind > 1).any():
-            of_class["auc"] = np.where(
-                occurs > 0, 0.5, np.nan
-            )  # the model does not know the class, and ranks it by chance
+            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # the model has no such class, and ranks it at random
         for name, values in of_class.items():
             found[name].append(values)
             result[f"{name} of class {k}"] = values
@@ -219,7 +217,7 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
     return result
 
 
-def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
+def _area(keys: Ints, counts: Ints) -> Floats:
     """AUC of each replicate: the share of pairs that are ranked correctly, ties counted half."""
     label = (keys & 1)[:, None]
     # Bins of one score are neighbours, that of the negatives first.
@@ -229,9 +227,7 @@ def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
     return won / (2.0 * up.sum(axis=0) * down.sum(axis=0))
 
 
-def _binary(
-    keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], threshold: float
-) -> dict[str, Floats]:
+def _binary(keys: Ints, counts: Ints, rows: Ints, threshold: float) -> dict[str, Floats]:
     label, share = (keys & 1)[:, None], _share(keys >> 1)
     positive, negative = counts * label, counts * (1 - label)
     hits, misses = positive.sum(axis=0), negative.sum(axis=0)
@@ -258,7 +254,7 @@ def _binary(
     }
 
 
-def _rates(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], threshold: float) -> dict[str, Floats]:
+def _rates(keys: Ints, counts: Ints, threshold: float) -> dict[str, Floats]:
     """The metrics of a binary model that depend on the threshold."""
     positive, selected = keys & 1 == 1, _share(keys >> 1) >= threshold
     hits, misses = counts[positive].sum(axis=0), counts[~positive].sum(axis=0)
@@ -279,7 +275,7 @@ class Replicates:
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """The interval of one metric; None if it is undefined."""
-        return interval(self.values[name]) if name in self.values else None
+        return percentile_interval(self.values[name]) if name in self.values else None
 
 
 def replicates(
@@ -311,13 +307,13 @@ def _centred(found: Mapping[str, Floats], exact: Mapping[str, float | None]) -> 
         if (value := exact.get(name)) is None:
             continue
         offset = value - drawn[-1]
-        # Bins that are too coarse for a metric, as for probabilities beyond the last bin, do not show its spread.
+        # Bins that are too coarse for a metric, such as probabilities beyond the last bin, do not show its spread.
         hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
         values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
     return Replicates(values)
 
 
-def interval(values: Floats) -> tuple[float, float] | None:
+def percentile_interval(values: Floats) -> tuple[float, float] | None:
     """The central 95 % of replicates; None if the metric is undefined in more than half of them."""
     defined = values[np.isfinite(values)]
     if 2 * len(defined) < len(values) or not len(defined):

@@ -8,7 +8,6 @@ from typing import Literal
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -21,8 +20,8 @@ from transforms.evaluation.bootstrap import (
     ReplicateBins,
     Replicates,
     error_quantiles,
-    interval,
     keys_of,
+    percentile_interval,
     rate_replicates,
     replicate_bins,
     replicates,
@@ -31,16 +30,17 @@ from transforms.evaluation.bootstrap import (
 from transforms.evaluation.metrics import MetricTally, auc_error, metrics
 from transforms.models.scoring import carried_name
 from transforms.models.stored_records import CalibrationBin, MetricDetails, MetricsRecord, ThresholdRates
+from transforms.records.arrays import Ints
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
 
 # (column, value as text or None) of each column of a slice; () stands for the whole split.
-Key = tuple[tuple[str, str | None], ...]
+SliceKey = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
-# Most classes whose confusion matrix is reported, and the reported quantiles of the absolute error.
+# The most classes for which a confusion matrix is reported, and the reported quantiles of the absolute error.
 MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-# Metrics of each class that have intervals.
+# The metrics of each class that have intervals.
 OF_CLASS: tuple[Literal["auc", "precision", "recall"], ...] = ("auc", "precision", "recall")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
@@ -59,7 +59,7 @@ class GroupTally:
         return GroupTally(self.tally + other.tally, by_replicate)
 
 
-Tallies = dict[Key, GroupTally]
+Tallies = dict[SliceKey, GroupTally]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class EvaluationSlice:
         rates: confusion rates at the threshold; only of binary models.
     """
 
-    by: Key
+    by: SliceKey
     rows: int
     metrics: Mapping[str, float | None]
     intervals: Intervals = dataclasses.field(default_factory=dict)
@@ -112,7 +112,7 @@ class EvaluationSlice:
         return ", ".join(f"{column}={'null' if value is None else value}" for column, value in self.by)
 
 
-def carried(gates: Gates) -> tuple[str, ...]:
+def tally_columns(gates: Gates) -> tuple[str, ...]:
     """Columns of the examples that `tally` needs besides the scores."""
     return tuple(dict.fromkeys([*(name for group in gates.slices for name in _group(group)), LABEL]))
 
@@ -122,10 +122,10 @@ def _group(group: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[str, ...]] = ()) -> Tallies:
-    """What `scored` adds to the metrics of the whole and of each slice.
+    """The tally of `scored`, for the whole split and for each slice.
 
     Args:
-        scored: what `Score` makes of examples when it carries the columns named by `carried`.
+        scored: the output of `Score` for examples, with the columns named by `tally_columns`.
     """
     rows = frame(scored)
     label = rows[carried_name(LABEL)].cast(pl.Float64).to_numpy()
@@ -137,7 +137,7 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
     if "row_id" in rows.columns:
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
-    def part(index: slice | npt.NDArray[np.int64]) -> GroupTally:
+    def part(index: slice | Ints) -> GroupTally:
         by_replicate = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
         return GroupTally(MetricTally.of(objective, label[index], values[index]), by_replicate)
 
@@ -199,7 +199,7 @@ def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, floa
     if objective == "multi:softprob":
         each = measures.per_class(part.tally)
         found |= {f"{name} of class {of['class']}": of[name] for of in each for name in OF_CLASS}
-    return {**found, **(measures.confusion(bins, threshold) if bins else {})}
+    return {**found, **(measures.confusion_rates(bins, threshold) if bins else {})}
 
 
 def _drawn(objective: str, part: GroupTally, threshold: float) -> Replicates | None:
@@ -212,20 +212,22 @@ def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
     return (
         {}
         if drawn is None
-        else {name: interval(values) for name, values in drawn.values.items() if " of class " not in name}
+        else {name: percentile_interval(values) for name, values in drawn.values.items() if " of class " not in name}
     )
 
 
-def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None, threshold: float) -> EvaluationSlice:
+def _slice(
+    objective: str, key: SliceKey, part: GroupTally, whole: Replicates | None, threshold: float
+) -> EvaluationSlice:
     drawn = _drawn(objective, part, threshold)
     gaps = {}
     if drawn is not None and whole is not None:
         for name, values in drawn.values.items():
             if name in whole.values and " of class " not in name:
                 gap = whole.values[name] - values
-                gaps[name] = interval(gap if name in RISING else -gap)
+                gaps[name] = percentile_interval(gap if name in RISING else -gap)
     bins = part.tally.bins
-    rates = measures.confusion(bins, threshold) if bins else {}
+    rates = measures.confusion_rates(bins, threshold) if bins else {}
     return EvaluationSlice(
         key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates
     )
@@ -266,7 +268,7 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
 
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
-    rates_at = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
+    rates_at = {each: measures.confusion_rates(bins, each) for each in sorted({*THRESHOLDS, threshold})}
     drawn_at = {} if whole.by_replicate is None else rate_replicates(whole.by_replicate, rates_at)
     at: list[ThresholdRates] = []
     for each, rates in rates_at.items():
@@ -283,10 +285,10 @@ def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
             }
         )
     points: list[CalibrationBin] = [
-        {"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)
+        {"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration_bins(bins)
     ]
     details: MetricDetails = {"thresholds": at, "calibration": points}
-    return {**details, **measures.curves(bins)}
+    return {**details, **measures.curve_points(bins)}
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -307,8 +309,8 @@ class Evaluate(beam.PTransform):
         return scored | "Tally" >> beam.CombineGlobally(tallying)
 
 
-def as_json(report: Report) -> MetricsRecord:
-    """The report as JSON values, as `training.json` has them."""
+def metrics_record(report: Report) -> MetricsRecord:
+    """The report as JSON values, as in `training.json`."""
     return {
         "rows": report.rows,
         "metrics": dict(report.metrics),

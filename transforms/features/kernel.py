@@ -33,13 +33,14 @@ from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.packed_events import FoundRows, Keys, PackedRows
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.arrays import Bools, Ints
 from transforms.records.columns import moments_of, with_columns, with_series
 from transforms.records.times import ALWAYS
-from transforms.records.window_sums import Bools, Ints, Numbers
+from transforms.records.window_sums import Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
-# Up to this many rows a group is computed by the thread that asks: to hand it over would cost more.
+# Up to this many rows, a group is computed on the calling thread: a thread pool would cost more.
 HANDED_OVER = 20_000
 # Up to this many spine rows, events that are packed are found key by key; more are found by their hashes.
 FOUND_BY_KEY = 256
@@ -58,9 +59,9 @@ class KernelTables:
     """What the kernel reads in addition to the spine rows.
 
     Args:
-        rows: per source the rows within the view's reach of the spine rows, in any order. More rows do no harm. Repeats
-            by `unique` have been removed, and a dimension has one row per key. For windows over all history a source
-            has all its rows, or those that its summary lacks.
+        rows: per source, the rows within the view's reach of the spine rows, in any order. Further rows do not matter.
+            Repeats by `unique` have been removed, and a dimension has one row per key. For windows over all history a
+            source has all its rows, or those that its summary lacks.
         summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
         columns: feature columns that were computed elsewhere, in the order of the spine rows.
         packed: sources whose events are packed instead, with indexes per key.
@@ -143,7 +144,9 @@ def _stages_in_order(view: FeatureView) -> Iterator[Stage]:
             yield Stage(tuple(waiting), (feature,))
             waiting = []
             continue
-        if any(column in view.columns for column, _ in feature.keys):  # the key may be one of the waiting columns
+        if any(
+            column in view.columns for column, _ in feature.keys
+        ):  # the key may be among the columns that are not computed yet
             yield Stage(tuple(waiting))
             waiting = []
         waiting.append(feature)
@@ -200,11 +203,7 @@ def feature_columns(
                 found = found_events.of(key, first.condition)
             codes, moments = found_events.keys.distinct(_spine_columns(key)).codes, found_events.moments
             return History(first.source, found, found.codes, moments, codes, _prior(first.keys, frame, summary))
-        events = (
-            tables.rows[key.source]
-            if packed is None
-            else packed.with_hashes(key.history.columns, found_events.keys.hashes[_spine_columns(key)])
-        )
+        events = tables.rows[key.source] if packed is None else found_events.frame_of(key)
         if first.condition is not None:
             with computing(f"where of {first.name!r}"):
                 events = events.filter(first.condition)
@@ -213,7 +212,7 @@ def feature_columns(
     def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
             name = feature.source.name
-            return looked_up(feature, frame, tables.packed[name] if name in tables.packed else tables.rows[name])
+            return lookup_columns(feature, frame, tables.packed[name] if name in tables.packed else tables.rows[name])
         assert history is not None
         if isinstance(feature, Latest):
             return latest(feature, history)
@@ -268,18 +267,24 @@ class _Reached:
         """Those of a group, which it shares with groups that differ in their conditions only."""
         alike = dataclasses.replace(key, where=None)
         if alike not in self._found:
-            reach, source = self.reach[alike], self.view.sources[key.source]
-            low = ALWAYS if reach is None else int(self.moments.min(initial=0)) - reach
             wanted = self.keys.distinct(_spine_columns(key))
+            time, low = self._reached_from(key)
             self._found[alike] = self.packed[key.source].find(
-                key.history.columns,
-                wanted,
-                str(source.event_time or source.time),
-                low,
-                int(self.moments.max(initial=0)),
+                key.history.columns, wanted, time, low, int(self.moments.max(initial=0))
             )
         found = self._found[alike]
         return found if condition is None or key.where is None else found.filtered(key.where, condition)
+
+    def frame_of(self, key: GroupKey) -> pl.DataFrame:
+        """As `of`, as a frame with maybe more rows, and without the condition."""
+        hashes = self.keys.hashes[_spine_columns(key)]
+        return self.packed[key.source].with_hashes(key.history.columns, hashes, *self._reached_from(key))
+
+    def _reached_from(self, key: GroupKey) -> tuple[str, int]:
+        """The column of the time by which windows contain events, and the earliest time that one can reach, µs."""
+        reach, source = self.reach[dataclasses.replace(key, where=None)], self.view.sources[key.source]
+        low = ALWAYS if reach is None else int(self.moments.min(initial=0)) - reach
+        return str(source.event_time or source.time), low
 
 
 @functools.lru_cache(4096)
@@ -305,7 +310,7 @@ def _parts(feature: SourceFeature) -> list[list[Statistic]]:
 
 @contextlib.contextmanager
 def computing(what: str) -> Iterator[None]:
-    """Turns a failure of the user's expression into an error that names the expression."""
+    """Turns a failure of a user's expression into an error that names the expression."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
@@ -317,7 +322,8 @@ def computing(what: str) -> Iterator[None]:
 
 
 def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
-    """`frame` with the feature's columns in their stored types; what is not finite, or beyond int64, is not a value."""
+    """`frame` with the feature's columns in their stored types; values that are not finite, or beyond int64, become
+    null."""
     return _with_derived(view, (feature,), frame)
 
 
@@ -338,16 +344,16 @@ def _with_derived(view: FeatureView, features: tuple[Derived, ...], frame: pl.Da
 @functools.lru_cache(1024)
 def _derived(view: FeatureView, feature: Derived) -> tuple[pl.Expr, ...]:
     """The feature's columns as they are computed and stored."""
-    return tuple(stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
+    return tuple(cast_stored(view.arithmetic[name].expr, view.columns[name]).alias(name) for name in feature.columns)
 
 
-def stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """`expr` as `dtype`; float32 last, and null for what it cannot hold."""
+def cast_stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """`expr` as `dtype`, with float32 as the last conversion, and null for values that it cannot hold."""
     result = expr.cast(dtype, strict=False)
     return pl.when(result.is_finite()).then(result) if dtype.is_float() else result
 
 
-def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame | PackedRows) -> list[pl.Series]:
+def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame | PackedRows) -> list[pl.Series]:
     """Looks up the columns of the dimension row that has the key of each spine row."""
     if isinstance(dimension, PackedRows):
         if len(spine) <= FOUND_BY_KEY:
@@ -355,7 +361,7 @@ def looked_up(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame | Pa
         dimension = dimension.frame()
     left, right = codes(spine, dimension, feature.keys)
     rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
-    rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key wins
+    rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key is used
     found = rows[left]
     return _taken(dimension, feature.renamed, found, found >= 0)
 
@@ -381,7 +387,7 @@ def latest(feature: Latest, history: History) -> list[pl.Series]:
         pl.select(
             pl.when(pl.Series(found))
             .then(series)
-            .otherwise(stored(pl.lit(before[column]), series.dtype))
+            .otherwise(cast_stored(pl.lit(before[column]), series.dtype))
             .alias(series.name)
         ).to_series()
         for column, series in zip(feature.renamed, own, strict=True)
@@ -411,7 +417,7 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
         (own,) = history.taken({wanted.column: wanted.name}, values, valid)
         if prior is None:
             return own
-        before = stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
+        before = cast_stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
         return pl.select(
             pl.coalesce(*((before, own) if wanted.stat == "first" else (own, before))).alias(wanted.name)
         ).to_series()
@@ -464,7 +470,7 @@ def _taken_of_found(events: FoundRows, renamed: Mapping[str, str], rows: Ints, f
 
 
 def _stored(series: pl.Series, name: str) -> pl.Series:
-    """As `stored`."""
+    """As `cast_stored`."""
     result = series.cast(_kept(series.dtype), strict=False).alias(name)
     if not result.dtype.is_float() or np.isfinite(result.to_numpy()[result.is_not_null().to_numpy()]).all():
         return result
@@ -532,7 +538,7 @@ class History:
 
     @lazy
     def ordered_rows(self) -> Ints:
-        """As `rows`, places of one key and moment put in order by what breaks their source's ties."""
+        """As `rows`, with events of the same key and time in the order that breaks ties in their source."""
         tied = self.sorting.ties()
         if not len(tied):
             return self.rows
@@ -553,7 +559,8 @@ class History:
         if self.known is None:
             yield rows, lo, hi
             return
-        # Placed in time earlier than known: give every window rows of its own, less those not yet known.
+        # If events may be placed earlier than they became known, every window gets its own rows, without those that
+        # were not yet known.
         ends = np.cumsum(hi - lo)
         start = 0
         while start < len(lo):
@@ -575,7 +582,7 @@ class History:
 
     def column(self, name: str, rows: Ints) -> Column:
         """Values of a column in the order of `rows`."""
-        if self.known is not None:  # rows are a few windows' own
+        if self.known is not None:  # the rows belong to a few windows
             return self._column(name, rows)
         made: Column = self._columns.get((name, rows is self.rows), lambda: self._column(name, rows))
         return made
@@ -600,7 +607,7 @@ class History:
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
     ) -> tuple[Numbers, Bools]:
-        """`function` of all windows, in the spine's order of rows."""
+        """The results of `function` for all windows, in the spine's order of rows."""
         if self.known is None and self.sorting.in_order:
             ((rows, lo, hi),) = windows
             return function(rows, lo, hi)
@@ -616,7 +623,7 @@ class History:
         return result, valid
 
     def restored(self, series: pl.Series) -> pl.Series:
-        """A series in the order of windows, in the spine's order of rows."""
+        """Puts a series that is in the order of windows into the spine's order of rows."""
         back = np.empty(len(series), np.int64)
         back[self.sorting.spine_order] = np.arange(len(series))
         return series.gather(pl.Series(back))

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from transforms.records.arrays import Bools, Ints, UInt64s
 from transforms.records.columns import comparable, select
-from transforms.records.row_hashing import UInt64s, keys_hashes
+from transforms.records.row_hashing import keys_hashes
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.records.window_sums import Bools, Ints
 
 # Columns that identify a key.
 KeyColumns = tuple[str, ...]
@@ -387,11 +387,13 @@ class PackedRows:
         """All rows."""
         return pl.concat([self.nothing, *(part.frame[self.nothing.columns] for part in self.parts)])
 
-    def with_hashes(self, columns: KeyColumns, hashes: UInt64s) -> pl.DataFrame:
-        """The rows whose key has one of some hashes, and maybe more."""
+    def with_hashes(self, columns: KeyColumns, hashes: UInt64s, time: str, low: int) -> pl.DataFrame:
+        """The rows whose key has one of some hashes, and maybe more; parts before `low` µs are left out."""
         hashes = np.unique(hashes)
         names, found = self.nothing.columns, []
         for part in self.parts:
+            if part.latest(time) < low:
+                continue
             rows = part.find_hashes(columns, hashes)
             if len(rows):
                 some = part.frame[names]

@@ -1,7 +1,8 @@
-"""Statistics of contiguous windows of a sorted column, vectorised, each a function of the window's multiset alone.
+"""Vectorised statistics of contiguous windows of a sorted column. Each depends only on the multiset of values in a
+window.
 
-A value must not depend on the history, the block or the arrival order that led to it, to the last bit. So nothing here
-slides or accumulates in floating point:
+A value must not depend, to the last bit, on the history, the block or the order of arrival. So nothing here slides or
+accumulates in floating point:
 
 - sums are differences of integer prefix sums over fixed-point digits (a superaccumulator, Kulisch; Neal 2015). They are
   exact and associative, and are rounded once;
@@ -22,8 +23,8 @@ from typing import Generic, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, ExactSum, Ints, squared, variance
+from transforms.records.arrays import Bools, Floats, Ints
+from transforms.records.window_sums import ExactSum, squared, window_variance
 
 Value = TypeVar("Value")
 # Up to this many windows are computed one by one, if together they are at most SHARED times as long as the column.
@@ -46,10 +47,10 @@ class Once:
 
 
 class lazy(Generic[Value]):
-    """An attribute computed on first use.
+    """An attribute that is computed on first use.
 
-    Unlike `functools.cached_property` (before 3.12), each has its own lock, so that threads that work on different
-    columns do not wait for each other.
+    Unlike `functools.cached_property` before Python 3.12, it has a lock per object, so that threads that work on
+    different columns do not wait for each other.
     """
 
     def __init__(self, make: Callable[..., Value]) -> None:
@@ -57,7 +58,7 @@ class lazy(Generic[Value]):
         self.__doc__ = make.__doc__
 
     def __get__(self, owner: object, kind: type | None = None) -> Value:
-        if owner is None:  # asked of the class
+        if owner is None:  # accessed on the class
             return cast(Value, self)
         once = owner.__dict__.setdefault("_once", Once())
         value = owner.__dict__[self.name] = once.get(self.name, lambda: self.make(owner))
@@ -126,7 +127,7 @@ class WaveletMatrix:
 
 
 class Column:
-    """A sorted column's values that are values: nulls are taken out and windows mapped accordingly."""
+    """The values of a sorted column without nulls; windows are mapped accordingly."""
 
     def __init__(self, values: npt.NDArray[np.generic], valid: Bools | None) -> None:
         self.kept = None
@@ -146,7 +147,7 @@ class Column:
 
     @lazy
     def numbers(self) -> Floats:
-        # Adding zero turns −0.0 into 0.0: which of the two a minimum picks would depend on order.
+        # Adding zero turns −0.0 into 0.0: otherwise the order of rows would decide which of the two a minimum returns.
         return self.values.astype(np.float64) + 0.0
 
     @lazy
@@ -164,7 +165,7 @@ class Column:
 
     @lazy
     def previous(self) -> WaveletMatrix:
-        """1 + the index of the same value's previous occurrence, 0 for none."""
+        """1 + the index of the previous occurrence of the same value; 0 if there is none."""
         order = np.argsort(self.values, kind="stable")
         same = self.values[order[1:]] == self.values[order[:-1]]
         previous = np.zeros(len(order), np.int64)
@@ -190,11 +191,11 @@ class Column:
         def extreme(at: Ints, largest: bool) -> Floats:
             return self.extreme(lo[at], hi[at], largest)
 
-        return variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
+        return window_variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
 
 
 def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArray[np.generic], Bools]:
-    """`stat` per window and whether it has a value; for `first` and `last` the row that holds it.
+    """`stat` per window, and whether it has a value; for `first` and `last`, the row of the value.
 
     `lo` and `hi` are windows over all rows, nulls included.
     """

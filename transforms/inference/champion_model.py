@@ -21,17 +21,18 @@ from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler
 
 from schemas.errors import MillraceError, MismatchError, StoreError
+from schemas.feature_rows import FeatureRows
 from schemas.live import SEEN, live_predictions, scorable
 from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel, Swap
 from transforms.models.bundle import Bundle
 from transforms.models.registry import CHAMPION, Registry
-from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
+from transforms.models.scoring import ARM, PinnedModel, Scorer, open_scorer, predict
 from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace.serving")
 # The most swaps and refusals that a worker reports.
-KEPT = 20
+KEPT_ENTRIES = 20
 # A value that changes when the files of a folder change.
 FolderState = tuple[object, ...]
 
@@ -45,9 +46,9 @@ class Serving:
         model: registered name.
         view: the view whose rows are scored.
         first: the version that served at launch; a worker that starts while the alias names a broken version uses it.
-        classes: scores per row.  Each is a column, so the number is fixed at launch.
+        classes: number of scores per row.  Each is a column, so the number is fixed at launch.
         alias: the version with this alias serves.
-        arm: part of the identity of every prediction.
+        arm: a part of the identity of every prediction.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
     """
@@ -55,7 +56,7 @@ class Serving:
     registry: str
     model: str
     view: FeatureView
-    first: Pinned
+    first: PinnedModel
     classes: int = 1
     alias: str = CHAMPION
     arm: str = ARM
@@ -65,7 +66,7 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model and the time since which it serves (µs since 1970)."""
+    """A model, and the time from which it serves (µs since 1970)."""
 
     scorer: Scorer
     since: int
@@ -75,23 +76,26 @@ class LoadedModel:
         return self.scorer.version
 
 
-def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
+def check_model(bundle: Bundle, version: str, view: FeatureView | FeatureRows, train: str) -> None:
     """Checks that a model was trained on the features that the definition describes now.
 
     Args:
         bundle: the model.
         version: its version in the registry.
-        view: the view of the definition.
+        view: the view of the definition, or the feature rows of its model.
         train: the command that trains a model.
 
     Raises:
-        MismatchError: fingerprints or inputs differ.
+        MismatchError: fingerprints of a view or inputs differ.
     """
-    mine = (bundle.manifest["view"], bundle.fingerprint)
-    if mine != (view.name, view.fingerprint):
+    rows = view if isinstance(view, FeatureRows) else FeatureRows((view,))
+    views = bundle.manifest.get("views") or [{"view": bundle.manifest["view"], "fingerprint": bundle.fingerprint}]
+    then, now = [(each["view"], each["fingerprint"]) for each in views], [(v.name, v.fingerprint) for v in rows.views]
+    if then != now:
+        trained, described = ([f"{name}/{fingerprint}" for name, fingerprint in each] for each in (then, now))
         value = (
-            f"version {version} of {bundle.name!r} was trained on {mine[0]}/{mine[1]}, "
-            f"the definition describes {view.name}/{view.fingerprint}"
+            f"version {version} of {bundle.name!r} was trained on {' and '.join(trained)}, "
+            f"the definition describes {' and '.join(described)}"
         )
         fix = (
             f"Train again with: {train}; or restore the definition it was trained with. "
@@ -99,14 +103,14 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
             "(see CHANGELOG.md): train again"
         )
         raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
-    known = {field.name: str(field.type) for field in view.output_schema}
+    known = {field.name: str(field.type) for field in rows.schema}
     wanted = bundle.encoders.inputs
     if wrong := [f"{name}: {kind}" for name, kind in wanted.items() if known.get(name) != kind]:
-        value = f"{', '.join(wrong)}, not in the view of {view.fingerprint}"
+        value = f"{', '.join(wrong)}, not in the view of {rows.fingerprint}"
         raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
 
 
-def open_checked(serving: Serving, model: Pinned) -> Scorer:
+def open_checked(serving: Serving, model: PinnedModel) -> Scorer:
     """Load a model and check it: its files are as registered, it fits these features, and it scores a test row.
 
     Raises:
@@ -161,7 +165,8 @@ class Champion:
         return self._current
 
     def acquire(self) -> tuple[LoadedModel, int]:
-        """The model that serves, and the time now (µs), which is before the `since` of any model that replaces it."""
+        """The model that serves, and the current time (µs), which is before the `since` of any model that replaces
+        it."""
         with self._lock:
             return self.current, time.time_ns() // 1000
 
@@ -222,7 +227,7 @@ class Champion:
             return
         self._folder, state = folder, _state(folder)
         try:
-            scorer = open_checked(serving, Pinned(folder, version, digest))
+            scorer = open_checked(serving, PinnedModel(folder, version, digest))
         except Exception as error:  # a broken model may raise any exception
             self._refuse(version, error)
             self._skipped = version, state
@@ -237,7 +242,7 @@ class Champion:
             self._current = loaded
             if before is not None:
                 swap = Swap(loaded.since, before.version, loaded.version)
-                self.swaps = [*self.swaps, swap][-KEPT:]
+                self.swaps = [*self.swaps, swap][-KEPT_ENTRIES:]
                 self._counts["swaps"] += 1
         which = f"version {loaded.version} of {self.serving.model!r}"
         if before is None:
@@ -258,7 +263,7 @@ class Champion:
         value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
         entry = Refusal(time.time_ns() // 1000, version, rule, str(value), fix)
         with self._lock:
-            self.refused = [*self.refused, entry][-KEPT:]
+            self.refused = [*self.refused, entry][-KEPT_ENTRIES:]
             self._counts["refused"] += 1
         log.error(
             "version %s of %r is refused, %s serves on: %s  "
@@ -305,7 +310,7 @@ def _state(folder: str) -> FolderState:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
         return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
-    except Exception as error:  # missing or unreadable: the same value until that changes
+    except Exception as error:  # missing or unreadable: the value stays the same until this changes
         return (type(error).__name__,)
 
 

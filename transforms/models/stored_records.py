@@ -43,8 +43,18 @@ class TableVersion(TypedDict, total=False):
     first: str
 
 
+class ViewRecord(TableVersion, total=False):
+    """A view of a model that has several, the table of its features that the model was trained on, and the inputs that
+    are read from it.
+    """
+
+    view: str
+    fingerprint: str
+    inputs: Sequence[str]
+
+
 class SourceRecord(TypedDict, total=False):
-    """What a feature table had read of a source; of a dimension there is only the digest."""
+    """What a feature table had read of a source; for a dimension there is only the digest."""
 
     files: int
     digest: str
@@ -53,7 +63,8 @@ class SourceRecord(TypedDict, total=False):
 
 
 class ReadRequest(TypedDict):
-    """What a training run was told to read: dates, the moment that was now (µs since 1970), and the sources' folder."""
+    """What a training run was asked to read: dates, the current time at launch (µs since 1970), and the folder of the
+    sources."""
 
     start: str | None
     cutoff: str
@@ -95,7 +106,7 @@ class SplitBounds(TypedDict, total=False):
 
 
 class SplitCounts(TypedDict):
-    """Counts of one split's rows; see `transforms.training.labels.Counts`."""
+    """Counts of one split's rows; see `transforms.training.labels.LabelCounts`."""
 
     rows: int
     waiting: int
@@ -108,6 +119,7 @@ class ProvenanceRecord(TypedDict, total=False):
     """The entries of a manifest that record where a model came from."""
 
     feature_table: TableVersion
+    views: Sequence[ViewRecord]
     sources: Mapping[str, SourceRecord]
     label_content: Mapping[str, str]
     label_files: Sequence[str]
@@ -130,6 +142,8 @@ class ModelManifest(ProvenanceRecord):
     Args:
         model: its registered name.
         classes: scores per row, 1 or the classes of a multi-class model.
+        fingerprint: of its view; of several views theirs, with commas between them.
+        view: its view, or the first of several.
         inputs: input column → Arrow type as text.
         params: XGBoost's parameters.
     """
@@ -210,7 +224,8 @@ class CurvePoints(TypedDict, total=False):
 
 
 class MetricDetails(CurvePoints, total=False):
-    """What one kind of model has beyond its metrics: first a binary one, then a multi-class one, then a regression."""
+    """Details of one kind of model besides its metrics: first of a binary one, then of a multi-class one, then of a
+    regression."""
 
     thresholds: Sequence[ThresholdRates]
     calibration: Sequence[CalibrationBin]
@@ -359,6 +374,7 @@ class TrainingRecord(MetricsRecord):
 
     Args:
         labels: number of examples by split and label, of classes only.
+        missing: of a model with several views, by view the rows that it lacks and that the views before it have.
         validate: the metric that chose among trials, and its value.
         model_version: present once the model is registered, as are `champion` and `kept`, the reason why the champion
             was kept.
@@ -366,6 +382,7 @@ class TrainingRecord(MetricsRecord):
 
     model: str
     feature_rows: int
+    missing: NotRequired[Mapping[str, int]]
     outside: int
     gates: Sequence[GateRecord]
     fairness: Sequence[FairnessRecord]
@@ -393,7 +410,7 @@ class RetrainingRecord(MetricsRecord):
 
 
 class RequestExample(TypedDict, total=False):
-    """Raw rows as a request has them, in MLflow's format `dataframe_split`; empty if there are none."""
+    """Raw rows in the form of a request, in MLflow's format `dataframe_split`; empty if there are none."""
 
     columns: Sequence[str]
     data: Sequence[Sequence[object]]
@@ -412,10 +429,10 @@ class ChampionMove(TypedDict):
     """A record of a move of the alias `champion`.
 
     Args:
-        at: moment in ISO format, UTC; it is the tag's name, and only shown.
+        at: time in ISO format, UTC; it is the tag's name, and only for display.
         before: the version that was champion.
         kind, sequence: absent from records of earlier versions of Millrace.
-        pending: the move is not known to have happened.
+        pending: whether it is not known yet that the move happened.
     """
 
     at: NotRequired[str]

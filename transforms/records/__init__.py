@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.records.arrays import Bools, Floats, Ints, UInt64s
     from transforms.records.columns import comparable, moments_of, select, whole_numbers, with_columns, with_series
     from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
     from transforms.records.exact_sums import (
         UNIT,
         Bins,
-        Counts,
-        Floats,
         Moments,
+        as_fraction,
         deviation,
         exact_squares,
         exact_sum,
         group_sums,
         integer_sums,
-        ratio,
     )
     from transforms.records.frame_packets import Frames, Head, head_of, pack, unpack
     from transforms.records.garbage_collection import freeze_imports
@@ -32,14 +31,13 @@ if TYPE_CHECKING:
     from transforms.records.prefetch import PrefetchDoFn
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import (
-        UInt64s,
-        combine,
+        combine_hashes,
         hash_column,
         hash_columns,
         hash_text,
         key_hashes,
         keys_hashes,
-        mix,
+        mix_bits,
         prediction_ids,
         row_ids,
     )
@@ -57,17 +55,15 @@ if TYPE_CHECKING:
         midnight,
         now_us,
     )
-    from transforms.records.value_text import shown
+    from transforms.records.value_text import format_value
     from transforms.records.window_sums import (
-        Bools,
         Digits,
         ExactSum,
-        Ints,
         Numbers,
         decompose,
         squared,
-        total,
-        variance,
+        window_sum,
+        window_variance,
     )
 
 import_when_used(__name__)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-# Up to this many rows an expression is computed by the thread that asks: to hand it over would cost more.
+from transforms.records.arrays import Ints
+
+# Up to this many rows, an expression is computed on the calling thread: a thread pool would cost more.
 FEW = 20_000
 
 
@@ -32,7 +32,7 @@ def comparable(series: pl.Series) -> pl.Series:
     return series if series.dtype == pl.String else whole_numbers(series).cast(pl.Int64)
 
 
-def moments_of(frame: pl.DataFrame, time: str) -> npt.NDArray[np.int64]:
+def moments_of(frame: pl.DataFrame, time: str) -> Ints:
     """A column of times without nulls, in µs since 1970."""
     return frame[time].cast(pl.Int64).to_numpy()
 

@@ -10,13 +10,12 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
+from transforms.records.arrays import UInt64s
 from transforms.records.columns import select
 
-UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = tuple(
     (np.uint64(shift), np.uint64(factor)) for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -31,14 +30,14 @@ _PIECE = 1 << 14
 
 
 def _mix_one(value: int) -> int:
-    """`mix` of one value, which is quicker in Python than ten calls of NumPy."""
+    """`mix_bits` of one value, which is quicker in Python than ten calls of NumPy."""
     z = value + _GOLDEN_INT & _64_BITS
     for shift, factor in _ROUNDS_INT:
         z = (z ^ z >> shift) * factor & _64_BITS
     return z ^ z >> 31
 
 
-def mix(values: UInt64s) -> UInt64s:
+def mix_bits(values: UInt64s) -> UInt64s:
     """splitmix64's finaliser, a bijection on 64 bits."""
     if values.size <= _FEW:
         return np.array([_mix_one(value) for value in values.reshape(-1).tolist()], np.uint64)
@@ -68,15 +67,15 @@ def hash_column(column: pl.Series) -> UInt64s:
         # Adding zero turns −0.0 into 0.0. All NaNs are replaced by one NaN.
         wide = column.cast(pl.Float64)
         floats = (wide.fill_null(0.0) if wide.null_count() else wide).to_numpy() + 0.0
-        result = mix(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
+        result = mix_bits(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
     else:
         numbers = column.cast(pl.Int64)
-        result = mix((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy().view(np.uint64))
+        result = mix_bits((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy().view(np.uint64))
     return np.where(column.is_null().to_numpy(), _NULL, result) if column.null_count() else result
 
 
 def hash_columns(frame: pl.DataFrame, columns: Iterable[str]) -> dict[str, UInt64s]:
-    """By name what `hash_column` returns for each of some columns; strings are hashed in one pass."""
+    """The hashes of several columns by name, each as `hash_column` returns it; strings are hashed in one pass."""
     names = list(dict.fromkeys(columns))
     texts = [name for name in names if frame[name].dtype == pl.String]
     hashed = select(frame, *(plh.col(name).nchash.xxh3_64() for name in texts)) if texts else frame
@@ -88,11 +87,11 @@ def _with_nulls(hashes: pl.Series) -> UInt64s:
     return (hashes.fill_null(int(_NULL)) if hashes.null_count() else hashes).to_numpy()
 
 
-def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
+def combine_hashes(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
     """Combines several hashes into one. The order matters."""
     state: UInt64s = np.zeros(1, np.uint64)
     for part in parts:
-        state = mix(state * _LAST + np.asarray(part, np.uint64))
+        state = mix_bits(state * _LAST + np.asarray(part, np.uint64))
     return state
 
 
@@ -107,7 +106,7 @@ def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tu
     if not len(frame):
         return {key: np.empty(0, np.uint64) for key in keys}
     hashed = hash_columns(frame, [name for key in keys for name in key])
-    return {key: combine([hashed[name] for name in key]) for key in keys}
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
 
 
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
@@ -115,7 +114,9 @@ def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
 
     For a spine row the salt is its view, and the columns are its key and time.
     """
-    return pl.Series("row_id", combine([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64))
+    return pl.Series(
+        "row_id", combine_hashes([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64)
+    )
 
 
 def prediction_ids(model: str, arm: pl.Series, row_id: pl.Series) -> pl.Series:

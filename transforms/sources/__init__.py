@@ -1,8 +1,8 @@
-"""The tables that users bring: their contracts, their files, reading them, and an account of every row.
+"""The tables that users provide: their contracts, their files, reading them, and an account of every row.
 
-`take_inventory` lists the files of a view's sources, refuses what is neither read nor passed over, and reads the
-Parquet footers.  `unchanged` checks at the end that the files are still those that were listed.  `read_slices` reads
-the row groups and columns that are needed, checks each row against the contract of its source, and returns three
+`take_inventory` lists the files of a view's sources, refuses files that are neither read nor skipped, and reads the
+Parquet footers.  `require_unchanged` checks at the end that the files are still those that were listed.  `read_slices`
+reads the row groups and columns that are needed, checks each row against the contract of its source, and returns three
 things: the good rows, the bad ones as dead letters, and a `SourceTally` that counts each row in exactly one place.
 `Digests` of the rows of each day show which days have changed since an earlier run.
 """
@@ -13,7 +13,7 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.sources.contracts import IN_YEARS, Contract, all_in_years, check_rows, outside_years
-    from transforms.sources.day_digests import Digests, add
+    from transforms.sources.day_digests import Digests, add_digests
     from transforms.sources.dead_letters import (
         DEAD_LETTERS,
         LIVE_DEAD_LETTERS,
@@ -30,28 +30,28 @@ if TYPE_CHECKING:
         Inventory,
         Slice,
         Slices,
-        files_of,
         open_parquet,
+        source_files,
         stamp_of,
-        survey,
         survey_files,
+        survey_source,
         take_inventory,
         version_of,
     )
-    from transforms.sources.listing import Listing, unchanged
+    from transforms.sources.listing import Listing, require_unchanged
     from transforms.sources.reader import (
-        CHUNK_ROWS,
-        Read,
+        READ_CHUNK_ROWS,
         ReadOptions,
-        Repeats,
-        locate,
+        RepeatedKeys,
+        SourceRows,
+        locate_rows,
         read_raw,
         read_slices,
         repeats_of,
         stream_slices,
         without_repeats,
     )
-    from transforms.sources.repeats import NEVER, Ints, KnownOrder
-    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, conserve, digests_read
+    from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
+    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, digests_read, require_conserved
 
 import_when_used(__name__)

@@ -1,4 +1,4 @@
-"""The files of a source, their row groups and times, and the stamps that show whether a file has changed."""
+"""The files of a source, their row groups and times, and the stamps by which a changed file is noticed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedIOBase
 from typing import Any
 
@@ -18,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from schemas.errors import ContractError, DataError
+from schemas.errors import ContractError, DataError, IncompleteLogError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
+from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
-from transforms.storage.delta_log import path_within, versions
+from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.paths import source_uri
@@ -45,14 +46,14 @@ _ARROW = {
     "timestamp": pa.timestamp("us", "UTC"),
     "timestamp_ntz": pa.timestamp("us"),
 }
-# Files that one thread reads before it takes more.
+# Number of files that a thread takes at a time.
 FILES_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A row group of a file: its first row's number in the file, rows, bounds of its times in µs (both inclusive), and
-    the file's stamp, which changes with its content."""
+    """A row group of a file: the number of its first row in the file, its number of rows, its first and last time in
+    µs, and the file's stamp, which changes with the content."""
 
     path: str
     group: int
@@ -67,12 +68,12 @@ class Slices(PickledOnce, tuple[Slice, ...]):
     """Row groups of a source."""
 
     def overlapping(self, low: int, high: int) -> Slices:
-        """Those that may have rows in `[low, high)` µs."""
+        """The row groups that may have rows in `[low, high)` µs."""
         found = Slices(each for each in self if each.low < high and each.high >= low)
         return self if len(found) == len(self) else found
 
     def joined(self, more: Sequence[Slice]) -> Slices:
-        """These, and those of `more` that are not among them."""
+        """These row groups, and those of `more` that are not among them."""
         return Slices(dict.fromkeys([*self, *more])) if more else self
 
     def pickled_state(self) -> object:
@@ -87,17 +88,18 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Slice))
 
 
 def version_of(root: str, source: Source) -> int | None:
-    """The newest version of a source that is a Delta table; None for Parquet files."""
+    """The newest version of a source that is a Delta table; None if it is a folder of Parquet files."""
     table = _delta_table(source, source_uri(root, source.name))
     return None if table is None else int(table.version())
 
 
-def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
-    """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of `version`, None its newest.
+def source_files(root: str, source: Source, version: int | None = None) -> list[str]:
+    """The source's Parquet files under `<root>/<name>`, sorted; for a Delta table, those of `version` (None: its
+    newest).
 
     Raises:
-        DataError: there are none, or a folder cannot be looked into.
-        ContractError: something under the folder is neither read nor passed over, see `listing`.
+        DataError: there are none, or a folder cannot be listed.
+        ContractError: an entry of the folder is neither read nor skipped, see `listing`.
         StoreError: the log of a Delta table cannot be read.
     """
     folder = source_uri(root, source.name)
@@ -106,10 +108,10 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
 
 
 def listing_of(root: str, source: Source) -> Listing:
-    """The files of a source that is no Delta table.
+    """The files of a source that is not a Delta table.
 
     Raises:
-        DataError, ContractError: as `files_of`.
+        DataError, ContractError: as `source_files`.
     """
     folder = source_uri(root, source.name)
     listing = list_files(source.name, folder)
@@ -123,18 +125,25 @@ def listing_of(root: str, source: Source) -> Listing:
 
 
 def _delta_table(source: Source, folder: str, version: int | None = None) -> DeltaTable | None:
-    """The source's Delta table; None where there is no log.
+    """The source's Delta table; None if there is no log.
 
     Raises:
-        ContractError: there is a log of no commit, or there are files beside the table's folder.
+        ContractError: the log has no commit, or there are files beside the table's folder.
         StoreError: the log cannot be read.
     """
     if not _has_log(folder):
         return None
-    table = open_table(folder, version)
+    try:
+        table = open_table(folder, version)
+    except IncompleteLogError as error:
+        raise ContractError(
+            f"Source {source.name!r}: every commit of a Delta table is whole",
+            str(error.value),
+            "Restore the file, or restore the table to the version before it",
+        ) from None
     log = FileSystems.join(folder, LOG)
     if table is None:
-        # Without its log nobody knows which of the files hold rows that were replaced.
+        # Without the log, it is unknown which files hold rows that were replaced.
         raise ContractError(
             f"Source {source.name!r}: a Delta table has a log",
             f"no commit in {log}",
@@ -146,33 +155,7 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
             f"{folder} and {folder}{SUFFIX}",
             "Move one of them away",
         )
-    _check_commits(source, folder, int(table.version()))
     return table
-
-
-def _check_commits(source: Source, folder: str, version: int) -> None:
-    """Refuses commits that were cut off: delta-rs takes an empty one for a commit that changed nothing.
-
-    Only those that are read are checked, which are the ones behind the last checkpoint.
-    """
-    log = FileSystems.join(folder, LOG)
-    if "://" in folder:
-        return  # an object is written whole or not at all
-    checkpoints = [
-        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
-    ]
-    start = max((each for each in checkpoints if each <= version), default=-1)
-    for each in versions(folder):
-        if start < each <= version:
-            path = os.path.join(log, f"{each:020}.json")
-            with open(path, "rb") as file:
-                first = file.readline().strip()
-            if first in (b"", b"{}"):
-                raise ContractError(
-                    f"Source {source.name!r}: every commit of a Delta table is whole",
-                    f"{path}, which is empty",
-                    "Restore the file, or restore the table to the version before it",
-                )
 
 
 def _has_log(folder: str) -> bool:
@@ -184,7 +167,7 @@ def _has_log(folder: str) -> bool:
 
 
 def stamp_of(path: str) -> str:
-    """Changes whenever the file's content does: its size, its time of change and a digest of its footer."""
+    """The file's size, its time of modification and a digest of its footer. It changes whenever the content does."""
     if "://" in path:
         (match,) = FileSystems.match([path])
         (meta,) = match.metadata_list
@@ -198,19 +181,10 @@ def stamp_of(path: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
 
 
-def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
-    """Every row group of a source, from the files' footers; of a Delta table those of `version`, None its newest.
-
-    Raises:
-        ContractError: a file is not Parquet or truncated, or its columns are not those declared.
-    """
-    return survey(root, contract, version)[1]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
-    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
-    table, whose log lists the files of a version."""
+    """What a survey found: the contract by which to read the source, its row groups, and its files (None for a Delta
+    table, whose log lists the files of a version)."""
 
     contract: Contract
     slices: Slices
@@ -218,25 +192,28 @@ class Surveyed:
 
     @property
     def listings(self) -> tuple[Listing, ...]:
-        """What is to be as it was when the source has been read."""
+        """The listings that must still be the same when the source has been read."""
         return () if self.listing is None else (self.listing,)
 
 
-def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
-    """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
+def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
+    """The contract by which to read a source, and its row groups, from the footers of its files.
+
+    Of a Delta table, they are those of `version` (None: its newest), and the contract has the columns of the log.
 
     Raises:
-        ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
+        ContractError: a file is not Parquet, is truncated, or does not have the declared columns; or a Delta table uses
+            a feature without which it cannot be read correctly.
     """
     found = survey_files(root, contract, version)
     return found.contract, list(found.slices)
 
 
 def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
-    """`survey`, and the listing by which to check at the end that nothing was removed or replaced meanwhile.
+    """As `survey_source`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
 
     Raises:
-        ContractError: as `survey`.
+        ContractError: as `survey_source`.
     """
     table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
     listing = None
@@ -250,14 +227,36 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
         parts = list(file_pool().map(_Footers(contract).slices, batches))
     except ContractError:
-        with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
+        with contextlib.suppress(*READ_ERRORS):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
-    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
+    slices = Slices(each for part in parts for each in part)
+    if table is not None:
+        _require_logged_rows(contract.source, table, slices)
+    return Surveyed(contract, slices, listing)
+
+
+def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Slice]) -> None:
+    """Checks that each file of a Delta source has as many rows as its log says, where it says so."""
+    root, known = table_root(table), pl.DataFrame(table.get_add_actions(flatten=True))
+    if "num_records" not in known.columns:
+        return
+    found = Counter[str]()
+    for each in slices:
+        found[each.path] += each.rows
+    for logged, rows in known.select("path", "num_records").iter_rows():
+        path = FileSystems.join(root, path_within(root, logged))
+        if rows is not None and found[path] != rows:
+            raise ContractError(
+                f"Source {source.name!r}: a file of a Delta table has the rows that were committed with it",
+                f"{path}: {found[path]} rows, and {rows} by the table's log",
+                "Restore the file, or have the table's owner write the rows again",
+            )
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:
-    """Refuse files of which some hold a column as it is declared and others do not, by one of each."""
+    """Refuses files if a column has the declared type in some and another type in others; the error names one of
+    each."""
     schemas = ((path, open_parquet(path, contract.source).schema_arrow) for path in paths)
     seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
     for path, schema in schemas:
@@ -276,7 +275,7 @@ def _of_one_type(contract: Contract, paths: list[str]) -> None:
 
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
-    """Declared columns of a Delta source, and the values of those by which it is partitioned."""
+    """Declared columns of a Delta source, and the values of its partition columns."""
     what, uri = f"Source {contract.source.name!r}", table_root(table)
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
@@ -335,13 +334,13 @@ class _Footers:
         """The row groups of some files.
 
         Raises:
-            ContractError: a file cannot be read, or its columns are not those declared.
+            ContractError: a file cannot be read, or does not have the declared columns.
         """
         result: list[Slice] = []
         for path in paths:
             try:
                 result += self._slices_of(path)
-            except UNREADABLE as error:
+            except READ_ERRORS as error:
                 raise not_whole(self.contract.source, path, error) from None
         return result
 
@@ -369,20 +368,21 @@ class _Footers:
 
 
 def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
-    """Bounds of a row group's plausible times, where its footer gives none or those of a clock that was wrong."""
+    """Bounds of a row group's plausible times. They are read from the rows if its footer has no bounds, or implausible
+    ones."""
     times = readable(as_frame(file.read_row_group(group, [time])))[time].dt.epoch("us")
     times = times.filter((times >= contract.earliest) & (times < contract.latest))
     return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
 
 
-# Of a Parquet timestamp: how many of the unit make a µs, or how many µs make one.
+# How many units of a Parquet timestamp make a µs, or how many µs make a unit.
 _UNITS = {"milliseconds": (1000, 1), "microseconds": (1, 1), "nanoseconds": (1, 1000)}
 
 
 def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | None:
-    """The smallest and largest time of a row group in µs, from the footer; None where it does not say.
+    """The smallest and largest time of a row group in µs, from the footer; None if it has none.
 
-    As whole numbers: what a writer notes may be beyond what Python's datetime can hold.
+    They are integers, because the times that a writer records may be beyond Python's datetime.
     """
     meta = file.metadata.row_group(group)
     for i in range(meta.num_columns):
@@ -398,7 +398,7 @@ def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | No
 
 
 def open_parquet(path: str, source: Source) -> pq.ParquetFile:
-    """A Parquet file of `source`, local or on any Beam filesystem."""
+    """Opens a Parquet file of `source`, local or on any Beam filesystem."""
 
     def opened() -> str | BufferedIOBase:
         if "://" not in path:
@@ -412,7 +412,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()))
             raise
-    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None
@@ -424,8 +424,8 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
 
 
 def _metadata(file: str | BufferedIOBase) -> pq.FileMetaData:
-    """A file's metadata without the Arrow types that its writer noted beside Parquet's own: newer writers (delta-rs for
-    Polars) have types there that the Arrow of this environment does not know, such as views of strings."""
+    """A file's metadata without the Arrow types that its writer stored beside Parquet's own. Newer writers (delta-rs
+    for Polars) store types that this environment's Arrow does not know, such as string views."""
     with open(file, "rb") if isinstance(file, str) else file as handle:
         handle.seek(-8, os.SEEK_END)
         length = int.from_bytes(handle.read(4), "little")
@@ -436,8 +436,8 @@ def _metadata(file: str | BufferedIOBase) -> pq.FileMetaData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name,
-    and the files of the sources that are not Delta tables."""
+    """Everything that a view reads, as it is now: contracts and slices by source (the spine under its own name), and
+    the files of the sources that are not Delta tables."""
 
     spine: Contract
     contracts: Mapping[str, Contract]
@@ -448,8 +448,7 @@ class Inventory:
         return self.spine if source == self.spine.source.name else self.contracts[source]
 
     def timeless(self, source: str) -> Slices:
-        """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted
-        for."""
+        """Row groups in which no time is plausible: no interval contains them, but their rows must be accounted for."""
         contract = self.contract(source)
         return Slices(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
@@ -457,7 +456,7 @@ class Inventory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a run of some dates cannot account for: rows that belong to no date."""
+        """Notes on rows that belong to no date, so that a run over some dates does not count them."""
         result = []
         for name in self.slices:
             lost = self.timeless(name) if self.contract(name).source.time is not None else ()
@@ -472,7 +471,7 @@ class Inventory:
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:
-        """Whole days that hold every plausible spine row, µs; (0, 0) without any."""
+        """The span of whole days that contains every plausible spine row, µs; (0, 0) if there is none."""
         spine, earliest, latest = self.slices[self.spine.source.name], self.spine.earliest, self.spine.latest
         lows = [max(each.low, earliest) for each in spine if each.high >= earliest and each.low < latest]
         highs = [min(each.high, latest - 1) for each in spine if each.high >= earliest and each.low < latest]
@@ -482,7 +481,7 @@ class Inventory:
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """The sources of `view` under `root`, from footers alone; `now` (µs) is for the check of times in the future.
 
-    The spine as a source of events is read under the very rules of the spine: a row is good or bad, not both.
+    The spine as a source of events is read under the rules of the spine: a row is good or bad, not both.
 
     Raises:
         DataError: a source without files.

@@ -1,7 +1,7 @@
-"""The entries under a source's folder: each is a file to read, is passed over by its name and named, or is refused.
+"""The entries under a source's folder: each is read, is skipped and named in a warning, or is refused.
 
-Names that begin with `.` or `_` are passed over, as Spark, Hive and Arrow do: writers keep markers and unfinished files
-under such names.  Everything else has to be a folder or a Parquet file.
+Entries whose names begin with `.` or `_` are skipped, as by Spark, Hive and Arrow: writers give such names to markers
+and unfinished files.  Everything else must be a folder or a Parquet file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transforms.storage.file_systems import FileSystems
 log = logging.getLogger("millrace")
 LOG = "_delta_log"
 SUFFIX = ".parquet"
-# What engines leave beside the data, and what holds no rows.
+# Files that engines leave beside the data, without any rows.
 _MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_started_", "_committed_", ".DS_Store")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -41,7 +41,7 @@ class Listing(PickledOnce):
         source: its name.
         folder: its address.
         files: path → (bytes, time of the last change; in ns since 1970 on a local disk).
-        passed_over: entries that are not read, because their names begin with `.` or `_`; markers are left out.
+        passed_over: entries that are skipped because their names begin with `.` or `_`; markers are left out.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Listing(PickledOnce):
         """Lists the folder again; returns the files that were added since, sorted.
 
         Raises:
-            DataError: a file was removed or replaced since: what was read may be neither the old rows nor the new ones.
+            DataError: a file was removed or replaced: the rows that were read may be a mixture of old and new ones.
         """
         now = list_files(self.source, self.folder).files
         gone = sorted(self.files.keys() - now.keys())
@@ -62,7 +62,7 @@ class Listing(PickledOnce):
             parts = ((gone, "gone"), (replaced, "replaced"))
             raise DataError(
                 f"Source {self.source!r}: its files stay as they are while a run reads them",
-                "; ".join(f"{shown(paths)} {what} since the run began" for paths, what in parts if paths),
+                "; ".join(f"{first_few(paths)} {what} since the run began" for paths, what in parts if paths),
                 "Run the same command again; write new files aside and rename them",
             )
         return tuple(sorted(now.keys() - self.files.keys()))
@@ -71,9 +71,8 @@ class Listing(PickledOnce):
 Passed = TypeVar("Passed")
 
 
-def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
-    """Returns `passed` if every source still has the files that a run listed when it began; names those that were
-    added.
+def require_unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
+    """Returns `passed` if every source still has the files that a run listed when it began; logs those that were added.
 
     Raises:
         DataError: see `Listing.check_unchanged`.
@@ -83,23 +82,23 @@ def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
             log.warning(
                 "source %s: not read, since they were added after the run began: %s; the next run reads them",
                 listing.source,
-                shown(added),
+                first_few(added),
             )
     return passed
 
 
-def shown(paths: Iterable[str], most: int = _NAMED) -> str:
+def first_few(paths: Iterable[str], most: int = _NAMED) -> str:
     """The first few of some names, and how many more there are."""
     names = list(paths)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def list_files(source: str, folder: str) -> Listing:
-    """The Parquet files under `folder`, linked folders included, and `<folder>.parquet`.
+    """Lists the Parquet files under `folder`, linked folders included, and `<folder>.parquet`.
 
     Raises:
-        DataError: a folder cannot be looked into, or disappears meanwhile.
-        ContractError: an entry is neither a folder nor a Parquet file, or is there twice by way of a link.
+        DataError: a folder cannot be listed, or disappears meanwhile.
+        ContractError: an entry is neither a folder nor a Parquet file, or a link makes it appear twice.
     """
     listing = _list_remote(source, folder) if "://" in folder else _Walk(source).listing(folder)
     if listing.passed_over:
@@ -109,12 +108,12 @@ def list_files(source: str, folder: str) -> Listing:
 
 @functools.lru_cache(1024)
 def _name_passed_over(source: str, names: tuple[str, ...]) -> None:
-    """Logs it once, however often the source is listed."""
-    log.warning("source %s: passed over, since their names begin with . or _: %s", source, shown(names))
+    """Logs the skipped entries once, however often the source is listed."""
+    log.warning("source %s: passed over, since their names begin with . or _: %s", source, first_few(names))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an entry is passed over. `_year=2024` is the folder of a partition, as Spark takes it."""
+    """Whether an entry is skipped. `_year=2024` is the folder of a partition, as in Spark."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
@@ -123,13 +122,13 @@ def _worth_naming(name: str) -> bool:
 
 
 class _Walk:
-    """One walk through a local folder, links followed."""
+    """One walk through a local folder; links are followed."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.files: dict[str, tuple[int, float]] = {}
         self.passed_over: list[str] = []
-        # Device and inode of each folder and file → its path.
+        # (Device, inode) of each folder and file → its path.
         self.seen: dict[tuple[int, int], str] = {}
 
     def listing(self, folder: str) -> Listing:
@@ -212,7 +211,7 @@ class _Walk:
         self.files[path] = (status.st_size, status.st_mtime_ns)
 
     def _once(self, path: str, status: os.stat_result) -> None:
-        """Refuses a file or folder that is there twice, by way of a link: its rows would count twice."""
+        """Refuses a file or folder that appears twice because of a link: its rows would count twice."""
         other = self.seen.setdefault((status.st_dev, status.st_ino), path) if status.st_ino else path
         if other != path:
             self._refuse(
@@ -248,7 +247,7 @@ def _target(path: str) -> str:
 
 
 def _list_remote(source: str, folder: str) -> Listing:
-    """Of an object store. Its links do not exist, and neither do folders."""
+    """Lists the files in an object store, which has neither links nor folders."""
     files: dict[str, tuple[int, float]] = {}
     passed_over: set[str] = set()
     for match in FileSystems.match([f"{folder}/**", f"{folder}{SUFFIX}"]):
@@ -259,7 +258,7 @@ def _list_remote(source: str, folder: str) -> Listing:
                 if _worth_naming(parts[hidden]):
                     passed_over.add("/".join([folder, *parts[: hidden + 1]]))
             elif each.path.endswith("/") and not each.size_in_bytes:
-                continue  # consoles write an empty object to show a folder
+                continue  # web consoles write an empty object to show a folder
             elif not each.path.casefold().endswith(SUFFIX):
                 raise ContractError(
                     f"Source {source!r}: every entry of a source is a folder or a Parquet file",

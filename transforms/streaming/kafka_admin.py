@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
 from transforms.records.times import ALWAYS
+from transforms.storage.bounded import NoResponse, first_contact
 from transforms.streaming.kafka import TIMEOUT_SECONDS, Broker, _consumer, end_offsets
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
         return ALWAYS if found is None else found
 
 
-def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+def unread_offsets(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """Number of unread offsets by topic and partition, up to the last stable offset; 0 if none of them is a record.
 
     Args:
         broker: the broker of the topics.
-        due: next offset by topic and partition; 0 for a partition that is not named.
+        due: next offset by topic and partition; 0 for partitions that are left out.
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -119,7 +120,7 @@ def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
     limits = [CLIENT_LIMIT]
     for result in configurations.values():
-        with contextlib.suppress(KafkaException, KeyError):  # without the right to read it, the client's limit holds
+        with contextlib.suppress(KafkaException, KeyError):  # without permission to read it, the client's limit applies
             limits.append(int(result.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
     return min(limits)
 
@@ -130,12 +131,21 @@ def check_reachable(what: str, flag: str, addresses: str) -> None:
     Raises:
         StoreError: none can be reached; the error names the reason of each.
     """
-    reasons = []
-    for address in addresses.split(","):
-        host, _, port = address.strip().rpartition(":")
-        try:
-            socket.create_connection((host or "localhost", int(port)), TIMEOUT_SECONDS / 2).close()
-            return
-        except (OSError, ValueError) as error:
-            reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
-    raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")
+    reasons: list[str] = []
+
+    def connect() -> None:
+        for address in addresses.split(","):
+            host, _, port = address.strip().rpartition(":")
+            try:
+                socket.create_connection((host or "localhost", int(port)), TIMEOUT_SECONDS / 2).close()
+                reasons.clear()
+                return
+            except (OSError, ValueError, OverflowError) as error:
+                reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
+
+    try:
+        first_contact(connect)  # names are looked up without a bound
+    except NoResponse as error:
+        reasons.append(str(error))
+    if reasons:
+        raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")

@@ -3,7 +3,7 @@
 - Counts, sums and extremes need one row per key, the summary of the batch engine (`lifetime_summaries.summarise`).  Its
   sums are integers and its extremes commute.  So a late event is added like any other, and the order changes no bit.
 - `first`, `last` and `Latest` need the events that can be first or last (`long_windows.firsts_and_lasts`), with the
-  columns that break ties.  An event that is stored without need does no harm.
+  columns that break ties.  An event that is stored without need changes no value.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from schemas.feature_groups import group_key, without_columns
 from schemas.features import ORDERED, Latest, Trailing
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, computing
-from transforms.features.lifetime_summaries import Summary, merge, summarise
+from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.features.packed_events import IndexedRows, PackedRows
-from transforms.records.row_hashing import UInt64s
+from transforms.records.arrays import UInt64s
 from transforms.records.times import ALWAYS
 from transforms.streaming.time_buckets import SLOTS, Change, Piece
 
@@ -47,7 +47,7 @@ def by_kind(feature: Trailing | Latest) -> Iterator[tuple[Kind, Trailing | Lates
 class LifetimeStore:
     """Evicted events of one group: of the features of one source, key, condition and kind.
 
-    They are in parts of growing size, which are merged like the levels of a log-structured merge tree, so that an
+    They are in parts of increasing size, which are merged like the levels of a log-structured merge tree, so that an
     addition rewrites few rows.
 
     Args:
@@ -109,7 +109,8 @@ class LifetimeStore:
         return self._joined(self.parts)
 
     def tables(self, hashes: UInt64s, events: PackedRows) -> KernelTables:
-        """The kernel's tables for the keys with `hashes`: the compacted events, and the `events` not yet evicted."""
+        """The kernel's tables for the keys with `hashes`: the compacted events, and the `events` that are not evicted
+        yet."""
         if self.kind == "rows":
             packed = dataclasses.replace(events, parts=[*events.parts, *self.parts])
             return KernelTables({}, packed={self.source.name: packed})
@@ -131,5 +132,5 @@ class LifetimeStore:
         if len(frames) == 1:
             return frames[0]
         if self.kind == "summary":
-            return merge(pl.concat(frames[:-1], how="diagonal"), frames[-1], self.keys)
+            return merge_summaries(pl.concat(frames[:-1], how="diagonal"), frames[-1], self.keys)
         return firsts_and_lasts(self.features, pl.concat(frames))

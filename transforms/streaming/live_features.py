@@ -17,11 +17,11 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
-from schemas.live import live_schema
+from schemas.live import live_schema, live_sources
+from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
-from transforms.sources.contracts import Contract
 from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.journal_dofn import JournalDoFn, TimedJournalDoFn
 from transforms.streaming.kafka import (
@@ -33,7 +33,7 @@ from transforms.streaming.kafka import (
     topic_of,
 )
 from transforms.streaming.live_settings import LiveSettings
-from transforms.streaming.message_limits import LIMITS, MessageLimits
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
@@ -48,14 +48,14 @@ ENVELOPE_BYTES = 2 << 20
 class LiveFeatures(beam.PTransform):
     """PCollection of envelopes (see `Decode…` and `to_journal`) → PCollection of commits: (key, their status as JSON).
 
-    There is no PCollection of feature rows: a runner would do its work even if nothing reads it, and they are in their
-    topic and their table.
+    There is no PCollection of feature rows: a runner would compute it even if nothing read it, and feature rows are in
+        their topic and table.
 
     Args:
         view: the view whose features are computed.
         live: the settings.
         sends: the topics of feature rows and dead letters; None: there are none.  Rows are committed to a table after
-            the broker has acknowledged them, so that at any moment a topic has everything that a table has.
+            the broker has acknowledged them, so that a topic always has everything that a table has.
     """
 
     view: FeatureView
@@ -88,7 +88,7 @@ class Sends:
         view: the view of the feature rows.
         broker: the broker of the topics.
         prefix: prefix of their names.
-        most: the most bytes of a message of feature rows.
+        most: the most bytes of a message with feature rows.
     """
 
     view: FeatureView
@@ -131,41 +131,28 @@ def _keyed_step(step: beam.DoFn, *tags: str) -> beam.PTransform:
     return done.with_outputs(*tags) if tags else done
 
 
-def contracts_of(view: FeatureView) -> dict[str, Contract]:
-    """The contract of each topic's rows: the columns that features read, and all columns of the spine."""
-    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key))
-    return {
-        view.spine.name: spine,
-        **{
-            name: Contract(source, tuple(view.columns_read(name)))  # rows hold all declared columns anyway
-            for name, source in view.events.items()
-            if source is not view.spine
-        },
-    }
-
-
-def decoded(
-    contracts: Mapping[str, Contract],
+def decode_messages(
+    sources: Mapping[str, Source],
     messages: Iterable[Message],
     prefix: str = "",
     index: int | None = None,
     received: int = 0,
-    limits: MessageLimits = LIMITS,
+    limits: MessageLimits = DEFAULT_LIMITS,
 ) -> bytes:
     """Messages of any topics and partitions as one envelope for the journal.
 
     Args:
-        contracts: by source.
+        sources: by name.
         messages: see above.
         prefix: of the names of topics.
         index: position in the order of a replay.
         received: when the messages were received, µs.
-        limits: what a message may hold.
+        limits: the most that a message may contain.
     """
     micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
         source, partitions = topic.removeprefix(prefix), [some for _, some in group]
-        for some, held in zip(partitions, decode_topic(contracts[source], partitions, limits), strict=True):
+        for some, held in zip(partitions, decode_topic(sources[source], partitions, limits), strict=True):
             micro_batches.append(
                 MicroBatch(
                     source=source,
@@ -185,7 +172,7 @@ def decoded(
 
 def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decoded(contracts_of(view), [message], prefix, limits=limits)
+    decode_messages(live_sources(view), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
@@ -195,30 +182,29 @@ class DecodeChunks(beam.DoFn):
         self.view, self.prefix = view, prefix
 
     def setup(self) -> None:
-        self.contracts = contracts_of(self.view)
+        self.sources = live_sources(self.view)
 
     def process(self, chunk: tuple[int, list[Message]]) -> Iterator[bytes]:
-        yield decoded(self.contracts, chunk[1], self.prefix, chunk[0])
+        yield decode_messages(self.sources, chunk[1], self.prefix, chunk[0])
 
 
 class DecodeBundles(beam.DoFn):
-    """Message → envelopes: one for the messages of a bundle, or several if these are many, so that a backlog takes many
-    turns.
+    """Message → envelopes: one for the messages of a bundle, or several for many, so that a backlog takes many turns.
 
     Args:
-        view: whose sources the messages are of.
-        prefix: before the names of topics.
-        guard: folder of the crash guard; None: none.
-        limits: what a message may hold.
+        view: the view whose sources have these topics.
+        prefix: prefix of the names of topics.
+        guard: folder of the crash guard; None: there is none.
+        limits: the most that a message may contain.
     """
 
     def __init__(
-        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = LIMITS
+        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = DEFAULT_LIMITS
     ) -> None:
         self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
 
     def setup(self) -> None:
-        self.contracts = contracts_of(self.view)
+        self.sources = live_sources(self.view)
         self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix, self.limits))
 
     def teardown(self) -> None:
@@ -240,6 +226,6 @@ class DecodeBundles(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             with self.guard.decoding(self.messages) as messages:
-                envelope = decoded(self.contracts, messages, self.prefix, None, now_us(), self.limits)
+                envelope = decode_messages(self.sources, messages, self.prefix, None, now_us(), self.limits)
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -22,9 +22,9 @@ from transforms.streaming.time_buckets import SLOTS, Change, Store
 Held = TypeVar("Held")
 Output = TypeVar("Output")
 KeyedBytes = tuple[bytes, bytes]
-# The key of a step that has only one.
+# The key of a step that has only one key.
 SINGLE_KEY = b"0"
-# The most pieces of a slot: with more, it is rewritten as one.
+# The most pieces of a slot; a slot with more is rewritten as one piece.
 PIECES = 100
 
 
@@ -53,7 +53,7 @@ Slots = Sequence[BagState]
 def with_slots(method: Callable[..., Output]) -> Callable[..., Output]:
     """Passes the slots of a key to a DoFn's method as one sequence, its last parameter.
 
-    Beam passes each state as a parameter of its own, and finds out about them by the method's signature.
+    Beam passes each state as a separate parameter, and finds them by the method's signature.
     """
     signature = inspect.signature(method)
     *others, _ = signature.parameters.values()
@@ -79,7 +79,8 @@ class Mirror(Generic[Held]):
         self._held: dict[bytes, tuple[int, Held]] = {}
 
     def get(self, key: bytes, version: int, build: Callable[[], Held]) -> Held:
-        """The object of a key, or a new one.  It must be `put` back: an error may leave it half changed."""
+        """The object of a key, or a new one.  It must be `put` back; after an error it is not, because it may be half
+        changed."""
         known = self._held.pop(key, None)
         return known[1] if known is not None and known[0] == version else build()
 

@@ -1,4 +1,4 @@
-"""Spine rows that wait until their sources are complete, and those that were computed lately: each is computed once."""
+"""Spine rows that wait until their sources are complete, and recently computed ones, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from transforms.streaming.time_buckets import MINUTE, TimeBuckets
 
 # Up to this many new spine rows are looked up one by one.
 FEW = 256
+# The rules by which a spine row that keeps the contract may be rejected.
+TOO_LATE = "a question comes no later than the spine's lateness and --keep allow"
+CONFLICTING = "one key asks one question at one time (the smallest, or the answered one, was kept)"
 # Names of the two stores in checkpoints.
 PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
 
@@ -47,7 +50,7 @@ class PendingSpineRows:
 
         Args:
             rows: the spine's columns and the origin.
-            watermark: the spine's (µs), before these rows; ALWAYS if there is none yet.
+            watermark: the watermark of the spine (µs) before these rows; ALWAYS if there is none yet.
             since: rows before it (µs) are too late to be computed; ALWAYS: none is.
 
         Returns:
@@ -60,10 +63,8 @@ class PendingSpineRows:
             early = moments_of(rows, view.time) < since
             if early.any():
                 old = rows.filter(pl.Series(early))
-                rule = "a question comes no later than the spine's lateness and --keep allow"
-                dead_letters.append(
-                    message_dead_letters(spine, old, view.time, rule, pl.col(view.time).cast(pl.String))
-                )
+                moment = pl.col(view.time).cast(pl.String)
+                dead_letters.append(message_dead_letters(spine, old, view.time, TOO_LATE, moment))
                 self.count(spine, "too_late", len(old))
                 rows = rows.filter(pl.Series(~early))
         rows = with_series(rows, [pl.Series("__late", moments_of(rows, view.time) < watermark)])
@@ -78,7 +79,7 @@ class PendingSpineRows:
         return dead_letters
 
     def restore(self, pending: pl.DataFrame, known: pl.DataFrame) -> None:
-        """Adds spine rows that are known to be distinct: those that wait, and all that are known."""
+        """Adds spine rows that are known to be distinct: the pending ones, and all known ones."""
         self.pending.add(pending)
         moments = pl.Series("time", moments_of(known, self.view.time), pl.Int64)
         self.known.add(pl.DataFrame([known["row_id"], moments, known["__digest"]]))
@@ -93,7 +94,8 @@ class PendingSpineRows:
         return ready
 
     def evict(self, bound: int) -> None:
-        """Drops computed spine rows from before `bound` µs: they are too late if they are repeated."""
+        """Drops computed spine rows from before `bound` µs: if such a row is repeated, the repeat is too late
+        anyway."""
         self.known.evict(bound)
 
     def oldest(self) -> int | None:
@@ -110,7 +112,8 @@ class PendingSpineRows:
     def _distinct(self, rows: pl.DataFrame, before: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Compares new spine rows with each other and with known ones that have the same ids.
 
-        Identical rows count once.  Of rows with one id that differ, the smallest stays, unless one was computed.
+        Identical rows count once.  Of different rows with the same id, the smallest stays, unless one has been
+        computed.
 
         Returns:
             The rows to add, some of which were pending; and dead letters for the rows that differ.
@@ -143,9 +146,14 @@ class PendingSpineRows:
     def _conflicting(self, rows: pl.DataFrame) -> pl.DataFrame:
         view = self.view
         self.count(view.spine.name, "conflicting", len(rows))
-        rule = "one key asks one question at one time (the smallest, or the answered one, was kept)"
         key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
-        return message_dead_letters(view.spine.name, rows, ", ".join(view.key), rule, key)
+        return message_dead_letters(view.spine.name, rows, ", ".join(view.key), CONFLICTING, key)
+
+
+def about_spine_rows() -> pl.Expr:
+    """Whether a dead letter is of a spine row that kept the contract, and was rejected then."""
+    rule = pl.col("rule").str
+    return rule.starts_with(TOO_LATE) | rule.starts_with("one key asks one question")  # as earlier versions said it
 
 
 def identified(view: FeatureView, rows: pl.DataFrame) -> pl.DataFrame:

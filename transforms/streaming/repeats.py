@@ -1,4 +1,4 @@
-"""Repeated events: of the rows of a source that have one `unique` value, those that follow another one do not count."""
+"""Repeated events: of the rows of a source with the same `unique` value, those that follow another one do not count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transforms.features.packed_events import Keys
 from transforms.records.columns import moments_of
 from transforms.records.row_hashing import key_hashes
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.fates import compared, known_columns, known_order
+from transforms.streaming.fates import comparison_span, known_columns, known_order
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets
 
@@ -32,7 +32,7 @@ class Deduplicated:
         counted: the events that count.
         replaced: identities (`__instead`) of events that counted until an event with the identity `RID` came, which
             they repeat.
-        repeated: number of events that do not count, or no longer.
+        repeated: number of events that do not count, or no longer count.
         uncompared: identities of events that are too old to be compared.  They count.
     """
 
@@ -59,7 +59,7 @@ class Deduplicated:
 
 
 class RepeatFinder:
-    """The events of a source with `unique`, for as long as a later event may repeat them.
+    """Keeps the events of a source with `unique` for as long as a later event may repeat them.
 
     Args:
         view: the view.
@@ -83,12 +83,13 @@ class RepeatFinder:
 
         Args:
             rows: new events, with their origin and `RID`.
-            horizon: the journal's (µs).  Events that are older than this by more than `compared` are not compared: to
-                the microsecond, since a shard cannot retract an event that it has compacted.
+            horizon: the journal's horizon (µs).  Events that are older than this by more than `comparison_span` are not
+                compared. This is exact to the microsecond, because a shard cannot retract an event that it has
+                compacted.
         """
         whole, uncompared = rows, _NONE_UNCOMPARED
         if horizon > ALWAYS:
-            bound = horizon - compared(self.view, self.name, self.memory)
+            bound = horizon - comparison_span(self.view, self.name, self.memory)
             old = moments_of(rows, self.order.time) < bound
             if old.any():
                 uncompared, rows = rows[RID].filter(pl.Series(old)), rows.filter(pl.Series(~old))
@@ -131,8 +132,8 @@ class RepeatFinder:
     def _decided(self, rows: pl.DataFrame) -> pl.DataFrame:
         """The events in order, with whether they repeat another one, and the new one (`__by`) that a known one repeats.
 
-        A new event is compared with all others, a known one only with the new ones: between known ones it is decided,
-        maybe by a job that remembered less.
+        A new event is compared with all others, a known one only with the new ones: known ones have been compared
+            already, maybe by a job with a shorter memory.
         """
         time = pl.col(self.order.time).to_physical()
         new_time, new_id = pl.when(_NEW).then(time), pl.when(_NEW).then(RID)

@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.views import FeatureView
 from transforms.features.kernel import FOUND_BY_KEY, KernelTables, compute, feature_columns
 from transforms.features.packed_events import PackedRows
-from transforms.features.window_bounds import rising
+from transforms.features.window_bounds import is_sorted
+from transforms.records.arrays import Bools
 from transforms.records.columns import moments_of
 from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.records.times import ALWAYS
-from transforms.streaming.groups import Group, groups_of, held_back
+from transforms.streaming.groups import Group, held_back, shard_groups
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
@@ -33,13 +32,13 @@ class Shard:
 
     Args:
         view: the view.
-        number: of the shard.
-        shards: how many there are.
+        number: number of the shard.
+        shards: number of all shards.
     """
 
     def __init__(self, view: FeatureView, number: int, shards: int) -> None:
         self.view, self.number, self.shards = view, number, shards
-        self.groups = groups_of(view)
+        self.groups = shard_groups(view)
         self.buckets = {
             name: TimeBuckets(
                 str(source.time),
@@ -87,7 +86,7 @@ class Shard:
         return features
 
     def _compact(self, source: str, frames: Sequence[pl.DataFrame]) -> None:
-        """Keeps what lifetime windows need of events that the windows of all later spine rows contain."""
+        """Compacts events that the windows of all later spine rows contain, to what lifetime windows need of them."""
         groups = {i: self.groups[i] for i in self.compacted if self.groups[i].source == source}
         if groups:
             rows = pl.concat(frames)
@@ -97,8 +96,9 @@ class Shard:
                 compacted.add(compacted.reduced(rows if mine.all() else rows.filter(pl.Series(mine))))
 
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
-        """By number of a group, its features of the spine rows whose key is this shard's, with their `__position`."""
-        owners: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
+        """For each number of a group, its features of the spine rows with keys of this shard, and their
+        `__position`."""
+        owners: dict[tuple[str, ...], Bools] = {}
         if self.shards > 1:
             hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
             owners = {key: shard_of(some, self.shards) == self.number for key, some in hashes.items()}
@@ -163,7 +163,7 @@ def assemble(
     columns: dict[str, pl.Series] = {}
     for frames in by_group.values():
         whole = frames[0] if len(frames) == 1 else pl.concat(frames)
-        if not rising(whole["__position"].to_numpy()):
+        if not is_sorted(whole["__position"].to_numpy()):
             whole = whole.sort("__position")
         if len(whole) != len(spine_rows):
             raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")

@@ -1,6 +1,6 @@
 """Rows of one source in time buckets: they are appended cheaply, found by key, and evicted by bucket.
 
-The rows of a bucket are in a few parts of growing size, which are merged like the levels of a log-structured merge
+The rows of a bucket are in a few parts of increasing size, which are merged like the levels of a log-structured merge
 tree.  Each part has an index per key, which is built when it is first needed.  So neither an addition nor a lookup
 reads all rows.
 """
@@ -12,16 +12,14 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows
+from transforms.records.arrays import Ints, UInt64s
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS, FOREVER
 
-Ints = npt.NDArray[np.int64]
-# A bucket and rows of it.
+# A bucket and some of its rows.
 Piece = tuple[int, pl.DataFrame]
 
 
@@ -55,7 +53,7 @@ class TimeBuckets:
     Args:
         time: column of the row's time.
         width: length of a bucket, µs.
-        keys: columns by which rows are taken.
+        keys: columns by which rows are looked up.
 
     Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.
     """
@@ -87,7 +85,7 @@ class TimeBuckets:
         if low == high:
             self._add(low, frame, int(moments.min()))
             return
-        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of several buckets
+        numbers |= (1 << ((high - low) // SPREAD).bit_length()) - 1  # the last of several buckets that are joined
         order = np.argsort(numbers, kind="stable")
         numbers, moments, frame = numbers[order], moments[order], frame[order]
         starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
@@ -130,7 +128,7 @@ class TimeBuckets:
         return changes
 
     def parts(self, low: int, high: int) -> Iterator[IndexedRows]:
-        """Parts that may have rows with times in `[low, high)`."""
+        """The parts that may have rows with times in `[low, high)`."""
         for number in sorted(self.buckets):
             if (number + 1) * self.width > low:
                 yield from (part for part in self.buckets[number] if part.low < high)
@@ -161,9 +159,9 @@ class TimeBuckets:
         return [part for part in [*result, *last] if part.low < high]
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
-        """Rows of buckets that overlap `[low, high)` whose `key` has one of the hashes `wanted`.
+        """Rows of buckets that overlap `[low, high)`, if their `key` has one of the hashes `wanted`.
 
-        A few rows outside the interval may be among them.
+        The result may include a few rows outside the interval.
         """
         wanted = np.unique(wanted)
         found = []

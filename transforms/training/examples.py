@@ -25,32 +25,39 @@ from transforms.records.record_batches import batch, frame
 from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import Slices, survey_files
-from transforms.sources.listing import Listing, unchanged
+from transforms.sources.listing import Listing, require_unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
-from transforms.storage.date_spans import UNREADABLE
-from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
+from transforms.storage.date_spans import TABLE_READ_ERRORS
+from transforms.storage.delta_tables import DataFile, write_file_atomically
 from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.joined_features import JoinCounts, TableFiles, joined_groups, read_joined
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
-from transforms.training.labels import Counts
+from transforms.training.labels import LabelCounts
 
 # Rows of a Parquet row group, which is what a reader of examples keeps in memory.
 GROUP_ROWS = 1 << 15
-FOLDER = "examples"
+EXAMPLES_FOLDER = "examples"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBlock:
-    """Consecutive files of the feature table, and the slices of the label's source that can label their rows.
+    """Consecutive files of the feature tables, and the slices of the label's source that can label their rows.
 
     Args:
         index, of: position among all blocks, and their number.
+        tables: files of the table of each of the model's views.
     """
 
     index: int
     of: int
-    files: tuple[DataFile, ...]
+    tables: TableFiles
     events: Slices
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The days of its files, `[start, end)` in µs."""
+        return span_of(self.tables)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +86,7 @@ class ExamplePlan:
 
     @property
     def alone(self) -> ExamplePlan:
-        """The plan without its blocks, which are elements of the graph and need not be pickled again."""
+        """The plan without its blocks, which are elements of the graph, so they need not be pickled again."""
         return dataclasses.replace(self, blocks=())
 
 
@@ -102,21 +109,23 @@ class ExampleShard:
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesAccount:
-    """Counts of what became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
+    """Counts of what became of feature rows: `rows` = outside + waiting + dropped + entered, over all splits.
 
     Args:
-        rows: feature rows that were read.
+        rows: feature rows that were read; of several views, those that all of them have.
         counts: by split.
         labels: number of examples by split and label; for classes only.
         shards: the files that were written.
         rounded: examples whose label is a whole number that float32 does not hold.
+        missing: of several views, the rows that one of them lacks, by view (see `JoinCounts`).
     """
 
     rows: int = 0
-    counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, LabelCounts] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
     shards: tuple[ExampleShard, ...] = ()
     rounded: int = 0
+    missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def outside(self) -> int:
@@ -137,7 +146,7 @@ class ExampleRequest:
         sources: folder of the label's source.
         folder: folder that the examples are written to.
         split: bounds of the splits.
-        now: µs since 1970; events stamped later are not known yet.
+        now: µs since 1970; events with a later time are not known yet.
         tfrecords: whether to write TFRecord files beside Parquet.
         version: version of the label's source, if it is a Delta table.
     """
@@ -151,8 +160,14 @@ class ExampleRequest:
     version: int | None = None
 
 
-def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> ExamplePlan:
-    """Divide the feature table's `files` into blocks, each with the label events that it needs.
+def span_of(tables: TableFiles) -> tuple[int, int]:
+    """The days of the files, `[start, end)` in µs."""
+    dates = [file.date for files in tables for file in files]
+    return midnight(min(dates)), midnight(max(dates)) + DAY
+
+
+def plan_examples(tables: Sequence[Sequence[DataFile]], request: ExampleRequest) -> ExamplePlan:
+    """Divide the files of the feature tables, one table per view, into blocks, each with the label events it needs.
 
     Raises:
         DataError: no file is dated before the cutoff.
@@ -162,7 +177,7 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     contract = Contract(label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model))
     surveyed = survey_files(request.sources, contract, request.version)
     contract, slices = surveyed.contract, surveyed.slices
-    parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
+    parts = list(joined_groups([[file for file in each if _midnight(file.date) < split.cutoff] for each in tables]))
     if not parts:
         raise DataError(
             "There are features before the cutoff",
@@ -172,8 +187,8 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     within = microseconds(label.within)
     blocks = []
     for index, part in enumerate(parts):
-        low, high = midnight(part[0].date), midnight(part[-1].date) + DAY + within
-        events = slices.overlapping(low, high)
+        low, high = span_of(part)
+        events = slices.overlapping(low, high + within)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
     return ExamplePlan(
@@ -209,10 +224,11 @@ def schema_of(model: Model) -> pa.Schema:
     It has key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`.
     """
     view = model.view
+    schema = model.rows.schema
     sliced = [name for group in model.gates.slices for name in ((group,) if isinstance(group, str) else group)]
     groups = model.split.by if isinstance(model.split, GroupSplit) else ()
     names = dict.fromkeys([*view.key, view.time, *model.inputs, *groups, *sliced, "row_id", "date"])
-    fields = [view.output_schema.field(name) for name in names]
+    fields = [schema.field(name) for name in names]
     return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
 
 
@@ -221,10 +237,10 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     model, schema = plan.model, schema_of(plan.model)
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
     joined = [column for column, _ in model.label.keys if column not in known]
-    rows = frame(read_group(block.files, [*known, *joined]))
-    low = midnight(block.files[0].date)
-    high = midnight(block.files[-1].date) + DAY + microseconds(model.label.within)
-    events = read_slices(plan.contract, block.events, ReadOptions(low, high)).frame
+    found, counted = read_joined(model.rows, block.tables, [*known, *joined])
+    rows = frame(found)
+    low, high = block.span
+    events = read_slices(plan.contract, block.events, ReadOptions(low, high + microseconds(model.label.within))).frame
     events = without_repeats(model.label.source, events, plan.repeats)
     labelled = labels.attach(rows, events, model.label, model.view.time)
     parts, counts = labels.examples(labelled, model.label, plan.split, model.view.time)
@@ -232,11 +248,12 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     seen = {name: dict(part[LABEL].value_counts().iter_rows()) if classes else {} for name, part in parts.items()}
     rounded = sum(int(part.select(_rounded().sum()).item() or 0) for part in parts.values())
     examples = {name: batch(part, schema) for name, part in parts.items()}
-    return examples, ExamplesAccount(len(rows), counts, seen, rounded=rounded)
+    return examples, ExamplesAccount(len(rows), counts, seen, rounded=rounded, missing=counted.missing)
 
 
 def _rounded() -> pl.Expr:
-    """Whether float32 rounds a whole-number label; beyond 2^53 every one counts, since doubles are rounded already."""
+    """Whether float32 rounds a whole-number label; beyond 2^53 every label counts, because doubles are rounded
+    already."""
     label = pl.col(LABEL)
     beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
     return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
@@ -254,13 +271,13 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
     table = pa.Table.from_batches([rows])
     pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="lz4", use_dictionary=strings)
     if plan.tfrecords:
-        write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(records)))
-    write_aside(plan.folder, f"{name}.parquet", sink.getvalue())
+        write_file_atomically(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(records)))
+    write_file_atomically(plan.folder, f"{name}.parquet", sink.getvalue())
     return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
 
 def shards_to_test(trained: object, account: ExamplesAccount) -> list[ExampleShard]:
-    """The shards of the test split; `trained` only makes this step wait for training."""
+    """The shards of the test split; `trained` is an input only so that this step waits for training."""
     return account.of("test")
 
 
@@ -277,7 +294,7 @@ def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Ite
         else:
             require_regular(shard.path)
             yield from _row_groups(pq.ParquetFile(shard.path), columns)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise StoreError(
             "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
@@ -326,28 +343,30 @@ class _Make(beam.DoFn):
 
 def add_accounts(accounts: Iterable[ExamplesAccount]) -> ExamplesAccount:
     """The sum of accounts, the same in any order of merging."""
-    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
+    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, LabelCounts()), set()
+    joins = JoinCounts()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
     for each in accounts:
         rows += each.rows
         rounded += each.rounded
+        joins = joins + JoinCounts(each.rows, each.missing)
         shards |= set(each.shards)
         for name in each.counts:
             counts[name] = counts[name] + each.counts[name]
             for label, count in each.labels[name].items():
                 seen[name][label] = seen[name].get(label, 0) + count
     ordered = tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index)))
-    return ExamplesAccount(rows, counts, seen, ordered, rounded)
+    return ExamplesAccount(rows, counts, seen, ordered, rounded, joins.missing)
 
 
-def checked(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:
+def require_usable(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:
     """Return `account` if every row is accounted for and every split can be used; delete files of earlier attempts.
 
     Raises:
         DataError: see `labels.check`; a file of the label's source was removed or replaced meanwhile.
     """
-    unchanged(account, () if plan.listing is None else (plan.listing,))
-    labels.check(plan.model.objective, account.counts, account.labels)
+    require_unchanged(account, () if plan.listing is None else (plan.listing,))
+    labels.check_splits(plan.model.objective, account.counts, account.labels)
     for name, count in account.counts.items():
         written = sum(each.rows for each in account.of(name))
         if (
