@@ -499,6 +499,14 @@ class Journal:
 
 def _with_fates(rows: pl.DataFrame, fates: Deduplicated) -> pl.DataFrame:
     """Accepted rows with columns that say whether each counts and which row it replaces."""
+    if not fates.repeated and len(fates.counted) == len(rows):  # all of them count
+        return with_series(
+            rows,
+            [
+                pl.Series("__counted", [True]).new_from_index(0, len(rows)),
+                pl.Series("__instead", [None], pl.Int64).new_from_index(0, len(rows)),
+            ],
+        )
     identities = row_identity(rows)
     replaced = fates.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
     return rows.with_columns(
