@@ -72,6 +72,11 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         figures = measured(flags, [each for each in SIDES if each in wanted], flags.keep or Path(temporary))
     headline = {key: median(figures[side], key) for side, key in HEADLINES.items() if side in figures}
+    if "catchup" in figures:
+        empty = [run["empty_graph"] for run in figures["catchup"]]
+        headline["empty_graph_events_per_second"] = statistics.median(
+            float(each["events_per_second"]) for each in empty if isinstance(each, dict)
+        )
     if {"catchup", "per_element"} <= figures.keys():
         headline["vs_per_element"] = headline["events_per_second"] / median(figures["per_element"], "events_per_second")
     if "turns" in figures:

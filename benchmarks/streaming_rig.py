@@ -250,6 +250,14 @@ class Watch(threading.Thread):
             sample["cpu"][name], sample["rss_mb"][name] = cpu, rss / 1e6
         return sample
 
+    def spent(self, begin: float, end: float) -> dict[str, float]:
+        """CPU seconds of each process between two moments, from its start if that is later."""
+        inside = [each["cpu"] for each in self.samples if begin - SAMPLE <= each["at"] <= end + SAMPLE]
+        names = {name for each in inside for name in each}
+        seen = {name: [each[name] for each in inside if name in each] for name in sorted(names)}
+        started = {name: name not in inside[0] for name in seen}
+        return {name: round(cpu[-1] - (0.0 if started[name] else cpu[0]), 2) for name, cpu in seen.items()}
+
     def cores(self, begin: float, end: float) -> dict[str, float]:
         """Cores that each process kept busy between two moments."""
         inside = [each for each in self.samples if begin <= each["at"] <= end]

@@ -42,6 +42,7 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         spine_rows, counts = completed(rig)
         found = computed(rig, f"{rig.view.name}.features")
         store_rows = rig.status().get("rows", {})
+        empty = _empty(rig, watch, counts)
     twice = found.filter(pl.col("times") > 1)
     if len(found) != len(spine_rows) or len(twice):
         raise SystemExit(f"{len(spine_rows)} spine rows, {len(found)} computed, {len(twice)} of them more than once")
@@ -60,9 +61,36 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         "seconds": ended - launched,
         "under_way_s": end - begin,
         "cores": watch.cores(begin, end),
+        "cpu_seconds": watch.spent(launched, ended),
+        "empty_graph": empty,
         "rss_mb": watch.samples[-1]["rss_mb"],
         "committed": store_rows,
         "progress": [round(float(stamps[int((len(stamps) - 1) * share / 20)]) - launched, 2) for share in range(21)],
+    }
+
+
+def _empty(rig: Rig, watch: Watch, counts: dict[str, int]) -> Seen:
+    """The same backlog through the same graph without its work (see `streaming_empty`), on the same services."""
+    topic, messages = "passed", counts["messages"] + counts["heartbeats"]
+    rig.broker.create(topic, partitions=1, config=STAMPED)
+    flags = ["--bootstrap", rig.broker.bootstrap, "--expansion_service", rig.expansion.address, "--topic", topic]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming_empty", *flags, *rig.prism.options]
+    launched, child = time.time(), rig.start("empty", [*command, "--environment_type=LOOPBACK"])
+    running, passed, last = _launched(child), 0, 0.0
+    while passed < messages:
+        if not child.running or time.time() - launched > 600:
+            raise SystemExit(f"{passed} of {messages} messages passed; it said:\n{child.output()[-3000:]}")
+        time.sleep(1)
+        records = list(rig.records(topic))
+        passed = sum(int(record.value) for record in records)
+        last = max((record.timestamp / 1e6 for record in records), default=0.0)
+    ended = time.time()
+    child.stop()
+    return {
+        "events_per_second": counts["rows"] / (last - running),
+        "running_s": running - launched,
+        "seconds": last - launched,
+        "cpu_seconds": watch.spent(launched, ended),
     }
 
 

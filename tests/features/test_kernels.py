@@ -1,5 +1,6 @@
 """Whole views against the oracle, and what must not matter: order, other rows, how far keys and times spread."""
 
+import itertools
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from schemas.errors import DataError
 from tests.support import oracles
 from tests.support.histories import T0, at, events, histories, many_spine_rows, placed, shuffled, spine_rows, view
 from tests.support.kernels_case import same
-from transforms.features import kernel
+from transforms.features import kernel, window_bounds
 from transforms.features.kernel import KernelTables, compute
 from transforms.features.window_bounds import EventOrder, codes
 
@@ -242,7 +243,7 @@ def found_positions(
 ) -> list[list[tuple[int, int]]]:
     """Windows per length, in the order of spine rows; with `far`, key and time do not fit into one integer."""
     if far:
-        positions, groups = [*positions, 2**58], [*groups, 2**20]
+        positions, groups = [*positions, 0, 2**58], [*groups, 2**20, 2**20]
     sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, times)))
     assert (sorting.unique is not None) == far
     result = []
@@ -274,8 +275,10 @@ def test_both_ways_of_sorting_find_the_same_windows(
         ]
         for length in lengths
     ]
-    for far in (False, True):
-        assert found_positions(positions, groups, moments, keys, lengths, far) == expected
+    for far, unsorted in itertools.product((False, True), (-1, 256)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(window_bounds, "UNSORTED", unsorted)
+            assert found_positions(positions, groups, moments, keys, lengths, far) == expected
 
 
 @given(

@@ -18,7 +18,7 @@ from tests.support.histories import histories, many_spine_rows, view
 from tests.support.kernels_case import same
 from transforms.features import kernel, packed_events, window_bounds, window_statistics
 from transforms.features.kernel import KernelTables, compute
-from transforms.features.packed_events import IndexedRows, Keys, PackedEvents
+from transforms.features.packed_events import IndexedRows, Keys, PackedRows
 from transforms.features.window_bounds import codes
 from transforms.records.times import ALWAYS
 
@@ -29,6 +29,8 @@ def as_if_many() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window_bounds, "FEW", -1)
         patch.setattr(window_bounds, "MANY", 0)
+        patch.setattr(window_bounds, "SMALL", 0)
+        patch.setattr(window_bounds, "UNSORTED", -1)
         patch.setattr(window_statistics, "FEW", -1)
         patch.setattr(kernel, "HANDED_OVER", -1)
         yield
@@ -69,7 +71,7 @@ def in_parts(of: FeatureView, tables: Mapping[str, pl.DataFrame], random: Random
                         part.find(key, asked.distinct(key), str(source.time), -(2**60), 2**60)
                 part.add(piece[start:], ALWAYS)
             parts.append(part)
-        packed[name] = PackedEvents(parts, tables[name].clear())
+        packed[name] = PackedRows(parts, tables[name].clear())
     dimensions = {name: tables[name] for name in of.dimensions}
     return KernelTables(dimensions, packed=packed)
 

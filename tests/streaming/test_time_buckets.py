@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.state_cells import Cell
+from transforms.records.frame_packets import pack
 from transforms.records.row_hashing import key_hashes
 from transforms.streaming import mirrored_state
 from transforms.streaming.mirrored_state import load_slots, save_slots
@@ -115,3 +116,18 @@ def test_rows_far_apart_go_to_few_time_buckets_that_end_no_earlier() -> None:
     assert all(part.frame["t"].max() < (number + 1) * 10 for number, parts in buckets.buckets.items() for part in parts)
     buckets.evict(50_000)
     assert 30_000 < min(row[0] for row in rows(buckets.all())) < 50_000
+
+
+def test_slots_that_an_earlier_version_wrote_are_read_and_continued() -> None:
+    slots, counts = [Cell() for _ in range(SLOTS)], [0] * SLOTS
+    for first in (0, 2):
+        new = pl.DataFrame([(5, "a", 1, first), (6, "b", 2, first + 1)], schema=SCHEMA, orient="row")
+        slots[0].add(pack({"store": "s", "pane": 0}, {"rows": new}))
+    restored = TimeBuckets("t", 100)
+    assert load_slots({"s": restored}, slots) == [2, *counts[1:]]
+    assert [row[3] for row in rows(restored.all())] == [0, 2, 1, 3]
+    restored.drop("rid", np.array([1]))
+    save_slots({"s": restored}, slots, [2, *counts[1:]])
+    again = TimeBuckets("t", 100)
+    load_slots({"s": again}, slots)
+    assert [row[3] for row in rows(again.all())] == [0, 2, 3]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transforms.features.column_reuse import Copies, reading_features
     from transforms.features.history_snapshots import HistorySnapshots
     from transforms.features.kernel import (
+        FOUND_BY_KEY,
         KernelTables,
         compute,
         computing,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transforms.features.long_windows import LONG, firsts_and_lasts
     from transforms.features.manifest import MANIFEST_VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
-    from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows, Keys, PackedEvents
+    from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows, Keys, PackedRows
     from transforms.features.plan import (
         BLOCK_ROWS,
         BROADCAST_BYTES,

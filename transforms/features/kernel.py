@@ -16,6 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DataError
+from schemas.expressions import columns_of
 from schemas.feature_groups import (
     GroupKey,
     HistoryKey,
@@ -29,7 +30,7 @@ from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Traili
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
-from transforms.features.packed_events import FoundEvents, Keys, PackedEvents
+from transforms.features.packed_events import FoundRows, Keys, PackedRows
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
 from transforms.records.arrays import Bools, Ints
@@ -70,7 +71,7 @@ class KernelTables:
     rows: Mapping[str, pl.DataFrame]
     summaries: Mapping[HistoryKey, Summary] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, pl.Series] = dataclasses.field(default_factory=dict)
-    packed: Mapping[str, PackedEvents] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, PackedRows] = dataclasses.field(default_factory=dict)
     histories: Once | None = None
 
     def rows_read(self, source: str, spine_rows: int) -> int:
@@ -93,18 +94,21 @@ class Stage:
 
     Args:
         reading: features whose keys are known when the stages before this one have been computed.
-        derived: computed after them; None if the stage has none.
+        derived: computed after them, all at once.
     """
 
     reading: tuple[SourceFeature, ...]
-    derived: Derived | None = None
+    derived: tuple[Derived, ...] = ()
 
     def derive(self, view: FeatureView, frame: pl.DataFrame) -> pl.DataFrame:
         """Returns `frame` with the columns of `derived`."""
-        if self.derived is None:
-            return frame
-        with computing(f"Derived({', '.join(self.derived.columns)})"):
-            return with_derived(view, self.derived, frame)
+        try:
+            return _with_derived(view, self.derived, frame) if self.derived else frame
+        except pl.exceptions.PolarsError:
+            for each in self.derived:  # to name the one that fails
+                with computing(f"Derived({', '.join(each.columns)})"):
+                    with_derived(view, each, frame)
+            raise
 
 
 @functools.lru_cache(256)
@@ -114,10 +118,32 @@ def stages(view: FeatureView) -> tuple[Stage, ...]:
 
 
 def _stages(view: FeatureView) -> Iterator[Stage]:
+    if view.columns.keys() & view.spine.schema.keys():  # what a name means depends on the order of features
+        yield from _stages_in_order(view)
+        return
+    known, left = set(view.spine.schema), list(view.features)
+    while left:
+        reading = [
+            each for each in left if not isinstance(each, Derived) and all(column in known for column, _ in each.keys)
+        ]
+        known.update(name for each in reading for name in column_names(each))
+        derived = [
+            each
+            for each in left
+            if isinstance(each, Derived) and all(known.issuperset(columns_of(expr)) for expr in each.columns.values())
+        ]
+        known.update(name for each in derived for name in each.columns)
+        done = {id(each) for each in (*reading, *derived)}
+        left = [each for each in left if id(each) not in done]
+        assert done
+        yield Stage(tuple(reading), tuple(derived))
+
+
+def _stages_in_order(view: FeatureView) -> Iterator[Stage]:
     waiting: list[SourceFeature] = []
     for feature in view.features:
         if isinstance(feature, Derived):
-            yield Stage(tuple(waiting), feature)
+            yield Stage(tuple(waiting), (feature,))
             waiting = []
             continue
         if any(
@@ -166,7 +192,7 @@ def feature_columns(
     for feature in features:
         groups.setdefault(group_key(feature), []).append(feature)
 
-    found_events = _FoundEvents(view, frame, tables, groups)
+    found_events = _Reached(view, frame, tables, groups)
 
     def history_of(key: GroupKey, group: Sequence[SourceFeature]) -> History | None:
         if isinstance(group[0], Lookup):
@@ -185,11 +211,7 @@ def feature_columns(
                 found = found_events.of(key, first.condition)
             codes, moments = found_events.keys.distinct(_spine_columns(key)).codes, found_events.moments
             return History(first.source, found, found.codes, moments, codes, _prior(first.keys, frame, summary))
-        events = (
-            tables.rows[key.source]
-            if packed is None
-            else packed.frame(key.history.columns, found_events.keys.hashes[_spine_columns(key)])
-        )
+        events = tables.rows[key.source] if packed is None else found_events.frame_of(key)
         if first.condition is not None:
             with computing(f"where of {first.name!r}"):
                 events = events.filter(first.condition)
@@ -197,7 +219,8 @@ def feature_columns(
 
     def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
-            return lookup_columns(feature, frame, tables.rows[feature.source.name])
+            name = feature.source.name
+            return lookup_columns(feature, frame, tables.packed[name] if name in tables.packed else tables.rows[name])
         assert history is not None
         if isinstance(feature, Latest):
             return latest(feature, history)
@@ -224,7 +247,7 @@ def _spine_columns(key: GroupKey) -> tuple[str, ...]:
     return tuple(column for column, _ in key.keys)
 
 
-class _FoundEvents:
+class _Reached:
     """The packed events that windows of the spine rows of `frame` can reach."""
 
     def __init__(
@@ -242,28 +265,34 @@ class _FoundEvents:
                 alike = dataclasses.replace(key, where=None)
                 lengths = [self.reach.get(alike, 0), *map(_reach, group)]
                 self.reach[alike] = None if None in lengths else max(length or 0 for length in lengths)
-        self._found: dict[GroupKey, FoundEvents] = {}
+        self._found: dict[GroupKey, FoundRows] = {}
 
     @functools.cached_property
     def moments(self) -> Ints:
         return moments_of(self.frame, self.view.time)
 
-    def of(self, key: GroupKey, condition: pl.Expr | None) -> FoundEvents:
+    def of(self, key: GroupKey, condition: pl.Expr | None) -> FoundRows:
         """Those of a group, which it shares with groups that differ in their conditions only."""
         alike = dataclasses.replace(key, where=None)
         if alike not in self._found:
-            reach, source = self.reach[alike], self.view.sources[key.source]
-            low = ALWAYS if reach is None else int(self.moments.min(initial=0)) - reach
             wanted = self.keys.distinct(_spine_columns(key))
+            time, low = self._reached_from(key)
             self._found[alike] = self.packed[key.source].find(
-                key.history.columns,
-                wanted,
-                str(source.event_time or source.time),
-                low,
-                int(self.moments.max(initial=0)),
+                key.history.columns, wanted, time, low, int(self.moments.max(initial=0))
             )
         found = self._found[alike]
         return found if condition is None or key.where is None else found.filtered(key.where, condition)
+
+    def frame_of(self, key: GroupKey) -> pl.DataFrame:
+        """As `of`, as a frame with maybe more rows, and without the condition."""
+        hashes = self.keys.hashes[_spine_columns(key)]
+        return self.packed[key.source].with_hashes(key.history.columns, hashes, *self._reached_from(key))
+
+    def _reached_from(self, key: GroupKey) -> tuple[str, int]:
+        """The column of the time by which windows contain events, and the earliest time that one can reach, µs."""
+        reach, source = self.reach[dataclasses.replace(key, where=None)], self.view.sources[key.source]
+        low = ALWAYS if reach is None else int(self.moments.min(initial=0)) - reach
+        return str(source.event_time or source.time), low
 
 
 @functools.lru_cache(4096)
@@ -303,8 +332,13 @@ def computing(what: str) -> Iterator[None]:
 def with_derived(view: FeatureView, feature: Derived, frame: pl.DataFrame) -> pl.DataFrame:
     """`frame` with the feature's columns in their stored types; values that are not finite, or beyond int64, become
     null."""
-    result = with_columns(frame, *_derived(view, feature))
-    for name in feature.columns:
+    return _with_derived(view, (feature,), frame)
+
+
+def _with_derived(view: FeatureView, features: tuple[Derived, ...], frame: pl.DataFrame) -> pl.DataFrame:
+    """As `with_derived`, of several features that do not need each other."""
+    result = with_columns(frame, *(expr for feature in features for expr in _derived(view, feature)))
+    for name in (name for feature in features for name in feature.columns):
         each = view.arithmetic[name]
         if each.overflow is not None and result[name].null_count():
             lost = int((frame.select(each.overflow.alias("_"))["_"] & result[name].is_null()).sum())
@@ -327,13 +361,27 @@ def cast_stored(expr: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     return pl.when(result.is_finite()).then(result) if dtype.is_float() else result
 
 
-def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame) -> list[pl.Series]:
+def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame | PackedRows) -> list[pl.Series]:
     """Looks up the columns of the dimension row that has the key of each spine row."""
+    if isinstance(dimension, PackedRows):
+        if len(spine) <= FOUND_BY_KEY:
+            return _looked_up_by_key(feature, spine, dimension)
+        dimension = dimension.frame()
     left, right = codes(spine, dimension, feature.keys)
     rows = np.full(int(max(left.max(initial=-1), right.max(initial=-1))) + 2, -1, np.int64)
     rows[right[right >= 0][::-1]] = np.flatnonzero(right >= 0)[::-1]  # the first row of a key is used
     found = rows[left]
     return _taken(dimension, feature.renamed, found, found >= 0)
+
+
+def _looked_up_by_key(feature: Lookup, spine: pl.DataFrame, dimension: PackedRows) -> list[pl.Series]:
+    ours, theirs = zip(*feature.keys, strict=True)
+    wanted = Keys(spine, [ours]).distinct(ours)
+    rows = dimension.find(theirs, wanted)
+    first = np.full(len(wanted.keys) + 1, -1, np.int64)  # the last one is that of a null
+    first[rows.codes[::-1]] = np.arange(len(rows))[::-1]
+    found = first[wanted.codes]
+    return _taken_of_found(rows, feature.renamed, found, found >= 0)
 
 
 def latest(feature: Latest, history: History) -> list[pl.Series]:
@@ -383,11 +431,19 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
         ).to_series()
     if wanted.stat in ("count", "n_unique"):
         return pl.Series(wanted.name, values, pl.Int64)
+    return _float32(wanted.name, values, valid)
+
+
+def _float32(name: str, values: Numbers, valid: Bools) -> pl.Series:
+    """float32 values; null where not valid, and where float32 cannot hold the value."""
     with np.errstate(over="ignore"):
         numbers = values.astype(np.float32)
-    # Values beyond float32 become null.
-    numbers[~(valid & np.isfinite(numbers))] = np.nan
-    return pl.Series(wanted.name, numbers, nan_to_null=True)
+    known = np.isfinite(numbers)
+    known &= valid
+    if known.all():
+        return pl.Series(name, numbers)
+    numbers[~known] = np.nan
+    return pl.Series(name, numbers, nan_to_null=True)
 
 
 def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: Bools) -> list[pl.Series]:
@@ -405,6 +461,20 @@ def _taken(table: pl.DataFrame, renamed: Mapping[str, str], rows: Ints, found: B
     else:
         taken = table[list(renamed)][rows]
     return [_stored(taken[column], name) for column, name in renamed.items()]
+
+
+def _taken_of_found(events: FoundRows, renamed: Mapping[str, str], rows: Ints, found: Bools) -> list[pl.Series]:
+    """As `_taken`."""
+    taken = {}
+    for column, name in renamed.items():
+        dtype = events.nothing[column].dtype
+        numbers = events.numbers(column) if dtype.is_numeric() and dtype != pl.UInt64 else None
+        if numbers is not None:
+            taken[column] = _taken_numbers(name, dtype, *numbers, rows, found)
+    others = {column: name for column, name in renamed.items() if column not in taken}
+    if others:
+        taken |= dict(zip(others, _taken(events.frame(list(others)), others, rows, found), strict=True))
+    return [taken[column] for column in renamed]
 
 
 def _stored(series: pl.Series, name: str) -> pl.Series:
@@ -434,7 +504,7 @@ class History:
     def __init__(
         self,
         source: Source,
-        events: pl.DataFrame | FoundEvents,
+        events: pl.DataFrame | FoundRows,
         codes: Ints,
         moments: Ints,
         spine_codes: Ints,
@@ -526,7 +596,7 @@ class History:
         return made
 
     def _column(self, name: str, rows: Ints) -> Column:
-        if isinstance(self.events, FoundEvents):
+        if isinstance(self.events, FoundRows):
             found = self.events.numbers(name)
             if found is not None:
                 return _column_of(found[0][rows], None if found[1] is None else found[1][rows])
@@ -540,22 +610,15 @@ class History:
         """Columns of the events at `rows`, null where not found."""
         if isinstance(self.events, pl.DataFrame):
             return _taken(self.events, renamed, rows, found)
-        taken = {}
-        for column, name in renamed.items():
-            dtype = self.events.nothing[column].dtype
-            numbers = self.events.numbers(column) if dtype.is_numeric() and dtype != pl.UInt64 else None
-            if numbers is not None:
-                taken[column] = _taken_numbers(name, dtype, *numbers, rows, found)
-        others = {column: name for column, name in renamed.items() if column not in taken}
-        if others:
-            made = _taken(self.events.frame(list(others)), others, rows, found)
-            taken |= dict(zip(others, made, strict=True))
-        return [taken[column] for column in renamed]
+        return _taken_of_found(self.events, renamed, rows, found)
 
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
     ) -> tuple[Numbers, Bools]:
         """The results of `function` for all windows, in the spine's order of rows."""
+        if self.known is None and self.sorting.in_order:
+            ((rows, lo, hi),) = windows
+            return function(rows, lo, hi)
         values, valid = [], np.empty(len(self.moments), np.bool_)
         start = 0
         for rows, lo, hi in windows:
@@ -574,7 +637,7 @@ class History:
         return series.gather(pl.Series(back))
 
 
-def _moments(events: pl.DataFrame | FoundEvents, time: str) -> Ints:
+def _moments(events: pl.DataFrame | FoundRows, time: str) -> Ints:
     return moments_of(events, time) if isinstance(events, pl.DataFrame) else events.moments(time)
 
 

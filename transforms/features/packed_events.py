@@ -1,6 +1,6 @@
 """Rows with indexes per key: how the kernel reads the events of some keys without a query over all rows.
 
-A source's events are in a few `IndexedRows`.  `FoundEvents` are the rows of these that have
+A source's events are in a few `IndexedRows`.  `FoundRows` are the rows of these that have
 the keys of some spine rows, as NumPy columns.  A live shard holds its events this way; a store of events per key that
 is read for one request can too.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from transforms.records.arrays import Bools, Ints, UInt64s
-from transforms.records.columns import select, whole_numbers
+from transforms.records.columns import comparable, select
 from transforms.records.row_hashing import keys_hashes
 from transforms.records.times import ALWAYS, FOREVER
 
@@ -30,14 +30,10 @@ _NOTHING = np.empty(0, np.int64)
 
 def key_values(frame: pl.DataFrame, columns: KeyColumns) -> list[Any]:
     """The key of each row as a Python object; None if one of its columns is null."""
-    values = [_comparable(frame[name]).to_list() for name in columns]
+    values = [comparable(frame[name]).to_list() for name in columns]
     if len(values) == 1:
         return values[0]
     return [None if None in key else key for key in zip(*values, strict=True)]
-
-
-def _comparable(series: pl.Series) -> pl.Series:
-    return series if series.dtype == pl.String else whole_numbers(series).cast(pl.Int64)
 
 
 class Keys:
@@ -94,14 +90,12 @@ class _SortedIndex:
         hashes: distinct hashes, ascending.
         starts: where the rows of each begin in `order`, and the number of rows.
         order: rows by hash and time.
-        distinct: whether rows of one hash have one key.
         keyed: per row of `order` the position of its hash · `span` + its time − `base`; None without a time.
     """
 
     hashes: UInt64s
     starts: Ints
     order: Ints
-    distinct: bool
     keyed: Ints | None
     base: int = 0
     span: int = 1
@@ -138,6 +132,8 @@ class IndexedRows:
         self._codes: dict[KeyColumns, tuple[dict[Hashable, int], Ints]] = {}
         self._columns: dict[str, tuple[npt.NDArray[Any], Bools | None]] = {}
         self._masks: dict[str, Bools] = {}
+        self._one_key: dict[KeyColumns, bool] = {}
+        self._key_columns: dict[KeyColumns, list[pl.Series]] = {}
         self._latest: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -161,7 +157,8 @@ class IndexedRows:
                 self._columns[name] = _appended(values, valid, *_numbers(later[name]))
         else:
             self._codes, self._columns = {}, {}
-        self._sorted, self._masks, self._latest, self._index_bytes = {}, {}, {}, 0
+        self._sorted, self._masks, self._one_key, self._key_columns, self._latest = {}, {}, {}, {}, {}
+        self._index_bytes = 0
         self._frames.append(later)
         self._height += later.height
         self.low = min(low, self.low)
@@ -178,13 +175,15 @@ class IndexedRows:
     def _other_bytes(self) -> int:
         return self._index_bytes + 8 * self._height * len(self._codes)
 
-    def find(self, columns: KeyColumns, wanted: DistinctKeys, time: str, low: int, high: int) -> tuple[Ints, Ints]:
+    def find(
+        self, columns: KeyColumns, wanted: DistinctKeys, time: str | None, low: int, high: int
+    ) -> tuple[Ints, Ints]:
         """The rows that have one of the keys `wanted`, and the code of each; rows outside `[low, high)` may lack.
 
         Args:
             columns: of the key.
             wanted: keys, in the order of `columns`.
-            time: column of a time.
+            time: column of a time, or None.
             low, high: µs.
         """
         if len(self) <= SMALL:
@@ -199,11 +198,14 @@ class IndexedRows:
         index = self._index(columns, time)
         at = np.minimum(index.hashes.searchsorted(wanted.hashes), len(index.hashes) - 1)
         hit = np.flatnonzero(index.hashes[at] == wanted.hashes)
-        if not index.distinct:
+        if not len(hit):
+            return _NOTHING, _NOTHING
+        if not self._one_key_per_hash(columns, index):
             return self._compared(columns, wanted)
-        lo, hi = index.ranges(at[hit], low, high)
+        at = at[hit]
+        lo, hi = index.ranges(at, low, high)
         some, numbers, lengths = [], [], []
-        firsts = index.order[index.starts[at[hit]]].tolist()
+        firsts = index.order[index.starts[at]].tolist()
         for code, first, start, end in zip(hit.tolist(), firsts, lo.tolist(), hi.tolist(), strict=True):
             if start < end and self._key(columns, first) == wanted.keys[code]:
                 some.append(index.order[start:end])
@@ -211,6 +213,8 @@ class IndexedRows:
                 lengths.append(end - start)
         if not some:
             return _NOTHING, _NOTHING
+        if len(some) == 1:
+            return some[0], np.full(lengths[0], numbers[0], np.int64)
         return np.concatenate(some), np.repeat(np.array(numbers, np.int64), lengths)
 
     def holds(self, columns: KeyColumns, wanted: DistinctKeys, time: str) -> bool:
@@ -220,9 +224,9 @@ class IndexedRows:
             return any(key in known for key in wanted.keys)
         return bool(len(self.find(columns, wanted, time, ALWAYS, FOREVER)[0]))
 
-    def find_hashes(self, columns: KeyColumns, wanted: UInt64s, time: str | None = None) -> Ints:
+    def find_hashes(self, columns: KeyColumns, wanted: UInt64s) -> Ints:
         """Positions, ascending, of the rows whose key has one of the hashes `wanted`, which are distinct."""
-        index = self._index(columns, time)
+        index = self._index(columns, None)
         at = np.minimum(index.hashes.searchsorted(wanted), len(index.hashes) - 1)
         at = at[index.hashes[at] == wanted]
         if not len(at):
@@ -277,7 +281,9 @@ class IndexedRows:
         return self._codes[columns]
 
     def _key(self, columns: KeyColumns, row: int) -> Hashable:
-        found = [_value(self.frame[name], row) for name in columns]
+        if columns not in self._key_columns:
+            self._key_columns[columns] = [comparable(self.frame[name]) for name in columns]
+        found = [series[row] for series in self._key_columns[columns]]
         return found[0] if len(found) == 1 else tuple(found)
 
     def _index(self, columns: KeyColumns, time: str | None) -> _SortedIndex:
@@ -298,26 +304,28 @@ class IndexedRows:
         ordered = hashes[order]
         new = np.concatenate([np.ones(1, np.bool_), ordered[1:] != ordered[:-1]])
         starts = np.flatnonzero(new)
-        distinct = self._one_key_per_hash(columns, order, new)
         first = ordered[starts]
         starts = np.append(starts, len(order))
         if moments is None:
-            return _SortedIndex(first, starts, order, distinct, None)
+            return _SortedIndex(first, starts, order, None)
         base = int(moments.min())
         span = int(moments.max()) - base + 2
         if len(first) * span >= 2**62:
-            return _SortedIndex(first, starts, order, distinct, None)
+            return _SortedIndex(first, starts, order, None)
         keyed = (np.cumsum(new) - 1) * span + (moments[order] - base)
-        return _SortedIndex(first, starts, order, distinct, keyed, base, span)
+        return _SortedIndex(first, starts, order, keyed, base, span)
 
-    def _one_key_per_hash(self, columns: KeyColumns, order: Ints, new: Bools) -> bool:
+    def _one_key_per_hash(self, columns: KeyColumns, index: _SortedIndex) -> bool:
         """Whether rows with one hash have one key."""
-        for name in columns:
-            series = _comparable(self.frame[name])[order]
-            same = (series[1:].eq_missing(series[:-1])).to_numpy()
-            if not (same | new[1:]).all():
-                return False
-        return True
+        if columns not in self._one_key:
+            new = np.zeros(len(index.order), np.bool_)
+            new[index.starts[:-1]] = True
+            alike = np.ones(len(index.order) - 1, np.bool_)
+            for name in columns:
+                series = comparable(self.frame[name])[index.order]
+                alike &= series[1:].eq_missing(series[:-1]).to_numpy()
+            self._one_key[columns] = bool((alike | new[1:]).all())
+        return self._one_key[columns]
 
     def _compared(self, columns: KeyColumns, wanted: DistinctKeys) -> tuple[Ints, Ints]:
         """As `find`, by comparing the keys of all rows."""
@@ -355,21 +363,14 @@ def _appended(
     return np.concatenate([values, more]), valid
 
 
-def _value(series: pl.Series, row: int) -> Hashable:
-    dtype = series.dtype
-    if dtype == pl.String or dtype.is_integer():
-        return series[row]
-    return _comparable(series[row : row + 1])[0]
-
-
 def _coded(known: dict[Hashable, int], keys: Sequence[Hashable]) -> Ints:
     """The code of each key, −1 for null.  New keys are added to those known."""
     return np.array([-1 if key is None else known.setdefault(key, len(known)) for key in keys], np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedEvents:
-    """A source's events for the kernel: those that windows can reach, and maybe more.
+class PackedRows:
+    """A source's rows for the kernel: the events that windows can reach, and maybe more, or a dimension.
 
     Args:
         parts: the rows.
@@ -382,31 +383,44 @@ class PackedEvents:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def frame(self, columns: KeyColumns, hashes: UInt64s) -> pl.DataFrame:
-        """The rows whose key has one of some hashes, and maybe more."""
+    def frame(self) -> pl.DataFrame:
+        """All rows."""
+        return pl.concat([self.nothing, *(part.frame[self.nothing.columns] for part in self.parts)])
+
+    def with_hashes(self, columns: KeyColumns, hashes: UInt64s, time: str, low: int) -> pl.DataFrame:
+        """The rows whose key has one of some hashes, and maybe more; parts before `low` µs are left out."""
         hashes = np.unique(hashes)
         names, found = self.nothing.columns, []
         for part in self.parts:
+            if part.latest(time) < low:
+                continue
             rows = part.find_hashes(columns, hashes)
             if len(rows):
                 some = part.frame[names]
                 found.append(some if len(rows) == len(some) else some[rows])
         return pl.concat(found) if found else self.nothing
 
-    def find(self, columns: KeyColumns, wanted: DistinctKeys, time: str, low: int, high: int) -> FoundEvents:
+    def find(
+        self,
+        columns: KeyColumns,
+        wanted: DistinctKeys,
+        time: str | None = None,
+        low: int = ALWAYS,
+        high: int = FOREVER,
+    ) -> FoundRows:
         """See `IndexedRows.find`."""
         parts, codes = [], []
         for part in self.parts:
-            if part.latest(time) < low:
+            if time is not None and part.latest(time) < low:
                 continue
             rows, some = part.find(columns, wanted, time, low, high)
             if len(rows):
                 parts.append((part, rows))
                 codes.append(some)
-        return FoundEvents(parts, codes[0] if len(codes) == 1 else _joined(codes), self.nothing)
+        return FoundRows(parts, codes[0] if len(codes) == 1 else _joined(codes), self.nothing)
 
 
-class FoundEvents:
+class FoundRows:
     """Some rows of several parts, as one table.
 
     Args:
@@ -426,7 +440,7 @@ class FoundEvents:
     def columns(self) -> list[str]:
         return self.nothing.columns
 
-    def filtered(self, text: str, condition: pl.Expr) -> FoundEvents:
+    def filtered(self, text: str, condition: pl.Expr) -> FoundRows:
         """The rows for which a condition holds; `text` identifies it.
 
         Raises:
@@ -440,7 +454,7 @@ class FoundEvents:
                 for part, rows in self.parts
             ]
         parts = [(part, rows[mask]) for (part, rows), mask in zip(self.parts, masks, strict=True)]
-        return FoundEvents(parts, self.codes[_joined(masks, np.bool_)], self.nothing)
+        return FoundRows(parts, self.codes[_joined(masks, np.bool_)], self.nothing)
 
     def numbers(self, name: str) -> tuple[npt.NDArray[Any], Bools | None] | None:
         """As `IndexedRows.numbers`."""

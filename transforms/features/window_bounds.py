@@ -10,10 +10,12 @@ import polars as pl
 
 from transforms.features.window_statistics import Once
 from transforms.records.arrays import Bools, Ints
-from transforms.records.columns import whole_numbers
+from transforms.records.columns import comparable
 
 # Up to this many positions are searched for one by one; for more, one pass over all keys costs less.
 MANY = 20_000
+# Up to this many rows are sorted by comparison at once, and up to this many spine rows are not sorted.
+SMALL, UNSORTED = 1000, 256
 # Up to this many spine rows are compared with all events, key by key; for more, a code for every key costs less.
 FEW = 16
 
@@ -22,26 +24,32 @@ class EventOrder:
     """Events and spine rows under one integer key, code · span + time, so that a window is two binary searches."""
 
     def __init__(self, positions: Ints, codes: Ints, moments: Ints, spine_codes: Ints) -> None:
-        self.base = int(min(positions.min(initial=2**62), moments.min(initial=2**62)))
-        last = int(max(positions.max(initial=-(2**62)), moments.max(initial=-(2**62))))
+        # Few spine rows stay as they are.  Many are sorted, so that neighbours are looked up in the same memory; the
+        # span then has their times too.
+        self.in_order = len(moments) <= UNSORTED
+        times = [each for each in ((positions,) if self.in_order else (positions, moments)) if len(each)]
+        self.base = min((int(each.min()) for each in times), default=0)
+        last = max((int(each.max()) for each in times), default=0)
         self.positions, self.codes, self.moments, self.spine_codes = positions, codes, moments, spine_codes
-        self.span = max(last - self.base + 2, 2)
+        self.span = last - self.base + 2
         self.unique: Ints | None = None
         groups = int(max(codes.max(initial=0), spine_codes.max(initial=0))) + 1
         if groups * self.span >= 2**62:
             self.unique = np.unique(positions)
             self.span = len(self.unique) + 1
         self.order, self.sorted_keys = self._sorted(codes, positions)
-        self.spine_order, _ = self._sorted(spine_codes, moments)
-        self.sorted_codes = spine_codes[self.spine_order]
-        self.sorted_moments = moments[self.spine_order]
+        self.spine_order = np.arange(len(moments)) if self.in_order else self._sorted(spine_codes, moments)[0]
+        self.sorted_codes = spine_codes if self.in_order else spine_codes[self.spine_order]
+        self.sorted_moments = moments if self.in_order else moments[self.spine_order]
         self.ends = self._search(self.sorted_moments)
         self._starts = Once()
 
     def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
         """(Rows by code and time, their keys in that order.)"""
         keys = codes * self.span + self._position(times)
-        if is_sorted(times):
+        if len(keys) < SMALL:
+            order = np.argsort(keys, kind="stable")
+        elif is_sorted(times):
             order = by_code(codes)
         elif len(keys) < MANY:
             order = np.argsort(keys, kind="stable")
@@ -50,16 +58,14 @@ class EventOrder:
         return order, keys[order]
 
     def _position(self, times: Ints) -> Ints:
-        """Times as numbers in `[0, span)`; times before the first event are 0."""
+        """Times as numbers in `[0, span)`; times before the first event are 0, and those after the last span − 1."""
         if self.unique is not None:
             return np.searchsorted(self.unique, times, "left").astype(np.int64)
-        return np.clip(times - self.base, 0, None)
+        return np.minimum(np.maximum(times - self.base, 0), self.span - 1)
 
     def _search(self, times: Ints) -> Ints:
         """Position of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
-        wanted = self.sorted_codes * self.span + self._position(times)
-        found = positions(self.sorted_keys, wanted)
-        return np.where(self.sorted_codes < 0, 0, found)
+        return positions(self.sorted_keys, self.sorted_codes * self.span + self._position(times))
 
     def bounds(self, length: int | None, start: int | None = None) -> tuple[Ints, Ints]:
         """`[t − length, t)` per spine row, in `spine_order`; without a length `[start, t)`, or all before t."""
@@ -128,7 +134,7 @@ def codes(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, st
 
 def _codes_of_few(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple[str, str]]) -> tuple[Ints, Ints]:
     """`codes` of the keys that some spine row has, by comparing each with all rows of `table`."""
-    sides = [(_comparable(spine[ours]).to_list(), _comparable(table[theirs])) for ours, theirs in keys]
+    sides = [(comparable(spine[ours]).to_list(), comparable(table[theirs])) for ours, theirs in keys]
     left, right = np.full(len(spine), -1, np.int64), np.full(len(table), -1, np.int64)
     found: dict[tuple[Any, ...], int] = {}
     equal: dict[tuple[int, Any], Bools] = {}
@@ -149,10 +155,6 @@ def _codes_of_few(spine: pl.DataFrame, table: pl.DataFrame, keys: Sequence[tuple
                 number += 1
         left[row] = found.get(key, -1)
     return left, right
-
-
-def _comparable(series: pl.Series) -> pl.Series:
-    return series if series.dtype == pl.String else whole_numbers(series).cast(pl.Int64)
 
 
 def _column_codes(left: pl.Series, right: pl.Series) -> tuple[Ints, Ints]:

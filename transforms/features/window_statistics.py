@@ -28,7 +28,7 @@ from transforms.records.window_sums import ExactSum, squared, window_variance
 
 Value = TypeVar("Value")
 # Up to this many windows are computed one by one, if together they are at most SHARED times as long as the column.
-FEW, SHARED = 256, 2
+FEW, SHARED = 32, 2
 
 
 class Once:
@@ -208,6 +208,10 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
             distinct = [len(set(column.values[a:b].tolist())) for a, b in zip(lo.tolist(), hi.tolist(), strict=True)]
             return np.array(distinct, np.int64), np.ones(len(lo), np.bool_)
         return column.previous.below(lo, hi, lo + 1), np.ones(len(lo), np.bool_)
+    if stat in _OF_ONE and _one_by_one(column, lo, length):
+        numbers, one = column.numbers, _OF_ONE[stat]
+        windows = zip(lo.tolist(), hi.tolist(), strict=True)
+        return np.array([one(numbers[a:b]) if a < b else math.nan for a, b in windows]), length > 0
     valid = length > (1 if stat in ("std", "var") else 0)
     everywhere = bool(valid.all())
     at = slice(None) if everywhere else np.flatnonzero(valid)
@@ -217,11 +221,7 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
         rows[at] = column.position(some_lo if stat == "first" else some_hi - 1)
         return rows, valid
     result = np.zeros(len(lo))
-    if stat in _OF_ONE and _one_by_one(column, lo, length):
-        numbers, one = column.numbers, _OF_ONE[stat]
-        result[at] = [one(numbers[a:b]) for a, b in zip(some_lo.tolist(), some_hi.tolist(), strict=True)]
-    else:
-        result[at] = _number(column, stat, some_lo, some_hi)
+    result[at] = _number(column, stat, some_lo, some_hi)
     return result, valid
 
 

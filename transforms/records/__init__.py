@@ -12,7 +12,7 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.records.arrays import Bools, Floats, Ints, UInt64s
-    from transforms.records.columns import moments_of, select, whole_numbers, with_columns, with_series
+    from transforms.records.columns import comparable, moments_of, select, whole_numbers, with_columns, with_series
     from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
     from transforms.records.exact_sums import (
         UNIT,

@@ -27,6 +27,11 @@ def whole_numbers(series: pl.Series) -> pl.Series:
     return series.cast(pl.Int64) if series.dtype.is_temporal() else series
 
 
+def comparable(series: pl.Series) -> pl.Series:
+    """Keys in a form in which equal ones are equal, whatever their columns' widths: texts, or 64-bit integers."""
+    return series if series.dtype == pl.String else whole_numbers(series).cast(pl.Int64)
+
+
 def moments_of(frame: pl.DataFrame, time: str) -> Ints:
     """A column of times without nulls, in µs since 1970."""
     return frame[time].cast(pl.Int64).to_numpy()

@@ -22,12 +22,25 @@ _ROUNDS = tuple(
 )
 _LAST = np.uint64(31)
 _NULL = np.uint64(0x6E756C6C6E756C6C)
+# As Python's integers, for up to so many values.
+_FEW, _64_BITS, _GOLDEN_INT = 8, 2**64 - 1, int(_GOLDEN)
+_ROUNDS_INT = tuple((int(shift), int(factor)) for shift, factor in _ROUNDS)
 # Number of values mixed at a time: few enough to stay in a core's cache and in memory that the allocator reuses.
 _PIECE = 1 << 14
 
 
+def _mix_one(value: int) -> int:
+    """`mix_bits` of one value, which is quicker in Python than ten calls of NumPy."""
+    z = value + _GOLDEN_INT & _64_BITS
+    for shift, factor in _ROUNDS_INT:
+        z = (z ^ z >> shift) * factor & _64_BITS
+    return z ^ z >> 31
+
+
 def mix_bits(values: UInt64s) -> UInt64s:
     """splitmix64's finaliser, a bijection on 64 bits."""
+    if values.size <= _FEW:
+        return np.array([_mix_one(value) for value in values.reshape(-1).tolist()], np.uint64)
     result: UInt64s = np.atleast_1d(values) + _GOLDEN
     shifted = np.empty(min(len(result), _PIECE), np.uint64)
     for start in range(0, len(result), _PIECE):

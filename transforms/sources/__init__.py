@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
+    from transforms.sources.contracts import IN_YEARS, Contract, all_in_years, check_rows, outside_years
     from transforms.sources.day_digests import Digests, add_digests
     from transforms.sources.dead_letters import (
         DEAD_LETTERS,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from schemas.durations import instant, microseconds
 from schemas.errors import ContractError, listed, nearest
 from schemas.sources import Source
-from transforms.records.columns import select, with_columns
+from transforms.records.columns import select, whole_numbers, with_columns
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.dead_letters import ROW_DEAD_LETTERS
 
@@ -372,6 +372,14 @@ def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
     if dtype == pl.String:
         return pl.col(name).str.strip_prefix(_NOT_UTF8)
     return pl.col(name).cast(pl.String)
+
+
+def all_in_years(times: pl.Series) -> bool:
+    """Whether each date or time (µs) that is not null is in the years 1 to 9999."""
+    numbers = whole_numbers(times)
+    first, end = _YEARS_DAYS if times.dtype == pl.Date else YEARS
+    known = numbers.drop_nulls().to_numpy() if numbers.null_count() else numbers.to_numpy()
+    return not len(known) or bool(first <= known.min() and known.max() < end)
 
 
 def outside_years(times: pl.Expr, dtype: pl.DataType) -> pl.Expr:

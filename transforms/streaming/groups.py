@@ -13,6 +13,7 @@ from schemas.feature_groups import GroupKey, column_names, group_key, window_len
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
 from transforms.features.kernel import lookup_columns, with_derived
+from transforms.features.packed_events import PackedRows
 from transforms.streaming.fates import comparison_span
 from transforms.streaming.lifetime_store import Kind, by_kind
 
@@ -138,7 +139,7 @@ class GroupKeys:
         """The dimensions that contain keys: a spine row is looked up in them before it is routed."""
         return tuple(dict.fromkeys(each.source.name for each in self.steps if isinstance(each, Lookup)))
 
-    def added_to(self, spine_rows: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    def added_to(self, spine_rows: pl.DataFrame, dimensions: Mapping[str, PackedRows]) -> pl.DataFrame:
         """Spine rows with the columns that are keys.
 
         Args:

@@ -18,6 +18,7 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
+from transforms.features.packed_events import PackedRows
 from transforms.records.columns import moments_of, with_series
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
@@ -398,12 +399,12 @@ class Journal:
 
         If keys come from dimensions, the assembly uses the same versions of the dimensions.
         """
-        frames, versions = dict[str, pl.DataFrame](), None
+        looked_up, versions = dict[str, PackedRows](), None
         if self.keys.dimensions:
             assert self.dimensions is not None
             self.dimensions.refresh()
-            frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
-        shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
+            looked_up, versions = dict(self.dimensions.packed), dict(self.dimensions.versions)
+        shards = routing.add_spine_rows(self.keys.added_to(ready, looked_up))
         cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
         rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN_TYPES]].hstack([cold])
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
@@ -498,6 +499,14 @@ class Journal:
 
 def _with_fates(rows: pl.DataFrame, fates: Deduplicated) -> pl.DataFrame:
     """Accepted rows with columns that say whether each counts and which row it replaces."""
+    if not fates.repeated and len(fates.counted) == len(rows):  # all of them count
+        return with_series(
+            rows,
+            [
+                pl.Series("__counted", [True]).new_from_index(0, len(rows)),
+                pl.Series("__instead", [None], pl.Int64).new_from_index(0, len(rows)),
+            ],
+        )
     identities = row_identity(rows)
     replaced = fates.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
     return rows.with_columns(

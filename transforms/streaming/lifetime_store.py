@@ -21,7 +21,7 @@ from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, computing
 from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 from transforms.features.long_windows import firsts_and_lasts
-from transforms.features.packed_events import IndexedRows, PackedEvents
+from transforms.features.packed_events import IndexedRows, PackedRows
 from transforms.records.arrays import UInt64s
 from transforms.records.times import ALWAYS
 from transforms.streaming.time_buckets import SLOTS, Change, Piece
@@ -108,7 +108,7 @@ class LifetimeStore:
     def whole(self) -> pl.DataFrame:
         return self._joined(self.parts)
 
-    def tables(self, hashes: UInt64s, events: PackedEvents) -> KernelTables:
+    def tables(self, hashes: UInt64s, events: PackedRows) -> KernelTables:
         """The kernel's tables for the keys with `hashes`: the compacted events, and the `events` that are not evicted
         yet."""
         if self.kind == "rows":

@@ -24,6 +24,8 @@ from schemas.errors import MillraceError, StoreError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.block_inputs import contradictions, dimension_rows
+from transforms.features.packed_events import IndexedRows, PackedRows
+from transforms.records.times import ALWAYS
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dead_letters, concat_dead_letters
 from transforms.sources.inventory import survey_files
@@ -48,6 +50,7 @@ class Dimensions:
         self.versions: dict[str, str] = {}
         self._stamps: dict[str, str] = {}
         self.frames: dict[str, pl.DataFrame] = {}
+        self._packed: dict[str, tuple[pl.DataFrame, PackedRows]] = {}
         self._dead_letters: list[pl.DataFrame] = []
         self.refused = Metrics.counter("millrace.live", "dimensions_refused")
 
@@ -90,6 +93,14 @@ class Dimensions:
         if name in self.versions and version != self.versions[name]:
             log.info("dimension %s: version %s serves instead of %s", name, version, self.versions[name])
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
+
+    @property
+    def packed(self) -> Mapping[str, PackedRows]:
+        """The current dimensions, with indexes per key."""
+        for name, frame in self.frames.items():
+            if name not in self._packed or self._packed[name][0] is not frame:
+                self._packed[name] = frame, PackedRows([IndexedRows(frame, ALWAYS)], frame.clear())
+        return {name: packed for name, (_, packed) in self._packed.items()}
 
     def use(self, versions: Mapping[str, str]) -> None:
         """Makes certain stored versions the current ones."""

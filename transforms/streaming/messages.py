@@ -27,7 +27,7 @@ from schemas.errors import ContractError, nearest
 from schemas.sources import Source
 from transforms.records.columns import moments_of, select, with_series
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
+from transforms.sources.contracts import IN_YEARS, Contract, all_in_years, check_rows, outside_years
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
 from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, check_arrow, check_json, read_arrow
@@ -427,6 +427,8 @@ def _beyond_calendar(source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, 
 
 def out_of_calendar(times: pl.Series) -> pl.Series:
     """Whether each date or time (µs) is outside the years 1 to 9999; False for null."""
+    if all_in_years(times):
+        return pl.Series(times.name, np.zeros(len(times), np.bool_))
     return select(times.to_frame("_"), outside_years(pl.col("_"), times.dtype).fill_null(False)).to_series()
 
 

@@ -41,22 +41,6 @@ class Deduplicated:
     repeated: int
     uncompared: pl.Series = dataclasses.field(default_factory=lambda: _NONE_UNCOMPARED)
 
-    def fates(self, identities: pl.Series) -> list[pl.Series]:
-        """What is stored of the fates of all the new events (`FATE_COLUMNS`), which have these identities."""
-        size = len(identities)
-        if not self.repeated and not len(self.uncompared) and len(self.counted) == size:
-            return [
-                pl.Series("__counted", np.ones(size, np.bool_)),
-                pl.Series("__instead", [None], pl.Int64).new_from_index(0, size),
-                pl.Series("__uncompared", np.zeros(size, np.bool_)),
-            ]
-        replaced = self.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
-        return [
-            identities.is_in(self.counted[RID].implode()).alias("__counted"),
-            identities.to_frame().join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
-            identities.is_in(self.uncompared.implode()).alias("__uncompared"),
-        ]
-
 
 class RepeatFinder:
     """Keeps the events of a source with `unique` for as long as a later event may repeat them.

@@ -182,7 +182,7 @@ class AssembleDoFn(beam.DoFn):
             self.dimensions.refresh()
         else:
             self.dimensions.use(ready.dimensions)
-        features = assemble(self.view, self.groups, ready.rows, parts, self.dimensions.frames)
+        features = assemble(self.view, self.groups, ready.rows, parts, self.dimensions.packed)
         size, moment = len(features), pl.Series([now_us()], dtype=pl.Int64).cast(pl.Datetime("us", "UTC"))
         rows = with_series(
             features,

@@ -12,8 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import polars as pl
 
 from schemas.views import FeatureView
-from transforms.features.kernel import KernelTables, compute, feature_columns
-from transforms.features.packed_events import PackedEvents
+from transforms.features.kernel import FOUND_BY_KEY, KernelTables, compute, feature_columns
+from transforms.features.packed_events import PackedRows
 from transforms.features.window_bounds import is_sorted
 from transforms.records.arrays import Bools
 from transforms.records.columns import moments_of
@@ -123,10 +123,11 @@ class Shard:
         reach = dict[str, int]()
         for group in map(self.groups.__getitem__, numbers):
             reach[group.source] = max(reach.get(group.source, 0), group.reach if group.kind == "none" else low - ALWAYS)
-        packed = {
-            name: PackedEvents(self.buckets[name].few_parts(low - length, high), self.nothing[name])
-            for name, length in reach.items()
-        }
+        packed = {}
+        for name, length in reach.items():
+            buckets, span = self.buckets[name], (low - length, high)
+            parts = buckets.few_parts(*span) if len(spine_rows) <= FOUND_BY_KEY else list(buckets.parts(*span))
+            packed[name] = PackedRows(parts, self.nothing[name])
         first = self.groups[numbers[0]]
         if first.kind == "none":
             return KernelTables({}, packed=packed)
@@ -152,7 +153,7 @@ def assemble(
     groups: Sequence[Group],
     spine_rows: pl.DataFrame,
     parts: Sequence[ShardFeatures],
-    dimensions: Mapping[str, pl.DataFrame],
+    dimensions: Mapping[str, PackedRows],
 ) -> pl.DataFrame:
     """All features of a turn's spine rows from what the shards computed, as `kernel.compute` returns them."""
     by_group: dict[int, list[pl.DataFrame]] = {}
@@ -167,7 +168,7 @@ def assemble(
         if len(whole) != len(spine_rows):
             raise AssertionError(f"{len(whole)} rows of features for {len(spine_rows)} spine rows")
         columns.update({name: whole[name] for name in whole.columns if name != "__position"})
-    return compute(view, spine_rows, KernelTables(dimensions, columns=columns))
+    return compute(view, spine_rows, KernelTables({}, columns=columns, packed=dimensions))
 
 
 def versions_text(versions: Mapping[str, str]) -> str:

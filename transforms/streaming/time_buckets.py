@@ -8,7 +8,7 @@ reads all rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -62,6 +62,7 @@ class TimeBuckets:
         self.time, self.width, self.keys = time, max(width, 1), tuple(keys)
         self.buckets: dict[int, list[IndexedRows]] = {}
         self._joined: dict[tuple[int, ...], tuple[list[IndexedRows], IndexedRows]] = {}
+        self._seen: set[tuple[int, ...]] = set()
         self._added: list[Change] = []
         self._rewritten: set[int] = set()
         self._nothing: pl.DataFrame | None = None
@@ -71,7 +72,8 @@ class TimeBuckets:
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for parts in self.buckets.values() for part in parts)
+        joined = sum(part.bytes for _, part in self._joined.values())
+        return joined + sum(part.bytes for parts in self.buckets.values() for part in parts)
 
     def add(self, frame: pl.DataFrame) -> None:
         """Adds rows, in any order of times."""
@@ -132,36 +134,29 @@ class TimeBuckets:
                 yield from (part for part in self.buckets[number] if part.low < high)
 
     def few_parts(self, low: int, high: int) -> list[IndexedRows]:
-        """As `parts`, with those of buckets before the last one joined: to search each would cost more."""
+        """As `parts`, to look few rows up: to search each part would cost more than to join them.
+
+        Those of buckets before the last one are joined, if they have not changed since the last call.
+        """
         last = self.buckets[max(self.buckets)] if self.buckets else []
         newest = {id(part) for part in last}
         before = [part for part in self.parts(ALWAYS, FOREVER) if id(part) not in newest]
-        large, small = (
-            self._joined_parts([part for part in before if (len(part) > SMALL) == wanted], most)
+        # The parts are kept beside what was joined, so that their ids stay theirs.
+        groups = {
+            tuple(n for part in group for n in (id(part), len(part))): group
             for wanted, most in ((True, JOINED), (False, SMALL))
-        )
-        self._joined = {key: self._joined[key] for key in (*large, *small) if key in self._joined}
-        return [part for part in [*large.values(), *small.values(), *last] if part.low < high]
-
-    def _joined_parts(self, parts: Sequence[IndexedRows], most: int) -> dict[tuple[int, ...], IndexedRows]:
-        """Neighbouring parts joined, each of at most `most` rows, by what identifies them."""
-        result = dict[tuple[int, ...], IndexedRows]()
-        some, size = list[IndexedRows](), 0
-        for part in [*parts, None]:
-            if part is not None and (not some or size + len(part) <= most):
-                some.append(part)
-                size += len(part)
-                continue
-            if some:
-                # The parts are kept beside what was joined, so that their ids stay theirs.
-                key = tuple(n for each in some for n in (id(each), len(each)))
-                if len(some) > 1 and key not in self._joined:
-                    rows = pl.concat([each.frame for each in some], rechunk=True)
-                    self._joined[key] = some, IndexedRows(rows, min(each.low for each in some), self.keys)
-                result[key] = self._joined[key][1] if len(some) > 1 else some[0]
-            if part is not None:
-                some, size = [part], len(part)
-        return result
+            for group in _grouped([part for part in before if (len(part) > SMALL) == wanted], most)
+        }
+        joined, result = dict[tuple[int, ...], tuple[list[IndexedRows], IndexedRows]](), list[IndexedRows]()
+        for key, group in groups.items():
+            if len(group) > 1 and key in self._seen and key not in self._joined:
+                rows = pl.concat([part.frame for part in group], rechunk=True)
+                self._joined[key] = group, IndexedRows(rows, min(part.low for part in group), self.keys)
+            if key in self._joined:
+                joined[key] = self._joined[key]
+            result += [joined[key][1]] if key in joined else group
+        self._joined, self._seen = joined, set(groups)
+        return [part for part in [*result, *last] if part.low < high]
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
         """Rows of buckets that overlap `[low, high)`, if their `key` has one of the hashes `wanted`.
@@ -171,7 +166,7 @@ class TimeBuckets:
         wanted = np.unique(wanted)
         found = []
         for part in self.parts(low, high):
-            rows = part.find_hashes(key, wanted, self.time)
+            rows = part.find_hashes(key, wanted)
             if len(rows):
                 found.append(part.frame if len(rows) == len(part.frame) else part.frame[rows])
         return found
@@ -230,6 +225,19 @@ class TimeBuckets:
             self.buckets[number] = rest
         self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
         return taken
+
+
+def _grouped(parts: Iterable[IndexedRows], most: int) -> Iterator[list[IndexedRows]]:
+    """Neighbouring parts with at most `most` rows together, or one part."""
+    group, size = list[IndexedRows](), 0
+    for part in parts:
+        if group and size + len(part) > most:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += len(part)
+    if group:
+        yield group
 
 
 class Store(Protocol):
