@@ -24,8 +24,9 @@ from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import add
-from transforms.sources.inventory import Slices, survey_files
+from transforms.sources.inventory import survey_files
 from transforms.sources.reader import ReadOptions, read_slices, stream_slices
+from transforms.sources.slices import Slices
 
 ROOT = Path(__file__).parents[2]
 MEASURED = """

@@ -17,8 +17,9 @@ from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add
 from transforms.sources.dead_letters import concat_dead_letters
-from transforms.sources.inventory import Inventory, Slice
+from transforms.sources.inventory import Inventory
 from transforms.sources.reader import ReadOptions, Repeats, repeats_of, stream_slices
+from transforms.sources.slices import Slice
 
 _MASK = 2**64 - 1
 # Days back of a window over all history.

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
+    from transforms.sources.contracts import IN_YEARS, UNREADABLE, Contract, check_rows, not_whole, outside_years
+    from transforms.sources.conversions import (
+        PROBLEM,
+        Twice,
+        converted,
+        holds,
+        problem_free,
+        with_problems,
+        without_problems,
+    )
+    from transforms.sources.data_files import DataFile, ParquetData, open_file, open_parquet, stamp_of
     from transforms.sources.day_digests import Digests, add
     from transforms.sources.dead_letters import (
         DEAD_LETTERS,
@@ -26,19 +36,18 @@ if TYPE_CHECKING:
         dead_letters_batch,
         message_dead_letters,
     )
+    from transforms.sources.formats import SUFFIXES, format_of, is_text, without_suffix
     from transforms.sources.inventory import (
+        HAS_FILES,
         Inventory,
-        Slice,
-        Slices,
         files_of,
-        open_parquet,
-        stamp_of,
+        spine_contract,
         survey,
         survey_files,
         take_inventory,
         version_of,
     )
-    from transforms.sources.listing import Listing, unchanged
+    from transforms.sources.listing import Listing, is_hidden, unchanged
     from transforms.sources.reader import (
         CHUNK_ROWS,
         Read,
@@ -52,6 +61,8 @@ if TYPE_CHECKING:
         without_repeats,
     )
     from transforms.sources.repeats import NEVER, Ints, KnownOrder
+    from transforms.sources.slices import Slice, Slices
     from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, conserve, digests_read
+    from transforms.sources.text_rewriting import rewrite_text
 
 import_when_used(__name__)

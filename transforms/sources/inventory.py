@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import operator
 import os
-from collections.abc import Mapping, Sequence
-from io import BufferedIOBase
-from typing import Any
+from collections.abc import Mapping
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.pickled_once import PickledOnce
-from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import UNREADABLE, Contract, Partitions, as_frame, fits, not_whole, readable
-from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
+from transforms.records.times import day_number, midnight
+from transforms.sources.contracts import UNREADABLE, Contract, Mismatch, Partitions, refused
+from transforms.sources.conversions import LocalTimes, Twice
+from transforms.sources.data_files import open_file
+from transforms.sources.formats import SUFFIXES, is_text
+from transforms.sources.listing import LOG, Listing, list_files
+from transforms.sources.slices import Slice, Slices
+from transforms.sources.surveying import survey_batch, wrong_columns
 from transforms.storage.delta_log import path_within, versions
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
-from transforms.storage.file_systems import FileSystems, require_regular
-from transforms.storage.paths import source_uri
+from transforms.storage.file_systems import FileSystems
+from transforms.storage.paths import place_of
 
 # Primitive types of Delta tables.
 _ARROW = {
@@ -47,60 +45,26 @@ _ARROW = {
 }
 # Files that one thread reads before it takes more.
 FILES_AT_ONCE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A row group of a file: its first row's number in the file, rows, bounds of its times in µs (both inclusive), and
-    the file's stamp, which changes with its content."""
-
-    path: str
-    group: int
-    first: int
-    rows: int
-    low: int
-    high: int
-    stamp: str = ""
-
-
-class Slices(PickledOnce, tuple[Slice, ...]):
-    """Row groups of a source."""
-
-    def overlapping(self, low: int, high: int) -> Slices:
-        """Those that may have rows in `[low, high)` µs."""
-        found = Slices(each for each in self if each.low < high and each.high >= low)
-        return self if len(found) == len(self) else found
-
-    def joined(self, more: Sequence[Slice]) -> Slices:
-        """These, and those of `more` that are not among them."""
-        return Slices(dict.fromkeys([*self, *more])) if more else self
-
-    def pickled_state(self) -> object:
-        return [list(map(operator.attrgetter(name), self)) for name in _FIELDS]
-
-    @classmethod
-    def from_state(cls, state: Sequence[Sequence[Any]]) -> Slices:
-        return cls(map(Slice, *state))
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Slice))
+# Ends the rule of the error where a source has none.
+HAS_FILES = "has files"
 
 
 def version_of(root: str, source: Source) -> int | None:
-    """The newest version of a source that is a Delta table; None for Parquet files."""
-    table = _delta_table(source, source_uri(root, source.name))
+    """The newest version of a source that is a Delta table; None for files."""
+    table = _delta_table(source, place_of(root, source))
     return None if table is None else int(table.version())
 
 
 def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
-    """The source's Parquet files under `<root>/<name>`, sorted; of a Delta table those of `version`, None its newest.
+    """The source's files under `<root>/<name>` or its `path=`, sorted; of a Delta table those of `version`, None its
+    newest.
 
     Raises:
         DataError: there are none, or a folder cannot be looked into.
         ContractError: something under the folder is neither read nor passed over, see `listing`.
         StoreError: the log of a Delta table cannot be read.
     """
-    folder = source_uri(root, source.name)
+    folder = place_of(root, source)
     table = _delta_table(source, folder, version)
     return paths_of(table) if table is not None else list(listing_of(root, source).files)
 
@@ -111,13 +75,14 @@ def listing_of(root: str, source: Source) -> Listing:
     Raises:
         DataError, ContractError: as `files_of`.
     """
-    folder = source_uri(root, source.name)
-    listing = list_files(source.name, folder)
+    folder = place_of(root, source)
+    listing = list_files(source.name, folder, source.path is not None)
     if not listing.files:
         raise DataError(
-            f"Source {source.name!r} has Parquet files",
+            f"Source {source.name!r} {HAS_FILES}",
             f"none under {folder}",
-            "Write its rows there, or name another folder with --sources",
+            "Write its rows there, name another folder with --sources, or say where they are with path=… in the "
+            "definition",
         )
     return listing
 
@@ -140,12 +105,13 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
             f"no commit in {log}",
             f"Restore the log, or remove {log} if every Parquet file under {folder} is to be read",
         )
-    if "://" not in folder and os.path.lexists(folder + SUFFIX):
-        raise ContractError(
-            f"Source {source.name!r} is a Delta table or Parquet files, not both",
-            f"{folder} and {folder}{SUFFIX}",
-            "Move one of them away",
-        )
+    for beside in (folder + suffix for suffix in SUFFIXES):
+        if "://" not in folder and os.path.lexists(beside):
+            raise ContractError(
+                f"Source {source.name!r} is a Delta table or files, not both",
+                f"{folder} and {beside}",
+                "Move one of them away",
+            )
     _check_commits(source, folder, int(table.version()))
     return table
 
@@ -183,21 +149,6 @@ def _has_log(folder: str) -> bool:
     )
 
 
-def stamp_of(path: str) -> str:
-    """Changes whenever the file's content does: its size, its time of change and a digest of its footer."""
-    if "://" in path:
-        (match,) = FileSystems.match([path])
-        (meta,) = match.metadata_list
-        return f"{meta.size_in_bytes}-{meta.last_updated_in_seconds}"
-    status = os.stat(path)
-    with open(path, "rb") as handle:
-        handle.seek(max(status.st_size - 8, 0))
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(max(status.st_size - 8 - length, 0))
-        footer = hashlib.blake2b(handle.read(length), digest_size=8).hexdigest()
-    return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
-
-
 def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
     """Every row group of a source, from the files' footers; of a Delta table those of `version`, None its newest.
 
@@ -210,11 +161,16 @@ def slices_of(root: str, contract: Contract, version: int | None = None) -> list
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
     """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
-    table, whose log lists the files of a version."""
+    table, whose log lists the files of a version.
+
+    Args:
+        local: by file, its local times that occur twice or do not exist, if there are any.
+    """
 
     contract: Contract
     slices: Slices
     listing: Listing | None
+    local: Mapping[str, LocalTimes] = dataclasses.field(default_factory=dict)
 
     @property
     def listings(self) -> tuple[Listing, ...]:
@@ -236,9 +192,17 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
     """`survey`, and the listing by which to check at the end that nothing was removed or replaced meanwhile.
 
     Raises:
-        ContractError: as `survey`.
+        ContractError: as `survey`; one for everything that is wrong with the files.
     """
-    table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
+    found = look_at(root, contract, version)
+    if not isinstance(found, Surveyed):
+        raise refused(found)
+    return found
+
+
+def look_at(root: str, contract: Contract, version: int | None = None) -> Surveyed | list[Mismatch | ContractError]:
+    """`survey_files`, or everything that is wrong with the files."""
+    table = _delta_table(contract.source, place_of(root, contract.source), version)
     listing = None
     if table is not None:
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
@@ -246,33 +210,30 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
     else:
         listing = listing_of(root, contract.source)
         paths = list(listing.files)
-    try:
-        batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
-        parts = list(file_pool().map(_Footers(contract).slices, batches))
-    except ContractError:
-        with contextlib.suppress(*UNREADABLE):  # the first error is the one to report
-            _of_one_type(contract, paths)
-        raise
-    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
+    batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
+    parts = list(file_pool().map(functools.partial(survey_batch, contract), batches))
+    wrong = [each for part in parts for each in part.wrong] or wrong_columns(contract, parts)
+    if wrong:
+        return _by_both(contract, paths, wrong)
+    local = {path: count for part in parts for path, count in part.local.items()}
+    return Surveyed(contract, Slices(each for part in parts for each in part.slices), listing, local)
 
 
-def _of_one_type(contract: Contract, paths: list[str]) -> None:
-    """Refuse files of which some hold a column as it is declared and others do not, by one of each."""
-    schemas = ((path, open_parquet(path, contract.source).schema_arrow) for path in paths)
-    seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
-    for path, schema in schemas:
-        for name, found in seen.items():
-            if schema.names.count(name) != 1:
-                continue
-            kind, declared = schema.field(name).type, contract.source.schema[name]
-            found.setdefault(fits(declared, kind), (path, kind))
-            if len(found) == 2:
-                (good, right), (bad, wrong) = found[True], found[False]
-                raise ContractError(
-                    f"Source {contract.source.name!r}: column {name!r} has one type in every file, declared {declared}",
-                    f"{right} in {good}, and {wrong} in {bad}",
-                    f"Write {bad} again with {name!r} as {right}, or move it away",
-                )
+def _by_both(
+    contract: Contract, paths: list[str], wrong: list[Mismatch | ContractError]
+) -> list[Mismatch | ContractError]:
+    """What is wrong; of a column that some files hold as it is declared and others do not, by one of each."""
+    mismatches = [each for each in wrong if isinstance(each, Mismatch)]
+    if len(mismatches) < len(wrong) or len({each.column for each in mismatches}) > 1 or "missing" in mismatches[0].kind:
+        return wrong
+    name, bad = mismatches[0].column, {each.file for each in mismatches}
+    with contextlib.suppress(ContractError, *UNREADABLE):  # the first error is the one to report
+        for path in paths:
+            schema = open_file(path, contract.source).schema
+            if path not in bad and name in schema.names and not is_text(path):
+                right = schema.field(name).type
+                return [mismatches[0].beside(path, str(right))]
+    return wrong
 
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
@@ -323,117 +284,6 @@ def _deleted(table: DeltaTable) -> bool:
         return True
 
 
-class _Footers:
-    """Reads the footers of a source's files."""
-
-    def __init__(self, contract: Contract) -> None:
-        self.contract = contract
-        # The schema that was checked last: most files of a source have the same.
-        self.checked: pa.Schema | None = None
-
-    def slices(self, paths: Sequence[str]) -> list[Slice]:
-        """The row groups of some files.
-
-        Raises:
-            ContractError: a file cannot be read, or its columns are not those declared.
-        """
-        result: list[Slice] = []
-        for path in paths:
-            try:
-                result += self._slices_of(path)
-            except UNREADABLE as error:
-                raise not_whole(self.contract.source, path, error) from None
-        return result
-
-    def _slices_of(self, path: str) -> list[Slice]:
-        contract = self.contract
-        file, stamp = open_parquet(path, contract.source), stamp_of(path)
-        schema, metadata = file.schema_arrow, file.metadata
-        if self.checked is None or not schema.equals(self.checked):
-            contract.check(schema, path)
-            self.checked = schema
-        time = contract.source.time
-        result, first = [], 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            low, high = ALWAYS, 2**62
-            if time is not None and time not in schema.names:  # added to a Delta table later
-                low, high = ALWAYS, ALWAYS
-            elif time is not None:
-                low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
-                if low < contract.earliest or high >= contract.latest:
-                    low, high = _plausible(file, group, time, contract)
-            result.append(Slice(path, group, first, rows, low, high, stamp))
-            first += rows
-        return [each for each in result if each.rows]
-
-
-def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
-    """Bounds of a row group's plausible times, where its footer gives none or those of a clock that was wrong."""
-    times = readable(as_frame(file.read_row_group(group, [time])))[time].dt.epoch("us")
-    times = times.filter((times >= contract.earliest) & (times < contract.latest))
-    return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
-
-
-# Of a Parquet timestamp: how many of the unit make a µs, or how many µs make one.
-_UNITS = {"milliseconds": (1000, 1), "microseconds": (1, 1), "nanoseconds": (1, 1000)}
-
-
-def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | None:
-    """The smallest and largest time of a row group in µs, from the footer; None where it does not say.
-
-    As whole numbers: what a writer notes may be beyond what Python's datetime can hold.
-    """
-    meta = file.metadata.row_group(group)
-    for i in range(meta.num_columns):
-        column = meta.column(i)
-        if column.path_in_schema == time and column.is_stats_set and column.statistics.has_min_max:
-            kind = json.loads(file.schema.column(i).logical_type.to_json())
-            if column.physical_type != "INT64" or kind.get("timeUnit") not in _UNITS:
-                return None
-            times, parts = _UNITS[kind["timeUnit"]]
-            low, high = column.statistics.min_raw, column.statistics.max_raw
-            return low * times // parts, high * times // parts
-    return None
-
-
-def open_parquet(path: str, source: Source) -> pq.ParquetFile:
-    """A Parquet file of `source`, local or on any Beam filesystem."""
-
-    def opened() -> str | BufferedIOBase:
-        if "://" not in path:
-            require_regular(path)
-        return path if "://" not in path else FileSystems.open(path, compression_type="uncompressed")
-
-    try:
-        try:
-            return pq.ParquetFile(opened())
-        except pa.ArrowInvalid:
-            with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
-                return pq.ParquetFile(opened(), metadata=_metadata(opened()))
-            raise
-    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        if isinstance(error, PermissionError):
-            raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None
-        raise ContractError(
-            f"Source {source.name!r}: every file is whole Parquet",
-            f"{path}: {reason}",
-            "Write the file again (aside, then rename), or remove it",
-        ) from None
-
-
-def _metadata(file: str | BufferedIOBase) -> pq.FileMetaData:
-    """A file's metadata without the Arrow types that its writer noted beside Parquet's own: newer writers (delta-rs for
-    Polars) have types there that the Arrow of this environment does not know, such as views of strings."""
-    with open(file, "rb") if isinstance(file, str) else file as handle:
-        handle.seek(-8, os.SEEK_END)
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(-8 - length, os.SEEK_END)
-        footer = handle.read(length).replace(b"ARROW:schema", b"ARROW:unused")
-    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + length.to_bytes(4, "little") + b"PAR1"))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
     """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name,
@@ -443,6 +293,7 @@ class Inventory:
     contracts: Mapping[str, Contract]
     slices: Mapping[str, Slices]
     listings: tuple[Listing, ...] = ()
+    local: Mapping[str, Mapping[str, LocalTimes]] = dataclasses.field(default_factory=dict)
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
@@ -457,8 +308,13 @@ class Inventory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a run of some dates cannot account for: rows that belong to no date."""
-        result = []
+        """What a run of some dates cannot account for: rows that belong to no date; and how local times were taken."""
+        result = [
+            note
+            for name, counts in self.local.items()
+            for path, count in counts.items()
+            for note in _local_notes(self.contract(name), path, count)
+        ]
         for name in self.slices:
             lost = self.timeless(name) if self.contract(name).source.time is not None else ()
             if lost:
@@ -479,6 +335,13 @@ class Inventory:
         return (midnight(day_number(min(lows))), midnight(day_number(max(highs)) + 1)) if lows else (0, 0)
 
 
+def spine_contract(view: FeatureView, now: int = 2**62) -> Contract:
+    """The rules of the spine's rows.  A local time that occurs twice is the earlier instant, so that a row sees less;
+    where the spine is a source of events too it is neither."""
+    twice: Twice = None if view.spine.name in view.events else "earliest"
+    return Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now, twice=twice)
+
+
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """The sources of `view` under `root`, from footers alone; `now` (µs) is for the check of times in the future.
 
@@ -488,17 +351,33 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         DataError: a source without files.
         ContractError: files that cannot be read as declared.
     """
-    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
+    spine = spine_contract(view, now)
     contracts = {
         name: spine
         if source is view.spine
         else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
-    surveyed = {name: survey_files(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    looked = {name: look_at(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    wrong = [each for found in looked.values() if not isinstance(found, Surveyed) for each in found]
+    if wrong:
+        raise refused(wrong)
+    surveyed = {name: found for name, found in looked.items() if isinstance(found, Surveyed)}
     return Inventory(
         surveyed[view.spine.name].contract,
         {name: surveyed[name].contract for name in contracts},
         {name: each.slices for name, each in surveyed.items()},
         tuple(listing for each in surveyed.values() for listing in each.listings),
+        {name: each.local for name, each in surveyed.items() if each.local},
     )
+
+
+def _local_notes(contract: Contract, path: str, count: LocalTimes) -> list[str]:
+    name, zone, result = contract.source.name, contract.source.zone, []
+    if count.twice:
+        how = {"latest": "taken as the later instant", "earliest": "taken as the earlier instant"}
+        what = how.get(str(contract.twice), "set aside: rows that are spine rows and events need an offset")
+        result.append(f"{name}: {count.twice:,} local times occur twice in {zone} ({path}); {what}")
+    if count.absent:
+        result.append(f"{name}: {count.absent:,} local times do not exist in {zone} ({path}); set aside")
+    return result

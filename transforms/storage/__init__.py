@@ -65,13 +65,14 @@ if TYPE_CHECKING:
         folders,
         live_dead_letters_uri,
         path_in_store,
+        place_of,
         predictions_uri,
         present_path,
         source_uri,
         sources_root,
         tables_below,
     )
-    from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.rewriting import Matches, purge, rewrite_delta, write_without, written_aside
     from transforms.storage.run_markers import (
         ERASE,
         MARKER,

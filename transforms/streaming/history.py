@@ -21,7 +21,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_of, now_us
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.inventory import files_of
+from transforms.sources.inventory import HAS_FILES, files_of
 from transforms.sources.listing import unchanged
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
@@ -120,7 +120,7 @@ class Handover:
         try:
             files_of(self.root, sources_of(self.view)[name])
         except DataError as error:
-            if error.rule.endswith("has Parquet files"):
+            if error.rule.endswith(HAS_FILES):
                 return False
             raise
         return True

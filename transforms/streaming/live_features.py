@@ -22,6 +22,7 @@ from schemas.views import FeatureView
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
 from transforms.sources.contracts import Contract
+from transforms.sources.inventory import spine_contract
 from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.journal_dofn import JournalDoFn, TimedJournalDoFn
 from transforms.streaming.kafka import (
@@ -133,7 +134,7 @@ def _keyed_step(step: beam.DoFn, *tags: str) -> beam.PTransform:
 
 def contracts_of(view: FeatureView) -> dict[str, Contract]:
     """The contract of each topic's rows: the columns that features read, and all columns of the spine."""
-    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key))
+    spine = spine_contract(view)
     return {
         view.spine.name: spine,
         **{

@@ -23,6 +23,7 @@ from schemas.sources import Source
 from transforms.records.columns import moments_of, select, with_series
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
+from transforms.sources.conversions import converted, problem_free, with_problems
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
 from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, read_arrow
@@ -119,7 +120,7 @@ def decode_topic(
     frames, dead_letters = _frames(contract, rows, limits)
     kept = _empty(contract.source)
     if frames:
-        whole = frames[0] if len(frames) == 1 else pl.concat(frames)
+        whole = frames[0] if len(frames) == 1 else _concat(frames)
         kept, broken = check_rows(contract, whole)
         if len(broken):
             dead_letters.append(_located(contract, whole, broken))
@@ -134,6 +135,12 @@ def decode_topic(
         mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
         result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
     return result
+
+
+def _concat(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of which some may have the columns `PROBLEM`."""
+    alike = len({"__rule" in each.columns for each in frames}) == 1
+    return pl.concat(frames, how="vertical" if alike else "diagonal")
 
 
 def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
@@ -208,18 +215,13 @@ def _from_arrow(contract: Contract, messages: Sequence[Message], limits: Message
         frame = pl.DataFrame(
             pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
         )
-        columns = [
-            _declared(frame[name], dtype)
-            if name in frame.columns
-            else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
+        there = [
+            frame[name] if name in frame.columns else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
             for name, dtype in contract.source.schema.items()
         ]
-        parts.append(pl.DataFrame(columns))
-    return _with_origin(parts[0] if len(parts) == 1 else pl.concat(parts), messages, [len(table) for table in tables])
-
-
-def _declared(series: pl.Series, dtype: pl.DataType) -> pl.Series:
-    return series if series.dtype == dtype else series.cast(dtype)
+        parts.append(contract.declared(pl.DataFrame(there), contract.source.schema))
+    whole = parts[0] if len(parts) == 1 else pl.concat(with_problems(parts))
+    return _with_origin(whole, messages, [len(table) for table in tables])
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:
@@ -271,6 +273,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
     """Python values as a column of exactly `dtype`; times may be ISO 8601 text."""
     allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
     found = set(map(type, values)) - {type(None)}
+    if isinstance(dtype, pl.Datetime) and source.unit is not None and found <= {str, int, float}:
+        return _moments(source, name, [each if each is None else str(each) for each in values])
     if (
         found == {datetime}
         and isinstance(dtype, pl.Datetime)
@@ -295,6 +299,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             raise ContractError(
                 f"Source {source.name!r}: column {name!r} is {dtype}", "a number beyond it", ""
             ) from None
+    if isinstance(dtype, pl.Datetime) and source.zone is not None:
+        return _moments(source, name, values)
     series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
     if dtype.is_temporal():
         parsed = (
@@ -307,6 +313,16 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             raise ContractError(f"Source {source.name!r}: {name!r} is ISO 8601 with its zone", repr(bad), "")
         return parsed
     return series
+
+
+def _moments(source: Source, name: str, values: list[object]) -> pl.Series:
+    """Times as text, or as numbers in the source's unit, by the rules of its files."""
+    frame = pl.DataFrame([pl.Series(name, values, pl.String)])
+    found = converted(frame, {name: source.schema[name]}, Contract(source, ()).reading)
+    if not problem_free(found):
+        rule, value = found.filter(pl.col("__rule").is_not_null()).row(0)[-2:]
+        raise ContractError(f"Source {source.name!r}: {name!r}: {rule}", repr(value), "")
+    return found[name]
 
 
 def _avro_rows(contract: Contract, message: Message, limits: MessageLimits) -> list[object]:

@@ -20,7 +20,8 @@ from schemas.views import FeatureView
 from transforms.records.row_hashing import hash_column, mix
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import survey_files
+from transforms.sources.conversions import without_problems
+from transforms.sources.inventory import spine_contract, survey_files
 from transforms.sources.listing import unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
@@ -57,10 +58,13 @@ class Replay:
 def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
     found = {
-        name: survey_files(replay.root, Contract(source, tuple(source.schema)))
+        name: survey_files(
+            replay.root, spine_contract(view) if source is view.spine else Contract(source, tuple(source.schema))
+        )
         for name, source in sources_of(view).items()
     }
-    frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
+    # A row that cannot be read from its file cannot be sent either.
+    frames = {name: without_problems(read_raw(each.contract, each.slices)) for name, each in found.items()}
     unchanged(frames, [listing for each in found.values() for listing in each.listings])
     yield from chunks_of(view, frames, replay)
 
